@@ -1,0 +1,1 @@
+"""Networks, templates, adapters and devices: what travels with a checkpoint, nothing about training."""
