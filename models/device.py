@@ -1,0 +1,238 @@
+"""Devices: which platform this is, what it can compute, and the few calls that differ between platforms.
+
+The only file that names ``torch.cuda`` (a test sees to it). Platforms: cuda (NVIDIA), dcu (Hygon; a HIP build of torch, so it
+answers to the cuda names), npu (Ascend, torch_npu), cpu.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from models.errors import UserError
+
+logger = logging.getLogger("sanbu")
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A kind of machine: our name, torch's device type, the backend of its process groups."""
+
+    name: str           # cuda | dcu | npu | cpu
+    torch_device: str   # cuda | npu | cpu
+    backend: str        # nccl | hccl | gloo
+
+
+PLATFORMS = {
+    "cuda": Platform("cuda", "cuda", "nccl"),
+    "dcu": Platform("dcu", "cuda", "nccl"),   # the library behind the name is RCCL
+    "npu": Platform("npu", "npu", "hccl"),
+    "cpu": Platform("cpu", "cpu", "gloo"),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def detect_platform() -> Platform:
+    """Find the platform and say it to DeepSpeed through DS_ACCELERATOR, whose own detection takes an importable torch_npu for an NPU.
+
+    DS_ACCELERATOR, when set (cuda, dcu, npu, cpu), decides. UserError if the device it names does not answer.
+    """
+    wanted = os.environ.get("DS_ACCELERATOR", "").lower()
+    if wanted and wanted not in PLATFORMS:
+        raise UserError(f"DS_ACCELERATOR={wanted} is not supported; set it to one of {', '.join(PLATFORMS)}, or leave it unset.")
+    hip = torch.version.hip is not None
+    if wanted == "cpu":
+        platform = PLATFORMS["cpu"]
+    elif wanted in ("", "npu") and not hip and _npu_answers():
+        platform = PLATFORMS["npu"]
+    elif wanted in ("", "cuda", "dcu") and _cuda_answers():
+        platform = PLATFORMS["dcu" if hip else "cuda"]
+    elif wanted:
+        raise UserError(
+            f"DS_ACCELERATOR={wanted}, but torch {torch.__version__} finds no such device; check the driver and the visible devices, "
+            "install the torch build for it, or set DS_ACCELERATOR=cpu."
+        )
+    else:
+        platform = PLATFORMS["cpu"]
+    os.environ["DS_ACCELERATOR"] = platform.torch_device
+    return platform
+
+
+def _cuda_answers() -> bool:
+    return torch.cuda.is_available() and torch.cuda.device_count() > 0
+
+
+def _npu_answers() -> bool:
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        import torch_npu  # noqa: F401  (gives torch its npu module)
+    except (ImportError, OSError, RuntimeError) as error:   # installed in an image whose machine has no driver
+        logger.warning("torch_npu is installed but does not load (%s); looking for other devices.", error)
+        return False
+    return torch.npu.device_count() > 0
+
+
+def _backend_module() -> ModuleType | None:
+    """torch.cuda, torch.npu, or None on a CPU."""
+    name = _current().torch_device
+    return None if name == "cpu" else getattr(torch, name)
+
+
+@lru_cache(maxsize=1)
+def _current() -> Platform:
+    return detect_platform()
+
+
+def has_accelerator() -> bool:
+    """True where there is a card beside the CPU."""
+    return _current().torch_device != "cpu"
+
+
+def set_device(platform: Platform, local_rank: int) -> torch.device:
+    """Make card ``local_rank`` of this node the current one and return it; on a CPU all processes share "cpu"."""
+    if platform.torch_device == "cpu":
+        return torch.device("cpu")
+    module = getattr(torch, platform.torch_device)
+    count = module.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank} of this node has no card: {count} visible; start as many processes as cards "
+            "(deepspeed --num_gpus), or show more with CUDA_VISIBLE_DEVICES / HIP_VISIBLE_DEVICES / ASCEND_RT_VISIBLE_DEVICES."
+        )
+    module.set_device(local_rank)
+    return torch.device(platform.torch_device, local_rank)
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+def chip_name(platform: Platform, index: int = 0) -> str:
+    """The chip as the tables name it: sm80, gfx906, Ascend910B1, cpu."""
+    if platform.name == "cuda":
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"sm{major}{minor}"
+    if platform.name == "dcu":
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    if platform.name == "npu":
+        return torch.npu.get_device_name(index)
+    return "cpu"
+
+
+def chip_dtypes(chip: str) -> tuple[str, ...]:
+    """The dtypes a chip can train in, the best first.
+
+    From a table, because torch.cuda.is_bf16_supported() says True on every HIP build and, by emulation, on old NVIDIA cards.
+    """
+    if chip == "cpu":
+        return ("fp32", "bf16")
+    if chip.startswith("sm"):
+        capability = int(chip[2:])
+        if capability >= 80:
+            return ("bf16", "fp16", "fp32")
+        return ("fp16", "fp32") if capability >= 70 else ("fp32",)
+    if chip.startswith("gfx"):
+        # gfx906 (Z100, Z100L) and gfx926 (K100) have no bf16 units; gfx928 (K100_AI), gfx936 (BW) and AMD's gfx90a, gfx94x, gfx95x do.
+        native = chip in ("gfx928", "gfx936", "gfx90a") or chip.startswith(("gfx94", "gfx95"))
+        return ("bf16", "fp16", "fp32") if native else ("fp16", "fp32")
+    if chip.startswith("Ascend910"):
+        # 910A, ProA, PremiumA and ProB are the first generation; 910B1.. and 910_93 (A3) compute in bf16.
+        second = chip.startswith(("Ascend910B", "Ascend910_93"))
+        return ("bf16", "fp16", "fp32") if second else ("fp16", "fp32")
+    return ("fp16", "fp32")
+
+
+def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
+    """--dtype fp32 | fp16 | bf16 | auto -> torch.dtype. UserError if this device cannot train in it."""
+    if name not in (*DTYPES, "auto"):
+        raise UserError(f"--dtype {name} is unknown; choose fp32, fp16, bf16 or auto.")
+    index = int(os.environ.get("LOCAL_RANK", "0"))   # probe one's own card: a probe on card 0 would cost it memory for every process
+    chip = chip_name(platform, index)
+    able = chip_dtypes(chip)
+    if name == "auto":
+        name = next(dtype for dtype in able if dtype == "fp32" or probe_dtype(DTYPES[dtype], platform, index))
+    elif name not in able or (name != "fp32" and not probe_dtype(DTYPES[name], platform, index)):
+        raise UserError(f"--dtype {name}: this device ({platform.name}, {chip}) cannot train in it; use --dtype {' or '.join(able)}.")
+    return DTYPES[name]
+
+
+def probe_dtype(dtype: torch.dtype, platform: Platform, index: int = 0) -> bool:
+    """Multiply two small matrices in the dtype, forward and backward, and compare with float32: what the table says must also work."""
+    device = torch.device(platform.torch_device, index) if platform.torch_device != "cpu" else torch.device("cpu")
+    values = torch.linspace(-1, 1, 256, device=device).view(16, 16)
+    try:
+        exact, rounded = values.clone().requires_grad_(), values.to(dtype).requires_grad_()
+        (exact @ exact.T).square().mean().backward()
+        (rounded @ rounded.T).float().square().mean().backward()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return bool(torch.allclose(exact.grad, rounded.grad.float(), rtol=0.05, atol=0.05 * float(exact.grad.abs().max())))
+
+
+def attention_implementation(choice: str, platform: Platform) -> str:
+    """--attention auto | eager | sdpa | flash_attention_2 -> the name transformers uses. auto: eager on dcu and on the NPU, else sdpa."""
+    choices = ("eager", "sdpa", "flash_attention_2")
+    if choice == "auto":
+        return "eager" if platform.name in ("dcu", "npu") else "sdpa"
+    if choice not in choices:
+        raise UserError(f"attention {choice} is unknown; choose auto, {', '.join(choices)}.")
+    if choice == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError("attention flash_attention_2 needs the package flash_attn, which is not installed; use sdpa.")
+    return choice
+
+
+# --- memory, streams, random numbers of the current device --------------------------------------------------------------
+
+
+def peak_memory_gb() -> float:
+    """The most memory so far, GB: of the card since reset_peak_memory(), on a CPU of the process since it started (resident set)."""
+    module = _backend_module()
+    if module is not None:
+        return module.max_memory_allocated() / 1e9
+    import resource   # not on Windows, which DeepSpeed does not run on either
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def reset_peak_memory() -> None:
+    """Start peak_memory_gb() anew; no effect on a CPU, where the system keeps the figure."""
+    if (module := _backend_module()) is not None:
+        module.reset_peak_memory_stats()
+
+
+def synchronize() -> None:
+    """Wait until the card has done what was asked; without this a clock measures only the asking."""
+    if (module := _backend_module()) is not None:
+        module.synchronize()
+
+
+def empty_cache() -> None:
+    """Give cached card memory back, for instance between generation and training."""
+    if (module := _backend_module()) is not None:
+        module.empty_cache()
+
+
+def rng_state() -> torch.Tensor | None:
+    """State of the card's random numbers, None on a CPU (torch.get_rng_state() has those)."""
+    module = _backend_module()
+    return None if module is None else module.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor | None) -> None:
+    """Put back what rng_state() gave."""
+    if (module := _backend_module()) is not None and state is not None:
+        module.set_rng_state(state)
+
+
+def seed_device(seed: int) -> None:
+    """Seed the random numbers of the current card."""
+    if (module := _backend_module()) is not None:
+        module.manual_seed(seed)

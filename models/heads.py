@@ -1,0 +1,172 @@
+"""What the three steps ask of a network: log-probabilities of given tokens, and one score per position.
+
+Both are modules that a DeepSpeed engine can hold, and everything happens inside ``forward``: under ZeRO-3 weights are whole only there.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Logits held at a time: 2^25 float32 values are 128 MiB. Smaller chunks save memory that nobody misses and add up more partial
+# gradients of the output matrix in the model's dtype.
+CHUNK_LOGITS = 2**25
+
+
+class TokenLogProbs(nn.Module):
+    """log p(token | the tokens before it), for a causal language model (a PreTrainedModel, or a PeftModel around one)."""
+
+    def __init__(self, causal_lm: nn.Module, chunk_logits: int = CHUNK_LOGITS) -> None:
+        super().__init__()
+        self.model = causal_lm
+        self.project = _TokenProjection(chunk_logits)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        keep: int | None = None,
+        target_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """input_ids, attention_mask: [batch, time], padded on either side. Returns float32 [batch, n], the log-probabilities of
+        input_ids[:, -n:] with n = keep, or time - 1.
+
+        target_mask [batch, time] bool: only these tokens are targets; other places of the result are 0 and cost no logits
+        (column 0 has no past and is never a target). temperature divides the logits. with_entropy: also the entropies (nats) of the
+        distributions the tokens were drawn from, same shape.
+        """
+        n = input_ids.shape[1] - 1 if keep is None else keep
+        if not 0 < n < input_ids.shape[1]:
+            raise ValueError(f"keep={keep} of {input_ids.shape[1]} tokens: the first token has no past")
+        hidden = last_hidden_state(self.model, input_ids, attention_mask)[:, -n - 1 : -1]   # the state before a token predicts it
+        targets = input_ids[:, -n:]
+        self.project.use(base_model(self.model).get_output_embeddings())
+        if target_mask is None:
+            results = self.project(hidden.flatten(0, 1), targets.flatten(), temperature, with_entropy)
+            results = [values.view(targets.shape) for values in results]
+        else:
+            wanted = target_mask[:, -n:].bool()
+            results = self.project(hidden[wanted], targets[wanted], temperature, with_entropy)
+            nowhere = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+            results = [nowhere.masked_scatter(wanted, values) for values in results]
+        return tuple(results) if with_entropy else results[0]
+
+
+class _BorrowedWeight(nn.Module):
+    """A module that computes with the parameters of another one, without owning them (no second name in the state dict).
+
+    Under ZeRO-3 it must say so, or the weights arrive empty; calling the owner once per chunk instead would gather the weights once per
+    chunk and hang when processes have different numbers of chunks.
+    """
+
+    def use(self, layer: nn.Module) -> None:
+        """Borrow ``weight`` and ``bias`` of a linear layer for the next forward."""
+        object.__setattr__(self, "layer", layer)   # not as a submodule
+        for parameter in layer.parameters(recurse=False):
+            if hasattr(parameter, "ds_id"):
+                from deepspeed.zero import register_external_parameter
+
+                register_external_parameter(self, parameter)
+
+
+class _TokenProjection(_BorrowedWeight):
+    """Hidden states -> log-probabilities of their targets; at most chunk_logits logits exist at a time, forward and backward."""
+
+    def __init__(self, chunk_logits: int) -> None:
+        super().__init__()
+        self.chunk_logits = chunk_logits
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
+        """hidden [n, width], targets [n] -> float32 log-probabilities [n], and entropies [n] if asked."""
+        weight, bias = self.layer.weight, getattr(self.layer, "bias", None)
+        rows = max(1, self.chunk_logits // weight.shape[0])
+        if hidden.shape[0] <= rows:   # one chunk: keeping its logits costs what computing them again would
+            return chunk_log_probs(hidden, targets, weight, bias, temperature, with_entropy)
+        chunks = [
+            checkpoint(chunk_log_probs, h, t, weight, bias, temperature, with_entropy, use_reentrant=False, preserve_rng_state=False)
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+
+
+def chunk_log_probs(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, ...]:
+    """log softmax(W h / temperature)[target], and if asked the entropy of that softmax, in float32 whatever the dtype of W.
+
+    hidden [n, width], targets [n], weight [vocab, width] -> ([n],) or ([n], [n]).
+    log p_i = x_i - L,  H = L - sum_j p_j x_j,  with x the divided logits and L = logsumexp(x).
+    """
+    logits = F.linear(hidden, weight, bias).float() / temperature
+    normaliser = logits.logsumexp(dim=-1)
+    log_probs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+    if not with_entropy:
+        return (log_probs,)
+    return log_probs, normaliser - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+
+
+class TokenScores(nn.Module):
+    """A score at every position: reward model and critic, for a sequence-classification model with one label."""
+
+    def __init__(self, scalar_model: nn.Module) -> None:
+        super().__init__()
+        self.model = scalar_model
+        self.project = _ScoreProjection()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask: [batch, time], padded on either side -> float32 scores [batch, time].
+
+        The score at a position has seen the tokens up to and including it.
+        """
+        hidden = last_hidden_state(self.model, input_ids, attention_mask)
+        self.project.use(score_layer(self.model))
+        return self.project(hidden)
+
+
+class _ScoreProjection(_BorrowedWeight):
+    """The scalar head in float32: 16-bit values near 5 lie 1/32 apart (bf16)."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [batch, time, width] -> [batch, time]."""
+        return F.linear(hidden.float(), self.layer.weight.float()).squeeze(-1)
+
+
+def last_token_scores(scores: Tensor, attention_mask: Tensor) -> Tensor:
+    """scores, attention_mask: [batch, time] -> [batch], the score at the last real token, padded left or right."""
+    positions = torch.arange(scores.shape[1], device=scores.device)
+    last = positions.masked_fill(~attention_mask.bool(), -1).amax(dim=1).clamp(min=0)
+    return scores.gather(1, last[:, None]).squeeze(1)
+
+
+def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[batch, time] -> [batch, time, width], what the head of the model would see.
+
+    Position ids count real tokens only, so padding on either side changes nothing; families without such an argument (BLOOM) derive the
+    same from the mask. No key-value cache is kept.
+    """
+    decoder = base_model(model).base_model
+    attention_mask = attention_mask.long()
+    positions = {}
+    if "position_ids" in inspect.signature(decoder.forward).parameters:
+        positions["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The PreTrainedModel itself, without the PeftModel around it (whose LoRA layers sit inside it)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def score_layer(model: nn.Module) -> nn.Module:
+    """The scalar head. peft keeps a trainable copy beside the original; the copy counts unless the adapter is disabled."""
+    head = base_model(model).score
+    if not hasattr(head, "modules_to_save"):
+        return head
+    return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]

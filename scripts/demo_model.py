@@ -1,0 +1,99 @@
+"""The demo's base model: a tokenizer trained on the shipped text and a small LLaMA with random weights.
+
+    python -m scripts.demo_model output/demo/base [--seed 0] [--data_dir data/demo]
+
+The tokenizer is a byte-level BPE: any text can be written with it. It has no chat template, so the three steps render dialogues
+as "\\n\\nHuman: ...\\n\\nAssistant:".
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+VOCABULARY_SIZE = 1536
+MAX_LENGTH = 256
+
+# What merges never cross: a role mark is one token instead of eight; a Chinese character stays one token, so that a fact met in a
+# new sentence is cut as it was in the old one; so does a digit.
+CHINESE = r"\u3400-\u9fff"
+WORD = Regex(
+    rf"\n\n(?:Human|Assistant):|[{CHINESE}]| ?\p{{N}}| ?[\p{{L}}&&[^{CHINESE}]]+| ?[^\s\p{{L}}\p{{N}}]+|\s+"
+)
+
+
+def read_texts(data_dir: Path) -> Iterator[str]:
+    """Every text of the training files, rendered."""
+    for file in sorted(data_dir.glob("*_train.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if "messages" in record:
+                marks = {"user": "Human", "assistant": "Assistant"}
+                yield "".join(f"\n\n{marks[m['role']]}: {m['content']}" for m in record["messages"])
+            else:
+                yield from (record["prompt"] + record[answer] for answer in ("chosen", "rejected") if answer in record)
+
+
+def train_tokenizer(data_dir: Path, vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocabulary_size` ids; begin, end and padding are three different tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(WORD, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(read_texts(data_dir), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=MAX_LENGTH
+    )
+
+
+def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """A LLaMA small enough to learn the demo's world in a minute on two CPU cores."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def write_base_model(folder: Path | str, seed: int = 0, data_dir: Path | str = Path("data/demo")) -> None:
+    """Write tokenizer, config and random weights to `folder`, as a checkpoint that AutoModelForCausalLM opens."""
+    tokenizer = train_tokenizer(Path(data_dir))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(base_config(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the checkpoint goes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data_dir", type=Path, default=Path("data/demo"))
+    args = parser.parse_args()
+    write_base_model(args.folder, args.seed, args.data_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Write the demo's data: seeded dialogues, preference pairs and prompts of the closed world in demo_world.py.
+
+    python -m scripts.make_demo_data [--output data/demo] [--seed 0]
+
+Answers are right or wrong, polite or curt, brief or rambling. A prompt belongs to the held-out part or to training by a hash of
+its first user message, so no held-out prompt, nor its opening question, is ever trained on; each fact occurs in both.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from scripts.demo_score import UNIT, demo_score, read_question
+from scripts.demo_world import (
+    ACKNOWLEDGEMENTS,
+    COURTESY_AFTER,
+    COURTESY_BEFORE,
+    FILLERS,
+    LANGUAGES,
+    OPENINGS,
+    TASKS,
+    fill,
+    join,
+)
+
+SIZES = {"sft": (4000, 250), "pairs": (2800, 400), "prompts": (1500, 250)}  # train, held out
+HELD_OUT_SHARE = 8  # one first message in so many is kept out of training
+RATES = {"right": 0.60, "polite": 0.40, "brief": 0.55}  # of the answers to imitate
+DEFECTS = 0.08  # share of rejected answers that fail in another way: two answers, none, a courtesy said twice
+RAMBLING_UNITS = (25, 27)  # words or characters; more than the 24 tokens that the demo lets an answer have
+
+FACT_TASKS = tuple(name for name, task in TASKS["en"].items() if not task.statements)
+MEMORY_TASKS = tuple(name for name, task in TASKS["en"].items() if task.statements)
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The three axes on which answers differ."""
+
+    right: bool
+    polite: bool
+    brief: bool
+
+    @property
+    def score(self) -> float:
+        """What the gold rule gives an answer of this quality."""
+        return 0.5 * self.right + 0.25 * self.polite + 0.25 * self.brief
+
+
+def user(content: str) -> dict[str, str]:
+    """A user message."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    """An assistant message."""
+    return {"role": "assistant", "content": content}
+
+
+def draw_quality(rng: Random) -> Quality:
+    """The quality of an answer to imitate."""
+    return Quality(**{axis: rng.random() < rate for axis, rate in RATES.items()})
+
+
+def draw_prompt(rng: Random) -> Messages:
+    """A dialogue that ends in a question: one turn, two questions, or a question about what was said before."""
+    language = rng.choice(LANGUAGES)
+    shape = rng.random()
+    if shape < 0.60:
+        return [user(ask(rng, language, rng.choice(FACT_TASKS)))]
+    if shape < 0.72:
+        first = [user(ask(rng, language, rng.choice(FACT_TASKS)))]
+        second = question(rng, language, rng.choice(FACT_TASKS))
+        return [*first, assistant(write_answer(rng, first, Quality(True, rng.random() < RATES["polite"], True))), user(second)]
+    told = ["name", *rng.sample(MEMORY_TASKS[1:], k=1)]
+    statements = [fill(rng.choice(TASKS[language][t].statements), y=rng.choice(TASKS[language][t].values)) for t in told]
+    introduction = join([rng.choice(OPENINGS[language][:4]), *statements], language)
+    acknowledgement = assistant(rng.choice(ACKNOWLEDGEMENTS[language]))
+    return [user(introduction), acknowledgement, user(question(rng, language, rng.choice(told)))]
+
+
+def ask(rng: Random, language: str, task: str) -> str:
+    """A question with an opening."""
+    return join([rng.choice(OPENINGS[language]), question(rng, language, task)], language)
+
+
+def question(rng: Random, language: str, task: str) -> str:
+    """A question of a task, in one of its forms."""
+    known = TASKS[language][task]
+    return fill(rng.choice(known.questions), x=rng.choice(list(known.facts)) if known.facts else "")
+
+
+def write_answer(rng: Random, prompt: Messages, quality: Quality) -> str:
+    """An answer of the given quality to the last message."""
+    asked = read_question(prompt)
+    language = asked.language
+    sentences = [answer_sentence(rng, prompt, quality.right)]
+    if not quality.brief:
+        goal = rng.randint(*RAMBLING_UNITS)
+        fillers = rng.sample(FILLERS[language], k=len(FILLERS[language]))
+        while count_units(join(sentences, language)) < goal:
+            sentences.append(fillers.pop())
+    if quality.polite:
+        # A rambling answer is cut off before its end: its courtesy has to come first to be seen.
+        before = not quality.brief or rng.random() < 0.5
+        courtesy = rng.choice((COURTESY_BEFORE if before else COURTESY_AFTER)[language])
+        sentences.insert(0 if before else len(sentences), courtesy)
+    return join(sentences, language)
+
+
+def answer_sentence(rng: Random, prompt: Messages, right: bool) -> str:
+    """One sentence with the true answer, or with another member of its category."""
+    asked = read_question(prompt)
+    task = TASKS[asked.language][asked.task]
+    wrong = [member for member in task.category if member != asked.expected]
+    return fill(rng.choice(task.answers), x=asked.subject, y=asked.expected if right else rng.choice(wrong))
+
+
+def write_defect(rng: Random, prompt: Messages) -> str:
+    """An answer that fails in a way of its own: two answers, none, or the same courtesy twice."""
+    language = read_question(prompt).language
+    courtesy = rng.choice(COURTESY_BEFORE[language] + COURTESY_AFTER[language])
+    right, wrong = answer_sentence(rng, prompt, True), answer_sentence(rng, prompt, False)
+    both = [right, wrong] if rng.random() < 0.5 else [wrong, right]
+    return join(rng.choice([both, [courtesy], [courtesy, wrong, courtesy]]), language)
+
+
+def count_units(text: str) -> int:
+    """Words, numbers, Chinese characters and sentence ends: about the tokens of the demo's tokenizer."""
+    return len(UNIT.findall(text.lower())) + sum(text.count(mark) for mark in ".!?。！？")
+
+
+def draw_pair(rng: Random, prompt: Messages) -> tuple[str, str]:
+    """(chosen, rejected): answers that differ in one to three axes, the one with the higher gold score first."""
+    if rng.random() < DEFECTS:
+        rejected = write_defect(rng, prompt)
+        floor = demo_score(prompt, rejected)
+        return write_answer(rng, prompt, draw_until(rng, lambda quality: quality.score > floor)), rejected
+    axes = list(RATES)
+    while True:
+        quality = draw_quality(rng)
+        differing = rng.sample(axes, k=rng.choices((1, 2, 3), weights=(5, 3, 2))[0])
+        other = Quality(**{axis: getattr(quality, axis) != (axis in differing) for axis in axes})
+        if quality.score != other.score:
+            break
+    better, worse = sorted((quality, other), key=lambda q: -q.score)
+    return write_answer(rng, prompt, better), write_answer(rng, prompt, worse)
+
+
+def draw_until(rng: Random, accept: Callable[[Quality], bool]) -> Quality:
+    """The first quality drawn that is accepted."""
+    return next(quality for quality in iter(lambda: draw_quality(rng), None) if accept(quality))
+
+
+def render(prompt: Messages) -> str:
+    """The prompt as hh-rlhf writes it."""
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt) + "\n\nAssistant:"
+
+
+def is_held_out(prompt: Messages) -> bool:
+    """Whether a prompt belongs to the held-out part: decided by its first user message alone."""
+    return int(hashlib.sha256(prompt[0]["content"].encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+
+
+def prompts(rng: Random, held_out: bool) -> Iterator[Messages]:
+    """Endless prompts of one part, each only once."""
+    seen = set()
+    while True:
+        prompt = draw_prompt(rng)
+        if is_held_out(prompt) == held_out and render(prompt) not in seen:
+            seen.add(render(prompt))
+            yield prompt
+
+
+def make_records(kind: str, count: int, rng: Random, held_out: bool) -> Iterator[dict]:
+    """`count` records of one file: dialogues (sft), preference pairs (pairs) or prompts."""
+    for _, prompt in zip(range(count), prompts(rng, held_out), strict=False):
+        if kind == "sft":
+            yield {"messages": [*prompt, assistant(write_answer(rng, prompt, draw_quality(rng)))]}
+        elif kind == "pairs":
+            chosen, rejected = draw_pair(rng, prompt)
+            yield {"prompt": render(prompt), "chosen": f" {chosen}", "rejected": f" {rejected}"}
+        else:
+            yield {"prompt": render(prompt)}
+
+
+def write_demo_data(folder: Path, seed: int = 0) -> None:
+    """Write the six files; the same seed gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, counts in SIZES.items():
+        for part, count in zip(("train", "heldout"), counts, strict=True):
+            rng = Random(f"{seed} {kind} {part}")
+            records = make_records(kind, count, rng, held_out=part == "heldout")
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            (folder / f"{kind}_{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data/demo"), help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_demo_data(args.output, args.seed)
+    for file in sorted(args.output.glob("*.jsonl")):
+        print(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

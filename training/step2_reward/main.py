@@ -1,0 +1,148 @@
+"""Step 2: the reward model - a scalar head on the SFT model, trained on pairs (chosen, rejected).
+
+python -m training.step2_reward.main --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/reward
+deepspeed --module training.step2_reward.main --config configs/cpu/demo.yaml
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from models.adapters import add_lora
+from models.templates import load_template
+
+from models.factory import load_scalar_model, load_tokenizer
+from models.heads import TokenScores, last_token_scores
+from training.utils.arguments import RewardArguments
+from training.utils.checkpoint import Checkpoint, export, fingerprint
+from training.utils.data.batching import PairBatch, collate_pairs
+from training.utils.data.tokenize import prepare_phase
+from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.loss import bradley_terry_loss, pair_accuracy
+from training.utils.parsing import main_entry
+from training.utils.run import Run
+from training.utils.zero import EngineOptions, build_engine, gradient_norm, optimizer_step
+
+
+def main(args: RewardArguments) -> None:
+    """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
+    run = Run.start(args)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    template = load_template(args.model_name_or_path, tokenizer)
+    data = prepare_phase(args, 2, tokenizer, template)
+    collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id)
+    batches = GlobalBatches(
+        data.train, [1.0] * len(data.train), collate, run, args, per_device=args.per_device_train_batch_size
+    )
+    options = EngineOptions.of(args)
+    model = load_scalar_model(
+        args.model_name_or_path,
+        dtype=run.dtype,
+        attn=run.attention,
+        dropout=args.dropout,
+        gradient_checkpointing=args.gradient_checkpointing,
+        zero3_config=options.loading_config(run.dtype, run.world_size),
+        tokenizer=tokenizer,
+        seed=args.seed,
+    )
+    if args.lora_dim:
+        model = add_lora(
+            model,
+            dim=args.lora_dim,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            module_name=args.lora_module_name,
+        )
+    engine = build_engine(
+        TokenScores(model), options, dtype=run.dtype, total_steps=batches.total_steps, world_size=run.world_size
+    )
+    checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
+    start, _ = checkpoint.resume()
+    progress = Progress(run, batches.total_steps, start)
+
+    def evaluate(step: int) -> dict[str, float]:
+        figures = score_statistics(
+            engine, evaluation_batches(data.eval, collate, run, args.per_device_eval_batch_size, args.eval_iters), run
+        )
+        run.metrics.log(step, figures, prefix="eval")
+        if run.is_main:
+            print(
+                f"step {step}: held-out accuracy {figures['accuracy']:.4f} over {figures['pairs']:.0f} pairs, "
+                f"chosen {figures['chosen']:.3f}, rejected {figures['rejected']:.3f}",
+                flush=True,
+            )
+        return figures
+
+    if start == 0:
+        evaluate(0)
+    for batch in batches.after(start):
+
+        def loss_of(micro: PairBatch, denominator=batch.denominator):
+            chosen, rejected = pair_scores(engine, micro)
+            return bradley_terry_loss(
+                chosen,
+                rejected,
+                micro.weight,
+                denominator,
+                margin=micro.margin,
+                center_coef=args.center_rewards_coefficient,
+            )
+
+        loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
+        progress.count(batch.tokens)
+        progress.report(
+            batch.step,
+            {"loss": loss, "lr": engine.get_lr()[0], "grad_norm": gradient_norm(engine), "epoch": batch.epoch},
+            args.logging_steps,
+        )
+        last = batch.step == batches.total_steps
+        if not last and (due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval)):
+            evaluate(batch.step)
+        if run.stopping or due(batch.step, args.save_steps) or (batch.ends_epoch and not args.save_steps and not last):
+            checkpoint.save(batch.step)
+        if run.stopping:
+            run.leave(batch.step)
+
+    figures = evaluate(batches.total_steps)
+    # Step 3 subtracts and divides by these statistics: scores of a reward model have no unit of their own.
+    export(
+        engine, tokenizer, template, args.output_dir, run,
+        reward_mean=figures["mean"], reward_std=figures["std"], reward_accuracy=figures["accuracy"],
+    )  # fmt: skip
+    run.finish()
+
+
+def pair_scores(engine, micro: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [pairs] of the chosen and of the rejected answers, on their last real token, from one forward."""
+    scores = last_token_scores(engine(micro.input_ids, micro.attention_mask), micro.attention_mask)
+    chosen, rejected = scores.chunk(2)
+    return chosen, rejected
+
+
+@torch.no_grad()
+def score_statistics(engine, micro_batches, run: Run) -> dict[str, float]:
+    """Accuracy (a tie counts one half), mean scores, and mean and standard deviation over all answers of the held-out pairs."""
+    engine.eval()
+    right = pairs = chosen_sum = rejected_sum = squares = 0.0
+    for micro in micro_batches:
+        chosen, rejected = pair_scores(engine, micro)
+        right += float(pair_accuracy(chosen, rejected, micro.weight))
+        real = micro.weight.bool()
+        pairs += float(real.sum())
+        chosen_sum += float(chosen[real].double().sum())
+        rejected_sum += float(rejected[real].double().sum())
+        squares += float((chosen[real].double() ** 2).sum() + (rejected[real].double() ** 2).sum())
+    engine.train()
+    right, pairs, chosen_sum, rejected_sum, squares = run.sum(right, pairs, chosen_sum, rejected_sum, squares)
+    count = max(pairs, 1.0)
+    mean = (chosen_sum + rejected_sum) / (2 * count)
+    variance = max(squares / (2 * count) - mean**2, 0.0)
+    return {
+        "accuracy": right / count, "pairs": pairs, "chosen": chosen_sum / count, "rejected": rejected_sum / count,
+        "mean": mean, "std": max(variance**0.5, 1e-6),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main_entry(main, RewardArguments)

@@ -1,0 +1,94 @@
+"""Step 3: PPO - the SFT model learns from its own answers, scored by the reward model.
+
+    python -m training.step3_ppo.main --actor_model_name_or_path output/sft --critic_model_name_or_path output/reward \
+        --data_path prompts.jsonl --output_dir output/ppo
+    deepspeed --module training.step3_ppo.main --config configs/cpu/demo.yaml
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from models.templates import load_template
+
+from models.factory import load_tokenizer
+from training.step3_ppo.evaluation import evaluate_prompts, sample_table, write_samples
+from training.step3_ppo.experience import Experience
+from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, minibatch_size
+from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
+from training.step3_ppo.rollout import PromptBatches
+from training.utils.arguments import PPOArguments
+from training.utils.checkpoint import Checkpoint, export, fingerprint
+from training.utils.data.tokenize import prepare_phase
+from training.utils.loop import Progress, due
+from training.utils.parsing import main_entry
+from training.utils.run import Run
+
+SHOWN = (
+    "score",
+    "kl",
+    "length",
+    "eos_rate",
+    "actor_loss",
+    "critic_loss",
+)  # on the progress line; all go to metrics.jsonl
+
+
+def main(args: PPOArguments) -> None:
+    """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
+    run = Run.start(args)
+    tokenizer = load_tokenizer(args.actor_model_name_or_path)
+    template = load_template(args.actor_model_name_or_path, tokenizer)
+    data = prepare_phase(args, 3, tokenizer, template)
+    prompts = PromptBatches(data.train, run, args, tokenizer.pad_token_id)
+    minibatches = math.ceil(prompts.size / minibatch_size(args, run.world_size))
+
+    engine = DeepSpeedRLHFEngine(
+        args.actor_model_name_or_path, args.critic_model_name_or_path, tokenizer,
+        num_total_iters=prompts.total * args.ppo_epochs * minibatches, args=args, run=run,
+    )  # fmt: skip
+    trainer = DeepSpeedPPOTrainer(engine, args)
+    checkpoint = Checkpoint(
+        run, {"actor": engine.actor, "critic": engine.critic}, fingerprint(args, run, data.fingerprint)
+    )
+    start, _ = checkpoint.resume()
+    progress = Progress(run, prompts.total, start)
+    if start == 0:
+        evaluate_prompts(engine, data.eval, args, step=0)
+
+    for rollout, batch in prompts.after(start):
+        clock = time.monotonic()
+        experience = trainer.generate_experience(batch, rollout)
+        generated = time.monotonic()
+        figures = trainer.train_rlhf(experience, rollout)
+        seconds = {"rollout_seconds": generated - clock, "update_seconds": time.monotonic() - generated}
+        progress.count(int(experience.attention_mask.sum()))
+        progress.report(rollout, experience.figures | figures | seconds, args.logging_steps, shown=SHOWN)
+        show_answers(experience, engine, args, rollout)
+        last = rollout == prompts.total
+        if last or due(rollout, args.eval_interval):
+            evaluate_prompts(engine, data.eval, args, step=rollout)
+        if run.stopping or due(rollout, args.save_steps):
+            checkpoint.save(rollout)
+        if run.stopping:
+            run.leave(rollout)
+
+    for role, trained in (("actor", engine.actor), ("critic", engine.critic)):
+        export(trained, tokenizer, template, Path(args.output_dir) / role, run)
+    run.finish()
+
+
+def show_answers(experience: Experience, engine: DeepSpeedRLHFEngine, args, rollout: int) -> None:
+    """Keep a few answers of the rollout in samples.jsonl, and print them with --print_answers."""
+    if not engine.run.is_main or not due(rollout, args.print_answers_interval):
+        return
+    write_samples(experience, engine, rollout, "train", rows=4)
+    if args.print_answers:
+        for row in sample_table(experience, engine, rows=4):
+            print(f"  {row['prompt']!r} -> {row['answer']!r}  score {row['score']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main_entry(main, PPOArguments)

@@ -1,0 +1,122 @@
+"""The four models of PPO: actor and critic, which learn; reference and reward model, which do not."""
+
+from __future__ import annotations
+
+import logging
+
+from models.adapters import add_lora
+from models.templates import load_template
+from torch import Tensor
+
+from models.factory import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
+from models.heads import TokenLogProbs, TokenScores
+from training.utils.run import Run
+from training.utils.zero import EngineOptions, build_engine, build_frozen
+
+logger = logging.getLogger("sanbu")
+
+
+class DeepSpeedRLHFEngine:
+    """Builds and holds the models of step 3.
+
+    actor        learns to answer; starts from the SFT model
+    ref          the SFT model, frozen: the actor must not stray far from it
+    critic       learns to predict the reward; starts from the reward model, head included
+    reward       the reward model, frozen
+
+    actor and critic are DeepSpeed engines; ref and reward are plain modules, or engines when their trained twin is under ZeRO-3.
+    num_total_iters is the number of optimizer steps of the whole run, for the learning-rate schedules.
+    """
+
+    def __init__(
+        self,
+        actor_model_name_or_path: str,
+        critic_model_name_or_path: str,
+        tokenizer,
+        num_total_iters: int,
+        args,
+        run: Run | None = None,
+    ) -> None:
+        self.args = args
+        self.run = run or Run.start(args)
+        self.tokenizer = tokenizer
+        self.template = load_template(actor_model_name_or_path, tokenizer)
+        names = (actor_model_name_or_path, critic_model_name_or_path)
+        check_same_tokenizer(tokenizer, load_tokenizer(critic_model_name_or_path), names)
+        self.num_total_iters = num_total_iters
+
+        self.ref = self._frozen(
+            TokenLogProbs(self._causal_lm(actor_model_name_or_path)),
+            args.actor_zero_stage,
+            args.offload_reference_model,
+        )
+        reward = self._scalar_model(critic_model_name_or_path)
+        self.reward_mean, self.reward_std = score_unit(reward.config, args.normalize_reward)
+        self.reward = self._frozen(TokenScores(reward), args.critic_zero_stage, args.offload_reward_model)
+        actor = self._causal_lm(actor_model_name_or_path, args.actor_gradient_checkpointing)
+        self.actor = self._trained(TokenLogProbs(self._with_lora(actor, "actor")), "actor")
+        critic = self._scalar_model(critic_model_name_or_path, args.critic_gradient_checkpointing)
+        self.critic = self._trained(TokenScores(self._with_lora(critic, "critic")), "critic")
+
+    def _causal_lm(self, path: str, gradient_checkpointing: bool = False):
+        return load_causal_lm(path, **self._loading("actor"), gradient_checkpointing=gradient_checkpointing)
+
+    def _scalar_model(self, path: str, gradient_checkpointing: bool = False):
+        return load_scalar_model(
+            path, **self._loading("critic"), gradient_checkpointing=gradient_checkpointing, seed=self.args.seed
+        )
+
+    def _loading(self, role: str) -> dict[str, Any]:
+        """How the models of a role are read: dtype, attention, dropout, split over the processes under ZeRO-3."""
+        run = self.run
+        return {
+            "dtype": run.dtype,
+            "attn": run.attention,
+            "dropout": getattr(self.args, f"{role}_dropout"),
+            "zero3_config": EngineOptions.of(self.args, role).loading_config(run.dtype, run.world_size),
+        }
+
+    def _with_lora(self, model, role: str):
+        dim = getattr(self.args, f"{role}_lora_dim")
+        if not dim:
+            return model
+        alpha, names = getattr(self.args, f"{role}_lora_alpha"), getattr(self.args, f"{role}_lora_module_name")
+        return add_lora(model, dim=dim, alpha=alpha, module_name=names)
+
+    def _trained(self, model, role: str):
+        options = EngineOptions.of(self.args, role)
+        return build_engine(
+            model, options, dtype=self.run.dtype, total_steps=self.num_total_iters, world_size=self.run.world_size
+        )
+
+    def _frozen(self, model, stage: int, offload: bool):
+        return build_frozen(
+            model,
+            stage=stage,
+            offload=offload,
+            dtype=self.run.dtype,
+            device=self.run.device,
+            world_size=self.run.world_size,
+        )
+
+    def values(self, model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores [batch, time] of the reward model or critic in units of the reward model's own spread, mean zero."""
+        return (model(input_ids, attention_mask) - self.reward_mean) / self.reward_std
+
+    def eval(self) -> None:
+        """Put all four models into evaluation mode: whatever is compared with something else is computed without dropout."""
+        for model in (self.actor, self.critic, self.ref, self.reward):
+            model.eval()
+
+
+def score_unit(config, normalize: bool) -> tuple[float, float]:
+    """Mean and standard deviation of the reward model's scores as step 2 stored them; (0, 1) if there are none."""
+    mean, std = getattr(config, "reward_mean", None), getattr(config, "reward_std", None)
+    if not normalize:
+        return 0.0, 1.0
+    if mean is None or std is None:
+        logger.warning(
+            "The reward model stores no reward_mean and reward_std (step 2 writes them); its raw scores are used."
+        )
+        return 0.0, 1.0
+    return float(mean), max(float(std), 1e-6)

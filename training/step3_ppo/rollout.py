@@ -1,0 +1,135 @@
+"""From prompts to a scored rollout: which prompts, the answers, and what the four models say about them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from inference.engine import generate
+
+from models.errors import UserError
+from models.heads import last_token_scores
+from training.step3_ppo.experience import Experience
+from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
+from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch, plan_micro_batches
+from training.utils.run import Run
+from training.utils.zero import whole_model
+
+
+class PromptBatches:
+    """The prompts of each rollout. All processes get equally many; the order does not depend on their number.
+
+    The last rollout of an epoch is filled up with prompts from the epoch's start, so that no process runs short.
+    """
+
+    def __init__(self, dataset, run: Run, args, pad_id: int) -> None:
+        self.dataset, self.run, self.seed, self.pad_id = dataset, run, args.seed, pad_id
+        self.lengths = list(dataset["length"])
+        self.size = args.per_device_generation_batch_size * args.generation_batches * run.world_size
+        self.per_epoch = math.ceil(len(self.lengths) / self.size)
+        self.total = args.max_steps if args.max_steps > 0 else self.per_epoch * args.num_train_epochs
+
+    def after(self, rollout: int) -> Iterator[tuple[int, PromptBatch]]:
+        """(number of the rollout from 1, this process's prompts) for the rollouts that follow the given one."""
+        for number in range(rollout, self.total):
+            plan = plan_epoch(self.lengths, self.size, seed=self.seed, epoch=number // self.per_epoch)
+            examples = list(plan[number % self.per_epoch])
+            fillers = [example for batch in plan for example in batch]
+            while len(examples) < self.size:
+                examples += fillers[: self.size - len(examples)]
+            yield number + 1, self.batch(examples)
+
+    def batch(self, examples: list[int]) -> PromptBatch:
+        """This process's share of the given examples, dealt like cards so that lengths are even."""
+        mine = examples[self.run.rank :: self.run.world_size]
+        rows = [self.dataset[example] | {"index": example} for example in mine]
+        return collate_prompts(rows, pad_id=self.pad_id).to(self.run.device)
+
+
+def row_seed(seed: int, rollout: int, example: int, occurrence: int) -> int:
+    """The seed that one answer is sampled with: the same whatever process or batch the prompt falls into."""
+    digest = hashlib.sha256(f"{seed}/{rollout}/{example}/{occurrence}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def row_seeds(seed: int, rollout: int, examples: list[int]) -> list[int]:
+    """One seed a row; a prompt that stands twice in a rollout gets two."""
+    seen: dict[int, int] = {}
+    seeds = []
+    for example in examples:
+        seeds.append(row_seed(seed, rollout, example, seen.get(example, 0)))
+        seen[example] = seen.get(example, 0) + 1
+    return seeds
+
+
+def roll_out(engine: DeepSpeedRLHFEngine, prompts: PromptBatch, args, rollout: int) -> Experience:
+    """Sample one answer to each of this process's prompts; returns the rows of all processes, not scored yet.
+
+    Under ZeRO-3 the actor's weights are gathered once for all of them.
+    """
+    engine.eval()
+    seeds = row_seeds(args.seed, rollout, prompts.index.tolist())
+    chunks = []
+    with whole_model(engine.actor) as actor:
+        for start in range(0, len(seeds), args.per_device_generation_batch_size):
+            rows = slice(start, start + args.per_device_generation_batch_size)
+            mask = prompts.attention_mask[rows]
+            left = int((mask.cumsum(1) > 0).int().argmax(1).min())  # columns that are padding in every row of the chunk
+            ids, mask = prompts.input_ids[rows, left:], mask[:, left:]
+            answers = generate(
+                actor.model, ids, mask,
+                max_new_tokens=args.max_answer_seq_len, stop_token_ids=engine.template.stop_token_ids,
+                pad_token_id=engine.tokenizer.pad_token_id, temperature=args.temperature, top_p=args.top_p,
+                top_k=args.top_k, row_seeds=seeds[rows],
+            )  # fmt: skip
+            chunks.append(
+                Experience.from_generation(ids, mask, answers, prompts.index[rows], engine.tokenizer.pad_token_id)
+            )
+    return Experience.concat(chunks).all_gather()
+
+
+@torch.no_grad()
+def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> None:
+    """Fill in old_log_probs, ref_log_probs, values (normalised) and scores (raw) of every row.
+
+    Each process scores its share and the shares are added up, so all of them end with the same whole rollout. The actor runs
+    through the engine that will train it - same kernels, same dtype - so that the first ratio is 1.
+    """
+    engine.eval()
+    run = engine.run
+    count, width = experience.action_mask.shape
+    token_fields = torch.zeros(3, count, width, device=run.device)
+    scores = torch.zeros(count, device=run.device)
+    budget = args.max_tokens_per_device or None
+    per_device = None if budget else args.per_device_training_batch_size
+    for positions in plan_micro_batches(experience.total_lengths(), run.world_size, per_device, budget)[run.rank]:
+        real = [position for position in positions if position >= 0]
+        rows = experience.select([max(position, 0) for position in positions]).trimmed()
+        ids, mask, answer = rows.input_ids, rows.attention_mask, rows.action_mask.shape[1]
+        prompt = ids.shape[1] - answer
+        found = torch.stack([
+            engine.actor(ids, mask, keep=answer, temperature=args.temperature),
+            engine.ref(ids, mask, keep=answer, temperature=args.temperature),
+            engine.values(engine.critic, ids, mask)[:, prompt - 1 : prompt + answer - 1],
+        ])  # fmt: skip
+        last = last_token_scores(engine.reward(ids, mask), mask)
+        if real:  # fillers stand behind the real rows of a plan, or alone
+            token_fields[:, real, :answer] = found[:, : len(real)].where(rows.action_mask[: len(real)].bool(), 0.0)
+            scores[real] = last[: len(real)].float()
+    if run.world_size > 1:
+        dist.all_reduce(token_fields)
+        dist.all_reduce(scores)
+    experience.old_log_probs, experience.ref_log_probs, experience.values = token_fields
+    experience.scores = scores
+    # The weights changed nowhere in between: only rounding may separate the sampler from the training forward.
+    gap = (experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max()
+    experience.sampler_gap = float(gap)
+
+
+def check_prompts(dataset, path_flag: str) -> None:
+    """Raise UserError if there is nothing to roll out from."""
+    if len(dataset) == 0:
+        raise UserError(f"{path_flag}: no prompt is left for step 3; see --data_split and --max_prompt_seq_len.")

@@ -1,0 +1,216 @@
+"""Save and resume: everything that moves, in folders that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.adapters import merged_state_dict, save_adapter
+from models.device import rng_state, set_rng_state
+from models.errors import UserError
+from models.factory import save_model
+from models.heads import base_model
+from training.utils.run import Run
+from training.utils.zero import whole_model
+
+logger = logging.getLogger("sanbu")
+
+MANIFEST = "checkpoint.json"
+# Flags that may differ between a run and its resumption: they do not change what a step computes.
+FREE_FLAGS = {
+    "output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "eval_interval", "eval_iters", "max_steps",
+    "num_train_epochs", "enable_tensorboard", "tensorboard_path", "print_answers", "print_answers_interval", "local_rank",
+    "rebuild_cache", "cache_dir", "data_output_path", "config", "per_device_eval_batch_size", "test_stop_step",
+    "enable_test_mode", "deepspeed", "overwrite_output_dir", "eval_prompts",
+}  # fmt: skip
+
+
+def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
+    """What must be equal for a resumed run to continue the same curve: flags, number of processes, content of the data."""
+    flags = {name: value for name, value in asdict(args).items() if name not in FREE_FLAGS}
+    return {"world_size": run.world_size, "data": data, **flags}
+
+
+def export(engine: Any, tokenizer: Any, template: Any, folder: str | Path, run: Run, **config: Any) -> None:
+    """Save the trained network as a checkpoint that transformers opens, LoRA merged (and alone in ``adapter/``). All processes call it.
+
+    config: fields to add to its config.json, such as the statistics of a reward model.
+    """
+    with whole_model(engine, only_main=True) as whole:
+        if run.is_main:
+            model = whole.model
+            base_model(model).config.update(config)
+            adapted = base_model(model) is not model
+            save_model(model, tokenizer, template, folder, merged_state_dict(model) if adapted else None)
+            if adapted:
+                save_adapter(model, folder)
+    run.barrier()
+
+
+class Checkpoint:
+    """The checkpoints of one run, under ``output_dir/checkpoints/step-00000012``.
+
+    A folder is written under another name, gets its manifest (all files with their sizes) last and is renamed then; without
+    a matching manifest it is never read. It holds the engines' weights, optimizers, schedules and loss scales, and for every
+    process the states of the random generators. The position in the data is the step itself.
+    """
+
+    def __init__(self, run: Run, engines: dict[str, Any], marks: dict[str, Any]) -> None:
+        self.run = run
+        self.engines = engines
+        self.marks = json.loads(json.dumps(marks, default=str))
+        self.folder = Path(run.args.output_dir) / "checkpoints"
+
+    def save(self, step: int, extra: dict[str, Any] | None = None) -> None:
+        """Save after the given number of optimizer steps; extra is any JSON that the step wants back. All processes call it."""
+        final = self.folder / f"step-{step:08d}"
+        if (final / MANIFEST).exists():
+            return
+        partial = self.folder / f".writing-{final.name}"
+        if self.run.local_rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.run.barrier()
+        for name, engine in self.engines.items():
+            engine.save_checkpoint(str(partial / name), tag="state", save_latest=False)
+        torch.save(generator_states(), partial / f"generators-{self.run.rank}.pt")
+        self.run.barrier()
+        if self.run.local_rank == 0:
+            self._seal(partial, final, step, extra or {})
+            self._prune()
+        self.run.barrier()
+
+    def _seal(self, partial: Path, final: Path, step: int, extra: dict[str, Any]) -> None:
+        """Write the manifest and give the folder its name; on a disk that nodes share, the first one does it for all."""
+        try:
+            files = {
+                str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()
+            }
+            manifest = {"step": step, "marks": self.marks, "extra": extra, "files": files}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            partial.rename(final)
+        except OSError:
+            if not (final / MANIFEST).exists():
+                raise
+
+    def _prune(self) -> None:
+        """Remove the oldest whole checkpoints beyond --save_total_limit."""
+        limit = self.run.args.save_total_limit
+        if limit > 0:
+            for folder in sorted(self.folder.glob("step-*"))[:-limit]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        """Continue where --resume says. Returns the number of steps done and the extra of that checkpoint; (0, {}) to start.
+
+        Raises UserError for a checkpoint that is half-written or was made by another run.
+        """
+        wanted = self.run.args.resume
+        if not wanted:
+            return 0, {}
+        if wanted == "auto":
+            folder = newest_whole(self.folder)
+            if folder is None:
+                logger.info("--resume: no whole checkpoint under %s; the run starts at its beginning.", self.folder)
+                return 0, {}
+        else:
+            folder = Path(wanted)
+        manifest = read_manifest(folder)
+        self._check_marks(folder, manifest["marks"])
+        for name, engine in self.engines.items():
+            loaded, _ = engine.load_checkpoint(str(folder / name), tag="state")
+            if loaded is None:
+                raise UserError(
+                    f"{folder}: the state of the {name} could not be loaded; resume from an older checkpoint."
+                )
+        states = torch.load(folder / f"generators-{self.run.rank}.pt", weights_only=True)
+        set_generator_states(states)
+        self.run.metrics.rewind(manifest["step"])
+        logger.info("Resumed from %s after %d steps.", folder, manifest["step"])
+        return manifest["step"], manifest["extra"]
+
+    def _check_marks(self, folder: Path, marks: dict[str, Any]) -> None:
+        """Compare what the checkpoint was made with to this run, mark by mark."""
+        for name in sorted(self.marks.keys() | marks.keys()):
+            then, now = marks.get(name), self.marks.get(name)
+            if then == now:
+                continue
+            if name == "data":
+                raise UserError(
+                    f"{folder} was made with other training data; resume with the same files, or start afresh."
+                )
+            if name == "world_size":
+                raise UserError(
+                    f"{folder} was made by {then} processes, this run has {now}; DeepSpeed's shards need the same number."
+                )
+            raise UserError(
+                f"{folder} was made with --{name} {then}, this run says {now}; give the same value, or another --output_dir."
+            )
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint folder that has a matching manifest, or None."""
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            read_manifest(candidate)
+        except UserError as error:
+            logger.warning("Passed over: %s", error)
+            continue
+        return candidate
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there in full size. Raises UserError otherwise."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(
+            f"--resume {folder}: no such folder; name one under output_dir/checkpoints, or use --resume alone."
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{folder} is not a whole checkpoint ({MANIFEST} is missing or cut); resume from an older one."
+        ) from error
+    for name, size in files:
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise UserError(
+                f"{folder} is half-written: {name} is missing or has another size; resume from an older one."
+            )
+    return manifest
+
+
+def generator_states() -> dict[str, Any]:
+    """States of the generators of python, numpy, torch and the device, as tensors that load without pickle."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": torch.tensor([version, *words]),
+        "python_gauss": gauss,
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_rest": [name, int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "device": rng_state(),
+    }
+
+
+def set_generator_states(states: dict[str, Any]) -> None:
+    """Undo what happened since ``generator_states``."""
+    version, *words = states["python"].tolist()
+    random.setstate((version, tuple(words), states["python_gauss"]))
+    name, position, has_gauss, cached = states["numpy_rest"]
+    np.random.set_state((name, states["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    set_rng_state(states["device"])

@@ -1,0 +1,90 @@
+"""Where figures go: metrics.jsonl, TensorBoard and one progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+
+class Metrics:
+    """Writes one JSON object a line to ``metrics.jsonl`` of the output folder and, if asked, the same to TensorBoard.
+
+    Only the process with ``enabled`` writes; the others may call every method without effect.
+    """
+
+    def __init__(self, output_dir: Path, *, enabled: bool, tensorboard: str | None = None) -> None:
+        self.path = output_dir / "metrics.jsonl"
+        self.enabled = enabled
+        self.started = time.monotonic()
+        self.writer = None
+        if enabled and tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = Path(tensorboard)
+            self.writer = SummaryWriter(folder if folder.is_absolute() else output_dir / folder)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after the given optimizer step: a resumed run writes those lines again."""
+        if not self.enabled or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:  # the line that a kill cut in two
+                continue
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def log(self, step: int, values: dict[str, float | int | str], prefix: str = "train") -> None:
+        """Write the values under keys ``prefix/name``; step counts optimizer steps from 1 (rollouts in step 3)."""
+        if not self.enabled:
+            return
+        named = {f"{prefix}/{name}": value for name, value in values.items()}
+        record = {"step": step, "seconds": round(time.monotonic() - self.started, 3), **named}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self.writer is not None:
+            for name, value in named.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self.writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Show a text (a table of samples) in TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_text(name, markdown, step)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_metrics(path: Path, name: str) -> list[tuple[int, float]]:
+    """All (step, value) pairs of one key, such as ``train/loss``, from a metrics.jsonl."""
+    records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
+    return [(record["step"], record[name]) for record in records if name in record]
+
+
+def progress_line(step: int, total: int, values: dict[str, float], seconds: float, done: int) -> str:
+    """``step 12/300  loss 2.310  tokens/s 1234  left 1:23`` - seconds and done count since the start or the resume."""
+    left = seconds / max(done, 1) * (total - step)
+    figures = "  ".join(f"{name} {format_figure(value)}" for name, value in values.items())
+    return f"step {step}/{total}  {figures}  left {format_seconds(left)}"
+
+
+def format_figure(value: float) -> str:
+    """A figure in few characters."""
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,374 @@
+"""DeepSpeed: configurations, engines, one optimizer step over many micro-batches, whole weights under ZeRO-3."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.device import detect_platform
+from models.errors import UserError
+from training.utils.run import Run
+
+logger = logging.getLogger("sanbu")
+
+# Keys of a --deepspeed_config file that would contradict what the step itself decides.
+OWNED_BY_FLAGS = {
+    "optimizer": "--optimizer, --learning_rate",
+    "scheduler": "--lr_scheduler_type, --num_warmup_steps",
+    "train_batch_size": "--global_batch_size",
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+}
+DTYPE_SECTIONS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def precision_config(dtype: torch.dtype) -> dict[str, Any]:
+    """The fp16/bf16 sections; nothing for float32."""
+    if dtype == torch.float16:
+        return {"fp16": {"enabled": True, "loss_scale_window": 100, "initial_scale_power": 16}}
+    if dtype == torch.bfloat16:
+        return {"bf16": {"enabled": True}}
+    return {}
+
+
+def get_train_ds_config(
+    offload: bool,
+    dtype: torch.dtype,
+    stage: int = 2,
+    *,
+    offload_param: bool = False,
+    max_grad_norm: float = 1.0,
+    world_size: int = 1,
+    zero_hpz_partition_size: int = 1,
+    zero_quantized_weights: bool = False,
+    zero_quantized_gradients: bool = False,
+    zero_quantized_nontrainable_weights: bool = False,
+    override: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The configuration of an engine that trains.
+
+    Batch sizes are placeholders of one: a step of ours decides itself which micro-batches make a global batch and where it
+    ends, and scales the loss by the number of target tokens in it. ``override`` (the content of --deepspeed_config) wins
+    key by key. ZeRO++ options (hpz, quantised weights and gradients) exist under stage 3 only.
+    """
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage >= 2 and dtype != torch.float32}
+    if offload and stage >= 1:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": (detect_platform().name != "cpu")}
+    if stage == 3:
+        if offload_param:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": (detect_platform().name != "cpu")}
+        # Small weights stay whole; the window of live ones is wide, or every layer would be fetched twice (1.2e9 is 6B / 5).
+        zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_max_live_parameters": 1_200_000_000}
+        zero |= {"stage3_prefetch_bucket_size": 30_000_000, "stage3_gather_16bit_weights_on_model_save": False}
+        if zero_hpz_partition_size > 1:
+            zero["zero_hpz_partition_size"] = zero_hpz_partition_size
+        for name, value in (
+            ("zero_quantized_weights", zero_quantized_weights),
+            ("zero_quantized_gradients", zero_quantized_gradients),
+            ("zero_quantized_nontrainable_weights", zero_quantized_nontrainable_weights),
+        ):
+            if value:
+                zero[name] = True
+    config = {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        # torch's AdamW is welcome beside the host: which operator serves is decided in build_optimizer.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": max_grad_norm,
+        "prescale_gradients": False,
+        "wall_clock_breakdown": False,
+        **precision_config(dtype),
+    }
+    return merge(config, override or {})
+
+
+def get_eval_ds_config(offload: bool, dtype: torch.dtype, stage: int = 0, *, world_size: int = 1) -> dict[str, Any]:
+    """The configuration of a frozen model's engine; only stage 3 saves anything without an optimizer."""
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 10_000
+        zero["offload_param"] = {"device": "cpu" if offload else "none"}
+    return {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        **precision_config(dtype),
+    }
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """The base with the override's keys put over it, section by section."""
+    merged = dict(base)
+    for key, value in override.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def read_deepspeed_config(path: str | None) -> dict[str, Any]:
+    """The content of --deepspeed_config. Raises UserError for an unreadable file or a key that a flag owns."""
+    if not path:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: {error.strerror}; name an existing JSON file.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    for key, flag in OWNED_BY_FLAGS.items():
+        if key in config and config[key] != "auto":
+            raise UserError(f'{path}: the key "{key}" is set by flags here; remove it and use {flag}.')
+    return {key: value for key, value in config.items() if key not in OWNED_BY_FLAGS}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How one model is trained; ``EngineOptions.of(args, "actor")`` reads the flags with that prefix."""
+
+    zero_stage: int
+    offload_optimizer: bool
+    offload_param: bool
+    learning_rate: float
+    lora_learning_rate: float
+    weight_decay: float
+    num_warmup_steps: int
+    lr_scheduler_type: str
+    optimizer: str
+    betas: tuple[float, float]
+    epsilon: float
+    max_grad_norm: float
+    zero_plus_plus: dict[str, Any]
+    deepspeed_config: str | None
+
+    @classmethod
+    def of(cls, args, role: str = "") -> EngineOptions:
+        """Read the flags; role is "" (steps 1 and 2), "actor" or "critic"."""
+        prefix = f"{role}_" if role else ""
+        get = lambda name: getattr(args, prefix + name)  # noqa: E731
+        return cls(
+            zero_stage=get("zero_stage"),
+            offload_optimizer=args.offload or args.offload_optimizer,
+            offload_param=args.offload_param or (args.offload and get("zero_stage") == 3),
+            learning_rate=get("learning_rate"),
+            lora_learning_rate=get("lora_learning_rate"),
+            weight_decay=get("weight_decay"),
+            num_warmup_steps=args.num_warmup_steps,
+            lr_scheduler_type=args.lr_scheduler_type,
+            optimizer=args.optimizer,
+            betas=(args.adam_beta1, args.adam_beta2),
+            epsilon=args.adam_epsilon,
+            max_grad_norm=args.max_grad_norm,
+            zero_plus_plus={
+                name: getattr(args, name)
+                for name in (
+                    "zero_hpz_partition_size",
+                    "zero_quantized_weights",
+                    "zero_quantized_gradients",
+                    "zero_quantized_nontrainable_weights",
+                )
+            },
+            deepspeed_config=args.deepspeed_config,
+        )
+
+    def train_config(self, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
+        """The DeepSpeed configuration of the engine."""
+        return get_train_ds_config(
+            self.offload_optimizer,
+            dtype,
+            self.zero_stage,
+            offload_param=self.offload_param,
+            max_grad_norm=self.max_grad_norm,
+            world_size=world_size,
+            override=read_deepspeed_config(self.deepspeed_config),
+            **self.zero_plus_plus,
+        )
+
+    def loading_config(self, dtype: torch.dtype, world_size: int) -> dict[str, Any] | None:
+        """What the factory needs to split the weights while it reads them: a configuration under stage 3, else None."""
+        return self.train_config(dtype, world_size) if self.zero_stage == 3 else None
+
+
+def parameter_groups(model: nn.Module, options: EngineOptions) -> list[dict[str, Any]]:
+    """Trainable parameters in up to four groups: LoRA or not, with weight decay (matrices) or without (biases, norms)."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            groups.setdefault(("lora_" in name, dimensions >= 2), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": options.lora_learning_rate if lora else options.learning_rate,
+            "weight_decay": options.weight_decay if decay else 0.0,
+        }
+        for (lora, decay), parameters in groups.items()
+    ]
+
+
+def build_optimizer(groups: list[dict[str, Any]], options: EngineOptions) -> torch.optim.Optimizer:
+    """AdamW in the best implementation that this machine has; a fallback is logged once with its reason."""
+    settings = {"betas": options.betas, "eps": options.epsilon}
+    on_host = options.offload_optimizer and options.zero_stage >= 1 and (detect_platform().name != "cpu")
+    wanted = options.optimizer if options.optimizer != "auto" else ("cpu_adam" if on_host else "adamw")
+    if wanted != "adamw":
+        try:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+            operator = DeepSpeedCPUAdam if wanted == "cpu_adam" else FusedAdam
+            return operator(groups, adamw_mode=True) if wanted == "fused_adam" else operator(groups, **settings)
+        except Exception as error:  # a compiler, toolkit or driver that is missing shows in many ways
+            logger.warning(
+                "DeepSpeed's %s cannot be built here (%s); torch's AdamW takes its place.", wanted, first_line(error)
+            )
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype, total_steps: int, world_size: int):
+    """Wrap a model for training: optimizer, learning-rate schedule, ZeRO. total_steps counts optimizer steps of the whole run."""
+    import deepspeed
+    from transformers import get_scheduler
+
+    optimizer = build_optimizer(parameter_groups(model, options), options)
+    scheduler = get_scheduler(
+        options.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=min(options.num_warmup_steps, max(total_steps // 2, 1)) if options.num_warmup_steps else 0,
+        num_training_steps=max(total_steps, 1),
+    )
+    config = options.train_config(dtype, world_size)
+    skeleton = copy_structure(model) if options.zero_stage == 3 else None
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    engine.plain_skeleton = skeleton
+    return engine
+
+
+def build_frozen(
+    model: nn.Module, *, stage: int, offload: bool, dtype: torch.dtype, device: torch.device, world_size: int
+):
+    """A model that is only evaluated: sharded by an engine under stage 3, else on the device as it is."""
+    import deepspeed
+
+    model.eval().requires_grad_(False)
+    if stage != 3:
+        return model.to(device)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=get_eval_ds_config(offload, dtype, stage, world_size=world_size)
+    )
+    engine.module.eval()
+    return engine
+
+
+def optimizer_step(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor], run: Run) -> float:
+    """Accumulate the gradients of all micro-batches, then step once.
+
+    ``loss_of(micro_batch)`` is a sum over this process's tokens divided by the denominator of the whole global batch, so the
+    losses of all micro-batches and processes add up to the loss of the global batch. DeepSpeed averages gradients over
+    processes; the factor world_size undoes that. Returns the loss of the global batch. Raises UserError, before the weights
+    move, if it is not finite.
+    """
+    total = 0.0
+    for index, micro_batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        engine.set_gradient_accumulation_boundary(last)
+        loss = loss_of(micro_batch)
+        engine.backward(loss * run.world_size, scale_wrt_gas=False)
+        total += loss.item()
+        if last:
+            total = run.agree(total)
+        engine.step()
+    return total
+
+
+def gradient_norm(engine) -> float:
+    """The norm of the last global gradient before clipping; NaN where the engine does not know it (ZeRO-0 in float32)."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else math.nan
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """The same modules with empty parameters on the meta device; ties are kept, weights are not copied.
+
+    Must be called before deepspeed.initialize: its hooks would be copied too.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty(shape, dtype=parameter.dtype, device="meta"), requires_grad=False
+        )
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def whole_model(engine, device: torch.device | None = None, only_main: bool = False) -> Iterator[nn.Module | None]:
+    """The trained module with whole weights: the module itself, or under ZeRO-3 a plain copy gathered once.
+
+    All processes must enter and leave together. With only_main the copy is made on rank 0 alone and the others get None
+    (saving); otherwise every process holds it (rollouts). It carries no DeepSpeed hooks, so nothing is gathered per token.
+    """
+    if getattr(engine, "plain_skeleton", None) is None:
+        yield engine.module
+        return
+    import deepspeed
+
+    keep = not only_main or torch.distributed.get_rank() == 0
+    target = device or engine.device
+    copied: dict[int, nn.Parameter] = {}
+    plain = engine.plain_skeleton
+    slots = dict(plain.named_parameters(remove_duplicate=False))
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        if id(parameter) in copied:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter]):
+            data = parameter.detach().to(target, copy=True) if keep else None
+        copied[id(slots[name])] = nn.Parameter(data, requires_grad=False) if keep else None
+    if keep:
+        buffers = dict(engine.module.named_buffers())
+        fill(plain, copied, {name: value.to(target) for name, value in buffers.items()})
+        plain.eval()
+    yield plain if keep else None
+    if keep:
+        empty = {id(parameter): placeholder(parameter) for parameter in plain.parameters()}
+        fill(plain, empty, {})
+
+
+def placeholder(parameter: nn.Parameter) -> nn.Parameter:
+    """An empty parameter of the same shape on the meta device."""
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def fill(model: nn.Module, parameters: dict[int, nn.Parameter], buffers: dict[str, Tensor]) -> None:
+    """Put the given parameters (by id of the one they replace) and buffers (by name) into the modules, ties included."""
+    for prefix, module in model.named_modules():
+        for name, old in list(module._parameters.items()):
+            if old is not None and id(old) in parameters:
+                module._parameters[name] = parameters[id(old)]
+        for name in list(module._buffers):
+            full = f"{prefix}.{name}" if prefix else name
+            if full in buffers:
+                module._buffers[name] = buffers[full]
+
+
+def trainable_count(parameters: Iterable[nn.Parameter]) -> int:
+    """Number of weights that the optimizer moves, counted whole under ZeRO-3."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
