@@ -1,7 +1,7 @@
 """Devices: which platform this is, what it can compute, and the few calls that differ between platforms.
 
-The only file that names ``torch.cuda`` (a test sees to it). Platforms: cuda (NVIDIA), dcu (Hygon; a HIP build of torch, so it
-answers to the cuda names), npu (Ascend, torch_npu), cpu.
+The only file that names ``torch.cuda`` (a test sees to it). Platforms: cuda (NVIDIA), dcu (Hygon; a HIP build of torch,
+so it answers to the cuda names), npu (Ascend, torch_npu), cpu.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ logger = logging.getLogger("sanbu")
 class Platform:
     """A kind of machine: our name, torch's device type, the backend of its process groups."""
 
-    name: str           # cuda | dcu | npu | cpu
-    torch_device: str   # cuda | npu | cpu
-    backend: str        # nccl | hccl | gloo
+    name: str  # cuda | dcu | npu | cpu
+    torch_device: str  # cuda | npu | cpu
+    backend: str  # nccl | hccl | gloo
 
 
 PLATFORMS = {
     "cuda": Platform("cuda", "cuda", "nccl"),
-    "dcu": Platform("dcu", "cuda", "nccl"),   # the library behind the name is RCCL
+    "dcu": Platform("dcu", "cuda", "nccl"),  # the library behind the name is RCCL
     "npu": Platform("npu", "npu", "hccl"),
     "cpu": Platform("cpu", "cpu", "gloo"),
 }
@@ -40,13 +40,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def detect_platform() -> Platform:
-    """Find the platform and say it to DeepSpeed through DS_ACCELERATOR, whose own detection takes an importable torch_npu for an NPU.
+    """Find the platform and say it to DeepSpeed through DS_ACCELERATOR, whose own detection takes an importable
+    torch_npu for an NPU.
 
     DS_ACCELERATOR, when set (cuda, dcu, npu, cpu), decides. UserError if the device it names does not answer.
     """
     wanted = os.environ.get("DS_ACCELERATOR", "").lower()
     if wanted and wanted not in PLATFORMS:
-        raise UserError(f"DS_ACCELERATOR={wanted} is not supported; set it to one of {', '.join(PLATFORMS)}, or leave it unset.")
+        raise UserError(
+            f"DS_ACCELERATOR={wanted} is not supported; set it to one of {', '.join(PLATFORMS)}, or leave it unset."
+        )
     hip = torch.version.hip is not None
     if wanted == "cpu":
         platform = PLATFORMS["cpu"]
@@ -56,8 +59,8 @@ def detect_platform() -> Platform:
         platform = PLATFORMS["dcu" if hip else "cuda"]
     elif wanted:
         raise UserError(
-            f"DS_ACCELERATOR={wanted}, but torch {torch.__version__} finds no such device; check the driver and the visible devices, "
-            "install the torch build for it, or set DS_ACCELERATOR=cpu."
+            f"DS_ACCELERATOR={wanted}, but torch {torch.__version__} finds no such device; check the driver and the "
+            "visible devices, install the torch build for it, or set DS_ACCELERATOR=cpu."
         )
     else:
         platform = PLATFORMS["cpu"]
@@ -74,7 +77,7 @@ def _npu_answers() -> bool:
         return False
     try:
         import torch_npu  # noqa: F401  (gives torch its npu module)
-    except (ImportError, OSError, RuntimeError) as error:   # installed in an image whose machine has no driver
+    except (ImportError, OSError, RuntimeError) as error:  # installed in an image whose machine has no driver
         logger.warning("torch_npu is installed but does not load (%s); looking for other devices.", error)
         return False
     return torch.npu.device_count() > 0
@@ -105,7 +108,7 @@ def set_device(platform: Platform, local_rank: int) -> torch.device:
     if local_rank >= count:
         raise UserError(
             f"process {local_rank} of this node has no card: {count} visible; start as many processes as cards "
-            "(deepspeed --num_gpus), or show more with CUDA_VISIBLE_DEVICES / HIP_VISIBLE_DEVICES / ASCEND_RT_VISIBLE_DEVICES."
+            "(deepspeed --num_gpus), or show more, by CUDA_VISIBLE_DEVICES, HIP_… or ASCEND_RT_VISIBLE_DEVICES."
         )
     module.set_device(local_rank)
     return torch.device(platform.torch_device, local_rank)
@@ -129,7 +132,8 @@ def chip_name(platform: Platform, index: int = 0) -> str:
 def chip_dtypes(chip: str) -> tuple[str, ...]:
     """The dtypes a chip can train in, the best first.
 
-    From a table, because torch.cuda.is_bf16_supported() says True on every HIP build and, by emulation, on old NVIDIA cards.
+    From a table, because torch.cuda.is_bf16_supported() says True on every HIP build and, by emulation, on old NVIDIA
+    cards.
     """
     if chip == "cpu":
         return ("fp32", "bf16")
@@ -139,7 +143,8 @@ def chip_dtypes(chip: str) -> tuple[str, ...]:
             return ("bf16", "fp16", "fp32")
         return ("fp16", "fp32") if capability >= 70 else ("fp32",)
     if chip.startswith("gfx"):
-        # gfx906 (Z100, Z100L) and gfx926 (K100) have no bf16 units; gfx928 (K100_AI), gfx936 (BW) and AMD's gfx90a, gfx94x, gfx95x do.
+        # gfx906 (Z100, Z100L) and gfx926 (K100) have no bf16 units; gfx928 (K100_AI), gfx936 (BW) and AMD's gfx90a,
+        # gfx94x, gfx95x do.
         native = chip in ("gfx928", "gfx936", "gfx90a") or chip.startswith(("gfx94", "gfx95"))
         return ("bf16", "fp16", "fp32") if native else ("fp16", "fp32")
     if chip.startswith("Ascend910"):
@@ -153,18 +158,24 @@ def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
     """--dtype fp32 | fp16 | bf16 | auto -> torch.dtype. UserError if this device cannot train in it."""
     if name not in (*DTYPES, "auto"):
         raise UserError(f"--dtype {name} is unknown; choose fp32, fp16, bf16 or auto.")
-    index = int(os.environ.get("LOCAL_RANK", "0"))   # probe one's own card: a probe on card 0 would cost it memory for every process
+    index = int(
+        os.environ.get("LOCAL_RANK", "0")
+    )  # probe one's own card: a probe on card 0 would cost it memory for every process
     chip = chip_name(platform, index)
     able = chip_dtypes(chip)
     if name == "auto":
         name = next(dtype for dtype in able if dtype == "fp32" or probe_dtype(DTYPES[dtype], platform, index))
     elif name not in able or (name != "fp32" and not probe_dtype(DTYPES[name], platform, index)):
-        raise UserError(f"--dtype {name}: this device ({platform.name}, {chip}) cannot train in it; use --dtype {' or '.join(able)}.")
+        raise UserError(
+            f"--dtype {name}: this device ({platform.name}, {chip}) cannot train in it; use {' or '.join(able)}."
+        )
     return DTYPES[name]
 
 
 def probe_dtype(dtype: torch.dtype, platform: Platform, index: int = 0) -> bool:
-    """Multiply two small matrices in the dtype, forward and backward, and compare with float32: what the table says must also work."""
+    """Multiply two small matrices in the dtype, forward and backward, and compare with float32: what the table says
+    must also work.
+    """
     device = torch.device(platform.torch_device, index) if platform.torch_device != "cpu" else torch.device("cpu")
     values = torch.linspace(-1, 1, 256, device=device).view(16, 16)
     try:
@@ -177,7 +188,9 @@ def probe_dtype(dtype: torch.dtype, platform: Platform, index: int = 0) -> bool:
 
 
 def attention_implementation(choice: str, platform: Platform) -> str:
-    """--attention auto | eager | sdpa | flash_attention_2 -> the name transformers uses. auto: eager on dcu and on the NPU, else sdpa."""
+    """--attention auto | eager | sdpa | flash_attention_2 -> the name transformers uses. auto: eager on dcu and on the
+    NPU, else sdpa.
+    """
     choices = ("eager", "sdpa", "flash_attention_2")
     if choice == "auto":
         return "eager" if platform.name in ("dcu", "npu") else "sdpa"
@@ -188,15 +201,18 @@ def attention_implementation(choice: str, platform: Platform) -> str:
     return choice
 
 
-# --- memory, streams, random numbers of the current device --------------------------------------------------------------
+# --- memory, streams, random numbers of the current device
+# --------------------------------------------------------------
 
 
 def peak_memory_gb() -> float:
-    """The most memory so far, GB: of the card since reset_peak_memory(), on a CPU of the process since it started (resident set)."""
+    """The most memory so far, GB: of the card since reset_peak_memory(), on a CPU of the process since it started
+    (resident set).
+    """
     module = _backend_module()
     if module is not None:
         return module.max_memory_allocated() / 1e9
-    import resource   # not on Windows, which DeepSpeed does not run on either
+    import resource  # not on Windows, which DeepSpeed does not run on either
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

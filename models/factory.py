@@ -34,7 +34,9 @@ logger = logging.getLogger("sanbu")
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between families: the linear layers that LoRA adapts, and whether positions come from a table of fixed length."""
+    """What differs between families: the linear layers that LoRA adapts, and whether positions come from a table of
+    fixed length.
+    """
 
     lora_targets: tuple[str, ...]
     learned_positions: bool = False
@@ -56,6 +58,7 @@ FAMILIES = {
     "glm4": Family(_FUSED_GATE),
 }
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 # --- is there a checkpoint? -------------------------------------------------------------------------------------------
@@ -69,7 +72,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if folder.is_file():
         raise UserError(f"model {path} is a file; name the folder that holds its config.json and weights.")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
-        raise UserError(f"model folder {path} does not exist; name a folder with config.json and weights, or a model id such as facebook/opt-1.3b.")
+        raise UserError(f"model folder {path} does not exist; name a folder with config.json and weights, or a hub id.")
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
@@ -77,20 +80,24 @@ def resolve_checkpoint(path: str | Path) -> Path:
         found = Path(snapshot_download(str(path), allow_patterns=files))
         if not any((found / name).exists() for name in WEIGHTS[:2]):
             found = Path(snapshot_download(str(path), allow_patterns=[*files, "*.bin"]))
-    except Exception as error:   # the hub's client raises its own, requests', httpx' and OSError, by version
+    except Exception as error:  # the hub's client raises its own, requests', httpx' and OSError, by version
         raise UserError(
-            f"model {path} is no folder here, and the hub did not give it ({type(error).__name__}); where there is network, run "
-            f"`hf download {path} --local-dir FOLDER` and pass FOLDER, or correct the name."
+            f"model {path} is no folder here, and the hub did not give it ({type(error).__name__}); where there is "
+            f"network, run `hf download {path} --local-dir FOLDER` and pass FOLDER, or correct the name."
         ) from error
     return found
 
 
 def check_checkpoint(path: str | Path) -> Path:
-    """The folder of a checkpoint that can be loaded; UserError says what is missing. Reads no weights, only their headers."""
+    """The folder of a checkpoint that can be loaded; UserError says what is missing. Reads no weights, only their
+    headers.
+    """
     folder = resolve_checkpoint(path)
     model_type = read_json(folder / "config.json", path).get("model_type")
     if model_type not in FAMILIES:
-        raise UserError(f"model {path} is of type {model_type!r}, which is not supported; supported: {', '.join(FAMILIES)}.")
+        raise UserError(
+            f"model {path} is of type {model_type!r}, which is not supported; supported: {', '.join(FAMILIES)}."
+        )
     found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"model {path} has no weights (looked for {', '.join(WEIGHTS)}); copy the whole checkpoint.")
@@ -107,7 +114,9 @@ def read_json(file: Path, path: str | Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"model {path} has no {file.name}; an interrupted save or download leaves such a folder: make it again.") from None
+        raise UserError(
+            f"model {path} has no {file.name}; an interrupted save or download leaves such a folder: make it again."
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy the checkpoint again.") from error
     if not isinstance(content, dict):
@@ -123,9 +132,11 @@ def check_weight_file(file: Path) -> None:
         try:
             with safe_open(file, framework="pt") as content:
                 content.keys()
-        except Exception as error:   # SafetensorError is not public in every version
+        except Exception as error:  # SafetensorError is not public in every version
             raise UserError(f"{file} is truncated or damaged ({error}); copy the checkpoint again.") from error
-    elif not zipfile.is_zipfile(file) and file.stat().st_size < 1024:   # an old pickle is no zip; a pointer of git-lfs is tiny
+    elif (
+        not zipfile.is_zipfile(file) and file.stat().st_size < 1024
+    ):  # an old pickle is no zip; a pointer of git-lfs is tiny
         raise UserError(f"{file} holds no weights ({file.stat().st_size} bytes); copy the checkpoint again.")
 
 
@@ -133,16 +144,28 @@ def check_weight_file(file: Path) -> None:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Without a pad token, pad is the end token: masks come from lengths, so it is never mistaken."""
+    """The tokenizer of a checkpoint. Without a pad token, pad is the end token: masks come from lengths, so it is never
+    mistaken.
+    """
     folder = resolve_checkpoint(path)
     read_json(folder / "config.json", path)
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty tokenizer
+        raise UserError(
+            f"model {path} has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy the whole checkpoint."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:   # by family: OSError, ValueError, KeyError, TypeError, the Rust library's plain Exception
-        raise UserError(f"model {path} has no tokenizer that loads ({first_line(error)}); copy its tokenizer files beside config.json.") from error
+    except (
+        Exception
+    ) as error:  # by family: OSError, ValueError, KeyError, TypeError, the Rust library's plain Exception
+        raise UserError(
+            f"model {path} has no tokenizer that loads ({first_line(error)}); copy its tokenizer files again."
+        ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {path} has neither a pad nor an end token; set eos_token in tokenizer_config.json.")
+            raise UserError(
+                f"the tokenizer of {path} has neither a pad nor an end token; set eos_token in tokenizer_config.json."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -155,16 +178,20 @@ def first_line(error: Exception) -> str:
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def load_causal_lm(path: str | Path, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, **options) -> PreTrainedModel:
+def load_causal_lm(
+    path: str | Path, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, **options
+) -> PreTrainedModel:
     """The language model of a checkpoint, for SFT, actor and reference.
 
-    dropout: every dropout of the config, None keeps the checkpoint's. options: gradient_checkpointing=False; zero3_config=None, a
-    DeepSpeed config with stage 3, splits the weights over the processes while they are read; tokenizer=None, one with more ids than the
-    embedding has rows enlarges it (it never shrinks).
+    dropout: every dropout of the config, None keeps the checkpoint's. options: gradient_checkpointing=False;
+    zero3_config=None, a DeepSpeed config with stage 3, splits the weights over the processes while they are read;
+    tokenizer=None, one with more ids than the embedding has rows enlarges it (it never shrinks).
     """
     model, missing = _load(AutoModelForCausalLM, path, dtype, attn, dropout, **options)
     if missing:
-        raise UserError(f"model {path} lacks the weights {', '.join(sorted(missing)[:3])}; it is no checkpoint of a causal language model.")
+        raise UserError(
+            f"model {path} lacks the weights {', '.join(sorted(missing)[:3])}; it is no causal language model."
+        )
     return model
 
 
@@ -173,18 +200,19 @@ def load_scalar_model(
 ) -> PreTrainedModel:
     """A network with one score per position, for reward model and critic. options as in load_causal_lm.
 
-    From a reward checkpoint the head is kept, and in the config what step 2 measured (reward_mean, reward_std). From a language model the head
-    is new: N(0, 1/sqrt(width + 1)), Stiennon et al. 2020 (arXiv 2009.01325), the same on every process.
+    From a reward checkpoint the head is kept, and in the config what step 2 measured (reward_mean, reward_std). From a
+    language model the head is new: N(0, 1/sqrt(width + 1)), Stiennon et al. 2020 (arXiv 2009.01325), the same on every
+    process.
     """
     model, missing = _load(AutoModelForSequenceClassification, path, dtype, attn, dropout, num_labels=1, **options)
     if missing - {"score.weight"}:
-        raise UserError(f"model {path} lacks the weights {', '.join(sorted(missing - {'score.weight'})[:3])}; copy the checkpoint again.")
+        raise UserError(f"model {path} lacks the weights {', '.join(sorted(missing)[:3])}; copy the checkpoint again.")
     if "score.weight" in missing:
         weight = model.score.weight
         width = getattr(weight, "ds_shape", weight.shape)[-1]
         fresh = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
         with gathered([weight]):
-            if weight.numel() == width:   # under ZeRO-3 whole only inside
+            if weight.numel() == width:  # under ZeRO-3 whole only inside
                 weight.data.copy_(fresh)
     model.config.problem_type = "regression"
     return model
@@ -218,10 +246,13 @@ def _load(
         except RuntimeError as error:
             if "mismatch" not in str(error).lower():
                 raise
-            raise UserError(f"the weights of {path} do not have the shapes that its config.json says ({first_line(error)}).") from error
+            raise UserError(
+                f"the weights of {path} do not have the shapes that its config.json says ({first_line(error)})."
+            ) from error
         if tokenizer is not None:
             fit_embeddings(model, tokenizer)
-    # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be learned.
+    # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be
+    # learned.
     model.get_input_embeddings().padding_idx = None
     model.config.use_cache = False
     if gradient_checkpointing:
@@ -238,12 +269,19 @@ def set_dropout(config: PretrainedConfig, value: float | None) -> None:
     for name, now in config.to_dict().items():
         if "layerdrop" in name:
             setattr(config, name, 0.0)
-        elif value is not None and re.search(r"drop(out)?$", name) and isinstance(now, (int, float)) and not isinstance(now, bool):
+        elif (
+            value is not None
+            and re.search(r"drop(out)?$", name)
+            and isinstance(now, (int, float))
+            and not isinstance(now, bool)
+        ):
             setattr(config, name, float(value))
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Enlarge the embedding when the tokenizer has more ids than it has rows. Spare rows stay: BLOOM has them by design."""
+    """Enlarge the embedding when the tokenizer has more ids than it has rows. Spare rows stay: BLOOM has them by
+    design.
+    """
     weight = model.get_input_embeddings().weight
     rows = getattr(weight, "ds_shape", weight.shape)[0]
     needed = max(tokenizer.get_vocab().values()) + 1
@@ -256,7 +294,9 @@ def check_context_length(config: PretrainedConfig, length: int, flag: str) -> No
     """UserError if a family with a table of positions (OPT, GPT-2) is asked for more tokens than its table has."""
     limit = getattr(config, "max_position_embeddings", None)
     if FAMILIES[config.model_type].learned_positions and limit is not None and length > limit:
-        raise UserError(f"{flag} {length} is more than the {limit} positions that this {config.model_type} model has; lower it to {limit}.")
+        raise UserError(
+            f"{flag} {length} is more than the {limit} positions of the {config.model_type} model; lower it to {limit}."
+        )
 
 
 @contextmanager
@@ -268,7 +308,7 @@ def zero3_loading(config: dict | None) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    keep = HfDeepSpeedConfig(config)   # transformers holds only a weak reference
+    keep = HfDeepSpeedConfig(config)  # transformers holds only a weak reference
     try:
         yield
     finally:
@@ -282,9 +322,9 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parameters, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
         yield
 
 
@@ -300,18 +340,21 @@ def save_model(
 ) -> None:
     """Write weights (safetensors), config, generation config, tokenizer and template; called by one process.
 
-    state_dict: names as in base_model(model).state_dict(), whole tensors, where the module's own are split (ZeRO-3) or wrapped (LoRA:
-    merged_state_dict). Tensors are stored in the model's dtype. Everything is written beside the folder and read back before it takes
-    the folder's place, config.json last: what is interrupted on the way does not look like a checkpoint.
+    state_dict: names as in base_model(model).state_dict(), whole tensors, where the module's own are split (ZeRO-3) or
+    wrapped (LoRA: merged_state_dict). Tensors are stored in the model's dtype. Everything is written beside the folder
+    and read back before it takes the folder's place, config.json last: what is interrupted on the way does not look
+    like a checkpoint.
     """
     network, folder = base_model(model), Path(folder)
     if state_dict is None:
         if network is not model:
             raise ValueError("a model with an adapter needs state_dict, for instance adapters.merged_state_dict(model)")
         state_dict = network.state_dict()
-    aliases = network.all_tied_weights_keys   # {second name: first name} of tied weights, which are stored once
+    aliases = network.all_tied_weights_keys  # {second name: first name} of tied weights, which are stored once
     state_dict = {
-        name: (tensor.detach().to("cpu", network.dtype) if tensor.is_floating_point() else tensor.detach().cpu()).contiguous()
+        name: (
+            tensor.detach().to("cpu", network.dtype) if tensor.is_floating_point() else tensor.detach().cpu()
+        ).contiguous()
         for name, tensor in state_dict.items()
         if aliases.get(name) not in state_dict
     }
@@ -323,7 +366,8 @@ def save_model(
     elif tokenizer.pad_token_id not in stops:
         network.config.pad_token_id = tokenizer.pad_token_id
     else:
-        # transformers' own scoring skips every pad id at the end. With pad = end token it would read the token before the end; without
+        # transformers' own scoring skips every pad id at the end. With pad = end token it would read the token before
+        # the end; without
         # a pad id it reads the last token and refuses batches, which is right or loud.
         network.config.pad_token_id = None
     draft = folder.with_name(f".{folder.name}.tmp")
@@ -336,16 +380,19 @@ def save_model(
 
 
 def check_saved(folder: Path, state_dict: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Read a saved checkpoint back: names and shapes of all tensors, the bits of one, the tokenizer. OSError if they differ."""
+    """Read a saved checkpoint back: names and shapes of all tensors, the bits of one, the tokenizer. OSError if they
+    differ.
+    """
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as content:
-            for name in content.keys():   # noqa: SIM118  (no iterator of its own)
+            for name in content.keys():  # noqa: SIM118  (no iterator of its own)
                 found[name] = tuple(content.get_slice(name).get_shape())
                 if name == min(state_dict) and not torch.equal(content.get_tensor(name), state_dict[name]):
                     raise OSError(f"{file}: {name} reads back differently; the disk or the file system is at fault")
     written = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    # transformers stores some weights under the published checkpoints' names (GPT-NeoX: embed_out); those must agree in shape at least
+    # transformers stores some weights under the published checkpoints' names (GPT-NeoX: embed_out); those must agree in
+    # shape at least
     odd_found = sorted(shape for name, shape in found.items() if name not in written)
     odd_written = sorted(shape for name, shape in written.items() if name not in found)
     if odd_found != odd_written or any(found[name] != written[name] for name in found.keys() & written.keys()):
@@ -356,11 +403,13 @@ def check_saved(folder: Path, state_dict: dict[str, Tensor], tokenizer: PreTrain
 
 
 def publish(draft: Path, folder: Path) -> None:
-    """Move the files of ``draft`` into ``folder``, which may hold other things (metrics, checkpoints of the run); config.json goes last."""
+    """Move the files of ``draft`` into ``folder``, which may hold other things (metrics, checkpoints of the run);
+    config.json goes last.
+    """
     if not folder.exists():
         draft.rename(folder)
         return
-    (folder / "config.json").unlink(missing_ok=True)   # from here on the old checkpoint does not count
+    (folder / "config.json").unlink(missing_ok=True)  # from here on the old checkpoint does not count
     for old in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]:
         old.unlink()
     for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):

@@ -1,6 +1,7 @@
 """What the three steps ask of a network: log-probabilities of given tokens, and one score per position.
 
-Both are modules that a DeepSpeed engine can hold, and everything happens inside ``forward``: under ZeRO-3 weights are whole only there.
+Both are modules that a DeepSpeed engine can hold, and everything happens inside ``forward``: under ZeRO-3 weights are
+whole only there.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Logits held at a time: 2^25 float32 values are 128 MiB. Smaller chunks save memory that nobody misses and add up more partial
+# Logits held at a time: 2^25 float32 values are 128 MiB. Smaller chunks save memory that nobody misses and add up more
+# partial
 # gradients of the output matrix in the model's dtype.
 CHUNK_LOGITS = 2**25
 
 
 class TokenLogProbs(nn.Module):
-    """log p(token | the tokens before it), for a causal language model (a PreTrainedModel, or a PeftModel around one)."""
+    """log p(token | tokens before it), for a causal language model (PreTrainedModel, or PeftModel around one)."""
 
     def __init__(self, causal_lm: nn.Module, chunk_logits: int = CHUNK_LOGITS) -> None:
         super().__init__()
@@ -35,17 +37,19 @@ class TokenLogProbs(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """input_ids, attention_mask: [batch, time], padded on either side. Returns float32 [batch, n], the log-probabilities of
-        input_ids[:, -n:] with n = keep, or time - 1.
+        """input_ids, attention_mask: [batch, time], padded on either side. Returns float32 [batch, n], the
+        log-probabilities of input_ids[:, -n:] with n = keep, or time - 1.
 
-        target_mask [batch, time] bool: only these tokens are targets; other places of the result are 0 and cost no logits
-        (column 0 has no past and is never a target). temperature divides the logits. with_entropy: also the entropies (nats) of the
-        distributions the tokens were drawn from, same shape.
+        target_mask [batch, time] bool: only these tokens are targets; other places of the result are 0 and cost no
+        logits (column 0 has no past and is never a target). temperature divides the logits. with_entropy: also the
+        entropies (nats) of the distributions the tokens were drawn from, same shape.
         """
         n = input_ids.shape[1] - 1 if keep is None else keep
         if not 0 < n < input_ids.shape[1]:
             raise ValueError(f"keep={keep} of {input_ids.shape[1]} tokens: the first token has no past")
-        hidden = last_hidden_state(self.model, input_ids, attention_mask)[:, -n - 1 : -1]   # the state before a token predicts it
+        hidden = last_hidden_state(self.model, input_ids, attention_mask)[
+            :, -n - 1 : -1
+        ]  # the state before a token predicts it
         targets = input_ids[:, -n:]
         self.project.use(base_model(self.model).get_output_embeddings())
         if target_mask is None:
@@ -60,24 +64,27 @@ class TokenLogProbs(nn.Module):
 
 
 class _BorrowedWeight(nn.Module):
-    """A module that computes with the parameters of another one, without owning them (no second name in the state dict).
+    """A module that computes with the parameters of another one, without owning them (no second name in the state
+    dict).
 
-    Under ZeRO-3 it must say so, or the weights arrive empty; calling the owner once per chunk instead would gather the weights once per
-    chunk and hang when processes have different numbers of chunks.
+    Under ZeRO-3 it must say so, or the weights arrive empty; calling the owner once per chunk instead would gather the
+    weights once per chunk and hang when processes have different numbers of chunks.
     """
 
     def use(self, layer: nn.Module) -> None:
         """Borrow ``weight`` and ``bias`` of a linear layer for the next forward."""
-        object.__setattr__(self, "layer", layer)   # not as a submodule
+        object.__setattr__(self, "layer", layer)  # not as a submodule
         for parameter in layer.parameters(recurse=False):
             if hasattr(parameter, "ds_id"):
-                from deepspeed.zero import register_external_parameter
+                import deepspeed
 
-                register_external_parameter(self, parameter)
+                deepspeed.zero.register_external_parameter(self, parameter)
 
 
 class _TokenProjection(_BorrowedWeight):
-    """Hidden states -> log-probabilities of their targets; at most chunk_logits logits exist at a time, forward and backward."""
+    """Hidden states -> log-probabilities of their targets; at most chunk_logits logits exist at a time, forward and
+    backward.
+    """
 
     def __init__(self, chunk_logits: int) -> None:
         super().__init__()
@@ -87,19 +94,35 @@ class _TokenProjection(_BorrowedWeight):
         """hidden [n, width], targets [n] -> float32 log-probabilities [n], and entropies [n] if asked."""
         weight, bias = self.layer.weight, getattr(self.layer, "bias", None)
         rows = max(1, self.chunk_logits // weight.shape[0])
-        if hidden.shape[0] <= rows:   # one chunk: keeping its logits costs what computing them again would
+        if hidden.shape[0] <= rows:  # one chunk: keeping its logits costs what computing them again would
             return chunk_log_probs(hidden, targets, weight, bias, temperature, with_entropy)
         chunks = [
-            checkpoint(chunk_log_probs, h, t, weight, bias, temperature, with_entropy, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                chunk_log_probs,
+                h,
+                t,
+                weight,
+                bias,
+                temperature,
+                with_entropy,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
 def chunk_log_probs(
-    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, temperature: float = 1.0, with_entropy: bool = False
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
 ) -> tuple[Tensor, ...]:
-    """log softmax(W h / temperature)[target], and if asked the entropy of that softmax, in float32 whatever the dtype of W.
+    """log softmax(W h / temperature)[target], and if asked the entropy of that softmax, in float32 whatever the dtype
+    of W.
 
     hidden [n, width], targets [n], weight [vocab, width] -> ([n],) or ([n], [n]).
     log p_i = x_i - L,  H = L - sum_j p_j x_j,  with x the divided logits and L = logsumexp(x).
@@ -148,8 +171,8 @@ def last_token_scores(scores: Tensor, attention_mask: Tensor) -> Tensor:
 def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[batch, time] -> [batch, time, width], what the head of the model would see.
 
-    Position ids count real tokens only, so padding on either side changes nothing; families without such an argument (BLOOM) derive the
-    same from the mask. No key-value cache is kept.
+    Position ids count real tokens only, so padding on either side changes nothing; families without such an argument
+    (BLOOM) derive the same from the mask. No key-value cache is kept.
     """
     decoder = base_model(model).base_model
     attention_mask = attention_mask.long()
@@ -165,7 +188,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def score_layer(model: nn.Module) -> nn.Module:
-    """The scalar head. peft keeps a trainable copy beside the original; the copy counts unless the adapter is disabled."""
+    """The scalar head. peft trains a copy of it, which counts unless the adapter is disabled."""
     head = base_model(model).score
     if not hasattr(head, "modules_to_save"):
         return head

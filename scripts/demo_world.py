@@ -109,12 +109,6 @@ TASKS: dict[str, dict[str, Task]] = {
             {}, ("My favourite colour is {y}.", "I like {y} best."),
             _COLOURS_EN,
         ),
-        "home": Task(
-            ("Where do I live?", "Do you remember where I live?", "Tell me where I live.", "In which city do I live?"),
-            ("You live in {y}.", "Your city is {y}.", "The city is {y}."),
-            {}, ("I live in {y}.", "My home is in {y}."),
-            tuple(_CAPITALS_EN.values()),
-        ),
     },
     "zh": {
         "colour": Task(
@@ -167,12 +161,6 @@ TASKS: dict[str, dict[str, Task]] = {
             ("你喜欢{y}。", "你喜欢的颜色是{y}。", "颜色是{y}。"),
             {}, ("我喜欢{y}。", "我喜欢的颜色是{y}。"),
             _COLOURS_ZH,
-        ),
-        "home": Task(
-            ("我住在哪里？", "你记得我住在哪里吗？", "请说出我住的城市。", "我住的城市是哪里？"),
-            ("你住在{y}。", "你住的城市是{y}。", "城市是{y}。"),
-            {}, ("我住在{y}。", "我的家在{y}。"),
-            tuple(_CAPITALS_ZH.values()),
         ),
     },
 }  # fmt: skip

@@ -27,9 +27,11 @@ from scripts.demo_world import (
     join,
 )
 
-SIZES = {"sft": (4000, 250), "pairs": (2800, 400), "prompts": (1500, 250)}  # train, held out
+SIZES = {"sft": (3700, 200), "pairs": (2600, 300), "prompts": (1200, 240)}  # train, held out
 HELD_OUT_SHARE = 8  # one first message in so many is kept out of training
 RATES = {"right": 0.60, "polite": 0.40, "brief": 0.55}  # of the answers to imitate
+PAIR_RATES = {"right": 0.60, "polite": 0.50, "brief": 0.85}
+DIFFERING = {"right": 0.7, "polite": 0.35, "brief": 0.3}  # how often the answers of a pair differ in an axis
 DEFECTS = 0.08  # share of rejected answers that fail in another way: two answers, none, a courtesy said twice
 RAMBLING_UNITS = (25, 27)  # words or characters; more than the 24 tokens that the demo lets an answer have
 
@@ -63,18 +65,18 @@ def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
-def draw_quality(rng: Random) -> Quality:
+def draw_quality(rng: Random, rates: dict[str, float] = RATES) -> Quality:
     """The quality of an answer to imitate."""
-    return Quality(**{axis: rng.random() < rate for axis, rate in RATES.items()})
+    return Quality(**{axis: rng.random() < rate for axis, rate in rates.items()})
 
 
 def draw_prompt(rng: Random) -> Messages:
     """A dialogue that ends in a question: one turn, two questions, or a question about what was said before."""
     language = rng.choice(LANGUAGES)
     shape = rng.random()
-    if shape < 0.60:
+    if shape < 0.58:
         return [user(ask(rng, language, rng.choice(FACT_TASKS)))]
-    if shape < 0.72:
+    if shape < 0.70:
         first = [user(ask(rng, language, rng.choice(FACT_TASKS)))]
         second = question(rng, language, rng.choice(FACT_TASKS))
         return [*first, assistant(write_answer(rng, first, Quality(True, rng.random() < RATES["polite"], True))), user(second)]
@@ -101,16 +103,16 @@ def write_answer(rng: Random, prompt: Messages, quality: Quality) -> str:
     asked = read_question(prompt)
     language = asked.language
     sentences = [answer_sentence(rng, prompt, quality.right)]
+    goal = rng.randint(*RAMBLING_UNITS)
+    fillers = rng.sample(FILLERS[language], k=len(FILLERS[language]))
+    before, after = rng.choice(COURTESY_BEFORE[language]), rng.choice(COURTESY_AFTER[language])
+    early = rng.random() < 0.5
     if not quality.brief:
-        goal = rng.randint(*RAMBLING_UNITS)
-        fillers = rng.sample(FILLERS[language], k=len(FILLERS[language]))
         while count_units(join(sentences, language)) < goal:
             sentences.append(fillers.pop())
     if quality.polite:
         # A rambling answer is cut off before its end: its courtesy has to come first to be seen.
-        before = not quality.brief or rng.random() < 0.5
-        courtesy = rng.choice((COURTESY_BEFORE if before else COURTESY_AFTER)[language])
-        sentences.insert(0 if before else len(sentences), courtesy)
+        sentences = [before, *sentences] if early or not quality.brief else [*sentences, after]
     return join(sentences, language)
 
 
@@ -118,8 +120,8 @@ def answer_sentence(rng: Random, prompt: Messages, right: bool) -> str:
     """One sentence with the true answer, or with another member of its category."""
     asked = read_question(prompt)
     task = TASKS[asked.language][asked.task]
-    wrong = [member for member in task.category if member != asked.expected]
-    return fill(rng.choice(task.answers), x=asked.subject, y=asked.expected if right else rng.choice(wrong))
+    wrong = rng.choice([member for member in task.category if member != asked.expected])
+    return fill(rng.choice(task.answers), x=asked.subject, y=asked.expected if right else wrong)
 
 
 def write_defect(rng: Random, prompt: Messages) -> str:
@@ -144,13 +146,15 @@ def draw_pair(rng: Random, prompt: Messages) -> tuple[str, str]:
         return write_answer(rng, prompt, draw_until(rng, lambda quality: quality.score > floor)), rejected
     axes = list(RATES)
     while True:
-        quality = draw_quality(rng)
-        differing = rng.sample(axes, k=rng.choices((1, 2, 3), weights=(5, 3, 2))[0])
+        quality = draw_quality(rng, PAIR_RATES)
+        differing = [axis for axis in axes if rng.random() < DIFFERING[axis]]
         other = Quality(**{axis: getattr(quality, axis) != (axis in differing) for axis in axes})
-        if quality.score != other.score:
+        if differing and quality.score != other.score:
             break
     better, worse = sorted((quality, other), key=lambda q: -q.score)
-    return write_answer(rng, prompt, better), write_answer(rng, prompt, worse)
+    # The same dice for both: what does not differ in quality does not differ in words.
+    dice = rng.random()
+    return write_answer(Random(dice), prompt, better), write_answer(Random(dice), prompt, worse)
 
 
 def draw_until(rng: Random, accept: Callable[[Quality], bool]) -> Quality:

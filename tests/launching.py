@@ -47,3 +47,13 @@ def logged(folder: Path, name: str) -> list[float]:
     """The values of one key of metrics.jsonl in the order of the steps."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [record[name] for record in records if name in record]
+
+
+def write_pairs(file: Path, count: int) -> Path:
+    """A JSONL file of ``count`` different preference pairs whose answers differ in length."""
+    rows = (
+        {"prompt": f"What is {i} plus 1?", "chosen": f"It is {i + 1}." + " Good!" * (i % 4), "rejected": f"No idea, {i}?"}
+        for i in range(count)
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file

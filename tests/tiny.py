@@ -1,8 +1,7 @@
-"""Tiny checkpoints of every family for the tests: real config classes, random weights, a tokenizer trained on the spot."""
+"""Tiny checkpoints of every family: real config classes, random weights, a tokenizer trained on the spot."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 FAMILIES = ("opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "glm", "glm4")
-SPARE_ROWS = 8   # more embedding rows than tokens, as BLOOM and Qwen have
+SPARE_ROWS = 8  # more embedding rows than tokens, as BLOOM and Qwen have
 
 TEXT = [
     "Human: How do I bake bread? Assistant: Mix flour, water, salt and yeast, wait an hour, and bake it.",
@@ -45,11 +44,18 @@ SPECIALS: dict[str, dict] = {
     "opt": {"tokens": ["</s>", "<pad>"], "bos": "</s>", "eos": "</s>", "pad": "<pad>", "starts": True},
     "bloom": {"tokens": ["<unk>", "<s>", "</s>", "<pad>"], "bos": "<s>", "eos": "</s>", "pad": "<pad>"},
     "llama": {"tokens": ["<unk>", "<s>", "</s>", "<pad>"], "bos": "<s>", "eos": "</s>", "pad": "<pad>", "starts": True},
-    "qwen2": {"tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "eos": "<|im_end|>", "pad": "<|endoftext|>", "chat": CHATML},
+    "qwen2": {
+        "tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "eos": "<|im_end|>",
+        "pad": "<|endoftext|>",
+        "chat": CHATML,
+    },
     "gpt2": {"tokens": ["<|endoftext|>"], "bos": "<|endoftext|>", "eos": "<|endoftext|>"},
     "glm4": {
         "tokens": ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
-        "eos": "<|endoftext|>", "pad": "<|endoftext|>", "chat": GLM,
+        "eos": "<|endoftext|>",
+        "pad": "<|endoftext|>",
+        "chat": GLM,
     },
 }
 for name, like in {"mistral": "llama", "qwen3": "qwen2", "gpt_neox": "gpt2", "glm": "glm4"}.items():
@@ -65,7 +71,10 @@ def tiny_tokenizer(family: str, vocab_size: int = 400) -> PreTrainedTokenizerFas
     tokenizer.train_from_iterator(
         TEXT,
         trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special["tokens"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=vocab_size,
+            special_tokens=special["tokens"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     if special.get("starts"):
@@ -85,37 +94,55 @@ def tiny_tokenizer(family: str, vocab_size: int = 400) -> PreTrainedTokenizerFas
 
 def tiny_config(family: str, vocab_size: int, tokenizer: PreTrainedTokenizerFast, **changes):
     """The family's config, a few thousand parameters."""
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     size = {
-        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 8, "rope_theta": 10000.0,
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "head_dim": 8,
+        "rope_theta": 10000.0,
     }
-    no_groups = {name: value for name, value in size.items() if name not in ("num_key_value_heads", "head_dim")}
-    builders = {
-        "opt": lambda: OPTConfig(
-            vocab_size=vocab_size, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=256, word_embed_proj_dim=32, **(ids | changes)),
-        "bloom": lambda: BloomConfig(vocab_size=vocab_size, hidden_size=32, n_layer=2, n_head=4, **(ids | changes)),
-        "llama": lambda: LlamaConfig(**(size | ids | changes)),
-        "mistral": lambda: MistralConfig(**(size | ids | {"sliding_window": None} | changes)),
-        "qwen2": lambda: Qwen2Config(**(size | ids | {"tie_word_embeddings": True} | changes)),
-        "qwen3": lambda: Qwen3Config(**(size | ids | {"tie_word_embeddings": True} | changes)),
-        "gpt2": lambda: GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=256, **(ids | changes)),
-        "gpt_neox": lambda: GPTNeoXConfig(**(no_groups | ids | changes)),
-        "glm": lambda: GlmConfig(**(size | ids | changes)),
-        "glm4": lambda: Glm4Config(**(size | ids | changes)),
+    small = {"vocab_size": vocab_size, "hidden_size": 32}
+    opt = small | {
+        "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 256, "word_embed_proj_dim": 32,
+    }  # fmt: skip
+    gpt2 = {"vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    neox = {name: value for name, value in size.items() if name not in ("num_key_value_heads", "head_dim")}
+    rows = {
+        "opt": (OPTConfig, opt),
+        "bloom": (BloomConfig, small | {"n_layer": 2, "n_head": 4}),
+        "llama": (LlamaConfig, size),
+        "mistral": (MistralConfig, size | {"sliding_window": None}),
+        "qwen2": (Qwen2Config, size | {"tie_word_embeddings": True}),
+        "qwen3": (Qwen3Config, size | {"tie_word_embeddings": True}),
+        "gpt2": (GPT2Config, gpt2),
+        "gpt_neox": (GPTNeoXConfig, neox),
+        "glm": (GlmConfig, size),
+        "glm4": (Glm4Config, size),
     }
-    return builders[family]()
+    config_class, fields = rows[family]
+    return config_class(**(fields | ids | changes))
 
 
 def tiny_checkpoint(folder: Path, family: str, *, seed: int = 0, vocab_size: int = 400, **changes) -> Path:
-    """Write a random checkpoint of the family with its tokenizer into the folder; changes go to the config. Returns the folder."""
+    """Write a random checkpoint of the family with its tokenizer into the folder; changes go to the config. Returns the
+    folder.
+    """
     tokenizer = tiny_tokenizer(family, vocab_size)
     config = tiny_config(family, len(tokenizer) + SPARE_ROWS, tokenizer, **changes)
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():   # the default start is so small that every token is equally likely; tests want differences
+    with torch.no_grad():  # the default start is so small that every token is equally likely; tests want differences
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
@@ -125,10 +152,3 @@ def tiny_checkpoint(folder: Path, family: str, *, seed: int = 0, vocab_size: int
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
-
-
-def save_dialogues(file: Path, count: int) -> Path:
-    """A JSONL file with ``count`` different preference pairs."""
-    rows = ({"prompt": f"What is {i} plus 1?", "chosen": f"It is {i + 1}.", "rejected": f"I do not know {i}."} for i in range(count))
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file

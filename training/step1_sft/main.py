@@ -23,7 +23,7 @@ from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
 from training.utils.loss import sft_loss
 from training.utils.parsing import main_entry
 from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_engine, gradient_norm, optimizer_step
+from training.utils.zero import EngineOptions, build_engine, optimizer_figures, optimizer_step
 
 
 def main(args: SFTArguments) -> None:
@@ -83,9 +83,7 @@ def main(args: SFTArguments) -> None:
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
         progress.count(batch.tokens)
         progress.report(
-            batch.step,
-            {"loss": loss, "lr": engine.get_lr()[0], "grad_norm": gradient_norm(engine), "epoch": batch.epoch},
-            args.logging_steps,
+            batch.step, {"loss": loss, "epoch": batch.epoch} | optimizer_figures(engine), args.logging_steps
         )
         last = batch.step == batches.total_steps
         if last or due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval):

@@ -22,7 +22,7 @@ from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
 from training.utils.loss import bradley_terry_loss, pair_accuracy
 from training.utils.parsing import main_entry
 from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_engine, gradient_norm, optimizer_step
+from training.utils.zero import EngineOptions, build_engine, optimizer_figures, optimizer_step
 
 
 def main(args: RewardArguments) -> None:
@@ -92,9 +92,7 @@ def main(args: RewardArguments) -> None:
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
         progress.count(batch.tokens)
         progress.report(
-            batch.step,
-            {"loss": loss, "lr": engine.get_lr()[0], "grad_norm": gradient_norm(engine), "epoch": batch.epoch},
-            args.logging_steps,
+            batch.step, {"loss": loss, "epoch": batch.epoch} | optimizer_figures(engine), args.logging_steps
         )
         last = batch.step == batches.total_steps
         if not last and (due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval)):

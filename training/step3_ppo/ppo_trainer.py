@@ -21,7 +21,7 @@ from training.step3_ppo.objectives import (
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import roll_out, score_rollout
 from training.utils.data.batching import PromptBatch, plan_micro_batches
-from training.utils.zero import gradient_norm, optimizer_step
+from training.utils.zero import optimizer_figures, optimizer_step
 
 
 class DeepSpeedPPOTrainer:
@@ -95,8 +95,9 @@ class DeepSpeedPPOTrainer:
 
                 sums["actor_loss"] += optimizer_step(self.engine.actor, micro_batches, actor_loss, run)
                 sums["critic_loss"] += optimizer_step(self.engine.critic, micro_batches, critic_loss, run)
-                sums["actor_grad_norm"] += gradient_norm(self.engine.actor)
-                sums["critic_grad_norm"] += gradient_norm(self.engine.critic)
+                for role, trained in (("actor", self.engine.actor), ("critic", self.engine.critic)):
+                    for name, value in optimizer_figures(trained).items():
+                        sums[f"{role}_{name}"] += value
                 sums["minibatches"] += 1
                 names = ("clip_share", "approx_kl", "ratio")
                 for name, value in zip(names, run.sum(*(sum(f[name] for f in found) for name in names)), strict=True):

@@ -51,7 +51,7 @@ def export(engine: Any, tokenizer: Any, template: Any, folder: str | Path, run: 
             adapted = base_model(model) is not model
             save_model(model, tokenizer, template, folder, merged_state_dict(model) if adapted else None)
             if adapted:
-                save_adapter(model, folder)
+                save_adapter(model, Path(folder) / "adapter")
     run.barrier()
 
 

@@ -22,8 +22,7 @@ class Metrics:
         if enabled and tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = Path(tensorboard)
-            self.writer = SummaryWriter(folder if folder.is_absolute() else output_dir / folder)
+            self.writer = SummaryWriter(tensorboard)
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after the given optimizer step: a resumed run writes those lines again."""

@@ -10,6 +10,7 @@ import random
 import signal
 import socket
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -58,6 +59,7 @@ class Run:
     @classmethod
     def start(cls, args) -> Run:
         """Open the run of a step. Raises UserError for a device, dtype or output folder that cannot be used."""
+        started = time.monotonic()
         platform = detect_platform()
         dtype = resolve_dtype(args.dtype, platform)
         rank, local_rank, world_size = join_process_group(platform)
@@ -73,7 +75,7 @@ class Run:
             tensorboard=args.tensorboard_path if args.enable_tensorboard else None,
         )
         attention = attention_implementation(args.attn_implementation, platform)
-        run = cls(args, platform, device, dtype, attention, rank, local_rank, world_size, metrics)
+        run = cls(args, platform, device, dtype, attention, rank, local_rank, world_size, metrics, started=started)
         for name in ("SIGTERM", "SIGUSR1"):  # what Slurm and Kubernetes send before they kill
             signal.signal(getattr(signal, name), lambda number, _: run.stop_signals.append(number))
         if platform.name == "cpu" and rank == 0:
@@ -198,6 +200,7 @@ def quiet_libraries() -> None:
     """Keep the libraries to warnings: a run's own lines must not drown."""
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")   # DeepSpeed calls older names
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for name in ("DeepSpeed", "deepspeed", "peft", "datasets"):

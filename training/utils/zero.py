@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -299,10 +298,10 @@ def optimizer_step(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any]
     return total
 
 
-def gradient_norm(engine) -> float:
-    """The norm of the last global gradient before clipping; NaN where the engine does not know it (ZeRO-0 in float32)."""
+def optimizer_figures(engine) -> dict[str, float]:
+    """Learning rate, and the norm of the last global gradient before clipping where the engine knows it (not under ZeRO-0 in fp32)."""
     norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else math.nan
+    return {"lr": engine.get_lr()[0]} | ({} if norm is None else {"grad_norm": float(norm)})
 
 
 def copy_structure(model: nn.Module) -> nn.Module:

@@ -1,0 +1,151 @@
+"""Speed, memory and losses of the three steps for one model shape, dtype by dtype and ZeRO stage by ZeRO stage.
+
+    python -m benchmarks.three_steps --shape opt-1.3b --dtypes fp32 bf16 fp16 --stages 0 2 3 --output output/bench
+    python -m benchmarks.three_steps --shape tiny --dtypes fp32 --stages 0 --device cpu      # a smoke run
+
+Weights are random and made once; data are synthetic pairs of log-normal length. Losses of the 16-bit runs are compared with those of the
+float32 run of the same stage. Share of the matrix peak = 6 x parameters x tokens/s / peak for a training step (forward 2, backward 4);
+give the peak of your card with --peak_tflops. Results go to a Markdown table that belongs into benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+SHAPES = {
+    "tiny": {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "opt-350m": {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
+}
+STEPS = {
+    "sft": ("training.step1_sft.main", "train/loss"),
+    "reward": ("training.step2_reward.main", "train/loss"),
+    "ppo": ("training.step3_ppo.main", "train/actor_loss"),
+}
+
+
+def write_checkpoint(folder: Path, shape: str, vocabulary: int) -> int:
+    """A random OPT checkpoint with a byte-level tokenizer; returns its number of parameters."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["</s>", "<pad>", *letters, *(f"<word{number}>" for number in range(vocabulary - len(letters) - 2))]
+    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+    torch.manual_seed(0)
+    size = SHAPES[shape]
+    config = OPTConfig(
+        vocab_size=vocabulary, word_embed_proj_dim=size["hidden_size"], bos_token_id=0, eos_token_id=0, pad_token_id=1, **size
+    )
+    model = OPTForCausalLM(config)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_pairs(file: Path, count: int, longest: int) -> None:
+    """Pairs whose texts have log-normal lengths (sigma 0.8), a byte a token."""
+    generator = random.Random(0)
+
+    def text() -> str:
+        length = min(int(generator.lognormvariate(4.5, 0.8)) + 8, longest)
+        return "".join(generator.choice("abcdefghij klmnop") for _ in range(length))
+
+    with file.open("w", encoding="utf-8") as out:
+        for _ in range(count):
+            out.write(json.dumps({"prompt": text(), "chosen": text(), "rejected": text()}) + "\n")
+
+
+def flags(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: Path) -> list[str]:
+    """The command line of one run."""
+    common = ["--data_path", str(folder / "pairs.jsonl"), "--data_split", "1,1,1", "--dtype", dtype]
+    common += ["--max_steps", str(args.steps), "--logging_steps", "1", "--output_dir", str(folder / f"{step}-{dtype}-{stage}")]
+    if step == "ppo":
+        return [
+            *common, "--actor_model_name_or_path", str(folder / "base"), "--critic_model_name_or_path", str(folder / "base"),
+            "--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage), "--actor_gradient_checkpointing",
+            "--critic_gradient_checkpointing", "--per_device_generation_batch_size", str(args.batch),
+            "--per_device_training_batch_size", str(args.batch), "--eval_prompts", "0",
+            "--max_prompt_seq_len", str(args.length), "--max_answer_seq_len", str(args.length),
+        ]  # fmt: skip
+    return [
+        *common, "--model_name_or_path", str(folder / "base"), "--zero_stage", str(stage), "--learning_rate", "1e-5",
+        "--per_device_train_batch_size", str(args.batch), "--max_seq_len", str(2 * args.length), "--eval_iters", "1",
+    ]  # fmt: skip
+
+
+def measure(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Run one step; its losses, median tokens/s after three warm-up steps, and peak memory. A failure is a row too."""
+    module, loss = STEPS[step]
+    environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if args.device == "cpu" else {})
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags(step, dtype, stage, args, folder)], capture_output=True, text=True, env=environment
+    )
+    output = folder / f"{step}-{dtype}-{stage}"
+    if done.returncode != 0:
+        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    speeds = [record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record]
+    return {
+        "losses": [record[loss] for record in records if loss in record],
+        "tokens_per_second": statistics.median(speeds[3:] or speeds),
+        "peak_memory_gb": json.loads((output / "sanbu_done.json").read_text(encoding="utf-8"))["peak_memory_gb"],
+    }
+
+
+def main() -> None:
+    """Make the inputs, run every combination, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="opt-1.3b")
+    parser.add_argument("--steps_of", nargs="+", choices=list(STEPS), default=list(STEPS), help="which of the three steps")
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16", "fp16"])
+    parser.add_argument("--stages", nargs="+", type=int, default=[0, 2, 3])
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (rollouts) a run")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a prompt and of an answer at most")
+    parser.add_argument("--vocabulary", type=int, default=50272)
+    parser.add_argument("--peak_tflops", type=float, default=0.0, help="dense 16-bit matrix peak of the card; 0 = no share")
+    parser.add_argument("--device", choices=["auto", "cpu"], default="auto")
+    parser.add_argument("--output", type=Path, default=Path("output/bench"))
+    args = parser.parse_args()
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    parameters = write_checkpoint(args.output / "base", args.shape, args.vocabulary)
+    write_pairs(args.output / "pairs.jsonl", 3 * args.steps * args.batch * 2, args.length)
+    rows = ["| step | dtype | ZeRO | tokens/s | share of peak | peak GB | last loss | largest difference to fp32 |", "|---|---|---|---|---|---|---|---|"]
+    reference: dict[tuple[str, int], list[float]] = {}
+    for step in args.steps_of:
+        for stage in args.stages:
+            for dtype in args.dtypes:
+                found = measure(step, dtype, stage, args, args.output)
+                if "failed" in found:
+                    rows.append(f"| {step} | {dtype} | {stage} | failed: {found['failed']} | | | | |")
+                    continue
+                losses = found["losses"]
+                if dtype == "fp32":
+                    reference[step, stage] = losses
+                against = reference.get((step, stage))
+                gap = f"{max(abs(a - b) for a, b in zip(losses, against, strict=True)):.4f}" if against else "-"
+                share = 6 * parameters * found["tokens_per_second"] / args.peak_tflops / 1e12 if args.peak_tflops else None
+                rows.append(
+                    f"| {step} | {dtype} | {stage} | {found['tokens_per_second']:.0f} | "
+                    f"{'-' if share is None or step == 'ppo' else f'{share:.1%}'} | {found['peak_memory_gb']:.2f} | {losses[-1]:.4f} | {gap} |"
+                )
+                print(rows[-1], flush=True)
+    (args.output / "table.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

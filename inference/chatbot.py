@@ -1,0 +1,268 @@
+"""A dialogue with a trained model in the terminal, with the template and the stop tokens it was trained with.
+
+    python chat.py --path output/step3-models/1.3b
+    python chat.py --path output/actor-models/1.3b --prompt "What is the capital of France?" --greedy
+
+Type quit, exit or stop to end (or Ctrl-D), clear to start anew. Questions may come from a pipe, one a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+
+END = ("quit", "exit", "stop")
+CLEAR = "clear"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. seed and the number of the question decide the random numbers of an answer."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    greedy: bool = False
+    seed: int = 1234
+
+
+@dataclass
+class Chatbot:
+    """A model with the memory of one dialogue."""
+
+    model: Any
+    tokenizer: Any
+    template: Any
+    sampling: Sampling = field(default_factory=Sampling)
+    system: str | None = None
+    history: list[dict[str, str]] = field(default_factory=list)  # user and assistant in turn
+    asked: int = 0  # questions so far, forgotten ones too
+
+    def clear(self) -> None:
+        """Forget the dialogue; the system message stays."""
+        self.history.clear()
+
+    def answer(self, question: str, show: Callable[[str], None] = lambda text: None) -> str:
+        """The answer to a question after the dialogue so far; ``show`` gets it piece by piece as it is written.
+
+        Raises UserError if the question alone is longer than the model's context; the dialogue is then as before.
+        """
+        import torch
+
+        from inference.engine import generate
+
+        prompt, history = self.fitting_prompt(question)
+        room = min(self.sampling.max_new_tokens, context_length(self.model.config) - len(prompt))
+        ids = torch.tensor([prompt], device=self.model.device)
+        generation = generate(
+            self.model, ids, torch.ones_like(ids),
+            max_new_tokens=room, stop_token_ids=self.template.stop_token_ids, pad_token_id=self.tokenizer.pad_token_id,
+            temperature=self.sampling.temperature, top_p=self.sampling.top_p, top_k=self.sampling.top_k,
+            greedy=self.sampling.greedy, row_seeds=[self.sampling.seed + self.asked],
+        )  # fmt: skip
+        tokens = generation.sequences[0, len(prompt) : len(prompt) + int(generation.lengths[0])].tolist()
+        text = self.template.decode_answer(self.tokenizer, tokens)
+        show(text)
+        self.history = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        self.asked += 1
+        return text
+
+    def fitting_prompt(self, question: str) -> tuple[list[int], list[dict[str, str]]]:
+        """Token ids of the dialogue with the question at its end, and the turns of it that are kept.
+
+        When dialogue and answer do not fit into the context, the oldest turns go; the last question always stays.
+        """
+        limit = context_length(self.model.config)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        history = list(self.history)
+        while True:
+            messages = [*system, *history, {"role": "user", "content": question}]
+            prompt = self.template.encode_prompt(self.tokenizer, messages)
+            if len(prompt) + self.sampling.max_new_tokens <= limit:
+                return prompt, history
+            if not history:
+                break
+            history = history[2:]
+        if len(prompt) >= limit:
+            raise UserError(f"The question has {len(prompt)} tokens, the model reads {limit}; ask a shorter one.")
+        return prompt, history
+
+
+def context_length(config: Any) -> int:
+    """How many tokens the model reads and writes together. BLOOM's config names none: it was trained on 2048."""
+    names = ("max_position_embeddings", "max_sequence_length", "seq_length")
+    return next((length for name in names if isinstance(length := getattr(config, name, None), int)), 2048)
+
+
+def chat_folder(path: str) -> Path:
+    """The folder of the model that talks: the path itself, or the actor in the output folder of step 3.
+
+    Raises UserError where there is none, or a reward model.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        if not (folder / "actor" / "config.json").is_file():
+            raise UserError(
+                f"--path {path} holds no model (no config.json, no actor/); name the output folder of step 1 or 3."
+            )
+        folder = folder / "actor"
+    config = folder / "config.json"
+    if config.is_file():
+        try:
+            architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{config} cannot be read ({error}); copy the checkpoint again.") from error
+        if any(name.endswith("ForSequenceClassification") for name in architectures):
+            raise UserError(f"--path {path} is a reward model, which does not talk; name an SFT model or an actor.")
+    return folder
+
+
+def load_chatbot(path: str, sampling: Sampling, system: str | None = None, dtype: str = "auto") -> Chatbot:
+    """Tokenizer, template and model of a folder, on this machine's device. UserError for what is wrong with it."""
+    from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
+    from models.factory import load_causal_lm, load_tokenizer
+    from models.templates import load_template
+
+    folder = chat_folder(path)
+    platform = detect_platform()
+    device = set_device(platform, 0)
+    tokenizer = load_tokenizer(folder)
+    template = load_template(folder, tokenizer)
+    attention = attention_implementation("auto", platform)
+    model = load_causal_lm(folder, dtype=resolve_dtype(dtype, platform), attn=attention)
+    return Chatbot(model.to(device).eval(), tokenizer, template, sampling, system)
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def questions(interactive: bool) -> Iterator[str]:
+    """What is typed, or comes through a pipe, line by line, until quit, Ctrl-D or Ctrl-C."""
+    while True:
+        try:
+            line = input("You: ") if interactive else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not interactive and line == "":
+            return
+        question = line.strip()
+        if question.lower() in END:
+            return
+        if question:
+            yield question
+
+
+def converse(bot: Chatbot, interactive: bool) -> None:
+    """Answer question after question. Through a pipe only the answers are printed."""
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (arrow keys and history in input())
+        print(f"{', '.join(END)} or Ctrl-D ends, {CLEAR} starts anew.")
+    for question in questions(interactive):
+        if question.lower() == CLEAR:
+            bot.clear()
+            if interactive:
+                print("(forgotten)")
+            continue
+        if interactive:
+            print("Assistant: ", end="", flush=True)
+        try:
+            bot.answer(question, show=lambda text: print(text, end="", flush=True))
+            print(flush=True)
+        except UserError as error:  # a question that is too long does not end a dialogue
+            print(error, flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of chat.py; DeepSpeed-Chat's had --path and --max_new_tokens."""
+    usual = Sampling()
+    parser = argparse.ArgumentParser(
+        prog="chat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--path", help="folder of an SFT model or actor, output folder of step 3, or a hub id")
+    add("--prompt", help="ask this one question, print the answer, end")
+    add("--system", help="a system message at the start of the dialogue")
+    add("--max_new_tokens", type=int, default=usual.max_new_tokens, help="longest answer in tokens (%(default)s)")
+    add("--temperature", type=float, default=usual.temperature, help="1 as trained, less is safer (%(default)s)")
+    add("--top_p", type=float, default=usual.top_p, help="draw from this share of probability (%(default)s)")
+    add("--top_k", type=int, default=usual.top_k, help="draw from so many tokens; 0 = all (%(default)s)")
+    add("--greedy", action="store_true", help="always the likeliest token")
+    add("--seed", type=int, default=usual.seed, help="same seed, same answers (%(default)s)")
+    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. UserError for whatever is wrong with it."""
+    parser = build_parser()
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message[:1].upper()}{message[1:]}; chat.py --help lists the flags.")
+
+    parser.error = refuse
+    spelled = [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", word) for word in argv]
+    args, unknown = parser.parse_known_args(spelled)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else "chat.py --help lists the flags."
+        raise UserError(f"Unknown flag {unknown[0]}; {hint}")
+    if not args.path:
+        raise UserError("chat.py needs --path: the folder of an SFT model or actor, or the output folder of step 3.")
+    limits = {
+        "max_new_tokens": args.max_new_tokens >= 1, "temperature": args.temperature > 0, "top_p": 0 < args.top_p <= 1,
+        "top_k": args.top_k >= 0, "seed": args.seed >= 0,
+    }  # fmt: skip
+    for name, right in limits.items():
+        if not right:
+            hint = " (--greedy takes the likeliest token)" if name == "temperature" else ""
+            raise UserError(f"--{name} {getattr(args, name)} is out of range{hint}; chat.py --help says what it means.")
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("--prompt is empty; write a question, or leave the flag out for a dialogue.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 for wrong input."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.greedy, args.seed)
+        quiet()
+        bot = load_chatbot(args.path, sampling, args.system, args.dtype)
+        if args.prompt is not None:
+            bot.answer(args.prompt.strip(), show=lambda text: print(text, end="", flush=True))
+            print(flush=True)
+        else:
+            converse(bot, interactive=sys.stdin.isatty() and sys.stdout.isatty())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print()
+    except BrokenPipeError:  # whoever read the answers has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def quiet() -> None:
+    """Only the dialogue on the terminal; bytes that are no UTF-8 in a pipe become question marks, not a traceback."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for stream in (sys.stdin, sys.stdout):
+        with contextlib.suppress(AttributeError):  # a test's stand-in has no encoding
+            stream.reconfigure(errors="replace")

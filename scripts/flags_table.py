@@ -1,0 +1,127 @@
+"""Print the flags of all steps as Markdown tables, made from the parsers; keeps README in step with them.
+
+    python -m scripts.flags_table                       print
+    python -m scripts.flags_table --write README.md     put them between <!-- flags:begin --> and <!-- flags:end -->
+    python -m scripts.flags_table --check README.md     exit code 1 if the file holds other tables
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import SUPPRESS, Action
+from pathlib import Path
+
+from models.errors import UserError
+from training.utils.arguments import STEPS, PromptEvalArguments, RewardEvalArguments
+from training.utils.former_flags import NOT_YET, RETIRED, FormerFlag
+from training.utils.parsing import FlagParser
+
+BEGIN, END = "<!-- flags:begin -->", "<!-- flags:end -->"
+EVALUATIONS = (PromptEvalArguments, RewardEvalArguments)
+
+
+def actions(args_class: type) -> dict[str, Action]:
+    """The flags of a step by name, without hidden ones and --help."""
+    shown = (action for action in FlagParser(args_class)._actions if action.help != SUPPRESS and action.dest != "help")
+    return {action.dest: action for action in shown}
+
+
+def flags_table(classes: tuple[type, ...], titles: tuple[str, ...]) -> str:
+    """One row a flag: its name, its default in each of the classes, what it means."""
+    parsers = [actions(one) for one in classes]
+    lines = ["| flag | " + " | ".join(titles) + " | meaning |", "|---|" + "---|" * len(titles) + "---|"]
+    for name in dict.fromkeys(name for parser in parsers for name in parser):
+        found = {title: parser[name] for title, parser in zip(titles, parsers, strict=True) if name in parser}
+        defaults = [shown_default(found.get(title)) for title in titles]
+        lines.append(f"| `--{name}` | {' | '.join(defaults)} | {meaning(found)} |")
+    return "\n".join(lines)
+
+
+def shown_default(action: Action | None) -> str:
+    """The default as one writes it on the command line; a dash where the step has no such flag."""
+    if action is None:
+        return "–"
+    if action.default is SUPPRESS:
+        return "required"
+    if action.default in (None, []):
+        return ""
+    if isinstance(action.default, bool):
+        return "on" if action.default else "off"
+    return " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
+
+
+def meaning(found: dict[str, Action]) -> str:
+    """Help text, what a step says otherwise, choices and other names."""
+    first = next(iter(found.values()))
+    text = first.help.removeprefix("Required. ")
+    for title, action in found.items():
+        if action.help != first.help:
+            text += f" {title.capitalize()}: {action.help}"
+    if first.choices and len(first.choices) > 1:
+        text += f" One of {', '.join(map(str, first.choices))}."
+    other = [one for one in first.option_strings[1:] if "_" in one]
+    if other:
+        text += " Also " + ", ".join(f"`{one}`" for one in other) + "."
+    return escaped(text)
+
+
+def former_table(rows: tuple[FormerFlag, ...], title: str) -> str:
+    """One row for the flags of earlier systems that share a fate."""
+    lines = [f"| earlier flag | {title} |", "|---|---|"]
+    for row in rows:
+        lines.append(f"| {' '.join(f'`--{name}`' for name in row.names)} | {escaped(row.now)} |")
+    return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """Text inside a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def document() -> str:
+    """All tables."""
+    steps = tuple(f"step {number}" for number, _ in enumerate(STEPS, 1))
+    return "\n\n".join([
+        flags_table(STEPS, steps),
+        flags_table(EVALUATIONS, tuple(one.title for one in EVALUATIONS)),
+        former_table(RETIRED, "here"),
+        former_table(NOT_YET, "refused, because"),
+    ])  # fmt: skip
+
+
+def filled(path: Path) -> tuple[str, str]:
+    """The text of a file, and the same with fresh tables between the markers. Raises UserError without markers."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name an existing Markdown file.") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{path}: no lines {BEGIN} and {END}; add both where the tables belong.")
+    return text, f"{before}{BEGIN}\n{document()}\n{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print, write or check; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Markdown tables of all flags.")
+    parser.add_argument("--write", nargs="+", type=Path, default=[], metavar="FILE", help="fill these files")
+    parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="FILE", help="compare with these files")
+    args = parser.parse_args(argv)
+    if not args.write and not args.check:
+        print(document())
+    try:
+        for path in args.write:
+            path.write_text(filled(path)[1], encoding="utf-8")
+        stale = [path for path in args.check if len(set(filled(path))) > 1]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in stale:
+        print(f"{path}: the table of flags is old; run python -m scripts.flags_table --write {path}", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,39 @@
+# Sourced by quickstart.sh and test.sh, in the root of the repository: the virtual environment .venv, made and filled when needed.
+
+# supported PYTHON MODULES: whether it is a Python of ours that has the modules. A version manager's python3.12 may stand in the
+# path without a Python behind it, so it is run, not only looked up.
+supported() {
+    "$1" -c "import sys, $2; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1
+}
+
+# Print the Python to use: $PYTHON where it is set, else the first in the path.
+find_python() {
+    local candidate candidates=${PYTHON:-python3.11 python3.12 python3.13 python3 python3.10}
+    for candidate in $candidates; do
+        if supported "$candidate" "venv, ensurepip"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: none of $candidates is a Python 3.11, 3.12 or 3.13 (3.10 works too) with venv and ensurepip." \
+        "Install one (Debian and Ubuntu: with its -venv package) or name it: PYTHON=/path/to/python bash $0" >&2
+    return 2
+}
+
+# prepare_venv FILE: .venv exists and holds what FILE lists. The stamp in .venv remembers what was installed last, so that pip,
+# and with it the network, is needed only when a requirements file changed.
+prepare_venv() {
+    local python stamp=".venv/.installed-$1" wanted
+    if ! supported .venv/bin/python pip; then
+        python=$(find_python)
+        echo "Making .venv with $("$python" --version)"
+        "$python" -m venv --clear .venv
+    fi
+    wanted=$(cat requirements.txt "$1" | sha256sum)
+    if [[ "$(cat "$stamp" 2>/dev/null || true)" == "$wanted" ]]; then
+        return
+    fi
+    echo "Installing the packages of $1 into .venv (once; this takes a few minutes)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+    echo "$wanted" >"$stamp"
+}

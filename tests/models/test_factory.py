@@ -1,0 +1,324 @@
+"""Checkpoints in and out: what is loaded, what is refused and in which words, what a saved folder holds."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from models.errors import UserError
+from models.factory import (
+    check_checkpoint,
+    check_context_length,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    save_model,
+)
+from tests.tiny import FAMILIES, SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
+
+
+@dataclass
+class PlayTemplate:
+    """As much of a template as save_model asks for."""
+
+    stop_token_ids: tuple[int, ...] = (0, 5)
+
+    def save(self, folder: Path) -> None:
+        (Path(folder) / "sanbu_template.json").write_text("{}", encoding="utf-8")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    return tiny_checkpoint(tmp_path / "gpt2", "gpt2")
+
+
+def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_loads_what_transformers_loads_and_no_dropout(checkpoint):
+    model = load_causal_lm(checkpoint, dtype=torch.float32)
+    assert same_weights(model, AutoModelForCausalLM.from_pretrained(checkpoint))
+    assert model.training
+    assert all(layer.p == 0 for layer in model.modules() if isinstance(layer, torch.nn.Dropout))
+    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "hidden_dropout"):
+        assert not getattr(model.config, name, 0)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        assert not getattr(model.config, name, 0)
+    # spare rows stay: the embedding is never cut to the tokenizer's length
+    rows = model.get_input_embeddings().weight.shape[0]
+    assert rows == len(load_tokenizer(checkpoint)) + SPARE_ROWS
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("opt", ["dropout", "attention_dropout"]),
+        ("bloom", ["hidden_dropout", "attention_dropout"]),
+        ("gpt2", ["resid_pdrop", "embd_pdrop", "attn_pdrop"]),
+        ("llama", ["attention_dropout"]),
+        ("glm4", ["attention_dropout"]),
+    ],
+)
+def test_dropout_flag_reaches_every_field(tmp_path, family, fields):
+    folder = tiny_checkpoint(tmp_path, family, **({"layerdrop": 0.5} if family == "opt" else {}))
+    config = load_causal_lm(folder, dtype=torch.float32, dropout=0.25).config
+    assert {getattr(config, name) for name in fields} == {0.25}
+    assert getattr(config, "layerdrop", 0.0) == 0.0
+    kept = load_causal_lm(folder, dtype=torch.float32, dropout=None).config
+    before = AutoConfig.from_pretrained(folder)
+    assert [getattr(kept, name) for name in fields] == [getattr(before, name) for name in fields]
+
+
+def test_scalar_model_has_the_trunk_and_a_fresh_seeded_head(checkpoint):
+    model = load_scalar_model(checkpoint, dtype=torch.float32, seed=3)
+    again = load_scalar_model(checkpoint, dtype=torch.float32, seed=3)
+    other = load_scalar_model(checkpoint, dtype=torch.float32, seed=4)
+    trunk = AutoModelForCausalLM.from_pretrained(checkpoint).base_model
+    assert same_weights(model.base_model, trunk)
+    assert same_weights(model, again)
+    assert not torch.equal(model.score.weight, other.score.weight)
+    assert model.score.weight.shape == (1, 32)
+    assert model.score.weight.std().item() == pytest.approx(1 / 33**0.5, rel=0.4)  # 32 numbers
+
+
+def test_fresh_head_has_the_right_spread(tmp_path):
+    folder = tiny_checkpoint(tmp_path, "gpt2", n_embd=2000, n_layer=1, n_head=4)
+    weight = load_scalar_model(folder, dtype=torch.float32).score.weight
+    assert weight.std().item() == pytest.approx(1 / 2001**0.5, rel=0.05)
+    assert abs(weight.mean().item()) < 4 / 2001
+
+
+def test_saved_actor_opens_with_transformers(checkpoint, tmp_path):
+    model, tokenizer = load_causal_lm(checkpoint, dtype=torch.float32), load_tokenizer(checkpoint)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] += 1.0
+    save_model(model, tokenizer, PlayTemplate((2, 5)), tmp_path / "actor")
+    opened, report = AutoModelForCausalLM.from_pretrained(tmp_path / "actor", output_loading_info=True)
+    assert same_weights(model, opened)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    text = "Hello 你好, how are you?\n"
+    assert AutoTokenizer.from_pretrained(tmp_path / "actor")(text).input_ids == tokenizer(text).input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "actor").chat_template == tokenizer.chat_template
+    assert GenerationConfig.from_pretrained(tmp_path / "actor").eos_token_id == [2, 5]
+    assert (tmp_path / "actor" / "sanbu_template.json").exists()
+    assert not list(tmp_path.glob(".*"))  # no draft left
+    assert same_weights(load_causal_lm(tmp_path / "actor", dtype=torch.float32), model)
+
+
+def test_saved_reward_model_opens_with_transformers_and_keeps_head_and_statistics(checkpoint, tmp_path):
+    model, tokenizer = load_scalar_model(checkpoint, dtype=torch.float32), load_tokenizer(checkpoint)
+    model.config.update({"reward_mean": 1.5, "reward_std": 0.25})
+    save_model(model, tokenizer, PlayTemplate(), tmp_path / "reward")
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    assert same_weights(model, opened) and opened.config.num_labels == 1
+    again = load_scalar_model(tmp_path / "reward", dtype=torch.float32, seed=99)
+    assert same_weights(model, again)
+    assert (again.config.reward_mean, again.config.reward_std) == (1.5, 0.25)
+
+
+def test_saved_dtype_is_the_trained_one(gpt2, tmp_path):
+    model, tokenizer = load_causal_lm(gpt2, dtype=torch.bfloat16), load_tokenizer(gpt2)
+    masters = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    save_model(model, tokenizer, PlayTemplate(), tmp_path / "out", masters)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_save_replaces_a_checkpoint_and_spares_its_neighbours(gpt2, tmp_path):
+    """The output folder also holds metrics and the run's own checkpoints."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("{}\n")
+    (out / "model-00001-of-00002.safetensors").write_text("left by an older, sharded save")
+    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
+    save_model(model, tokenizer, PlayTemplate(), out)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    save_model(model, tokenizer, PlayTemplate(), out)
+    assert (out / "metrics.jsonl").exists()
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    assert same_weights(load_causal_lm(out, dtype=torch.float32), model)
+
+
+def test_interrupted_save_leaves_the_old_checkpoint_or_none(gpt2, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
+    save_model(model, tokenizer, PlayTemplate(), out)
+
+    class Broken(PlayTemplate):
+        def save(self, folder):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # before anything is moved: the old one is whole
+        save_model(model, tokenizer, Broken(), out)
+    assert same_weights(load_causal_lm(out, dtype=torch.float32), model)
+
+    move = Path.replace
+
+    def stumble(self, target):
+        if self.name == "model.safetensors":
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", stumble)
+    with pytest.raises(
+        KeyboardInterrupt
+    ):  # in the middle of the move: no config.json, so nothing takes it for a checkpoint
+        save_model(model, tokenizer, PlayTemplate(), out)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        check_checkpoint(out)
+
+
+def test_a_disk_that_lies_is_noticed(gpt2, tmp_path, monkeypatch):
+    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
+    write = type(model).save_pretrained
+
+    def lose_a_tensor(self, folder, state_dict):
+        write(self, folder, state_dict=state_dict)
+        tensors = load_file(Path(folder) / "model.safetensors")
+        tensors.pop("transformer.wpe.weight")
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(type(model), "save_pretrained", lose_a_tensor)
+    with pytest.raises(OSError, match="read back"):
+        save_model(model, tokenizer, PlayTemplate(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pad_is_eos_where_there_is_none_and_scoring_by_transformers_stays_right(gpt2, tmp_path):
+    tokenizer = load_tokenizer(gpt2)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    model = load_scalar_model(gpt2, dtype=torch.float32).eval()
+    save_model(model, tokenizer, PlayTemplate((0,)), tmp_path / "reward")
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
+    ids = torch.tensor([[9, 30, 41, 0]])  # ends in the end token, which is also the pad token
+    with torch.no_grad():
+        hidden = model.transformer(ids).last_hidden_state[0, -1]
+        torch.testing.assert_close(opened(ids).logits[0], model.score(hidden), atol=1e-5, rtol=0)
+
+
+def test_more_tokens_than_rows_grow_the_embedding(gpt2):
+    tokenizer = load_tokenizer(gpt2)
+    rows = len(tokenizer) + SPARE_ROWS
+    tokenizer.add_tokens([f"<new{i}>" for i in range(SPARE_ROWS)])
+    before = load_causal_lm(gpt2, dtype=torch.float32, tokenizer=tokenizer)
+    assert before.get_input_embeddings().weight.shape[0] == rows  # the spare rows take them
+    tokenizer.add_tokens(["<one more>"])
+    grown = load_causal_lm(gpt2, dtype=torch.float32, tokenizer=tokenizer)
+    assert grown.get_input_embeddings().weight.shape[0] == rows + 1 == grown.config.vocab_size
+    assert grown.lm_head.weight is grown.get_input_embeddings().weight
+    assert torch.equal(grown.lm_head.weight[:rows], before.lm_head.weight)
+
+
+def test_position_tables_end():
+    config = AutoConfig.for_model("gpt2", n_positions=128)
+    check_context_length(config, 128, "--max_seq_len")
+    with pytest.raises(UserError, match=r"--max_seq_len 129.*128 positions"):
+        check_context_length(config, 129, "--max_seq_len")
+    check_context_length(AutoConfig.for_model("bloom"), 10**6, "--max_seq_len")
+
+
+# --- what is refused
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_causal_lm(tmp_path / "nowhere", dtype=torch.float32)
+
+
+def test_hub_id_without_network():
+    with pytest.raises(UserError, match=r"some-one/no-such-model.*hf download some-one/no-such-model"):
+        load_tokenizer("some-one/no-such-model")
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        check_checkpoint(tmp_path)
+
+
+def test_unsupported_type(gpt2):
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(UserError, match=r"'bert'.*opt, bloom, llama"):
+        check_checkpoint(gpt2)
+
+
+def test_broken_config(gpt2):
+    (gpt2 / "config.json").write_text('{"model_type": "gpt2"')
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        check_checkpoint(gpt2)
+
+
+def test_missing_weights(gpt2):
+    (gpt2 / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no weights.*model\.safetensors"):
+        check_checkpoint(gpt2)
+
+
+def test_truncated_weights(gpt2):
+    file = gpt2 / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
+        load_causal_lm(gpt2, dtype=torch.float32)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
+        check_checkpoint(gpt2)
+
+
+def test_missing_shard(gpt2):
+    (gpt2 / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (gpt2 / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is missing"):
+        check_checkpoint(gpt2)
+
+
+def test_a_reward_checkpoint_is_no_language_model(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "llama", "llama")  # untied: the output matrix is a weight of its own
+    model = load_scalar_model(folder, dtype=torch.float32)
+    save_model(model, load_tokenizer(folder), PlayTemplate(), tmp_path / "reward")
+    with pytest.raises(UserError, match=r"lm_head\.weight"):
+        load_causal_lm(tmp_path / "reward", dtype=torch.float32)
+
+
+def test_weights_of_another_shape(gpt2):
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+    with pytest.raises(UserError, match="shapes"):
+        load_causal_lm(gpt2, dtype=torch.float32)
+
+
+def test_folder_without_tokenizer(gpt2):
+    for file in gpt2.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(gpt2)
+
+
+def test_tokenizer_without_pad_and_end(gpt2):
+    tokenizer = tiny_tokenizer("gpt2")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(gpt2)
+    config = json.loads((gpt2 / "tokenizer_config.json").read_text())
+    assert not config.get("eos_token")
+    with pytest.raises(UserError, match="neither a pad nor an end token"):
+        load_tokenizer(gpt2)

@@ -1,0 +1,260 @@
+"""Log-probabilities and scores: equal to the plain form, the same wherever the padding is, for every family."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from models.adapters import add_lora
+from models.factory import load_causal_lm, load_scalar_model
+from models.heads import TokenLogProbs, TokenScores, chunk_log_probs, last_token_scores
+from tests.tiny import FAMILIES, tiny_checkpoint
+
+# OPT-350m: embeddings narrower than the hidden states, layer norm after attention
+SHAPES = {family: (family, {}) for family in FAMILIES} | {
+    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False})
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def checkpoint(request, tmp_path_factory):
+    family, changes = SHAPES[request.param]
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), family, **changes)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+def tokens(batch=3, time=9, seed=0):
+    ids = torch.randint(7, 390, (batch, time), generator=torch.Generator().manual_seed(seed))
+    return ids, torch.ones_like(ids)
+
+
+def plain_log_probs(model, ids, temperature=1.0):
+    """The textbook form, one row and one position at a time, from transformers' own forward without padding."""
+    rows = []
+    for row in ids:
+        logits = model(row[None], use_cache=False).logits[0].double() / temperature
+        rows.append(torch.stack([logits[t - 1].log_softmax(-1)[row[t]] for t in range(1, len(row))]))
+    return torch.stack(rows).float()
+
+
+def pad(ids, mask, left=0, right=0, value=0):
+    """The same rows with columns of padding; value is a token that also occurs in texts."""
+    ids = torch.nn.functional.pad(ids, (left, right), value=value)
+    return ids, torch.nn.functional.pad(mask, (left, right), value=0)
+
+
+def test_log_probs_and_gradients_equal_the_plain_form(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    ids, mask = tokens()
+    weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    plain = plain_log_probs(model, ids)
+    (plain * weights).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+
+    ours = load_causal_lm(checkpoint, dtype=torch.float32)
+    vocab = ours.get_output_embeddings().weight.shape[0]
+    for chunk in (vocab * 5, vocab * 1000):  # five chunks, one chunk
+        ours.zero_grad()
+        log_probs = TokenLogProbs(ours, chunk_logits=chunk)(ids, mask)
+        assert log_probs.dtype == torch.float32
+        torch.testing.assert_close(log_probs, plain, atol=1e-5, rtol=0)
+        (log_probs * weights).sum().backward()
+        for name, parameter in ours.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing(checkpoint):
+    log_probs = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32))
+    scores = TokenScores(load_scalar_model(checkpoint, dtype=torch.float32))
+    ids, mask = tokens()
+    with torch.no_grad():
+        expected, expected_scores = log_probs(ids, mask), scores(ids, mask)
+        assert (last_token_scores(expected_scores, mask) == expected_scores[:, -1]).all()
+        for left, right in ((3, 0), (0, 3), (2, 5)):
+            padded = pad(ids, mask, left, right, value=11)
+            torch.testing.assert_close(log_probs(*padded)[:, left : left + 8], expected, atol=1e-5, rtol=0)
+            found = scores(*padded)
+            torch.testing.assert_close(found[:, left : left + 9], expected_scores, atol=1e-5, rtol=0)
+            torch.testing.assert_close(last_token_scores(found, padded[1]), expected_scores[:, -1], atol=1e-5, rtol=0)
+
+
+def test_ragged_rows_equal_rows_alone(checkpoint):
+    """A batch as the steps see it: rows of different lengths, padded on the right with the end token."""
+    model = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32))
+    lengths = [9, 4, 6]
+    ids, mask = tokens()
+    for row, length in enumerate(lengths):
+        ids[row, length:], mask[row, length:] = 2, 0
+    with torch.no_grad():
+        batch = model(ids, mask)
+        for row, length in enumerate(lengths):
+            alone = model(ids[row : row + 1, :length], mask[row : row + 1, :length])
+            torch.testing.assert_close(batch[row : row + 1, : length - 1], alone, atol=1e-5, rtol=0)
+
+
+def test_scores_equal_transformers_own(checkpoint):
+    scalar = load_scalar_model(checkpoint, dtype=torch.float32, attn="eager").eval()
+    ids, mask = tokens(batch=1)
+    scalar.config.pad_token_id = None  # transformers then reads the last token, of one row only
+    with torch.no_grad():
+        expected = scalar(ids, attention_mask=mask).logits
+        found = last_token_scores(TokenScores(scalar)(ids, mask), mask)
+    torch.testing.assert_close(found[:, None], expected, atol=1e-5, rtol=0)
+
+
+def test_target_mask_gives_the_same_numbers_and_zeros(gpt2):
+    model = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.float32))
+    ids, mask = tokens()
+    targets = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.4
+    full = model(ids, mask)
+    found = model(ids, mask, target_mask=targets)
+    torch.testing.assert_close(found, full.where(targets[:, 1:], 0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(ids, mask, target_mask=targets[:, 1:]), found)  # without its useless first column
+    found.sum().backward()
+    masked = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(ids, mask).where(targets[:, 1:], 0.0).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(masked[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_no_target_at_all_still_has_a_backward(gpt2):
+    """A filler micro-batch: every process must run the same backward, also the one that has nothing to learn."""
+    model = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.float32))
+    ids, mask = tokens()
+    model(ids, mask, target_mask=torch.zeros_like(ids, dtype=torch.bool)).sum().backward()
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_keep_temperature_and_entropy(gpt2):
+    model = load_causal_lm(gpt2, dtype=torch.float32)
+    ids, mask = tokens()
+    with torch.no_grad():
+        log_probs, entropy = TokenLogProbs(model, 408 * 2)(ids, mask, keep=3, temperature=0.7, with_entropy=True)
+        torch.testing.assert_close(log_probs, plain_log_probs(model, ids, 0.7)[:, -3:], atol=1e-5, rtol=0)
+        p = (model(ids).logits[:, -4:-1] / 0.7).softmax(-1)
+    torch.testing.assert_close(entropy, -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="keep=9"):
+        TokenLogProbs(model)(ids, mask, keep=9)
+
+
+def test_logits_that_encode_the_position():
+    """Layout by hand: position t of the model wants token t + 1 and no other."""
+    hidden = torch.eye(5) * 50
+    log_probs, entropy = chunk_log_probs(hidden, torch.tensor([0, 1, 2, 3, 0]), torch.eye(5), None, with_entropy=True)
+    assert log_probs.tolist() == pytest.approx([0, 0, 0, 0, -50], abs=1e-4)
+    assert entropy.tolist() == pytest.approx([0] * 5, abs=1e-4)
+
+
+def test_logits_are_never_whole(gpt2):
+    """No tensor as large as [batch, time, vocab], nor half of it, is made or kept for the backward."""
+    model = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.float32), chunk_logits=408 * 4)
+    ids, mask = tokens(batch=8, time=41)
+    sizes = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == 408:
+                sizes.append(out.numel())
+            return out
+
+    saved = []
+    with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        loss = model(ids, mask).sum()
+        forward_sizes = max(sizes)
+        loss.backward()
+    assert forward_sizes <= 408 * 4 and max(sizes) <= 408 * 4
+    assert not any(len(shape) == 2 and shape[-1] == 408 and shape[0] != 32 for shape in saved)
+
+
+def test_pad_equal_to_eos_still_teaches_the_end_token(tmp_path):
+    """nn.Embedding(padding_idx=eos) would give the end token no gradient; LLaMA reads it from the config."""
+    folder = tiny_checkpoint(tmp_path, "llama", pad_token_id=2, eos_token_id=2)
+    model = TokenLogProbs(load_causal_lm(folder, dtype=torch.float32))
+    ids, mask = tokens()
+    ids[:, 4] = 2
+    model(ids, mask).sum().backward()
+    assert model.model.get_input_embeddings().weight.grad[2].abs().sum() > 0
+
+
+def test_sixteen_bit_models_give_float32(gpt2):
+    ids, mask = tokens()
+    exact = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.float32))(ids, mask)
+    rounded = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.bfloat16))(ids, mask)
+    scores = TokenScores(load_scalar_model(gpt2, dtype=torch.bfloat16))(ids, mask)
+    assert rounded.dtype == scores.dtype == torch.float32
+    assert (rounded - exact).abs().max() < 0.15
+
+
+def test_dropout_does_not_touch_probabilities(checkpoint):
+    model = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32)).train()
+    ids, mask = tokens()
+    with torch.no_grad():
+        training = model(ids, mask)
+        assert torch.equal(training, model.eval()(ids, mask))
+
+
+def test_gradient_checkpointing_changes_no_gradient(checkpoint):
+    ids, mask = tokens()
+    gradients = []
+    for on in (False, True):
+        model = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32, gradient_checkpointing=on))
+        model(ids, mask).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again, atol=1e-6, rtol=1e-5)
+
+
+def test_heads_work_around_an_adapter(checkpoint):
+    ids, mask = tokens()
+    plain = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32))(ids, mask)
+    adapted = TokenLogProbs(add_lora(load_causal_lm(checkpoint, dtype=torch.float32), 2, 4))(ids, mask)
+    torch.testing.assert_close(adapted, plain)  # B is 0 at the start
+    adapted.sum().backward()
+    scores = TokenScores(load_scalar_model(checkpoint, dtype=torch.float32))(ids, mask)
+    scalar = add_lora(load_scalar_model(checkpoint, dtype=torch.float32), 2, 4)
+    adapted_scores = TokenScores(scalar)(ids, mask)
+    torch.testing.assert_close(adapted_scores, scores)
+    adapted_scores.sum().backward()
+    trained = {name for name, p in scalar.named_parameters() if p.grad is not None}
+    assert any("lora_B" in name for name in trained)
+    assert any("score.modules_to_save" in name for name in trained)
+
+
+def test_last_token_by_mask_not_by_id():
+    scores = torch.arange(12.0).view(3, 4)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
+    assert last_token_scores(scores, mask).tolist() == [1.0, 7.0, 11.0]
+
+
+def test_text_after_the_end_cannot_change_the_score(gpt2):
+    model = TokenScores(load_scalar_model(gpt2, dtype=torch.float32))
+    ids, mask = tokens()
+    mask[:, 6:] = 0
+    changed = ids.clone()
+    changed[:, 6:] = 300
+    with torch.no_grad():
+        torch.testing.assert_close(
+            last_token_scores(model(ids, mask), mask), last_token_scores(model(changed, mask), mask)
+        )
+
+
+def test_one_forward_for_pairs_equals_two(gpt2):
+    model = TokenScores(load_scalar_model(gpt2, dtype=torch.float32))
+    ids, mask = tokens(batch=4)
+    with torch.no_grad():
+        both = last_token_scores(model(ids, mask), mask)
+        halves = [last_token_scores(model(i, m), m) for i, m in zip(ids.chunk(2), mask.chunk(2), strict=True)]
+    torch.testing.assert_close(both, torch.cat(halves), atol=1e-5, rtol=0)
+
+
+def test_state_dict_has_every_weight_once(checkpoint):
+    network = load_scalar_model(checkpoint, dtype=torch.float32)
+    model = TokenScores(network)
+    model(*tokens())
+    assert {name.removeprefix("model.") for name in model.state_dict()} == set(network.state_dict())
+    assert isinstance(network, AutoModelForSequenceClassification._model_mapping[type(network.config)])

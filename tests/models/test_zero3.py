@@ -1,0 +1,62 @@
+"""The heads and the factory under ZeRO-3 with two processes, against transformers' own forward in one plain process."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from models.adapters import merged_state_dict
+from models.heads import base_model
+from tests.launching import succeed
+from tests.models.zero3_worker import CASES, LEARNING_RATE, STEPS, batch, load
+from tests.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero3")
+    for family in {case.family for case in CASES}:
+        tiny_checkpoint(folder / family, family)
+    succeed("tests.models.zero3_worker", [str(folder)], processes=2)
+    return folder
+
+
+def plain_loss(case, model, step):
+    """The loss of the global batch without any of our heads."""
+    ids, targets = batch(step)
+    network = base_model(model)
+    if case.scalar:
+        network.config.pad_token_id = 401  # no such token in the batch: transformers reads the last position
+        return (network(ids, use_cache=False).logits[:, 0] - 1).square().sum() / 4
+    log_probs = network(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    chosen = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return -chosen[targets[:, 1:]].sum() / targets.sum()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_processes_learn_what_one_learns(trained, case):
+    model = load(case, trained)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    losses = []
+    for step in range(STEPS):
+        loss = plain_loss(case, model, step)
+        losses.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(torch.load(trained / f"{case.name}.pt"), torch.stack(losses), atol=1e-5, rtol=1e-5)
+    opener = AutoModelForSequenceClassification if case.scalar else AutoModelForCausalLM
+    saved = opener.from_pretrained(trained / case.name).state_dict()
+    expected = merged_state_dict(model)
+    assert saved.keys() == expected.keys()
+    for name in saved:
+        torch.testing.assert_close(
+            saved[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_the_worker_learned_something(trained):
+    for case in CASES:
+        losses = torch.load(trained / f"{case.name}.pt")
+        assert losses.shape == (STEPS,) and losses.isfinite().all() and losses[0] != losses[1]

@@ -1,0 +1,128 @@
+"""Two processes under ZeRO-3 train tiny models through the heads; test_zero3.py compares with one plain process."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.adapters import add_lora, merged_state_dict
+from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from models.heads import TokenLogProbs, TokenScores, last_token_scores
+
+STEPS = 3
+LEARNING_RATE = 0.003
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint's family, which head, with LoRA or not, with gradient checkpointing or not."""
+
+    family: str
+    scalar: bool
+    lora: bool
+    recompute: bool
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.family, "scalar" if self.scalar else "causal", *["lora"] * self.lora])
+
+
+CASES = [
+    Case("opt", scalar=False, lora=False, recompute=True),
+    Case("bloom", scalar=False, lora=True, recompute=True),
+    Case("llama", scalar=False, lora=False, recompute=False),
+    Case("qwen2", scalar=True, lora=False, recompute=False),
+    Case("gpt2", scalar=True, lora=True, recompute=True),
+]
+
+
+class Stops:
+    """As much of a template as save_model asks for."""
+
+    stop_token_ids = (2,)
+
+    def save(self, folder: Path) -> None:
+        """Nothing to keep."""
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Four rows of twelve tokens and which of them are targets; in the last step the second half has none."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(7, 390, (4, 12), generator=generator)
+    targets = torch.rand(4, 12, generator=generator) < torch.tensor([0.2, 0.2, 0.9, 0.9])[:, None]
+    targets[:, 0] = False
+    if step == STEPS - 1:
+        targets[2:] = False
+    return ids, targets
+
+
+def load(case: Case, folder: Path, **options) -> torch.nn.Module:
+    """The model of a case, the same on every process."""
+    read = load_scalar_model if case.scalar else load_causal_lm
+    model = read(folder / case.family, dtype=torch.float32, gradient_checkpointing=case.recompute, **options)
+    torch.manual_seed(0)
+    return add_lora(model, 4, 8) if case.lora else model
+
+
+def train(case: Case, folder: Path) -> None:
+    """Train one case under ZeRO-3; rank 0 saves the losses and the model."""
+    import deepspeed
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    config = {
+        "train_batch_size": 2,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 40},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "gradient_clipping": 0.0,  # the default is 1.0
+    }
+    model = load(case, folder, zero3_config=config)
+    # four rows of logits at a time: the processes have different numbers of chunks
+    head = TokenScores(model) if case.scalar else TokenLogProbs(model, chunk_logits=4 * 408)
+    optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    engine, *_ = deepspeed.initialize(model=head, optimizer=optimizer, config=config)
+    losses = []
+    for step in range(STEPS):
+        ids, targets = batch(step)
+        mine = slice(2 * rank, 2 * rank + 2)
+        ids, wanted, mask = ids[mine], targets[mine], torch.ones_like(ids[mine])
+        if rank == 1:  # other shapes as well
+            ids, wanted, mask = (torch.nn.functional.pad(t, (0, 3)) for t in (ids, wanted, mask))
+        if case.scalar:
+            loss = (last_token_scores(engine(ids, mask), mask) - 1).square().sum() / 4
+        else:
+            loss = -engine(ids, mask, target_mask=wanted).sum() / targets.sum()
+        engine.backward(loss * 2)  # gradients are averaged over the two processes
+        engine.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total)
+    state = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            state[name] = parameter.detach().clone()
+    if rank == 0:
+        state = merged_state_dict(model, state)
+        save_model(model, load_tokenizer(folder / case.family), Stops(), folder / case.name, state)
+        torch.save(torch.stack(losses), folder / f"{case.name}.pt")
+    dist.barrier()
+
+
+def main() -> None:
+    """Train every case; the argument is the folder with the checkpoints."""
+    import deepspeed
+    import torch.distributed as dist
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its compilation is not what we test
+    deepspeed.init_distributed("gloo", verbose=False)
+    for case in CASES:
+        train(case, Path(sys.argv[-1]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""train.py: which command lines it makes, what it skips, how it ends - with small programs in place of the steps."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+import train
+from models.errors import UserError
+from tests.tiny import tiny_checkpoint
+from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
+from training.utils.parsing import parse as parse_step
+
+ARGUMENTS = {1: SFTArguments, 2: RewardArguments, 3: PPOArguments}
+
+
+@pytest.fixture(autouse=True)
+def no_visible_devices(monkeypatch):
+    """Tests decide what the environment says about devices."""
+    for name in ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def planned(*words: str) -> dict[int, list[str]]:
+    """The flags of each step that a command line plans."""
+    return {step.number: step.flags for step in train.plan(train.parse(list(words)))}
+
+
+def launched(*words: str) -> list[str]:
+    """The launcher's own words for the first step, up to --module."""
+    args = train.parse(list(words))
+    command = train.launch_command(train.plan(args)[0], args)
+    return command[3 : command.index("--module")]
+
+
+def value(flags: list[str], name: str) -> str:
+    """The value that counts: the last one given."""
+    return flags[len(flags) - flags[::-1].index(name)]
+
+
+# --- command lines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deployment", train.DEPLOYMENTS)
+@pytest.mark.parametrize("size", ["1.3b", "6.7b", "13b", "66b", "125m", "350m"])
+def test_every_size_and_deployment_gives_flags_that_the_steps_accept(deployment, size):
+    steps = planned("--actor-model", size, "--deployment-type", deployment)
+    parsed = {number: parse_step(ARGUMENTS[number], flags) for number, flags in steps.items()}
+    assert parsed[1].model_name_or_path == f"facebook/opt-{size}"
+    assert parsed[2].model_name_or_path == "facebook/opt-350m"
+    assert parsed[3].actor_model_name_or_path == parsed[1].output_dir == f"output/actor-models/{size}"
+    assert parsed[3].critic_model_name_or_path == parsed[2].output_dir == "output/reward-models/350m"
+    assert parsed[3].output_dir == f"output/step3-models/{size}"
+
+
+def test_folders_are_named_as_in_deepspeed_chat_whatever_the_spelling_of_the_model(tmp_path):
+    for model, name in (("facebook/opt-1.3b", "1.3b"), ("1.3b", "1.3b"), ("bigscience/bloom-1b1", "bloom-1b1"),
+                        (f"{tmp_path}/mine/", "mine")):  # fmt: skip
+        flags = planned("--actor-model", model, "--output-dir", str(tmp_path))
+        assert value(flags[1], "--output_dir") == str(tmp_path / "actor-models" / name)
+        assert value(flags[3], "--output_dir") == str(tmp_path / "step3-models" / name)
+
+
+def test_flags_reach_the_steps_they_belong_to():
+    flags = planned(
+        "--actor-zero-stage", "3", "--reward-zero-stage", "1", "--data-path", "a.json", "b.json", "--sft-flags",
+        "--offload", "--reward-flags", "--max_steps 2 --seed 5", "--ppo-flags=--ppo_epochs 2", "--step", "3", "1", "2",
+    )  # fmt: skip
+    assert list(flags) == [1, 2, 3]
+    parsed = {number: parse_step(ARGUMENTS[number], words) for number, words in flags.items()}
+    assert (parsed[1].zero_stage, parsed[2].zero_stage) == (3, 1)
+    assert (parsed[3].actor_zero_stage, parsed[3].critic_zero_stage) == (3, 1)
+    assert parsed[1].offload and not parsed[2].offload
+    assert (parsed[2].max_steps, parsed[2].seed, parsed[3].ppo_epochs) == (2, 5, 2)
+    assert all(args.data_path == ["a.json", "b.json"] for args in parsed.values())
+
+
+def test_flags_of_a_step_come_last_so_that_they_win():
+    flags = planned("--sft-flags", "--zero_stage 0 --output_dir elsewhere", "--actor-zero-stage", "2")
+    assert parse_step(SFTArguments, flags[1]).zero_stage == 0
+
+
+def test_the_recipe_is_passed_on_and_the_command_line_wins(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "launch: {deployment_type: cpu, num_gpus: 2, env: {OMP_NUM_THREADS: 3}}\n"
+        "sft: {model_name_or_path: base, zero_stage: 1, output_dir: nowhere}\n"
+        "reward: {model_name_or_path: other}\nppo: {kl_coef: 0.25}\n"
+    )
+    args = train.parse(["--config", str(recipe), "--reward-model", "mine", "--output-dir", "out"])
+    steps = {step.number: step.flags for step in train.plan(args)}
+    sft, reward, ppo = (parse_step(ARGUMENTS[number], steps[number]) for number in (1, 2, 3))
+    assert (sft.model_name_or_path, sft.output_dir, sft.zero_stage) == ("base", "out/actor-models/base", 1)
+    assert reward.model_name_or_path == "mine"
+    assert (ppo.kl_coef, ppo.actor_model_name_or_path) == (0.25, "out/actor-models/base")
+    environment = train.environment(args)
+    assert (environment["OMP_NUM_THREADS"], environment["DS_ACCELERATOR"]) == ("3", "cpu")
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(train.ROOT)
+    assert launched("--config", str(recipe))[:4] == ["--hostfile", os.devnull, "--num_gpus", "2"]
+    assert launched("--config", str(recipe), "--num-gpus", "1")[:4] == ["--hostfile", os.devnull, "--num_gpus", "1"]
+
+
+def test_launcher_words_of_the_deployments(monkeypatch):
+    assert launched("--deployment-type", "single_gpu")[2:4] == ["--num_gpus", "1"]
+    assert "--num_gpus" not in launched("--deployment-type", "single_node")  # every device
+    assert launched("--deployment-type", "single_node", "--num-gpus", "4")[2:4] == ["--num_gpus", "4"]
+    assert launched("--deployment-type", "multi_node", "--hostfile", "hosts") == ["--hostfile", "hosts"]
+    # deepspeed --num_gpus 1 takes card 0 whatever CUDA_VISIBLE_DEVICES says
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert launched("--deployment-type", "single_gpu")[2:4] == ["--include", "localhost:5"]
+    assert launched("--deployment-type", "single_node", "--num-gpus", "2")[2:4] == ["--include", "localhost:5,7"]
+    assert launched("--deployment-type", "cpu", "--num-gpus", "2")[2:4] == ["--num_gpus", "2"]
+    with pytest.raises(UserError, match="shows 2 devices, 3 are wanted"):
+        launched("--deployment-type", "single_node", "--num-gpus", "3")
+
+
+def test_dry_run_prints_commands_that_a_shell_reads_and_makes_nothing(repository, tmp_path):
+    output = tmp_path / "a folder"
+    done = subprocess.run(
+        [sys.executable, "train.py", "--dry-run", "--deployment-type", "cpu", "--num-gpus", "2", "--output-dir",
+         str(output)], cwd=repository, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert [command[command.index("--module") + 1] for command in commands] == list(train.MODULES.values())
+    assert all(command[:2] == ["env", "DS_ACCELERATOR=cpu"] for command in commands)
+    assert value(commands[2], "--actor_model_name_or_path") == str(output / "actor-models" / "1.3b")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--sttep", "1"], "did you mean --step"),
+        (["--step", "4"], "invalid choice: 4"),
+        (["--deployment-type", "single"], "invalid choice: 'single'"),
+        (["--num-gpus", "0"], "give 1 or more"),
+        (["--ppo-flags", "--x 'y"], "check its quotes"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["--actor-zero-stage", "4"], "invalid choice: 4"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(words, sentence, capsys):
+    assert train.main(words) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_recipe_of_another_kind_is_refused(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("launch: {num_gpu: 2}\nsft: {}\n")
+    assert train.main(["--config", str(recipe)]) == 2
+    assert "unknown key 'num_gpu'" in capsys.readouterr().err
+    recipe.write_text("learning_rate: 1e-4\n")
+    assert train.main(["--config", str(recipe)]) == 2
+    assert "sections launch, sft, reward and ppo" in capsys.readouterr().err
+
+
+# --- running: small programs in place of the steps --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[str]:
+    """Flags that name two tiny models with one tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    actor, reward = tiny_checkpoint(folder / "actor", "opt"), tiny_checkpoint(folder / "reward", "opt", seed=1)
+    return ["--actor-model", str(actor), "--reward-model", str(reward), "--deployment-type", "cpu"]
+
+
+SUCCEED = """
+    import json, sys, pathlib
+    folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])
+    print('working in', folder.name)
+    (folder / 'config.json').write_text('{}')
+    flags = {word[2:]: value for word, value in zip(sys.argv, sys.argv[1:]) if word.startswith('--')}
+    (folder / 'sanbu_done.json').write_text(json.dumps({'flags': flags}))
+"""
+
+
+@pytest.fixture
+def fake_steps(monkeypatch):
+    """Replace the steps by programs; returns the dictionary to put them into, by number of the step."""
+    programs = {number: SUCCEED for number in (1, 2, 3)}
+
+    def command(step, args):
+        return [sys.executable, "-c", textwrap.dedent(programs[step.number]), *step.flags]
+
+    monkeypatch.setattr(train, "launch_command", command)
+    return programs
+
+
+def test_three_steps_in_order_streamed_and_logged_then_skipped(fake_steps, models, tmp_path, capfdbinary):
+    words = [*models, "--output-dir", str(tmp_path)]
+    assert train.main(words) == 0
+    out = capfdbinary.readouterr().out.decode()
+    places = [out.index(f"=== step {number}") for number in (1, 2, 3)]
+    assert places == sorted(places) and out.count("took 0:0") == 3
+    for folder in ("actor-models/actor", "reward-models/reward", "step3-models/actor"):
+        log = (tmp_path / folder / "training.log").read_text()
+        assert log.startswith("$ ") and f"working in {folder.split('/')[1]}\n" in log
+    assert "python chat.py --path" in out
+
+    assert train.main(words) == 0
+    again = capfdbinary.readouterr().out.decode()
+    assert again.count("is done:") == 3 and "working in" not in again
+
+    # With the reward model renewed, a PPO model trained on the old one is no longer done.
+    (tmp_path / "reward-models/reward/sanbu_done.json").unlink()
+    assert train.main(words) == 0
+    out = capfdbinary.readouterr().out.decode()
+    assert "step 1 (supervised fine-tuning) is done" in out and out.count("working in") == 2
+
+    assert train.main([*words, "--step", "2", "--force"]) == 0
+    assert capfdbinary.readouterr().out.decode().count("working in reward") == 1
+
+
+def test_wall_time_is_each_steps_own(fake_steps, models, tmp_path, capfdbinary):
+    fake_steps[1] = "import time; time.sleep(1.2)\n" + textwrap.dedent(SUCCEED)
+    assert train.main([*models, "--output-dir", str(tmp_path)]) == 0
+    out = capfdbinary.readouterr().out.decode()
+    took = {number: line.split("took ")[1] for number in (1, 2, 3) for line in out.splitlines()
+            if line.startswith(f"=== step {number}") and "took" in line}  # fmt: skip
+    assert took[1] in ("0:01", "0:02") and took[2] == took[3] == "0:00"
+
+
+def test_a_failing_step_stops_the_rest_and_its_own_words_are_repeated(fake_steps, models, tmp_path, capfd):
+    fake_steps[2] = "import sys; print('error: pairs.jsonl, line 7: no field', file=sys.stderr); sys.exit(2)"
+    assert train.main([*models, "--output-dir", str(tmp_path)]) == 2
+    captured = capfd.readouterr()
+    assert "step 2 (reward model) ended with exit code 2" in captured.err
+    assert "it said: pairs.jsonl, line 7: no field" in captured.err
+    assert "step 3" not in captured.out
+    # the next call takes up where this one stopped
+    fake_steps[2] = SUCCEED
+    assert train.main([*models, "--output-dir", str(tmp_path)]) == 0
+    assert "step 1 (supervised fine-tuning) is done" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "words"),
+    [
+        ("raise MemoryError('torch.OutOfMemoryError: HIP out of memory. Tried to allocate')", 1, "the memory was not enough"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "exit code 137"),
+        ("print('all went well')", 1, "did not write sanbu_done.json"),
+        ("import nowhere_to_be_found", 1, "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+    ],
+)
+def test_other_ends_of_a_step(fake_steps, models, tmp_path, capfd, program, code, words):
+    fake_steps[1] = program
+    assert train.main([*models, "--output-dir", str(tmp_path)]) == code
+    assert words in capfd.readouterr().err
+
+
+def test_a_step_that_ends_badly_is_not_done_though_it_was_before(fake_steps, models, tmp_path):
+    words = [*models, "--output-dir", str(tmp_path), "--step", "1"]
+    assert train.main(words) == 0
+    fake_steps[1] = "raise SystemExit(3)"
+    assert train.main([*words, "--force"]) == 3
+    fake_steps[1] = SUCCEED
+    assert train.main(words) == 0
+    assert (tmp_path / "actor-models/actor/training.log").read_text().count("$ ") == 3
+
+
+def test_step_3_without_its_models_says_what_makes_them(models, tmp_path, capsys):
+    words = [*models, "--output-dir", str(tmp_path), "--step", "3"]
+    assert train.main(words) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "actor-models/actor") in error and "which step 1 makes" in error
+    command = error.split("run it first: python train.py ")[1].rstrip(". \n")
+    args = train.parse(shlex.split(command))
+    assert args.step == [1] and train.plan(args)[0].folder == tmp_path / "actor-models/actor"
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_done(fake_steps, models, tmp_path, capsys):
+    assert train.main([*models, "--output-dir", str(tmp_path), "--step", "1"]) == 0
+    other = tiny_checkpoint(tmp_path / "other" / "actor", "opt", seed=2)
+    assert train.main(["--actor-model", str(other), *models[2:], "--output-dir", str(tmp_path), "--step", "1"]) == 2
+    assert "name another --output-dir" in capsys.readouterr().err
+
+
+def test_two_tokenizers_are_refused_before_anything_runs(fake_steps, models, tmp_path, capsys):
+    other = tiny_checkpoint(tmp_path / "bloom", "bloom")
+    words = [*models[:2], "--reward-model", str(other), *models[4:], "--output-dir", str(tmp_path / "out")]
+    assert train.main(words) == 2
+    assert "tokenizer" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("training.log"))
+
+
+def test_output_comes_while_the_step_runs_and_ctrl_c_ends_only_the_steps_processes(repository, models, tmp_path):
+    """The step starts a child of its own; both must be gone, and the step must have had the time to tidy up."""
+    step = """
+        import os, pathlib, signal, subprocess, sys, time
+        folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])
+        child = subprocess.Popen(['sleep', '600'])
+        (folder / 'pids').write_text(f'{os.getpid()} {child.pid}')
+        def stop(*_):
+            (folder / 'saved').touch(); child.terminate(); child.wait(); sys.exit(143)
+        signal.signal(signal.SIGTERM, stop)
+        print('started', flush=True)
+        while True: time.sleep(0.05)
+    """
+    driver = f"""
+        import sys, textwrap, train
+        program = textwrap.dedent({step!r})
+        train.launch_command = lambda step, args: [sys.executable, '-c', program, *step.flags]
+        sys.exit(train.main(sys.argv[1:]))
+    """
+    bystander = subprocess.Popen(["sleep", "600"])
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(driver), *models, "--output-dir", str(tmp_path)],
+        cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:  # arrives although the step is still running
+            if line == "started\n":
+                break
+        folder = tmp_path / "actor-models" / "actor"
+        pids = [int(pid) for pid in (folder / "pids").read_text().split()]
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 130 and "--resume continues" in error
+        assert (folder / "saved").exists()
+        assert bystander.poll() is None
+        deadline = time.monotonic() + 5
+        while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(is_alive(pid) for pid in pids)
+    finally:
+        bystander.kill()
+        bystander.wait()
+        if process.poll() is None:
+            process.kill()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_straggler_does_not_hold_the_run_up(tmp_path):
+    """A grandchild that keeps the pipe open after the launcher has ended is killed after a few seconds."""
+    program = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
+    started = time.monotonic()
+    code, lines = train.run_step([sys.executable, "-c", program], dict(os.environ), tmp_path / "log")
+    assert code == 0 and time.monotonic() - started < 20
+    assert not is_alive(int(lines[-1]))
+
+
+def test_the_real_launcher_runs_a_step_and_passes_its_error_on(repository, models, tmp_path):
+    """One real step, ended by its own check of the data: the launcher's exit code and the step's sentence come through."""
+    done = subprocess.run(
+        [sys.executable, "train.py", *models, "--step", "1", "--output-dir", str(tmp_path / "out"), "--data-path",
+         str(tmp_path / "absent.jsonl")], cwd=repository, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "step 1 (supervised fine-tuning) ended with exit code 2" in done.stderr
+    assert "absent.jsonl" in done.stderr.split("it said: ")[1]
+
+
+def test_done_marker_is_the_one_the_steps_write():
+    assert json.loads(json.dumps({"name": train.DONE})) == {"name": "sanbu_done.json"}

@@ -1,0 +1,484 @@
+"""All three steps in order: supervised fine-tuning, reward model, PPO.
+
+    python train.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type single_gpu
+    python train.py --config configs/cpu/demo.yaml --deployment-type cpu --step 1 2 3 --output-dir output/demo
+    python train.py --deployment-type single_node --step 3 --ppo-flags "--ppo_epochs 2" --dry-run
+
+Each step runs under the deepspeed launcher; what it prints goes to the terminal and to training.log in the step's
+folder: OUTPUT/actor-models/NAME, OUTPUT/reward-models/NAME, OUTPUT/step3-models/NAME. A step that is done is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+from training.utils.metrics import format_seconds
+from training.utils.parsing import load_recipe
+from training.utils.run import DONE, check_writable, free_port
+
+ROOT = Path(__file__).resolve().parent
+OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")  # stand for facebook/opt-SIZE
+DEPLOYMENTS = ("single_gpu", "single_node", "multi_node", "cpu")
+TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
+SECTIONS = {1: "sft", 2: "reward", 3: "ppo"}
+MODULES = {1: "training.step1_sft.main", 2: "training.step2_reward.main", 3: "training.step3_ppo.main"}
+LAUNCH_KEYS = ("deployment_type", "num_gpus", "num_nodes", "hostfile", "master_port", "env")
+# Without a recipe: batches, ZeRO and LoRA of the launchers that DeepSpeed-Chat published for these deployments (1.3B
+# on one card and on a node, 66B on several). PPO and LoRA keep our learning rates: theirs were for greedy rollouts.
+STARTING_FLAGS = {
+    "single_gpu": {
+        1: "--gradient_accumulation_steps 8 --lora_dim 128",
+        2: "--gradient_accumulation_steps 4 --weight_decay 0.1",
+        3: "--gradient_accumulation_steps 2 --actor_lora_dim 128 --actor_gradient_checkpointing",
+    },
+    "single_node": {
+        1: "--zero_stage 2 --per_device_train_batch_size 8 --learning_rate 9.65e-6",
+        2: "--per_device_train_batch_size 4 --learning_rate 5e-5 --weight_decay 0.1",
+        3: "--actor_zero_stage 2 --critic_zero_stage 2 --per_device_generation_batch_size 4 "
+        "--per_device_training_batch_size 4",
+    },
+    "multi_node": {
+        1: "--zero_stage 3 --lora_dim 128 --gradient_checkpointing --per_device_train_batch_size 4",
+        2: "--per_device_train_batch_size 2 --learning_rate 5e-5 --weight_decay 0.1",
+        3: "--actor_zero_stage 3 --critic_zero_stage 3 --actor_lora_dim 128 --actor_gradient_checkpointing "
+        "--per_device_generation_batch_size 4 --per_device_training_batch_size 4",
+    },
+    "cpu": {1: "", 2: "", 3: ""},
+}
+HINTS = (
+    (
+        r"out of memory|OutOfMemoryError|Cannot allocate memory|can't allocate memory|bad_alloc",
+        "the memory was not enough: lower --per_device_train_batch_size (step 3: --per_device_generation_batch_size "
+        "and --per_device_training_batch_size) and raise --gradient_accumulation_steps; --gradient_checkpointing; a "
+        "higher --actor-zero-stage or --reward-zero-stage; --offload; --lora_dim 128; lower --max_seq_len; more cards",
+    ),
+    (
+        r"return code = -9|exitcode: -9",
+        "a process was killed from outside (signal 9), mostly because the memory of the host was full: fewer processes "
+        "(--num-gpus), no --offload, smaller batches",
+    ),
+    (r"No space left on device", "the disk is full: free space, or name another --output-dir"),
+    (r"Address already in use|EADDRINUSE", "another program listens on the port of the run: start the command again"),
+    (r"No module named", "a package is missing: pip install -r requirements.txt"),
+    (
+        r"Permission denied \(publickey|not reachable via ssh|launcher '\w+' not installed",
+        "several nodes need pdsh, and ssh without a password from this host to every host of the hostfile",
+    ),
+)
+
+
+@dataclass
+class Step:
+    """One step to run: where it writes, which folders of other steps it reads, and its own flags."""
+
+    number: int
+    folder: Path
+    flags: list[str]
+    needs: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Such as ``step 2 (reward model)``."""
+        return f"step {self.number} ({TITLES[self.number]})"
+
+
+# --- what to run ------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; DeepSpeed-Chat's train.py and e2e_rlhf.py have the same names."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="steps to run (default: 1 2 3)")
+    add("--actor-model", help="hub id or folder, or a size of facebook/opt-*: 1.3b, 6.7b, 13b, 66b, … (default: 1.3b)")
+    add("--reward-model", help="what step 2 starts from; same tokenizer as the actor (default: 350m)")
+    add("--actor-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 1 and of the actor in step 3")
+    add("--reward-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 2 and of the critic in step 3")
+    add("--output-dir", default="./output", help="the three folders of models are made here (default: ./output)")
+    add("--deployment-type", choices=DEPLOYMENTS, help="where it runs (default: single_gpu)")
+    add("--num-gpus", type=int, help="processes on each node; single_node: all devices unless given")
+    add("--hostfile", help="multi_node: lines HOST slots=N (default: /job/hostfile)")
+    add("--config", help="a recipe: YAML with sections launch, sft, reward, ppo; flags given here win over it")
+    add("--data-path", nargs="+", help="data of all three steps: named sets, hub ids, files, folders")
+    for number, section in SECTIONS.items():
+        add(f"--{section}-flags", default="", help=f"more flags of step {number}, as one quoted string")
+    add("--resume", action="store_true", help="a step that was cut short continues from its newest whole checkpoint")
+    add("--force", action="store_true", help="run steps that are done again")
+    add("--dry-run", action="store_true", help="print the command lines, run nothing")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line with the recipe's launch section filled in. UserError for whatever is wrong with them."""
+    parser = build_parser()
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message[:1].upper()}{message[1:]}; train.py --help lists the flags.")
+
+    parser.error = refuse
+    joined: list[str] = []
+    for word in argv:
+        if joined and re.fullmatch(r"--(sft|reward|ppo)-flags", joined[-1]):
+            joined[-1] += f"={word}"  # argparse would take "--sft-flags --offload" for a flag without its value
+        else:
+            name, *value = word.split("=", 1)
+            joined.append("=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word)
+    args, unknown = parser.parse_known_args(joined)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
+        raise UserError(
+            f"Unknown flag {unknown[0]}{f'; did you mean {near[0]}?' if near else '.'} Flags of a step itself go into "
+            '--sft-flags, --reward-flags or --ppo-flags "…".'
+        )
+    for section in SECTIONS.values():
+        try:
+            setattr(args, f"{section}_flags", shlex.split(getattr(args, f"{section}_flags")))
+        except ValueError as error:
+            raise UserError(f"--{section}-flags cannot be read ({error}); check its quotes.") from error
+    if args.num_gpus is not None and args.num_gpus < 1:
+        raise UserError(f"--num-gpus {args.num_gpus} is not a number of processes; give 1 or more.")
+    args.recipe = read_recipe(args.config) if args.config else {}
+    launch = args.recipe.get("launch", {})
+    args.deployment_type = args.deployment_type or launch.get("deployment_type") or "single_gpu"
+    if args.deployment_type not in DEPLOYMENTS:
+        raise UserError(
+            f"{args.config}, launch: deployment_type {args.deployment_type!r}; use one of {', '.join(DEPLOYMENTS)}."
+        )
+    args.num_gpus = args.num_gpus or launch.get("num_gpus")
+    args.hostfile = args.hostfile or launch.get("hostfile")
+    args.step = sorted(set(args.step))
+    return args
+
+
+def read_recipe(path: str) -> dict[str, dict[str, Any]]:
+    """The sections of a recipe. The steps check their own; here: has it any, and is its launch section ours?"""
+    recipe = load_recipe(path)
+    if not set(SECTIONS.values()) & recipe.keys():
+        raise UserError(f"--config {path}: train.py needs the sections launch, sft, reward and ppo with flags in them.")
+    for key in recipe.get("launch", {}):
+        if key not in LAUNCH_KEYS:
+            raise UserError(f"{path}, launch: unknown key {key!r}; known: {', '.join(LAUNCH_KEYS)}.")
+    return recipe
+
+
+def model_name(model: str) -> str:
+    """What a model's folder is called: 1.3b for facebook/opt-1.3b as in DeepSpeed-Chat, else the path's last part."""
+    return model.removeprefix("facebook/opt-") if model.startswith("facebook/opt-") else Path(model).resolve().name
+
+
+def plan(args: argparse.Namespace) -> list[Step]:
+    """The steps to run with all their flags."""
+    start = {}
+    for number, given, default in ((1, args.actor_model, "1.3b"), (2, args.reward_model, "350m")):
+        model = given or args.recipe.get(SECTIONS[number], {}).get("model_name_or_path") or default
+        start[number] = f"facebook/opt-{model}" if model in OPT_SIZES else str(model)
+    output = Path(args.output_dir)
+    folders = {
+        1: output / "actor-models" / model_name(start[1]),
+        2: output / "reward-models" / model_name(start[2]),
+        3: output / "step3-models" / model_name(start[1]),
+    }
+    models = {
+        1: {"--model_name_or_path": start[1]},
+        2: {"--model_name_or_path": start[2]},
+        3: {"--actor_model_name_or_path": str(folders[1]), "--critic_model_name_or_path": str(folders[2])},
+    }
+    stages = {
+        1: {"--zero_stage": args.actor_zero_stage},
+        2: {"--zero_stage": args.reward_zero_stage},
+        3: {"--actor_zero_stage": args.actor_zero_stage, "--critic_zero_stage": args.reward_zero_stage},
+    }
+    steps = []
+    for number in args.step:
+        flags = ["--config", args.config] if args.config else STARTING_FLAGS[args.deployment_type][number].split()
+        for name, value in {**models[number], "--output_dir": str(folders[number]), **stages[number]}.items():
+            flags += [] if value is None else [name, str(value)]
+        flags += ["--data_path", *args.data_path] if args.data_path else []
+        flags += ["--resume"] if args.resume else []
+        flags += getattr(args, f"{SECTIONS[number]}_flags")  # last, so that it wins
+        needs = {1: folders[1], 2: folders[2]} if number == 3 else {}
+        steps.append(Step(number, folders[number], flags, needs))
+    return steps
+
+
+def launch_command(step: Step, args: argparse.Namespace) -> list[str]:
+    """The deepspeed launcher around a step. Through sys.executable, so that it is the one of this environment."""
+    launch = args.recipe.get("launch", {})
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    if args.deployment_type == "multi_node":
+        command += ["--hostfile", str(args.hostfile)] if args.hostfile else []
+        command += ["--num_nodes", str(launch["num_nodes"])] if launch.get("num_nodes") else []
+        command += ["--num_gpus", str(args.num_gpus)] if args.num_gpus else []
+        port = launch.get("master_port")
+    else:
+        # The launcher would read a /job/hostfile that lies around, and start on all its hosts.
+        command += ["--hostfile", os.devnull]
+        processes = args.num_gpus or (None if args.deployment_type == "single_node" else 1)
+        command += device_flags(processes, args.deployment_type)
+        port = launch.get("master_port") or free_port()
+    command += ["--master_port", str(port)] if port else []
+    return [*command, "--module", MODULES[step.number], *step.flags]
+
+
+def device_flags(processes: int | None, deployment: str) -> list[str]:
+    """--num_gpus N; or --include with the first N visible devices, because --num_gpus ignores CUDA_VISIBLE_DEVICES."""
+    if processes is None:
+        return []
+    name = "ASCEND_RT_VISIBLE_DEVICES" if "ASCEND_RT_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
+    visible = [part.strip() for part in os.environ.get(name, "").split(",") if part.strip()]
+    if deployment == "cpu" or not visible or not all(part.isdigit() for part in visible):
+        return ["--num_gpus", str(processes)]
+    if processes > len(visible):
+        raise UserError(f"{name} shows {len(visible)} devices, {processes} are wanted; lower --num-gpus or show more.")
+    return ["--include", f"localhost:{','.join(visible[:processes])}"]
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """The environment of a step: the recipe's variables, output without delay, modules of this repository."""
+    more = {name: str(value) for name, value in (args.recipe.get("launch", {}).get("env") or {}).items()}
+    if args.deployment_type == "cpu":
+        more["DS_ACCELERATOR"] = "cpu"
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)} | more
+
+
+# --- may it run? ------------------------------------------------------------------------------------------------------
+
+
+def is_done(step: Step) -> bool:
+    """Whether the step has ended well in its folder. UserError if it was another model that was trained there."""
+    try:
+        done = json.loads((step.folder / DONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    flag = "actor_model_name_or_path" if step.number == 3 else "model_name_or_path"
+    before, now = done.get("flags", {}).get(flag), step.flags[step.flags.index(f"--{flag}") + 1]
+    if before is not None and model_name(str(before)) == model_name(now) and before != now and step.number != 3:
+        raise UserError(
+            f"{step.folder} holds what was trained from {before}, not {now}; name another --output-dir, or --force."
+        )
+    return True
+
+
+def choose(steps: list[Step], force: bool) -> list[Step]:
+    """The steps that are not done, or whose inputs are made anew; says which ones are skipped."""
+    chosen: list[Step] = []
+    for step in steps:
+        renewed = [needed for needed in step.needs if needed in {other.number for other in chosen}]
+        if force or renewed or not is_done(step):
+            chosen.append(step)
+        else:
+            print(f"{step.title} is done: {step.folder} (--force runs it again)", flush=True)
+    return chosen
+
+
+def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
+    """UserError for what would end a later step after hours: missing models, two tokenizers; no device, no hostfile."""
+    from models.device import detect_platform
+    from models.factory import check_same_tokenizer, load_tokenizer
+
+    running = {step.number for step in chosen}
+    for step in chosen:
+        for number, folder in step.needs.items():
+            if number not in running and not (folder / "config.json").is_file():
+                make = f"python train.py {again(args, number)}"
+                raise UserError(f"{step.title} needs {folder}, which step {number} makes; run it first: {make}")
+        check_writable(step.folder)
+    if args.deployment_type == "multi_node":
+        hostfile = args.hostfile or "/job/hostfile"
+        if not Path(hostfile).is_file():
+            raise UserError(f"--deployment-type multi_node needs --hostfile; there is no {hostfile}.")
+    elif args.deployment_type != "cpu" and detect_platform().name == "cpu":
+        raise UserError(f"--deployment-type {args.deployment_type}: no accelerator found here; use cpu.")
+    models = {name: step.flags[place + 1] for step in chosen for place, name in model_flags(step)}
+    models = {name: path for name, path in models.items() if Path(path) not in {step.folder for step in chosen}}
+    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
+    if len(models) == 2:
+        (one, other), names = tokenizers.values(), tuple(models.values())
+        check_same_tokenizer(one, other, names)
+
+
+def model_flags(step: Step) -> list[tuple[int, str]]:
+    """(place in the flags, "step/flag") of each model that a step starts from."""
+    return [
+        (place, f"{step.number}/{flag}")
+        for place, flag in enumerate(step.flags[:-1])
+        if flag.endswith("model_name_or_path")
+    ]
+
+
+def again(args: argparse.Namespace, number: int) -> str:
+    """The flags that run another step of the same pipeline."""
+    words = ["--step", str(number)]
+    for flag in ("actor_model", "reward_model", "deployment_type", "num_gpus", "hostfile", "config", "output_dir"):
+        if getattr(args, flag) is not None:
+            words += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+    return shlex.join(words)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; the argument is the signal's number."""
+
+
+def run_step(command: list[str], env: dict[str, str], log: Path, patience: float = 60.0) -> tuple[int, list[str]]:
+    """Run a command in a process group of its own; what it prints goes to the terminal and to the log as it comes.
+
+    Returns its exit code and the last lines it printed. On Ctrl-C or SIGTERM the group is asked to end (a step then
+    saves a checkpoint), killed after ``patience`` seconds, and Interrupted is raised. Nothing else is touched.
+    """
+    with log.open("ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        tail = bytearray()
+
+        def show(chunk: bytes) -> None:
+            file.write(chunk)
+            file.flush()
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.flush()
+            tail.extend(chunk)
+            del tail[:-65536]
+
+        sys.stdout.flush()
+        with signals_raise():
+            try:
+                drain(process, show, deadline=None)
+            except Interrupted:
+                signal_group(process, signal.SIGTERM)
+                with contextlib.suppress(Interrupted):  # a second Ctrl-C does not wait
+                    drain(process, show, deadline=time.monotonic() + patience)
+                raise
+            finally:
+                signal_group(process, signal.SIGKILL)  # not reaped yet, so the number is still this group's
+                process.wait()
+                process.stdout.close()
+    return process.returncode, tail.decode(errors="replace").splitlines()
+
+
+def drain(process: subprocess.Popen, show: Callable[[bytes], None], deadline: float | None) -> None:
+    """Pass on what the group prints until nobody is left who could; stragglers get five seconds after the launcher."""
+    while True:
+        ready, _, _ = select.select([process.stdout], [], [], 0.5)
+        if ready:
+            chunk = os.read(process.stdout.fileno(), 65536)
+            if not chunk:
+                # Output may be closed while the launcher still tidies up.
+                while not has_ended(process) and (deadline is None or time.monotonic() < deadline):
+                    time.sleep(0.05)
+                return
+            show(chunk)
+        if deadline is None and has_ended(process):
+            deadline = time.monotonic() + 5.0
+        if deadline is not None and time.monotonic() > deadline:
+            return
+
+
+def has_ended(process: subprocess.Popen) -> bool:
+    """Whether the process has ended, without reaping it: until then its number cannot pass to another group."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def signal_group(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to the process group of a child that has not been reaped."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when only zombies are left
+        os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def signals_raise():
+    """Inside, SIGINT and SIGTERM raise Interrupted."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def explain(step: Step, code: int, lines: list[str], seconds: float) -> str:
+    """What to say about a step that failed: where, its own last error, hints, the log."""
+    said = [match[1] for line in lines if (match := re.search(r"(?:^|: )error: (.+)", line))]
+    text = "\n".join(lines)
+    report = [f"error: {step.title} ended with exit code {code} after {format_seconds(seconds)}."]
+    if said:
+        report.append(f"  it said: {said[-1]}")
+    else:
+        raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+        report += [f"  it said: {raised[-1]}"] if raised else []
+        report += [f"  hint: {hint}." for pattern, hint in HINTS if re.search(pattern, text, re.IGNORECASE)]
+    if code == 0:
+        report.append(f"  it did not write {DONE}, so it did not come to its end.")
+    return "\n".join([*report, f"  all it printed: {step.folder / 'training.log'}"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the steps; returns the exit code: 0, 2 for wrong input, that of a step that failed, 128 + signal."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        steps = plan(args)
+        if args.dry_run:
+            for step in steps:
+                prefix = ["env", "DS_ACCELERATOR=cpu"] if args.deployment_type == "cpu" else []
+                print(f"# {step.title} -> {step.folder}\n{shlex.join([*prefix, *launch_command(step, args)])}")
+            return 0
+        chosen = choose(steps, args.force)
+        check_inputs(chosen, args)
+        times = []
+        for step in chosen:
+            (step.folder / DONE).unlink(missing_ok=True)  # from now on until it ends well, it is not done
+            command = launch_command(step, args)
+            print(f"\n=== {step.title} -> {step.folder}\n{shlex.join(command)}", flush=True)
+            started = time.monotonic()
+            code, lines = run_step(command, environment(args), step.folder / "training.log")
+            seconds = time.monotonic() - started
+            code = 128 - code if code < 0 else code
+            # The launcher ends with 0 when it is its own child that a signal has killed.
+            if code != 0 or not (step.folder / DONE).is_file():
+                print(explain(step, code, lines, seconds), file=sys.stderr, flush=True)
+                return code or 1
+            times.append((step, seconds))
+            print(f"=== {step.title} took {format_seconds(seconds)}", flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Interrupted as stop:
+        print("\nstopped; the same command with --resume continues from the newest checkpoint.", file=sys.stderr)
+        return 128 + stop.args[0]
+    for step, seconds in times:
+        print(f"{step.title:32} {format_seconds(seconds):>9}   {step.folder}")
+    last = steps[-1].folder if steps[-1].number != 2 else None
+    if last is not None:
+        print(f"Talk to it: python chat.py --path {shlex.quote(str(last))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Checks that need nothing but the flags: ranges, combinations, the form of the texts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+from training.utils.arguments import CommonArguments, PPOArguments
+
+logger = logging.getLogger("sanbu")
+
+# What a number must satisfy, by the flag's name without actor_ or critic_. Comparisons are False for NaN.
+AT_LEAST_ONE = {
+    "num_train_epochs", "gradient_accumulation_steps", "logging_steps", "zero_hpz_partition_size", "generation_batches",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "per_device_generation_batch_size",
+    "per_device_training_batch_size", "ppo_epochs", "max_prompt_seq_len", "max_answer_seq_len", "max_new_tokens",
+    "print_answers_interval", "num_return_sequences",
+}  # fmt: skip
+POSITIVE = {"temperature", "adam_epsilon", "cliprange", "cliprange_value"}
+BELOW_ONE = {"eval_fraction", "dropout", "lora_dropout", "adam_beta1", "adam_beta2"}
+UP_TO_ONE = {"gamma", "lam"}
+FREE = {"local_rank"}
+ZERO_PLUS_PLUS = (
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights",
+)  # fmt: skip
+
+
+def validate(args: Any) -> None:
+    """Raise UserError for a value out of range or flags that contradict each other."""
+    check_ranges(args)
+    if not isinstance(args, CommonArguments):
+        return
+    check_data(args)
+    if isinstance(args, PPOArguments):
+        check_rollouts(args)
+        models = {"actor_": args.actor_zero_stage, "critic_": args.critic_zero_stage}
+    else:
+        models = {"": args.zero_stage}
+    check_memory(args, models)
+    for prefix in models:
+        check_lora(args, prefix)
+
+
+def check_ranges(args: Any) -> None:
+    """Every number within its range, every number finite."""
+    for one in fields(args):
+        value = getattr(args, one.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        name = one.name.removeprefix("actor_").removeprefix("critic_")
+        if name in FREE:
+            continue
+        if not math.isfinite(value):
+            wrong = "must be finite"
+        elif name in AT_LEAST_ONE and value < 1:
+            wrong = "must be 1 or more"
+        elif name in POSITIVE and value <= 0:
+            wrong = "must be more than 0"
+        elif name in BELOW_ONE and not 0 <= value < 1:
+            wrong = "must be 0 or more and less than 1"
+        elif name in UP_TO_ONE and not 0 <= value <= 1:
+            wrong = "must lie between 0 and 1"
+        elif name == "top_p" and not 0 < value <= 1:
+            wrong = "must be more than 0 and at most 1"
+        elif name == "max_seq_len" and value < 2:
+            wrong = "must be 2 or more: a prompt and the end token"
+        elif value < 0:
+            wrong = "must not be negative"
+        else:
+            continue
+        raise UserError(f"--{one.name} {value}: {wrong}.")
+
+
+def check_data(args: CommonArguments) -> None:
+    """--data_path, --data_split and --columns can be read, and this step gets a share; --deepspeed_config exists."""
+    if not all(args.data_path):
+        raise UserError("--data_path holds an empty name; give names of data sets or paths of files.")
+    try:
+        shares = [float(share) for share in args.data_split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):
+        raise UserError(f"--data_split {args.data_split}: expected three shares for steps 1, 2 and 3, such as 2,4,4.")
+    if shares[args.phase - 1] == 0 and not getattr(args, "sft_only_data_path", None):
+        raise UserError(f"--data_split {args.data_split} leaves nothing for {args.title}; raise its share.")
+    pairs = [pair.split("=") for pair in (args.columns or "").split(",") if args.columns]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
+        raise UserError(f"--columns {args.columns}: expected our_name=name_in_the_file,…, each name of ours once.")
+    if args.deepspeed_config and not Path(args.deepspeed_config).is_file():
+        raise UserError(f"--deepspeed_config {args.deepspeed_config}: no such file; name a JSON of DeepSpeed keys.")
+
+
+def check_memory(args: CommonArguments, stages: dict[str, int]) -> None:
+    """Offload and ZeRO++ need the ZeRO stage that they work in."""
+    highest = max(stages.values())
+    named = " or ".join(f"--{prefix}zero_stage" for prefix in stages)
+    for name in ("offload", "offload_optimizer"):
+        if getattr(args, name) and highest < 1:
+            raise UserError(f"--{name} needs {named} 1, 2 or 3: with stage 0 DeepSpeed offloads nothing.")
+    for name in ("offload_param", *ZERO_PLUS_PLUS):
+        value = getattr(args, name)
+        if (value if isinstance(value, bool) else value > 1) and highest < 3:
+            raise UserError(f"--{name} needs {named} 3.")
+    if args.optimizer == "fused_adam" and (args.offload or args.offload_optimizer):
+        raise UserError("--optimizer fused_adam works on the card, --offload moves its states to the host; use auto.")
+
+
+def check_lora(args: CommonArguments, prefix: str) -> None:
+    """Flags about adapters need adapters; adapters freeze everything else."""
+    if getattr(args, f"{prefix}lora_dim"):
+        if not args.only_optimize_lora:
+            raise UserError(
+                f"--only_optimize_lora false with --{prefix}lora_dim: adapters freeze the model's own weights; "
+                "drop one of the two flags."
+            )
+        return
+    idle = {one.name: one.default for one in fields(args)} | {f"{prefix}lora_alpha": 0.0}   # None became 2 x 0
+    for name in (f"{prefix}lora_learning_rate", f"{prefix}lora_alpha", f"{prefix}lora_dropout"):
+        if name in idle and getattr(args, name) != idle[name]:
+            raise UserError(f"--{name} has no effect without --{prefix}lora_dim; give a rank such as 16, or drop it.")
+
+
+def check_rollouts(args: PPOArguments) -> None:
+    """Batches fit together. A minibatch larger than a rollout is said, not refused: published launchers have it."""
+    longest = args.max_prompt_seq_len + args.max_answer_seq_len
+    if 0 < args.max_tokens_per_device < longest:
+        raise UserError(
+            f"--max_tokens_per_device {args.max_tokens_per_device} cannot hold one example of --max_prompt_seq_len + "
+            f"--max_answer_seq_len = {longest} tokens; raise it to {longest} or more."
+        )
+    rollout = args.per_device_generation_batch_size * args.generation_batches
+    minibatch = args.per_device_training_batch_size * args.gradient_accumulation_steps
+    if minibatch > rollout:
+        logger.warning(
+            "A minibatch of %d answers a process (per_device_training_batch_size x gradient_accumulation_steps) is "
+            "more than the %d of a rollout: each rollout is one optimizer step. --generation_batches %d would fill it.",
+            minibatch, rollout, math.ceil(minibatch / args.per_device_generation_batch_size),
+        )  # fmt: skip

@@ -1,0 +1,298 @@
+"""Rows -> records: which fields a row has says which format it is. Here ends all knowledge about columns.
+
+A record is {"messages": the prompt, [{"role", "content"}, …] that ends with a user message, "chosen": the answer, "rejected": a
+worse answer or None, "margin": how much better, or None}. A dialogue gives one record for each of its assistant turns. In data
+that has only prompts, "chosen" is "".
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Message = dict[str, str]
+Record = dict[str, Any]
+Fields = dict[str, Any]
+
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
+    "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+}  # fmt: skip
+OUR_NAMES = (
+    "prompt", "response", "chosen", "rejected", "messages", "conversations", "context", "instruction", "input", "output",
+    "history", "system", "content", "summary", "margin",
+)  # fmt: skip
+# Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
+ANSWER_LIKE = ("answer", "answers", "completion", "output", "target", "reply", "label", "text", "summary")
+
+
+class BadRecord(Exception):
+    """A record that is wrong: ends the reading. The reader adds the file and the place."""
+
+
+class Skip(Exception):
+    """A record that is sound but of no use (an empty answer): left out and counted under this reason."""
+
+
+def text(value: Any, field: str) -> str:
+    """A text without white space around it. Halves of surrogate pairs (text cut inside an emoji) are repaired or replaced."""
+    if not isinstance(value, str):
+        raise BadRecord(f'field "{field}" is {_kind(value)}, expected a text')
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value.strip()
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def items(value: Any, field: str) -> list:
+    """A list, also from a CSV cell that holds it as JSON, and from Arrow's {"role": [...], "content": [...]}."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadRecord(f'field "{field}" starts like a list, but is invalid JSON ({error.msg})') from error
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    if not isinstance(value, list):
+        raise BadRecord(f'field "{field}" is {_kind(value)}, expected a list')
+    return value
+
+
+def message(value: Any, field: str) -> Message:
+    """One turn: {role, content}, {from, value} or {role, text}."""
+    if not isinstance(value, dict):
+        raise BadRecord(f'field "{field}" holds {_kind(value)}, expected objects like {{"role": "user", "content": "…"}}')
+    role = value.get("role", value.get("from"))
+    if role not in ROLES:
+        raise BadRecord(f'field "{field}" has the role {role!r}, expected one of {", ".join(sorted(ROLES))}')
+    content = next((value[name] for name in ("content", "value", "text") if value.get(name) is not None), None)
+    if isinstance(content, list):  # [{"type": "text", "text": "…"}]
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return {"role": ROLES[role], "content": text(content, field)}
+
+
+def split_turns(value: str, user: str = "Human", assistant: str = "Assistant", answered: bool = False) -> list[Message] | None:
+    """Turns of a text with role marks, or None for a text without them.
+
+    The published sets put a blank line before a mark ("\\n\\nHuman: …\\n\\nAssistant:"), others a line break or only a space
+    (" Human: … Assistant:"). The widest separation under which the text ends as it must is taken, so that "… the Assistant: …" in
+    the middle of a sentence stays text. answered: the last turn is an answer; else it is the open "Assistant:".
+    """
+    body = value.strip()
+    mark = rf"({user}|{assistant})[:：]"
+    starts = re.match(mark, body) is not None
+    if not starts and not re.search(rf"\n\s*\n{user}[:：]", body):
+        return None
+    for separator in (r"\n\s*\n", r"\n", r"\s"):
+        before, *parts = re.split(rf"(?:^|{separator}){mark}", body)
+        roles, contents = parts[0::2], [part.strip() for part in parts[1::2]]
+        ends = bool(roles) and roles[-1] == assistant and bool(contents[-1]) == answered and roles[0] in (user, assistant)
+        if ends and user in roles:
+            system = [{"role": "system", "content": before.strip()}] if before.strip() else []
+            names = {user: "user", assistant: "assistant"}
+            return system + [{"role": names[role], "content": part} for role, part in zip(roles, contents, strict=True)]
+        if not starts:
+            return None  # a text that only quotes a dialogue
+    if not answered:  # "Human: …" without the open "Assistant:" at its end
+        turns = split_turns(f"{body}\n\n{assistant}:", user, assistant)
+        return turns if turns and body != f"{user}:" else None
+    return None
+
+
+def prompt_messages(value: Any, field: str = "prompt", user: str = "Human", assistant: str = "Assistant") -> list[Message]:
+    """A prompt: a text with or without role marks, or a list of messages."""
+    if isinstance(value, list):
+        return [message(item, field) for item in value]
+    value = text(value, field)
+    return split_turns(value, user, assistant) or [{"role": "user", "content": value}]
+
+
+def answer(value: Any, field: str) -> str:
+    """An answer: a text, one message, or messages of which the last is the answer."""
+    if isinstance(value, list):
+        if not value:
+            raise Skip("an empty answer")
+        value = value[-1]
+    return message(value, field)["content"] if isinstance(value, dict) else text(value, field)
+
+
+def user_turn(content: str) -> list[Message]:
+    return [{"role": "user", "content": content}]
+
+
+def tidy(messages: Iterable[Message]) -> list[Message]:
+    """Empty turns out, neighbours of one role joined, nothing but a system message before the first user turn."""
+    tidied: list[Message] = []
+    asked = False
+    for turn in messages:
+        if not turn["content"] or (turn["role"] == "assistant" and not asked):
+            continue
+        asked = asked or turn["role"] == "user"
+        if tidied and tidied[-1]["role"] == turn["role"]:
+            tidied[-1] = {"role": turn["role"], "content": tidied[-1]["content"] + "\n\n" + turn["content"]}
+        else:
+            tidied.append(dict(turn))
+    return tidied
+
+
+def record(messages: list[Message], chosen: str, rejected: str | None = None, margin: Any = None) -> Record:
+    """One record out of its parts. Skip when it could not train anything."""
+    messages = tidy(messages)
+    if not messages or messages[-1]["role"] != "user":
+        raise Skip("no question of a user before the answer")
+    if not chosen or rejected == "":
+        raise Skip("an empty answer")
+    return {"messages": messages, "chosen": chosen, "rejected": rejected, "margin": _margin(margin)}
+
+
+def _margin(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise BadRecord(f'field "margin" is {value!r}, expected a number') from error
+
+
+def prompt_only(messages: list[Message]) -> Record:
+    """A prompt without an answer: step 3 can use it, steps 1 and 2 cannot."""
+    messages = tidy(messages)
+    if not messages or messages[-1]["role"] != "user":
+        raise Skip("an empty prompt")
+    return {"messages": messages, "chosen": "", "rejected": None, "margin": None}
+
+
+def dialogue(messages: list[Message]) -> list[Record]:
+    """One record for each assistant turn; a dialogue without one is a prompt."""
+    messages = tidy(messages)
+    ends = [end for end, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if not ends:
+        return [prompt_only(messages)]
+    return [record(messages[:end], messages[end]["content"]) for end in ends]
+
+
+def history(row: Fields) -> list[Message]:
+    """Earlier turns: [[question, answer], …] or messages; a "system" field comes first."""
+    turns = [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
+    for pair in items(row.get("history"), "history"):
+        if isinstance(pair, dict):
+            turns.append(message(pair, "history"))
+        elif isinstance(pair, list) and len(pair) == 2:
+            question, reply = (text(part, "history") for part in pair)
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        else:
+            raise BadRecord('field "history" holds something that is not a pair [question, answer]')
+    return turns
+
+
+def instruction(row: Fields) -> list[Message]:
+    extra = row.get("input")
+    parts = [text(row["instruction"], "instruction"), text(extra, "input") if extra else ""]
+    return history(row) + user_turn("\n".join(part for part in parts if part))
+
+
+def _pair(messages: list[Message], row: Fields) -> list[Record]:
+    rejected = row.get("rejected")
+    worse = None if rejected is None else answer(rejected, "rejected")
+    return [record(messages, answer(row["chosen"], "chosen"), worse, row.get("margin"))]
+
+
+def _whole_dialogues(row: Fields) -> list[Record]:
+    """hh-rlhf: two dialogues, equal but for the last answer."""
+    found = []
+    for field in ("chosen", "rejected"):
+        value = row[field]
+        turns = [message(item, field) for item in value] if isinstance(value, list) else None
+        turns = turns or split_turns(text(value, field), answered=True)
+        if turns is None:
+            if isinstance(value, str) and value.strip() and not split_turns(value):
+                raise BadRecord(
+                    f'field "{field}" is not a whole dialogue ("\\n\\nHuman: …\\n\\nAssistant: …") and there is no field "prompt"'
+                )
+            raise Skip("a dialogue that does not end with an answer")
+        found.append(turns)
+    better, worse = found
+    if better[-1]["role"] != "assistant" or worse[-1]["role"] != "assistant":
+        raise Skip("a dialogue that does not end with an answer")
+    if tidy(better[:-1]) != tidy(worse[:-1]):
+        raise Skip("two dialogues that differ before the last answer")
+    return [record(better[:-1], better[-1]["content"], worse[-1]["content"], row.get("margin"))]
+
+
+def _prompt_response(row: Fields) -> list[Record]:
+    reply = {"role": "assistant", "content": answer(row["response"], "response")}
+    if not reply["content"]:
+        raise Skip("an empty answer")
+    messages = history(row) + prompt_messages(row["prompt"])
+    if row.get("history"):
+        return dialogue([*messages, reply])
+    return [record(messages, reply["content"])]
+
+
+def _instruction_output(row: Fields) -> list[Record]:
+    output = row["output"]
+    if isinstance(output, list):  # answers, best first
+        ranked = [reply for reply in (text(reply, "output") for reply in output) if reply]
+        if not ranked:
+            raise Skip("an empty answer")
+        return [record(instruction(row), ranked[0], ranked[-1] if len(ranked) > 1 else None)]
+    reply = {"role": "assistant", "content": text(output, "output")}
+    if not reply["content"]:
+        raise Skip("an empty answer")
+    return dialogue([*instruction(row), reply])
+
+
+def _turns(row: Fields, field: str) -> list[Message]:
+    if not isinstance(row[field], (list, str, dict)):
+        raise BadRecord(f'field "{field}" is {_kind(row[field])}, expected a list of messages')
+    turns = [message(item, field) for item in items(row[field], field)]
+    system = row.get("system")
+    return [{"role": "system", "content": text(system, "system")}, *turns] if system else turns
+
+
+def _mkqa_english(row: Fields) -> list[Record]:
+    return mkqa(row, "en", row["query"])
+
+
+def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
+    """A question of MKQA and the first of its answers in a language; many questions have none."""
+    answers = items((row["answers"] or {}).get(language), "answers")
+    reply = answers[0].get("text") if answers else None
+    if not reply or not question:
+        raise Skip("no answer in this language")
+    return [record(user_turn(text(question, "query")), text(reply, "answers"))]
+
+
+# (fields that a row must have, how it becomes records); the first that fits is taken.
+FORMATS: tuple[tuple[tuple[str, ...], Callable[[Fields], list[Record]]], ...] = (
+    (("conversations", "chosen", "rejected"), lambda row: _pair(_turns(row, "conversations"), row)),
+    (("messages", "chosen", "rejected"), lambda row: _pair(_turns(row, "messages"), row)),
+    (("context", "chosen", "rejected"), lambda row: _pair(prompt_messages(row["context"], "context"), row)),
+    (("instruction", "chosen", "rejected"), lambda row: _pair(instruction(row), row)),
+    (("prompt", "chosen", "rejected"), lambda row: _pair(history(row) + prompt_messages(row["prompt"]), row)),
+    (("chosen", "rejected"), _whole_dialogues),
+    (("prompt", "chosen"), lambda row: _pair(history(row) + prompt_messages(row["prompt"]), row)),
+    (("messages",), lambda row: dialogue(_turns(row, "messages"))),
+    (("conversations",), lambda row: dialogue(_turns(row, "conversations"))),
+    (("prompt", "response"), _prompt_response),
+    (("instruction", "output"), _instruction_output),
+    (("content", "summary"), lambda row: [record(user_turn(text(row["content"], "content")), text(row["summary"], "summary"))]),
+    (("query", "queries", "answers"), _mkqa_english),
+    (("prompt",), lambda row: [prompt_only(history(row) + prompt_messages(row["prompt"]))]),
+)
+
+
+def recognise(fields: Iterable[str]) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]]] | None:
+    """The first of FORMATS whose fields are all there; None when none fits or the answer's field cannot be told."""
+    fields = set(fields)
+    found = next((entry for entry in FORMATS if fields.issuperset(entry[0])), None)
+    if found and found[0] == ("prompt",) and fields.intersection(ANSWER_LIKE):
+        return None
+    return found

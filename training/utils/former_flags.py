@@ -1,0 +1,150 @@
+"""Flags of earlier systems (DeepSpeed-Chat, its forks, ChatGLM's ptuning) that are none here, and what replaces them.
+
+Plain renamings are aliases of the fields in arguments.py. A row here turns into flags of ours (``becomes``), or has
+nothing left to do and says why in one line, or asks for what this version cannot do and stops the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TRAIN = ("sft", "reward", "ppo")
+EVAL = ("prompt_eval", "rw_eval")
+
+
+@dataclass(frozen=True)
+class FormerFlag:
+    """names: flags with one fate. steps: sections of the parsers that know them. values: 0 for a switch, else 1.
+
+    kind: silent (true here anyway), note (one line says ``now``), warn (one line, something is lost), refuse (UserError
+    that says ``now``). becomes: flags of ours put in its place; "{value}" stands for the value given.
+    """
+
+    names: tuple[str, ...]
+    steps: tuple[str, ...]
+    values: Literal[0, 1]
+    now: str
+    kind: Literal["silent", "note", "warn", "refuse"] = "note"
+    becomes: tuple[str, ...] = ()
+
+
+RETIRED = (
+    FormerFlag(("deepspeed", "deepscale"), TRAIN, 0, "always on", "silent"),
+    FormerFlag(
+        ("num_padding_at_beginning",), ("reward", "ppo", "rw_eval"), 1,
+        "nothing to set: lengths come from masks, for every model",
+    ),
+    FormerFlag(("compute_fp32_loss",), TRAIN, 0, "losses and log-probabilities are always float32"),
+    FormerFlag(
+        ("add_eot_token",), (*TRAIN, *EVAL), 0,
+        "the end token comes from the template saved with the checkpoint, the same in every step",
+    ),
+    FormerFlag(("eot_token",), ("sft",), 1, "the end token comes from the template saved with the checkpoint"),
+    FormerFlag(("print_loss",), ("sft",), 0, "--logging_steps 1", becomes=("--logging_steps", "1")),
+    FormerFlag(("preprocessing_num_workers",), ("sft", "ppo"), 1, "one process prepares the data once and caches it"),
+    FormerFlag(("disable_dropout",), ("sft", "reward"), 0, "--dropout 0.0", becomes=("--dropout", "0.0")),
+    FormerFlag(("disable_actor_dropout",), ("ppo",), 0, "--actor_dropout 0.0", becomes=("--actor_dropout", "0.0")),
+    FormerFlag(("disable_critic_dropout",), ("ppo",), 0, "--critic_dropout 0.0", becomes=("--critic_dropout", "0.0")),
+    FormerFlag(
+        ("enable_hybrid_engine", "unpin_actor_parameters", "release_inference_cache"), ("ppo",), 0,
+        "the actor's weights are gathered once a rollout instead",
+    ),
+    FormerFlag(
+        ("inference_tp_size", "tp_gather_partition_size"), ("ppo",), 1,
+        "the actor's weights are gathered once a rollout instead",
+    ),
+    FormerFlag(
+        ("enable_mixed_precision_lora",), ("ppo",), 0,
+        "--zero_quantized_nontrainable_weights; on several nodes add --zero_hpz_partition_size <cards of a node>",
+        becomes=("--zero_quantized_nontrainable_weights", "true"),
+    ),
+    FormerFlag(
+        ("test_stop_step",), ("ppo",), 1, "--max_steps, where --enable_test_mode is given",
+        becomes=("--max_steps", "{value}"),
+    ),
+    FormerFlag(("enable_test_mode",), ("ppo",), 0, "--max_steps alone", "silent"),
+    FormerFlag(("enable_ema",), ("ppo",), 0, "EMA is not kept in this version; the result is the last actor", "warn"),
+    FormerFlag(
+        ("num_beams", "num_beam_groups", "top_k", "penalty_alpha"), ("prompt_eval",), 1,
+        "answers are greedy, as they were: the earlier script never used this flag",
+    ),
+    # ChatGLM's ptuning and its LoRA fork, step 1
+    FormerFlag(
+        ("dataset_name", "train_file", "dataset_path"), ("sft",), 1, "--data_path", becomes=("--data_path", "{value}"),
+    ),
+    FormerFlag(("model_path",), ("sft",), 1, "--model_name_or_path", becomes=("--model_name_or_path", "{value}")),
+    FormerFlag(("check_points_path",), ("sft",), 1, "--output_dir", becomes=("--output_dir", "{value}")),
+    FormerFlag(("epochs",), ("sft",), 1, "--num_train_epochs", becomes=("--num_train_epochs", "{value}")),
+    FormerFlag(
+        ("train_batch_size",), ("sft",), 1, "--per_device_train_batch_size",
+        becomes=("--per_device_train_batch_size", "{value}"),
+    ),
+    FormerFlag(
+        ("eval_batch_size",), ("sft",), 1, "--per_device_eval_batch_size",
+        becomes=("--per_device_eval_batch_size", "{value}"),
+    ),
+    FormerFlag(("warmup_steps",), ("sft",), 1, "--num_warmup_steps", becomes=("--num_warmup_steps", "{value}")),
+    FormerFlag(("checkpointing_steps",), ("sft",), 1, "--save_steps", becomes=("--save_steps", "{value}")),
+    FormerFlag(("resume_from_checkpoint",), ("sft",), 1, "--resume", becomes=("--resume", "{value}")),
+    FormerFlag(("overwrite_cache",), ("sft",), 0, "--rebuild_cache", becomes=("--rebuild_cache",)),
+    FormerFlag(("fp16",), ("sft",), 0, "--dtype fp16", becomes=("--dtype", "fp16")),
+    FormerFlag(("prompt_column",), ("sft",), 1, "--columns prompt=…", becomes=("--columns", "prompt={value}")),
+    FormerFlag(("response_column",), ("sft",), 1, "--columns response=…", becomes=("--columns", "response={value}")),
+    FormerFlag(("history_column",), ("sft",), 1, "--columns history=…", becomes=("--columns", "history={value}")),
+    FormerFlag(
+        ("max_source_length", "max_target_length", "val_max_target_length"), ("sft",), 1,
+        "--max_seq_len limits prompt and answer together; set it to the sum",
+    ),
+    FormerFlag(
+        ("pad_to_max_length", "ignore_pad_token_for_loss"), ("sft",), 0,
+        "padding goes to the longest of a batch and is never learned",
+    ),
+    FormerFlag(
+        ("config_name", "tokenizer_name", "lang", "forced_bos_token"), ("sft",), 1, "read from the folder of the model",
+    ),
+    FormerFlag(("use_fast_tokenizer", "resize_position_embeddings"), ("sft",), 0, "read from the folder of the model"),
+    FormerFlag(("do_train", "do_eval", "debug", "overwrite_output_dir"), ("sft",), 0, "nothing to set"),
+    FormerFlag(("fp16_opt_level",), ("sft",), 1, "--dtype"),
+)
+
+_PREFIX = "P-Tuning is not in this version; drop it and train adapters with --lora_dim, or all weights"
+_MIXTURE = "mixing pretraining text into PPO is not in this version; drop the unsupervised_… flags and --unsup_coef"
+_DPO = "DPO is not in this version; drop it (step 2 trains a reward model)"
+
+NOT_YET = (
+    FormerFlag(
+        ("unsupervised_dataset_name", "unsupervised_dataset_config_name", "unsup_coef"), ("ppo",), 1, _MIXTURE,
+        "refuse",
+    ),
+    FormerFlag(("pre_seq_len", "ptuning_checkpoint"), TRAIN, 1, _PREFIX, "refuse"),
+    FormerFlag(("prefix_projection",), TRAIN, 0, _PREFIX, "refuse"),
+    FormerFlag(
+        ("quantization_bit",), TRAIN, 1,
+        "training on a quantised base is not in this version; drop it, and save memory with --lora_dim or ZeRO stage 3",
+        "refuse",
+    ),
+    FormerFlag(("beta", "label_smoothing"), ("reward",), 1, _DPO, "refuse"),
+    FormerFlag(
+        ("dataset_config_name", "model_revision", "use_auth_token"), ("sft",), 1,
+        "drop it; fetch what it names with scripts/download_dataset.py or huggingface-cli and give the folder",
+        "refuse",
+    ),
+    FormerFlag(
+        ("validation_file", "test_file"), ("sft",), 1,
+        "drop it; a folder with train and test files in --data_path, or --eval_fraction, gives the held-out part",
+        "refuse",
+    ),
+    FormerFlag(
+        ("max_train_samples", "max_eval_samples", "max_predict_samples"), ("sft",), 1,
+        "drop it; --max_steps and --eval_iters limit a run", "refuse",
+    ),
+    FormerFlag(
+        ("source_prefix",), ("sft",), 1, "drop it and write the prefix into the data as a system message", "refuse",
+    ),
+)
+
+
+def former_flags(section: str) -> dict[str, FormerFlag]:
+    """The rows that the parser of a step knows, by name."""
+    return {name: row for row in (*RETIRED, *NOT_YET) if section in row.steps for name in row.names}
