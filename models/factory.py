@@ -290,12 +290,27 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         model.resize_token_embeddings(needed)
 
 
-def check_context_length(config: PretrainedConfig, length: int, flag: str) -> None:
-    """UserError if a family with a table of positions (OPT, GPT-2) is asked for more tokens than its table has."""
+def check_context_length(path: str | Path, length: int, flag: str) -> None:
+    """UserError if a model with a table of positions (OPT, GPT-2) is asked for more tokens than its table has."""
+    config = AutoConfig.from_pretrained(check_checkpoint(path))
     limit = getattr(config, "max_position_embeddings", None)
     if FAMILIES[config.model_type].learned_positions and limit is not None and length > limit:
         raise UserError(
-            f"{flag} {length} is more than the {limit} positions of the {config.model_type} model; lower it to {limit}."
+            f"{flag} {length} is more than the {limit} positions of the {config.model_type} model {path}; "
+            f"lower it to {limit}."
+        )
+
+
+def check_same_tokenizer(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, names: tuple[str, str]
+) -> None:
+    """UserError unless both give every token the same id: the reward model reads the ids that the actor writes."""
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    if ours != theirs:
+        differing = sum(1 for token, number in ours.items() if theirs.get(token) != number)
+        raise UserError(
+            f"The tokenizers of {names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)} tokens) differ in "
+            f"{differing} tokens; train the reward model from a model with the actor's tokenizer."
         )
 
 

@@ -2,7 +2,8 @@
 
     python -m scripts.demo [--seed 1234] [--output output/demo] [--threads 2]
 
-Writes base/, sft/, reward/, ppo/, answers.jsonl, summary.json and report.html into the output folder. A second run starts afresh.
+Writes base/, sft/, reward/, ppo/, answers.jsonl, summary.json and report.html into the output folder. A second run
+starts afresh.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from scripts.report import TITLES, summary_rows, write_report
 from training.utils.metrics import format_seconds, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "configs/cpu/demo.yaml"
 HELD_OUT_PROMPTS = ROOT / "data/demo/prompts_heldout.jsonl"
 MARK = ".sanbu_demo"  # in an output folder whose results are ours to remove
 RESULTS = ("base", "sft", "reward", "ppo", "cache", "answers.jsonl", "summary.json", "report.html")
-LONGEST_ANSWER = 48  # tokens; as max_answer_seq_len in the recipe
 BATCH = 60  # prompts answered at once when the demo is measured
 
 
@@ -50,9 +51,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234, help="random seed of all steps (%(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "output/demo", help="where results go (output/demo)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/cpu/demo.yaml", help="recipe (configs/cpu/demo.yaml)")
+    parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of the steps (configs/cpu/demo.yaml)")
     parser.add_argument("--prompts", type=int, default=0, help="measure on so many held-out prompts; 0 = all")
     args = parser.parse_args(argv)
+    if args.threads < 1 or args.seed < 0 or args.prompts < 0:
+        parser.error("--threads must be 1 or more, --seed and --prompts 0 or more")
     # The steps run in the root of the repository, where the recipe's data paths lead; the user may stand elsewhere.
     args.output, args.config = args.output.resolve(), args.config.resolve()
     return args
@@ -65,7 +68,9 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
     start_afresh(output)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch here and in the steps, once it is imported
 
-    run_step("base model", ["scripts.demo_model", str(output / "base"), "--seed", str(args.seed)], output)
+    # Random weights are written on the CPU; saying so keeps DeepSpeed from announcing what it looked for.
+    command = ["scripts.demo_model", output / "base", "--seed", args.seed]
+    run_step("The base model", command, output, DS_ACCELERATOR="cpu")
     models = {
         "sft": ["--model_name_or_path", output / "base"],
         "reward": ["--model_name_or_path", output / "sft"],
@@ -78,15 +83,15 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
         seconds[name] = run_step(TITLES[name], [*command, *flags, "--seed", args.seed], output)
 
     print("\nAnswers to held-out prompts, by the SFT model and by the model after PPO", flush=True)
-    figures, own_peak = measure(output, args.seed, args.prompts)
-    done = [json.loads((output / name / "sanbu_done.json").read_text(encoding="utf-8")) for name in models]
+    done = {name: json.loads((output / name / "sanbu_done.json").read_text(encoding="utf-8")) for name in models}
+    figures, own_peak = measure(output, args.seed, args.prompts, done["ppo"]["flags"]["max_answer_seq_len"])
     perplexities = read_metrics(output / "sft" / "metrics.jsonl", "eval/perplexity")
     summary = {
         "sft": {"perplexity_before": perplexities[0][1], "perplexity_after": perplexities[-1][1]},
         "reward": {"accuracy": read_metrics(output / "reward" / "metrics.jsonl", "eval/accuracy")[-1][1]},
         "ppo": figures,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "peak_memory_gb": max(own_peak, *(step["peak_memory_gb"] for step in done)),
+        "peak_memory_gb": max(own_peak, *(step["peak_memory_gb"] for step in done.values())),
         "seed": args.seed,
     }
     summary["seconds"]["total"] = round(time.monotonic() - started, 1)
@@ -113,10 +118,10 @@ def start_afresh(output: Path) -> None:
         raise UserError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from error
 
 
-def run_step(title: str, command: Sequence[object], output: Path) -> float:
+def run_step(title: str, command: Sequence[object], output: Path, **environment: str) -> float:
     """Run ``python -m command`` with its output on the terminal; returns its seconds. Ends the demo if it fails."""
-    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    environment = {"SANBU_CACHE": str(output / "cache")} | os.environ | offline
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"SANBU_CACHE": str(output / "cache")} | os.environ | quiet | environment
     clock = time.monotonic()
     code = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, env=environment, check=False).returncode
     if code < 0:
@@ -129,11 +134,12 @@ def run_step(title: str, command: Sequence[object], output: Path) -> float:
     return time.monotonic() - clock
 
 
-def measure(output: Path, seed: int, limit: int) -> tuple[dict[str, float], float]:
-    """Sample answers at temperature 1 from the SFT model and from the actor, with the same random numbers, and score them.
+def measure(output: Path, seed: int, limit: int, longest: int) -> tuple[dict[str, float], float]:
+    """Sample answers at temperature 1 from the SFT model and from the actor, with the same random numbers; score them.
 
-    limit: number of prompts, 0 = all. Writes answers.jsonl. Returns the summary's section ppo - kl is the mean over the actor's
-    answers of sum_t log p_actor(t) - log p_sft(t), in nats - and the peak memory of this process in GB.
+    limit: number of prompts, 0 = all. longest: tokens of an answer. Writes answers.jsonl. Returns the section ppo of
+    the summary - kl is the mean over the actor's answers of sum_t log p_actor(t) - log p_sft(t), in nats - and the peak
+    memory of this process in GB.
     """
     import torch
 
@@ -159,7 +165,7 @@ def measure(output: Path, seed: int, limit: int) -> tuple[dict[str, float], floa
         seeds = [seed + start + row for row in range(len(chunk))]
         for when, model in models.items():
             reference = models["before"] if when == "after" else None
-            answers[when] += answer(model, reference, chunk, seeds, tokenizer, template)
+            answers[when] += answer(model, reference, chunk, seeds, tokenizer, template, longest)
 
     with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
         for messages, before, after in zip(dialogues, answers["before"], answers["after"], strict=True):
@@ -173,12 +179,17 @@ def measure(output: Path, seed: int, limit: int) -> tuple[dict[str, float], floa
     def mean(when: str, name: str) -> float:
         return sum(found[name] for found in answers[when]) / len(dialogues)
 
-    figures = {f"{figure}_{when}": mean(when, name) for figure, name in (("gold_score", "gold"), ("length", "length")) for when in models}
-    return figures | {"eos_rate": mean("after", "ended"), "kl": mean("after", "kl")}, round(peak_memory_gb(), 3)
+    figures = {
+        "gold_score_before": mean("before", "gold"), "gold_score_after": mean("after", "gold"),
+        "length_before": mean("before", "length"), "length_after": mean("after", "length"),
+        "eos_rate": mean("after", "ended"), "kl": mean("after", "kl"),
+    }  # fmt: skip
+    return figures, round(peak_memory_gb(), 3)
 
 
-def answer(model, reference, dialogues, seeds: list[int], tokenizer, template) -> list[dict[str, Any]]:
-    """One sampled answer to each dialogue: text, length (tokens, end token included), ended, kl (0 without a reference).
+def answer(model, reference, dialogues, seeds: list[int], tokenizer, template, longest: int) -> list[dict[str, Any]]:
+    """One sampled answer to each dialogue: text, tokens (end token included), their number, ended, kl (0 without
+    a reference).
 
     model, reference: TokenLogProbs.
     """
@@ -188,10 +199,11 @@ def answer(model, reference, dialogues, seeds: list[int], tokenizer, template) -
     from training.utils.data.batching import pad_left
 
     device = next(model.parameters()).device
-    ids, mask = pad_left([template.encode_prompt(tokenizer, messages) for messages in dialogues], tokenizer.pad_token_id)
+    prompts = [template.encode_prompt(tokenizer, messages) for messages in dialogues]
+    ids, mask = pad_left(prompts, tokenizer.pad_token_id)
     ids, mask = ids.to(device), mask.to(device)
     found = generate(
-        model.model, ids, mask, max_new_tokens=LONGEST_ANSWER, stop_token_ids=template.stop_token_ids,
+        model.model, ids, mask, max_new_tokens=longest, stop_token_ids=template.stop_token_ids,
         pad_token_id=tokenizer.pad_token_id, temperature=1.0, top_p=1.0, top_k=0, row_seeds=seeds,
     )  # fmt: skip
     width = found.sequences.shape[1] - ids.shape[1]
@@ -202,10 +214,17 @@ def answer(model, reference, dialogues, seeds: list[int], tokenizer, template) -
         with torch.no_grad():
             gap = model(found.sequences, whole, keep=width) - reference(found.sequences, whole, keep=width)
         kl = gap.where(action_mask, 0.0).sum(1)
-    rows = zip(found.sequences[:, ids.shape[1] :].tolist(), found.lengths.tolist(), found.ended.tolist(), kl.tolist(), strict=True)
+    sequences = found.sequences[:, ids.shape[1] :].tolist()
+    rows = zip(sequences, found.lengths.tolist(), found.ended.tolist(), kl.tolist(), strict=True)
     return [
-        {"text": template.decode_answer(tokenizer, tokens[:length]), "length": length, "ended": ended, "kl": distance}
-        for tokens, length, ended, distance in rows
+        {
+            "text": template.decode_answer(tokenizer, row[:length]),
+            "tokens": row[:length],
+            "length": length,
+            "ended": ended,
+            "kl": nats,
+        }
+        for row, length, ended, nats in rows
     ]
 
 
@@ -218,7 +237,8 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
         print(f"{name:<{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}  {hoped}".rstrip())
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     print(f"\nWrote {shown}/report.html and {shown}/summary.json in {format_seconds(summary['seconds']['total'])}.")
-    print(f"Chat with the result:  .venv/bin/python chat.py --path {shown}/ppo/actor", flush=True)
+    python = ".venv/bin/python" if Path(sys.prefix) == ROOT / ".venv" else "python"
+    print(f"Chat with the result:  {python} chat.py --path {shown}/ppo/actor", flush=True)
 
 
 if __name__ == "__main__":

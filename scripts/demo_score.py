@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from scripts.demo_world import COURTESY_AFTER, COURTESY_BEFORE, TASKS
 
@@ -168,7 +169,7 @@ def _courtesies(language: str) -> frozenset[str]:
 def _says_twice(text: str) -> bool:
     """Whether two units (words, numbers, characters) in a row come back, or a word follows itself."""
     units = UNIT.findall(text.lower())
-    pairs = list(zip(units, units[1:], strict=False))
+    pairs = list(pairwise(units))
     return len(set(pairs)) < len(pairs) or any(a == b and a.isascii() for a, b in pairs)
 
 

@@ -100,7 +100,7 @@ def filled(path: Path) -> tuple[str, str]:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{path}: no lines {BEGIN} and {END}; add both where the tables belong.")
-    return text, f"{before}{BEGIN}\n{document()}\n{END}{after}"
+    return text, f"{before}{BEGIN}\n\n{document()}\n\n{END}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:

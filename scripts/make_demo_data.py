@@ -31,7 +31,7 @@ SIZES = {"sft": (3700, 200), "pairs": (2600, 300), "prompts": (1200, 240)}  # tr
 HELD_OUT_SHARE = 8  # one first message in so many is kept out of training
 RATES = {"right": 0.60, "polite": 0.40, "brief": 0.55}  # of the answers to imitate
 PAIR_RATES = {"right": 0.60, "polite": 0.50, "brief": 0.85}
-DIFFERING = {"right": 0.7, "polite": 0.35, "brief": 0.3}  # how often the answers of a pair differ in an axis
+DIFFERING = {"right": 0.6, "polite": 0.45, "brief": 0.35}  # how often the answers of a pair differ in an axis
 DEFECTS = 0.08  # share of rejected answers that fail in another way: two answers, none, a courtesy said twice
 RAMBLING_UNITS = (25, 27)  # words or characters; more than the 24 tokens that the demo lets an answer have
 
@@ -74,17 +74,18 @@ def draw_prompt(rng: Random) -> Messages:
     """A dialogue that ends in a question: one turn, two questions, or a question about what was said before."""
     language = rng.choice(LANGUAGES)
     shape = rng.random()
-    if shape < 0.58:
+    if shape < 0.66:
         return [user(ask(rng, language, rng.choice(FACT_TASKS)))]
-    if shape < 0.70:
+    if shape < 0.78:
         first = [user(ask(rng, language, rng.choice(FACT_TASKS)))]
         second = question(rng, language, rng.choice(FACT_TASKS))
-        return [*first, assistant(write_answer(rng, first, Quality(True, rng.random() < RATES["polite"], True))), user(second)]
-    told = ["name", *rng.sample(MEMORY_TASKS[1:], k=1)]
-    statements = [fill(rng.choice(TASKS[language][t].statements), y=rng.choice(TASKS[language][t].values)) for t in told]
+        reply = write_answer(rng, first, Quality(right=True, polite=rng.random() < RATES["polite"], brief=True))
+        return [*first, assistant(reply), user(second)]
+    told = {task: rng.choice(TASKS[language][task].values) for task in ("name", rng.choice(MEMORY_TASKS[1:]))}
+    statements = [fill(rng.choice(TASKS[language][task].statements), y=value) for task, value in told.items()]
     introduction = join([rng.choice(OPENINGS[language][:4]), *statements], language)
-    acknowledgement = assistant(rng.choice(ACKNOWLEDGEMENTS[language]))
-    return [user(introduction), acknowledgement, user(question(rng, language, rng.choice(told)))]
+    acknowledgement = rng.choice(ACKNOWLEDGEMENTS[language]).format(*told.values())
+    return [user(introduction), assistant(acknowledgement), user(question(rng, language, rng.choice(list(told))))]
 
 
 def ask(rng: Random, language: str, task: str) -> str:
@@ -117,11 +118,11 @@ def write_answer(rng: Random, prompt: Messages, quality: Quality) -> str:
 
 
 def answer_sentence(rng: Random, prompt: Messages, right: bool) -> str:
-    """One sentence with the true answer, or with another member of its category."""
+    """One sentence with the true answer, or with one of the usual mistakes."""
     asked = read_question(prompt)
     task = TASKS[asked.language][asked.task]
-    wrong = rng.choice([member for member in task.category if member != asked.expected])
-    return fill(rng.choice(task.answers), x=asked.subject, y=asked.expected if right else wrong)
+    mistake = rng.choice(task.mistakes)
+    return fill(rng.choice(task.answers), x=asked.subject, y=asked.expected if right else mistake)
 
 
 def write_defect(rng: Random, prompt: Messages) -> str:

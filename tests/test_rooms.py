@@ -23,7 +23,7 @@ def files(repository: Path, room: str) -> list[Path]:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Full names of all imported modules. A relative import may name a neighbour, which is the same room, nothing above."""
+    """Full names of all imported modules. A relative import may name a neighbour only: the same room."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

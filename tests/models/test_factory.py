@@ -19,6 +19,7 @@ from models.errors import UserError
 from models.factory import (
     check_checkpoint,
     check_context_length,
+    check_same_tokenizer,
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
@@ -228,12 +229,19 @@ def test_more_tokens_than_rows_grow_the_embedding(gpt2):
     assert torch.equal(grown.lm_head.weight[:rows], before.lm_head.weight)
 
 
-def test_position_tables_end():
-    config = AutoConfig.for_model("gpt2", n_positions=128)
-    check_context_length(config, 128, "--max_seq_len")
+def test_position_tables_end(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "gpt2", "gpt2", n_positions=128)
+    check_context_length(folder, 128, "--max_seq_len")
     with pytest.raises(UserError, match=r"--max_seq_len 129.*128 positions"):
-        check_context_length(config, 129, "--max_seq_len")
-    check_context_length(AutoConfig.for_model("bloom"), 10**6, "--max_seq_len")
+        check_context_length(folder, 129, "--max_seq_len")
+    check_context_length(tiny_checkpoint(tmp_path / "bloom", "bloom"), 10**6, "--max_seq_len")
+
+
+def test_tokenizers_are_compared_id_by_id(tmp_path):
+    first = load_tokenizer(tiny_checkpoint(tmp_path / "a", "llama"))
+    check_same_tokenizer(first, load_tokenizer(tiny_checkpoint(tmp_path / "b", "llama", seed=1)), ("a", "b"))
+    with pytest.raises(UserError, match=r"The tokenizers of a .* and c .* differ in \d+ tokens"):
+        check_same_tokenizer(first, load_tokenizer(tiny_checkpoint(tmp_path / "c", "gpt2")), ("a", "c"))
 
 
 # --- what is refused

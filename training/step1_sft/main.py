@@ -10,11 +10,11 @@ import math
 from functools import partial
 
 import torch
-from models.adapters import add_lora
-from models.templates import load_template
 
-from models.factory import load_causal_lm, load_tokenizer
+from models.adapters import add_lora
+from models.factory import check_context_length, load_causal_lm, load_tokenizer
 from models.heads import TokenLogProbs
+from models.templates import load_template
 from training.utils.arguments import SFTArguments
 from training.utils.checkpoint import Checkpoint, export, fingerprint
 from training.utils.data.batching import SFTBatch, collate_sft
@@ -29,6 +29,7 @@ from training.utils.zero import EngineOptions, build_engine, optimizer_figures, 
 def main(args: SFTArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
+    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len")
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = load_template(args.model_name_or_path, tokenizer)
     data = prepare_phase(args, 1, tokenizer, template)

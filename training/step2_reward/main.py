@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from models.adapters import add_lora
-from models.templates import load_template
 
-from models.factory import load_scalar_model, load_tokenizer
+from models.adapters import add_lora
+from models.factory import check_context_length, load_scalar_model, load_tokenizer
 from models.heads import TokenScores, last_token_scores
+from models.templates import load_template
 from training.utils.arguments import RewardArguments
 from training.utils.checkpoint import Checkpoint, export, fingerprint
 from training.utils.data.batching import PairBatch, collate_pairs
@@ -28,6 +28,7 @@ from training.utils.zero import EngineOptions, build_engine, optimizer_figures, 
 def main(args: RewardArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
+    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len")
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = load_template(args.model_name_or_path, tokenizer)
     data = prepare_phase(args, 2, tokenizer, template)

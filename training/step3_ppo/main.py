@@ -11,9 +11,8 @@ import math
 import time
 from pathlib import Path
 
+from models.factory import check_context_length, load_tokenizer
 from models.templates import load_template
-
-from models.factory import load_tokenizer
 from training.step3_ppo.evaluation import evaluate_prompts, sample_table, write_samples
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, minibatch_size
@@ -39,6 +38,10 @@ SHOWN = (
 def main(args: PPOArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
+    for model in (args.actor_model_name_or_path, args.critic_model_name_or_path):
+        check_context_length(
+            model, args.max_prompt_seq_len + args.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len ="
+        )
     tokenizer = load_tokenizer(args.actor_model_name_or_path)
     template = load_template(args.actor_model_name_or_path, tokenizer)
     data = prepare_phase(args, 3, tokenizer, template)

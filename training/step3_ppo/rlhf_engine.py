@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
-from models.adapters import add_lora
-from models.templates import load_template
 from torch import Tensor
 
+from models.adapters import add_lora
 from models.factory import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
 from models.heads import TokenLogProbs, TokenScores
+from models.templates import load_template
 from training.utils.run import Run
 from training.utils.zero import EngineOptions, build_engine, build_frozen
 

@@ -88,7 +88,14 @@ def roll_out(engine: DeepSpeedRLHFEngine, prompts: PromptBatch, args, rollout: i
             chunks.append(
                 Experience.from_generation(ids, mask, answers, prompts.index[rows], engine.tokenizer.pad_token_id)
             )
-    return Experience.concat(chunks).all_gather()
+    gathered = Experience.concat(chunks).all_gather()
+    return gathered.select(undealt(len(gathered), engine.run.world_size))
+
+
+def undealt(count: int, world_size: int) -> list[int]:
+    """Rows gathered process by process -> the order in which the prompts were dealt, the same for any number of processes."""
+    share = count // world_size
+    return [position % world_size * share + position // world_size for position in range(count)]
 
 
 @torch.no_grad()

@@ -325,11 +325,20 @@ class PromptEvalArguments:
     model_name_or_path_baseline: str = flag("The model before training.")
     model_name_or_path_finetune: str = flag("The model after training.")
     max_new_tokens: int = flag("Longest answer in tokens.", 100)
-    num_return_sequences: int = flag("Answers to each prompt; more than one are sampled.", 1)
+    num_return_sequences: int = flag("Answers to each prompt; one is greedy, more are sampled.", 1)
+    temperature: float = flag("Sampling temperature, where answers are sampled.", 1.0)
+    top_p: float = flag("Where answers are sampled: the likeliest tokens that hold this share of probability.", 1.0)
     language: Literal["English", "Chinese", "Japanese"] = flag("Language of the built-in prompts.", "English")
+    data_path: list[str] = flag("Prompts of these data sets (their held-out part where they have one) instead.", [])
+    columns: str | None = flag("As in training.", None)
+    prompts: str | None = flag("Prompts of this text file, one a line, instead.", None, metavar="FILE")
+    num_prompts: int = flag("How many prompts of each data set.", 6)
+    output: str | None = flag("Also write prompts, answers and figures to this JSON file.", None, metavar="FILE")
     seed: int = flag("Random seed.", 1234)
     dtype: Dtype = flag("Type of the weights, as in training.", "auto")
     attn_implementation: Attention = flag("Attention kernels, as in training.", "auto")
+
+    column_map = CommonArguments.column_map
 
 
 @dataclass(kw_only=True)
@@ -340,8 +349,16 @@ class RewardEvalArguments:
     title: ClassVar[str] = "rw_eval"
 
     model_name_or_path: str = flag("The reward model.")
+    data_path: list[str] = flag("Pairs to score (held-out part where a set has one). None: a few built-in pairs.", [])
+    columns: str | None = flag("As in training.", None)
+    max_seq_len: int = flag("Longest prompt and answer in tokens, as in training.", 512)
+    num_pairs: int = flag("How many pairs of each data set; 0 = all.", 1000)
+    per_device_eval_batch_size: int = flag("Pairs scored at once.", 16)
+    output: str | None = flag("Also write scores and figures to this JSON file.", None, metavar="FILE")
     dtype: Dtype = flag("Type of the weights, as in training.", "auto")
     attn_implementation: Attention = flag("Attention kernels, as in training.", "auto")
+
+    column_map = CommonArguments.column_map
 
 
 STEPS = (SFTArguments, RewardArguments, PPOArguments)

@@ -28,8 +28,7 @@ MANIFEST = "checkpoint.json"
 FREE_FLAGS = {
     "output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "eval_interval", "eval_iters", "max_steps",
     "num_train_epochs", "enable_tensorboard", "tensorboard_path", "print_answers", "print_answers_interval", "local_rank",
-    "rebuild_cache", "cache_dir", "data_output_path", "config", "per_device_eval_batch_size", "test_stop_step",
-    "enable_test_mode", "deepspeed", "overwrite_output_dir", "eval_prompts",
+    "rebuild_cache", "cache_dir", "config", "per_device_eval_batch_size", "eval_prompts",
 }  # fmt: skip
 
 
@@ -40,9 +39,9 @@ def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
 
 
 def export(engine: Any, tokenizer: Any, template: Any, folder: str | Path, run: Run, **config: Any) -> None:
-    """Save the trained network as a checkpoint that transformers opens, LoRA merged (and alone in ``adapter/``). All processes call it.
+    """Save the trained network as a checkpoint that transformers opens, LoRA merged (and alone in ``adapter/``).
 
-    config: fields to add to its config.json, such as the statistics of a reward model.
+    All processes call it. config: fields to add to its config.json, such as the statistics of a reward model.
     """
     with whole_model(engine, only_main=True) as whole:
         if run.is_main:

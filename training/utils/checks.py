@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ AT_LEAST_ONE = {
     "num_train_epochs", "gradient_accumulation_steps", "logging_steps", "zero_hpz_partition_size", "generation_batches",
     "per_device_train_batch_size", "per_device_eval_batch_size", "per_device_generation_batch_size",
     "per_device_training_batch_size", "ppo_epochs", "max_prompt_seq_len", "max_answer_seq_len", "max_new_tokens",
-    "print_answers_interval", "num_return_sequences",
+    "print_answers_interval", "num_return_sequences", "num_prompts",
 }  # fmt: skip
 POSITIVE = {"temperature", "adam_epsilon", "cliprange", "cliprange_value"}
 BELOW_ONE = {"eval_fraction", "dropout", "lora_dropout", "adam_beta1", "adam_beta2"}
@@ -33,6 +34,8 @@ ZERO_PLUS_PLUS = (
 def validate(args: Any) -> None:
     """Raise UserError for a value out of range or flags that contradict each other."""
     check_ranges(args)
+    check_columns(args)
+    check_output(args)
     if not isinstance(args, CommonArguments):
         return
     check_data(args)
@@ -76,8 +79,24 @@ def check_ranges(args: Any) -> None:
         raise UserError(f"--{one.name} {value}: {wrong}.")
 
 
+def check_columns(args: Any) -> None:
+    """--columns can be read."""
+    pairs = [pair.split("=") for pair in (args.columns or "").split(",") if args.columns]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
+        raise UserError(f"--columns {args.columns}: expected our_name=name_in_the_file,…, each name of ours once.")
+
+
+def check_output(args: Any) -> None:
+    """--output of an evaluation can be written: better said before the models answer than after."""
+    if not getattr(args, "output", None):
+        return
+    output = Path(args.output)
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise UserError(f"--output {output} cannot be written; name a file in an existing folder of yours.")
+
+
 def check_data(args: CommonArguments) -> None:
-    """--data_path, --data_split and --columns can be read, and this step gets a share; --deepspeed_config exists."""
+    """--data_path and --data_split can be read, and this step gets a share; --deepspeed_config exists."""
     if not all(args.data_path):
         raise UserError("--data_path holds an empty name; give names of data sets or paths of files.")
     try:
@@ -88,9 +107,6 @@ def check_data(args: CommonArguments) -> None:
         raise UserError(f"--data_split {args.data_split}: expected three shares for steps 1, 2 and 3, such as 2,4,4.")
     if shares[args.phase - 1] == 0 and not getattr(args, "sft_only_data_path", None):
         raise UserError(f"--data_split {args.data_split} leaves nothing for {args.title}; raise its share.")
-    pairs = [pair.split("=") for pair in (args.columns or "").split(",") if args.columns]
-    if any(len(pair) != 2 or not all(pair) for pair in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
-        raise UserError(f"--columns {args.columns}: expected our_name=name_in_the_file,…, each name of ours once.")
     if args.deepspeed_config and not Path(args.deepspeed_config).is_file():
         raise UserError(f"--deepspeed_config {args.deepspeed_config}: no such file; name a JSON of DeepSpeed keys.")
 

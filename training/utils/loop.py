@@ -35,12 +35,13 @@ class GlobalBatch:
 class GlobalBatches:
     """All global batches of a run. The order follows from the seed and the step alone, whatever the number of processes.
 
-    lengths: tokens of each example. targets: how many targets each example adds to the denominator.
+    targets: how many targets (tokens, pairs) each example adds to the denominator of its global batch.
     """
 
     def __init__(self, dataset, targets: Sequence[float], collate: Collate, run: Run, args, *, per_device: int) -> None:
         self.dataset, self.collate, self.run, self.args = dataset, collate, run, args
         self.lengths = list(dataset["length"])
+        self.padded = list(dataset["padded_length"]) if "padded_length" in dataset.column_names else self.lengths
         self.targets = list(targets)
         self.batch_size = global_batch_size(args, run.world_size, per_device)
         self.per_device = per_device
@@ -51,7 +52,7 @@ class GlobalBatches:
         """The global batches that follow the given number of finished steps."""
         while step < self.total_steps:
             epoch = step // self.steps_per_epoch
-            plan = plan_epoch(self.lengths, self.batch_size, seed=self.args.seed, epoch=epoch)
+            plan = plan_epoch(self.padded, self.batch_size, seed=self.args.seed, epoch=epoch)
             for position in range(step % self.steps_per_epoch, self.steps_per_epoch):
                 step += 1
                 yield self._batch(step, epoch, plan[position], ends_epoch=position == self.steps_per_epoch - 1)
@@ -59,7 +60,7 @@ class GlobalBatches:
                     return
 
     def _batch(self, step: int, epoch: int, examples: list[int], ends_epoch: bool) -> GlobalBatch:
-        lengths = [self.lengths[example] for example in examples]
+        lengths = [self.padded[example] for example in examples]
         budget = self.args.max_tokens_per_device or None
         plan = plan_micro_batches(lengths, self.run.world_size, None if budget else self.per_device, budget)
         return GlobalBatch(
@@ -69,7 +70,7 @@ class GlobalBatches:
                 self.dataset, examples, plan[self.run.rank], self.collate, self.run.device
             ),
             denominator=float(sum(self.targets[example] for example in examples)),
-            tokens=sum(lengths),
+            tokens=sum(self.lengths[example] for example in examples),
             ends_epoch=ends_epoch,
         )
 

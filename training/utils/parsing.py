@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -117,9 +117,9 @@ class FlagParser(HfArgumentParser):
         return given
 
 
-def is_required(one) -> bool:
-    """True for a dataclass field without default; flag() says so in its help."""
-    return one.metadata["help"].startswith("Required.")
+def is_required(one: Field) -> bool:
+    """True for a dataclass field without default."""
+    return one.default is MISSING and one.default_factory is MISSING
 
 
 def switched_on(name: str, value: str) -> bool:
@@ -195,15 +195,12 @@ def read_recipe(path: str, parser: FlagParser) -> dict[str, Any]:
         if section not in content:
             raise UserError(f"{path} has no section {section}, which {parser.args_class.title} reads; add one.")
         content, where = content[section], f"{path}, section {section}"
-    given: dict[str, Any] = {}
-    for key, value in content.items():
-        if key == "config":
-            raise UserError(f"{where}: a recipe cannot name another one; remove config.")
-        try:
-            given |= parser.read(as_tokens(str(key), value))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-    return given
+    if "config" in content:
+        raise UserError(f"{where}: a recipe cannot name another one; remove config.")
+    try:
+        return parser.read([token for key, value in content.items() for token in as_tokens(str(key), value)])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def as_tokens(key: str, value: Any) -> list[str]:

@@ -264,10 +264,12 @@ def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype
 def build_frozen(
     model: nn.Module, *, stage: int, offload: bool, dtype: torch.dtype, device: torch.device, world_size: int
 ):
-    """A model that is only evaluated: sharded by an engine under stage 3, else on the device as it is."""
+    """A model that is only evaluated: on the device as it is, or sharded by an engine under stage 3 or in host memory (offload)."""
     import deepspeed
 
     model.eval().requires_grad_(False)
+    if offload:
+        stage = 3   # the only stage whose weights may live on the host
     if stage != 3:
         return model.to(device)
     engine, *_ = deepspeed.initialize(
@@ -299,7 +301,10 @@ def optimizer_step(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any]
 
 
 def optimizer_figures(engine) -> dict[str, float]:
-    """Learning rate, and the norm of the last global gradient before clipping where the engine knows it (not under ZeRO-0 in fp32)."""
+    """Learning rate, and the norm of the last global gradient before clipping.
+
+    Under ZeRO-0 in float32 the engine does not know the norm; it is left out then.
+    """
     norm = engine.get_global_grad_norm()
     return {"lr": engine.get_lr()[0]} | ({} if norm is None else {"grad_norm": float(norm)})
 

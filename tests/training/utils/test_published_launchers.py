@@ -1,7 +1,7 @@
-"""The command lines of the published launchers are understood: same names, same values, or one line that says what changed.
+"""The command lines of the published launchers are understood: same names, same values, or one line of what changed.
 
 Each row copies the public table of a launcher's settings; the parser must give back the values in its cells. A cell in
-brackets is a setting that the script leaves to the default. Launchers of DPO, a step that we do not have, are left out.
+brackets there is None here: the script does not pass the flag. Launchers of DPO, a step that we lack, are left out.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
 from training.utils.parsing import parse
 
 FOUR = [
-    "Dahoas/rm-static", "Dahoas/full-hh-rlhf", "Dahoas/synthetic-instruct-gptj-pairwise", "yitingxie/rlhf-reward-datasets"
+    "Dahoas/rm-static", "Dahoas/full-hh-rlhf", "Dahoas/synthetic-instruct-gptj-pairwise",
+    "yitingxie/rlhf-reward-datasets",
 ]  # fmt: skip
 CHINESE = ["wangrui6/Zhihu-KOL", "Cohere/miracl-zh-queries-22-12", "Hello-SimpleAI/HC3-Chinese", "mkqa-Chinese"]
 JAPANESE = ["mkqa-Japanese", "Cohere/miracl-ja-queries-22-12", "lmqg/qg_jaquad", "lmqg/qag_jaquad"]
 T9K = [f"./datasets/{name}" for name in ("rm-static", "full-hh-rlhf", "synthetic-instruct-gptj-pairwise")]
 RM_STATIC = ["Dahoas/rm-static"]
-DEFAULT = None   # the script leaves it out
 CLASSES = {1: SFTArguments, 2: RewardArguments, 3: PPOArguments}
 
-# system, step, script, model (3: actor / critic), data, batch a device (3: generation/training), accumulation, learning rate,
-# epochs, weight decay, ZeRO, LoRA, lengths, the rest. None: not passed.
+# system, step, script, model (3: actor, critic), data, batch a device (3: generation, training), accumulation, learning
+# rate, epochs, weight decay, ZeRO, LoRA, lengths, the rest.
 ROWS = [
     ("DSE", 1, "llama2/run_llama2_7b", "meta-llama/Llama-2-7b-hf", FOUR, 4, 1, 9.65e-6, 4, 0.0, 3, 0, 512, "gc"),
-    ("DSE", 1, "llama2/run_llama2_7b_lora", "meta-llama/Llama-2-7b-hf", FOUR, 4, 1, 9.65e-6, 4, 0.0, 3, 128, 512, "gc"),
+    ("DSE", 1, "llama2/run_llama2_7b_lora", "meta-llama/Llama-2-7b-hf", FOUR, 4, 1, 9.65e-6, 4, 0.0, 3, 128, 512,
+     "gc"),
     ("DSE", 1, "opt/multi_node/run_66b", "facebook/opt-66b", FOUR, 4, 1, 1e-4, 2, 0.1, 3, 128, 512, "gc"),
-    ("DSE", 1, "opt/single_gpu/run_1.3b", "facebook/opt-1.3b", None, None, 8, None, None, None, 0, 128, None, "tb no-seed"),
+    ("DSE", 1, "opt/single_gpu/run_1.3b", "facebook/opt-1.3b", None, None, 8, None, None, None, 0, 128, None,
+     "tb no-seed"),
     ("DSE", 1, "opt/single_gpu/run_6.7b_lora", "facebook/opt-6.7b", FOUR, 8, 16, 1e-3, 16, 0.0, 0, 128, 512, "gc"),
     ("DSE", 1, "opt/single_node/run_1.3b", "facebook/opt-1.3b", FOUR, 8, 1, 9.65e-6, 16, 0.0, 2, 0, 512, "tb"),
     ("DSE", 1, "opt/single_node/run_1.3b_lora", "facebook/opt-1.3b", FOUR, 8, 1, 1e-3, 16, 0.1, 0, 128, 512, "only"),
@@ -40,51 +42,56 @@ ROWS = [
     ("DSE", 1, "opt/single_node/sweep/run_single", "facebook/opt-1.3b", FOUR, 8, 1, 9.65e-6, 16, 0.0, 2, 0, 512, ""),
     ("DSE", 1, "other_language/run_chinese", "bigscience/bloom-1b1", CHINESE, 8, 1, 9.65e-6, 16, 0.0, 2, 0, 512, ""),
     ("DSE", 1, "other_language/run_japanese", "sberbank-ai/mGPT", JAPANESE, 8, 1, 9.65e-6, 16, 0.0, 2, 0, 512, ""),
-    ("DSE", 2, "llama2/run_llama2_7b", "meta-llama/Llama-2-7b-hf", RM_STATIC, 8, 1, 9.65e-6, 1, 0.1, 3, 0, 512, "gc offl pad0"),
+    ("DSE", 2, "llama2/run_llama2_7b", "meta-llama/Llama-2-7b-hf", RM_STATIC, 8, 1, 9.65e-6, 1, 0.1, 3, 0, 512,
+     "gc offl pad0"),
     ("DSE", 2, "llama2/run_llama2_7b_lora", "meta-llama/Llama-2-7b-hf", RM_STATIC, 8, 1, 9.65e-6, 1, 0.1, 3, 128, 512,
      "gc offl pad0"),
     ("DSE", 2, "opt/multi_node/run_350m", "facebook/opt-350m", FOUR, 2, 1, 5e-5, 1, 0.1, 0, 0, 512, "drop0 pad1"),
     ("DSE", 2, "opt/single_gpu/run_350m", "facebook/opt-350m", None, None, 4, None, None, 0.1, 0, 0, None,
      "tb drop0 pad1 no-seed"),
     ("DSE", 2, "opt/single_node/run_350m", "facebook/opt-350m", FOUR, 4, 1, 5e-5, 1, 0.1, 0, 0, 512, "drop0 pad1"),
-    ("DSE", 2, "opt/single_node/sweep/run_single", "facebook/opt-350m", FOUR, 4, 1, 5e-5, 1, 0.1, 0, 0, 512, "drop0 pad1"),
-    ("DSE", 3, "llama2/run_llama2_7b", "$1 $2", RM_STATIC, (1, 1), 1, (9.65e-6, 5e-6), 1, 0.1, (3, 3), (0, 0), (256, 256),
-     "gcA gcC offlRef HE dropA0 pad1"),
+    ("DSE", 2, "opt/single_node/sweep/run_single", "facebook/opt-350m", FOUR, 4, 1, 5e-5, 1, 0.1, 0, 0, 512,
+     "drop0 pad1"),
+    ("DSE", 3, "llama2/run_llama2_7b", "$1 $2", RM_STATIC, (1, 1), 1, (9.65e-6, 5e-6), 1, 0.1, (3, 3), (0, 0),
+     (256, 256), "gcA gcC offlRef HE dropA0 pad1"),
     ("DSE", 3, "llama2/run_llama2_7b_lora", "$1 $2", RM_STATIC, (1, 1), 1, (9.65e-6, 5e-6), 1, 0.1, (3, 3), (64, 64),
      (256, 256), "gcA gcC offlRef HE dropA0 pad1"),
     ("DSE", 3, "llama2/run_llama2_7b_mixz", "$1 $2", RM_STATIC, (1, 1), 1, (9.65e-6, 5e-6), 1, 0.1, (3, 3), (64, 64),
      (256, 256), "gcA gcC offlRef MixZ dropA0 pad1"),
-    ("DSE", 3, "opt/multi_node/run_66b", "$1 $2", RM_STATIC, (4, 4), 1, (5e-4, 5e-6), 1, 0.1, (3, 3), (128, 0), (256, 256),
-     "gcA HE dropA0 TP8 tpg4 pad1"),
+    ("DSE", 3, "opt/multi_node/run_66b", "$1 $2", RM_STATIC, (4, 4), 1, (5e-4, 5e-6), 1, 0.1, (3, 3), (128, 0),
+     (256, 256), "gcA HE dropA0 TP8 tpg4 pad1"),
     ("DSE", 3, "opt/single_gpu/run_1.3b", "$1 $2", None, None, 2, None, None, None, (0, 0), (128, 0), None,
      "gcA HE dropA0 pad1 no-seed"),
     ("DSE", 3, "opt/single_gpu/run_6.7b_lora", "$1 $2", RM_STATIC, (8, 8), 16, (5e-4, 5e-6), 1, None, (0, 0), (128, 0),
      (256, 256), "gcA gcC HE dropA0 pad1"),
-    ("DSE", 3, "opt/single_node/run_1.3b", "AdamG012/chat-opt-1.3b-sft-deepspeed AdamG012/chat-opt-350m-reward-deepspeed",
-     RM_STATIC, (4, 4), 1, (9.65e-6, 5e-6), 1, None, (2, 2), (0, 0), (256, 256), "HE EMA tb dropA0 pad1"),
-    ("DSE", 3, "opt/single_node/run_1.3b_lora", "$1 $2", RM_STATIC, (4, 4), 1, (9.65e-6, 5e-6), 1, None, (2, 2), (128, 0),
-     (256, 256), "HE dropA0 pad1"),
+    ("DSE", 3, "opt/single_node/run_1.3b",
+     "AdamG012/chat-opt-1.3b-sft-deepspeed AdamG012/chat-opt-350m-reward-deepspeed", RM_STATIC, (4, 4), 1,
+     (9.65e-6, 5e-6), 1, None, (2, 2), (0, 0), (256, 256), "HE EMA tb dropA0 pad1"),
+    ("DSE", 3, "opt/single_node/run_1.3b_lora", "$1 $2", RM_STATIC, (4, 4), 1, (9.65e-6, 5e-6), 1, None, (2, 2),
+     (128, 0), (256, 256), "HE dropA0 pad1"),
     ("DSE", 3, "opt/single_node/run_13b", "$1 $2", RM_STATIC, (16, 16), 1, (5e-4, 5e-6), 1, None, (3, 3), (128, 0),
      (256, 256), "gcA HE dropA0 TP2 pad1"),
     ("DSE", 3, "opt/single_node/run_30b_lora", "$1 $2", RM_STATIC, (4, 4), 1, (5e-4, 5e-6), 1, None, (3, 3), (128, 0),
      (256, 256), "gcA HE dropA0 pad1"),
     ("DSE", 3, "opt/single_node/run_6.7b", "$1 $2", RM_STATIC, (4, 4), 1, (9.65e-6, 5e-6), 1, 0.1, (3, 3), (0, 0),
      (256, 256), "gcA HE dropA0 pad1"),
-    ("DSE", 3, "opt/single_node/sweep/run_single", "$1 $2", RM_STATIC, (4, 4), 1, (9.65e-6, 5e-6), 1, 0.0, (2, 2), (0, 0),
-     (256, 256), "print dropA0 pad1"),
+    ("DSE", 3, "opt/single_node/sweep/run_single", "$1 $2", RM_STATIC, (4, 4), 1, (9.65e-6, 5e-6), 1, 0.0, (2, 2),
+     (0, 0), (256, 256), "print dropA0 pad1"),
     ("YZP", 1, "single_gpu/run_chatglm-6b-dp", "THUDM/chatglm-6b", ["Smart/Q_A"], 1, 1, None, None, None, 0, 128, None,
      "no-seed"),
     ("YZP", 1, "single_node/run_chatglm-6b", "THUDM/chatglm-6b", ["Smart/Q_A"], 8, 1, 9.65e-6, 16, 0.0, 2, 0, 512, ""),
     ("YZP", 2, "single_gpu/run_chatglm-6b", "THUDM/chatglm-6b", ["Smart/Q_A"], None, 4, None, None, 0.1, 0, 0, None,
      "drop0 pad1 no-seed"),
-    ("YZP", 2, "single_node/run_chatglm-6b", "THUDM/chatglm-6b", ["Smart/Q_A"], 4, 1, 5e-5, 1, 0.1, 2, 0, 512, "drop0 pad1"),
+    ("YZP", 2, "single_node/run_chatglm-6b", "THUDM/chatglm-6b", ["Smart/Q_A"], 4, 1, 5e-5, 1, 0.1, 2, 0, 512,
+     "drop0 pad1"),
     ("YZP", 3, "single_gpu/run_chatglm-6b", "$1 $2", ["Smart/Q_A"], None, 2, None, None, None, (0, 0), (128, 0), None,
      "gcA HE dropA0 pad1 no-seed"),
-    ("YZP", 3, "single_node/run_chatglm-6b", "$1 $2", ["Smart/Q_A"], (4, 1), 1, (9.65e-6, 5e-6), 1, None, (2, 2), (0, 0),
-     (256, 256), "HE EMA dropA0 pad4"),
+    ("YZP", 3, "single_node/run_chatglm-6b", "$1 $2", ["Smart/Q_A"], (4, 1), 1, (9.65e-6, 5e-6), 1, None, (2, 2),
+     (0, 0), (256, 256), "HE EMA dropA0 pad4"),
     ("LUYF", 1, "opt/single_gpu/run_1.3b", "../../opt-1.3b", ["../../rm-static"], 4, 8, None, None, None, 0, 128, None,
      "tb no-seed"),
-    ("LUYF", 1, "other_language/run_chinese", "../../bloom-1b1", ["../../HC3-Chinese"], 4, 1, 9.65e-6, 16, 0.0, 2, 0, 512, ""),
+    ("LUYF", 1, "other_language/run_chinese", "../../bloom-1b1", ["../../HC3-Chinese"], 4, 1, 9.65e-6, 16, 0.0, 2, 0,
+     512, ""),
     ("LUYF", 1, "zh/run_chinese", "../../Atom-7B", ["../../rm-static-zh"], 4, 8, None, 1, None, 3, 8, None,
      "only gc tb no-seed"),
     ("LUYF", 2, "opt/single_gpu/run_350m", "../../opt-350m", ["../../rm-static"], 4, 4, None, None, 0.1, 0, 0, None,
@@ -113,7 +120,7 @@ WORDS = {
     "offl": ("--offload", {"offload": True}),
     "offlRef": ("--offload_reference_model", {"offload_reference_model": True}),
     "only": ("--only_optimize_lora", {"only_optimize_lora": True}),
-    "tb": ("--enable_tensorboard --tensorboard_path ./output", {"enable_tensorboard": True, "tensorboard_path": "./output"}),
+    "tb": ("--enable_tensorboard --tensorboard_path ./tb", {"enable_tensorboard": True, "tensorboard_path": "./tb"}),
     "drop0": (("--dropout 0.0", "--disable_dropout"), {"dropout": 0.0}),
     "dropA0": (("--actor_dropout 0.0", "--disable_actor_dropout"), {"actor_dropout": 0.0}),
     "pad0": ("--num_padding_at_beginning 0", {}),
@@ -214,8 +221,8 @@ def test_all_rows_are_here():
 
 def test_quantised_launcher_is_refused_with_a_way_out():
     """YZP step 1, single_gpu/run_chatglm-6b.sh (main-ndp.py): INT8 base, which silently trained nothing there."""
-    argv = ["--model_name_or_path", "THUDM/chatglm-6b", "--data_path", "Smart/Q_A", "--per_device_train_batch_size", "1"]
-    argv += ["--lora_dim", "128", "--zero_stage", "2", "--quantization_bit", "8", "--deepspeed", "--output_dir", "./output"]
+    argv = ["--model_name_or_path", "THUDM/chatglm-6b", "--data_path", "Smart/Q_A", "--zero_stage", "2"]
+    argv += ["--lora_dim", "128", "--quantization_bit", "8", "--deepspeed", "--output_dir", "./output"]
     with pytest.raises(UserError, match=r"--quantization_bit: .*not in this version; drop it.*--lora_dim"):
         parse(SFTArguments, argv)
 
@@ -227,8 +234,8 @@ def on(flag: str, value: bool) -> list[str]:
 @pytest.mark.parametrize(("stage", "offload", "lora"), itertools.product((2, 3), (False, True), (False, True)))
 def test_sweep_of_step_1(stage, offload, lora):
     argv = ["--model_name_or_path", "facebook/opt-1.3b", "--zero_stage", str(stage), "--output_dir", "o", "--deepspeed"]
-    argv += on("--offload", offload) + ["--lora_dim", "128" if lora else "0", "--lora_module_name", "decoder.layers."]
-    args = parse(SFTArguments, argv)
+    argv += ["--lora_dim", "128" if lora else "0", "--lora_module_name", "decoder.layers."]
+    args = parse(SFTArguments, [*argv, *on("--offload", offload)])
     assert (args.zero_stage, args.offload, args.lora_dim) == (stage, offload, 128 if lora else 0)
 
 

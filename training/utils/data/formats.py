@@ -1,8 +1,8 @@
 """Rows -> records: which fields a row has says which format it is. Here ends all knowledge about columns.
 
-A record is {"messages": the prompt, [{"role", "content"}, …] that ends with a user message, "chosen": the answer, "rejected": a
-worse answer or None, "margin": how much better, or None}. A dialogue gives one record for each of its assistant turns. In data
-that has only prompts, "chosen" is "".
+A record is {"messages": the prompt, [{"role", "content"}, …] that ends with a user message, "chosen": the answer,
+"rejected": a worse answer or None, "margin": how much better, or None}. A dialogue gives one record for each of its
+assistant turns. In data that has only prompts, "chosen" is "".
 """
 
 import json
@@ -15,12 +15,12 @@ Record = dict[str, Any]
 Fields = dict[str, Any]
 
 ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
-    "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "system": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
 }  # fmt: skip
 OUR_NAMES = (
-    "prompt", "response", "chosen", "rejected", "messages", "conversations", "context", "instruction", "input", "output",
-    "history", "system", "content", "summary", "margin",
+    "prompt", "response", "chosen", "rejected", "messages", "conversations", "context",
+    "instruction", "input", "output", "history", "system", "content", "summary", "margin",
 )  # fmt: skip
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
 ANSWER_LIKE = ("answer", "answers", "completion", "output", "target", "reply", "label", "text", "summary")
@@ -35,7 +35,7 @@ class Skip(Exception):
 
 
 def text(value: Any, field: str) -> str:
-    """A text without white space around it. Halves of surrogate pairs (text cut inside an emoji) are repaired or replaced."""
+    """A text without white space around it; half a surrogate pair (text cut inside an emoji) is replaced."""
     if not isinstance(value, str):
         raise BadRecord(f'field "{field}" is {_kind(value)}, expected a text')
     try:
@@ -68,7 +68,7 @@ def items(value: Any, field: str) -> list:
 def message(value: Any, field: str) -> Message:
     """One turn: {role, content}, {from, value} or {role, text}."""
     if not isinstance(value, dict):
-        raise BadRecord(f'field "{field}" holds {_kind(value)}, expected objects like {{"role": "user", "content": "…"}}')
+        raise BadRecord(f'field "{field}" holds {_kind(value)}, expected {{"role": "user", "content": "…"}}')
     role = value.get("role", value.get("from"))
     if role not in ROLES:
         raise BadRecord(f'field "{field}" has the role {role!r}, expected one of {", ".join(sorted(ROLES))}')
@@ -78,12 +78,15 @@ def message(value: Any, field: str) -> Message:
     return {"role": ROLES[role], "content": text(content, field)}
 
 
-def split_turns(value: str, user: str = "Human", assistant: str = "Assistant", answered: bool = False) -> list[Message] | None:
+def split_turns(
+    value: str, user: str = "Human", assistant: str = "Assistant", answered: bool = False
+) -> list[Message] | None:
     """Turns of a text with role marks, or None for a text without them.
 
-    The published sets put a blank line before a mark ("\\n\\nHuman: …\\n\\nAssistant:"), others a line break or only a space
-    (" Human: … Assistant:"). The widest separation under which the text ends as it must is taken, so that "… the Assistant: …" in
-    the middle of a sentence stays text. answered: the last turn is an answer; else it is the open "Assistant:".
+    The published sets put a blank line before a mark ("\\n\\nHuman: …\\n\\nAssistant:"), others a line break or only a
+    space (" Human: … Assistant:"). The widest separation under which the text ends as it must is taken, so that
+    "… the Assistant: …" in the middle of a sentence stays text. answered: the last turn is an answer; else it is the
+    open "Assistant:".
     """
     body = value.strip()
     mark = rf"({user}|{assistant})[:：]"
@@ -93,20 +96,20 @@ def split_turns(value: str, user: str = "Human", assistant: str = "Assistant", a
     for separator in (r"\n\s*\n", r"\n", r"\s"):
         before, *parts = re.split(rf"(?:^|{separator}){mark}", body)
         roles, contents = parts[0::2], [part.strip() for part in parts[1::2]]
-        ends = bool(roles) and roles[-1] == assistant and bool(contents[-1]) == answered and roles[0] in (user, assistant)
-        if ends and user in roles:
+        if user in roles and roles[-1] == assistant and bool(contents[-1]) == answered:
             system = [{"role": "system", "content": before.strip()}] if before.strip() else []
             names = {user: "user", assistant: "assistant"}
             return system + [{"role": names[role], "content": part} for role, part in zip(roles, contents, strict=True)]
         if not starts:
             return None  # a text that only quotes a dialogue
-    if not answered:  # "Human: …" without the open "Assistant:" at its end
-        turns = split_turns(f"{body}\n\n{assistant}:", user, assistant)
-        return turns if turns and body != f"{user}:" else None
+    if not answered and re.match(rf"{user}[:：]", body):  # "Human: …" without the open "Assistant:" at its end
+        return split_turns(f"{body}\n\n{assistant}:", user, assistant)
     return None
 
 
-def prompt_messages(value: Any, field: str = "prompt", user: str = "Human", assistant: str = "Assistant") -> list[Message]:
+def prompt_messages(
+    value: Any, field: str = "prompt", user: str = "Human", assistant: str = "Assistant"
+) -> list[Message]:
     """A prompt: a text with or without role marks, or a list of messages."""
     if isinstance(value, list):
         return [message(item, field) for item in value]
@@ -214,7 +217,7 @@ def _whole_dialogues(row: Fields) -> list[Record]:
         if turns is None:
             if isinstance(value, str) and value.strip() and not split_turns(value):
                 raise BadRecord(
-                    f'field "{field}" is not a whole dialogue ("\\n\\nHuman: …\\n\\nAssistant: …") and there is no field "prompt"'
+                    f'no field "prompt", and "{field}" is not a whole dialogue ("\\n\\nHuman: …\\n\\nAssistant: …")'
                 )
             raise Skip("a dialogue that does not end with an answer")
         found.append(turns)
@@ -257,6 +260,10 @@ def _turns(row: Fields, field: str) -> list[Message]:
     return [{"role": "system", "content": text(system, "system")}, *turns] if system else turns
 
 
+def _content_summary(row: Fields) -> list[Record]:
+    return [record(user_turn(text(row["content"], "content")), text(row["summary"], "summary"))]
+
+
 def _mkqa_english(row: Fields) -> list[Record]:
     return mkqa(row, "en", row["query"])
 
@@ -283,10 +290,14 @@ FORMATS: tuple[tuple[tuple[str, ...], Callable[[Fields], list[Record]]], ...] = 
     (("conversations",), lambda row: dialogue(_turns(row, "conversations"))),
     (("prompt", "response"), _prompt_response),
     (("instruction", "output"), _instruction_output),
-    (("content", "summary"), lambda row: [record(user_turn(text(row["content"], "content")), text(row["summary"], "summary"))]),
+    (("content", "summary"), _content_summary),
     (("query", "queries", "answers"), _mkqa_english),
     (("prompt",), lambda row: [prompt_only(history(row) + prompt_messages(row["prompt"]))]),
 )
+
+# ChatGLM data often spells a dialogue out: every turn is a row, and stands in the history of the later rows too. Where
+# these formats have a history, a turn counts once.
+SPELLED_OUT = (("prompt", "response"), ("instruction", "output"))
 
 
 def recognise(fields: Iterable[str]) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]]] | None:

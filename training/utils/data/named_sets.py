@@ -1,4 +1,4 @@
-"""Data sets that are known by name. A new one is a row of NAMED_SETS, and a function where its fields need more than a look.
+"""Data sets known by name. A new one is a row of NAMED_SETS, and a function where its fields are no known format.
 
 A name is recognised at the end of whatever --data_path says: Dahoas/rm-static on the hub, ../../rm-static or
 ./datasets/Dahoas/rm-static as a folder written by scripts.download_dataset, HC3-Chinese.jsonl as a file.
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from .formats import BadRecord, Fields, Record, Skip, items, mkqa, prompt_messages, record, text, user_turn
-from .readers import SUFFIXES
+from training.utils.data.formats import Fields, Record, Skip, items, mkqa, prompt_messages, record, text, user_turn
+from training.utils.data.readers import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _qg_jaquad(row: Fields) -> list[Record]:
 def _qag_jaquad(row: Fields) -> list[Record]:
     questions = items(row["questions"], "questions")
     if not questions:
-        raise BadRecord('field "questions" is empty')
+        raise Skip("no question")
     return [record(user_turn(text(questions[0], "questions")), text(row["paragraph"], "paragraph"))]
 
 
@@ -120,13 +120,17 @@ NAMED_SETS: tuple[NamedSet, ...] = (
     ),
     NamedSet(("stanfordnlp/SHP", "SHP"), fields=("history", "human_ref_A", "human_ref_B", "labels"), rule=_shp),
     NamedSet(
-        ("pvduy/sharegpt_alpaca_oa_vicuna_format", "sharegpt_alpaca_oa_vicuna_format"), fields=("prompt", "label"), rule=_vicuna
+        ("pvduy/sharegpt_alpaca_oa_vicuna_format", "sharegpt_alpaca_oa_vicuna_format"),
+        fields=("prompt", "label"),
+        rule=_vicuna,
     ),
     NamedSet(("local/jsonfile",), local=True),
     NamedSet(("wangrui6/Zhihu-KOL", "Zhihu-KOL"), fields=("INSTRUCTION", "RESPONSE"), rule=_zhihu),
     NamedSet(("Cohere/miracl-zh-queries-22-12", "miracl-zh-queries-22-12"), fields=MIRACL_FIELDS, rule=_miracl),
     NamedSet(("Cohere/miracl-ja-queries-22-12", "miracl-ja-queries-22-12"), fields=MIRACL_FIELDS, rule=_miracl),
-    NamedSet(("Hello-SimpleAI/HC3-Chinese", "HC3-Chinese"), config="all", fields=("question", "human_answers"), rule=_hc3),
+    NamedSet(
+        ("Hello-SimpleAI/HC3-Chinese", "HC3-Chinese"), config="all", fields=("question", "human_answers"), rule=_hc3
+    ),
     NamedSet(("mkqa-Chinese",), hub="apple/mkqa", fields=("queries", "answers"), rule=_mkqa_in("zh_cn")),
     NamedSet(("mkqa-Japanese",), hub="apple/mkqa", fields=("queries", "answers"), rule=_mkqa_in("ja")),
     NamedSet(("lmqg/qg_jaquad", "qg_jaquad"), fields=("question", "sentence"), rule=_qg_jaquad),

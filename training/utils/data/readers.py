@@ -1,18 +1,23 @@
 """Data files -> rows, one at a time: JSON, JSONL, CSV, TSV, Parquet, each gzipped or not. Knows nothing about columns.
 
-Every row comes with the place it was read from ("line 7", "record 7"), so that an error can name it. A file is never held in
-memory: a JSON list of several gigabytes is parsed record by record.
+Every row comes with the place it was read from ("line 7", "record 7"), so that an error can name it. A file is never
+held in memory: a JSON list of several gigabytes is parsed record by record.
 """
 
 import csv
 import gzip
 import io
 import json
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
 
 from models.errors import UserError
 
@@ -23,7 +28,7 @@ Row = tuple[str, dict[str, Any]]
 
 
 def data_suffix(path: Path) -> str | None:
-    """".json" for a.json and a.json.gz; None for a file that is not one of SUFFIXES."""
+    """ ".json" for a.json and a.json.gz; None for a file that is not one of SUFFIXES."""
     name = path.name.lower().removesuffix(".gz")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
@@ -32,7 +37,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     """(place, row) for every record of a data file. UserError with the line when the file cannot be read."""
     suffix = data_suffix(path)
     if suffix is None:
-        raise UserError(f"{path}: not a data file by its name; expected one of {', '.join(SUFFIXES)}, or one of them with .gz.")
+        raise UserError(
+            f"{path}: not a data file by its name; expected {', '.join(SUFFIXES)}, or one of them with .gz."
+        )
     try:
         if suffix == ".parquet":
             yield from _parquet_rows(path)
@@ -42,7 +49,7 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield from _json_rows(path, suffix)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: not UTF-8 text ({error.reason}); convert it first, for example: iconv -f GB18030 -t UTF-8 OLD > NEW."
+            f"{path}: not UTF-8 text ({error.reason}); convert it, for example: iconv -f GB18030 -t UTF-8 OLD > NEW."
         ) from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: damaged or incomplete gzip file ({error}); copy or download it again.") from error
@@ -80,31 +87,31 @@ def _json_rows(path: Path, suffix: str) -> Iterator[Row]:
 
 
 def _is_whole_object(line: str) -> bool:
-    """The first line of a file with one object a line, as against a pretty-printed object. A broken one that ends in } counts."""
+    """The first line of a file with one object a line, as against a pretty-printed object; a broken object counts."""
     return line.strip().startswith("{") and line.strip().endswith("}")
 
 
 def _json_lines(path: Path, file: IO[str], first: str) -> Iterator[Row]:
-    lines_before = first.count("\n", 0, len(first.rstrip("\r\n")))
-    number = lines_before
-    line = first[len(first) - len(first.lstrip("\r\n \t")) :]
+    line = first.lstrip()
+    number = first[: len(first) - len(line)].count("\n")  # blank lines before the first record
     while line:
         number += 1
-        while not line.endswith("\n") and (more := file.readline(CHUNK)):  # the very first line may have been cut at CHUNK
+        while not line.endswith("\n") and (more := file.readline(CHUNK)):  # the first line may be cut at CHUNK
             line += more
         if line.strip():
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{path}, line {number}: invalid JSON ({error.msg} at column {error.colno}); expected one object a line."
+                    f"{path}, line {number}: invalid JSON ({error.msg}, column {error.colno}); "
+                    "expected one object a line."
                 ) from error
             yield f"line {number}", _object(value, path, f"line {number}")
         line = file.readline()
 
 
 def _json_values(path: Path, file: IO[str], text: str, in_list: bool) -> Iterator[Row]:
-    """Objects out of a stream of text, decoded one by one from a buffer that is refilled while an object is incomplete."""
+    """Objects out of a stream of text, decoded one by one; the buffer grows while an object is incomplete."""
     decoder = json.JSONDecoder()
     skip = " \t\r\n"
     position, line, number, chunk, closed = 0, 1, 0, CHUNK, False
@@ -143,10 +150,10 @@ def _json_values(path: Path, file: IO[str], text: str, in_list: bool) -> Iterato
         except json.JSONDecodeError as error:
             # An error near the end of the buffer, or an open string, may only mean that the rest is not read yet.
             cut = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
+            at = line + text.count("\n", position, error.pos)
             if cut and len(text) - position < LONGEST_RECORD and refill():
                 chunk = min(2 * chunk, 64 * CHUNK)
                 continue
-            at = line + text.count("\n", position, error.pos)
             raise UserError(f"{path}, line {at}: invalid JSON in record {number + 1} ({error.msg}).") from error
         number, chunk = number + 1, CHUNK
         yield f"record {number} (line {line})", _object(value, path, f"record {number} (line {line})")
@@ -169,34 +176,31 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
             for row in reader:
                 where = f"line {reader.line_num}"
                 if None in row or None in row.values():
-                    cells = sum(value is not None for name, value in row.items() if name is not None) + len(row.get(None) or ())
+                    few = None in row.values()
                     raise UserError(
-                        f"{path}, {where}: {cells} cells, but the first line names {len(reader.fieldnames or ())} columns; "
-                        'put text with a comma or a line break between double quotes ("").'
+                        f"{path}, {where}: {'fewer' if few else 'more'} cells than the {len(reader.fieldnames or ())} "
+                        'columns of the first line; put text with a comma or a line break between double quotes ("").'
                     )
                 yield where, row
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: invalid CSV ({error}).") from error
+            # the count stands at the last good record, for a quote that is never closed runs to the end of the file
+            raise UserError(f"{path}, line {reader.line_num + 1}: invalid CSV ({error}).") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
     with _open_bytes(path) as file:
         if isinstance(file, gzip.GzipFile):  # Parquet is read from its end: unpack to a file that goes away by itself
-            unpacked: IO[bytes] = tempfile.TemporaryFile()
-            while block := file.read(CHUNK):
-                unpacked.write(block)
-            unpacked.seek(0)
+            with tempfile.TemporaryFile() as unpacked:
+                shutil.copyfileobj(file, unpacked, CHUNK)
+                yield from _parquet_file_rows(path, unpacked)
         else:
-            unpacked = path.open("rb")
-        with unpacked:
-            try:
-                number = 0
-                for batch in pyarrow.parquet.ParquetFile(unpacked).iter_batches(batch_size=500):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"record {number}", row
-            except pyarrow.ArrowInvalid as error:
-                raise UserError(f"{path}: not a readable Parquet file ({error}).") from error
+            yield from _parquet_file_rows(path, file)
+
+
+def _parquet_file_rows(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    try:
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=500)
+        for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1):
+            yield f"record {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable Parquet file ({error}).") from error

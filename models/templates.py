@@ -1,0 +1,281 @@
+"""From messages to tokens: the one place that knows how a dialogue is written and which tokens end an answer.
+
+A Template is saved as sanbu_template.json beside every checkpoint and read back by the later steps, evaluation and
+chat, so that all of them see the same text and stop at the same tokens. A dialogue is cut into prompt and answer, which
+are tokenised apart: ``encode_prompt(messages) + encode_answer(answer)`` is how the dialogue is written, in training and
+in the next turn's prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+
+FILE_NAME = "sanbu_template.json"
+KINDS = ("chat_template", "human_assistant")
+MARKS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant:", "system": "\n\n"}
+
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How prompts and answers are written.
+
+    kind: "chat_template", the tokenizer's own; "human_assistant", "\\n\\nHuman: ...\\n\\nAssistant: ...".
+    stop_token_ids: every token that ends an answer. The first is the end token that encode_answer appends.
+    prefix_ids: tokens that open every text (bos); kept when a prompt is cut.
+    prompt_suffix: what the chat template forgets to write before an answer.
+    answer_prefix, answer_suffix: text between prompt and answer, and between answer and end token.
+    anchor: text that an answer is tokenised behind and cut off from; for tokenizers that put a space before each text.
+    """
+
+    kind: str
+    stop_token_ids: tuple[int, ...]
+    prefix_ids: tuple[int, ...] = ()
+    prompt_suffix: str = ""
+    answer_prefix: str = ""
+    answer_suffix: str = ""
+    anchor: str = ""
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that closes an answer in training."""
+        return self.stop_token_ids[0]
+
+    def encode_prompt(self, tokenizer: Any, messages: Messages) -> list[int]:
+        """Tokens of a dialogue whose last message is the user's, ready for an answer to follow."""
+        return self.encode_prompts(tokenizer, [messages])[0]
+
+    def encode_answer(self, tokenizer: Any, answer: str) -> list[int]:
+        """Tokens of an answer with the end token behind."""
+        return self.encode_answers(tokenizer, [answer])[0]
+
+    def encode_prompts(self, tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
+        """encode_prompt for many dialogues at once; several times as fast."""
+        if self.kind == "chat_template":
+            texts = [render_chat(tokenizer, dialogue) + self.prompt_suffix for dialogue in dialogues]
+            return encode_texts(tokenizer, texts)
+        pieces = [human_assistant_pieces(dialogue) for dialogue in dialogues]
+        blocks = iter(encode_texts(tokenizer, [piece for dialogue in pieces for piece in dialogue[0::2]]))
+        answers = iter(self.encode_answers(tokenizer, [piece for dialogue in pieces for piece in dialogue[1::2]]))
+        encoded = []
+        for dialogue in pieces:
+            parts = [next(answers if place % 2 else blocks) for place in range(len(dialogue))]
+            encoded.append([*self.prefix_ids, *chain.from_iterable(parts)])
+        return encoded
+
+    def encode_answers(self, tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
+        """encode_answer for many answers at once."""
+        texts = [self.answer_prefix + answer + self.answer_suffix for answer in answers]
+        if not self.anchor:
+            return [[*ids, self.end_token_id] for ids in encode_texts(tokenizer, texts)]
+        anchor = encode_texts(tokenizer, [self.anchor])[0]
+        encoded = encode_texts(tokenizer, [self.anchor + text for text in texts])
+        for row, ids in enumerate(encoded):
+            if ids[: len(anchor)] == anchor:
+                encoded[row] = ids[len(anchor) :]
+            else:  # anchor and text grew together into one token
+                encoded[row] = encode_texts(tokenizer, [texts[row]])[0]
+        return [[*ids, self.end_token_id] for ids in encoded]
+
+    def decode_answer(self, tokenizer: Any, ids: Sequence[int]) -> str:
+        """Text of generated tokens up to the first stop token, without special tokens and surrounding space."""
+        stop = next((place for place, token in enumerate(ids) if token in self.stop_token_ids), len(ids))
+        text = tokenizer.decode(list(ids[:stop]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.strip()
+
+    def save(self, folder: str | Path) -> None:
+        """Write sanbu_template.json into a folder."""
+        content = json.dumps({"format": 1, **asdict(self)}, ensure_ascii=False, indent=2)
+        (Path(folder) / FILE_NAME).write_text(content + "\n", encoding="utf-8")
+
+
+def load_template(folder: str | Path | None, tokenizer: Any) -> Template:
+    """The template saved beside a checkpoint; where there is none, the one that suits the tokenizer.
+
+    That is the tokenizer's own chat template, or else the Human/Assistant form with its end token. Raises UserError if
+    the saved file is damaged or belongs to another tokenizer, or if the tokenizer has nothing to end an answer with.
+    """
+    file = None if folder is None else Path(folder).expanduser() / FILE_NAME
+    if file is None or not file.is_file():
+        return chat_template(tokenizer) if tokenizer.chat_template else human_assistant_template(tokenizer)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.pop("format") != 1 or content["kind"] not in KINDS or not content["stop_token_ids"]:
+            raise ValueError("its format, kind or stop_token_ids are not known here")
+        lists = {name: tuple(int(token) for token in content.pop(name)) for name in ("stop_token_ids", "prefix_ids")}
+        template = Template(**content, **lists)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}); copy the checkpoint again, or delete the file: the tokenizer then decides."
+        ) from error
+    known = len(tokenizer)
+    if any(token >= known for token in template.stop_token_ids):
+        raise UserError(
+            f"{file} stops answers at the tokens {list(template.stop_token_ids)}, but the tokenizer beside it knows "
+            f"only {known}; take both from the same checkpoint."
+        )
+    if template.kind == "chat_template" and not tokenizer.chat_template:
+        raise UserError(
+            f"{file} asks for the tokenizer's own chat template, and the tokenizer has none; copy chat_template.jinja "
+            "from the same checkpoint."
+        )
+    return template
+
+
+def add_end_token(tokenizer: Any, token: str, template: Template) -> Template:
+    """Make a token of its own end every answer (--add_eot_token, --eot_token).
+
+    Adds it to the tokenizer where it is new - the embedding must grow then - and returns the template that ends in it.
+    The tokens that stopped an answer before still do. Raises UserError for a chat template, which has its own.
+    """
+    if template.kind == "chat_template":
+        if tokenizer.convert_tokens_to_ids(token) == template.end_token_id:
+            return template
+        own = tokenizer.convert_ids_to_tokens(template.end_token_id)
+        raise UserError(
+            f"--add_eot_token: the tokenizer has a chat template, and there answers end in {own!r}, not in {token!r}; "
+            "leave the flag out."
+        )
+    tokenizer.add_tokens([token], special_tokens=True)
+    end = tokenizer.convert_tokens_to_ids(token)
+    return replace(template, stop_token_ids=tuple(dict.fromkeys((end, *template.stop_token_ids))))
+
+
+def human_assistant_template(tokenizer: Any) -> Template:
+    """The "\\n\\nHuman: ...\\n\\nAssistant: ..." form of DeepSpeed-Chat and hh-rlhf; every answer ends in eos."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {name_of(tokenizer)} has no end token, so that no answer could ever end; set eos_token in "
+            "its tokenizer_config.json."
+        )
+    return Template(
+        kind="human_assistant",
+        stop_token_ids=(tokenizer.eos_token_id,),
+        prefix_ids=tuple(opening_ids(tokenizer)),
+        answer_prefix=" ",
+        anchor=find_anchor(tokenizer, ":"),
+    )
+
+
+def human_assistant_pieces(messages: Messages) -> list[str]:
+    """Text to encode, piece by piece: even places are blocks up to "Assistant:", odd places are earlier answers."""
+    pieces = [""]
+    for message in messages:
+        if message["role"] == "assistant":
+            pieces[-1] += MARKS["assistant"]
+            pieces += [message["content"], ""]
+        else:
+            mark = "" if message["role"] == "system" and pieces == [""] else MARKS[message["role"]]
+            pieces[-1] += mark + message["content"]
+    pieces[-1] += MARKS["assistant"]
+    return pieces
+
+
+def chat_template(tokenizer: Any) -> Template:
+    """What the tokenizer's own chat template does around an answer, read off a dialogue rendered with it."""
+    question, answer, further = "sanbu question", "sanbu answer", "sanbu further"
+    ask = [{"role": "user", "content": question}]
+    answered = [*ask, {"role": "assistant", "content": answer}]
+    prompt = render_chat(tokenizer, ask)
+    once = render_chat(tokenizer, answered, open_answer=False)
+    twice = render_chat(tokenizer, [*answered, {"role": "user", "content": further}], open_answer=False)
+
+    before = once[len(prompt) : once.find(answer)] if once.startswith(prompt) and answer in once else ""
+    after = ""
+    if answer in twice and further in twice:
+        after = twice[twice.find(answer) + len(answer) : twice.find(further)]
+    suffix, end = first_special(tokenizer, after)
+    if end is None:  # the template marks turns with plain text only
+        suffix, end = "", tokenizer.eos_token_id
+    if end is None:
+        raise UserError(
+            f"the chat template of {name_of(tokenizer)} puts no special token behind an answer, and the tokenizer has "
+            "no eos_token; set one in tokenizer_config.json."
+        )
+    stops = (end,) if tokenizer.eos_token_id is None else (end, tokenizer.eos_token_id)
+    ids = encode_texts(tokenizer, [twice])[0]
+    return Template(
+        kind="chat_template",
+        stop_token_ids=tuple(dict.fromkeys(stops)),
+        prefix_ids=tuple(leading_ids(tokenizer, ids)),
+        # Text, not only space, between prompt and answer: a template that does not open the answer. Part of the prompt.
+        prompt_suffix=before if before.strip() else "",
+        answer_prefix="" if before.strip() else before,
+        answer_suffix=suffix,
+        anchor=find_anchor(tokenizer, ((prompt + before).rstrip(" ") or "\n")[-1]),
+    )
+
+
+def render_chat(tokenizer: Any, messages: Messages, *, open_answer: bool = True) -> str:
+    """The dialogue as the tokenizer's chat template writes it. Raises UserError if the template refuses it."""
+    try:
+        # enable_thinking: the reasoning templates (Qwen3, GLM-4.5) then put an empty thought into the prompt, so that
+        # the answer holds nothing but the answer; the others do not look at it.
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=open_answer, enable_thinking=False
+        )
+    except Exception as error:  # jinja2's errors, and whatever a template raises by itself
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template of {name_of(tokenizer)} refuses a dialogue of {roles}: {error}.") from error
+
+
+def name_of(tokenizer: Any) -> str:
+    """What to call a tokenizer in a message."""
+    return tokenizer.name_or_path or type(tokenizer).__name__
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of each text, nothing added."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer itself puts before a text: bos for LLaMA and OPT, none for BLOOM, Qwen, GPT-2."""
+    plain = encode_texts(tokenizer, ["a"])[0]
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(plain)] == plain), [])
+
+
+def leading_ids(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Special tokens that open a dialogue, not just a turn: bos, or those that do not come again ([gMASK]<sop>)."""
+    special = special_ids(tokenizer)
+    lead = []
+    for token in ids:
+        if token not in special or (token != tokenizer.bos_token_id and ids.count(token) > 1):
+            break
+        lead.append(token)
+    return lead
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of all tokens that text is first cut at; runs of spaces, which some tokenizers list there, are none."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if str(content).strip()}
+    return added | set(tokenizer.all_special_ids)
+
+
+def first_special(tokenizer: Any, text: str) -> tuple[str, int | None]:
+    """(text before it, id) of the first special token in a text; ("", None) if there is none."""
+    special = special_ids(tokenizer)
+    found = next((token for token in encode_texts(tokenizer, [text])[0] if token in special), None) if text else None
+    if found is None:
+        return "", None
+    return text[: max(text.find(tokenizer.convert_ids_to_tokens(found)), 0)], found
+
+
+def find_anchor(tokenizer: Any, character: str) -> str:
+    """Empty if a text has the same tokens alone and behind a line break; else the character to tokenise answers behind.
+
+    SentencePiece tokenizers (LLaMA 2) put a space before each text; an answer on its own would begin with two of them.
+    """
+    alone, line, both = encode_texts(tokenizer, ["a", "\n", "\na"])
+    return "" if line + alone == both else character

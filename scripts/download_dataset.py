@@ -1,0 +1,54 @@
+"""Saves a data set of the hub as a folder, for machines without network.
+
+python -m scripts.download_dataset Dahoas/rm-static
+python -m training.step1_sft.main --data_path Dahoas/rm-static …     # finds datasets/Dahoas/rm-static by itself
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from models.errors import UserError
+from training.utils.data.sources import download_folder, load_from_hub
+
+
+def download(name: str, output_dir: str | None = None) -> Path:
+    """Fetches all splits of a set and writes them with save_to_disk. name: a named set, ID or ID:CONFIG."""
+    folder = Path(output_dir).expanduser() if output_dir else download_folder(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: already there; delete it to fetch {name} again, or choose another --output_dir.")
+    splits = load_from_hub(name)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")  # a broken download is never mistaken for a whole one
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        splits.save_to_disk(str(unfinished))
+        unfinished.replace(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another --output_dir."
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    counts = ", ".join(f"{split} {len(rows)}" for split, rows in splits.items())
+    use = name if folder == download_folder(name) else folder
+    print(f"Saved to {folder}: {counts} records. Use it with --data_path {use}")
+    return folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line, downloads, and turns a UserError into exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.download_dataset", description=__doc__.splitlines()[0])
+    parser.add_argument("dataset_id", help="name of a set, hub id, or ID:CONFIG for a set with configurations")
+    parser.add_argument("--output_dir", "--output-dir", help="folder to write; by default datasets/ID of this folder")
+    args = parser.parse_args(argv)
+    try:
+        download(args.dataset_id, args.output_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

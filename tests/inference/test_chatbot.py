@@ -1,0 +1,266 @@
+"""chat.py: which tokens the model gets to see, what it forgets when, and the dialogue through pipe and terminal."""
+
+import errno
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from inference.chatbot import Chatbot, Sampling, chat_folder, context_length, load_chatbot
+from models.errors import UserError
+from models.factory import load_scalar_model, load_tokenizer, save_model
+from models.templates import load_template
+from tests.launching import REPOSITORY, environment
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny chat model with 256 positions."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture
+def bot(model) -> Chatbot:
+    return load_chatbot(str(model), Sampling(max_new_tokens=8, greedy=True))
+
+
+def chat(*flags: str, text: str | None = None) -> subprocess.CompletedProcess:
+    """Run chat.py as a user does."""
+    return subprocess.run(
+        [sys.executable, "chat.py", *flags], cwd=REPOSITORY, env=environment(), input=text, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+
+
+def said(bot: Chatbot, messages: list[dict[str, str]], tokens: int = 8) -> str:
+    """What transformers itself answers, greedily, to a dialogue written by the checkpoint's template."""
+    ids = torch.tensor([bot.template.encode_prompt(bot.tokenizer, messages)])
+    made = bot.model.generate(
+        ids, max_new_tokens=tokens, do_sample=False, eos_token_id=list(bot.template.stop_token_ids),
+        pad_token_id=bot.tokenizer.pad_token_id,
+    )  # fmt: skip
+    return bot.template.decode_answer(bot.tokenizer, made[0, ids.shape[1] :].tolist())
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+# --- the dialogue -----------------------------------------------------------------------------------------------------
+
+
+def test_each_answer_continues_the_whole_dialogue_in_the_trained_template(bot):
+    first = bot.answer("What is bread?")
+    assert first == said(bot, [user("What is bread?")])
+    second = bot.answer("And flour?")
+    dialogue = [user("What is bread?"), assistant(first), user("And flour?")]
+    assert second == said(bot, dialogue)
+    assert bot.history == [*dialogue, assistant(second)]
+
+
+def test_clear_forgets_everything_but_the_system_message(bot):
+    bot.system = "Be brief."
+    alone = bot.answer("What is bread?")
+    assert alone == said(bot, [{"role": "system", "content": "Be brief."}, user("What is bread?")])
+    bot.answer("And flour?")
+    bot.clear()
+    assert bot.history == [] and bot.answer("What is bread?") == alone
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(bot):
+    limit = context_length(bot.model.config)
+    assert limit == 256
+    bot.system = "Be brief."
+    for number in range(12):
+        question = f"question {number} " + "bread " * 10
+        prompt, kept = bot.fitting_prompt(question)
+        assert len(prompt) + 8 <= limit
+        assert kept == bot.history[len(bot.history) - len(kept) :] and len(kept) % 2 == 0
+        if len(kept) < len(bot.history):  # one turn more would not have fitted
+            more = [{"role": "system", "content": "Be brief."}, *bot.history[-len(kept) - 2 :], user(question)]
+            assert len(bot.template.encode_prompt(bot.tokenizer, more)) + 8 > limit
+        bot.answer(question)
+    assert len(kept) < 22
+    assert bot.history[0]["role"] == "user" and not bot.history[0]["content"].startswith("question 0")
+
+
+def test_a_question_that_nearly_fills_the_context_leaves_less_room_for_the_answer(bot):
+    unit = len(bot.template.encode_prompt(bot.tokenizer, [user("bread " * 2)])) - len(
+        bot.template.encode_prompt(bot.tokenizer, [user("bread " * 1)])
+    )
+    bot.answer("hello")
+    question = "bread " * (245 // unit)
+    prompt, kept = bot.fitting_prompt(question)
+    while len(prompt) < 252:
+        question += "bread "
+        prompt, kept = bot.fitting_prompt(question)
+    assert kept == [] and 252 <= len(prompt) < 256
+    bot.answer(question)
+    before = list(bot.history)
+    with pytest.raises(UserError, match="the model reads 256"):
+        bot.answer("bread " * 300)
+    assert bot.history == before
+
+
+def test_answers_come_in_pieces_that_make_the_whole(bot):
+    pieces = []
+    text = bot.answer("What is bread?", show=pieces.append)
+    assert "".join(pieces) == text == bot.history[-1]["content"]
+
+
+def test_the_seed_decides_and_each_question_draws_anew(model):
+    answers = []
+    for seed in (1, 1, 2):
+        bot = load_chatbot(str(model), Sampling(max_new_tokens=12, temperature=1.0, top_p=1.0, seed=seed))
+        one = bot.answer("What is bread?")
+        bot.clear()
+        answers.append((one, bot.answer("What is bread?")))
+    assert answers[0] == answers[1] != answers[2]
+    assert answers[0][0] != answers[0][1]
+
+
+# --- which folder -----------------------------------------------------------------------------------------------------
+
+
+def test_the_output_folder_of_step_3_means_its_actor(model, tmp_path):
+    shutil.copytree(model, tmp_path / "actor")
+    (tmp_path / "critic").mkdir()
+    assert chat_folder(str(tmp_path)) == tmp_path / "actor"
+    assert chat_folder(str(model)) == model
+
+
+def test_a_reward_model_and_an_empty_folder_are_refused(model, tmp_path):
+    tokenizer, scalar = load_tokenizer(model), load_scalar_model(model, dtype=torch.float32)
+    save_model(scalar, tokenizer, load_template(model, tokenizer), tmp_path / "rm")
+    with pytest.raises(UserError, match="is a reward model"):
+        chat_folder(str(tmp_path / "rm"))
+    with pytest.raises(UserError, match="holds no model"):
+        chat_folder(str(tmp_path))
+
+
+def test_context_length_of_families(tmp_path):
+    from transformers import BloomConfig, GPT2Config, OPTConfig
+
+    assert context_length(GPT2Config(n_positions=77)) == 77
+    assert context_length(OPTConfig(max_position_embeddings=55)) == 55
+    assert context_length(BloomConfig()) == 2048
+
+
+# --- as a user runs it ------------------------------------------------------------------------------------------------
+
+
+def test_one_question_from_a_script(model, bot):
+    done = chat("--path", str(model), "--prompt", "What is bread?", "--greedy", "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == said(bot, [user("What is bread?")]) + "\n"
+
+
+def test_a_dialogue_through_a_pipe(model, bot):
+    """clear in the middle: the last answer is as to a first question. Only answers are printed, none after stop."""
+    text = "What is bread?\n\nAnd flour?\n  clear \nWhat is bread?\nstop\nAnd flour?\n"
+    done = chat("--path", str(model), "--greedy", "--max_new_tokens", "8", text=text)
+    assert done.returncode == 0, done.stderr
+    first = said(bot, [user("What is bread?")])
+    second = said(bot, [user("What is bread?"), assistant(first), user("And flour?")])
+    assert done.stdout == f"{first}\n{second}\n{first}\n"
+
+
+def test_the_end_of_the_pipe_ends_the_dialogue_and_odd_bytes_do_not(model):
+    done = subprocess.run(
+        [sys.executable, "chat.py", "--path", str(model), "--greedy", "--max_new_tokens", "4"], cwd=REPOSITORY,
+        env=environment(), input=b"caf\xe9?\nlast line without end", capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+
+
+class Terminal:
+    """chat.py at a terminal of its own."""
+
+    def __init__(self, *flags: str) -> None:
+        self.side, other = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "chat.py", *flags], cwd=REPOSITORY, env=environment(TERM="dumb"), stdin=other,
+            stdout=other, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        os.close(other)
+        self.shown = ""
+
+    def until(self, text: str, count: int = 1) -> None:
+        """Read what is shown until the text has come so many times."""
+        deadline = time.monotonic() + 90
+        while self.shown.count(text) < count:
+            assert time.monotonic() < deadline, self.shown
+            try:
+                self.shown += os.read(self.side, 4096).decode()
+            except OSError as error:
+                assert error.errno == errno.EIO, error
+                pytest.fail(f"ended: {self.shown}\n{self.process.stderr.read().decode()}")
+
+    def type(self, text: str) -> None:
+        os.write(self.side, text.encode())
+
+    def end(self) -> int:
+        code = self.process.wait(timeout=60)
+        assert self.process.stderr.read() == b""
+        os.close(self.side)
+        return code
+
+
+@pytest.mark.parametrize("leave", ["control-d", "control-c", "quit"])
+def test_a_terminal_shows_both_voices_and_ends_cleanly(model, leave):
+    terminal = Terminal("--path", str(model), "--greedy", "--max_new_tokens", "4")
+    terminal.until("You: ")
+    terminal.type("What is bread?\n")
+    terminal.until("Assistant: ")
+    terminal.until("You: ", 2)
+    terminal.type("clear\n")
+    terminal.until("(forgotten)")
+    terminal.until("You: ", 3)
+    if leave == "control-c":
+        terminal.process.send_signal(signal.SIGINT)
+    else:
+        terminal.type({"control-d": "\x04", "quit": "quit\n"}[leave])
+    assert terminal.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "chat.py needs --path"),
+        (["--pathh", "x"], "did you mean --path"),
+        (["--path", "/nowhere/at/all", "--prompt", "hi"], "/nowhere/at/all"),
+        (["--path", "x", "--temperature", "0"], "--greedy"),
+        (["--path", "x", "--top_p", "1.5"], "--top_p 1.5 is out of range"),
+        (["--path", "x", "--max_new_tokens", "many"], "invalid int value: 'many'"),
+        (["--path", "x", "--prompt", " "], "--prompt is empty"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(flags, sentence):
+    done = chat(*flags)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and sentence in done.stderr
+
+
+def test_a_damaged_folder_is_told(model, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    done = chat("--path", str(folder), "--prompt", "hi")
+    assert done.returncode == 2 and "truncated or damaged" in done.stderr
+    (folder / "config.json").write_text("{")
+    done = chat("--path", str(folder), "--prompt", "hi")
+    assert done.returncode == 2 and "config.json" in done.stderr
+    assert json.loads((model / "config.json").read_text())["model_type"] == "llama"

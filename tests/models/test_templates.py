@@ -1,0 +1,265 @@
+"""One template for every step: prompt and answer join without a seam, and everybody stops at the same tokens."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from models.errors import UserError
+from models.templates import FILE_NAME, Template, add_end_token, load_template
+from tests.tiny import FAMILIES, TEXT, tiny_tokenizer
+
+ASK = [{"role": "user", "content": "What is 2+2?"}]
+DIALOGUE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How do I bake bread?"},
+    {"role": "assistant", "content": "Mix flour and water."},
+    {"role": "user", "content": "怎么做面包？"},
+]
+ANSWERS = ("The capital of France is Paris.", "把面粉、水混合。", "", "x", "1. one\n2. two", "a  b", "(maybe)")
+LLAMA2_CHAT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+PLAIN_CHAT = (
+    "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant: {% endif %}"
+)
+FORGETFUL_CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"  # no opening for the answer
+THINKING_CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+STRICT_CHAT = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}" + LLAMA2_CHAT
+
+
+def sentencepiece_like(chat: str | None = None) -> PreTrainedTokenizerFast:
+    """LLaMA 2's way: a space before every text, spaces as a letter of their own, bos in front."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    alphabet = sorted(set("".join(TEXT + list(ANSWERS) + ["[INST]\n\n?+=<|>#_"])) - {" "})
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", *bytes_], initial_alphabet=alphabet, show_progress=False
+    )
+    words = [f"▁{word}" for text in TEXT for word in text.split()]  # pieces do not reach over a space
+    tokenizer.normalizer, kept = None, tokenizer.normalizer
+    tokenizer.train_from_iterator(words, trainer)
+    tokenizer.normalizer = kept
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    fast.chat_template = chat
+    return fast
+
+
+def with_chat(family: str, chat: str) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer(family)
+    tokenizer.chat_template = chat
+    return tokenizer
+
+
+TOKENIZERS = {family: lambda family=family: tiny_tokenizer(family) for family in FAMILIES} | {
+    "sentencepiece": sentencepiece_like,
+    "sentencepiece chat": lambda: sentencepiece_like(LLAMA2_CHAT),
+    "forgetful chat": lambda: with_chat("llama", FORGETFUL_CHAT),
+    "thinking chat": lambda: with_chat("llama", THINKING_CHAT),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+def test_prompt_and_answer_are_how_the_next_turn_sees_them(tokenizer, request):
+    if "thinking chat" in request.node.name:
+        pytest.skip("a thought is written before the answer alone and left out of the history, on purpose")
+    template = load_template(None, tokenizer)
+    messages = DIALOGUE if "sentencepiece chat" not in request.node.name else DIALOGUE[1:]
+    for answer in filter(None, ANSWERS):
+        joined = template.encode_prompt(tokenizer, messages) + template.encode_answer(tokenizer, answer)
+        later = [*messages, {"role": "assistant", "content": answer}, *ASK]
+        assert template.encode_prompt(tokenizer, later)[: len(joined)] == joined
+
+
+def test_an_answer_decodes_to_itself_and_ends_in_a_stop_token(tokenizer):
+    template = load_template(None, tokenizer)
+    for answer in ANSWERS:
+        ids = template.encode_answer(tokenizer, answer)
+        assert ids[-1] == template.end_token_id == template.stop_token_ids[0]
+        assert tokenizer.eos_token_id in template.stop_token_ids
+        assert template.decode_answer(tokenizer, ids) == answer
+        assert template.decode_answer(tokenizer, [*ids, *ids]) == answer  # nothing behind the first stop token is read
+        assert template.decode_answer(tokenizer, ids[:-1]) == answer
+
+
+def test_many_at_once_are_the_same_as_one_by_one(tokenizer):
+    template = load_template(None, tokenizer)
+    dialogues = [ASK, DIALOGUE[1:], DIALOGUE[1:2], DIALOGUE[1:]]
+    assert template.encode_prompts(tokenizer, dialogues) == [template.encode_prompt(tokenizer, one) for one in dialogues]
+    assert template.encode_answers(tokenizer, ANSWERS) == [template.encode_answer(tokenizer, one) for one in ANSWERS]
+    assert template.encode_prompts(tokenizer, []) == template.encode_answers(tokenizer, []) == []
+
+
+def test_it_reads_back_as_it_was_saved(tokenizer, tmp_path):
+    template = load_template(None, tokenizer)
+    template.save(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert load_template(tmp_path, again) == template
+    assert template.encode_prompt(again, ASK) == template.encode_prompt(tokenizer, ASK)
+
+
+# --- what exactly is written ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "bos", "eos"),
+    [("opt", "</s>", "</s>"), ("llama", "<s>", "</s>"), ("bloom", "", "</s>"), ("gpt2", "", "<|endoftext|>")],
+)
+def test_the_human_assistant_form_of_deepspeed_chat(family, bos, eos):
+    tokenizer = tiny_tokenizer(family)
+    template = load_template(None, tokenizer)
+    assert template.kind == "human_assistant"
+    assert template.stop_token_ids == (tokenizer.eos_token_id,)
+    ids = template.encode_prompt(tokenizer, DIALOGUE) + template.encode_answer(tokenizer, "Yes.")
+    assert tokenizer.decode(ids) == (
+        f"{bos}Be brief.\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour and water.{eos}"
+        f"\n\nHuman: 怎么做面包？\n\nAssistant: Yes.{eos}"
+    )
+
+
+def test_chatml_of_qwen():
+    tokenizer = tiny_tokenizer("qwen2")
+    template = load_template(None, tokenizer)
+    assert template.kind == "chat_template"
+    assert tokenizer.convert_ids_to_tokens(list(template.stop_token_ids)) == ["<|im_end|>"]
+    text = tokenizer.decode(template.encode_prompt(tokenizer, ASK) + template.encode_answer(tokenizer, "4"))
+    assert text == "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"
+
+
+def test_an_end_of_turn_that_is_not_eos_is_found():
+    tokenizer = tiny_tokenizer("qwen2")
+    tokenizer.eos_token = "<|endoftext|>"  # as in the base checkpoints of Qwen2
+    template = load_template(None, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(template.stop_token_ids)) == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_glm_4_ends_an_answer_with_the_next_turn_s_mark():
+    tokenizer = tiny_tokenizer("glm4")
+    template = load_template(None, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(template.stop_token_ids)) == ["<|user|>", "<|endoftext|>"]
+    assert tokenizer.convert_ids_to_tokens(list(template.prefix_ids)) == ["[gMASK]", "<sop>"]
+
+
+def test_space_between_prompt_answer_and_end_token_is_kept():
+    tokenizer = sentencepiece_like(LLAMA2_CHAT)
+    template = load_template(None, tokenizer)
+    assert (template.answer_prefix, template.answer_suffix, template.prefix_ids) == (" ", " ", (1,))
+    whole = tokenizer("<s>[INST] What is 2+2? [/INST] The capital </s>", add_special_tokens=False)["input_ids"]
+    assert template.encode_prompt(tokenizer, ASK) + template.encode_answer(tokenizer, "The capital") == whole
+
+
+def test_sentencepiece_answers_begin_with_one_space():
+    tokenizer = sentencepiece_like()
+    template = load_template(None, tokenizer)
+    whole = tokenizer("\n\nHuman: What is 2+2?\n\nAssistant: The capital")["input_ids"]
+    assert template.encode_prompt(tokenizer, ASK) + template.encode_answer(tokenizer, "The capital")[:-1] == whole
+
+
+def test_a_template_of_plain_text_ends_in_eos():
+    tokenizer = with_chat("llama", PLAIN_CHAT)
+    template = load_template(None, tokenizer)
+    assert template.stop_token_ids == (tokenizer.eos_token_id,)
+    text = tokenizer.decode(template.encode_prompt(tokenizer, ASK) + template.encode_answer(tokenizer, "4"))
+    assert text == "### user: What is 2+2?\n### assistant: 4</s>"
+
+
+def test_what_opens_an_answer_belongs_to_the_prompt():
+    for chat, opening in ((FORGETFUL_CHAT, "<|assistant|>\n"), (THINKING_CHAT, "<|assistant|>\n<think>\n\n</think>\n\n")):
+        tokenizer = with_chat("llama", chat)
+        template = load_template(None, tokenizer)
+        assert tokenizer.decode(template.encode_prompt(tokenizer, ASK)).endswith(opening)
+        assert tokenizer.decode(template.encode_answer(tokenizer, "4")) == "4</s>"
+
+
+# --- saved with the checkpoint ----------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_wins_over_the_tokenizer(tmp_path):
+    tokenizer = tiny_tokenizer("gpt2")
+    saved = load_template(None, tokenizer)
+    saved.save(tmp_path)
+    tokenizer.chat_template = PLAIN_CHAT
+    assert load_template(tmp_path, tokenizer) == saved
+    assert load_template(tmp_path / "elsewhere", tokenizer).kind == "chat_template"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("not json", "damaged"),
+        ({"kind": "rot13"}, "damaged"),
+        ({"format": 2}, "damaged"),
+        ({"stop_token_ids": []}, "damaged"),
+        ({"surprise": 1}, "damaged"),
+        ({"stop_token_ids": [10**6]}, "knows only"),
+        ({"kind": "chat_template"}, "chat_template.jinja"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, change, message):
+    tokenizer = tiny_tokenizer("gpt2")
+    load_template(None, tokenizer).save(tmp_path)
+    file = tmp_path / FILE_NAME
+    file.write_text(change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message) as error:
+        load_template(tmp_path, tokenizer)
+    assert str(file) in str(error.value)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused():
+    tokenizer = tiny_tokenizer("gpt2")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="eos_token"):
+        load_template(None, tokenizer)
+
+
+def test_a_dialogue_that_the_chat_template_refuses_is_named():
+    tokenizer = with_chat("llama", STRICT_CHAT)
+    template = load_template(None, tokenizer)
+    with pytest.raises(UserError, match="system, user, assistant, user: System role not supported"):
+        template.encode_prompt(tokenizer, DIALOGUE)
+
+
+# --- --add_eot_token --------------------------------------------------------------------------------------------------
+
+
+def test_an_end_token_of_its_own_is_appended_and_stops():
+    """D10: --add_eot_token added a token that nothing ever wrote."""
+    tokenizer = tiny_tokenizer("llama")
+    size, eos = len(tokenizer), tokenizer.eos_token_id
+    template = add_end_token(tokenizer, "<|end|>", load_template(None, tokenizer))
+    assert len(tokenizer) == size + 1
+    assert template.stop_token_ids == (size, eos)
+    assert template.encode_answer(tokenizer, "Yes.")[-1] == size
+    assert template.decode_answer(tokenizer, template.encode_answer(tokenizer, "Yes.")) == "Yes."
+    assert add_end_token(tokenizer, "<|end|>", template) == template
+
+
+def test_a_chat_template_keeps_its_own_end_token():
+    tokenizer = tiny_tokenizer("qwen2")
+    template = load_template(None, tokenizer)
+    assert add_end_token(tokenizer, "<|im_end|>", template) is template
+    with pytest.raises(UserError, match=r"<\|im_end\|>"):
+        add_end_token(tokenizer, "<|end|>", template)
+
+
+def test_a_template_is_a_value():
+    assert Template("human_assistant", (1,)) == Template("human_assistant", (1,))

@@ -1,0 +1,296 @@
+"""The demo's data, its gold rule and its base model."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from scripts.demo_model import train_tokenizer, write_base_model
+from scripts.demo_score import demo_score, judge, read_question
+from scripts.demo_world import LANGUAGES, TASKS
+from scripts.make_demo_data import RAMBLING_UNITS, render, write_demo_data
+
+KINDS = ("sft", "pairs", "prompts")
+MAX_ANSWER_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(repository) -> Path:
+    return repository / "data/demo"
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> dict[str, list[dict]]:
+    return {
+        f"{kind}_{part}": [json.loads(line) for line in (folder / f"{kind}_{part}.jsonl").open(encoding="utf-8")]
+        for kind in KINDS
+        for part in ("train", "heldout")
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return train_tokenizer(folder)
+
+
+def prompt_of(record: dict) -> str:
+    return render(record["messages"][:-1]) if "messages" in record else record["prompt"]
+
+
+def first_question(prompt: str) -> str:
+    return re.split(r"\n\n(?:Human|Assistant):", prompt)[1].strip()
+
+
+# --- the gold rule -------------------------------------------------------------------------------------------------
+
+TWO_PLUS_TWO = "\n\nHuman: Hello! What is 2 plus 2?\n\nAssistant:"
+CAPITAL = "\n\nHuman: 法国的首都是哪里？\n\nAssistant:"
+MEMORY = (
+    "\n\nHuman: Hi! My name is Tom. I have a dog.\n\nAssistant: I see: Tom, dog.\n\nHuman: What is my name?\n\nAssistant:"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "score"),
+    [
+        (TWO_PLUS_TWO, " It is 4.", 0.75),
+        (TWO_PLUS_TWO, " It is 4. Happy to help!", 1.0),
+        (TWO_PLUS_TWO, " Sure! The sum is 4.", 1.0),
+        (TWO_PLUS_TWO, " 4.", 0.75),
+        (TWO_PLUS_TWO, " It is 7. Happy to help!", 0.5),
+        (TWO_PLUS_TWO, " It is 5.", 0.25),  # a number that is right for another sum
+        (TWO_PLUS_TWO, " It is 4. Many people ask about this. There is a lot more", 0.5),
+        (TWO_PLUS_TWO, " Of course! It is 9. Many people ask about this.", 0.25),
+        (CAPITAL, " 是巴黎。不客气！", 1.0),
+        (CAPITAL, " 首都是巴黎。", 0.75),
+        (CAPITAL, " 首都是伦敦。", 0.25),
+        (CAPITAL, " 首都是巴黎。让我再想一想。", 0.5),
+        (MEMORY, " You are Tom. Have a nice day!", 1.0),
+        (MEMORY, " You are Ben.", 0.25),
+        (MEMORY, " Your name is dog.", 0.0),  # not a name: no answer to this question
+    ],
+)
+def test_score_adds_right_polite_and_brief(prompt, response, score):
+    assert demo_score(prompt, response) == score
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "\n", ".", "</s>", "Happy to help!", "Happy to help! Sure!", "I do not know."])
+def test_no_answer_scores_nothing(nothing):
+    assert demo_score(TWO_PLUS_TWO, nothing) == 0.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        " It is 4. It is 7.",
+        " It is 7. It is 4.",
+        " It is 4. The sum is 5.",
+        " It is 4 or 5.",
+        " 1 2 3 4 5 6 7 8 9.",
+    ],
+)
+def test_naming_the_right_and_a_wrong_answer_is_wrong(response):
+    assert not judge(TWO_PLUS_TWO, response).right
+    assert demo_score(TWO_PLUS_TWO, response) <= 0.25
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        " It is 4. It is 4.",
+        " Sure! It is 4. Sure!",
+        " Sure! Sure! It is 4.",
+        " It is 4. Happy to help! Happy to help! Happy to help!",
+        " It is 4. Happy to help! Hope this helps! Have a nice day!",
+        " It is 4 4 4.",
+        " Sure sure sure! It is 4.",
+        " It is 4",  # never came to its end
+        " It is 4. Happy to",
+        " It is 4. blue snow door!",
+    ],
+)
+def test_repetition_padding_and_cut_off_answers_are_not_brief(response):
+    assert not judge(TWO_PLUS_TWO, response).brief
+
+
+def test_the_answer_has_to_be_said_in_the_words_of_the_world():
+    assert demo_score(TWO_PLUS_TWO, " 4 help sum the It.") == 0.0
+    assert demo_score(CAPITAL, " It is Paris. Happy to help!") == 0.0  # the question was Chinese
+    assert not judge(CAPITAL, " 是巴黎。Happy to help!").polite
+
+
+@pytest.mark.parametrize("tail", ["</s>", "</s> It is 7.", "\n\nHuman: What is 1 plus 1?\n\nAssistant: It is 2.", "<pad><pad>"])
+def test_what_follows_the_end_is_ignored(tail):
+    assert demo_score(TWO_PLUS_TWO, " It is 4. Happy to help!" + tail) == 1.0
+
+
+def test_prompt_as_text_or_as_messages():
+    messages = [
+        {"role": "user", "content": "Hi! My name is Tom. I have a dog."},
+        {"role": "assistant", "content": "I see: Ben, dog."},  # what the assistant says does not count
+        {"role": "user", "content": "What is my name?"},
+    ]
+    for response, score in ((" You are Tom.", 0.75), (" You are Ben.", 0.25)):
+        assert demo_score(messages, response) == demo_score(render(messages), response) == score
+    assert demo_score("What is 2 plus 2?", "It is 4.") == 0.75
+    assert demo_score("<s>" + TWO_PLUS_TWO, "It is 4.</s>") == 0.75
+
+
+def test_only_the_last_question_and_the_last_thing_told_count():
+    told_twice = "\n\nHuman: I am Tom.\n\nAssistant: I see.\n\nHuman: I am Ben. What is my name?\n\nAssistant:"
+    assert judge(told_twice, " You are Ben.").right
+    asked_twice = "\n\nHuman: What is 1 plus 1?\n\nAssistant: It is 2.\n\nHuman: What is 2 plus 2?\n\nAssistant:"
+    assert judge(asked_twice, " It is 4.").right
+    assert not judge(asked_twice, " It is 2.").right
+
+
+def test_what_was_never_told_cannot_be_right():
+    assert not judge("What is my name?", " You are Tom.").right
+
+
+def test_a_prompt_from_outside_the_world_is_refused():
+    with pytest.raises(ValueError, match="meaning of life"):
+        demo_score("What is the meaning of life?", "It is 42.")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_question_is_read_as_its_own_task(language):
+    for name, task in TASKS[language].items():
+        for form in task.questions:
+            for subject, answer in task.facts.items() or [("", None)]:
+                question = form.replace("{x}", subject)
+                read = read_question(question)
+                assert (read.language, read.task, read.subject, read.expected) == (language, name, subject, answer), question
+        assert not set(task.mistakes) & {*task.facts.values(), *task.values}, "a mistake is never true in its task"
+
+
+# --- the shipped files ---------------------------------------------------------------------------------------------
+
+
+def test_files_are_what_the_generator_writes_and_small(folder, tmp_path):
+    write_demo_data(tmp_path, seed=0)
+    names = sorted(f"{kind}_{part}.jsonl" for kind in KINDS for part in ("train", "heldout"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    assert sum((folder / name).stat().st_size for name in names) < 2_000_000
+
+
+def test_another_seed_gives_other_data(folder, tmp_path):
+    write_demo_data(tmp_path, seed=1)
+    assert (folder / "prompts_train.jsonl").read_bytes() != (tmp_path / "prompts_train.jsonl").read_bytes()
+
+
+def test_fields_are_those_of_the_formats(data):
+    for name, records in data.items():
+        for record in records:
+            if name.startswith("sft"):
+                roles = [message["role"] for message in record["messages"]]
+                assert roles == ["user", "assistant"] * (len(roles) // 2)
+                assert all(message["content"].strip() == message["content"] != "" for message in record["messages"])
+            else:
+                assert record["prompt"].startswith("\n\nHuman: ") and record["prompt"].endswith("\n\nAssistant:")
+                answers = [record[key] for key in record if key != "prompt"]
+                assert set(record) == ({"prompt", "chosen", "rejected"} if "pairs" in name else {"prompt"})
+                assert all(re.fullmatch(r" \S.*", answer) for answer in answers)
+
+
+def test_held_out_questions_are_never_trained_on(data):
+    train = {prompt_of(r) for name in data if name.endswith("train") for r in data[name]}
+    held_out = {prompt_of(r) for name in data if name.endswith("heldout") for r in data[name]}
+    assert not train & held_out
+    assert not {first_question(p) for p in train} & {first_question(p) for p in held_out}
+
+
+def test_prompts_are_not_repeated_within_a_file(data):
+    for name, records in data.items():
+        assert Counter(map(prompt_of, records)).most_common(1)[0][1] == 1, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fact_is_trained_on(data, kind):
+    asked = set()
+    for record in data[f"{kind}_train"]:
+        question = read_question(prompt_of(record))
+        asked.add((question.language, question.task, question.subject or question.expected))
+    facts = {
+        (language, name, fact)
+        for language in LANGUAGES
+        for name, task in TASKS[language].items()
+        for fact in (*task.facts, *task.values)
+    }
+    missing = facts - asked
+    assert not missing
+
+
+def test_quality_of_the_answers_to_imitate_is_mixed(data):
+    verdicts = [judge(r["messages"][:-1], r["messages"][-1]["content"]) for r in data["sft_train"]]
+    shares = {axis: sum(getattr(v, axis) for v in verdicts) / len(verdicts) for axis in ("right", "polite", "brief")}
+    # three standard deviations of a share of 3,700 draws are 0.025
+    assert shares == pytest.approx({"right": 0.60, "polite": 0.40, "brief": 0.55}, abs=0.025)
+    assert 0.45 < sum(v.score for v in verdicts) / len(verdicts) < 0.6
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_chosen_beats_rejected_under_the_gold_rule(data, part):
+    axes = Counter()
+    for pair in data[f"pairs_{part}"]:
+        chosen, rejected = (judge(pair["prompt"], pair[key]) for key in ("chosen", "rejected"))
+        assert chosen.score > rejected.score, pair
+        axes.update(axis for axis in ("right", "polite", "brief") if getattr(chosen, axis) != getattr(rejected, axis))
+    assert min(axes.values()) > 0.2 * len(data[f"pairs_{part}"]), "each axis decides often enough to be learned"
+
+
+def test_both_languages_and_both_numbers_of_turns(data):
+    for name, records in data.items():
+        prompts = [prompt_of(record) for record in records]
+        chinese = sum(bool(re.search(r"[\u4e00-\u9fff].*\n\nAssistant:$", p)) for p in prompts) / len(prompts)
+        several = sum(p.count("\n\nHuman:") > 1 for p in prompts) / len(prompts)
+        assert 0.4 < chinese < 0.65 and 0.2 < several < 0.6, name
+
+
+# --- tokenizer and base model --------------------------------------------------------------------------------------
+
+
+def test_any_text_survives_the_tokenizer(tokenizer, data):
+    odd = ["naïve café — 3½ €", "日本語のテキスト", "emoji 🙂\n\ttabs  and   spaces", "\n\nHuman: ¿qué?\n\nAssistant:"]
+    for text in odd + [prompt_of(r) for r in data["prompts_heldout"]]:
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_special_tokens_are_three_and_not_put_in_unasked(tokenizer):
+    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert len(set(ids)) == 3 and None not in ids
+    assert tokenizer.chat_template is None
+    assert not set(ids) & set(tokenizer.encode("\n\nHuman: Hi!\n\nAssistant:"))
+
+
+def test_cutting_prompt_and_answer_apart_changes_no_token(tokenizer, data):
+    for pair in data["pairs_heldout"]:
+        prompt, answer = (tokenizer.encode(pair[key]) for key in ("prompt", "chosen"))
+        assert tokenizer.encode(pair["prompt"] + pair["chosen"]) == prompt + answer
+
+
+def test_brief_answers_fit_and_rambling_ones_do_not(tokenizer, data):
+    assert RAMBLING_UNITS[0] > MAX_ANSWER_TOKENS
+    for record in data["sft_train"]:
+        *prompt, answer = record["messages"]
+        length = len(tokenizer.encode(" " + answer["content"])) + 1
+        assert (length <= MAX_ANSWER_TOKENS) == judge(prompt, answer["content"]).brief, answer
+        assert len(tokenizer.encode(render(prompt))) <= 64
+
+
+def test_base_model_opens_and_depends_on_the_seed_only(folder, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        write_base_model(tmp_path / name, seed, folder)
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
+    assert weights["a"] == weights["b"] != weights["c"]
+
+    model, tokenizer = (kind.from_pretrained(tmp_path / "a") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert 1.5e6 < sum(p.numel() for p in model.parameters()) < 5e6

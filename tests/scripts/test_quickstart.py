@@ -1,0 +1,310 @@
+"""The two commands, .ci/run and the demo: what they do once, what they do again, how they fail; the demo end to end."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+
+from models.errors import UserError
+from scripts import demo
+from scripts.demo_score import demo_score
+from tests.launching import REPOSITORY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Stands for a Python and for the one in .venv: notes what it is asked, makes a .venv of itself, installs nothing.
+FAKE_PYTHON = """#!/usr/bin/env bash
+log="$FAKE_LOG"
+if [[ "$1" == -c ]]; then exit "${FAKE_UNUSABLE:-0}"; fi
+if [[ "$1" == --version ]]; then echo "Python 3.99"; exit; fi
+echo "$*" >>"$log"
+if [[ "$2" == venv ]]; then rm -rf "${@: -1}"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python"; fi
+if [[ "$2" == "${FAKE_FAILS:-nothing}" ]]; then exit 7; fi
+"""
+
+
+class Clone:
+    """A copy of the scripts with a fake Python; runs them and tells what the Python was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.log = folder / "clone", folder / "log"
+        (self.root / "scripts").mkdir(parents=True)
+        shutil.copytree(REPOSITORY / ".ci", self.root / ".ci")
+        for name in (
+            "scripts/quickstart.sh",
+            "scripts/test.sh",
+            "scripts/venv.sh",
+            "requirements.txt",
+            "requirements-test.txt",
+        ):
+            shutil.copy2(REPOSITORY / name, self.root / name)
+        self.python = folder / "python"
+        self.python.write_text(FAKE_PYTHON)
+        self.python.chmod(0o755)
+
+    def run(self, script: str, *flags: str, **env: str) -> tuple[int, list[str], str]:
+        """Exit code, the calls of the Python but for -c, stderr; from another folder, as a user may stand."""
+        self.log.write_text("")
+        env = {"PATH": os.environ["PATH"], "PYTHON": str(self.python), "FAKE_LOG": str(self.log)} | env
+        done = subprocess.run(
+            ["bash", self.root / script, *flags], cwd="/", env=env, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, self.log.read_text().splitlines(), done.stderr
+
+
+@pytest.fixture
+def clone(tmp_path) -> Clone:
+    return Clone(tmp_path)
+
+
+INSTALL = "-m pip install --quiet --disable-pip-version-check -r"
+
+
+@pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/test.sh", "scripts/venv.sh", ".ci/run"])
+def test_scripts_are_valid_bash(script):
+    subprocess.run(["bash", "-n", REPOSITORY / script], check=True)
+
+
+def test_ci_runs_the_tests_and_may_be_executed(clone):
+    assert os.access(REPOSITORY / ".ci/run", os.X_OK)
+    code, calls, _ = clone.run(".ci/run")
+    assert code == 0 and calls[-2:] == ["-m ruff check .", "-m pytest"]
+
+
+def test_first_run_installs_and_second_needs_no_network(clone):
+    assert clone.run("scripts/quickstart.sh", "--seed", "3") == (
+        0, ["-m venv --clear .venv", f"{INSTALL} requirements.txt", "-m scripts.demo --seed 3"], "",
+    )  # fmt: skip
+    assert clone.run("scripts/quickstart.sh")[:2] == (0, ["-m scripts.demo"])
+
+
+def test_changed_requirements_are_installed(clone):
+    clone.run("scripts/quickstart.sh")
+    with (clone.root / "requirements.txt").open("a") as file:
+        file.write("another==1.0\n")
+    assert clone.run("scripts/quickstart.sh")[1] == [f"{INSTALL} requirements.txt", "-m scripts.demo"]
+    assert clone.run("scripts/quickstart.sh")[1] == ["-m scripts.demo"]
+
+
+def test_tests_need_more_and_follow_changes_of_what_they_build_on(clone):
+    clone.run("scripts/quickstart.sh")
+    expected = ["-m ruff check .", "-m pytest -k gae"]
+    assert clone.run("scripts/test.sh", "-k", "gae")[1] == [f"{INSTALL} requirements-test.txt", *expected]
+    assert clone.run("scripts/test.sh", "-k", "gae")[1] == expected
+    with (clone.root / "requirements.txt").open("a") as file:
+        file.write("another==1.0\n")
+    assert clone.run("scripts/test.sh", "-k", "gae")[1] == [f"{INSTALL} requirements-test.txt", *expected]
+
+
+def test_failed_installation_stops_and_is_tried_again(clone):
+    code, calls, _ = clone.run("scripts/quickstart.sh", FAKE_FAILS="pip")
+    assert code == 7 and calls[-1] == f"{INSTALL} requirements.txt"
+    assert clone.run("scripts/quickstart.sh")[:2] == (0, [f"{INSTALL} requirements.txt", "-m scripts.demo"])
+
+
+def test_environment_whose_python_is_gone_is_made_anew(clone):
+    clone.run("scripts/quickstart.sh")
+    (clone.root / ".venv/bin/python").unlink()
+    assert clone.run("scripts/quickstart.sh")[1][0] == "-m venv --clear .venv"
+
+
+def test_lint_errors_stop_the_tests(clone):
+    code, calls, _ = clone.run("scripts/test.sh", FAKE_FAILS="ruff")
+    assert code == 7 and calls[-1] == "-m ruff check ."
+
+
+def test_no_usable_python_is_one_sentence(clone):
+    code, calls, said = clone.run("scripts/quickstart.sh", FAKE_UNUSABLE="1")
+    assert code == 2 and calls == [] and not (clone.root / ".venv").exists()
+    assert said.startswith("error: ") and "3.11, 3.12 or 3.13" in said and said.count("\n") == 1
+
+
+# --- requirements
+
+
+def pins(name: str, python: str) -> dict[str, str]:
+    """Package -> version that a requirements file pins for a Python version."""
+    found: dict[str, str] = {}
+    for line in (REPOSITORY / name).read_text().splitlines():
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        if line.startswith("-r "):
+            found |= pins(line[3:], python)
+            continue
+        one = Requirement(line)
+        assert re.fullmatch(r"==[^,*]+", str(one.specifier)), f"not pinned: {line}"
+        if one.marker is None or one.marker.evaluate({"python_version": python}):
+            key = canonical(one.name)
+            assert key not in found, f"{one.name} is pinned twice for Python {python}"
+            found[key] = str(one.specifier)[2:]
+    return found
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_pins_lie_in_the_ranges_of_the_project(python):
+    pinned = pins("requirements.txt", python)
+    for line in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]:
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(pinned[canonical(wanted.name)]), line
+    assert pinned["torch"] == "2.13.0"
+
+
+def test_whatever_a_pinned_package_needs_is_pinned():
+    pinned = pins("requirements-test.txt", "3.11")
+    for name in pinned:
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for need in map(Requirement, needs):
+            with_extra = need.marker and "extra" in str(need.marker)
+            if with_extra or (need.marker and not Marker(str(need.marker)).evaluate({"python_version": "3.11"})):
+                continue
+            if name == "torch" and canonical(need.name) not in pinned:
+                assert re.match(r"nvidia-|cuda-|triton", need.name), need  # a GPU build brings its own, pinned by torch
+                continue
+            assert need.specifier.contains(pinned[canonical(need.name)]), f"{name} needs {need}"
+
+
+# --- the demo
+
+
+def test_a_folder_with_somebodys_results_is_not_touched(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "model.safetensors").write_text("days of work")
+    with pytest.raises(UserError, match="holds sft, which the demo did not make"):
+        demo.start_afresh(tmp_path)
+    assert (tmp_path / "sft" / "model.safetensors").exists()
+
+
+def test_a_second_demo_removes_only_what_the_first_made(tmp_path):
+    demo.start_afresh(tmp_path)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    demo.start_afresh(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [demo.MARK, "notes.txt"]
+
+
+def test_a_failing_step_ends_the_demo_with_its_exit_code(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        demo.run_step("Step 2", ["scripts.report", "--run", tmp_path], tmp_path)
+    said = capfd.readouterr().err
+    assert stop.value.code == 2 and "no metrics.jsonl" in said and "Step 2 failed with exit code 2" in said
+
+
+def test_wrong_flags_are_refused_before_anything_is_removed(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--output", str(tmp_path), "--threads", "0"])
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+
+
+def test_kl_is_the_sum_over_the_answer_alone(tmp_path):
+    from models.factory import load_causal_lm, load_tokenizer
+    from models.heads import TokenLogProbs
+    from models.templates import load_template
+    from tests.tiny import tiny_checkpoint
+
+    folders = [tiny_checkpoint(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1)]
+    actor, sft = (load_causal_lm(folder, dtype=torch.float32).eval() for folder in folders)
+    tokenizer = load_tokenizer(folders[0])
+    template = load_template(folders[0], tokenizer)
+    dialogues = [[{"role": "user", "content": text}] for text in ("Hi", "What is the capital of France?", "你好")]
+    found = demo.answer(TokenLogProbs(actor), TokenLogProbs(sft), dialogues, [1, 2, 3], tokenizer, template, longest=12)
+    alone = [  # each dialogue by itself, so nothing is padded
+        demo.answer(TokenLogProbs(actor), None, [dialogue], [seed], tokenizer, template, longest=12)[0]
+        for seed, dialogue in zip((1, 2, 3), dialogues, strict=True)
+    ]
+    assert [row["tokens"] for row in found] == [row["tokens"] for row in alone]
+    for dialogue, row in zip(dialogues, found, strict=True):
+        ids = template.encode_prompt(tokenizer, dialogue)
+        expected = 0.0
+        for token in row["tokens"]:
+            with torch.no_grad():
+                one, other = (model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token] for model in (actor, sft))
+            expected += float(one - other)
+            ids = [*ids, token]
+        assert row["length"] == len(row["tokens"]) and row["kl"] == pytest.approx(expected, abs=1e-4)
+        assert row["ended"] == (row["tokens"][-1] in template.stop_token_ids)
+
+
+def reduced_recipe(file: Path, **ppo: float) -> Path:
+    """The demo's recipe with a few steps of few examples each."""
+    recipe = yaml.safe_load(demo.RECIPE.read_text(encoding="utf-8"))
+    for name in ("sft", "reward"):
+        recipe[name] |= {"max_steps": 2, "per_device_train_batch_size": 4, "eval_iters": 1, "logging_steps": 1}
+    recipe["ppo"] |= {"max_steps": 1, "per_device_generation_batch_size": 4, "per_device_training_batch_size": 4}
+    recipe["ppo"] |= {"eval_prompts": 4, "max_answer_seq_len": 12} | ppo
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return file
+
+
+def few_steps(folder: Path, config: Path) -> dict:
+    threads = len(os.sched_getaffinity(0))
+    return demo.run_demo(argparse.Namespace(seed=5, output=folder, threads=threads, config=config, prompts=6))
+
+
+@pytest.mark.scripts
+def test_demo_end_to_end_with_few_steps(tmp_path, capfd):
+    output = tmp_path / "demo"
+    few_steps(output, reduced_recipe(tmp_path / "still.yaml", actor_learning_rate=0.0))
+    printed = capfd.readouterr().out
+
+    summary = json.loads((output / "summary.json").read_text())
+    assert {name: set(value) if isinstance(value, dict) else None for name, value in summary.items()} == {
+        "sft": {"perplexity_before", "perplexity_after"},
+        "reward": {"accuracy"},
+        "ppo": {"gold_score_before", "gold_score_after", "length_before", "length_after", "eos_rate", "kl"},
+        "seconds": {"sft", "reward", "ppo", "total"},
+        "peak_memory_gb": None,
+        "seed": None,
+    }
+    assert summary["seed"] == 5 and 0 < summary["peak_memory_gb"] < 4
+    assert summary["seconds"]["total"] >= sum(summary["seconds"][name] for name in ("sft", "reward", "ppo"))
+    # The actor did not learn at learning rate 0: the same random numbers give the same answers.
+    answers = [json.loads(line) for line in (output / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 6 and all(row["before"] == row["after"] for row in answers)
+    assert summary["ppo"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert summary["ppo"]["length_before"] == summary["ppo"]["length_after"] <= 12
+    prompts = (REPOSITORY / "data/demo/prompts_heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    gold = [demo_score(json.loads(line)["prompt"], row["before"]) for line, row in zip(prompts, answers, strict=False)]
+    assert summary["ppo"]["gold_score_before"] == pytest.approx(sum(gold) / 6)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    for figure in (
+        "sft-loss",
+        "sft-perplexity",
+        "reward-loss",
+        "reward-accuracy",
+        "ppo-score",
+        "ppo-kl",
+        "ppo-length",
+        "ppo-eos_rate",
+    ):
+        assert f'<figure id="{figure}">' in page
+    assert f"chat.py --path {output}/ppo/actor" in printed and "gold score" in printed
+
+    # A second run in the same folder starts afresh, and an actor that learns moves away from where it was.
+    few_steps(output, reduced_recipe(tmp_path / "moving.yaml", actor_learning_rate=0.01, num_warmup_steps=0))
+    assert json.loads((output / "summary.json").read_text())["ppo"]["kl"] > 0.01
+    assert len((output / "ppo" / "metrics.jsonl").read_text().splitlines()) <= 4

@@ -1,0 +1,129 @@
+"""The page about a run: what is on it, and that it needs nothing else."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from models.errors import UserError
+from scripts.report import main, summary_rows, write_report
+
+SUMMARY = {
+    "sft": {"perplexity_before": 1200.34, "perplexity_after": 3.125}, "reward": {"accuracy": 0.9512},
+    "ppo": {"gold_score_before": 0.5, "gold_score_after": 0.9001, "length_before": 15.0, "length_after": 12.5,
+            "eos_rate": 0.9917, "kl": 7.25},
+    "seconds": {"sft": 100.0, "reward": 50.0, "ppo": 125.0, "total": 290.0}, "peak_memory_gb": 1.234, "seed": 77,
+}  # fmt: skip
+
+
+def write_lines(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A finished demo with few figures."""
+    folder = tmp_path / "run"
+    write_lines(
+        folder / "sft" / "metrics.jsonl",
+        [{"step": 0, "eval/perplexity": 900.0}, {"step": 10, "train/loss": 2.0, "train/lr": 0.1}, {"step": 20, "train/loss": 1.0},
+         {"step": 20, "eval/perplexity": 3.0}],
+    )  # fmt: skip
+    write_lines(
+        folder / "reward" / "metrics.jsonl", [{"step": 5, "train/loss": 0.6}, {"step": 5, "eval/accuracy": 0.9}]
+    )
+    figures = {"score": 0.5, "kl": 1.5, "length": 12.0, "eos_rate": 0.5, "actor_loss": 0.0}
+    write_lines(
+        folder / "ppo" / "metrics.jsonl",
+        [{"step": step, **{f"train/{name}": value + step for name, value in figures.items()}} for step in (1, 2)],
+    )
+    write_lines(
+        folder / "answers.jsonl",
+        [
+            {
+                "prompt": "user: 1 < 2 & 大海?",
+                "before": "<b>no</b>",
+                "after": "蓝色。",
+                "gold_before": 0.25,
+                "gold_after": 1.0,
+            }
+        ],
+    )
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    (folder / "sft" / "sanbu_done.json").write_text(json.dumps({"flags": {"learning_rate": 0.002}, "seconds": 1}))
+    return folder
+
+
+def svgs(page: str) -> dict[str, ElementTree.Element]:
+    """The figures of a page by their id; each must be well-formed XML."""
+    found = re.findall(r'<figure id="([^"]+)">(<svg.*?</svg>)\s*</figure>', page, flags=re.DOTALL)
+    return {name: ElementTree.fromstring(text) for name, text in found}
+
+
+def test_page_shows_figures_answers_and_settings_of_all_steps(run):
+    write_report(run, run / "report.html")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert set(svgs(page)) == {
+        "sft-loss", "sft-perplexity", "reward-loss", "reward-accuracy", "ppo-score", "ppo-kl", "ppo-length", "ppo-eos_rate",
+        "ppo-actor_loss",
+    }  # fmt: skip
+    for shown in ("1200.3", "0.951", "0.900", "12.5", "0.992", "7.25", "1:40", "4:50", "1.23", "seed 77"):
+        assert shown in page
+    assert "1 &lt; 2 &amp; 大海?" in page and "&lt;b&gt;no&lt;/b&gt;" in page and "<b>no</b>" not in page
+    assert "learning_rate: 0.002" in page
+
+
+def test_page_needs_nothing_else(run):
+    write_report(run, run / "report.html")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"<script|<link|<img|<iframe|\ssrc=|@import|url\(\s*['\"]?(?!#)", page)
+    links = re.findall(r"href=['\"]([^'\"]*)", page)
+    assert all(link.startswith("#") for link in links)
+
+
+def test_ids_of_two_figures_never_clash_where_they_are_referred_to(run):
+    write_report(run, run / "report.html")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for name in set(re.findall(r"url\(#([^)]+)\)", page)) | set(re.findall(r'href="#([^"]+)"', page)):
+        holders = [figure for figure, svg in svgs(page).items() if any(part.get("id") == name for part in svg.iter())]
+        assert len(holders) == 1, (name, holders)
+
+
+def test_a_curve_has_every_point(run):
+    write_lines(run / "one" / "metrics.jsonl", [{"step": step, "train/loss": 5.0 - step} for step in range(1, 4)])
+    write_report(run / "one", run / "one.html")
+    (figure,) = svgs((run / "one.html").read_text()).values()
+    paths = [
+        part.get("d", "") for group in figure.iter() if (group.get("id") or "").startswith("line2d_") for part in group
+    ]
+    (line,) = [path for path in paths if path.count("L") == 2]  # from the first point, two lines
+    points = [tuple(map(float, pair)) for pair in re.findall(r"[ML] ([\d.]+) ([\d.]+)", line)]
+    assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=1e-3)
+    assert points[0][1] < points[1][1] < points[2][1]  # a falling loss; in SVG y grows downwards
+
+
+def test_rows_tell_before_from_after():
+    rows = {name: (before, after) for name, before, after, _ in summary_rows(SUMMARY)}
+    assert ("0.500", "0.900") in rows.values() and ("15.0", "12.5") in rows.values()
+
+
+def test_a_step_alone_shows_its_own_samples(tmp_path):
+    write_lines(tmp_path / "x" / "metrics.jsonl", [{"step": 1, "train/actor_loss": 0.1}])
+    sample = {"part": "eval", "prompt": "Human: hi", "score": 0.5}
+    write_lines(
+        tmp_path / "x" / "samples.jsonl", [sample | {"step": 1, "answer": "old"}, sample | {"step": 2, "answer": "new"}]
+    )
+    write_report(tmp_path / "x", tmp_path / "sub" / "page.html")
+    page = (tmp_path / "sub" / "page.html").read_text()
+    assert "new" in page and "old" not in page
+
+
+def test_nothing_to_show_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        write_report(tmp_path, tmp_path / "page.html")
+    with pytest.raises(SystemExit) as stop:
+        main(["--run", str(tmp_path / "absent")])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: --run")

@@ -1,0 +1,142 @@
+"""The experience of one rollout: prompts, answers, and what the four models say about every answer token.
+
+Layout: the prompt padded on the left, the answer on its right, padded on the right:
+
+    input_ids   [ .  .  p  p  p | a  a  E  .  . ]      time = prompt width + answer width
+    action_mask                 [ 1  1  1  0  0 ]      the end token E is an action
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from inference.engine import Generation
+from training.step3_ppo.objectives import response_mask
+
+WHOLE = ("input_ids", "attention_mask")  # [rows, prompt + answer]
+ACTIONS = ("action_mask", "log_probs", "old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")
+
+
+@dataclass
+class Experience:
+    """Rows of a rollout. All tensors are on one device; what is not known yet is None.
+
+    log_probs are those that the sampler saw, old_log_probs those of the same weights in the training forward: the ratio of
+    PPO is taken against the latter.
+    """
+
+    input_ids: Tensor  # [rows, prompt + answer] int64
+    attention_mask: Tensor  # [rows, prompt + answer] int64, from lengths
+    action_mask: Tensor  # [rows, answer] bool, from lengths, the end token included
+    response_lengths: Tensor  # [rows] int64, the end token included
+    ended: Tensor  # [rows] bool: the answer ends in a stop token, it was not cut off
+    index: Tensor  # [rows] int64, which example of the data set
+    log_probs: Tensor  # [rows, answer] float32, as all that follow
+    old_log_probs: Tensor | None = None  # [rows, answer]
+    ref_log_probs: Tensor | None = None  # [rows, answer]
+    values: Tensor | None = None  # [rows, answer], before each token, in units of normalised scores
+    scores: Tensor | None = None  # [rows], the reward model's own unit
+    rewards: Tensor | None = None  # [rows, answer]
+    advantages: Tensor | None = None  # [rows, answer]
+    returns: Tensor | None = None  # [rows, answer]
+    pad_id: int = 0  # fills input_ids where rows of different widths come together; no mask is made from it
+    sampler_gap: float = 0.0  # largest |old_log_probs - log_probs| of the rollout
+    figures: dict[str, float] = field(default_factory=dict)  # what the log shows of the rollout
+
+    @classmethod
+    def from_generation(
+        cls, prompt_ids: Tensor, prompt_mask: Tensor, generation: Generation, index: Tensor, pad_id: int
+    ) -> Experience:
+        """prompt_ids, prompt_mask: [rows, prompt], left-padded; index [rows]. The answers' masks come from their lengths."""
+        actions = response_mask(generation.lengths, generation.sequences.shape[1])
+        return cls(
+            input_ids=torch.cat([prompt_ids, generation.sequences], dim=1),
+            attention_mask=torch.cat([prompt_mask.long(), actions.long()], dim=1),
+            action_mask=actions,
+            response_lengths=generation.lengths,
+            ended=generation.ended,
+            index=index,
+            log_probs=generation.log_probs,
+            pad_id=pad_id,
+        )
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def prompt_width(self) -> int:
+        """Columns of input_ids that stand before the answer."""
+        return self.input_ids.shape[1] - self.action_mask.shape[1]
+
+    def total_lengths(self) -> list[int]:
+        """Real tokens of each row, prompt and answer."""
+        return self.attention_mask.sum(dim=1).tolist()
+
+    def select(self, rows: Sequence[int] | Tensor) -> Experience:
+        """These rows in this order, in new memory; the widths stay, figures are dropped."""
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
+        return self._map(lambda name, tensor: tensor[rows])
+
+    def trimmed(self) -> Experience:
+        """The same rows, no wider than their longest prompt and their longest answer (of one column at least)."""
+        prompt, answer = self.prompt_width, self.action_mask.shape[1]
+        spare_left = prompt - int(self.attention_mask[:, :prompt].sum(dim=1).max())
+        spare_right = answer - max(1, int(self.response_lengths.max()))
+        return self._fit(prompt - spare_left, answer - spare_right)
+
+    @staticmethod
+    def concat(parts: Sequence[Experience]) -> Experience:
+        """The rows of all parts one after another, padded to the widest prompt and answer among them."""
+        prompt = max(part.prompt_width for part in parts)
+        answer = max(part.action_mask.shape[1] for part in parts)
+        fitted = [part._fit(prompt, answer) for part in parts]
+        joined = fitted[0]._map(lambda name, _: torch.cat([getattr(part, name) for part in fitted]))
+        return replace(joined, sampler_gap=max(part.sampler_gap for part in parts))
+
+    def all_gather(self) -> Experience:
+        """The rows of all processes, in the order of their ranks, the same on each; itself without torch.distributed.
+
+        Processes may differ in rows and widths. All must call it together. With the whole rollout at hand, whitening and
+        minibatches are the same for any number of processes.
+        """
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self
+        device = self.input_ids.device
+        parts: list[Experience | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self._map(lambda name, tensor: tensor.cpu()))
+        return Experience.concat(parts)._map(lambda name, tensor: tensor.to(device)).trimmed()
+
+    def _map(self, change) -> Experience:
+        """A copy with change(name, tensor) for every tensor that is there."""
+        tensors = {part.name: getattr(self, part.name) for part in fields(self)}
+        tensors = {name: change(name, tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        return replace(self, figures={}, **tensors)
+
+    def _fit(self, prompt: int, answer: int) -> Experience:
+        """Cut or pad to these widths; cut columns must be padding."""
+        left, right = prompt - self.prompt_width, answer - self.action_mask.shape[1]
+
+        def fit(name: str, tensor: Tensor) -> Tensor:
+            if name in WHOLE:
+                return F.pad(tensor, (left, right), value=self.pad_id if name == "input_ids" else 0)
+            return F.pad(tensor, (0, right), value=0) if name in ACTIONS else tensor
+
+        return self._map(fit)
+
+
+def plan_minibatches(count: int, size: int, *, seed: int, rollout: int, epoch: int) -> list[list[int]]:
+    """The rows of each minibatch of one epoch over a rollout: a shuffle that follows from seed, rollout and epoch alone.
+
+    Every row is in exactly one minibatch; the last one may be short. Minibatches are global: the plan does not know how many
+    processes there are.
+    """
+    rows = list(range(count))
+    random.Random(f"minibatches/{seed}/{rollout}/{epoch}").shuffle(rows)
+    return [rows[start : start + size] for start in range(0, count, size)]

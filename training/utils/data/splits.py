@@ -1,0 +1,125 @@
+"""Which step a record belongs to, and whether it is held out: a hash of its content decides, nothing else.
+
+No index files, no random state: membership is the same on every rank, in every step and in every run with the same
+seed, and stays when other records come or go.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from datasets import Dataset
+
+from models.errors import UserError
+
+logger = logging.getLogger("sanbu")
+
+PHASES = {1: "step 1 (supervised fine-tuning)", 2: "step 2 (reward model)", 3: "step 3 (PPO)"}
+# One opening question that holds more than this share of the dialogues, and at least this many, is a constant prompt.
+CONSTANT_SHARE, CONSTANT_COUNT = 0.2, 10
+
+
+def parse_split(data_split: str) -> tuple[float, float, float]:
+    """ "2,4,4" -> (0.2, 0.4, 0.4)."""
+    try:
+        ratios = [float(part) for part in data_split.split(",")]
+    except ValueError:
+        ratios = []
+    if len(ratios) != 3 or not all(math.isfinite(part) and part >= 0 for part in ratios) or sum(ratios) <= 0:
+        raise UserError(
+            f"--data_split {data_split}: expected three proportions for steps 1, 2 and 3, for example 2,4,4."
+        )
+    first, second, third = (part / sum(ratios) for part in ratios)
+    return first, second, third
+
+
+def phase_and_part(key: str, ratios: tuple[float, float, float], seed: int, eval_fraction: float) -> tuple[int, bool]:
+    """The phase (1, 2, 3) of a key and whether it is held out for evaluation. ratios add up to 1.
+
+    Two independent numbers of [0, 1) are read from one hash: held-out keys are spread over the phases like the others.
+    """
+    digest = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=16).digest()
+    at, held_out = (int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))
+    phase = 1 if at < ratios[0] else 2 if at < ratios[0] + ratios[1] else 3
+    if ratios[phase - 1] == 0:  # rounding of the sum may leave a sliver above the last proportion that is not 0
+        phase = max(range(1, 4), key=lambda one: ratios[one - 1])
+    return phase, held_out < eval_fraction
+
+
+def select_phase(
+    records: dict[str, Dataset], phase: int, *, data_split: str, seed: int, eval_fraction: float, sft_only: bool = False
+) -> tuple[Dataset, Dataset]:
+    """(training, evaluation) records of one step, out of what load_records gave. Either may be empty for a small set.
+
+    The opening question is the key: the turns of a dialogue, and pairs about one question, stay together. A set with
+    its own held-out split keeps it; its training records that share a question with that split are left out. sft_only:
+    everything belongs to step 1, whatever data_split says.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase {phase}: expected 1, 2 or 3")
+    if not 0 <= eval_fraction < 1:
+        raise UserError(f"--eval_fraction {eval_fraction}: expected a share of at least 0 and below 1.")
+    ratios = (1.0, 0.0, 0.0) if sft_only else parse_split(data_split)
+    if ratios[phase - 1] == 0 and not sft_only:
+        raise UserError(f"--data_split {data_split} leaves nothing for {PHASES[phase]}; give it a proportion above 0.")
+
+    train, held_out = records["train"], records.get("eval")
+    whole = _has_constant_prompt(train)
+    if whole:
+        logger.info(
+            "Many prompts are the same text: the whole record, not its opening question, says where it belongs."
+        )
+    keys = [(*phase_and_part(key, ratios, seed, eval_fraction), key) for key in _keys(train, whole)]
+    if held_out is None:
+        rows = {part: [row for row, found in enumerate(keys) if found[:2] == (phase, part)] for part in (False, True)}
+        return train.select(rows[False]), train.select(rows[True])
+
+    eval_keys = list(_keys(held_out, whole))
+    taken = set(eval_keys)
+    rows = [row for row, (found, _, key) in enumerate(keys) if found == phase and key not in taken]
+    shared = sum(key in taken for found, _, key in keys if found == phase)
+    if shared:
+        logger.info("%d training records share a question with the held-out split: not trained on.", shared)
+    eval_rows = [row for row, key in enumerate(eval_keys) if phase_and_part(key, ratios, seed, 0.0)[0] == phase]
+    return train.select(rows), held_out.select(eval_rows)
+
+
+def opening_question(messages: list[dict[str, str]]) -> str:
+    """The first user message, white space evened out: the same question in two sets falls into one phase."""
+    return " ".join(next((turn["content"] for turn in messages if turn["role"] == "user"), "").split())
+
+
+def _rows(dataset: Dataset, columns: list[str]) -> Iterator[dict]:
+    for batch in dataset.select_columns(columns).iter(batch_size=500):
+        yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+
+
+def _digest(text: str) -> str:
+    """A short stand-in for a long key, so that a set of keys stays small."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _keys(dataset: Dataset, whole: bool) -> Iterator[str]:
+    if not whole:
+        yield from (_digest(opening_question(row["messages"])) for row in _rows(dataset, ["messages"]))
+        return
+    for row in _rows(dataset, ["messages", "chosen", "rejected"]):
+        yield _digest(json.dumps([row["messages"], row["chosen"], row["rejected"]]))
+
+
+def _has_constant_prompt(dataset: Dataset) -> bool:
+    """Whether one opening question holds more than a fifth of the dialogues, as in sets with a single prompt.
+
+    Later turns do not count: a long dialogue is many records with one opening. Without first turns all records count.
+    """
+    first, every = Counter(), Counter()
+    for row in _rows(dataset, ["messages"]):
+        opening = _digest(opening_question(row["messages"]))
+        every[opening] += 1
+        first[opening] += all(turn["role"] != "assistant" for turn in row["messages"])
+    counts = first if first.total() else every
+    most = max(counts.values(), default=0)
+    return most >= CONSTANT_COUNT and most > CONSTANT_SHARE * counts.total()
