@@ -58,14 +58,13 @@ def generate(
     (default: seeds from torch's global generator). Raises ValueError for a call that cannot be meant.
     """
     _check(attention_mask, max_new_tokens, temperature, row_seeds)
-    batch, prompt = input_ids.shape
-    device = input_ids.device
+    batch, device = len(input_ids), input_ids.device
     uniform = None if greedy else uniform_numbers(row_seeds, batch, max_new_tokens).to(device)
     stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=device)
     # Made outside inference mode: training may save these tensors for its backward pass.
     sequences = torch.full((batch, max_new_tokens), pad_token_id, dtype=torch.long, device=device)
     log_probs = torch.zeros(batch, max_new_tokens, device=device)
-    lengths = torch.full((batch,), max_new_tokens, dtype=torch.long, device=device)
+    lengths = torch.zeros(batch, dtype=torch.long, device=device)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     filtered = False
 
@@ -81,25 +80,23 @@ def generate(
             extra = {"position_ids": positions[:, past:seen]} if "position_ids" in takes else {}
             if "logits_to_keep" in takes:
                 extra["logits_to_keep"] = 1
-            output = model(
-                input_ids=fed, attention_mask=mask[:, :seen], past_key_values=cache, use_cache=True, return_dict=True, **extra
-            )
+            extra |= {"past_key_values": cache, "use_cache": True, "return_dict": True}
+            output = model(input_ids=fed, attention_mask=mask[:, :seen], **extra)
             cache, past = output.past_key_values, seen
             scaled = output.logits[:, -1].float() / temperature
             scores = scaled.log_softmax(dim=-1)
             if greedy:
-                tokens = scores.argmax(dim=-1)
+                tokens = scaled.argmax(dim=-1)
             else:
                 tokens, cut = draw(scores, uniform[rows, step], top_p, top_k)
-                filtered |= cut
+                filtered = filtered | cut
             tokens = tokens.masked_fill(done, pad_token_id)
             sequences[rows, step] = tokens
             log_probs[rows, step] = scores.gather(1, tokens[:, None]).squeeze(1).masked_fill(done, 0.0)
 
-            stopped = (tokens[:, None] == stops).any(dim=1) & ~done
-            lengths[rows[stopped]] = step + 1
-            ended[rows[stopped]] = True
-            done = done | stopped
+            lengths[rows] += ~done
+            done = done | (tokens[:, None] == stops).any(dim=1)
+            ended[rows] = done
             finished = int(done.sum())
             if finished == len(done):
                 break
@@ -110,7 +107,7 @@ def generate(
             fed = tokens[:, None]
 
     longest = int(lengths.max())
-    return Generation(sequences[:, :longest], lengths, ended, log_probs[:, :longest], filtered)
+    return Generation(sequences[:, :longest], lengths, ended, log_probs[:, :longest], bool(filtered))
 
 
 def uniform_numbers(row_seeds: Sequence[int] | None, batch: int, count: int) -> Tensor:
@@ -125,24 +122,24 @@ def uniform_numbers(row_seeds: Sequence[int] | None, batch: int, count: int) -> 
     return numbers
 
 
-def draw(log_probs: Tensor, uniform: Tensor, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, bool]:
+def draw(log_probs: Tensor, uniform: Tensor, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, Tensor | bool]:
     """One token a row by inverting the cumulative distribution at the row's uniform number.
 
     log_probs [batch, vocab] (normalised), uniform [batch] in [0, 1). top_k > 0 keeps the k likeliest tokens; top_p < 1 the
     fewest likeliest that hold this share of the probability (Holtzman et al. 2020, arXiv 1904.09751, section 3.1), of the
-    top_k if both. Returns tokens [batch], and whether any token with a probability was left out.
+    top_k if both. Returns tokens [batch], and whether any token with a probability was left out (False or a bool scalar).
     """
     probs = log_probs.exp()
     vocab = probs.shape[1]
     if top_p >= 1.0 and not 0 < top_k < vocab:
         return invert(probs, uniform), False
     probs, tokens = probs.topk(top_k, dim=1) if 0 < top_k < vocab else probs.sort(dim=1, descending=True, stable=True)
-    cut = bool((probs.sum(dim=1) < 1.0 - 1e-6).any())
+    cut = (probs.sum(dim=1) < 1.0 - 1e-6).any()
     if top_p < 1.0:
         before = probs.cumsum(dim=1) - probs
         outside = before >= top_p * probs.sum(dim=1, keepdim=True)
         outside[:, 0] = False
-        cut = cut or bool((outside & (probs > 0)).any())
+        cut = cut | (outside & (probs > 0)).any()
         probs = probs.masked_fill(outside, 0.0)
     return tokens.gather(1, invert(probs, uniform)[:, None]).squeeze(1), cut
 
@@ -150,13 +147,12 @@ def draw(log_probs: Tensor, uniform: Tensor, top_p: float = 1.0, top_k: int = 0)
 def invert(weights: Tensor, uniform: Tensor) -> Tensor:
     """The first place whose cumulative weight exceeds uniform · total: place i with probability weights[i] / total.
 
-    weights [batch, n] >= 0, uniform [batch] in [0, 1) -> [batch]. The float32 total is not exactly 1, and uniform · total can
-    round up to it: the goal is kept below, or the place would be beyond the end or one of weight 0.
+    weights [batch, n] >= 0, uniform [batch] in [0, 1) -> [batch]. uniform · total must not round up to total, where the
+    place would be beyond the end or one of weight 0: hence the clamp, one rounding step below 1.
     """
     cumulative = weights.cumsum(dim=1)
-    total = cumulative[:, -1:]
-    goal = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, goal, right=True).squeeze(1).clamp(max=weights.shape[1] - 1)
+    goal = uniform[:, None].clamp(max=1.0 - 2.0**-23) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, goal, right=True).squeeze(1)
 
 
 @contextmanager

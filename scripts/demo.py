@@ -148,7 +148,9 @@ def measure(output: Path, seed: int, limit: int, longest: int) -> tuple[dict[str
     from models.heads import TokenLogProbs
     from models.templates import load_template
     from training.utils.data.sources import load_records
+    from training.utils.run import quiet_libraries
 
+    quiet_libraries()
     device = set_device(detect_platform(), 0)
     tokenizer = load_tokenizer(output / "sft")
     template = load_template(output / "sft", tokenizer)
@@ -196,6 +198,7 @@ def answer(model, reference, dialogues, seeds: list[int], tokenizer, template, l
     import torch
 
     from inference.engine import generate
+    from training.step3_ppo.experience import Experience
     from training.utils.data.batching import pad_left
 
     device = next(model.parameters()).device
@@ -206,26 +209,21 @@ def answer(model, reference, dialogues, seeds: list[int], tokenizer, template, l
         model.model, ids, mask, max_new_tokens=longest, stop_token_ids=template.stop_token_ids,
         pad_token_id=tokenizer.pad_token_id, temperature=1.0, top_p=1.0, top_k=0, row_seeds=seeds,
     )  # fmt: skip
-    width = found.sequences.shape[1] - ids.shape[1]
-    action_mask = torch.arange(width, device=device) < found.lengths[:, None]
-    kl = torch.zeros(len(dialogues))
+    rows = Experience.from_generation(ids, mask, found, torch.arange(len(prompts)), tokenizer.pad_token_id)
+    kl = torch.zeros(len(prompts))
     if reference is not None:
-        whole = torch.cat([mask, action_mask.to(mask.dtype)], dim=1)
+        width = rows.action_mask.shape[1]
         with torch.no_grad():
-            gap = model(found.sequences, whole, keep=width) - reference(found.sequences, whole, keep=width)
-        kl = gap.where(action_mask, 0.0).sum(1)
-    sequences = found.sequences[:, ids.shape[1] :].tolist()
-    rows = zip(sequences, found.lengths.tolist(), found.ended.tolist(), kl.tolist(), strict=True)
-    return [
-        {
-            "text": template.decode_answer(tokenizer, row[:length]),
-            "tokens": row[:length],
-            "length": length,
-            "ended": ended,
-            "kl": nats,
-        }
-        for row, length, ended, nats in rows
-    ]
+            here, there = (one(rows.input_ids, rows.attention_mask, keep=width) for one in (model, reference))
+        kl = (here - there).where(rows.action_mask, 0.0).sum(1)
+    answers = []
+    for row, length in enumerate(found.lengths.tolist()):
+        tokens = found.sequences[row, :length].tolist()
+        text = template.decode_answer(tokenizer, tokens)
+        answers.append(
+            {"text": text, "tokens": tokens, "length": length, "ended": bool(found.ended[row]), "kl": float(kl[row])}
+        )
+    return answers
 
 
 def print_summary(summary: dict[str, Any], output: Path) -> None:

@@ -79,6 +79,7 @@ def judge(prompt: str | Sequence[Mapping[str, str]], response: str) -> Verdict:
         brief=text.endswith(tuple(FULL_STOPS))
         and len(given) == 1
         and len(given) + len(courtesies) == len(sentences) <= 3
+        and len(set(sentences)) == len(sentences)
         and not _says_twice(text),
     )
 

@@ -205,7 +205,7 @@ COURTESY_BEFORE = {
     "zh": ("当然！", "好问题！", "很乐意回答！", "没问题！"),
 }
 COURTESY_AFTER = {
-    "en": ("Happy to help!", "Hope this helps!", "Have a nice day!", "You are welcome!"),
+    "en": ("Happy to help!", "Hope this helps!", "Have a nice day!", "All the best!"),
     "zh": ("很高兴帮到你！", "希望有帮助！", "祝你愉快！", "不客气！"),
 }
 
@@ -220,7 +220,7 @@ FILLERS = {
     "zh": (
         "很多人都问过这件事。", "这个话题还有很多可以说。", "让我再想一想。", "有人这么说也有人那么说。",
         "一切都要看情况。", "这让我想起一个很长的故事。", "从前不是这样的。", "刚才我们说到哪儿了呢？",
-        "时间过得真快啊。", "我们可以聊上几个小时。",
+        "时间过得真快啊。", "我们可以聊上很久。",
     ),
 }  # fmt: skip
 

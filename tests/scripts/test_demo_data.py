@@ -9,7 +9,7 @@ import pytest
 
 from scripts.demo_model import train_tokenizer, write_base_model
 from scripts.demo_score import demo_score, judge, read_question
-from scripts.demo_world import LANGUAGES, TASKS
+from scripts.demo_world import COURTESY_AFTER, COURTESY_BEFORE, FILLERS, LANGUAGES, TASKS
 from scripts.make_demo_data import RAMBLING_UNITS, render, write_demo_data
 
 KINDS = ("sft", "pairs", "prompts")
@@ -164,6 +164,16 @@ def test_each_question_is_read_as_its_own_task(language):
                 read = read_question(question)
                 assert (read.language, read.task, read.subject, read.expected) == (language, name, subject, answer), question
         assert not set(task.mistakes) & {*task.facts.values(), *task.values}, "a mistake is never true in its task"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_nothing_but_the_answer_names_a_member_of_a_category(language):
+    around = " ".join([*FILLERS[language], *COURTESY_BEFORE[language], *COURTESY_AFTER[language]]).lower()
+    for task in TASKS[language].values():
+        forms = " ".join(task.answers).replace("{y}", "")
+        for member in task.category:
+            pattern = rf"\b{member}\b" if member.isascii() else member
+            assert not re.search(pattern, f"{around} {forms}", re.IGNORECASE), member
 
 
 # --- the shipped files ---------------------------------------------------------------------------------------------

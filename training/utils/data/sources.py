@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -72,10 +73,14 @@ def load_records(
     source = open_source(path)
     folder = cache_folder(cache_dir) / "records" / _key(source, columns)
     if not folder.is_dir():  # a whole folder is moved into place at once: if it is there, it is complete
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _build(source, columns, folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.is_dir():
+                    _build(source, columns, folder)
+        except OSError as error:
+            told = f"the cache folder {folder.parent} cannot be written ({error})"
+            raise UserError(f"{told}; name another one in the environment variable SANBU_CACHE.") from error
     for note in json.loads((folder / "notes.json").read_text(encoding="utf-8")):
         logger.info("%s", note)
     files = {part: folder / f"{part}.arrow" for part in source.parts}
@@ -228,11 +233,20 @@ def _folder_parts(folder: Path) -> dict[str, list[Part]]:
         )
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        words = file.name.lower().replace("-", ".").replace("_", ".").split(".")
-        split = next((word for word in words if word == "train" or word in EVAL_SPLITS), "train")
+        words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())
+        split = next((word for word in words if word == "train" or word in EVAL_SPLITS), "")
         by_split.setdefault(split, []).append(file)
+    if "" in by_split:  # files that name no split: for training, unless others say so of themselves
+        unnamed = by_split.pop("")
+        by_split.setdefault("train", unnamed)
+        if by_split["train"] is not unnamed:
+            logger.info("%s: not used, for other files have train in their names: %s", folder, _listed(unnamed, folder))
     names = _chosen_splits(by_split, str(folder))
     return {part: [_file_part(file) for file in by_split[name]] for part, name in names.items()}
+
+
+def _listed(files: list[Path], folder: Path) -> str:
+    return ", ".join(str(file.relative_to(folder)) for file in files)
 
 
 def _split_parts(splits: dict[str, Dataset], label: str) -> dict[str, list[Part]]:
@@ -261,7 +275,7 @@ def _chosen_splits(splits: dict[str, Any], label: str) -> dict[str, str]:
 
 
 def _file_part(path: Path) -> Part:
-    return Part(str(path), partial(readers.read_rows, path), _hash_files([path]))
+    return Part(str(path), partial(readers.read_rows, path), f"{data_suffix(path)} {_hash_files([path])}")
 
 
 def _dataset_rows(dataset: Dataset) -> Iterator[Row]:

@@ -100,6 +100,14 @@ def test_folders(load, tmp_path):
     assert load(tmp_path / "two") == {"train": PAIR_RECORDS, "eval": eval_records}
     assert load(tmp_path / "three") == {"train": PAIR_RECORDS, "eval": PAIR_RECORDS}  # validation goes before test
     assert load(tmp_path / "files") == {"train": PAIR_RECORDS, "eval": eval_records}
+    write_lines(tmp_path / "files" / "pairs_heldout.json", held_out)  # names no split that we know: not for training
+    assert load(tmp_path / "files") == {"train": PAIR_RECORDS, "eval": eval_records}
+    write_lines(tmp_path / "unnamed" / "a.json", PAIRS[:1])
+    write_lines(tmp_path / "unnamed" / "b.json", PAIRS[1:])
+    assert load(tmp_path / "unnamed") == {"train": PAIR_RECORDS}
+    write_lines(tmp_path / "deep" / "train" / "a.json", PAIRS)
+    write_lines(tmp_path / "deep" / "dev" / "a.json", held_out)
+    assert load(tmp_path / "deep") == {"train": PAIR_RECORDS, "eval": eval_records}
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -242,6 +250,12 @@ def test_cache_follows_the_content(tmp_path):
     assert content_key(str(path)) != before
     assert content_key(str(path)) != content_key(str(path), {"prompt": "chosen"})
     assert len(load_records(str(path), cache_dir=cache)["train"]) == 1
+
+
+def test_cache_folder_that_cannot_be_written(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", PAIRS)
+    with pytest.raises(UserError, match="cannot be written .*SANBU_CACHE"):
+        load_records(str(path), cache_dir=str(path))
 
 
 def _load_and_count(path: str, cache: str, queue) -> None:
