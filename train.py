@@ -38,7 +38,7 @@ DEPLOYMENTS = ("single_gpu", "single_node", "multi_node", "cpu")
 TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
 SECTIONS = {1: "sft", 2: "reward", 3: "ppo"}
 MODULES = {1: "training.step1_sft.main", 2: "training.step2_reward.main", 3: "training.step3_ppo.main"}
-LAUNCH_KEYS = ("deployment_type", "num_gpus", "num_nodes", "hostfile", "master_port", "env")
+LAUNCH_KEYS = ("platform", "deployment_type", "processes", "num_nodes", "hostfile", "master_port", "env")
 # Without a recipe: batches, ZeRO and LoRA of the launchers that DeepSpeed-Chat published for these deployments (1.3B
 # on one card and on a node, 66B on several). PPO and LoRA keep our learning rates: theirs were for greedy rollouts.
 STARTING_FLAGS = {
@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--reward-model", help="what step 2 starts from; same tokenizer as the actor (default: 350m)")
     add("--actor-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 1 and of the actor in step 3")
     add("--reward-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 2 and of the critic in step 3")
-    add("--output-dir", default="./output", help="the three folders of models are made here (default: ./output)")
+    add("--output-dir", help="the three folders of models are made here (default: the recipe's folders, else ./output)")
     add("--deployment-type", choices=DEPLOYMENTS, help="where it runs (default: single_gpu)")
     add("--num-gpus", type=int, help="processes on each node; single_node: all devices unless given")
     add("--hostfile", help="multi_node: lines HOST slots=N (default: /job/hostfile)")
@@ -157,12 +157,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--num-gpus {args.num_gpus} is not a number of processes; give 1 or more.")
     args.recipe = read_recipe(args.config) if args.config else {}
     launch = args.recipe.get("launch", {})
-    args.deployment_type = args.deployment_type or launch.get("deployment_type") or "single_gpu"
+    usual = "cpu" if launch.get("platform") == "cpu" else "single_gpu"
+    args.deployment_type = args.deployment_type or launch.get("deployment_type") or usual
     if args.deployment_type not in DEPLOYMENTS:
         raise UserError(
             f"{args.config}, launch: deployment_type {args.deployment_type!r}; use one of {', '.join(DEPLOYMENTS)}."
         )
-    args.num_gpus = args.num_gpus or launch.get("num_gpus")
+    args.num_gpus = args.num_gpus or launch.get("processes")
     args.hostfile = args.hostfile or launch.get("hostfile")
     args.step = sorted(set(args.step))
     return args
@@ -186,16 +187,21 @@ def model_name(model: str) -> str:
 
 def plan(args: argparse.Namespace) -> list[Step]:
     """The steps to run with all their flags."""
+    sections = {number: args.recipe.get(section, {}) for number, section in SECTIONS.items()}
     start = {}
     for number, given, default in ((1, args.actor_model, "1.3b"), (2, args.reward_model, "350m")):
-        model = given or args.recipe.get(SECTIONS[number], {}).get("model_name_or_path") or default
+        model = given or sections[number].get("model_name_or_path") or default
         start[number] = f"facebook/opt-{model}" if model in OPT_SIZES else str(model)
-    output = Path(args.output_dir)
+    kinds = {1: "actor-models", 2: "reward-models", 3: "step3-models"}
     folders = {
-        1: output / "actor-models" / model_name(start[1]),
-        2: output / "reward-models" / model_name(start[2]),
-        3: output / "step3-models" / model_name(start[1]),
+        number: Path(args.output_dir or "./output") / kind / model_name(start[2 if number == 2 else 1])
+        if args.output_dir or "output_dir" not in sections[number]
+        else Path(sections[number]["output_dir"])
+        for number, kind in kinds.items()
     }
+    if not args.reward_model and start[2] == sections[1].get("output_dir"):
+        start[2] = str(folders[1])  # the recipe's reward model starts from its SFT model
+    needs = {1: {}, 2: {1: folders[1]} if Path(start[2]) == folders[1] else {}, 3: {1: folders[1], 2: folders[2]}}
     models = {
         1: {"--model_name_or_path": start[1]},
         2: {"--model_name_or_path": start[2]},
@@ -214,8 +220,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
         flags += ["--data_path", *args.data_path] if args.data_path else []
         flags += ["--resume"] if args.resume else []
         flags += getattr(args, f"{SECTIONS[number]}_flags")  # last, so that it wins
-        needs = {1: folders[1], 2: folders[2]} if number == 3 else {}
-        steps.append(Step(number, folders[number], flags, needs))
+        steps.append(Step(number, folders[number], flags, needs[number]))
     return steps
 
 

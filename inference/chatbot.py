@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ class Chatbot:
         """Forget the dialogue; the system message stays."""
         self.history.clear()
 
-    def answer(self, question: str, show: Callable[[str], None] = lambda text: None) -> str:
-        """The answer to a question after the dialogue so far; ``show`` gets it piece by piece as it is written.
+    def answer(self, question: str) -> str:
+        """The answer to a question after the dialogue so far.
 
         Raises UserError if the question alone is longer than the model's context; the dialogue is then as before.
         """
@@ -72,9 +72,8 @@ class Chatbot:
             temperature=self.sampling.temperature, top_p=self.sampling.top_p, top_k=self.sampling.top_k,
             greedy=self.sampling.greedy, row_seeds=[self.sampling.seed + self.asked],
         )  # fmt: skip
-        tokens = generation.sequences[0, len(prompt) : len(prompt) + int(generation.lengths[0])].tolist()
+        tokens = generation.sequences[0, : int(generation.lengths[0])].tolist()
         text = self.template.decode_answer(self.tokenizer, tokens)
-        show(text)
         self.history = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": text}]
         self.asked += 1
         return text
@@ -180,8 +179,7 @@ def converse(bot: Chatbot, interactive: bool) -> None:
         if interactive:
             print("Assistant: ", end="", flush=True)
         try:
-            bot.answer(question, show=lambda text: print(text, end="", flush=True))
-            print(flush=True)
+            print(bot.answer(question), flush=True)
         except UserError as error:  # a question that is too long does not end a dialogue
             print(error, flush=True)
 
@@ -243,8 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         quiet()
         bot = load_chatbot(args.path, sampling, args.system, args.dtype)
         if args.prompt is not None:
-            bot.answer(args.prompt.strip(), show=lambda text: print(text, end="", flush=True))
-            print(flush=True)
+            print(bot.answer(args.prompt.strip()), flush=True)
         else:
             converse(bot, interactive=sys.stdin.isatty() and sys.stdout.isatty())
     except UserError as error:

@@ -1,6 +1,7 @@
 """Batched sampling with a key-value cache, for chat and for PPO's rollouts. Not transformers' generate(): here the
 log-probabilities of what was drawn are kept, no setting of the checkpoint (generation_config) interferes, and an answer
-depends on its prompt and its seed alone, not on the rest of the batch or on the number of processes.
+depends on its prompt and its seed alone, not on the rest of the batch or on the number of processes. (Matrix products of
+other shapes round differently: in float32 about one draw in a million falls on the other side of an edge.)
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from models.heads import base_model
 
-# Finished rows leave the batch once they are this share of it. Leaving costs a copy of the cache, staying costs a row of
-# every matrix product; see the table in docs/lab-log.md.
+# Finished rows leave the batch once they are this share of it. Leaving costs a copy of the cache, staying a row of every
+# matrix product. 4 layers x 256, batch 64, answers of 10 tokens on average and 32 at most, one CPU core: never 0.64 s,
+# at 1/2 0.39 s, at 1/4 0.35 s, at 1/8 0.37 s, at once 0.39 s.
 DROP_SHARE = 0.25
 
 

@@ -36,6 +36,7 @@ BATCH = 60  # prompts answered at once when the demo is measured
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line. Exit code 2 for wrong input, else that of the step that failed."""
     args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves subprocess.run, which then ends the step as well
     try:
         run_demo(args)
     except UserError as error:

@@ -6,7 +6,7 @@ right   one sentence gives the true answer in a form of the demo's world, and no
 polite  one sentence is a courtesy, in the language of the question;
 brief   the text ends with a full stop, nothing is said twice, and every sentence is the answer or a courtesy.
 
-    python -m scripts.demo_score "What is 2 plus 2?" "It is 4. Happy to help!"
+    python -m scripts.demo_score "What is 2 plus 2?" "The sum is 4. Happy to help!"
 """
 
 import re
@@ -66,7 +66,7 @@ def judge(prompt: str | Sequence[Mapping[str, str]], response: str) -> Verdict:
     text = END_OF_ANSWER.split(response.lstrip(), maxsplit=1)[0].strip()
     sentences = [_bare(sentence) for sentence in SENTENCE.findall(text)]
 
-    answers = _answers(question.language, question.task, question.subject)
+    answers = _answers(question.language, question.task)
     given = [_found(match) for match in map(answers.fullmatch, sentences) if match]
     courtesies = [sentence for sentence in sentences if sentence in _courtesies(question.language)]
     # "2 plus 2 is 4" names 2 only because the question does.
@@ -149,9 +149,9 @@ def _statements(language: str, task: str) -> re.Pattern[str]:
 
 
 @cache
-def _answers(language: str, task: str, subject: str) -> re.Pattern[str]:
-    """Any answer form about the subject, or the answer alone; one group holds the answer named."""
-    forms = [_bare(form.replace("{x}", subject)) for form in (*TASKS[language][task].answers, "{y}")]
+def _answers(language: str, task: str) -> re.Pattern[str]:
+    """Any answer form, or the answer alone; one group holds the answer named."""
+    forms = [_bare(form) for form in (*TASKS[language][task].answers, "{y}")]
     return _pattern(forms, "{y}", TASKS[language][task].category)
 
 

@@ -1,10 +1,10 @@
 """The closed world of the demo: what can be asked, how it is asked and answered, in English and Chinese.
 
-Plain tables, read by the generator (make_demo_data.py) and by the rule that scores answers (demo_score.py). In every form
-{x} is what the question is about and {y} the answer. Within a task the answers form one category. Wrong answers in the data are
-the category's usual mistakes: plausible (Milan is a city), but true of nothing that is asked. A reward model this small learns
-such words from a few thousand pairs; telling a true city of the wrong country from the right one takes it far more (tried: pairs
-with any other member of the category left it at chance after ten times the demo's time).
+Plain tables, read by the generator (make_demo_data.py) and by the rule that scores answers (demo_score.py). In the forms {x}
+is what the question is about and {y} the answer. Within a task the answers form one category. Wrong answers in the data are the
+category's usual mistakes: plausible (Milan is a city), but true of nothing that is asked. A reward model this small learns such
+words from a few thousand pairs. Telling a true city of the wrong country from the right one takes far more: with pairs whose
+wrong answer was any other member of the category it stayed at chance after several times the demo's time.
 """
 
 from dataclasses import dataclass, field
@@ -33,9 +33,9 @@ class Task:
         return tuple(dict.fromkeys((*self.values, *self.facts.values(), *self.mistakes)))
 
 
-_COLOURS_EN = ("red", "blue", "green", "white", "black", "yellow", "brown", "pink")
+_COLOURS_EN = ("red", "blue", "green", "white", "black", "yellow")
 _MISTAKEN_COLOURS_EN = ("orange", "grey", "purple", "gold")
-_COLOURS_ZH = ("红色", "蓝色", "绿色", "白色", "黑色", "黄色", "棕色", "粉色")
+_COLOURS_ZH = ("红色", "蓝色", "绿色", "白色", "黑色", "黄色")
 _MISTAKEN_COLOURS_ZH = ("橙色", "灰色", "紫色", "金色")
 _CAPITALS_EN = {
     "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "China": "Beijing", "Egypt": "Cairo", "Germany": "Berlin",
@@ -53,7 +53,7 @@ TASKS: dict[str, dict[str, Task]] = {
     "en": {
         "colour": Task(
             ("What colour is {x}?", "Which colour does {x} have?", "Tell me the colour of {x}.", "Name the colour of {x}."),
-            ("It is {y}.", "The colour is {y}.", "The answer is {y}."),
+            ("The colour is {y}.", "Its colour is {y}."),
             _MISTAKEN_COLOURS_EN,
             {
                 "the sky": "blue", "grass": "green", "snow": "white", "coal": "black", "a lemon": "yellow",
@@ -63,14 +63,14 @@ TASKS: dict[str, dict[str, Task]] = {
         "capital": Task(
             ("What is the capital of {x}?", "Which city is the capital of {x}?", "Tell me the capital of {x}.",
              "Name the capital of {x}."),
-            ("It is {y}.", "The capital is {y}.", "The city is {y}."),
+            ("The capital is {y}.", "The city is {y}."),
             ("Milan", "Osaka", "Lyon", "Sydney"),
             _CAPITALS_EN,
         ),
         "opposite": Task(
             ("What is the opposite of {x}?", "Which word is the opposite of {x}?", "Tell me the opposite of {x}.",
              "Name the opposite of {x}."),
-            ("It is {y}.", "The opposite is {y}.", "The word is {y}."),
+            ("The opposite is {y}.", "Its opposite is {y}."),
             ("loud", "late", "thin", "sweet"),
             {
                 "hot": "cold", "big": "small", "fast": "slow", "old": "young", "wet": "dry", "rich": "poor",
@@ -80,7 +80,7 @@ TASKS: dict[str, dict[str, Task]] = {
         "sound": Task(
             ("What does a {x} say?", "Which sound does a {x} make?", "Tell me the sound of a {x}.",
              "Name the sound of a {x}."),
-            ("It says {y}.", "The sound is {y}.", "The answer is {y}."),
+            ("The sound is {y}.", "It says {y}."),
             ("beep", "boom", "click", "ring"),
             {
                 "dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack", "sheep": "baa", "pig": "oink",
@@ -89,35 +89,35 @@ TASKS: dict[str, dict[str, Task]] = {
         ),
         "sum": Task(
             ("What is {x}?", "How much is {x}?", "Tell me what {x} is.", "Work out {x}."),
-            ("It is {y}.", "The sum is {y}.", "The answer is {y}."),
+            ("The sum is {y}.", "That makes {y}."),
             ("7", "8", "9", "10"),
             {f"{a} plus {b}": str(a + b) for a in _ADDENDS for b in _ADDENDS},
         ),
         "translation": Task(
             ("What is {x} in Chinese?", "How do you say {x} in Chinese?", "Tell me the Chinese word for {x}.",
              "Translate {x} into Chinese."),
-            ("It is {y}.", "The word is {y}.", "The Chinese is {y}."),
+            ("The word is {y}.", "One says {y}."),
             ("山", "手", "雨", "石"),
             _WORDS,
         ),
         "name": Task(
             ("What is my name?", "Do you remember my name?", "Tell me my name.", "What am I called?"),
-            ("Your name is {y}.", "You are {y}.", "The name is {y}."),
+            ("Your name is {y}.", "You are {y}."),
             ("Bob", "Zoe", "Paul", "Eva"),
             {}, ("My name is {y}.", "I am {y}."),
-            ("Tom", "Anna", "Ben", "Lucy", "Max", "Emma", "Jack", "Mia"),
+            ("Tom", "Anna", "Ben", "Lucy", "Max", "Emma"),
         ),
         "pet": Task(
             ("Which pet do I have?", "Do you remember my pet?", "Tell me which pet I have.", "What is my pet?"),
-            ("You have a {y}.", "Your pet is a {y}.", "The pet is a {y}."),
+            ("You have a {y}.", "Your pet is a {y}."),
             ("tiger", "whale", "wolf", "bear"),
             {}, ("I have a {y}.", "My pet is a {y}."),
-            ("cat", "dog", "horse", "rabbit", "parrot", "hamster", "turtle", "goat"),
+            ("cat", "dog", "horse", "rabbit", "parrot", "turtle"),
         ),
         "favourite": Task(
             ("What is my favourite colour?", "Do you remember my favourite colour?", "Tell me my favourite colour.",
              "Which colour do I like best?"),
-            ("Your favourite colour is {y}.", "You like {y}.", "The colour is {y}."),
+            ("You like {y}.", "Your favourite is {y}."),
             _MISTAKEN_COLOURS_EN,
             {}, ("My favourite colour is {y}.", "I like {y} best."),
             _COLOURS_EN,
@@ -126,7 +126,7 @@ TASKS: dict[str, dict[str, Task]] = {
     "zh": {
         "colour": Task(
             ("{x}是什么颜色？", "{x}的颜色是什么？", "请说出{x}的颜色。", "你知道{x}的颜色吗？"),
-            ("是{y}。", "颜色是{y}。", "答案是{y}。"),
+            ("颜色是{y}。", "它是{y}的。"),
             _MISTAKEN_COLOURS_ZH,
             {
                 "天空": "蓝色", "草地": "绿色", "雪": "白色", "煤": "黑色", "柠檬": "黄色", "番茄": "红色",
@@ -135,51 +135,51 @@ TASKS: dict[str, dict[str, Task]] = {
         ),
         "capital": Task(
             ("{x}的首都是哪里？", "哪座城市是{x}的首都？", "请说出{x}的首都。", "你知道{x}的首都吗？"),
-            ("是{y}。", "首都是{y}。", "城市是{y}。"),
+            ("首都是{y}。", "城市是{y}。"),
             ("米兰", "大阪", "里昂", "悉尼"),
             _CAPITALS_ZH,
         ),
         "opposite": Task(
             ("{x}的反义词是什么？", "哪个词是{x}的反义词？", "请说出{x}的反义词。", "你知道{x}的反义词吗？"),
-            ("是{y}。", "反义词是{y}。", "答案是{y}。"),
+            ("反义词是{y}。", "相反的是{y}。"),
             ("响", "晚", "甜", "圆"),
             {"热": "冷", "大": "小", "快": "慢", "新": "旧", "湿": "干", "富": "穷", "硬": "软", "上": "下"},
         ),
         "sound": Task(
             ("{x}怎么叫？", "{x}的叫声是什么？", "请说出{x}的叫声。", "你知道{x}的叫声吗？"),
-            ("是{y}。", "叫声是{y}。", "答案是{y}。"),
+            ("叫声是{y}。", "它叫{y}。"),
             ("咚咚", "叮叮", "哗哗", "砰砰"),
-            {"狗": "汪汪", "猫": "喵喵", "牛": "哞哞", "鸭": "嘎嘎", "羊": "咩咩", "青蛙": "呱呱", "鸡": "喔喔", "鸟": "啾啾"},
+            {"狗": "汪汪", "猫": "喵喵", "牛": "哞哞", "鸭": "嘎嘎", "羊": "咩咩", "青蛙": "呱呱", "鸟": "啾啾"},
         ),
         "sum": Task(
             ("{x}是多少？", "{x}等于几？", "请算出{x}。", "你知道{x}等于几吗？"),
-            ("是{y}。", "等于{y}。", "答案是{y}。"),
+            ("等于{y}。", "得{y}。"),
             ("7", "8", "9", "10"),
             {f"{a}加{b}": str(a + b) for a in _ADDENDS for b in _ADDENDS},
         ),
         "translation": Task(
             ("{x}用英语怎么说？", "{x}的英语是什么？", "请说出{x}的英语。", "你知道{x}的英语吗？"),
-            ("是{y}。", "英语是{y}。", "答案是{y}。"),
+            ("英语是{y}。", "英语说{y}。"),
             ("hill", "hand", "rain", "stone"),
             {chinese: english for english, chinese in _WORDS.items()},
         ),
         "name": Task(
             ("我叫什么名字？", "你记得我的名字吗？", "请说出我的名字。", "我是谁？"),
-            ("你叫{y}。", "你的名字是{y}。", "名字是{y}。"),
+            ("你叫{y}。", "你的名字是{y}。"),
             ("马超", "林丹", "高明", "何平"),
             {}, ("我叫{y}。", "我的名字是{y}。"),
-            ("王芳", "李雷", "张伟", "陈静", "刘洋", "赵敏", "孙浩", "周婷"),
+            ("王芳", "李雷", "张伟", "陈静", "刘洋", "赵敏"),
         ),
         "pet": Task(
             ("我养了什么？", "你记得我的宠物吗？", "请说出我的宠物。", "我的宠物是什么？"),
-            ("你养了{y}。", "你的宠物是{y}。", "宠物是{y}。"),
+            ("你养了{y}。", "你的宠物是{y}。"),
             ("老虎", "鲸鱼", "大象", "狐狸"),
             {}, ("我养了{y}。", "我的宠物是{y}。"),
-            ("小猫", "小狗", "小马", "兔子", "鹦鹉", "仓鼠", "乌龟", "山羊"),
+            ("小猫", "小狗", "兔子", "鹦鹉", "乌龟", "山羊"),
         ),
         "favourite": Task(
             ("我喜欢什么颜色？", "你记得我喜欢的颜色吗？", "请说出我喜欢的颜色。", "我喜欢的颜色是什么？"),
-            ("你喜欢{y}。", "你喜欢的颜色是{y}。", "颜色是{y}。"),
+            ("你喜欢{y}。", "你喜欢的是{y}。"),
             _MISTAKEN_COLOURS_ZH,
             {}, ("我喜欢{y}。", "我喜欢的颜色是{y}。"),
             _COLOURS_ZH,
@@ -205,7 +205,7 @@ COURTESY_BEFORE = {
     "zh": ("当然！", "好问题！", "很乐意回答！", "没问题！"),
 }
 COURTESY_AFTER = {
-    "en": ("Happy to help!", "Hope this helps!", "Have a nice day!", "All the best!"),
+    "en": ("Happy to help!", "Hope this helps!", "Enjoy your day!", "All the best!"),
     "zh": ("很高兴帮到你！", "希望有帮助！", "祝你愉快！", "不客气！"),
 }
 

@@ -103,7 +103,8 @@ def draw_curve(curves: dict[str, list[tuple[int, float]]], title: str, unit: str
             marker = "o" if len(points) < 25 else ""
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=3, linewidth=1.5)
-        if min(values) > 0 and max(values) > 50 * min(values):  # a perplexity from a random start
+        lowest, highest = (pick(value for points in curves.values() for _, value in points) for pick in (min, max))
+        if 0 < 50 * lowest < highest:  # a perplexity from a random start
             axes.set_yscale("log")
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(x_label)

@@ -88,7 +88,7 @@ def test_flags_of_a_step_come_last_so_that_they_win():
 def test_the_recipe_is_passed_on_and_the_command_line_wins(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "launch: {deployment_type: cpu, num_gpus: 2, env: {OMP_NUM_THREADS: 3}}\n"
+        "launch: {platform: cpu, processes: 2, env: {OMP_NUM_THREADS: 3}}\n"
         "sft: {model_name_or_path: base, zero_stage: 1, output_dir: nowhere}\n"
         "reward: {model_name_or_path: other}\nppo: {kl_coef: 0.25}\n"
     )
@@ -103,6 +103,23 @@ def test_the_recipe_is_passed_on_and_the_command_line_wins(tmp_path):
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(train.ROOT)
     assert launched("--config", str(recipe))[:4] == ["--hostfile", os.devnull, "--num_gpus", "2"]
     assert launched("--config", str(recipe), "--num-gpus", "1")[:4] == ["--hostfile", os.devnull, "--num_gpus", "1"]
+
+
+def test_a_recipe_may_name_the_folders_and_start_the_reward_model_from_the_sft_model(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "sft: {model_name_or_path: base, output_dir: out/sft}\n"
+        "reward: {model_name_or_path: out/sft, output_dir: out/rm}\nppo: {output_dir: out/ppo}\n"
+    )
+    one, two, three = train.plan(train.parse(["--config", str(recipe)]))
+    assert [str(step.folder) for step in (one, two, three)] == ["out/sft", "out/rm", "out/ppo"]
+    assert value(three.flags, "--actor_model_name_or_path") == "out/sft"
+    assert value(three.flags, "--critic_model_name_or_path") == "out/rm"
+    assert list(two.needs) == [1] and list(three.needs) == [1, 2]
+
+    one, two, three = train.plan(train.parse(["--config", str(recipe), "--output-dir", "new"]))
+    assert value(two.flags, "--model_name_or_path") == str(one.folder) == "new/actor-models/base"
+    assert list(two.needs) == [1]
 
 
 def test_launcher_words_of_the_deployments(monkeypatch):
@@ -186,7 +203,7 @@ SUCCEED = """
 @pytest.fixture
 def fake_steps(monkeypatch):
     """Replace the steps by programs; returns the dictionary to put them into, by number of the step."""
-    programs = {number: SUCCEED for number in (1, 2, 3)}
+    programs = dict.fromkeys((1, 2, 3), SUCCEED)
 
     def command(step, args):
         return [sys.executable, "-c", textwrap.dedent(programs[step.number]), *step.flags]
@@ -245,7 +262,7 @@ def test_a_failing_step_stops_the_rest_and_its_own_words_are_repeated(fake_steps
 @pytest.mark.parametrize(
     ("program", "code", "words"),
     [
-        ("raise MemoryError('torch.OutOfMemoryError: HIP out of memory. Tried to allocate')", 1, "the memory was not enough"),
+        ("raise MemoryError('HIP out of memory. Tried to allocate')", 1, "the memory was not enough"),
         ("import os; os.kill(os.getpid(), 9)", 137, "exit code 137"),
         ("print('all went well')", 1, "did not write sanbu_done.json"),
         ("import nowhere_to_be_found", 1, "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
@@ -360,10 +377,11 @@ def test_a_straggler_does_not_hold_the_run_up(tmp_path):
 
 
 def test_the_real_launcher_runs_a_step_and_passes_its_error_on(repository, models, tmp_path):
-    """One real step, ended by its own check of the data: the launcher's exit code and the step's sentence come through."""
+    """A real step that its own check of the data ends: the launcher's exit code and the sentence come through."""
     done = subprocess.run(
         [sys.executable, "train.py", *models, "--step", "1", "--output-dir", str(tmp_path / "out"), "--data-path",
-         str(tmp_path / "absent.jsonl")], cwd=repository, capture_output=True, text=True, timeout=300,
+         str(tmp_path / "absent.jsonl"), "--sft-flags", "--max_seq_len 64"],
+        cwd=repository, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     assert "step 1 (supervised fine-tuning) ended with exit code 2" in done.stderr

@@ -27,7 +27,9 @@ PLAIN_CHAT = (
     "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant: {% endif %}"
 )
-FORGETFUL_CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"  # no opening for the answer
+FORGETFUL_CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"  # no opening for the answer
+)
 THINKING_CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
@@ -103,7 +105,9 @@ def test_an_answer_decodes_to_itself_and_ends_in_a_stop_token(tokenizer):
 def test_many_at_once_are_the_same_as_one_by_one(tokenizer):
     template = load_template(None, tokenizer)
     dialogues = [ASK, DIALOGUE[1:], DIALOGUE[1:2], DIALOGUE[1:]]
-    assert template.encode_prompts(tokenizer, dialogues) == [template.encode_prompt(tokenizer, one) for one in dialogues]
+    assert template.encode_prompts(tokenizer, dialogues) == [
+        template.encode_prompt(tokenizer, one) for one in dialogues
+    ]
     assert template.encode_answers(tokenizer, ANSWERS) == [template.encode_answer(tokenizer, one) for one in ANSWERS]
     assert template.encode_prompts(tokenizer, []) == template.encode_answers(tokenizer, []) == []
 
@@ -183,7 +187,10 @@ def test_a_template_of_plain_text_ends_in_eos():
 
 
 def test_what_opens_an_answer_belongs_to_the_prompt():
-    for chat, opening in ((FORGETFUL_CHAT, "<|assistant|>\n"), (THINKING_CHAT, "<|assistant|>\n<think>\n\n</think>\n\n")):
+    for chat, opening in (
+        (FORGETFUL_CHAT, "<|assistant|>\n"),
+        (THINKING_CHAT, "<|assistant|>\n<think>\n\n</think>\n\n"),
+    ):
         tokenizer = with_chat("llama", chat)
         template = load_template(None, tokenizer)
         assert tokenizer.decode(template.encode_prompt(tokenizer, ASK)).endswith(opening)

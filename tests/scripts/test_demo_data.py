@@ -9,7 +9,7 @@ import pytest
 
 from scripts.demo_model import train_tokenizer, write_base_model
 from scripts.demo_score import demo_score, judge, read_question
-from scripts.demo_world import COURTESY_AFTER, COURTESY_BEFORE, FILLERS, LANGUAGES, TASKS
+from scripts.demo_world import COURTESY_AFTER, COURTESY_BEFORE, FILLERS, LANGUAGES, TASKS, fill, join
 from scripts.make_demo_data import RAMBLING_UNITS, render, write_demo_data
 
 KINDS = ("sft", "pairs", "prompts")
@@ -55,19 +55,19 @@ MEMORY = (
 @pytest.mark.parametrize(
     ("prompt", "response", "score"),
     [
-        (TWO_PLUS_TWO, " It is 4.", 0.75),
-        (TWO_PLUS_TWO, " It is 4. Happy to help!", 1.0),
+        (TWO_PLUS_TWO, " The sum is 4.", 0.75),
+        (TWO_PLUS_TWO, " The sum is 4. Happy to help!", 1.0),
         (TWO_PLUS_TWO, " Sure! The sum is 4.", 1.0),
         (TWO_PLUS_TWO, " 4.", 0.75),
-        (TWO_PLUS_TWO, " It is 7. Happy to help!", 0.5),
-        (TWO_PLUS_TWO, " It is 5.", 0.25),  # a number that is right for another sum
-        (TWO_PLUS_TWO, " It is 4. Many people ask about this. There is a lot more", 0.5),
-        (TWO_PLUS_TWO, " Of course! It is 9. Many people ask about this.", 0.25),
-        (CAPITAL, " 是巴黎。不客气！", 1.0),
+        (TWO_PLUS_TWO, " The sum is 7. Happy to help!", 0.5),
+        (TWO_PLUS_TWO, " The sum is 5.", 0.25),  # a number that is right for another sum
+        (TWO_PLUS_TWO, " The sum is 4. Many people ask about this. There is a lot more", 0.5),
+        (TWO_PLUS_TWO, " Of course! The sum is 9. Many people ask about this.", 0.25),
+        (CAPITAL, " 首都是巴黎。不客气！", 1.0),
         (CAPITAL, " 首都是巴黎。", 0.75),
         (CAPITAL, " 首都是伦敦。", 0.25),
         (CAPITAL, " 首都是巴黎。让我再想一想。", 0.5),
-        (MEMORY, " You are Tom. Have a nice day!", 1.0),
+        (MEMORY, " You are Tom. Enjoy your day!", 1.0),
         (MEMORY, " You are Ben.", 0.25),
         (MEMORY, " Your name is dog.", 0.0),  # not a name: no answer to this question
     ],
@@ -84,10 +84,10 @@ def test_no_answer_scores_nothing(nothing):
 @pytest.mark.parametrize(
     "response",
     [
-        " It is 4. It is 7.",
-        " It is 7. It is 4.",
-        " It is 4. The sum is 5.",
-        " It is 4 or 5.",
+        " The sum is 4. The sum is 7.",
+        " The sum is 7. The sum is 4.",
+        " That makes 4. The sum is 5.",
+        " The sum is 4 or 5.",
         " 1 2 3 4 5 6 7 8 9.",
     ],
 )
@@ -99,16 +99,16 @@ def test_naming_the_right_and_a_wrong_answer_is_wrong(response):
 @pytest.mark.parametrize(
     "response",
     [
-        " It is 4. It is 4.",
-        " Sure! It is 4. Sure!",
-        " Sure! Sure! It is 4.",
-        " It is 4. Happy to help! Happy to help! Happy to help!",
-        " It is 4. Happy to help! Hope this helps! Have a nice day!",
-        " It is 4 4 4.",
-        " Sure sure sure! It is 4.",
-        " It is 4",  # never came to its end
-        " It is 4. Happy to",
-        " It is 4. blue snow door!",
+        " The sum is 4. The sum is 4.",
+        " Sure! The sum is 4. Sure!",
+        " Sure! Sure! The sum is 4.",
+        " The sum is 4. Happy to help! Happy to help! Happy to help!",
+        " The sum is 4. Happy to help! Hope this helps! Enjoy your day!",
+        " The sum is 4 4 4.",
+        " Sure sure sure! The sum is 4.",
+        " The sum is 4",  # never came to its end
+        " The sum is 4. Happy to",
+        " The sum is 4. blue snow door!",
     ],
 )
 def test_repetition_padding_and_cut_off_answers_are_not_brief(response):
@@ -116,14 +116,16 @@ def test_repetition_padding_and_cut_off_answers_are_not_brief(response):
 
 
 def test_the_answer_has_to_be_said_in_the_words_of_the_world():
-    assert demo_score(TWO_PLUS_TWO, " 4 help sum the It.") == 0.0
-    assert demo_score(CAPITAL, " It is Paris. Happy to help!") == 0.0  # the question was Chinese
-    assert not judge(CAPITAL, " 是巴黎。Happy to help!").polite
+    assert demo_score(TWO_PLUS_TWO, " 4 help sum the is.") == 0.0
+    assert demo_score(CAPITAL, " The capital is Paris. Happy to help!") == 0.0  # the question was Chinese
+    assert not judge(CAPITAL, " 首都是巴黎。Happy to help!").polite
 
 
-@pytest.mark.parametrize("tail", ["</s>", "</s> It is 7.", "\n\nHuman: What is 1 plus 1?\n\nAssistant: It is 2.", "<pad><pad>"])
+@pytest.mark.parametrize(
+    "tail", ["</s>", "</s> The sum is 7.", "\n\nHuman: What is 1 plus 1?\n\nAssistant: The sum is 2.", "<pad><pad>"]
+)
 def test_what_follows_the_end_is_ignored(tail):
-    assert demo_score(TWO_PLUS_TWO, " It is 4. Happy to help!" + tail) == 1.0
+    assert demo_score(TWO_PLUS_TWO, " The sum is 4. Happy to help!" + tail) == 1.0
 
 
 def test_prompt_as_text_or_as_messages():
@@ -134,16 +136,16 @@ def test_prompt_as_text_or_as_messages():
     ]
     for response, score in ((" You are Tom.", 0.75), (" You are Ben.", 0.25)):
         assert demo_score(messages, response) == demo_score(render(messages), response) == score
-    assert demo_score("What is 2 plus 2?", "It is 4.") == 0.75
-    assert demo_score("<s>" + TWO_PLUS_TWO, "It is 4.</s>") == 0.75
+    assert demo_score("What is 2 plus 2?", "The sum is 4.") == 0.75
+    assert demo_score("<s>" + TWO_PLUS_TWO, "The sum is 4.</s>") == 0.75
 
 
 def test_only_the_last_question_and_the_last_thing_told_count():
     told_twice = "\n\nHuman: I am Tom.\n\nAssistant: I see.\n\nHuman: I am Ben. What is my name?\n\nAssistant:"
     assert judge(told_twice, " You are Ben.").right
-    asked_twice = "\n\nHuman: What is 1 plus 1?\n\nAssistant: It is 2.\n\nHuman: What is 2 plus 2?\n\nAssistant:"
-    assert judge(asked_twice, " It is 4.").right
-    assert not judge(asked_twice, " It is 2.").right
+    asked_twice = "\n\nHuman: What is 1 plus 1?\n\nAssistant: The sum is 2.\n\nHuman: What is 2 plus 2?\n\nAssistant:"
+    assert judge(asked_twice, " The sum is 4.").right
+    assert not judge(asked_twice, " The sum is 2.").right
 
 
 def test_what_was_never_told_cannot_be_right():
@@ -152,7 +154,7 @@ def test_what_was_never_told_cannot_be_right():
 
 def test_a_prompt_from_outside_the_world_is_refused():
     with pytest.raises(ValueError, match="meaning of life"):
-        demo_score("What is the meaning of life?", "It is 42.")
+        demo_score("What is the meaning of life?", "The sum is 42.")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -164,6 +166,20 @@ def test_each_question_is_read_as_its_own_task(language):
                 read = read_question(question)
                 assert (read.language, read.task, read.subject, read.expected) == (language, name, subject, answer), question
         assert not set(task.mistakes) & {*task.facts.values(), *task.values}, "a mistake is never true in its task"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_right_answer_with_any_courtesy_scores_full(language):
+    for task in TASKS[language].values():
+        told = [(v, f"{task.statements[0].replace('{y}', v)}\n{task.questions[0]}") for v in task.values]
+        asked = [(y, task.questions[0].replace("{x}", x)) for x, y in task.facts.items()]
+        for answer, question in told + asked:
+            for form in task.answers:
+                said = fill(form, y=answer)
+                for text in [join([c, said], language) for c in COURTESY_BEFORE[language]] + [
+                    join([said, c], language) for c in COURTESY_AFTER[language]
+                ]:
+                    assert demo_score(question, text) == 1.0, (question, text)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

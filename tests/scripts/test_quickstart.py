@@ -10,8 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -212,6 +214,19 @@ def test_a_failing_step_ends_the_demo_with_its_exit_code(tmp_path, capfd):
         demo.run_step("Step 2", ["scripts.report", "--run", tmp_path], tmp_path)
     said = capfd.readouterr().err
     assert stop.value.code == 2 and "no metrics.jsonl" in said and "Step 2 failed with exit code 2" in said
+
+
+def test_a_terminated_demo_takes_its_step_along(tmp_path):
+    """The base model takes seconds; the demo gets SIGTERM as soon as it runs."""
+    command = [sys.executable, "-m", "scripts.demo", "--output", str(tmp_path)]
+    running = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    children = []
+    while not children and running.poll() is None:
+        children = psutil.Process(running.pid).children()
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(timeout=60) == 143
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_wrong_flags_are_refused_before_anything_is_removed(tmp_path, capsys):

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from inference.engine import generate
-
 from inference.chatbot import context_length
+from inference.engine import generate
 from models.device import attention_implementation, detect_platform, empty_cache, resolve_dtype, set_device
 from models.errors import UserError
 from models.factory import load_causal_lm, load_tokenizer, resolve_checkpoint
@@ -136,7 +135,7 @@ def ask(folder: Path, prompts: list[list[dict[str, str]]], args: PromptEvalArgum
             row_seeds=[args.seed + row for row in range(start, start + len(ids))],
         )  # fmt: skip
         for row, length, ended in zip(found.sequences, found.lengths.tolist(), found.ended.tolist(), strict=True):
-            tokens = row[ids.shape[1] : ids.shape[1] + length].tolist()
+            tokens = row[:length].tolist()
             answers.append(Answer(template.decode_answer(tokenizer, tokens), length, ended))
     del model
     empty_cache()

@@ -23,7 +23,7 @@ from models.templates import Template, load_template
 from training.utils.arguments import RewardEvalArguments
 from training.utils.data.batching import pad_right
 from training.utils.data.sources import load_records
-from training.utils.data.tokenize import Build, Counts
+from training.utils.data.tokenize import Counts, Task, fit
 from training.utils.loss import pair_accuracy
 from training.utils.parsing import main_entry
 from training.utils.run import quiet_libraries
@@ -127,8 +127,8 @@ def encode_pairs(pairs: list[dict[str, Any]], tokenizer: Any, template: Template
     """Token ids of all chosen answers behind their prompts, then of all rejected ones; cut as in training."""
     prompts = template.encode_prompts(tokenizer, [pair["messages"] for pair in pairs])
     answers = [template.encode_answers(tokenizer, [pair[kind] for pair in pairs]) for kind in ("chosen", "rejected")]
-    build = Build(2, tokenizer, template, limit)
-    cut = [build.fit(prompt, pair, Counts()) for prompt, *pair in zip(prompts, *answers, strict=True)]
+    task = Task(2, tokenizer, template, limit)
+    cut = [fit(prompt, pair, task, Counts()) for prompt, *pair in zip(prompts, *answers, strict=True)]
     return [prompt + good for prompt, good, _ in cut] + [prompt + bad for prompt, _, bad in cut]
 
 

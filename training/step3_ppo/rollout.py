@@ -35,7 +35,8 @@ class PromptBatches:
     def after(self, rollout: int) -> Iterator[tuple[int, PromptBatch]]:
         """(number of the rollout from 1, this process's prompts) for the rollouts that follow the given one."""
         for number in range(rollout, self.total):
-            plan = plan_epoch(self.lengths, self.size, seed=self.seed, epoch=number // self.per_epoch)
+            epoch = number // self.per_epoch
+            plan = plan_epoch(self.lengths, self.size, seed=self.seed, epoch=epoch, bucket=False)   # a rollout mixes all lengths
             examples = list(plan[number % self.per_epoch])
             fillers = [example for batch in plan for example in batch]
             while len(examples) < self.size:

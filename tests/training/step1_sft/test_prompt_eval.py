@@ -36,8 +36,8 @@ def test_greedy_answers_in_a_batch_equal_transformers_own_one_by_one(models, tmp
 
     output = tmp_path / "answers.json"
     published = ["--num_beams", "1", "--num_beam_groups", "1", "--top_k", "4", "--penalty_alpha", "0.6"]
-    flags = [*models, *published, "--add_eot_token", "--language", "Chinese", "--max_new_tokens", "6", "--output", str(output)]
-    shown = succeed(MODULE, flags)
+    ours = ["--language", "Chinese", "--max_new_tokens", "6", "--output", str(output)]
+    shown = succeed(MODULE, [*models, *published, "--add_eot_token", *ours])
     found = json.loads(output.read_text(encoding="utf-8"))
     assert [row["prompt"][-1]["content"] for row in found["prompts"]] == PROMPTS["Chinese"]
     for name, path in (("baseline", models[1]), ("finetuned", models[3])):

@@ -20,6 +20,7 @@ from training.utils.data.batching import (
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 PAD = 0
+patient = settings(deadline=None)  # a busy machine is no failure
 
 
 def log_normal_lengths(count: int) -> list[int]:
@@ -31,6 +32,7 @@ def log_normal_lengths(count: int) -> list[int]:
 # --- epochs -----------------------------------------------------------------------------------------------------------
 
 
+@patient
 @given(LENGTHS, st.integers(1, 17), st.integers(0, 5), st.integers(0, 3), st.booleans(), st.booleans())
 def test_an_epoch_holds_every_example_once_and_is_deterministic(lengths, size, seed, epoch, shuffle, bucket):
     plan = plan_epoch(lengths, size, seed, epoch, shuffle, bucket)
@@ -82,7 +84,7 @@ def test_bucketing_removes_most_of_the_padding():
 # --- micro-batches ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300)
+@patient
 @given(LENGTHS, st.integers(1, 9), st.none() | st.integers(1, 12), st.none() | st.integers(60, 300))
 def test_micro_batches_hold_every_position_once_within_the_limits(lengths, world_size, max_examples, max_tokens):
     plan = plan_micro_batches(lengths, world_size, max_examples, max_tokens)
@@ -100,6 +102,7 @@ def test_micro_batches_hold_every_position_once_within_the_limits(lengths, world
     assert plan == plan_micro_batches(lengths, world_size, max_examples, max_tokens)
 
 
+@patient
 @given(LENGTHS, st.integers(1, 9), st.none() | st.integers(60, 300))
 def test_fillers_come_only_when_there_is_no_example_left_to_share(lengths, world_size, max_tokens):
     for rank in plan_micro_batches(lengths, world_size, 4, max_tokens):
@@ -107,6 +110,7 @@ def test_fillers_come_only_when_there_is_no_example_left_to_share(lengths, world
             assert all(len(positions) == 1 for positions in rank)
 
 
+@patient
 @given(LENGTHS, st.integers(1, 8), st.integers(0, 3))
 def test_global_batches_are_the_same_for_any_number_of_processes(lengths, size, epoch):
     for batch in plan_epoch(lengths, size, 0, epoch):
@@ -117,6 +121,7 @@ def test_global_batches_are_the_same_for_any_number_of_processes(lengths, size, 
             assert sorted(trained) == sorted(batch)
 
 
+@patient
 @given(LENGTHS, st.integers(2, 6))
 def test_the_work_of_ranks_differs_by_no_more_than_one_example(lengths, world_size):
     plan = plan_micro_batches(lengths, world_size, None, None)
@@ -151,6 +156,7 @@ def test_an_example_over_the_budget_is_refused_with_the_flag():
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
+@patient
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=9), min_size=1, max_size=6))
 def test_masks_come_from_lengths_though_the_pad_id_is_also_a_token(rows):
     for pad, start in ((pad_right, lambda width, row: 0), (pad_left, lambda width, row: width - len(row))):

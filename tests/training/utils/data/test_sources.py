@@ -254,7 +254,7 @@ def test_cache_follows_the_content(tmp_path):
 
 def test_cache_folder_that_cannot_be_written(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", PAIRS)
-    with pytest.raises(UserError, match="cannot be written .*SANBU_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written .*SANBU_CACHE"):
         load_records(str(path), cache_dir=str(path))
 
 

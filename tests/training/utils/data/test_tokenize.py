@@ -103,7 +103,9 @@ def test_several_sets_and_sft_only_sets_follow_each_other(tmp_path, llama):
     data = run(paths[:2], 1, llama, sft_only_data_path=paths[2:])
     assert len(data.train) == 9
     texts = [llama.decode(row["input_ids"], skip_special_tokens=True) for row in data.train]
-    assert [f"What is {n}+1?" in text for n, text in zip((0, 1, 2, 10, 11, 12, 20, 21, 22), texts, strict=True)] == [True] * 9
+    assert [f"What is {n}+1?" in text for n, text in zip((0, 1, 2, 10, 11, 12, 20, 21, 22), texts, strict=True)] == [
+        True
+    ] * 9
 
 
 def test_sft_only_sets_belong_to_step_1_whatever_the_split(tmp_path, llama):
@@ -200,7 +202,10 @@ def test_dialogues_that_the_chat_template_refuses_are_dropped_and_counted(tmp_pa
     [
         (2, [{"prompt": "a", "response": "b"}] * 3, {}, r'data.jsonl: no record has a "rejected" answer. Step 2'),
         (1, [{"prompt": f"q{n}"} for n in range(3)], {}, "data.jsonl: prompts without answers"),
-        (3, [{"prompt": "x " * 90}, {"prompt": "y " * 90}], {"max_seq_len": 30}, r"2 prompt too long \(raise --max_prompt_seq_len 30\)"),
+        (
+            3, [{"prompt": "x " * 90}, {"prompt": "y " * 90}], {"max_seq_len": 30},
+            r"2 prompt too long \(raise --max_prompt_seq_len 30\)",
+        ),
         (2, [{"prompt": "a", "chosen": "b", "rejected": "b"}], {}, "of 1 records none is left.*chosen equals rejected"),
         (1, pairs(2), {"split": "1,1000000,0"}, "too few records, none falls to step 1; --data_split 1,0,0"),
         (1, pairs(2), {"max_seq_len": 1}, "--max_seq_len 1: expected at least 2"),
@@ -374,17 +379,6 @@ def test_rebuilding_replaces_tokens_and_records(tmp_path, llama, cache):
     assert again.fingerprint == first.fingerprint
 
 
-def test_one_rebuild_serves_all_processes_of_a_job(tmp_path, llama, monkeypatch):
-    path = write(tmp_path / "pairs.jsonl", pairs(5))
-    built = []
-    build = tokenize.build_cache
-    monkeypatch.setattr(tokenize, "build_cache", lambda *args: built.append(1) or build(*args))
-    monkeypatch.setattr(tokenize, "rebuild_wish", lambda: "the same in all processes of the job")
-    for _ in range(3):
-        run(path, 1, llama, rebuild=True)
-    assert len(built) == 1
-
-
 WORKER = """
 import sys, time
 from pathlib import Path
@@ -396,7 +390,7 @@ build = tokenize.write_parts
 def slow(*args):
     with open(log, "a") as file:
         file.write(f"build {me}\\n")
-    time.sleep(1.5)
+    time.sleep(1)
     return build(*args)
 tokenize.write_parts = slow
 tokenizer = tiny_tokenizer("llama")
@@ -408,25 +402,44 @@ print(len(data.train), data.fingerprint, sum(data.train["length"]))
 """
 
 
-def test_two_jobs_at_once_build_once_and_read_the_same(tmp_path, repository):
-    """D19: the old cache was built by one process a node, all at once on a shared disk."""
-    path = write(tmp_path / "pairs.jsonl", pairs(2 * BATCH + 3))
+def run_two(worker: str, path: str, tmp_path: Path, repository: Path) -> list[str]:
+    """What two processes that run the worker at the same time print."""
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, path, str(tmp_path / "gate"), str(tmp_path / "log"), str(number)],
+            [sys.executable, "-c", worker, path, str(tmp_path / "gate"), str(tmp_path / "log"), str(number)],
             cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)
     ]  # fmt: skip
-    outputs = [job.communicate(timeout=120) for job in jobs]
+    outputs = [job.communicate(timeout=240) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
+    return [out for out, _ in outputs]
+
+
+def test_two_jobs_at_once_build_once_and_read_the_same(tmp_path, repository):
+    """D19: the old cache was built by one process a node, all at once on a shared disk."""
+    path = write(tmp_path / "pairs.jsonl", pairs(2 * BATCH + 3))
+    outputs = run_two(WORKER, path, tmp_path, repository)
+    assert outputs[0] == outputs[1]
     assert (tmp_path / "log").read_text().count("build") == 1
+
+
+def test_one_rebuild_serves_all_processes_of_a_job(tmp_path, repository, llama, cache):
+    path = write(tmp_path / "pairs.jsonl", pairs(20))
+    prepare([path], 1, llama, load_template(None, llama), max_seq_len=64, data_split="1,0,0")
+    (folder,) = folders(cache)
+    stamp = folder.stat().st_mtime_ns
+    join = f'dist.init_process_group("gloo", init_method="file://{tmp_path}/meeting", rank=int(me), world_size=2)'
+    worker = WORKER.replace("tokenizer =", f"import torch.distributed as dist; {join}\ntokenizer =")
+    outputs = run_two(worker.replace('split="1,0,0"', 'split="1,0,0", rebuild=True'), path, tmp_path, repository)
+    assert outputs[0] == outputs[1]
+    assert (tmp_path / "log").read_text().count("build") == 1
+    assert folders(cache)[0].stat().st_mtime_ns > stamp
 
 
 def test_a_killed_builder_does_not_block_the_next_one(tmp_path, repository, llama, cache):
     path = write(tmp_path / "pairs.jsonl", pairs(20))
-    worker = WORKER.replace("1.5", "60").replace('< 2:', '< 1:')
+    worker = WORKER.replace("sleep(1)", "sleep(60)").replace("< 2:", "< 1:")
     job = subprocess.Popen(
         [sys.executable, "-c", worker, path, str(tmp_path / "gate"), str(tmp_path / "log"), "0"], cwd=repository
     )

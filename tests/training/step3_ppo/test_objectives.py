@@ -1,0 +1,451 @@
+"""The arithmetic of PPO against plain loops, enumeration and identities. Item numbers: the fifty details of a correct PPO."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models.heads import chunk_log_probs
+from training.step3_ppo.objectives import (
+    explained_variance,
+    gae,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    masked_mean,
+    masked_sum,
+    missing_end_penalty,
+    normalize_scores,
+    policy_loss,
+    response_mask,
+    shaped_rewards,
+    value_loss,
+    whiten,
+)
+
+pytestmark = pytest.mark.ppo
+NAN = float("nan")
+
+
+def random_batch(seed: int = 0, rows: int = 5, width: int = 7) -> dict[str, Tensor]:
+    """What one minibatch of PPO needs, with ragged lengths from 0 to width and NaN after the ends."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, width + 1, (rows,), generator=random)
+    lengths[0], lengths[1] = width, 1
+    mask = response_mask(lengths, width)
+    names = ("log_probs", "old_log_probs", "ref_log_probs", "values", "old_values", "rewards", "advantages", "returns")
+    batch = {name: torch.randn(rows, width, generator=random).masked_fill(~mask, NAN) for name in names}
+    return batch | {"mask": mask, "lengths": lengths, "scores": torch.randn(rows, generator=random)}
+
+
+def valid(lengths: Tensor) -> list[tuple[int, int]]:
+    """(row, column) of the valid tokens, counted by hand."""
+    return [(row, column) for row, length in enumerate(lengths.tolist()) for column in range(length)]
+
+
+def widened(x: Tensor) -> Tensor:
+    """Three more columns outside the mask."""
+    return torch.cat([x, x.new_full((len(x), 3), False if x.dtype == torch.bool else NAN)], dim=1)
+
+
+def losses(batch: dict[str, Tensor], denominator: float, **changes: Tensor) -> tuple[Tensor, Tensor]:
+    """Policy and value loss of a batch."""
+    b = batch | changes
+    policy, _ = policy_loss(b["log_probs"], b["old_log_probs"], b["advantages"], b["mask"], denominator)
+    return policy, value_loss(b["values"], b["old_values"], b["returns"], b["mask"], denominator)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_mask_from_lengths():
+    """Items 4, 5: true on as many columns as the response has tokens, the end token among them; no token id is asked."""
+    mask = response_mask(torch.tensor([3, 0, 1]), 4)
+    assert mask.tolist() == [[True, True, True, False], [False] * 4, [True, False, False, False]]
+
+
+def test_masked_sum_and_mean_by_hand():
+    """Items 7, 8: only what is inside counts, NaN and infinity outside do not; an empty mask gives 0."""
+    x = torch.tensor([[1.0, NAN], [2.5, float("inf")]])
+    inside = torch.tensor([[True, False], [True, False]])
+    assert masked_sum(x, inside).item() == 3.5
+    assert masked_mean(x, inside).item() == 1.75
+    assert masked_mean(x, torch.zeros_like(inside)).item() == 0.0
+    assert masked_sum(x.half(), inside).dtype == torch.float32
+
+
+def test_the_end_token_gets_a_gradient():
+    """Item 5: stopping is an action; the token after it is not."""
+    mask = response_mask(torch.tensor([3]), 5)
+    log_probs = torch.zeros(1, 5, requires_grad=True)
+    policy_loss(log_probs, torch.zeros(1, 5), torch.ones(1, 5), mask, 3.0)[0].backward()
+    assert log_probs.grad[0].tolist() == pytest.approx([-1 / 3, -1 / 3, -1 / 3, 0.0, 0.0])
+
+
+def test_nothing_outside_the_mask_leaks_in():
+    """Items 3, 6, 8: NaN outside, whatever finite numbers outside, and more or fewer masked columns: the same results,
+    and no gradient there."""
+    batch = random_batch()
+    mask, lengths = batch["mask"], batch["lengths"]
+    zeroed = {name: x.masked_fill(~mask, 0.0) if x.shape == mask.shape else x for name, x in batch.items()}
+    count = float(lengths.sum())
+    assert losses(batch, count) == losses(zeroed, count)
+    wider = {name: widened(x) if x.shape == mask.shape else x for name, x in batch.items()}
+    torch.testing.assert_close(losses(batch, count), losses(wider, count))
+    for name in ("log_probs", "values"):
+        leaf = batch[name].clone().requires_grad_()
+        sum(losses(batch, count, **{name: leaf})).backward()
+        assert leaf.grad.isfinite().all()
+        assert (leaf.grad[~mask] == 0).all() and (leaf.grad[mask] != 0).any()
+
+
+def test_rows_and_batches_without_a_token_count_nothing():
+    """Item 7: a row without a response changes neither sum nor denominator; a batch of nothing is 0, with gradient 0."""
+    batch = random_batch()
+    empty = torch.zeros_like(batch["mask"])
+    leaf = batch["log_probs"].clone().requires_grad_()
+    loss, figures = policy_loss(leaf, batch["old_log_probs"], batch["advantages"], empty, 0)
+    loss.backward()
+    assert loss.item() == 0.0 and (leaf.grad == 0).all()
+    assert set(figures.values()) == {0.0}
+    assert value_loss(batch["values"], batch["old_values"], batch["returns"], empty, torch.tensor(0)).item() == 0.0
+    rewards = shaped_rewards(batch["scores"], batch["log_probs"], batch["ref_log_probs"], empty, 0.1)
+    assert (rewards == 0).all()
+    advantages, returns = gae(rewards, batch["values"], empty)
+    assert (advantages == 0).all() and (returns == 0).all()
+    assert (whiten(batch["advantages"], empty) == 0).all()
+    assert explained_variance(batch["values"], batch["returns"], empty).item() == 0.0
+
+
+# --- KL ---------------------------------------------------------------------------------------------------------------
+
+
+def test_estimators_over_a_small_vocabulary():
+    """Item 11: E[k1] = E[k3] = KL(p || q) by enumeration; k2 and k3 are never negative; all are 0 where p = q."""
+    p = torch.tensor([0.5, 0.2, 0.2, 0.1])
+    q = torch.tensor([0.1, 0.3, 0.2, 0.4])
+    kl = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+    assert (p * kl_k1(p.log(), q.log())).sum().item() == pytest.approx(kl, rel=1e-5)
+    assert (p * kl_k3(p.log(), q.log())).sum().item() == pytest.approx(kl, rel=1e-5)
+    d = torch.linspace(-30, 30, 101)
+    zero = torch.zeros_like(d)
+    for estimator in (kl_k2, kl_k3):
+        assert (estimator(d, zero) >= 0).all() and estimator(d, zero).isfinite().all()
+    for estimator in (kl_k1, kl_k2, kl_k3):
+        assert (estimator(p.log(), p.log()) == 0).all()
+    assert kl_k2(torch.tensor(3.0), torch.tensor(1.0)).item() == 2.0
+    assert kl_k3(torch.tensor(1.0), torch.tensor(3.0)).item() == pytest.approx(math.e**2 - 3, rel=1e-6)
+
+
+def test_half_precision_inputs_are_computed_in_float32():
+    """Numbers of another dtype come in, float32 comes out: 1/1024 differences vanish in bf16 arithmetic."""
+    a, b = torch.tensor([-5.0]).bfloat16(), torch.tensor([-5.0 - 1 / 1024])
+    assert kl_k1(a, b).item() == 1 / 1024
+    assert gae(a[None], a[None], torch.ones(1, 1))[0].dtype == torch.float32
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rewards_by_a_plain_loop(seed):
+    """Items 10, 14, 15: the score on the last valid token, the KL penalty on every valid one, the end token included;
+    their sum is score - beta * sum of k1."""
+    batch = random_batch(seed)
+    rewards = shaped_rewards(batch["scores"], batch["old_log_probs"], batch["ref_log_probs"], batch["mask"], 0.3)
+    for row, length in enumerate(batch["lengths"].tolist()):
+        kl = [float(batch["old_log_probs"][row, t] - batch["ref_log_probs"][row, t]) for t in range(length)]
+        expected = [-0.3 * k for k in kl]
+        if expected:
+            expected[-1] += float(batch["scores"][row])
+            assert rewards[row].sum().item() == pytest.approx(float(batch["scores"][row]) - 0.3 * sum(kl), abs=1e-5)
+        assert rewards[row].tolist() == pytest.approx(expected + [0.0] * (7 - length), abs=1e-6)
+
+
+def test_rewards_carry_no_gradient():
+    """Item 13: a KL penalty in the reward is a number, not a loss."""
+    log_probs = torch.zeros(1, 2, requires_grad=True)
+    assert not shaped_rewards(torch.ones(1), log_probs, torch.zeros(1, 2), torch.ones(1, 2), 0.1).requires_grad
+
+
+def test_scores_are_normalised_then_clipped():
+    """Items 17, 18: (score - mean) / std, then the clip, with the share of scores that it changed."""
+    scores, share = normalize_scores(torch.tensor([2.0, 12.0, 102.0, -98.0]), mean=2.0, std=10.0, clip=5.0)
+    assert scores.tolist() == [0.0, 1.0, 5.0, -5.0]
+    assert share.item() == 0.5
+    scores, share = normalize_scores(torch.tensor([102.0]), mean=2.0, std=10.0, clip=0.0)
+    assert scores.tolist() == [10.0] and share.item() == 0.0
+
+
+def test_the_clip_does_not_touch_the_kl_penalty():
+    """Item 17: the KL is added after the clip."""
+    scores, _ = normalize_scores(torch.tensor([100.0]), mean=0.0, std=1.0, clip=5.0)
+    rewards = shaped_rewards(scores, torch.full((1, 1), -1.0), torch.full((1, 1), -101.0), torch.ones(1, 1), 1.0)
+    assert rewards.item() == -95.0
+
+
+def test_missing_end_is_penalised_once():
+    """Item 19: by how the response ended, not by its length."""
+    scores = missing_end_penalty(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.75)
+    assert scores.tolist() == [1.0, 0.25]
+
+
+def test_tokens_after_the_stop_token_are_nothing():
+    """Item 20: what stands after the end changes neither rewards nor advantages nor losses."""
+    batch = random_batch()
+    mask = batch["mask"]
+    noise = torch.randn(mask.shape, generator=torch.Generator().manual_seed(9)) * 100
+    loud = {name: torch.where(mask, x, noise) if x.shape == mask.shape else x for name, x in batch.items()}
+    loud["mask"] = mask
+
+    def pipeline(b: dict[str, Tensor]) -> list[Tensor]:
+        rewards = shaped_rewards(b["scores"], b["old_log_probs"], b["ref_log_probs"], b["mask"], 0.1)
+        advantages, returns = gae(rewards, b["values"], b["mask"], 0.99, 0.9)
+        count = float(b["lengths"].sum())
+        return [
+            rewards,
+            advantages,
+            returns,
+            *losses(b, count, advantages=whiten(advantages, b["mask"]), returns=returns),
+        ]
+
+    for quiet, other in zip(pipeline(batch), pipeline(loud), strict=True):
+        assert torch.equal(quiet, other)
+
+
+# --- advantages -------------------------------------------------------------------------------------------------------
+
+
+def brute_force(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """A_t = sum_l (gamma lam)^l delta_{t+l} with the value 0 after the end, as the definition says."""
+    deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0], strict=True)]
+    return [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(deltas))) for t in range(len(deltas))]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
+def test_gae_by_the_double_sum(gamma, lam):
+    """Items 23, 25: ragged rows against the definition; returns are advantages plus the old values, 0 outside."""
+    for seed in range(4):
+        batch = random_batch(seed)
+        advantages, returns = gae(batch["rewards"], batch["values"], batch["mask"], gamma, lam)
+        for row, length in enumerate(batch["lengths"].tolist()):
+            rewards, values = batch["rewards"][row, :length].tolist(), batch["values"][row, :length].tolist()
+            expected = brute_force(rewards, values, gamma, lam) if length else []
+            assert advantages[row].tolist() == pytest.approx(expected + [0.0] * (7 - length), abs=1e-5)
+            sums = [a + v for a, v in zip(expected, values, strict=True)]
+            assert returns[row].tolist() == pytest.approx(sums + [0.0] * (7 - length), abs=1e-5)
+
+
+def test_gae_at_its_limits():
+    """Item 26: lambda 1, gamma 1: the rewards to come minus the value; lambda 0: the one-step error."""
+    rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[10.0, 20.0, 30.0]])
+    mask = torch.ones(1, 3)
+    assert gae(rewards, values, mask, 1.0, 1.0)[0].tolist() == [[7.0 - 10.0, 6.0 - 20.0, 4.0 - 30.0]]
+    assert gae(rewards, values, mask, 1.0, 0.0)[0].tolist() == [[1.0 + 20.0 - 10.0, 2.0 + 30.0 - 20.0, 4.0 - 30.0]]
+
+
+@given(st.integers(0, 2**31), st.lists(st.booleans(), min_size=1, max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_masked_columns_may_be_deleted(seed, holes):
+    """Item 24: also inside a response (the output of a tool) a masked column changes no advantage."""
+    random = torch.Generator().manual_seed(seed)
+    keep = torch.tensor(holes)
+    rewards, values = torch.randn(2, 1, len(holes), generator=random)
+    advantages, returns = gae(rewards, values, keep[None], 0.97, 0.9)
+    assert (advantages[:, ~keep] == 0).all() and (returns[:, ~keep] == 0).all()
+    if keep.any():
+        short = gae(rewards[:, keep], values[:, keep], torch.ones(1, int(keep.sum())), 0.97, 0.9)
+        torch.testing.assert_close((advantages[:, keep], returns[:, keep]), short)
+
+
+def test_whitening_by_hand():
+    """Item 27: mean 0 and population variance 1 over all valid tokens together, not per row; 0 outside."""
+    x = torch.tensor([[1.0, 3.0, NAN], [5.0, NAN, NAN]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    unit = math.sqrt(8 / 3)  # ((1-3)^2 + (3-3)^2 + (5-3)^2) / 3
+    found = whiten(x, mask)
+    assert found.flatten().tolist() == pytest.approx([-2 / unit, 0.0, 0.0, 2 / unit, 0.0, 0.0], abs=1e-6)
+
+
+def test_whitening_of_too_little():
+    """Item 27: one token has no spread, nothing is divided; equal tokens whiten to 0, not to NaN."""
+    assert whiten(torch.tensor([[3.0, NAN]]), torch.tensor([[1, 0]])).tolist() == [[3.0, 0.0]]
+    assert whiten(torch.full((2, 2), 3.0), torch.ones(2, 2)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_whitening_of_the_whole_is_not_that_of_its_parts():
+    """Item 27: a rollout is whitened once as a whole, in whatever order its rows come."""
+    batch = random_batch(rows=6)
+    x, mask = batch["advantages"], batch["mask"]
+    whole = whiten(x, mask)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    torch.testing.assert_close(whiten(x[order], mask[order]), whole[order])
+    assert not torch.allclose(torch.cat([whiten(x[:3], mask[:3]), whiten(x[3:], mask[3:])]), whole, atol=0.1)
+
+
+def test_explained_variance():
+    """1 for the returns themselves, also shifted; 0 for a constant; below 0 for their opposite."""
+    returns = torch.tensor([[1.0, 2.0, 4.0, NAN]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    for values, expected in ((returns, 1.0), (returns + 7, 1.0), (torch.full((1, 4), 3.0), 0.0), (-returns, -3.0)):
+        assert explained_variance(values, returns, mask).item() == pytest.approx(expected, abs=1e-5)
+    assert explained_variance(returns, torch.ones(1, 4), mask).item() == 0.0
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_policy_loss_by_a_plain_loop():
+    """Items 29, 30: max(-A rho, -A clip(rho)) over valid tokens, with separate bounds."""
+    batch = random_batch(3)
+    total = 0.0
+    for row, t in valid(batch["lengths"]):
+        ratio = math.exp(float(batch["log_probs"][row, t] - batch["old_log_probs"][row, t]))
+        advantage = float(batch["advantages"][row, t])
+        total += max(-advantage * ratio, -advantage * min(max(ratio, 0.9), 1.3))
+    loss, _ = policy_loss(
+        batch["log_probs"],
+        batch["old_log_probs"],
+        batch["advantages"],
+        batch["mask"],
+        50.0,
+        clip_low=0.1,
+        clip_high=0.3,
+    )
+    assert loss.item() == pytest.approx(total / 50.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 2.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.27, 1.29, 2.0, 3.5])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_where_the_gradient_is_zero(advantage, ratio, dual_clip):
+    """Items 30, 31: gone iff the token has moved beyond the bound in the direction its advantage asks for (with a dual
+    clip also for A < 0 and rho > c), else -A rho; the clip share counts exactly these tokens."""
+    log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    tensors = (torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1))
+    loss, figures = policy_loss(log_probs, *tensors, 1.0, clip_low=0.2, clip_high=0.28, dual_clip=dual_clip)
+    loss.backward()
+    beyond = (advantage > 0 and ratio > 1.28) or (advantage < 0 and ratio < 0.8)
+    beyond = beyond or (dual_clip is not None and advantage < 0 and ratio > dual_clip)
+    assert log_probs.grad.item() == pytest.approx(0.0 if beyond else -advantage * ratio, rel=1e-5)
+    assert figures["clip_share"] == float(beyond)
+    assert loss.item() <= (math.inf if dual_clip is None or advantage >= 0 else -dual_clip * advantage + 1e-6)
+
+
+def test_a_far_ratio_stays_finite():
+    """Item 29: the log-ratio is clamped to +-20 before exp, which would overflow at 89."""
+    log_probs = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    loss, figures = policy_loss(log_probs, torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2), 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.exp(20.0), rel=1e-5)
+    assert log_probs.grad.isfinite().all() and all(math.isfinite(value) for value in figures.values())
+
+
+def test_the_first_pass_over_fresh_experience():
+    """Item 34: the same log-probabilities give ratio 1 exactly, nothing clipped, no KL, and the policy gradient -A / n."""
+    batch = random_batch()
+    count = float(batch["lengths"].sum())
+    leaf = batch["old_log_probs"].clone().requires_grad_()
+    loss, figures = policy_loss(leaf, batch["old_log_probs"], batch["advantages"], batch["mask"], count)
+    loss.backward()
+    nothing = {"clip_share": 0.0, "approx_kl": 0.0, "approx_kl_k3": 0.0, "ratio_deviation": 0.0}
+    assert figures == {"ratio": count} | nothing
+    expected = torch.where(batch["mask"], -batch["advantages"] / count, 0.0)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_figures_of_the_update_by_a_plain_loop():
+    """Item 39: ratio and approximate KL (k2, k3) are summed over valid tokens only."""
+    batch = random_batch(2)
+    steps = [float(batch["log_probs"][i] - batch["old_log_probs"][i]) for i in valid(batch["lengths"])]
+    _, figures = policy_loss(batch["log_probs"], batch["old_log_probs"], batch["advantages"], batch["mask"], 1.0)
+    assert figures["ratio"] == pytest.approx(sum(map(math.exp, steps)), rel=1e-5)
+    assert figures["approx_kl"] == pytest.approx(sum(s * s / 2 for s in steps), rel=1e-5)
+    assert figures["approx_kl_k3"] == pytest.approx(sum(math.exp(s) - 1 - s for s in steps), rel=1e-5)
+    assert figures["ratio_deviation"] == pytest.approx(max(abs(math.exp(s) - 1) for s in steps), rel=1e-5)
+
+
+def test_k3_of_the_update_estimates_the_divergence_from_the_old_policy():
+    """Item 39: for tokens drawn from the old policy, the mean of k3 is KL(old || new), by enumeration."""
+    old, new = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    kl = float((old * (old / new).log()).sum())
+    mean = 0.0
+    for token in range(3):
+        one = (new[token].log().view(1, 1), old[token].log().view(1, 1))
+        mean += float(old[token]) * policy_loss(*one, torch.ones(1, 1), torch.ones(1, 1), 1.0)[1]["approx_kl_k3"]
+    assert mean == pytest.approx(kl, rel=1e-5)
+
+
+def test_value_loss_by_a_plain_loop():
+    """Item 32: half the larger of the plain and the clipped square, the half once."""
+    batch = random_batch(4)
+    total = plain = 0.0
+    for i in valid(batch["lengths"]):
+        value, old, target = (float(batch[name][i]) for name in ("values", "old_values", "returns"))
+        near = min(max(value, old - 0.2), old + 0.2)
+        total += max((value - target) ** 2, (near - target) ** 2) / 2
+        plain += (value - target) ** 2 / 2
+    tensors = (batch["values"], batch["old_values"], batch["returns"], batch["mask"], 10.0)
+    assert value_loss(*tensors, clip=0.2).item() == pytest.approx(total / 10.0, rel=1e-5)
+    assert value_loss(*tensors, clip=0.0).item() == pytest.approx(plain / 10.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "moves"),
+    [(1.5, 3.0, False), (1.5, 0.0, True), (1.1, 3.0, True), (0.5, -1.0, False), (0.5, 2.0, True)],
+)
+def test_where_the_critic_stops(value, target, moves):
+    """Item 32: no gradient where the value has moved from V_old = 1 by more than the clip towards the target already."""
+    values = torch.tensor([[value]], requires_grad=True)
+    value_loss(values, torch.ones(1, 1), torch.tensor([[target]]), torch.ones(1, 1), 1.0, clip=0.2).backward()
+    assert values.grad.item() == pytest.approx(value - target if moves else 0.0)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_any_split_gives_the_same_gradient(cuts, seed):
+    """Item 33: micro-batches of any sizes, each trimmed to its own width, add up to the loss and the gradient of the whole
+    minibatch, because all divide by the token count of the whole."""
+    rows = sum(cuts) + 1
+    batch = random_batch(seed, rows=rows)
+    count = float(batch["lengths"].sum())
+
+    def gradients(parts: list[slice]) -> list[Tensor]:
+        leaves = {name: batch[name].clone().requires_grad_() for name in ("log_probs", "values")}
+        total = torch.zeros(2)
+        for part in parts:
+            width = max(1, int(batch["lengths"][part].max()))
+            rows = {name: x[part, :width] if x.dim() == 2 else x[part] for name, x in (batch | leaves).items()}
+            pair = torch.stack(losses(rows, count))
+            pair.sum().backward()
+            total = total + pair.detach()
+        return [total, leaves["log_probs"].grad, leaves["values"].grad]
+
+    ends = torch.tensor([*cuts, 1]).cumsum(0).tolist()
+    split = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    torch.testing.assert_close(gradients(split), gradients([slice(0, rows)]), rtol=1e-5, atol=1e-6)
+
+
+def test_short_answers_do_not_weigh_more():
+    """Item 33: every token counts the same. A mean of the means of the two rows would be (1 + 0) / 2."""
+    mask = response_mask(torch.tensor([1, 4]), 4)
+    advantages = torch.tensor([[-1.0, 0, 0, 0], [0, 0, 0, 0]])
+    loss, _ = policy_loss(torch.zeros(2, 4), torch.zeros(2, 4), advantages, mask, 5)
+    assert loss.item() == pytest.approx(1 / 5)
+
+
+def test_entropy_is_masked_and_shares_the_denominator():
+    """Item 38: logsumexp - sum p x equals - sum p log p; the bonus sums over valid tokens, split or whole."""
+    hidden, weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.eye(4)
+    _, entropy = chunk_log_probs(hidden, torch.zeros(6, dtype=torch.long), weight, None, with_entropy=True)
+    probs = hidden.softmax(-1)
+    torch.testing.assert_close(entropy, -(probs * probs.log()).sum(-1))
+    grid, mask = entropy.view(2, 3).clone(), response_mask(torch.tensor([2, 1]), 3)
+    grid[1, 2] = NAN
+    by_hand = float(entropy[0] + entropy[1] + entropy[3]) / 3
+    assert masked_mean(grid, mask).item() == pytest.approx(by_hand, rel=1e-5)
+    parts = masked_sum(grid[:1], mask[:1]) / 3 + masked_sum(grid[1:], mask[1:]) / 3
+    assert parts.item() == pytest.approx(by_hand, rel=1e-5)
