@@ -1,7 +1,7 @@
 """Batched sampling with a key-value cache, for chat and for PPO's rollouts. Not transformers' generate(): here the
 log-probabilities of what was drawn are kept, no setting of the checkpoint (generation_config) interferes, and an answer
 depends on its prompt and its seed alone, not on the rest of the batch or on the number of processes. (Matrix products of
-other shapes round differently: in float32 about one draw in a million falls on the other side of an edge.)
+other shapes round differently: once in a great while a draw at the edge between two tokens falls on the other side.)
 """
 
 from __future__ import annotations

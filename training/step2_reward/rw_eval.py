@@ -116,10 +116,10 @@ def read_pairs(args: RewardEvalArguments) -> list[dict[str, Any]]:
     for path in args.data_path:
         records = load_records(path, columns=args.column_map)
         found = records.get("eval", records["train"])
-        found = found.filter(lambda rejected: rejected is not None, input_columns="rejected", keep_in_memory=True)
-        if len(found) == 0:
+        usable = [place for place, rejected in enumerate(found["rejected"]) if rejected is not None]
+        if not usable:
             raise UserError(f"--data_path {path}: no record has a rejected answer; rw_eval compares good and bad ones.")
-        pairs += found.select(range(min(args.num_pairs or len(found), len(found)))).to_list()
+        pairs += found.select(usable[: args.num_pairs or None]).to_list()
     return pairs
 
 
