@@ -3,9 +3,10 @@
     python -m benchmarks.three_steps --shape opt-1.3b --dtypes fp32 bf16 fp16 --stages 0 2 3 --output output/bench
     python -m benchmarks.three_steps --shape tiny --dtypes fp32 --stages 0 --device cpu      # a smoke run
 
-Weights are random and made once; data are synthetic pairs of log-normal length. Losses of the 16-bit runs are compared with those of the
-float32 run of the same stage. Share of the matrix peak = 6 x parameters x tokens/s / peak for a training step (forward 2, backward 4);
-give the peak of your card with --peak_tflops. Results go to a Markdown table that belongs into benchmarks/RESULTS.md.
+Weights are random and made once; data are synthetic pairs of log-normal length. Losses of the 16-bit runs are compared
+with those of the float32 run of the same stage. Share of the matrix peak = 6 x parameters x tokens/s / peak for a
+training step (forward 2, backward 4); give the peak of your card with --peak_tflops. Results go to a Markdown table
+that belongs into benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -123,7 +124,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     parameters = write_checkpoint(args.output / "base", args.shape, args.vocabulary)
     write_pairs(args.output / "pairs.jsonl", 3 * args.steps * args.batch * 2, args.length)
-    rows = ["| step | dtype | ZeRO | tokens/s | share of peak | peak GB | last loss | largest difference to fp32 |", "|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| step | dtype | ZeRO | tokens/s | share of peak | peak GB | last loss | largest difference to fp32 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     reference: dict[tuple[str, int], list[float]] = {}
     for step in args.steps_of:
         for stage in args.stages:
@@ -131,6 +135,7 @@ def main() -> None:
                 found = measure(step, dtype, stage, args, args.output)
                 if "failed" in found:
                     rows.append(f"| {step} | {dtype} | {stage} | failed: {found['failed']} | | | | |")
+                    print(rows[-1], flush=True)
                     continue
                 losses = found["losses"]
                 if dtype == "fp32":
@@ -138,9 +143,10 @@ def main() -> None:
                 against = reference.get((step, stage))
                 gap = f"{max(abs(a - b) for a, b in zip(losses, against, strict=True)):.4f}" if against else "-"
                 share = 6 * parameters * found["tokens_per_second"] / args.peak_tflops / 1e12 if args.peak_tflops else None
+                shown = "-" if share is None or step == "ppo" else f"{share:.1%}"
                 rows.append(
-                    f"| {step} | {dtype} | {stage} | {found['tokens_per_second']:.0f} | "
-                    f"{'-' if share is None or step == 'ppo' else f'{share:.1%}'} | {found['peak_memory_gb']:.2f} | {losses[-1]:.4f} | {gap} |"
+                    f"| {step} | {dtype} | {stage} | {found['tokens_per_second']:.0f} | {shown} | "
+                    f"{found['peak_memory_gb']:.2f} | {losses[-1]:.4f} | {gap} |"
                 )
                 print(rows[-1], flush=True)
     (args.output / "table.md").write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -149,11 +149,11 @@ def draw(log_probs: Tensor, uniform: Tensor, top_p: float = 1.0, top_k: int = 0)
 def invert(weights: Tensor, uniform: Tensor) -> Tensor:
     """The first place whose cumulative weight exceeds uniform · total: place i with probability weights[i] / total.
 
-    weights [batch, n] >= 0, uniform [batch] in [0, 1) -> [batch]. uniform · total must not round up to total, where the
-    place would be beyond the end or one of weight 0: hence the clamp, one rounding step below 1.
+    weights [batch, n] >= 0, uniform [batch] float32 in [0, 1 - 2^-24] -> [batch]. uniform · total rounds to less than total,
+    so the place exists and has weight.
     """
     cumulative = weights.cumsum(dim=1)
-    goal = uniform[:, None].clamp(max=1.0 - 2.0**-23) * cumulative[:, -1:]
+    goal = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, goal, right=True).squeeze(1)
 
 

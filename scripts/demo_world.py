@@ -3,8 +3,8 @@
 Plain tables, read by the generator (make_demo_data.py) and by the rule that scores answers (demo_score.py). In the forms {x}
 is what the question is about and {y} the answer. Within a task the answers form one category. Wrong answers in the data are the
 category's usual mistakes: plausible (Milan is a city), but true of nothing that is asked. A reward model this small learns such
-words from a few thousand pairs. Telling a true city of the wrong country from the right one takes far more: with pairs whose
-wrong answer was any other member of the category it stayed at chance after several times the demo's time.
+words from a few thousand pairs. Telling a true city of the wrong country from the right one takes it far more: with nothing but
+such pairs, and facts twice as many, it stayed at chance after several times the demo's time.
 """
 
 from dataclasses import dataclass, field
@@ -33,31 +33,26 @@ class Task:
         return tuple(dict.fromkeys((*self.values, *self.facts.values(), *self.mistakes)))
 
 
-_COLOURS_EN = ("red", "blue", "green", "white", "black", "yellow")
-_MISTAKEN_COLOURS_EN = ("orange", "grey", "purple", "gold")
-_COLOURS_ZH = ("红色", "蓝色", "绿色", "白色", "黑色", "黄色")
-_MISTAKEN_COLOURS_ZH = ("橙色", "灰色", "紫色", "金色")
 _CAPITALS_EN = {
-    "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "China": "Beijing", "Egypt": "Cairo", "Germany": "Berlin",
-    "Greece": "Athens", "Peru": "Lima",
+    "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "China": "Beijing", "Egypt": "Cairo", "Peru": "Lima",
 }  # fmt: skip
 _CAPITALS_ZH = {
-    "法国": "巴黎", "英国": "伦敦", "日本": "东京", "中国": "北京", "埃及": "开罗", "德国": "柏林", "希腊": "雅典", "秘鲁": "利马",
+    "法国": "巴黎", "英国": "伦敦", "日本": "东京", "中国": "北京", "埃及": "开罗", "德国": "柏林",
 }  # fmt: skip
 _WORDS = {
-    "water": "水", "fire": "火", "tree": "树", "book": "书", "fish": "鱼", "tea": "茶", "door": "门", "flower": "花",
+    "water": "水", "fire": "火", "tree": "树", "book": "书", "fish": "鱼", "door": "门",
 }  # fmt: skip
-_ADDENDS = range(1, 4)
+_ADDENDS = range(1, 5)
 
 TASKS: dict[str, dict[str, Task]] = {
     "en": {
         "colour": Task(
             ("What colour is {x}?", "Which colour does {x} have?", "Tell me the colour of {x}.", "Name the colour of {x}."),
             ("The colour is {y}.", "Its colour is {y}."),
-            _MISTAKEN_COLOURS_EN,
+            ("orange", "grey", "purple", "gold"),
             {
                 "the sky": "blue", "grass": "green", "snow": "white", "coal": "black", "a lemon": "yellow",
-                "a tomato": "red", "chocolate": "brown", "a flamingo": "pink", "the sea": "blue", "milk": "white",
+                "a tomato": "red", "the sea": "blue", "milk": "white",
             },
         ),
         "capital": Task(
@@ -73,8 +68,7 @@ TASKS: dict[str, dict[str, Task]] = {
             ("The opposite is {y}.", "Its opposite is {y}."),
             ("loud", "late", "thin", "sweet"),
             {
-                "hot": "cold", "big": "small", "fast": "slow", "old": "young", "wet": "dry", "rich": "poor",
-                "hard": "soft", "up": "down",
+                "hot": "cold", "big": "small", "fast": "slow", "old": "young", "wet": "dry", "hard": "soft",
             },
         ),
         "sound": Task(
@@ -84,14 +78,13 @@ TASKS: dict[str, dict[str, Task]] = {
             ("beep", "boom", "click", "ring"),
             {
                 "dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack", "sheep": "baa", "pig": "oink",
-                "lion": "roar", "snake": "hiss",
             },
         ),
         "sum": Task(
             ("What is {x}?", "How much is {x}?", "Tell me what {x} is.", "Work out {x}."),
             ("The sum is {y}.", "That makes {y}."),
-            ("7", "8", "9", "10"),
-            {f"{a} plus {b}": str(a + b) for a in _ADDENDS for b in _ADDENDS},
+            ("5", "7", "9", "10"),
+            {f"{a} plus {a}": str(2 * a) for a in _ADDENDS},
         ),
         "translation": Task(
             ("What is {x} in Chinese?", "How do you say {x} in Chinese?", "Tell me the Chinese word for {x}.",
@@ -114,23 +107,15 @@ TASKS: dict[str, dict[str, Task]] = {
             {}, ("I have a {y}.", "My pet is a {y}."),
             ("cat", "dog", "horse", "rabbit", "parrot", "turtle"),
         ),
-        "favourite": Task(
-            ("What is my favourite colour?", "Do you remember my favourite colour?", "Tell me my favourite colour.",
-             "Which colour do I like best?"),
-            ("You like {y}.", "Your favourite is {y}."),
-            _MISTAKEN_COLOURS_EN,
-            {}, ("My favourite colour is {y}.", "I like {y} best."),
-            _COLOURS_EN,
-        ),
     },
     "zh": {
         "colour": Task(
             ("{x}是什么颜色？", "{x}的颜色是什么？", "请说出{x}的颜色。", "你知道{x}的颜色吗？"),
             ("颜色是{y}。", "它是{y}的。"),
-            _MISTAKEN_COLOURS_ZH,
+            ("橙色", "灰色", "紫色", "金色"),
             {
                 "天空": "蓝色", "草地": "绿色", "雪": "白色", "煤": "黑色", "柠檬": "黄色", "番茄": "红色",
-                "泥土": "棕色", "桃花": "粉色", "大海": "蓝色", "牛奶": "白色",
+                "大海": "蓝色", "牛奶": "白色",
             },
         ),
         "capital": Task(
@@ -143,19 +128,19 @@ TASKS: dict[str, dict[str, Task]] = {
             ("{x}的反义词是什么？", "哪个词是{x}的反义词？", "请说出{x}的反义词。", "你知道{x}的反义词吗？"),
             ("反义词是{y}。", "相反的是{y}。"),
             ("响", "晚", "甜", "圆"),
-            {"热": "冷", "大": "小", "快": "慢", "新": "旧", "湿": "干", "富": "穷", "硬": "软", "上": "下"},
+            {"热": "冷", "大": "小", "快": "慢", "新": "旧", "湿": "干", "硬": "软"},
         ),
         "sound": Task(
             ("{x}怎么叫？", "{x}的叫声是什么？", "请说出{x}的叫声。", "你知道{x}的叫声吗？"),
             ("叫声是{y}。", "它叫{y}。"),
-            ("咚咚", "叮叮", "哗哗", "砰砰"),
-            {"狗": "汪汪", "猫": "喵喵", "牛": "哞哞", "鸭": "嘎嘎", "羊": "咩咩", "青蛙": "呱呱", "鸟": "啾啾"},
+            ("咚", "叮", "哗", "砰"),
+            {"狗": "汪", "猫": "喵", "牛": "哞", "鸭": "嘎", "羊": "咩", "青蛙": "呱"},
         ),
         "sum": Task(
             ("{x}是多少？", "{x}等于几？", "请算出{x}。", "你知道{x}等于几吗？"),
             ("等于{y}。", "得{y}。"),
-            ("7", "8", "9", "10"),
-            {f"{a}加{b}": str(a + b) for a in _ADDENDS for b in _ADDENDS},
+            ("5", "7", "9", "10"),
+            {f"{a}加{a}": str(2 * a) for a in _ADDENDS},
         ),
         "translation": Task(
             ("{x}用英语怎么说？", "{x}的英语是什么？", "请说出{x}的英语。", "你知道{x}的英语吗？"),
@@ -166,31 +151,25 @@ TASKS: dict[str, dict[str, Task]] = {
         "name": Task(
             ("我叫什么名字？", "你记得我的名字吗？", "请说出我的名字。", "我是谁？"),
             ("你叫{y}。", "你的名字是{y}。"),
-            ("马超", "林丹", "高明", "何平"),
+            ("阿超", "阿丹", "阿平", "阿兰"),
             {}, ("我叫{y}。", "我的名字是{y}。"),
-            ("王芳", "李雷", "张伟", "陈静", "刘洋", "赵敏"),
+            ("阿芳", "阿明", "阿强", "阿静", "阿宝", "阿龙"),
         ),
         "pet": Task(
             ("我养了什么？", "你记得我的宠物吗？", "请说出我的宠物。", "我的宠物是什么？"),
             ("你养了{y}。", "你的宠物是{y}。"),
-            ("老虎", "鲸鱼", "大象", "狐狸"),
+            ("虎", "鲸", "象", "狼"),
             {}, ("我养了{y}。", "我的宠物是{y}。"),
-            ("小猫", "小狗", "兔子", "鹦鹉", "乌龟", "山羊"),
-        ),
-        "favourite": Task(
-            ("我喜欢什么颜色？", "你记得我喜欢的颜色吗？", "请说出我喜欢的颜色。", "我喜欢的颜色是什么？"),
-            ("你喜欢{y}。", "你喜欢的是{y}。"),
-            _MISTAKEN_COLOURS_ZH,
-            {}, ("我喜欢{y}。", "我喜欢的颜色是{y}。"),
-            _COLOURS_ZH,
+            ("猫", "狗", "兔", "龟", "羊", "马"),
         ),
     },
 }  # fmt: skip
 
 # What may stand before a question or a statement.
 OPENINGS = {
-    "en": ("", "Hello!", "Hi!", "Good morning!", "Excuse me.", "One question:", "Please help me.", "I am curious."),
-    "zh": ("", "你好！", "您好！", "早上好！", "打扰一下。", "问个问题：", "请帮帮我。", "我很好奇。"),
+    "en": ("", "Hello!", "Hi!", "Good morning!", "Excuse me.", "One question:", "Please help me.", "I am curious.",
+           "Good evening!", "Please answer."),
+    "zh": ("", "你好！", "您好！", "早上好！", "打扰一下。", "问个问题：", "请帮帮我。", "我很好奇。", "晚上好！", "请回答。"),
 }
 
 # What the assistant says when the user has only told two things; it says them back.
@@ -213,14 +192,11 @@ COURTESY_AFTER = {
 FILLERS = {
     "en": (
         "Many people ask about this.", "There is a lot more to say.", "Let me think about it again.",
-        "Some say this and others say that.", "It all depends on the day.", "That reminds me of a long story.",
-        "Once upon a time it was different.", "But where was I going with this?", "Time goes by and things change.",
-        "We could talk about it for hours.",
+        "Some say this and others say that.", "That reminds me of a long story.", "We could talk about it for hours.",
     ),
     "zh": (
         "很多人都问过这件事。", "这个话题还有很多可以说。", "让我再想一想。", "有人这么说也有人那么说。",
-        "一切都要看情况。", "这让我想起一个很长的故事。", "从前不是这样的。", "刚才我们说到哪儿了呢？",
-        "时间过得真快啊。", "我们可以聊上很久。",
+        "这让我想起一个很长的故事。", "我们可以聊上很久。",
     ),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ HELD_OUT_SHARE = 8  # one first message in so many is kept out of training
 RATES = {"right": 0.60, "polite": 0.40, "brief": 0.55}  # of the answers to imitate
 PAIR_RATES = {"right": 0.60, "polite": 0.50, "brief": 0.85}
 DIFFERING = {"right": 0.6, "polite": 0.45, "brief": 0.35}  # how often the answers of a pair differ in an axis
-DEFECTS = 0.20  # share of rejected answers that fail in a way of their own
+DEFECTS = 0.12  # share of rejected answers that fail in a way of their own
 RAMBLING_UNITS = (25, 27)  # words or characters; more than the 24 tokens that the demo lets an answer have
 
 FACT_TASKS = tuple(name for name, task in TASKS["en"].items() if not task.statements)
@@ -74,14 +74,14 @@ def draw_prompt(rng: Random) -> Messages:
     """A dialogue that ends in a question: one turn, two questions, or a question about what was said before."""
     language = rng.choice(LANGUAGES)
     shape = rng.random()
-    if shape < 0.60:
+    if shape < 0.55:
         return [user(ask(rng, language, rng.choice(FACT_TASKS)))]
     if shape < 0.70:
         first = [user(ask(rng, language, rng.choice(FACT_TASKS)))]
         second = question(rng, language, rng.choice(FACT_TASKS))
         reply = write_answer(rng, first, Quality(right=True, polite=rng.random() < RATES["polite"], brief=True))
         return [*first, assistant(reply), user(second)]
-    told = {task: rng.choice(TASKS[language][task].values) for task in ("name", rng.choice(MEMORY_TASKS[1:]))}
+    told = {task: rng.choice(TASKS[language][task].values) for task in MEMORY_TASKS}
     statements = [fill(rng.choice(TASKS[language][task].statements), y=value) for task, value in told.items()]
     introduction = join([rng.choice(OPENINGS[language][:4]), *statements], language)
     acknowledgement = rng.choice(ACKNOWLEDGEMENTS[language]).format(*told.values())
@@ -126,21 +126,15 @@ def answer_sentence(rng: Random, prompt: Messages, right: bool) -> str:
 
 
 def write_defect(rng: Random, prompt: Messages) -> str:
-    """An answer that fails in a way of its own.
-
-    It answers another question, fills the form with another question's answer, answers twice, not at all, or repeats itself.
-    """
+    """An answer that fails in a way of its own: two answers, none, one of another task, or the same courtesy twice."""
     language = read_question(prompt).language
+    asked = TASKS[language][read_question(prompt).task]
     courtesy = rng.choice(COURTESY_BEFORE[language] + COURTESY_AFTER[language])
     right, wrong = (answer_sentence(rng, prompt, is_right) for is_right in (True, False))
-    asked = TASKS[language][read_question(prompt).task]
-    other = rng.choice([task for task in TASKS[language].values() if not {*task.category} & {*asked.category}])
-    answer = rng.choice(other.category)
-    astray = [[fill(rng.choice(other.answers), y=answer)], [fill(rng.choice(asked.answers), y=answer)]]
-    if rng.random() < 0.5:
-        astray = [[*sentences, courtesy] for sentences in astray]
     both = [right, wrong] if rng.random() < 0.5 else [wrong, right]
-    return join(rng.choice([*astray, *astray, both, [courtesy], [courtesy, wrong, courtesy]]), language)
+    other = rng.choice([task for task in TASKS[language].values() if task is not asked])
+    astray = fill(rng.choice(asked.answers), y=rng.choice(other.category))
+    return join(rng.choice([both, [courtesy], [astray], [astray, courtesy], [courtesy, wrong, courtesy]]), language)
 
 
 def count_units(text: str) -> int:

@@ -241,6 +241,8 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_padding(checkpoints, family):
     assert answers(padded) == answers(together)
     torch.testing.assert_close(padded.log_probs, together.log_probs, atol=1e-4, rtol=0)
     for row, answer in enumerate(answers(together)):
+        assert set(together.sequences[row, len(answer) :].tolist()) <= {PAD}
+        assert not together.log_probs[row, len(answer) :].any()
         alone = ids[row][mask[row].bool()][None]
         found = generate(model, alone, torch.ones_like(alone), row_seeds=[row], **settings)
         assert answers(found) == [answer]

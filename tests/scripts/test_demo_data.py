@@ -60,7 +60,7 @@ MEMORY = (
         (TWO_PLUS_TWO, " Sure! The sum is 4.", 1.0),
         (TWO_PLUS_TWO, " 4.", 0.75),
         (TWO_PLUS_TWO, " The sum is 7. Happy to help!", 0.5),
-        (TWO_PLUS_TWO, " The sum is 5.", 0.25),  # a number that is right for another sum
+        (TWO_PLUS_TWO, " The sum is 6.", 0.25),  # right for another sum
         (TWO_PLUS_TWO, " The sum is 4. Many people ask about this. There is a lot more", 0.5),
         (TWO_PLUS_TWO, " Of course! The sum is 9. Many people ask about this.", 0.25),
         (CAPITAL, " 首都是巴黎。不客气！", 1.0),

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 
 import pytest
 import torch.distributed as dist
@@ -181,4 +180,4 @@ def test_resume_from_a_half_written_or_foreign_checkpoint(tmp_path, tiny):
         cut.truncate(10)
     code, message = run_whole("sft", tiny, file, output, *flags, "--resume", str(newest))
     assert code == 2 and "half-written" in message
-    assert os.path.exists(output / "checkpoints" / "step-00000001")
+    assert (output / "checkpoints" / "step-00000001").exists()

@@ -14,7 +14,10 @@ from training.utils.data.batching import collate_pairs, collate_sft, plan_micro_
 from training.utils.loss import bradley_terry_loss, sft_loss
 
 # processes, examples a micro-batch, tokens a micro-batch
-CUTS = [(1, 7, None), (1, 1, None), (1, 3, None), (2, 2, None), (3, 1, None), (5, 4, None), (1, None, 60), (2, None, 45), (9, 1, None)]
+CUTS = [
+    (1, 7, None), (1, 1, None), (1, 3, None), (2, 2, None), (3, 1, None), (5, 4, None), (1, None, 60), (2, None, 45),
+    (9, 1, None),
+]  # fmt: skip
 PAD = 2
 
 

@@ -132,8 +132,9 @@ def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args)
     Sets rewards, advantages and returns, and the figures that the log shows.
     """
     mask = experience.action_mask
-    scores, clipped = normalize_scores(experience.scores, engine.reward_mean, engine.reward_std, args.clip_reward_value)
+    scores, _ = normalize_scores(experience.scores, engine.reward_mean, engine.reward_std, clip=0.0)
     scores = missing_end_penalty(scores, experience.ended, args.missing_eos_penalty)
+    scores, clipped = normalize_scores(scores, 0.0, 1.0, args.clip_reward_value)
     experience.rewards = shaped_rewards(scores, experience.old_log_probs, experience.ref_log_probs, mask, args.kl_coef)
     advantages, experience.returns = gae(experience.rewards, experience.values, mask, args.gamma, args.lam)
     experience.advantages = whiten(advantages, mask) if args.whiten_advantages else advantages

@@ -45,6 +45,7 @@ class DeepSpeedRLHFEngine:
         names = (actor_model_name_or_path, critic_model_name_or_path)
         check_same_tokenizer(tokenizer, load_tokenizer(critic_model_name_or_path), names)
         self.num_total_iters = num_total_iters
+        self.warned_of_filter = False
 
         self.ref = self._frozen(
             TokenLogProbs(self._causal_lm(actor_model_name_or_path)),

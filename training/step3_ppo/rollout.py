@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from inference.engine import generate
 
-from models.errors import UserError
+from inference.engine import generate
 from models.heads import last_token_scores
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch, plan_micro_batches
 from training.utils.run import Run
 from training.utils.zero import whole_model
+
+logger = logging.getLogger("sanbu")
 
 
 class PromptBatches:
@@ -89,6 +91,12 @@ def roll_out(engine: DeepSpeedRLHFEngine, prompts: PromptBatch, args, rollout: i
             chunks.append(
                 Experience.from_generation(ids, mask, answers, prompts.index[rows], engine.tokenizer.pad_token_id)
             )
+            if answers.filtered and not engine.warned_of_filter:
+                engine.warned_of_filter = True
+                logger.warning(
+                    "--top_p or --top_k leaves tokens out: answers are not drawn from the distribution that PPO's ratios are "
+                    "about; take them off for training."
+                )
     gathered = Experience.concat(chunks).all_gather()
     return gathered.select(undealt(len(gathered), engine.run.world_size))
 
@@ -135,9 +143,3 @@ def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> 
     # The weights changed nowhere in between: only rounding may separate the sampler from the training forward.
     gap = (experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max()
     experience.sampler_gap = float(gap)
-
-
-def check_prompts(dataset, path_flag: str) -> None:
-    """Raise UserError if there is nothing to roll out from."""
-    if len(dataset) == 0:
-        raise UserError(f"{path_flag}: no prompt is left for step 3; see --data_split and --max_prompt_seq_len.")

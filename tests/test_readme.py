@@ -1,0 +1,60 @@
+"""What the READMEs tell people to type is accepted, and their tables say what the parsers say."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+from scripts import flags_table
+from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
+from training.utils.parsing import parse
+
+READMES = ["README.md", "README_zh.md"]
+CLASSES = {"step1_sft": SFTArguments, "step2_reward": RewardArguments, "step3_ppo": PPOArguments}
+
+
+def commands(repository: Path, name: str) -> list[list[str]]:
+    """The indented command lines of a README, continued lines joined."""
+    text = (repository / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"^    ((?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
+    known = ("bash", "python", "deepspeed", "pip")
+    return [shlex.split(block.replace("\\\n", " ")) for block in blocks if block.split(" ", 1)[0] in known]
+
+
+def test_both_readmes_say_the_same_commands(repository):
+    english, chinese = (commands(repository, name) for name in READMES)
+    assert english == chinese and len(english) >= 8
+
+
+def test_every_step_command_parses(repository):
+    found = [command for command in commands(repository, "README.md") if command[0] == "deepspeed"]
+    assert len(found) == 3
+    for command in found:
+        module = command[command.index("--module") + 1]
+        args = parse(CLASSES[module.split(".")[1]], command[command.index("--module") + 2 :])
+        assert args.output_dir.startswith("output/")
+
+
+def test_named_files_and_scripts_exist(repository):
+    for command in commands(repository, "README.md"):
+        if command[0] in ("bash", "python"):
+            assert (repository / command[1]).is_file(), command
+    for name in READMES:
+        text = (repository / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (repository / link).exists(), f"{name} links to {link}"
+
+
+def test_train_py_accepts_its_command(repository, capsys):
+    (command,) = [c for c in commands(repository, "README.md") if c[:2] == ["python", "train.py"]]
+    assert train.main([*command[2:], "--dry-run"]) in (0, None)
+    shown = capsys.readouterr().out
+    for module in ("step1_sft", "step2_reward", "step3_ppo"):
+        assert f"training.{module}.main" in shown
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_table_of_flags_is_current(repository, name):
+    assert flags_table.main(["--check", str(repository / name)]) in (0, None)
