@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_cache = tempfile.TemporaryDirectory(prefix="sanbu-tests-")   # tokenised data of the tests; removed at exit
+os.environ.setdefault("SANBU_CACHE", _cache.name)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

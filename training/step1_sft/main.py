@@ -63,6 +63,8 @@ def main(args: SFTArguments) -> None:
     progress = Progress(run, batches.total_steps, start)
 
     def evaluate(step: int) -> None:
+        if len(data.eval) == 0:
+            return
         figures = perplexity(
             engine, evaluation_batches(data.eval, collate, run, args.per_device_eval_batch_size, args.eval_iters), run
         )

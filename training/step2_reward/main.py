@@ -6,6 +6,7 @@ deepspeed --module training.step2_reward.main --config configs/cpu/demo.yaml
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import torch
@@ -23,6 +24,8 @@ from training.utils.loss import bradley_terry_loss, pair_accuracy
 from training.utils.parsing import main_entry
 from training.utils.run import Run
 from training.utils.zero import EngineOptions, build_engine, optimizer_figures, optimizer_step
+
+logger = logging.getLogger("sanbu")
 
 
 def main(args: RewardArguments) -> None:
@@ -61,10 +64,14 @@ def main(args: RewardArguments) -> None:
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start, _ = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
+    held_out = data.eval
+    if len(held_out) == 0:
+        logger.warning("No pair was held out (see --eval_fraction): accuracy and score statistics are those of training pairs.")
+        held_out = data.train
 
     def evaluate(step: int) -> dict[str, float]:
         figures = score_statistics(
-            engine, evaluation_batches(data.eval, collate, run, args.per_device_eval_batch_size, args.eval_iters), run
+            engine, evaluation_batches(held_out, collate, run, args.per_device_eval_batch_size, args.eval_iters), run
         )
         run.metrics.log(step, figures, prefix="eval")
         if run.is_main:
@@ -137,9 +144,10 @@ def score_statistics(engine, micro_batches, run: Run) -> dict[str, float]:
     count = max(pairs, 1.0)
     mean = (chosen_sum + rejected_sum) / (2 * count)
     variance = max(squares / (2 * count) - mean**2, 0.0)
+    # A spread of 0 (one pair, a dead head) must not become a divisor.
     return {
         "accuracy": right / count, "pairs": pairs, "chosen": chosen_sum / count, "rejected": rejected_sum / count,
-        "mean": mean, "std": max(variance**0.5, 1e-6),
+        "mean": mean, "std": max(variance**0.5, 1e-3),
     }  # fmt: skip
 
 

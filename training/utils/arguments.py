@@ -279,7 +279,6 @@ class PPOArguments(CommonArguments):
         "Optimizer steps of linear warm-up; at most half of the run. The earlier 100 was a fifth of a published run.",
         10,
     )
-    align_overflow: bool = flag("Skip the step of both where the fp16 gradients of actor or critic overflow.", False)
 
     # models
     actor_dropout: float = flag("Dropout of the actor; above 0 the ratio of probabilities is noise.", 0.0)

@@ -66,6 +66,9 @@ RETIRED = (
     FormerFlag(("enable_test_mode",), ("ppo",), 0, "--max_steps alone", "silent"),
     FormerFlag(("enable_ema",), ("ppo",), 0, "EMA is not kept in this version; the result is the last actor", "warn"),
     FormerFlag(
+        ("align_overflow",), ("ppo",), 0, "in this version actor and critic each skip their own overflowing fp16 step", "warn"
+    ),
+    FormerFlag(
         ("num_beams", "num_beam_groups", "top_k", "penalty_alpha"), ("prompt_eval",), 1,
         "answers are greedy, as they were: the earlier script never used this flag",
     ),
