@@ -76,7 +76,7 @@ def test_global_batch_size():
     assert global_batch_size(args, world_size=2, per_device=4) == 24
     args.global_batch_size = 10
     assert global_batch_size(args, world_size=5, per_device=4) == 10
-    with pytest.raises(UserError, match="--global_batch_size 10 .* 4 processes; take a multiple of 4, such as 12"):
+    with pytest.raises(UserError, match=r"--global_batch_size 10 .* 4 processes; take a multiple of 4, such as 12"):
         global_batch_size(args, world_size=4, per_device=4)
 
 
