@@ -59,13 +59,15 @@ def write_pairs(file: Path, count: int, longest: int) -> None:
     """Pairs whose texts have log-normal lengths (sigma 0.8), a byte a token."""
     generator = random.Random(0)
 
-    def text() -> str:
-        length = min(int(generator.lognormvariate(4.5, 0.8)) + 8, longest)
+    def text(limit: int) -> str:
+        length = min(int(generator.lognormvariate(4.5, 0.8)) + 8, limit)
         return "".join(generator.choice("abcdefghij klmnop") for _ in range(length))
 
     with file.open("w", encoding="utf-8") as out:
         for _ in range(count):
-            out.write(json.dumps({"prompt": text(), "chosen": text(), "rejected": text()}) + "\n")
+            # a byte a token: the template's own letters ("Human:", "Assistant:") come on top of the prompt
+            prompt = text(max(longest - 32, 8))
+            out.write(json.dumps({"prompt": prompt, "chosen": text(longest), "rejected": text(longest)}) + "\n")
 
 
 def flags(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: Path) -> list[str]:
