@@ -1,6 +1,7 @@
 """DeepSpeed configurations and the copying of structure, without processes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from models.errors import UserError
 from training.utils.zero import (
+    build_optimizer,
     copy_structure,
     fill,
     get_eval_ds_config,
@@ -76,3 +78,36 @@ def test_structure_is_copied_without_weights_and_keeps_ties():
     fill(plain, {id(plain["embedding"].weight): new}, {})
     tokens = torch.tensor([0, 4])
     assert torch.equal(plain["head"](plain["embedding"](tokens)), model["head"](model["embedding"](tokens)))
+
+
+class Recorder(torch.optim.AdamW):
+    """Stands where DeepSpeed's compiled optimizers do, with the arguments that both of them know."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize(("wanted", "name"), [("fused_adam", "FusedAdam"), ("cpu_adam", "DeepSpeedCPUAdam")])
+def test_deepspeeds_optimizers_get_the_flags(monkeypatch, wanted, name):
+    import deepspeed.ops.adam
+
+    monkeypatch.setattr(deepspeed.ops.adam, name, Recorder)
+    options = SimpleNamespace(optimizer=wanted, offload_optimizer=False, zero_stage=2, betas=(0.8, 0.7), epsilon=1e-5)
+    found = build_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 0.5}], options)
+    assert isinstance(found, Recorder)
+    group = found.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.7), 1e-5)
+
+
+def test_an_optimizer_that_cannot_be_built_gives_way_with_its_reason(monkeypatch, caplog):
+    import deepspeed.ops.adam
+
+    def broken(*_, **__):
+        raise RuntimeError("no compiler here\nand a long tail")
+
+    monkeypatch.setattr(deepspeed.ops.adam, "FusedAdam", broken)
+    options = SimpleNamespace(optimizer="fused_adam", offload_optimizer=False, zero_stage=0, betas=(0.8, 0.7), epsilon=1e-5)
+    with caplog.at_level("WARNING", logger="sanbu"):
+        found = build_optimizer([{"params": [nn.Parameter(torch.ones(2))], "lr": 0.5}], options)
+    assert type(found) is torch.optim.AdamW and found.param_groups[0]["eps"] == 1e-5
+    assert "fused_adam cannot be built here (no compiler here)" in caplog.text and "long tail" not in caplog.text

@@ -25,14 +25,8 @@ from training.utils.loop import Progress, due
 from training.utils.parsing import main_entry
 from training.utils.run import Run
 
-SHOWN = (
-    "score",
-    "kl",
-    "length",
-    "eos_rate",
-    "actor_loss",
-    "critic_loss",
-)  # on the progress line; all go to metrics.jsonl
+# On the progress line; all figures go to metrics.jsonl.
+SHOWN = ("score", "kl", "length", "eos_rate", "actor_loss", "critic_loss")
 
 
 def main(args: PPOArguments) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.device import detect_platform
+from models.device import has_accelerator
 from models.errors import UserError
+from models.factory import first_line
 from training.utils.run import Run
 
 logger = logging.getLogger("sanbu")
@@ -62,10 +63,10 @@ def get_train_ds_config(
     """
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage >= 2 and dtype != torch.float32}
     if offload and stage >= 1:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": (detect_platform().name != "cpu")}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": has_accelerator()}
     if stage == 3:
         if offload_param:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": (detect_platform().name != "cpu")}
+            zero["offload_param"] = {"device": "cpu", "pin_memory": has_accelerator()}
         # Small weights stay whole; the window of live ones is wide, or every layer would be fetched twice (1.2e9 is 6B / 5).
         zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_max_live_parameters": 1_200_000_000}
         zero |= {"stage3_prefetch_bucket_size": 30_000_000, "stage3_gather_16bit_weights_on_model_save": False}
@@ -222,24 +223,19 @@ def parameter_groups(model: nn.Module, options: EngineOptions) -> list[dict[str,
 def build_optimizer(groups: list[dict[str, Any]], options: EngineOptions) -> torch.optim.Optimizer:
     """AdamW in the best implementation that this machine has; a fallback is logged once with its reason."""
     settings = {"betas": options.betas, "eps": options.epsilon}
-    on_host = options.offload_optimizer and options.zero_stage >= 1 and (detect_platform().name != "cpu")
+    on_host = options.offload_optimizer and options.zero_stage >= 1 and has_accelerator()
     wanted = options.optimizer if options.optimizer != "auto" else ("cpu_adam" if on_host else "adamw")
     if wanted != "adamw":
         try:
             from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
             operator = DeepSpeedCPUAdam if wanted == "cpu_adam" else FusedAdam
-            return operator(groups, adamw_mode=True) if wanted == "fused_adam" else operator(groups, **settings)
+            return operator(groups, **settings)  # both decouple weight decay by default
         except Exception as error:  # a compiler, toolkit or driver that is missing shows in many ways
             logger.warning(
                 "DeepSpeed's %s cannot be built here (%s); torch's AdamW takes its place.", wanted, first_line(error)
             )
     return torch.optim.AdamW(groups, fused=True, **settings)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype, total_steps: int, world_size: int):
@@ -371,8 +367,3 @@ def fill(model: nn.Module, parameters: dict[int, nn.Parameter], buffers: dict[st
             full = f"{prefix}.{name}" if prefix else name
             if full in buffers:
                 module._buffers[name] = buffers[full]
-
-
-def trainable_count(parameters: Iterable[nn.Parameter]) -> int:
-    """Number of weights that the optimizer moves, counted whole under ZeRO-3."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
