@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.metrics import format_seconds
 from training.utils.parsing import load_recipe
 from training.utils.run import DONE, check_writable, free_port

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError
+from errors import UserError
 
 END = ("quit", "exit", "stop")
 CLEAR = "clear"

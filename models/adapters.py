@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from models.errors import UserError
+from errors import UserError
 from models.factory import FAMILIES
 
 _NAME = "default"  # peft can hold several adapters; we use one

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from models.errors import UserError
+from errors import UserError
 
 logger = logging.getLogger("sanbu")
 

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.errors import UserError
+from errors import UserError
 from models.heads import base_model
 
 logger = logging.getLogger("sanbu")

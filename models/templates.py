@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError
+from errors import UserError
 
 FILE_NAME = "sanbu_template.json"
 KINDS = ("chat_template", "human_assistant")

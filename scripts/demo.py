@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError
+from errors import UserError
 from scripts.demo_score import demo_score
 from scripts.report import TITLES, summary_rows, write_report
 from training.utils.metrics import format_seconds, read_metrics

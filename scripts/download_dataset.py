@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.data.sources import download_folder, load_from_hub
 
 

@@ -12,7 +12,7 @@ import sys
 from argparse import SUPPRESS, Action
 from pathlib import Path
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.arguments import STEPS, PromptEvalArguments, RewardEvalArguments
 from training.utils.former_flags import NOT_YET, RETIRED, FormerFlag
 from training.utils.parsing import FlagParser

@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.metrics import format_figure, format_seconds, read_metrics
 
 TITLES = {"sft": "Step 1: supervised fine-tuning", "reward": "Step 2: reward model", "ppo": "Step 3: PPO"}

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import train
-from models.errors import UserError
+from errors import UserError
 from tests.tiny import tiny_checkpoint
 from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
 from training.utils.parsing import parse as parse_step

@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
+from errors import UserError
 from inference.chatbot import Chatbot, Sampling, chat_folder, context_length, load_chatbot
-from models.errors import UserError
 from models.factory import load_scalar_model, load_tokenizer, save_model
 from models.templates import load_template
 from tests.launching import REPOSITORY, environment

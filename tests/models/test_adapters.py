@@ -5,8 +5,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from errors import UserError
 from models.adapters import adapter_disabled, add_lora, lora_targets, merged_state_dict, save_adapter
-from models.errors import UserError
 from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
 from models.heads import TokenLogProbs, TokenScores, last_token_scores
 from tests.tiny import FAMILIES, tiny_checkpoint

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
+from errors import UserError
 from models import device
 from models.device import PLATFORMS, attention_implementation, chip_dtypes, detect_platform, resolve_dtype
-from models.errors import UserError
 
 
 @pytest.fixture(autouse=True)

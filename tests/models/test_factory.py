@@ -15,7 +15,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from models.errors import UserError
+from errors import UserError
 from models.factory import (
     check_checkpoint,
     check_context_length,

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from models.errors import UserError
+from errors import UserError
 from models.templates import FILE_NAME, add_end_token, load_template
 from tests.tiny import FAMILIES, TEXT, tiny_tokenizer
 

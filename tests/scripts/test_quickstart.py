@@ -20,7 +20,7 @@ import yaml
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 
-from models.errors import UserError
+from errors import UserError
 from scripts import demo
 from scripts.demo_score import demo_score
 from tests.launching import REPOSITORY

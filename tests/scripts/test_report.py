@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from models.errors import UserError
+from errors import UserError
 from scripts.report import main, summary_rows, write_report
 
 SUMMARY = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.zero import (
     build_optimizer,
     copy_structure,

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from errors import UserError
 from inference.chatbot import context_length
 from inference.engine import generate
 from models.device import attention_implementation, detect_platform, empty_cache, resolve_dtype, set_device
-from models.errors import UserError
 from models.factory import load_causal_lm, load_tokenizer, resolve_checkpoint
 from models.templates import Template, load_template
 from training.utils.arguments import PromptEvalArguments

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from errors import UserError
 from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
-from models.errors import UserError
 from models.factory import load_scalar_model, load_tokenizer, read_json, resolve_checkpoint
 from models.heads import TokenScores, last_token_scores
 from models.templates import Template, load_template

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from errors import UserError
 from models.adapters import merged_state_dict, save_adapter
 from models.device import rng_state, set_rng_state
-from models.errors import UserError
 from models.factory import save_model
 from models.heads import base_model
 from training.utils.run import Run

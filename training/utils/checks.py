@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.arguments import CommonArguments, PPOArguments
 
 logger = logging.getLogger("sanbu")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.data.batching import plan_epoch, plan_micro_batches
 from training.utils.metrics import progress_line
 from training.utils.run import Run

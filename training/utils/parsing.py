@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.arguments import (
     STEPS,
     PPOArguments,

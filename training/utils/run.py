@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from errors import UserError
 from models.device import (
     Platform,
     attention_implementation,
@@ -28,7 +29,6 @@ from models.device import (
     seed_device,
     set_device,
 )
-from models.errors import UserError
 from training.utils.metrics import Metrics, format_seconds
 
 logger = logging.getLogger("sanbu")

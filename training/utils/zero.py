@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models.device import has_accelerator
-from models.errors import UserError
 from models.factory import first_line
 from training.utils.run import Run
 

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from models.errors import UserError
+from errors import UserError
 from models.factory import load_tokenizer
 from models.templates import load_template
 from tests.launching import environment, start, succeed

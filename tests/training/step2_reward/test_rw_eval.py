@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from models.errors import UserError
+from errors import UserError
 from models.factory import load_scalar_model, load_tokenizer, save_model
 from models.templates import load_template
 from tests.launching import environment, start, succeed

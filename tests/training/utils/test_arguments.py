@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import UserError
+from errors import UserError
 from scripts.flags_table import BEGIN, END
 from scripts.flags_table import main as flags_table
 from training.utils import parsing

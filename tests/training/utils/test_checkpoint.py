@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.checkpoint import MANIFEST, Checkpoint, generator_states, newest_whole, set_generator_states
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.loop import GlobalBatches, due, evaluation_batches, global_batch_size
 
 LENGTHS = [3, 9, 4, 7, 5, 8, 6, 3, 9, 4, 11]

@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
 from training.utils.parsing import parse
 

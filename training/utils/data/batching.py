@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.errors import UserError
+from errors import UserError
 
 FILLER = -1
 WINDOW = 16  # global batches sorted together: most of the padding is gone at 16, and the order is still random

@@ -19,7 +19,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
-from models.errors import UserError
+from errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 CHUNK = 1 << 20

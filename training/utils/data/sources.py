@@ -23,7 +23,7 @@ import pyarrow
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from filelock import FileLock
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.data import formats, named_sets, readers
 from training.utils.data.formats import SPELLED_OUT, BadRecord, Fields, Record, Skip
 from training.utils.data.named_sets import NamedSet, find_named_set, similar_name

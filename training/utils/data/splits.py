@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from datasets import Dataset
 
-from models.errors import UserError
+from errors import UserError
 
 logger = logging.getLogger("sanbu")
 

@@ -27,7 +27,7 @@ from datasets import Dataset
 from filelock import FileLock
 
 import models.templates
-from models.errors import UserError
+from errors import UserError
 from models.templates import Template
 from training.utils.data import splits
 from training.utils.data.sources import cache_folder, content_key, load_records

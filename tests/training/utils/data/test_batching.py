@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.data.batching import (
     FILLER,
     collate_pairs,

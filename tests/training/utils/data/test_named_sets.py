@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from models.errors import UserError
+from errors import UserError
 from tests.training.utils.data.rows import HH, HH_TURNS, PAIR_RECORDS, PAIRS, rec, turns, write_lines
 from training.utils.data import sources
 from training.utils.data.named_sets import NAMED_SETS, find_named_set

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.errors import UserError
+from errors import UserError
 from tests.training.utils.data.rows import PAIR_RECORDS, PAIRS, rec, turns, write_lines
 from training.utils.data import readers
 from training.utils.data.sources import content_key, load_records

@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import UserError
+from errors import UserError
 from training.utils.data.sources import FEATURES, load_records
 from training.utils.data.splits import opening_question, parse_split, phase_and_part, select_phase
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from models.errors import UserError
+from errors import UserError
 from models.templates import load_template
 from tests.tiny import tiny_tokenizer
 from training.utils.data import tokenize
