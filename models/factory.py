@@ -6,9 +6,6 @@ import json
 import logging
 import re
 import shutil
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +24,9 @@ from transformers import (
 )
 
 from errors import UserError
+from models.files import check_weight_file, first_line, read_json
 from models.heads import base_model
+from models.zero3 import gathered, zero3_loading
 
 logger = logging.getLogger("sanbu")
 
@@ -54,6 +53,7 @@ FAMILIES = {
     "qwen3": Family(_GATED),
     "gpt2": Family(("c_attn", "c_proj", "c_fc"), learned_positions=True),
     "gpt_neox": Family(_FUSED_QKV),
+    "chatglm": Family(("query_key_value",)),
     "glm": Family(_FUSED_GATE),
     "glm4": Family(_FUSED_GATE),
 }
@@ -109,37 +109,6 @@ def check_checkpoint(path: str | Path) -> Path:
     return folder
 
 
-def read_json(file: Path, path: str | Path) -> dict:
-    """The object in a JSON file of the checkpoint ``path``; UserError if it is missing or broken."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"model {path} has no {file.name}; an interrupted save or download leaves such a folder: make it again."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); copy the checkpoint again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object; copy the checkpoint again.")
-    return content
-
-
-def check_weight_file(file: Path) -> None:
-    """UserError if a weight file is missing or shorter than its header says, as interrupted downloads leave it."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing, though the index beside it names it; copy the checkpoint again.")
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as content:
-                content.keys()
-        except Exception as error:  # SafetensorError is not public in every version
-            raise UserError(f"{file} is truncated or damaged ({error}); copy the checkpoint again.") from error
-    elif (
-        not zipfile.is_zipfile(file) and file.stat().st_size < 1024
-    ):  # an old pickle is no zip; a pointer of git-lfs is tiny
-        raise UserError(f"{file} holds no weights ({file.stat().st_size} bytes); copy the checkpoint again.")
-
-
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
@@ -168,11 +137,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, for a sentence of our own."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -312,35 +276,6 @@ def check_same_tokenizer(
             f"The tokenizers of {names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)} tokens) differ in "
             f"{differing} tokens; train the reward model from a model with the actor's tokenizer."
         )
-
-
-@contextmanager
-def zero3_loading(config: dict | None) -> Iterator[None]:
-    """Inside, transformers loads models split over the processes by this DeepSpeed config; None: plainly."""
-    if config is None:
-        yield
-        return
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    keep = HfDeepSpeedConfig(config)  # transformers holds only a weak reference
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del keep
-
-
-@contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters are whole on every process, and what process 0 writes counts; no effect without ZeRO-3."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-        yield
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

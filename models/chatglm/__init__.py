@@ -1,0 +1,1 @@
+"""ChatGLM-6B (v1.1): configuration, network, tokenizer."""

@@ -1,0 +1,448 @@
+"""The network of ChatGLM-6B v1.1 (Du et al. 2022, arXiv 2103.10360; Zeng et al. 2023, arXiv 2210.02414).
+
+A row is context, [gMASK] (or [MASK]), <sop>, answer. The context is read in both directions, the answer from left to
+right, and a token has two positions: the place of the mask token, where the answer belongs, and its place in the answer.
+
+Where the original differs, on purpose:
+- an attention mask of two dimensions (1 = real token) hides padding; the original ignores it;
+- a row without <sop> counts as context as a whole, as the original tokenizer has it; the original network raises;
+- rotary angles are float32 in every dtype; the original rounds them to float16 or bfloat16 (0.4 off at position 2000);
+- the loss is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+
+from models.chatglm.configuration import ChatGLMConfig
+from models.layers import (
+    PrefixEncoder,
+    attend,
+    causal_visibility,
+    classification_loss,
+    freeze_all_but_prefix,
+    last_real_token,
+    next_token_loss,
+    visibility_bias,
+)
+from models.quantization import replace_with_quantized
+
+# The residual is multiplied by sqrt(2 * 28) in every ChatGLM-6B, whatever its number of layers: the original's blocks
+# never learn how many there are.
+RESIDUAL = math.sqrt(2 * 28)
+
+
+class RotaryEmbedding(nn.Module):
+    """Frequencies 10000^(-2i/dim), rounded to float16 first as the original rounds them.
+
+    The buffer is there for its name in checkpoints. What is computed with is made afresh in float32: a buffer follows
+    the casts of its module.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("inv_freq", rotary_frequencies(dim))
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [..., time] -> cos and sin [..., time, dim], angle i at places i and i + dim/2."""
+        angles = positions[..., None].float() * rotary_frequencies(self.dim).to(positions.device)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_frequencies(dim: int) -> Tensor:
+    """[dim / 2] float32."""
+    return (1.0 / 10000 ** (torch.arange(0, dim, 2, device="cpu").float() / dim)).half().float()
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + dim/2) of states [batch, heads, time, dim] by the angles of cos, sin [batch, time, dim]."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+class SelfAttention(nn.Module):
+    """Fused q, k, v per head; half of each head is rotated by the first position, half by the second."""
+
+    def __init__(self, config: ChatGLMConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.rotary_emb = RotaryEmbedding(self.head_dim // (2 if config.position_encoding_2d else 1))
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        cache: Cache | None,
+        prefix: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [batch, time, width]; rotation: cos and sin [batch, channels, time, dim]."""
+        batch, time, _ = hidden.shape
+        fused = self.query_key_value(hidden).view(batch, time, self.heads, 3 * self.head_dim).transpose(1, 2)
+        query, key, value = fused.split(self.head_dim, dim=-1)
+        query, key = self.rotated(query, *rotation), self.rotated(key, *rotation)
+        if prefix is not None:
+            key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        context, probs = attend(
+            query, key, value, bias, implementation=self.config._attn_implementation, guard=self.layer + 1.0
+        )
+        return self.dense(context), probs
+
+    def rotated(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Each part of a head by the angles of its own channel."""
+        parts = states.chunk(cos.shape[1], dim=-1)
+        return torch.cat([rotate(part, cos[:, i], sin[:, i]) for i, part in enumerate(parts)], dim=-1)
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh approximation), Linear."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden), approximate="tanh"))
+
+
+class Block(GradientCheckpointingLayer):
+    """x = norm(h); h = a x + attention(x); y = norm(h); h = a y + mlp(y): the residual carries what the norm gives."""
+
+    def __init__(self, config: ChatGLMConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        bias: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [batch, time, width] -> the same, and attention probabilities where they were computed."""
+        normed = self.input_layernorm(hidden)
+        attended, probs = self.attention(normed, rotation, bias, past_key_values, prefix)
+        normed = self.post_attention_layernorm(RESIDUAL * normed + attended)
+        return RESIDUAL * normed + self.mlp(normed), probs
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving, starting values."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["prefix_encoder"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers has it, which makes all weights that it loads trainable: those beside a prefix are not."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        freeze_all_but_prefix(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RotaryEmbedding):
+            initialization.copy_(module.inv_freq, rotary_frequencies(module.dim))
+        elif isinstance(module, PrefixEncoder):  # as wide as the original's, for which published rates are made
+            initialization.normal_(module.embedding.weight, mean=0.0, std=1.0)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Embedding, blocks, final norm. With config.pre_seq_len all but the prefix encoder is frozen."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if config.quantization_bit:
+            replace_with_quantized(self.layers, config.quantization_bit)
+        if config.pre_seq_len:
+            self.prefix_encoder = PrefixEncoder(
+                config.pre_seq_len,
+                2 * config.num_layers * config.hidden_size,
+                config.hidden_size,
+                config.hidden_size if config.prefix_projection else None,
+                config.prefix_dropout,
+            )
+        self.post_init()
+        freeze_all_but_prefix(self)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embeddings."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embeddings."""
+        self.word_embeddings = value
+
+    def context_lengths(self, input_ids: Tensor) -> Tensor:
+        """[batch, time] -> [batch]: tokens before the first <sop>, padding on the left included; all without a <sop>."""
+        starts = input_ids == self.config.bos_token_id
+        return torch.where(starts.any(dim=1), starts.int().argmax(dim=1), input_ids.shape[1])
+
+    def position_ids_for(self, input_ids: Tensor, attention_mask: Tensor | None = None, room: int = 0) -> Tensor:
+        """[batch, time] -> [batch, 2, time + room] positions of a text from its beginning; room: tokens still to come.
+
+        First channel: the place in the context, from <sop> on the place of the mask token ([gMASK] if the row has one,
+        else [MASK], the first of them). Second: 0 in the context, then 1, 2, 3, ... from <sop> on. Padding counts as
+        places; only differences matter. Raises ValueError for a row without a mask token: it was cut off.
+        """
+        time, config = input_ids.shape[1], self.config
+        places = torch.arange(time + room, device=input_ids.device)
+        whole, short = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
+        marks = torch.where(whole.any(dim=1, keepdim=True), whole, short)
+        found = marks.any(dim=1)
+        if not bool(found.all()):
+            row = int((~found).nonzero()[0])
+            raise ValueError(
+                f"row {row} of the batch has neither [gMASK] ({config.gmask_token_id}) nor [MASK] "
+                f"({config.mask_token_id}); a prompt must end in [gMASK] <sop>, cut it at its beginning instead"
+            )
+        context = self.context_lengths(input_ids)[:, None]
+        mask_places = marks.int().argmax(dim=1, keepdim=True)
+        if not config.position_encoding_2d:
+            gmask = whole.any(dim=1, keepdim=True)
+            return torch.where((places < context) | gmask, places, mask_places)
+        first = torch.where(places < context, places, mask_places)
+        return torch.stack([first, (places - context + 1).clamp(min=0)], dim=1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [batch, time] -> last_hidden_state [batch, time, width], after the final norm.
+
+        attention_mask: [batch, cached + time], 1 = real token; or what the original tokenizer makes, bool
+        [batch, 1, time, cached + time], True = hidden. position_ids: [batch, 2, time]; needed when something is cached.
+        The prefix of P-Tuning counts in neither. On a cache all that is cached is visible and new tokens are causal.
+        hidden_states: embeddings, the blocks' outputs but the last one's, last_hidden_state. Raises ValueError for
+        position_ids that are missing or not these.
+        """
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if self.training and self.is_gradient_checkpointing:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        batch, time = input_ids.shape
+        stored = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = (config.pre_seq_len or 0) if hasattr(self, "prefix_encoder") else 0
+        cached = stored - length if stored else 0
+        if position_ids is None:
+            if stored:
+                raise ValueError("tokens behind a cache need position_ids [batch, 2, time]; see position_ids_for(room=…)")
+            position_ids = self.position_ids_for(input_ids)
+        channels = 2 if config.position_encoding_2d else 1
+        if position_ids.shape[-1] != time or position_ids.numel() != batch * channels * time:
+            raise ValueError(
+                f"position_ids are {list(position_ids.shape)}, expected [{batch}, {channels}, {time}]; leave them out and "
+                "the network computes them"
+            )
+        hidden = self.word_embeddings(input_ids)
+        bias = self.bias(input_ids, attention_mask, cached, length, hidden.dtype)
+        rotation = self.layers[0].attention.rotary_emb(position_ids.view(batch, channels, time), hidden.dtype)
+        prefixes = [None] * len(self.layers)
+        if length and not stored:
+            prefixes = self.prefix_encoder(batch, len(self.layers), config.num_attention_heads, hidden.dtype)
+        states, attentions = [hidden], []
+        for block, prefix in zip(self.layers, prefixes, strict=True):
+            hidden, probs = block(hidden, rotation, bias, past_key_values=past_key_values, prefix=prefix)
+            states.append(hidden)
+            attentions.append(probs)
+        hidden = self.final_layernorm(hidden)
+        states[-1] = hidden
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def bias(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prefix: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """What is added to scores, [batch, 1, time, prefix + cached + time]; None where everything is visible."""
+        batch, time = input_ids.shape
+        if attention_mask is not None and attention_mask.dim() == 4:
+            visible = ~attention_mask.bool()
+        elif time == 1 and attention_mask is None:
+            return None
+        else:
+            visible = causal_visibility(time, cached + time, input_ids.device)[None, None]
+            if not cached:
+                places = torch.arange(time, device=input_ids.device)
+                visible = visible | (places < self.context_lengths(input_ids)[:, None])[:, None, None]
+            if attention_mask is not None:
+                visible = visible & attention_mask.bool()[:, None, None]
+        if visible.shape[-1] != cached + time:
+            raise ValueError(
+                f"attention_mask covers {visible.shape[-1]} tokens, but {cached} are cached and {time} are given"
+            )
+        return visibility_bias(F.pad(visible.expand(batch, -1, -1, -1), (prefix, 0), value=True), dtype)
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """The language model; the output matrix is the embedding's."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        freeze_all_but_prefix(self)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The output matrix."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the output matrix."""
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As ChatGLMModel.forward -> logits [batch, time, vocab], or of the last logits_to_keep places (0 = all).
+
+        labels [batch, time], -100 = none: the loss of each against the logits before it, a float32 mean.
+        """
+        kwargs.pop("return_dict", None)
+        output = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else next_token_loss(logits, labels),
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate; attention_mask and position_ids may also be those of the original tokenizer.
+
+        generate itself knows masks of two dimensions and positions of one channel only.
+        """
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:  # the last token sees all that is real
+            kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()
+        if kwargs.get("position_ids") is not None:
+            kwargs["prompt_position_ids"] = kwargs.pop("position_ids")
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_position_ids: Tensor | None = None,
+        logits_to_keep: int = 1,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The tokens that are not cached yet, with their positions; prompt_position_ids [batch, 2, prompt] if given."""
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cached = max(0, cached - (self.config.pre_seq_len or 0))
+        if prompt_position_ids is None:
+            positions = self.transformer.position_ids_for(input_ids)
+        else:
+            further = input_ids.shape[1] - prompt_position_ids.shape[-1]
+            steps = torch.arange(1, further + 1, device=input_ids.device)
+            last = prompt_position_ids[..., -1:]
+            positions = torch.cat([prompt_position_ids, last + torch.stack([0 * steps, steps])], dim=-1)
+        return {
+            "input_ids": input_ids[:, cached:],
+            "attention_mask": attention_mask,
+            "position_ids": positions[..., cached:],
+            "past_key_values": past_key_values,
+            "logits_to_keep": logits_to_keep,
+            "use_cache": use_cache,
+        }
+
+
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
+    """A score at the last real token; there is no such class in the original. The head is always trained."""
+
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # noqa: RUF012
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = ChatGLMModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+        freeze_all_but_prefix(self)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """As ChatGLMModel.forward -> logits [batch, num_labels]; labels [batch], see classification_loss."""
+        kwargs.pop("return_dict", None)
+        output = self.transformer(input_ids, attention_mask, position_ids, **kwargs)
+        logits = self.score(last_real_token(output.last_hidden_state, attention_mask))
+        return SequenceClassifierOutputWithPast(
+            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
