@@ -167,9 +167,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers has it, which makes all weights that it loads trainable: those beside a prefix are not."""
+        """As transformers has it, and two things put right: weights beside a prefix are not trained, and the output matrix
+        is the embedding's also where transformers 5.0 does not tie the two, because the checkpoint holds both.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
-        freeze_all_but_prefix(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if hasattr(model, "lm_head") and model.lm_head.weight is not model.transformer.word_embeddings.weight:
+            model.lm_head.weight = model.transformer.word_embeddings.weight
+            model.all_tied_weights_keys.update(cls._tied_weights_keys)
+        freeze_all_but_prefix(model)
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -262,7 +268,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.layers[0].gradient_checkpointing:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()

@@ -260,7 +260,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.encoder.layers[0].gradient_checkpointing:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()

@@ -1,0 +1,361 @@
+"""ChatGLM-6B, 2 and 3 against the outputs of the original code, and what must hold whatever the weights."""
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from errors import UserError
+from models.chatglm.configuration import ChatGLMConfig
+from models.chatglm2.configuration import ChatGLM2Config
+from models.layers import attend, next_token_loss, visibility_bias
+from tests.models import golden
+
+FAMILIES = golden.FAMILIES
+TINY = {
+    "chatglm-6b": ChatGLMConfig(
+        vocab_size=512, hidden_size=64, num_layers=3, num_attention_heads=4, inner_hidden_size=256, bos_token_id=504,
+        eos_token_id=505, mask_token_id=500, gmask_token_id=501,
+    ),
+    "chatglm2-6b": ChatGLM2Config(
+        padded_vocab_size=512, hidden_size=64, num_layers=3, num_attention_heads=4, kv_channels=16, ffn_hidden_size=128,
+        seq_length=1024,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def root(shared_dir):
+    return shared_dir / "golden"
+
+
+def tiny(family, **changes):
+    """A random network, in evaluation mode."""
+    config = TINY["chatglm-6b" if family == "chatglm-6b" else "chatglm2-6b"]
+    config = type(config).from_dict(config.to_dict() | changes)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def prompts(family, lengths, answer=0):
+    """Rows [.., gmask, sop, answer ..] of ChatGLM-6B or [gmask, sop, ..] of the others, as lists of ids."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in lengths:
+        text = torch.randint(10, 490, (length,), generator=generator).tolist()
+        tail = torch.randint(10, 490, (answer,), generator=generator).tolist()
+        rows.append([*text, 501, 504, *tail] if family == "chatglm-6b" else [501, 503, *text, *tail])
+    return rows
+
+
+def padded(rows, side, pad=3):
+    """[batch, longest] ids and mask."""
+    longest = max(map(len, rows))
+    spare = [[pad] * (longest - len(row)) for row in rows]
+    ids = [s + r if side == "left" else r + s for r, s in zip(rows, spare, strict=True)]
+    mask = [[0] * len(s) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(s) for r, s in zip(rows, spare)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+# --- the original code ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_golden_case(root, family, attention):
+    """Logits, hidden states, caches, masks, positions, losses, gradient norms, decoding and generation within 1e-5."""
+    wrong = {}
+    for _, folder, case in (names for names in golden.case_names(root) if names[0] == family):
+        gaps = golden.compare(root, family, folder, case, attention)
+        wrong |= {(folder, case, what): gap for what, gap in gaps.items() if not gap <= 1e-5}
+    assert not wrong
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "compared"),
+    [
+        (torch.float32, 1e-5, "fp32"),
+        # what float16 itself loses; on long texts also what the original loses in its angles, and ours does not
+        (torch.float16, 1e-1, "fp16"),
+        # the original's bf16 angles are wrong: the truth is float32
+        (torch.bfloat16, 3e-1, "fp32"),
+    ],
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sixteen_bit_checkpoints(root, family, dtype, tolerance, compared, attention):
+    """Sharded float16 .bin files, run in every dtype."""
+    folder = root / family / "tiny-fp16"
+    cases, _ = golden.golden(folder)
+    model = golden.network(folder, attention, dtype)
+    assert model.dtype == dtype
+    for case in ("train_gmask_batch" if family == "chatglm-6b" else "train_batch", "long_single"):
+        tensors = cases[f"{compared}/{case}"]
+        given = {name: tensors[name] for name in ("input_ids", "attention_mask", "position_ids") if name in tensors}
+        with torch.no_grad():
+            logits = model(**given).logits
+        wanted = tensors["logits"]
+        real = golden.real_tokens(given)[:, -wanted.shape[1] :]
+        difference = (logits[:, -wanted.shape[1] :].float() - wanted).abs()[real].max()
+        assert difference <= tolerance, case
+
+
+def shapes(model, part=""):
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items() if part in name}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_and_shapes_of_the_published_checkpoints(root, family):
+    """At the official size, on the meta device; with the prefix of published P-Tuning runs, and ChatGLM2's classifier."""
+    file = root / family / "official" / "param_shapes.json"
+    official = {
+        part: {name: row["shape"] for name, row in rows.items()} for part, rows in json.loads(file.read_text()).items()
+    }
+    config = AutoConfig.from_pretrained(file.parent)
+    with torch.device("meta"):
+        assert shapes(AutoModelForCausalLM.from_config(config)) == official.pop("official")
+        for part, rows in official.items():
+            if "pre_seq_len" in part:
+                config.pre_seq_len, config.prefix_projection = 128, "proj" in part
+                ours = shapes(AutoModelForCausalLM.from_config(config), "prefix_encoder")
+            else:
+                config.pre_seq_len, config.num_labels = None, 2
+                ours = shapes(AutoModelForSequenceClassification.from_config(config), "classifier_head")
+            assert ours == rows, part
+
+
+@pytest.mark.parametrize("family", ["chatglm-6b", "chatglm2-6b"])
+@pytest.mark.parametrize("folder", ["tiny-prefix", "tiny-prefix-proj"])
+def test_prefix_encoder(root, family, folder):
+    """Keys and values of the prefix itself, what is trained beside it, and its float32 in a float16 model."""
+    cases, figures = golden.golden(root / family / folder)
+    model = golden.network(root / family / folder, "sdpa")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == figures["requires_grad"]
+    assert trained == list(torch.load(root / family / folder / "prefix_only.bin", weights_only=True))
+    config = model.config
+    groups = getattr(config, "num_groups", config.num_attention_heads)
+    for layer, pair in enumerate(model.transformer.prefix_encoder(2, config.num_layers, groups, torch.float32)):
+        for name, ours in zip(("key", "value"), pair, strict=True):
+            assert golden.gap(ours.permute(2, 0, 1, 3), cases["prefix"][f"past.{layer}.{name}"]) <= 1e-5
+    half = golden.network(root / family / folder, "sdpa", torch.float16)
+    dtypes = {name.split(".")[1] == "prefix_encoder": p.dtype for name, p in half.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.float16}
+
+
+# --- opening and saving -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_classes_open_published_folders_unchanged(root, family):
+    folder = root / family / "tiny"
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) is (ChatGLMConfig if family == "chatglm-6b" else ChatGLM2Config)
+    assert config.num_hidden_layers == config.num_layers == 3
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        assert type(auto_class.from_pretrained(folder)).__name__ == "ChatGLMForConditionalGeneration"
+    scalar = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    assert type(scalar).__name__ == "ChatGLMForSequenceClassification"
+    assert scalar(torch.tensor([[5, 501, 504]])).logits.shape == (1, 1)
+
+
+@pytest.mark.parametrize("folder", ["tiny", "tiny-fp16", "tiny-prefix", "tiny-prefix-proj"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_has_the_original_fields_names_and_values(root, family, folder, tmp_path):
+    source = root / family / folder
+    if not source.is_dir():
+        pytest.skip(f"there is no {folder} of {family}")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path)
+    before, after = (json.loads((place / "config.json").read_text()) for place in (source, tmp_path))
+    # told by whoever saves; the prefix length null becomes absent
+    mine = {"_name_or_path", "transformers_version"}
+    lost = {name: value for name, value in before.items() if name not in mine and after.get(name) != value}
+    assert not lost
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert again.dtype == model.dtype
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_lm_head_is_tied_in_6b_and_separate_in_2(root):
+    first = AutoModelForCausalLM.from_pretrained(root / "chatglm-6b" / "tiny")
+    assert first.lm_head.weight is first.transformer.word_embeddings.weight
+    assert first.get_output_embeddings() is first.lm_head
+    second = AutoModelForCausalLM.from_pretrained(root / "chatglm2-6b" / "tiny")
+    assert second.get_output_embeddings().weight is not second.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_resize_token_embeddings(family):
+    model = tiny(family)
+    ids = torch.tensor(prompts(family, [4]))
+    before = model(ids).logits
+    model.resize_token_embeddings(520)
+    after = model(ids).logits
+    assert after.shape[-1] == 520 and model.config.vocab_size == 520
+    assert torch.allclose(after[..., :512], before, atol=1e-6)
+    assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (520, 64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "a release that is not known"),
+        ({"padded_vocab_size": 151552, "ffn_hidden_size": 13696, "rope_ratio": 500}, "rope_ratio"),
+        ({"padded_vocab_size": 65024, "ffn_hidden_size": 13696, "rmsnorm": False}, "rmsnorm"),
+        ({"inner_hidden_size": 16384, "vocab_size": 150528}, "image tokens"),
+    ],
+)
+def test_unknown_releases_are_refused(tmp_path, fields, said):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm"} | fields))
+    with pytest.raises(UserError, match=said):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+# --- padding, caches, generation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", TINY)
+def test_padding_on_either_side_changes_nothing(family, attention):
+    model = tiny(family)
+    model.set_attn_implementation(attention)
+    rows = prompts(family, [3, 9, 6], answer=4)
+    alone = [model(torch.tensor([row])).logits[0] for row in rows]
+    for side in ("left", "right"):
+        ids, mask = padded(rows, side)
+        positions = None if family == "chatglm-6b" else (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(ids, mask, positions).logits
+        assert logits.isfinite().all()
+        for row, expected in enumerate(alone):
+            assert torch.allclose(logits[row][mask[row].bool()], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("prefix", [None, 5])
+@pytest.mark.parametrize("family", TINY)
+def test_generate_in_a_batch_as_alone(family, prefix):
+    """Greedy tokens of transformers' generate do not depend on the batch; two answers a prompt are the same twice."""
+    model = tiny(family, pre_seq_len=prefix)
+    rows = prompts(family, [3, 9, 6])
+    ids, mask = padded(rows, "left")
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    together = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
+    for row, answer in zip(rows, together, strict=True):
+        alone = model.generate(input_ids=torch.tensor([row]), **settings)[0, len(row) :]
+        assert torch.equal(alone, answer)
+        uncached = torch.tensor([row])
+        for _ in range(6):
+            uncached = torch.cat([uncached, model(uncached, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(uncached[0, len(row) :], answer)
+    doubled = model.generate(
+        input_ids=ids, attention_mask=mask, num_beams=2, num_return_sequences=2, **settings
+    )
+    assert doubled.shape[0] == 2 * len(rows)
+
+
+def test_a_lost_mask_token_is_named():
+    model = tiny("chatglm-6b")
+    with pytest.raises(ValueError, match=r"row 1 .*neither \[gMASK\]"):
+        model(torch.tensor([[7, 8, 501, 504], [7, 8, 9, 504]]))
+    with pytest.raises(ValueError, match="position_ids"):
+        model(torch.tensor([[7]]), past_key_values=model(torch.tensor([[5, 501, 504]]), use_cache=True).past_key_values)
+
+
+def test_positions_of_6b_by_hand():
+    """Two pads, three words, [gMASK], <sop>, one answer token, and two still to come."""
+    ids = torch.tensor([[3, 3, 7, 8, 9, 501, 504, 11]])
+    positions = tiny("chatglm-6b").transformer.position_ids_for(ids, room=2)
+    assert positions[0].tolist() == [[0, 1, 2, 3, 4, 5, 5, 5, 5, 5], [0, 0, 0, 0, 0, 0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("prefix", [None, 4])
+@pytest.mark.parametrize("family", TINY)
+def test_gradient_checkpointing_changes_no_gradient(family, prefix):
+    model = tiny(family, pre_seq_len=prefix).train()
+    ids, mask = padded(prompts(family, [3, 6], answer=5), "right")
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        model.config.prefix_dropout = 0.0
+        if prefix:
+            model.transformer.prefix_encoder.dropout.p = 0.0
+        model.zero_grad()
+        model(ids, mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("queries", "groups"), [(1, 2), (5, 2), (5, 4), (1, 4)])
+def test_attention_against_a_loop(implementation, queries, groups):
+    """Grouped queries, with a row that sees nothing: it must give numbers, not NaN."""
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(2, 4, queries, 8, generator=generator)
+    key, value = (torch.randn(2, groups, 7, 8, generator=generator) for _ in range(2))
+    visible = torch.rand(2, 1, queries, 7, generator=generator) < 0.6
+    visible[..., 0] = True
+    visible[1, 0, 0] = False
+    context, _ = attend(
+        query, key, value, visibility_bias(visible, torch.float32), implementation=implementation, guard=3.0
+    )
+    assert context.isfinite().all()
+    for b in range(2):
+        for h in range(4):
+            for q in range(queries):
+                if not visible[b, 0, q].any():
+                    continue
+                group = h // (4 // groups)
+                scores = [query[b, h, q] @ key[b, group, k] / 8**0.5 for k in range(7) if visible[b, 0, q, k]]
+                weights = torch.stack(scores).softmax(0)
+                values = [value[b, group, k] for k in range(7) if visible[b, 0, q, k]]
+                expected = sum(w * v for w, v in zip(weights, values, strict=True))
+                assert torch.allclose(context[b, q].view(4, 8)[h], expected, atol=1e-5)
+
+
+def test_loss_against_cross_entropy(monkeypatch):
+    """In chunks of three rows, value and gradient; no label at all gives 0."""
+    monkeypatch.setattr("models.layers.CHUNK_LOGITS", 3 * 11)
+    logits = torch.randn(2, 9, 11, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 9)).masked_fill(torch.rand(2, 9) < 0.4, -100)
+    loss = next_token_loss(logits, labels)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1))
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    assert torch.allclose(loss, expected) and torch.allclose(gradient, expected_gradient, atol=1e-7)
+    assert next_token_loss(logits, torch.full((2, 9), -100)) == 0
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Remembers the most elements that a float32 tensor had which any operation made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_no_float32_copy_of_the_logits(family, monkeypatch):
+    """Forward, loss and backward of a bf16 model; chunks of 4 rows of 600 x 2 x 24 logits."""
+    monkeypatch.setattr("models.layers.CHUNK_LOGITS", 4 * 512)
+    model = tiny(family).to(torch.bfloat16).train()
+    ids = torch.tensor(prompts(family, [8, 8], answer=30))
+    with LargestFloat32() as seen:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    assert 4 * 512 <= seen.largest < ids.numel() * 512 / 2
