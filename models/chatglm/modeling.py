@@ -224,8 +224,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """[batch, time] -> [batch, 2, time + room] positions of a text from its beginning; room: tokens still to come.
 
         First channel: the place in the context, from <sop> on the place of the mask token ([gMASK] if the row has one,
-        else [MASK], the first of them). Second: 0 in the context, then 1, 2, 3, ... from <sop> on. Padding counts as
-        places; only differences matter. Raises ValueError for a row without a mask token: it was cut off.
+        else [MASK], the first of them). Second: 0 in the context, then 1, 2, 3, ... from <sop> on. Places are counted from
+        the first real token of attention_mask [batch, time]; without it padding counts, which shifts all places alike and
+        matters to a prefix only. Raises ValueError for a row without a mask token: it was cut off.
         """
         time, config = input_ids.shape[1], self.config
         places = torch.arange(time + room, device=input_ids.device)
@@ -244,6 +245,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             gmask = whole.any(dim=1, keepdim=True)
             return torch.where((places < context) | gmask, places, mask_places)
         first = torch.where(places < context, places, mask_places)
+        if attention_mask is not None:
+            padding = (attention_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+            first = (first - padding).clamp(min=0)
         return torch.stack([first, (places - context + 1).clamp(min=0)], dim=1)
 
     def forward(
@@ -279,7 +283,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if position_ids is None:
             if stored:
                 raise ValueError("tokens behind a cache need position_ids [batch, 2, time]; see position_ids_for(room=…)")
-            position_ids = self.position_ids_for(input_ids)
+            flat = attention_mask is not None and attention_mask.dim() == 2
+            position_ids = self.position_ids_for(input_ids, attention_mask if flat else None)
         channels = 2 if config.position_encoding_2d else 1
         if position_ids.shape[-1] != time or position_ids.numel() != batch * channels * time:
             raise ValueError(
@@ -404,7 +409,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         cached = max(0, cached - (self.config.pre_seq_len or 0))
         if prompt_position_ids is None:
-            positions = self.transformer.position_ids_for(input_ids)
+            positions = self.transformer.position_ids_for(input_ids, attention_mask)
         else:
             further = input_ids.shape[1] - prompt_position_ids.shape[-1]
             steps = torch.arange(1, further + 1, device=input_ids.device)

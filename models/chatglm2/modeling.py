@@ -254,8 +254,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids [batch, time] -> last_hidden_state [batch, time, width], after the final norm.
 
-        attention_mask: [batch, cached + time], 1 = real token. position_ids [batch, time]; without them tokens are
-        counted, padding too. The prefix of P-Tuning counts in neither. hidden_states: embeddings and the output of every
+        attention_mask: [batch, cached + time], 1 = real token. position_ids [batch, time]; without them the real tokens
+        are counted (the original counts padding too, which shifts all alike and matters to a prefix only). The prefix of P-Tuning counts in neither. hidden_states: embeddings and the output of every
         block, before the final norm.
         """
         config = self.config
@@ -269,7 +269,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         length = (config.pre_seq_len or 0) if hasattr(self, "prefix_encoder") else 0
         cached = stored - length if stored else 0
         if position_ids is None:
-            position_ids = torch.arange(cached, cached + time, device=input_ids.device).expand(batch, -1)
+            position_ids = self.counted(input_ids, attention_mask, cached)
         hidden = self.embedding.word_embeddings(input_ids)
         bias = self.bias(input_ids, attention_mask, cached, length, hidden.dtype)
         rotation = self.rotary_pos_emb(position_ids, hidden.dtype)
@@ -288,6 +288,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    @staticmethod
+    def counted(input_ids: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor:
+        """[batch, time] positions of tokens behind cached ones, padding not counted."""
+        batch, time = input_ids.shape
+        if attention_mask is None:
+            return torch.arange(cached, cached + time, device=input_ids.device).expand(batch, -1)
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -time:]
 
     def bias(
         self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prefix: int, dtype: torch.dtype
@@ -368,14 +376,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """The tokens that are not cached yet. Their positions come from the mask: only it has grown with the text."""
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         cached = max(0, cached - (self.config.pre_seq_len or 0))
-        if attention_mask is not None:
-            positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        else:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+        fed = input_ids[:, cached:]
         return {
-            "input_ids": input_ids[:, cached:],
+            "input_ids": fed,
             "attention_mask": attention_mask,
-            "position_ids": positions[:, cached:],
+            "position_ids": self.transformer.counted(fed, attention_mask, cached),
             "past_key_values": past_key_values,
             "logits_to_keep": logits_to_keep,
             "use_cache": use_cache,

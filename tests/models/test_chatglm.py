@@ -36,7 +36,11 @@ def tiny(family, **changes):
     config = TINY["chatglm-6b" if family == "chatglm-6b" else "chatglm2-6b"]
     config = type(config).from_dict(config.to_dict() | changes)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # the default start is so small that nearly every token is equally likely
+        for name, parameter in model.named_parameters():
+            parameter.mul_(6.0 if parameter.dim() > 1 and "prefix" not in name else 1.0)
+    return model
 
 
 def prompts(family, lengths, answer=0):
@@ -270,6 +274,17 @@ def test_positions_of_6b_by_hand():
     ids = torch.tensor([[3, 3, 7, 8, 9, 501, 504, 11]])
     positions = tiny("chatglm-6b").transformer.position_ids_for(ids, room=2)
     assert positions[0].tolist() == [[0, 1, 2, 3, 4, 5, 5, 5, 5, 5], [0, 0, 0, 0, 0, 0, 1, 2, 3, 4]]
+
+
+def test_positions_behind_padding_are_the_original_tokenizers(root):
+    """Where a row has one kind of mask token, the tokenizer's rule and the network's are the same."""
+    cases, _ = golden.golden(root / "chatglm-6b" / "tiny")
+    model = tiny("chatglm-6b").transformer
+    for case in ("prompt_gmask_batch", "train_gmask_batch", "train_mask_batch", "mixed_mask_types_batch"):
+        mask = golden.real_tokens(cases[case])
+        positions = model.position_ids_for(cases[case]["input_ids"], mask.long())
+        expected = cases[case]["position_ids"]
+        assert torch.equal(positions.masked_fill(~mask[:, None], 0), expected.masked_fill(~mask[:, None], 0)), case
 
 
 @pytest.mark.parametrize("prefix", [None, 4])

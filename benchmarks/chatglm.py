@@ -1,0 +1,155 @@
+"""A ChatGLM of the published size with random weights: LoRA fine-tuning and generation, tokens/s and peak memory.
+
+    python -m benchmarks.chatglm --generation chatglm-6b --shared ../shared --dtypes fp16 bf16 --output output/chatglm-bench
+    python -m benchmarks.chatglm --generation chatglm2-6b --shared ../shared --scale 0.01 --dtypes fp32 --steps 2   # smoke
+
+--shared: the folder with golden/<generation>/{official,tokenizer}. --scale shrinks width and depth for a smoke run.
+Each figure comes from a process of its own. The table belongs into benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHARD_BYTES = 2 << 30
+
+
+def sizes(official: dict, scale: float) -> dict:
+    """The fields of a smaller config: width, inner width and depth shrink, heads keep their number."""
+    if scale == 1.0:
+        return {}
+    heads = official["num_attention_heads"]
+    width = max(1, round(official["hidden_size"] * scale**0.5 / (4 * heads))) * 4 * heads
+    inner = "inner_hidden_size" if "inner_hidden_size" in official else "ffn_hidden_size"
+    small = {"hidden_size": width, inner: width * official[inner] // official["hidden_size"] // 2 * 2, "num_layers": 4}
+    return small | ({"kv_channels": width // heads} if "kv_channels" in official else {})
+
+
+def write_checkpoint(folder: Path, generation: str, shared: Path, scale: float) -> int:
+    """Random float16 weights in safetensors shards, tensor by tensor; returns the number of parameters."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import models  # noqa: F401  (registers the networks)
+
+    source = shared / "golden" / generation
+    official = json.loads((source / "official" / "config.json").read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(official | sizes(official, scale)))
+    vocabulary = (shared / "golden" / "chatglm2-6b" if generation == "chatglm3-6b" else source) / "tokenizer"
+    for file in [*vocabulary.iterdir(), *(source / "tokenizer").iterdir()]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    shard, size, number, places = {}, 0, 0, {}
+    torch.manual_seed(0)
+    parameters = dict(model.named_parameters())
+    for position, (name, parameter) in enumerate(parameters.items()):
+        if parameter.dim() > 1:
+            shard[name] = torch.empty(parameter.shape, dtype=torch.float16).normal_(0.0, 0.02)
+        else:
+            shard[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=torch.float16)
+        size += 2 * parameter.numel()
+        if size > SHARD_BYTES or position == len(parameters) - 1:
+            number += 1
+            file = f"model-{number:05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(shard, file)
+            shard, size = {}, 0
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+def fine_tune(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
+    """LoRA steps of step 1 over texts of one length: median tokens/s after two warm-up steps, peak memory."""
+    data, output = args.output / "texts.jsonl", args.output / f"sft-{dtype}"
+    rows = ({"prompt": f"问题{number}", "response": "好" * 4 * args.length} for number in range(args.batch * args.steps * 2))
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    command = [
+        sys.executable, "-m", "training.step1_sft.main", "--model_name_or_path", str(folder), "--data_path", str(data),
+        "--data_split", "1,0,0", "--output_dir", str(output), "--dtype", dtype, "--lora_dim", "8", "--gradient_checkpointing",
+        "--max_seq_len", str(args.length), "--per_device_train_batch_size", str(args.batch), "--max_steps", str(args.steps),
+        "--logging_steps", "1", "--eval_fraction", "0",
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    speeds = [record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record]
+    done = json.loads((output / "sanbu_done.json").read_text(encoding="utf-8"))
+    return {"tokens_per_second": statistics.median(speeds[2:] or speeds), "peak_memory_gb": done["peak_memory_gb"]}
+
+
+def generate_tokens(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
+    """Greedy answers of full length to a batch of prompts: new tokens/s, median of three, and peak memory."""
+    import torch
+
+    from inference.engine import generate
+    from models.device import attention_implementation, detect_platform, peak_memory_gb, resolve_dtype, set_device
+    from models.factory import load_causal_lm, load_tokenizer
+    from models.templates import load_template
+
+    platform = detect_platform()
+    device = set_device(platform, 0)
+    tokenizer = load_tokenizer(folder)
+    template = load_template(folder, tokenizer)
+    attention = attention_implementation("auto", platform)
+    model = load_causal_lm(folder, dtype=resolve_dtype(dtype, platform), attn=attention).to(device)
+    prompt = template.encode_prompt(tokenizer, [{"role": "user", "content": "好" * args.length}])
+    ids = torch.tensor([prompt] * args.batch, device=device)
+    speeds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        found = generate(
+            model, ids, torch.ones_like(ids), max_new_tokens=args.new_tokens, stop_token_ids=(), greedy=True,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        speeds.append(int(found.lengths.sum()) / (time.perf_counter() - started))  # reading lengths waits for the device
+    return {"tokens_per_second": statistics.median(speeds[1:]), "peak_memory_gb": peak_memory_gb()}
+
+
+def main() -> None:
+    """Write the checkpoint, measure each dtype in processes of their own, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--generation", choices=["chatglm-6b", "chatglm2-6b", "chatglm3-6b"], default="chatglm-6b")
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--dtypes", nargs="+", default=["fp16", "bf16"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("output/chatglm-bench"))
+    parser.add_argument("--only_generate", metavar="DTYPE", help=argparse.SUPPRESS)  # in the process of its own
+    args = parser.parse_args()
+
+    folder = args.output / args.generation
+    if args.only_generate:
+        print(json.dumps(generate_tokens(folder, args.only_generate, args)))
+        return
+    parameters = write_checkpoint(folder, args.generation, args.shared, args.scale)
+    rows = [
+        f"{args.generation}, {parameters:,} parameters, batch {args.batch} x {args.length} tokens", "",
+        "| task | dtype | tokens/s | peak GB |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for dtype in args.dtypes:
+        found = fine_tune(folder, dtype, args)
+        rows.append(f"| SFT, LoRA 8 | {dtype} | {found['tokens_per_second']:.0f} | {found['peak_memory_gb']:.2f} |")
+        again = [sys.executable, "-m", "benchmarks.chatglm", *sys.argv[1:], "--only_generate", dtype]
+        done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        rows.append(
+            f"| generation, {args.new_tokens} tokens | {dtype} | {found['tokens_per_second']:.0f} | "
+            f"{found['peak_memory_gb']:.2f} |"
+        )
+        print("\n".join(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
