@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import logged, succeed, write_pairs
+from tests.several import run_several
 from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -58,32 +59,33 @@ def zero_flags(step: str, stage: int, lora: bool) -> tuple[str, ...]:
     return ("--zero_stage", str(stage), *(("--lora_dim", "4", "--lora_learning_rate", "1e-3") if lora else ()))
 
 
+CASES = [(step, stage, lora) for step in STEPS for stage in (0, 1, 2, 3) for lora in (False, True)]
+
+
 @pytest.fixture(scope="module")
-def reference(start, tmp_path_factory):
-    """The losses of the one-process run of a step, computed once."""
-    known = {}
+def outputs(start, tmp_path_factory) -> dict[tuple, Path]:
+    """The folders of all cases on two processes, and by (step, lora) of the same run on one."""
+    folder = tmp_path_factory.mktemp("runs")
+    ones = {(step, lora): folder / f"{step}-{lora}" for step in STEPS for lora in (False, True)}
+    twos = {case: folder / "-".join(map(str, case)) for case in CASES}
+    run_several(
+        [(STEPS[step][0], flags(step, start, ones[step, lora], 1, zero_flags(step, 0, lora))) for step, lora in ones],
+        folder, processes=1,
+    )  # fmt: skip
+    run_several(
+        [(STEPS[case[0]][0], flags(case[0], start, output, 2, zero_flags(*case))) for case, output in twos.items()], folder
+    )
+    return ones | twos
 
-    def losses(step: str, lora: bool) -> dict[str, list[float]]:
-        if (step, lora) not in known:
-            output = tmp_path_factory.mktemp(f"{step}-{lora}")
-            succeed(STEPS[step][0], flags(step, start, output, 1, zero_flags(step, 0, lora)))
-            known[step, lora] = {name: logged(output, name) for name in LOSSES[step]}
-        return known[step, lora]
 
-    return losses
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("step", list(STEPS))
-def test_two_processes_equal_one(step, stage, lora, start, reference, tmp_path):
-    succeed(STEPS[step][0], flags(step, start, tmp_path, 2, zero_flags(step, stage, lora)), processes=2)
-    expected = reference(step, lora)
+@pytest.mark.parametrize(("step", "stage", "lora"), CASES)
+def test_two_processes_equal_one(step, stage, lora, outputs):
+    output = outputs[step, stage, lora]
     for name in LOSSES[step]:
-        found = logged(tmp_path, name)
-        assert len(found) == len(expected[name]) >= 3
-        assert found == pytest.approx(expected[name], abs=1e-4), name
-    saved = [tmp_path / "actor", tmp_path / "critic"] if step == "ppo" else [tmp_path]
+        found, expected = logged(output, name), logged(outputs[step, lora], name)
+        assert len(found) == len(expected) >= 3
+        assert found == pytest.approx(expected, abs=1e-4), name
+    saved = [output / "actor", output / "critic"] if step == "ppo" else [output]
     for folder in saved:
         assert (folder / "model.safetensors").exists() and (folder / "sanbu_template.json").exists()
         assert (folder / "adapter" / "adapter_model.safetensors").exists() == lora

@@ -1,0 +1,44 @@
+"""Many runs of the steps in one set of processes: what starting Python costs is paid once.
+
+``run_several`` starts ``python -m tests.several FILE`` (under the deepspeed launcher for two processes), which runs one
+step's main() after the other with the flags in FILE. Only the process group is kept from one run to the next.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from tests.launching import succeed
+
+Runs = list[tuple[str, list[str]]]
+ARGUMENTS = {"step1_sft": "SFTArguments", "step2_reward": "RewardArguments", "step3_ppo": "PPOArguments"}
+
+
+def run_several(runs: Runs, folder: Path, processes: int = 2) -> None:
+    """Run (module, flags) one after the other; all must end well."""
+    file = folder / f"runs-{processes}.json"
+    file.write_text(json.dumps(runs))
+    succeed("tests.several", [str(file)], processes)
+
+
+def main(file: str) -> None:
+    """What each process does."""
+    import torch.distributed as dist
+
+    from training.utils import arguments
+    from training.utils.parsing import parse
+
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda *_: None
+    for module, flags in json.loads(Path(file).read_text()):
+        args_class = getattr(arguments, ARGUMENTS[module.split(".")[1]])
+        importlib.import_module(module).main(parse(args_class, [flag for flag in flags if "local_rank" not in flag]))
+        gc.collect()
+    leave()
+
+
+if __name__ == "__main__":
+    main(next(argument for argument in sys.argv[1:] if argument.endswith(".json")))

@@ -1,0 +1,100 @@
+"""The three steps with ChatGLM on Chinese text, from checkpoints in the published layout with the real tokenizers: full
+weights, LoRA and P-Tuning, on one process and on two under ZeRO 0-3.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.launching import logged, succeed
+from tests.several import run_several
+from tests.tiny_chatglm import tiny_chatglm
+
+pytestmark = pytest.mark.distributed
+
+FAMILIES = ("chatglm-6b", "chatglm2-6b")
+WAYS = {"full": [], "lora": ["lora_dim", "4"], "prefix": ["pre_seq_len", "4"]}
+COMMON = ["--dtype", "fp32", "--logging_steps", "1", "--data_split", "2,4,4", "--eval_iters", "2", "--seed", "3"]
+MODULES = {"sft": "training.step1_sft.main", "reward": "training.step2_reward.main", "ppo": "training.step3_ppo.main"}
+LOSSES = {"sft": ["train/loss"], "reward": ["train/loss"], "ppo": ["train/score", "train/actor_loss", "train/critic_loss"]}
+
+
+@pytest.fixture(scope="module")
+def places(shared_dir, tmp_path_factory) -> dict:
+    """Tiny checkpoints, a cache, and by family a trained reward model."""
+    folder = tmp_path_factory.mktemp("chatglm")
+    found = {"data": shared_dir / "data" / "preference_zh" / "oasst_rm_zh.jsonl", "cache": folder / "cache"}
+    for family in FAMILIES:
+        found[family] = tiny_chatglm(folder / family, family, shared_dir)
+        output = folder / f"{family}-reward"
+        succeed(MODULES["reward"], flags("reward", found, family, output))
+        found[f"{family}-reward"] = output
+    return found
+
+
+def flags(step: str, places: dict, family: str, output: Path, processes: int = 1, stage: int = 0, way: str = "full"):
+    """The flags of a step; the global batch is 4 whatever the number of processes."""
+    common = [*COMMON, "--data_path", str(places["data"]), "--cache_dir", str(places["cache"]), "--output_dir", str(output)]
+    if step == "ppo":
+        common = [part for part in common if part not in ("--eval_iters", "2")]
+        models = ["--actor_model_name_or_path", str(places[family])]
+        models += ["--critic_model_name_or_path", str(places[f"{family}-reward"])]
+        models += ["--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage)]
+        batch = ["--per_device_generation_batch_size", str(4 // processes), "--eval_prompts", "4"]
+        batch += ["--per_device_training_batch_size", str(2 // processes), "--max_prompt_seq_len", "64"]
+        batch += ["--max_answer_seq_len", "8", "--max_steps", "2", "--actor_learning_rate", "1e-3", "--num_warmup_steps", "0"]
+        roles = ("actor_", "critic_")
+    else:
+        models = ["--model_name_or_path", str(places[family]), "--zero_stage", str(stage)]
+        batch = ["--per_device_train_batch_size", "2", "--global_batch_size", "4", "--max_seq_len", "96", "--max_steps", "3"]
+        batch += ["--learning_rate", "1e-3"]
+        roles = ("",)
+    adapters = []
+    if way == "lora":
+        for role in roles:
+            adapters += [f"--{role}lora_dim", "4", f"--{role}lora_learning_rate", "1e-3"]
+    elif way == "prefix":
+        adapters = ["--pre_seq_len", "4"]
+    return [*common, *models, *batch, *adapters]
+
+
+# Every way and every stage with both families in step 1, a choice of them where four models run.
+CASES = [
+    *(("sft", family, way, stage) for family in FAMILIES for way in WAYS for stage in (0, 1, 2, 3)),
+    *(
+        (step, *case)
+        for step in ("reward", "ppo")
+        for case in (
+            ("chatglm-6b", "full", 2), ("chatglm-6b", "lora", 1), ("chatglm-6b", "prefix", 3), ("chatglm-6b", "full", 3),
+            ("chatglm2-6b", "full", 3), ("chatglm2-6b", "lora", 3), ("chatglm2-6b", "prefix", 2),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outputs(places, tmp_path_factory) -> dict[tuple, Path]:
+    """The folders of all cases on two processes, and by (step, family, way) of the same run on one."""
+    folder = tmp_path_factory.mktemp("runs")
+    ones = {case[:3]: folder / "-".join(case[:3]) for case in CASES}
+    twos = {case: folder / "-".join(map(str, case)) for case in CASES}
+    run_several(
+        [(MODULES[case[0]], flags(case[0], places, case[1], out, way=case[2])) for case, out in ones.items()], folder, 1
+    )
+    run_several(
+        [(MODULES[case[0]], flags(case[0], places, case[1], out, 2, case[3], case[2])) for case, out in twos.items()], folder
+    )
+    return ones | twos
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join("%s" for _ in range(4)).__mod__)
+def test_two_processes_equal_one(case, outputs):
+    for name in LOSSES[case[0]]:
+        found, expected = logged(outputs[case], name), logged(outputs[case[:3]], name)
+        assert len(found) == len(expected) >= 2
+        assert found == pytest.approx(expected, abs=1e-4), name
+    if case[0] == "sft":
+        assert logged(outputs[case], "train/loss")[0] != logged(outputs[case], "train/loss")[-1]
