@@ -10,14 +10,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PretrainedConfig,
 )
 
 from errors import UserError
 from models.chatglm import modeling as chatglm
+from models.chatglm.auto_tokenizer import ChatGLMTokenizer
+from models.chatglm.configuration import ChatGLMConfig
 from models.chatglm2 import modeling as chatglm2
 from models.chatglm2.configuration import ChatGLM2Config
-from models.chatglm.configuration import ChatGLMConfig
 
 
 class AnyChatGLMConfig(PretrainedConfig):
@@ -49,9 +51,11 @@ def chatglm_config_class(config: dict[str, Any]) -> type[PretrainedConfig]:
 
 
 def register() -> None:
-    """Register configurations and networks. AutoModel gives the language model, as the published auto_map has it."""
+    """Register configurations, networks and tokenizers. AutoModel gives the language model, as the published auto_map has it."""
     AutoConfig.register("chatglm", AnyChatGLMConfig)
     for config, network in ((ChatGLMConfig, chatglm), (ChatGLM2Config, chatglm2)):
         for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
             auto_class.register(config, network.ChatGLMForConditionalGeneration)
         AutoModelForSequenceClassification.register(config, network.ChatGLMForSequenceClassification)
+    # Not for the two classes: for a config that it knows, AutoTokenizer runs the folder's code under trust_remote_code=True.
+    AutoTokenizer.register(AnyChatGLMConfig, ChatGLMTokenizer)

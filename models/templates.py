@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from models.chatglm import prompts as chatglm_prompts
+from models.chatglm2 import prompts as chatglm2_prompts
+from models.chatglm2 import role_prompts as chatglm3_prompts
 
 FILE_NAME = "sanbu_template.json"
-KINDS = ("chat_template", "human_assistant")
+# The generations of ChatGLM, each with its own way to write a dialogue; also the chatglm_version of their tokenizers.
+CHATGLM = {"chatglm": chatglm_prompts, "chatglm2": chatglm2_prompts, "chatglm3": chatglm3_prompts}
+KINDS = ("chat_template", "human_assistant", *CHATGLM)
 MARKS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant:", "system": "\n\n"}
 
 Messages = Sequence[dict[str, str]]
@@ -28,9 +33,11 @@ Messages = Sequence[dict[str, str]]
 class Template:
     """How prompts and answers are written.
 
-    kind: "chat_template", the tokenizer's own; "human_assistant", "\\n\\nHuman: ...\\n\\nAssistant: ...".
+    kind: "chat_template", the tokenizer's own; "human_assistant", "\\n\\nHuman: ...\\n\\nAssistant: ..."; or a
+    generation of ChatGLM, where what a text says never becomes a control token.
     stop_token_ids: every token that ends an answer. The first is the end token that encode_answer appends.
-    prefix_ids: tokens that open every text (bos); kept when a prompt is cut.
+    prefix_ids: tokens that open every text (bos, ChatGLM2's [gMASK] sop); kept when a prompt is cut.
+    suffix_ids: tokens that end every prompt (ChatGLM-6B's [gMASK] <sop>); used by ChatGLM only.
     prompt_suffix: what the chat template forgets to write before an answer.
     answer_prefix, answer_suffix: text between prompt and answer, and between answer and end token.
     anchor: text that an answer is tokenised behind and cut off from; for tokenizers that put a space before each text.
@@ -43,11 +50,17 @@ class Template:
     answer_prefix: str = ""
     answer_suffix: str = ""
     anchor: str = ""
+    suffix_ids: tuple[int, ...] = ()
 
     @property
     def end_token_id(self) -> int:
         """The token that closes an answer in training."""
         return self.stop_token_ids[0]
+
+    @property
+    def frame_length(self) -> int:
+        """How many tokens around a prompt the network cannot do without: ChatGLM's marks. 0 elsewhere, where bos may go."""
+        return len(self.prefix_ids) + len(self.suffix_ids) if self.kind in CHATGLM else 0
 
     def encode_prompt(self, tokenizer: Any, messages: Messages) -> list[int]:
         """Tokens of a dialogue whose last message is the user's, ready for an answer to follow."""
@@ -59,6 +72,9 @@ class Template:
 
     def encode_prompts(self, tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
         """encode_prompt for many dialogues at once; several times as fast."""
+        if self.kind in CHATGLM:
+            encoded = CHATGLM[self.kind].encode_dialogues(tokenizer, dialogues)
+            return [[*self.prefix_ids, *ids, *self.suffix_ids] for ids in encoded]
         if self.kind == "chat_template":
             texts = [render_chat(tokenizer, dialogue) + self.prompt_suffix for dialogue in dialogues]
             return encode_texts(tokenizer, texts)
@@ -73,6 +89,8 @@ class Template:
 
     def encode_answers(self, tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
         """encode_answer for many answers at once."""
+        if self.kind in CHATGLM:
+            return [[*ids, self.end_token_id] for ids in CHATGLM[self.kind].encode_answers(tokenizer, answers)]
         texts = [self.answer_prefix + answer + self.answer_suffix for answer in answers]
         if not self.anchor:
             return [[*ids, self.end_token_id] for ids in encode_texts(tokenizer, texts)]
@@ -86,10 +104,16 @@ class Template:
         return [[*ids, self.end_token_id] for ids in encoded]
 
     def decode_answer(self, tokenizer: Any, ids: Sequence[int]) -> str:
-        """Text of generated tokens up to the first stop token, without special tokens and surrounding space."""
+        """Text of generated tokens up to the first stop token, without special tokens and surrounding space.
+
+        For ChatGLM also with the corrections that the original makes before it shows an answer (clean_reply).
+        """
         stop = next((place for place, token in enumerate(ids) if token in self.stop_token_ids), len(ids))
-        text = tokenizer.decode(list(ids[:stop]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip()
+        kept = [int(token) for token in ids[:stop]]
+        if self.kind in CHATGLM:
+            kept = [token for token in kept if token not in tokenizer.control_ids]
+        text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return CHATGLM[self.kind].clean_reply(text) if self.kind in CHATGLM else text.strip()
 
     def save(self, folder: str | Path) -> None:
         """Write sanbu_template.json into a folder."""
@@ -100,17 +124,23 @@ class Template:
 def load_template(folder: str | Path | None, tokenizer: Any) -> Template:
     """The template saved beside a checkpoint; where there is none, the one that suits the tokenizer.
 
-    That is the tokenizer's own chat template, or else the Human/Assistant form with its end token. Raises UserError if
-    the saved file is damaged or belongs to another tokenizer, or if the tokenizer has nothing to end an answer with.
+    That is the form of its generation for ChatGLM; the tokenizer's own chat template; or else the Human/Assistant form
+    with its end token. Raises UserError if the saved file is damaged or belongs to another tokenizer, or if the
+    tokenizer has nothing to end an answer with.
     """
+    version = getattr(tokenizer, "chatglm_version", None)
     file = None if folder is None else Path(folder).expanduser() / FILE_NAME
     if file is None or not file.is_file():
+        if version is not None:
+            return chatglm_template(tokenizer)
         return chat_template(tokenizer) if tokenizer.chat_template else human_assistant_template(tokenizer)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.pop("format") != 1 or content["kind"] not in KINDS or not content["stop_token_ids"]:
             raise ValueError("its format, kind or stop_token_ids are not known here")
-        lists = {name: tuple(int(token) for token in content.pop(name)) for name in ("stop_token_ids", "prefix_ids")}
+        content.setdefault("suffix_ids", ())
+        ids = ("stop_token_ids", "prefix_ids", "suffix_ids")
+        lists = {name: tuple(int(token) for token in content.pop(name)) for name in ids}
         template = Template(**content, **lists)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(
@@ -121,6 +151,11 @@ def load_template(folder: str | Path | None, tokenizer: Any) -> Template:
         raise UserError(
             f"{file} stops answers at the tokens {list(template.stop_token_ids)}, but the tokenizer beside it knows "
             f"only {known}; take both from the same checkpoint."
+        )
+    if template.kind != version and (version is not None or template.kind in CHATGLM):
+        raise UserError(
+            f"{file} writes dialogues as {template.kind!r}, and the tokenizer beside it is {version or 'not ChatGLM'}'s; "
+            "take both from the same checkpoint."
         )
     if template.kind == "chat_template" and not tokenizer.chat_template:
         raise UserError(
@@ -134,19 +169,30 @@ def add_end_token(tokenizer: Any, token: str, template: Template) -> Template:
     """Make a token of its own end every answer (--add_eot_token, --eot_token).
 
     Adds it to the tokenizer where it is new - the embedding must grow then - and returns the template that ends in it.
-    The tokens that stopped an answer before still do. Raises UserError for a chat template, which has its own.
+    The tokens that stopped an answer before still do. Raises UserError for a chat template and for ChatGLM, which have
+    their own.
     """
-    if template.kind == "chat_template":
+    if template.kind != "human_assistant":
         if tokenizer.convert_tokens_to_ids(token) == template.end_token_id:
             return template
         own = tokenizer.convert_ids_to_tokens(template.end_token_id)
         raise UserError(
-            f"--add_eot_token: the tokenizer has a chat template, and there answers end in {own!r}, not in {token!r}; "
+            f"--add_eot_token: the tokenizer has a form of dialogue of its own, where answers end in {own!r}, not in {token!r}; "
             "leave the flag out."
         )
     tokenizer.add_tokens([token], special_tokens=True)
     end = tokenizer.convert_tokens_to_ids(token)
     return replace(template, stop_token_ids=tuple(dict.fromkeys((end, *template.stop_token_ids))))
+
+
+def chatglm_template(tokenizer: Any) -> Template:
+    """The form of dialogue of a generation of ChatGLM, which its tokenizer names (chatglm_version)."""
+    prompts = CHATGLM[tokenizer.chatglm_version]
+    stops, opening, closing = (
+        tuple(tokenizer.convert_tokens_to_ids(list(names)))
+        for names in (prompts.STOPS, prompts.OPENING, prompts.CLOSING)
+    )
+    return Template(kind=tokenizer.chatglm_version, stop_token_ids=stops, prefix_ids=opening, suffix_ids=closing)
 
 
 def human_assistant_template(tokenizer: Any) -> Template:
@@ -270,6 +316,13 @@ def first_special(tokenizer: Any, text: str) -> tuple[str, int | None]:
     if found is None:
         return "", None
     return text[: max(text.find(tokenizer.convert_ids_to_tokens(found)), 0)], found
+
+
+def code_files() -> list[Path]:
+    """The files that decide what a dialogue's tokens are: this one, and ChatGLM's prompts and tokenizers."""
+    here = Path(__file__)
+    found = [file for name in ("*prompts.py", "token*.py") for file in here.parent.glob(f"chatglm*/{name}")]
+    return [here, *sorted(found)]
 
 
 def find_anchor(tokenizer: Any, character: str) -> str:

@@ -1,0 +1,108 @@
+"""The weight files of a checkpoint, looked at before anything is loaded: whole, named rightly, of the kind the config says.
+
+Only headers are read: of a .safetensors its table, of a .bin the pickle that describes its tensors.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from errors import UserError
+from models.files import first_line, read_json
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# The layers that the int8 and int4 releases of ChatGLM quantise.
+QUANTIZED = re.compile(r"\.layers\.\d+\..*\b(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.weight$")
+
+
+def check_weights(folder: Path, path: str | Path, quantization_bit: int | None) -> None:
+    """UserError if the weights of the checkpoint ``path`` in ``folder`` are missing, cut, or not what its config says.
+
+    quantization_bit: as config.json has it, None where it has none.
+    """
+    found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"model {path} has no weights (looked for {', '.join(WEIGHTS)}); copy the whole checkpoint.")
+    shards = {found: None}
+    if found.endswith(".index.json"):
+        shards = {}
+        for tensor, name in weight_map(folder / found).items():
+            shards.setdefault(name, []).append(tensor)
+    names: set[str] = set()
+    for shard, expected in shards.items():
+        stored = tensor_names(folder / shard)
+        absent = sorted(set(expected or ()) - stored) if stored is not None else []
+        if absent:
+            raise UserError(
+                f"{folder / found} says that {absent[0]} is in {shard}, but it is not ({len(absent)} tensors are "
+                "missing); index and files are of different checkpoints: copy all of them again."
+            )
+        names |= stored if stored is not None else set(expected or ())
+    check_scales(path, names, quantization_bit)
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, from an index. UserError if the index is broken."""
+    content = read_json(index, index.parent).get("weight_map")
+    if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content.values()):
+        raise UserError(f'{index} is no index of weights: "weight_map" names no files; copy the checkpoint again.')
+    return content
+
+
+def tensor_names(file: Path) -> set[str] | None:
+    """The names of the tensors in a weight file; None for pickles from before torch 1.6, which tell only when read.
+
+    UserError if the file is missing or shorter than its header says, as interrupted downloads leave it.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is missing, though the index beside it names it; copy the checkpoint again.")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as content:
+                return set(content.keys())
+        except Exception as error:  # SafetensorError is not public in every version
+            raise UserError(f"{file} is truncated or damaged ({error}); copy the checkpoint again.") from error
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    if not zipfile.is_zipfile(file):  # the table at the end is missing
+        if start[:2] == b"PK":
+            raise UserError(f"{file} is truncated ({size} bytes, its end is missing); copy the checkpoint again.")
+        if start[:1] != b"\x80" or size < 1024:  # no pickle; a pointer of git-lfs is tiny
+            raise UserError(f"{file} holds no weights ({size} bytes); copy the checkpoint again.")
+        return None
+    try:
+        content = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        return set(content)
+    except (RuntimeError, OSError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file} cannot be read as a table of tensors ({first_line(error)}); copy it again.") from error
+
+
+def check_scales(path: str | Path, names: set[str], quantization_bit: int | None) -> None:
+    """UserError unless the weights are integers with scales where config.json says so, and floats where it does not."""
+    if quantization_bit not in (None, 0, 4, 8):
+        raise UserError(
+            f"model {path}: config.json says quantization_bit {quantization_bit!r}; 4 and 8 can be read. Copy the "
+            "checkpoint again."
+        )
+    scales = {name for name in names if name.endswith(".weight_scale")}
+    if scales and not quantization_bit:
+        raise UserError(
+            f"model {path} has integer weights ({min(scales)}), but its config.json says no quantization_bit; copy "
+            "config.json again."
+        )
+    if not quantization_bit:
+        return
+    lacking = sorted(name for name in names if QUANTIZED.search(name) and f"{name}_scale" not in scales)
+    if lacking:
+        raise UserError(
+            f"model {path}: config.json says quantization_bit {quantization_bit}, but {lacking[0]}_scale is not in the "
+            f"weights ({len(lacking)} scales are missing): integers mean nothing without their scales. Copy the "
+            "checkpoint again; if its weights are floating, set quantization_bit to 0 in config.json."
+        )
