@@ -13,12 +13,12 @@ from argparse import SUPPRESS, Action
 from pathlib import Path
 
 from errors import UserError
-from training.utils.arguments import STEPS, PromptEvalArguments, RewardEvalArguments
+from training.utils.arguments import STEPS, EvaluateArguments, PromptEvalArguments, RewardEvalArguments
 from training.utils.former_flags import NOT_YET, RETIRED, FormerFlag
 from training.utils.parsing import FlagParser
 
 BEGIN, END = "<!-- flags:begin -->", "<!-- flags:end -->"
-EVALUATIONS = (PromptEvalArguments, RewardEvalArguments)
+EVALUATIONS = (PromptEvalArguments, EvaluateArguments, RewardEvalArguments)
 
 
 def actions(args_class: type) -> dict[str, Action]:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from models.adapters import add_lora
-from models.factory import check_context_length, load_causal_lm, load_tokenizer
+from models.factory import check_context_length, check_quantized_base, gets_prefix, load_causal_lm, load_tokenizer
 from models.heads import TokenLogProbs
 from models.templates import load_template
 from training.utils.arguments import SFTArguments
@@ -29,7 +29,10 @@ from training.utils.zero import EngineOptions, build_engine, optimizer_figures, 
 def main(args: SFTArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
-    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len")
+    prefix = args.prefix_options()
+    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len", **prefix)
+    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, **prefix)
+    check_quantized_base(args.model_name_or_path, args.quantization_bit, adapters=frozen)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = load_template(args.model_name_or_path, tokenizer)
     data = prepare_phase(args, 1, tokenizer, template)
@@ -46,6 +49,9 @@ def main(args: SFTArguments) -> None:
         gradient_checkpointing=args.gradient_checkpointing,
         zero3_config=options.loading_config(run.dtype, run.world_size),
         tokenizer=tokenizer,
+        quantization_bit=args.quantization_bit,
+        seed=args.seed,
+        **prefix,
     )
     if args.lora_dim:
         model = add_lora(

@@ -20,10 +20,12 @@ from inference.chatbot import context_length
 from inference.engine import generate
 from models.device import attention_implementation, detect_platform, empty_cache, resolve_dtype, set_device
 from models.factory import load_causal_lm, load_tokenizer, resolve_checkpoint
-from models.templates import Template, load_template
+from models.heads import prefix_length
+from models.templates import load_template
 from training.utils.arguments import PromptEvalArguments
 from training.utils.data.batching import pad_left
 from training.utils.data.sources import load_records
+from training.utils.data.tokenize import cut_prompt
 from training.utils.parsing import main_entry
 from training.utils.run import quiet_libraries
 
@@ -117,10 +119,11 @@ def ask(folder: Path, prompts: list[list[dict[str, str]]], args: PromptEvalArgum
     template = load_template(folder, tokenizer)
     attention = attention_implementation(args.attn_implementation, platform)
     model = load_causal_lm(folder, dtype=resolve_dtype(args.dtype, platform), attn=attention).to(device).eval()
-    room = context_length(model.config) - args.max_new_tokens
+    longest = context_length(model.config) - prefix_length(model)
+    room = longest - args.max_new_tokens
     if room < 1:
         raise UserError(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in the {context_length(model.config)} "
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in the {longest} "
             f"tokens that {folder} reads; lower it."
         )
     encoded = [cut_prompt(ids, room, template) for ids in template.encode_prompts(tokenizer, prompts)]
@@ -141,14 +144,6 @@ def ask(folder: Path, prompts: list[list[dict[str, str]]], args: PromptEvalArgum
     empty_cache()
     each = args.num_return_sequences
     return [answers[place : place + each] for place in range(0, len(rows), each)]
-
-
-def cut_prompt(ids: list[int], room: int, template: Template) -> list[int]:
-    """A prompt within ``room`` tokens: as in training the oldest part goes, but not the tokens that open every text."""
-    if len(ids) <= room:
-        return ids
-    keep = list(template.prefix_ids)[:room]
-    return keep + ids[len(ids) - (room - len(keep)) :]
 
 
 def summary(answers: list[list[Answer]]) -> dict[str, float]:

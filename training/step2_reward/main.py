@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from models.adapters import add_lora
-from models.factory import check_context_length, load_scalar_model, load_tokenizer
+from models.factory import check_context_length, check_quantized_base, gets_prefix, load_scalar_model, load_tokenizer
 from models.heads import TokenScores, last_token_scores
 from models.templates import load_template
 from training.utils.arguments import RewardArguments
@@ -31,7 +31,10 @@ logger = logging.getLogger("sanbu")
 def main(args: RewardArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
-    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len")
+    prefix = args.prefix_options()
+    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len", **prefix)
+    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, **prefix)
+    check_quantized_base(args.model_name_or_path, args.quantization_bit, adapters=frozen)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = load_template(args.model_name_or_path, tokenizer)
     data = prepare_phase(args, 2, tokenizer, template)
@@ -48,6 +51,8 @@ def main(args: RewardArguments) -> None:
         gradient_checkpointing=args.gradient_checkpointing,
         zero3_config=options.loading_config(run.dtype, run.world_size),
         tokenizer=tokenizer,
+        quantization_bit=args.quantization_bit,
+        **prefix,
         seed=args.seed,
     )
     if args.lora_dim:

@@ -32,10 +32,11 @@ SHOWN = ("score", "kl", "length", "eos_rate", "actor_loss", "critic_loss")
 def main(args: PPOArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
-    for model in (args.actor_model_name_or_path, args.critic_model_name_or_path):
+    for role, model in (("actor", args.actor_model_name_or_path), ("critic", args.critic_model_name_or_path)):
         check_context_length(
-            model, args.max_prompt_seq_len + args.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len ="
-        )
+            model, args.max_prompt_seq_len + args.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len =",
+            **args.prefix_options(role),
+        )  # fmt: skip
     tokenizer = load_tokenizer(args.actor_model_name_or_path)
     template = load_template(args.actor_model_name_or_path, tokenizer)
     data = prepare_phase(args, 3, tokenizer, template)

@@ -8,7 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from models.adapters import add_lora
-from models.factory import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
+from models.factory import (
+    check_quantized_base,
+    check_same_tokenizer,
+    gets_prefix,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+)
 from models.heads import TokenLogProbs, TokenScores
 from models.templates import load_template
 from training.utils.run import Run
@@ -21,7 +28,8 @@ class DeepSpeedRLHFEngine:
     """Builds and holds the models of step 3.
 
     actor        learns to answer; starts from the SFT model
-    ref          the SFT model, frozen: the actor must not stray far from it
+    ref          the SFT model, frozen: the actor must not stray far from it. Without the new prefix of
+                 --actor_pre_seq_len; with the prefix that the SFT model itself has
     critic       learns to predict the reward; starts from the reward model, head included
     reward       the reward model, frozen
 
@@ -44,6 +52,10 @@ class DeepSpeedRLHFEngine:
         self.template = load_template(actor_model_name_or_path, tokenizer)
         names = (actor_model_name_or_path, critic_model_name_or_path)
         check_same_tokenizer(tokenizer, load_tokenizer(critic_model_name_or_path), names)
+        self.adapted: dict[str, bool] = {}  # whether the trained model of a role is a frozen base and something small over it
+        for role, path in zip(("actor", "critic"), names, strict=True):
+            self.adapted[role] = bool(getattr(args, f"{role}_lora_dim")) or gets_prefix(path, **args.prefix_options(role))
+            check_quantized_base(path, self._quantization_bit(role), adapters=self.adapted[role])
         self.num_total_iters = num_total_iters
         self.warned_of_filter = False
 
@@ -55,28 +67,41 @@ class DeepSpeedRLHFEngine:
         reward = self._scalar_model(critic_model_name_or_path)
         self.reward_mean, self.reward_std = score_unit(reward.config, args.normalize_reward)
         self.reward = self._frozen(TokenScores(reward), args.critic_zero_stage, args.offload_reward_model)
-        actor = self._causal_lm(actor_model_name_or_path, args.actor_gradient_checkpointing)
+        actor = self._causal_lm(
+            actor_model_name_or_path,
+            gradient_checkpointing=args.actor_gradient_checkpointing,
+            **args.prefix_options("actor"),
+        )
         self.actor = self._trained(TokenLogProbs(self._with_lora(actor, "actor")), "actor")
-        critic = self._scalar_model(critic_model_name_or_path, args.critic_gradient_checkpointing)
+        critic = self._scalar_model(
+            critic_model_name_or_path,
+            gradient_checkpointing=args.critic_gradient_checkpointing,
+            **args.prefix_options("critic"),
+        )
         self.critic = self._trained(TokenScores(self._with_lora(critic, "critic")), "critic")
 
-    def _causal_lm(self, path: str, gradient_checkpointing: bool = False):
-        return load_causal_lm(path, **self._loading("actor"), gradient_checkpointing=gradient_checkpointing)
+    def _causal_lm(self, path: str, **options):
+        return load_causal_lm(path, **self._loading("actor") | options)
 
-    def _scalar_model(self, path: str, gradient_checkpointing: bool = False):
-        return load_scalar_model(
-            path, **self._loading("critic"), gradient_checkpointing=gradient_checkpointing, seed=self.args.seed
-        )
+    def _scalar_model(self, path: str, **options):
+        return load_scalar_model(path, **self._loading("critic") | options)
 
     def _loading(self, role: str) -> dict[str, Any]:
-        """How the models of a role are read: dtype, attention, dropout, split over the processes under ZeRO-3."""
+        """How both models of a role are read: dtype, attention, dropout, split over the processes under ZeRO-3."""
         run = self.run
         return {
             "dtype": run.dtype,
             "attn": run.attention,
             "dropout": getattr(self.args, f"{role}_dropout"),
+            "quantization_bit": self._quantization_bit(role),
+            "ptuning_checkpoint": getattr(self.args, f"{role}_ptuning_checkpoint"),
+            "seed": self.args.seed,
             "zero3_config": EngineOptions.of(self.args, role).loading_config(run.dtype, run.world_size),
         }
+
+    def _quantization_bit(self, role: str) -> int:
+        """--quantization_bit for the two models of a role: the same base, so the penalty starts at zero."""
+        return self.args.quantization_bit if self.adapted[role] else 0
 
     def _with_lora(self, model, role: str):
         dim = getattr(self.args, f"{role}_lora_dim")

@@ -111,7 +111,13 @@ class CommonArguments:
         True,
     )
 
-    # memory: ZeRO and offload
+    # memory: integers, ZeRO and offload
+    quantization_bit: Literal[0, 4, 8] = flag(
+        "Hold the linear layers of the frozen base in 4 or 8 bits, under LoRA or P-Tuning; 0 = as they are. The weights "
+        "are whole on every process while they are quantised, and ZeRO stage 3 does not split the integers. In step 3: "
+        "actor and reference where the actor has adapters, critic and reward model where the critic has.",
+        0,
+    )
     offload: bool = flag("Keep optimizer states in host memory, under ZeRO stage 3 the parameters too.", False)
     offload_optimizer: bool = flag("Keep only the optimizer states in host memory (ZeRO stage 1 or more).", False)
     offload_param: bool = flag("Keep the parameters in host memory (ZeRO stage 3).", False)
@@ -135,6 +141,11 @@ class CommonArguments:
     def column_map(self) -> dict[str, str]:
         """--columns as a dictionary: our name -> the name in the file."""
         return dict(pair.split("=", 1) for pair in self.columns.split(",")) if self.columns else {}
+
+    def prefix_options(self, role: str = "") -> dict[str, Any]:
+        """What the factory needs to know of a prefix; role as in EngineOptions.of."""
+        names = ("pre_seq_len", "prefix_projection", "ptuning_checkpoint")
+        return {name: getattr(self, f"{role}_{name}" if role else name) for name in names}
 
 
 @dataclass(kw_only=True)
@@ -182,6 +193,21 @@ class SupervisedArguments(CommonArguments):
         "Highest learning rate of the adapters. 5e-4 in the earlier systems, whose scale 1 / lora_dim made steps tiny.",
         1e-4,
     )
+    pre_seq_len: int = flag(
+        "P-Tuning v2: train so many learned places in front of every text (step 2: and the score head) and freeze all "
+        "else; only they are saved, and the folder names the model they belong to. They want a high --learning_rate: "
+        "the published launchers have 2e-2. 0 = off; a model folder that holds a saved prefix goes on with it.",
+        0,
+    )
+    prefix_projection: bool = flag(
+        "With --pre_seq_len: make the prefix with a network of two layers, which starts more slowly and is larger.",
+        False,
+    )
+    ptuning_checkpoint: str | None = flag(
+        "Start from the prefix saved in this folder (of this step or, for ChatGLM, a checkpoint-N of the original "
+        "trainer's), put before the model that it was trained on.",
+        None, metavar="FOLDER",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,12 +224,26 @@ class SFTArguments(SupervisedArguments):
     phase: ClassVar[int] = 1
 
     sft_only_data_path: list[str] = flag("Data sets used whole in this step, outside --data_split.", [])
+    max_source_length: int | None = flag(
+        "With --max_target_length, instead of --max_seq_len, which becomes the sum: longest prompt in tokens. Longer "
+        "ones lose their oldest part, where the earlier system cut off the question at the end.",
+        None,
+    )
+    max_target_length: int | None = flag(
+        "Longest answer in tokens, end token included. Longer ones lose their tail, never the end token.", None,
+    )
     loss_on: Literal["answer", "all"] = flag(
         "Learn the tokens of the answer, end token included, or those of the prompt too.", "answer",
     )
     learning_rate: float = flag(
         "Highest learning rate. 1e-3 in the earlier systems, which suits adapters, not whole weights.", 2e-5,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        apart = (self.max_source_length, self.max_target_length)
+        if None not in apart and self.max_seq_len == type(self).max_seq_len:   # as good as not given
+            self.max_seq_len = sum(apart)
 
 
 @dataclass(kw_only=True)
@@ -297,6 +337,22 @@ class PPOArguments(CommonArguments):
     critic_lora_module_name: str = flag("As --lora_module_name, for the critic.", "auto")
     actor_lora_learning_rate: float = flag("Highest learning rate of the actor's adapters (5e-4 before).", 1e-5)
     critic_lora_learning_rate: float = flag("Highest learning rate of the critic's adapters (5e-4 before).", 5e-5)
+    actor_pre_seq_len: int = flag(
+        "P-Tuning v2 of the actor: train so many learned places in front of every text, freeze all "
+        "else. The reference is the model without them. A model folder that holds a saved prefix, as step "
+        "1 writes, needs no flag: the actor goes on with that prefix, the reference keeps it as it is.",
+        0, aliases=("pre_seq_len",),
+    )
+    critic_pre_seq_len: int = flag("P-Tuning v2 of the critic, its score head included; as for the actor.", 0)
+    actor_prefix_projection: bool = flag("As --prefix_projection, for the actor.", False, aliases=("prefix_projection",))
+    critic_prefix_projection: bool = flag("As --prefix_projection, for the critic.", False)
+    actor_ptuning_checkpoint: str | None = flag(
+        "Folder of a saved prefix that actor and reference start with; as if that folder were the model.", None,
+        aliases=("ptuning_checkpoint",), metavar="FOLDER",
+    )
+    critic_ptuning_checkpoint: str | None = flag(
+        "Folder of a saved prefix that critic and reward model start with.", None, metavar="FOLDER",
+    )
 
     # evaluation and log
     eval_prompts: int = flag("Held-out prompts answered in each evaluation; 0 = no evaluation.", 64)
@@ -336,6 +392,54 @@ class PromptEvalArguments:
     seed: int = flag("Random seed.", 1234)
     dtype: Dtype = flag("Type of the weights, as in training.", "auto")
     attn_implementation: Attention = flag("Attention kernels, as in training.", "auto")
+
+    column_map = CommonArguments.column_map
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments:
+    """step1_sft/evaluate.py: answers to the prompts of a data set, scored against the written ones."""
+
+    section: ClassVar[str] = "evaluate"
+    title: ClassVar[str] = "evaluate"
+
+    model_name_or_path: str = flag("The trained model.")
+    data_path: list[str] = flag("Data sets with prompts and answers; of a set with a held-out part only that.")
+    output_dir: str = flag("Folder for generated_predictions.txt and metrics.json.")
+    ptuning_checkpoint: str | None = flag(
+        "Folder of a saved prefix to put before the model's texts; not needed where that folder is the model.", None,
+        metavar="FOLDER",
+    )
+    quantization_bit: Literal[0, 4, 8] = flag("Hold the linear layers in 4 or 8 bits; 0 = as they are.", 0)
+    columns: str | None = flag("As in training.", None)
+    cache_dir: str | None = flag("As in training.", None)
+    num_examples: int = flag(
+        "How many records of each data set; 0 = all.", 0, aliases=("max_predict_samples", "max_eval_samples"),
+    )
+    max_source_length: int | None = flag(
+        "Longest prompt in tokens; longer ones lose their oldest part. None: what the model leaves room for.", None,
+    )
+    max_target_length: int = flag(
+        "Longest answer in tokens, end token included.", 128, aliases=("max_new_tokens", "val_max_target_length"),
+    )
+    truncate_labels: bool = flag(
+        "Compare with the first --max_target_length tokens of the written answer, as published figures do; false: with "
+        "all of it.",
+        True,
+    )
+    per_device_eval_batch_size: int = flag("Prompts that each process answers at once.", 16)
+    do_sample: bool = flag(
+        "Sample, each record with a seed of its own. Off, answers are greedy and two runs agree; the earlier system "
+        "sampled without saying its seed.",
+        False,
+    )
+    temperature: float = flag("With --do_sample: sampling temperature.", 0.95)
+    top_p: float = flag("With --do_sample: the likeliest tokens that hold this share of probability.", 0.7)
+    top_k: int = flag("With --do_sample: so many likeliest tokens; 0 = all.", 0)
+    seed: int = flag("Random seed.", 1234)
+    dtype: Dtype = flag("Type of the weights, as in training.", "auto")
+    attn_implementation: Attention = flag("Attention kernels, as in training.", "auto")
+    local_rank: int = flag("Set by the launcher.", -1)
 
     column_map = CommonArguments.column_map
 

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from errors import UserError
-from models.adapters import merged_state_dict, save_adapter
+from models.adapters import merged_state_dict, save_adapter, save_prefix
 from models.device import rng_state, set_rng_state
 from models.factory import save_model
 from models.heads import base_model
+from models.prefix import has_prefix
 from training.utils.run import Run
-from training.utils.zero import whole_model
+from training.utils.zero import trained_weights, whole_model
 
 logger = logging.getLogger("sanbu")
 
@@ -39,10 +40,19 @@ def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
 
 
 def export(engine: Any, tokenizer: Any, template: Any, folder: str | Path, run: Run, **config: Any) -> None:
-    """Save the trained network as a checkpoint that transformers opens, LoRA merged (and alone in ``adapter/``).
+    """Save the trained network as a checkpoint that transformers opens, LoRA merged (and alone in ``adapter/``); of a
+    model with a prefix the prefix alone, in float32 (adapters.save_prefix).
 
     All processes call it. config: fields to add to its config.json, such as the statistics of a reward model.
     """
+    network = engine.module.model
+    if has_prefix(network):
+        trained = trained_weights(engine, network)
+        if run.is_main:
+            base_model(network).config.update(config)
+            save_prefix(network, tokenizer, template, folder, trained)
+        run.barrier()
+        return
     with whole_model(engine, only_main=True) as whole:
         if run.is_main:
             model = whole.model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from training.utils.arguments import CommonArguments, PPOArguments
+from training.utils.arguments import CommonArguments, EvaluateArguments, PPOArguments, SFTArguments
 
 logger = logging.getLogger("sanbu")
 
@@ -19,7 +19,7 @@ AT_LEAST_ONE = {
     "num_train_epochs", "gradient_accumulation_steps", "logging_steps", "zero_hpz_partition_size", "generation_batches",
     "per_device_train_batch_size", "per_device_eval_batch_size", "per_device_generation_batch_size",
     "per_device_training_batch_size", "ppo_epochs", "max_prompt_seq_len", "max_answer_seq_len", "max_new_tokens",
-    "print_answers_interval", "num_return_sequences", "num_prompts",
+    "print_answers_interval", "num_return_sequences", "num_prompts", "max_source_length",
 }  # fmt: skip
 POSITIVE = {"temperature", "adam_epsilon", "cliprange", "cliprange_value"}
 BELOW_ONE = {"eval_fraction", "dropout", "lora_dropout", "adam_beta1", "adam_beta2"}
@@ -36,17 +36,23 @@ def validate(args: Any) -> None:
     check_ranges(args)
     check_columns(args)
     check_output(args)
+    if isinstance(args, EvaluateArguments):
+        check_sampling(args)
     if not isinstance(args, CommonArguments):
         return
     check_data(args)
+    if isinstance(args, SFTArguments):
+        check_lengths(args)
     if isinstance(args, PPOArguments):
         check_rollouts(args)
         models = {"actor_": args.actor_zero_stage, "critic_": args.critic_zero_stage}
     else:
         models = {"": args.zero_stage}
     check_memory(args, models)
+    check_quantization(args, models)
     for prefix in models:
         check_lora(args, prefix)
+        check_prefix(args, prefix)
 
 
 def check_ranges(args: Any) -> None:
@@ -72,6 +78,8 @@ def check_ranges(args: Any) -> None:
             wrong = "must be more than 0 and at most 1"
         elif name == "max_seq_len" and value < 2:
             wrong = "must be 2 or more: a prompt and the end token"
+        elif name == "max_target_length" and value < 2:
+            wrong = "must be 2 or more: a word and the end token"
         elif value < 0:
             wrong = "must not be negative"
         else:
@@ -111,6 +119,28 @@ def check_data(args: CommonArguments) -> None:
         raise UserError(f"--deepspeed_config {args.deepspeed_config}: no such file; name a JSON of DeepSpeed keys.")
 
 
+def check_lengths(args: SFTArguments) -> None:
+    """The limits of prompt and answer come together, and say the same as --max_seq_len where that is given too."""
+    apart = {"max_source_length": args.max_source_length, "max_target_length": args.max_target_length}
+    absent = [name for name, value in apart.items() if value is None]
+    if len(absent) == 1:
+        (given,) = apart.keys() - set(absent)
+        raise UserError(f"--{given} needs --{absent[0]} too; to limit both together give --max_seq_len alone.")
+    if not absent and args.max_seq_len != sum(apart.values()):
+        raise UserError(
+            f"--max_seq_len {args.max_seq_len} is not --max_source_length + --max_target_length "
+            f"= {sum(apart.values())}; drop it, the two say enough."
+        )
+
+
+def check_sampling(args: EvaluateArguments) -> None:
+    """Flags about sampling need --do_sample."""
+    idle = {one.name: one.default for one in fields(args)}
+    for name in ("temperature", "top_p", "top_k"):
+        if not args.do_sample and getattr(args, name) != idle[name]:
+            raise UserError(f"--{name} has no effect on greedy answers; add --do_sample, or drop it.")
+
+
 def check_memory(args: CommonArguments, stages: dict[str, int]) -> None:
     """Offload and ZeRO++ need the ZeRO stage that they work in."""
     highest = max(stages.values())
@@ -126,6 +156,17 @@ def check_memory(args: CommonArguments, stages: dict[str, int]) -> None:
         raise UserError("--optimizer fused_adam works on the card, --offload moves its states to the host; use auto.")
 
 
+def check_quantization(args: CommonArguments, models: dict[str, int]) -> None:
+    """Integers cannot be trained: a quantised base needs adapters over it."""
+    names = ("lora_dim", "pre_seq_len", "ptuning_checkpoint")
+    adapters = [f"{prefix}{name}" for prefix in models for name in names]
+    if args.quantization_bit and not any(getattr(args, name) for name in adapters):
+        raise UserError(
+            f"--quantization_bit {args.quantization_bit} freezes the weights; give --{' or --'.join(adapters)} something "
+            "to train over them, or drop it."
+        )
+
+
 def check_lora(args: CommonArguments, prefix: str) -> None:
     """Flags about adapters need adapters; adapters freeze everything else."""
     if getattr(args, f"{prefix}lora_dim"):
@@ -139,6 +180,33 @@ def check_lora(args: CommonArguments, prefix: str) -> None:
     for name in (f"{prefix}lora_learning_rate", f"{prefix}lora_alpha", f"{prefix}lora_dropout"):
         if name in idle and getattr(args, name) != idle[name]:
             raise UserError(f"--{name} has no effect without --{prefix}lora_dim; give a rank such as 16, or drop it.")
+
+
+def check_prefix(args: CommonArguments, prefix: str) -> None:
+    """P-Tuning beside nothing else that trains, from a folder that is there, into another folder than the model's."""
+    tuned = next((name for name in ("pre_seq_len", "ptuning_checkpoint") if getattr(args, prefix + name)), None)
+    if tuned is None:
+        if getattr(args, f"{prefix}prefix_projection"):
+            raise UserError(f"--{prefix}prefix_projection has no effect without --{prefix}pre_seq_len; give a length.")
+        return
+    if getattr(args, f"{prefix}lora_dim"):
+        raise UserError(
+            f"--{prefix}{tuned} and --{prefix}lora_dim: a prefix and adapters are not trained together; drop one of the two."
+        )
+    folder = getattr(args, f"{prefix}ptuning_checkpoint")
+    if folder and not Path(folder).expanduser().is_dir():
+        raise UserError(f"--{prefix}ptuning_checkpoint {folder}: no such folder; name one that P-Tuning saved.")
+    model = Path(getattr(args, f"{prefix}model_name_or_path")).expanduser()
+    if model.is_dir() and model.resolve() == Path(args.output_dir).expanduser().resolve():
+        raise UserError(
+            f"--output_dir {args.output_dir} holds the model, whose weights the saved prefix needs; give another folder."
+        )
+    rate = f"{prefix}learning_rate"
+    if getattr(args, rate) == next(one.default for one in fields(args) if one.name == rate):
+        logger.warning(
+            "--%s is at its default of %g, which suits whole weights; a prefix learns at rates like 1e-3 to 2e-2.",
+            rate, getattr(args, rate),
+        )  # fmt: skip
 
 
 def check_rollouts(args: PPOArguments) -> None:

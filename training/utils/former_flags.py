@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 TRAIN = ("sft", "reward", "ppo")
-EVAL = ("prompt_eval", "rw_eval")
+EVAL = ("prompt_eval", "evaluate", "rw_eval")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ RETIRED = (
     ),
     FormerFlag(("eot_token",), ("sft",), 1, "the end token comes from the template saved with the checkpoint"),
     FormerFlag(("print_loss",), ("sft",), 0, "--logging_steps 1", becomes=("--logging_steps", "1")),
-    FormerFlag(("preprocessing_num_workers",), ("sft", "ppo"), 1, "one process prepares the data once and caches it"),
+    FormerFlag(
+        ("preprocessing_num_workers",), ("sft", "ppo", "evaluate"), 1, "one process prepares the data once and caches it"
+    ),
     FormerFlag(("disable_dropout",), ("sft", "reward"), 0, "--dropout 0.0", becomes=("--dropout", "0.0")),
     FormerFlag(("disable_actor_dropout",), ("ppo",), 0, "--actor_dropout 0.0", becomes=("--actor_dropout", "0.0")),
     FormerFlag(("disable_critic_dropout",), ("ppo",), 0, "--critic_dropout 0.0", becomes=("--critic_dropout", "0.0")),
@@ -72,11 +74,13 @@ RETIRED = (
         ("num_beams", "num_beam_groups", "top_k", "penalty_alpha"), ("prompt_eval",), 1,
         "answers are greedy, as they were: the earlier script never used this flag",
     ),
-    # ChatGLM's ptuning and its LoRA fork, step 1
+    # ChatGLM's ptuning and its LoRA fork: step 1 and its evaluation
     FormerFlag(
         ("dataset_name", "train_file", "dataset_path"), ("sft",), 1, "--data_path", becomes=("--data_path", "{value}"),
     ),
-    FormerFlag(("model_path",), ("sft",), 1, "--model_name_or_path", becomes=("--model_name_or_path", "{value}")),
+    FormerFlag(
+        ("model_path",), ("sft", "evaluate"), 1, "--model_name_or_path", becomes=("--model_name_or_path", "{value}"),
+    ),
     FormerFlag(("check_points_path",), ("sft",), 1, "--output_dir", becomes=("--output_dir", "{value}")),
     FormerFlag(("epochs",), ("sft",), 1, "--num_train_epochs", becomes=("--num_train_epochs", "{value}")),
     FormerFlag(
@@ -91,27 +95,57 @@ RETIRED = (
     FormerFlag(("checkpointing_steps",), ("sft",), 1, "--save_steps", becomes=("--save_steps", "{value}")),
     FormerFlag(("resume_from_checkpoint",), ("sft",), 1, "--resume", becomes=("--resume", "{value}")),
     FormerFlag(("overwrite_cache",), ("sft",), 0, "--rebuild_cache", becomes=("--rebuild_cache",)),
-    FormerFlag(("fp16",), ("sft",), 0, "--dtype fp16", becomes=("--dtype", "fp16")),
-    FormerFlag(("prompt_column",), ("sft",), 1, "--columns prompt=…", becomes=("--columns", "prompt={value}")),
-    FormerFlag(("response_column",), ("sft",), 1, "--columns response=…", becomes=("--columns", "response={value}")),
-    FormerFlag(("history_column",), ("sft",), 1, "--columns history=…", becomes=("--columns", "history={value}")),
+    FormerFlag(("fp16", "fp16_full_eval"), ("sft", "evaluate"), 0, "--dtype fp16", becomes=("--dtype", "fp16")),
+    FormerFlag(("bf16", "bf16_full_eval"), ("sft", "evaluate"), 0, "--dtype bf16", becomes=("--dtype", "bf16")),
     FormerFlag(
-        ("max_source_length", "max_target_length", "val_max_target_length"), ("sft",), 1,
-        "--max_seq_len limits prompt and answer together; set it to the sum",
+        ("prompt_column",), ("sft", "evaluate"), 1, "--columns prompt=…", becomes=("--columns", "prompt={value}"),
     ),
     FormerFlag(
-        ("pad_to_max_length", "ignore_pad_token_for_loss"), ("sft",), 0,
+        ("response_column",), ("sft", "evaluate"), 1, "--columns response=…", becomes=("--columns", "response={value}"),
+    ),
+    FormerFlag(
+        ("history_column",), ("sft", "evaluate"), 1, "--columns history=…", becomes=("--columns", "history={value}"),
+    ),
+    FormerFlag(("val_max_target_length",), ("sft",), 1, "evaluation has the limits of training: --max_target_length"),
+    FormerFlag(
+        ("pad_to_max_length", "ignore_pad_token_for_loss"), ("sft", "evaluate"), 0,
         "padding goes to the longest of a batch and is never learned",
     ),
     FormerFlag(
-        ("config_name", "tokenizer_name", "lang", "forced_bos_token"), ("sft",), 1, "read from the folder of the model",
+        ("config_name", "tokenizer_name", "lang", "forced_bos_token"), ("sft", "evaluate"), 1,
+        "read from the folder of the model",
     ),
-    FormerFlag(("use_fast_tokenizer", "resize_position_embeddings"), ("sft",), 0, "read from the folder of the model"),
+    FormerFlag(
+        ("use_fast_tokenizer", "resize_position_embeddings"), ("sft", "evaluate"), 0,
+        "read from the folder of the model",
+    ),
     FormerFlag(("do_train", "do_eval", "debug", "overwrite_output_dir"), ("sft",), 0, "nothing to set"),
     FormerFlag(("fp16_opt_level",), ("sft",), 1, "--dtype"),
+    FormerFlag(
+        ("validation_file", "test_file"), ("sft",), 1,
+        "not read in training, which holds out --eval_fraction of its data; training.step1_sft.evaluate --data_path FILE "
+        "scores the answers to a file of its own",
+        "warn",
+    ),
+    FormerFlag(
+        ("do_predict", "predict_with_generate"), ("sft",), 0,
+        "training.step1_sft.evaluate scores the answers of the trained model", "warn",
+    ),
+    # Where both are given, --do_predict answered the prompts of --test_file: the later row wins.
+    FormerFlag(("validation_file",), ("evaluate",), 1, "--data_path", becomes=("--data_path", "{value}")),
+    FormerFlag(("test_file",), ("evaluate",), 1, "--data_path", becomes=("--data_path", "{value}")),
+    FormerFlag(("do_predict", "predict_with_generate"), ("evaluate",), 0, "always on", "silent"),
+    FormerFlag(
+        ("do_eval", "debug", "overwrite_output_dir", "overwrite_cache"), ("evaluate",), 0, "nothing to set",
+    ),
+    FormerFlag(("pre_seq_len",), ("evaluate",), 1, "the saved prefix has its length"),
+    FormerFlag(("prefix_projection",), ("evaluate",), 0, "the saved prefix has its form"),
+    FormerFlag(
+        ("num_beams", "generation_num_beams"), ("sft", "evaluate"), 1,
+        "training.step1_sft.evaluate answers greedily or, with --do_sample, by sampling; it has no beam search", "warn",
+    ),
 )
 
-_PREFIX = "P-Tuning is not in this version; drop it and train adapters with --lora_dim, or all weights"
 _MIXTURE = "mixing pretraining text into PPO is not in this version; drop the unsupervised_… flags and --unsup_coef"
 _DPO = "DPO is not in this version; drop it (step 2 trains a reward model)"
 
@@ -120,22 +154,10 @@ NOT_YET = (
         ("unsupervised_dataset_name", "unsupervised_dataset_config_name", "unsup_coef"), ("ppo",), 1, _MIXTURE,
         "refuse",
     ),
-    FormerFlag(("pre_seq_len", "ptuning_checkpoint"), TRAIN, 1, _PREFIX, "refuse"),
-    FormerFlag(("prefix_projection",), TRAIN, 0, _PREFIX, "refuse"),
-    FormerFlag(
-        ("quantization_bit",), TRAIN, 1,
-        "training on a quantised base is not in this version; drop it, and save memory with --lora_dim or ZeRO stage 3",
-        "refuse",
-    ),
     FormerFlag(("beta", "label_smoothing"), ("reward",), 1, _DPO, "refuse"),
     FormerFlag(
-        ("dataset_config_name", "model_revision", "use_auth_token"), ("sft",), 1,
+        ("dataset_config_name", "model_revision", "use_auth_token"), ("sft", "evaluate"), 1,
         "drop it; fetch what it names with scripts/download_dataset.py or huggingface-cli and give the folder",
-        "refuse",
-    ),
-    FormerFlag(
-        ("validation_file", "test_file"), ("sft",), 1,
-        "drop it; a folder with train and test files in --data_path, or --eval_fraction, gives the held-out part",
         "refuse",
     ),
     FormerFlag(
@@ -143,7 +165,7 @@ NOT_YET = (
         "drop it; --max_steps and --eval_iters limit a run", "refuse",
     ),
     FormerFlag(
-        ("source_prefix",), ("sft",), 1, "drop it and write the prefix into the data as a system message", "refuse",
+        ("source_prefix",), ("sft", "evaluate"), 1, "drop it and write the prefix into the data as a system message", "refuse",
     ),
 )
 

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from errors import UserError
 from training.utils.arguments import (
     STEPS,
+    EvaluateArguments,
     PPOArguments,
     PromptEvalArguments,
     RewardArguments,
@@ -38,6 +39,7 @@ MODULES = {
     RewardArguments: "training.step2_reward.main",
     PPOArguments: "training.step3_ppo.main",
     PromptEvalArguments: "training.step1_sft.prompt_eval",
+    EvaluateArguments: "training.step1_sft.evaluate",
     RewardEvalArguments: "training.step2_reward.rw_eval",
 }
 SECTIONS = ("launch", *(step.section for step in STEPS))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +240,15 @@ def build_optimizer(groups: list[dict[str, Any]], options: EngineOptions) -> tor
 
 
 def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype, total_steps: int, world_size: int):
-    """Wrap a model for training: optimizer, learning-rate schedule, ZeRO. total_steps counts optimizer steps of the whole run."""
+    """Wrap a model for training: optimizer, learning-rate schedule, ZeRO. total_steps counts optimizer steps of the whole run.
+
+    DeepSpeed computes with every parameter in dtype. What was float32 under a 16-bit dtype (a prefix) is float32 in the
+    optimizer, where it moves: trained_weights.
+    """
     import deepspeed
     from transformers import get_scheduler
 
+    exact = to_dtype([parameter for parameter in model.parameters() if parameter.requires_grad], dtype)
     optimizer = build_optimizer(parameter_groups(model, options), options)
     scheduler = get_scheduler(
         options.lr_scheduler_type,
@@ -254,7 +260,62 @@ def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype
     skeleton = copy_structure(model) if options.zero_stage == 3 else None
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     engine.plain_skeleton = skeleton
+    masters = plain_masters(engine.optimizer)
+    for parameter, value in exact:
+        if id(parameter) in masters:
+            masters[id(parameter)].data.copy_(value)
+        else:
+            deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(engine.device))
     return engine
+
+
+def to_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
+    """Round parameters to dtype in place; returns those that changed, with their exact values. As DeepSpeed does itself,
+    but for the parameters that ZeRO-3 splits late, after its check of dtypes.
+    """
+    changed = []
+    for parameter in parameters:
+        if parameter.is_floating_point() and parameter.dtype != dtype and not hasattr(parameter, "ds_id"):
+            changed.append((parameter, parameter.detach().clone()))
+            parameter.data = parameter.data.to(dtype)
+    return changed
+
+
+def plain_masters(optimizer) -> dict[int, Tensor]:
+    """id of a 16-bit parameter -> its float32 master, in DeepSpeed's optimizers without ZeRO; {} for all others."""
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        masters = optimizer.fp32_groups
+    elif isinstance(optimizer, FP16_Optimizer):
+        flat = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
+        masters = [torch._utils._unflatten_dense_tensors(one, like) for one, like in flat]   # views
+    else:
+        return {}
+    pairs = zip(chain(*optimizer.fp16_groups), chain(*masters), strict=True)
+    return {id(parameter): master for parameter, master in pairs}
+
+
+def trained_weights(engine, model: nn.Module) -> dict[str, Tensor]:
+    """Every trained parameter of a model inside the engine, whole and in float32, by its name in model.named_parameters():
+    what the optimizer moves, not its copy rounded to 16 bits. All processes call it.
+    """
+    import deepspeed
+
+    masters = plain_masters(engine.optimizer)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in masters:
+            found = masters[id(parameter)]
+        elif hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+            found = deepspeed.utils.safe_get_full_fp32_param(parameter)
+        else:
+            found = parameter
+        weights[name] = found.detach().to(torch.float32, copy=True)
+    return weights
 
 
 def build_frozen(
@@ -264,6 +325,7 @@ def build_frozen(
     import deepspeed
 
     model.eval().requires_grad_(False)
+    to_dtype(model.parameters(), dtype)  # a prefix too: its twin in the engine that trains is rounded
     if offload:
         stage = 3   # the only stage whose weights may live on the host
     if stage != 3:
@@ -306,7 +368,9 @@ def optimizer_figures(engine) -> dict[str, float]:
 
 
 def copy_structure(model: nn.Module) -> nn.Module:
-    """The same modules with empty parameters on the meta device; ties are kept, weights are not copied.
+    """The same modules with empty parameters and buffers on the meta device; ties are kept, weights are not copied.
+
+    Buffers too: those of quantised layers are the model. whole_model puts the engine's own in.
 
     Must be called before deepspeed.initialize: its hooks would be copied too.
     """
@@ -316,6 +380,8 @@ def copy_structure(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(
             torch.empty(shape, dtype=parameter.dtype, device="meta"), requires_grad=False
         )
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, memo)
 
 
@@ -343,7 +409,7 @@ def whole_model(engine, device: torch.device | None = None, only_main: bool = Fa
             data = parameter.detach().to(target, copy=True) if keep else None
         copied[id(slots[name])] = nn.Parameter(data, requires_grad=False) if keep else None
     if keep:
-        buffers = dict(engine.module.named_buffers())
+        buffers = dict(engine.module.named_buffers(remove_duplicate=False))
         fill(plain, copied, {name: value.to(target) for name, value in buffers.items()})
         plain.eval()
     yield plain if keep else None

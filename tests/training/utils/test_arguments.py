@@ -16,6 +16,7 @@ from scripts.flags_table import main as flags_table
 from training.utils import parsing
 from training.utils.arguments import (
     STEPS,
+    EvaluateArguments,
     PPOArguments,
     PromptEvalArguments,
     RewardArguments,
@@ -26,12 +27,13 @@ from training.utils.former_flags import NOT_YET, RETIRED, former_flags
 from training.utils.parsing import FlagParser, flag_names, main_entry, parse
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-ALL = (*STEPS, PromptEvalArguments, RewardEvalArguments)
+ALL = (*STEPS, PromptEvalArguments, EvaluateArguments, RewardEvalArguments)
 NEEDED = {
     SFTArguments: ["--model_name_or_path", "m", "--output_dir", "o"],
     RewardArguments: ["--model_name_or_path", "m", "--output_dir", "o"],
     PPOArguments: ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c", "--output_dir", "o"],
     PromptEvalArguments: ["--model_name_or_path_baseline", "b", "--model_name_or_path_finetune", "f"],
+    EvaluateArguments: ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"],
     RewardEvalArguments: ["--model_name_or_path", "m"],
 }
 
@@ -44,7 +46,7 @@ only_optimize_lora|lora_learning_rate 5e-4|compute_fp32_loss|enable_tensorboard|
 deepspeed|deepspeed_config FILE|deepscale|deepscale_config FILE|disable_dropout"""
 PUBLISHED = {
     SFTArguments: BOTH + """
-sft_only_data_path x y|eot_token <end>|print_loss|pre_seq_len 128 not-yet|quantization_bit 8 not-yet""",
+sft_only_data_path x y|eot_token <end>|print_loss|pre_seq_len 128|quantization_bit 8""",
     RewardArguments: BOTH + """
 num_padding_at_beginning 1|eval_interval 10|eval_iters 100|beta 0.1 not-yet|label_smoothing 0.0 not-yet""",
     PPOArguments: """data_path x y|data_split 2,4,4|data_output_path d|unsupervised_dataset_name wikitext not-yet
@@ -69,6 +71,7 @@ top_k 4|penalty_alpha 0.6|num_return_sequences 1|max_new_tokens 100|language Chi
 # What a flag cannot do without.
 TOGETHER = {
     "offload": ["--zero_stage", "1"], "lora_learning_rate": ["--lora_dim", "4"],
+    "quantization_bit": ["--lora_dim", "4"],
     "actor_lora_learning_rate": ["--actor_lora_dim", "4"], "critic_lora_learning_rate": ["--critic_lora_dim", "4"],
     "enable_mixed_precision_lora": ["--actor_zero_stage", "3"],
 }  # fmt: skip
@@ -233,6 +236,15 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
         (SFTArguments, ["--learning_rate=-1"], "--learning_rate -1.0: must not be negative."),
         (SFTArguments, ["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: must be 1 or more."),
         (SFTArguments, ["--max_seq_len", "1"], "--max_seq_len 1: must be 2 or more: a prompt and the end token."),
+        (SFTArguments, ["--max_source_length", "64"],
+         "--max_source_length needs --max_target_length too; to limit both together give --max_seq_len alone."),
+        (SFTArguments, ["--max_target_length", "64"], "--max_target_length needs --max_source_length too"),
+        (SFTArguments, ["--max_source_length", "64", "--max_target_length", "64", "--max_seq_len", "100"],
+         "--max_seq_len 100 is not --max_source_length + --max_target_length = 128; drop it"),
+        (SFTArguments, ["--max_source_length", "9", "--max_target_length", "1"], "--max_target_length 1: must be 2 or"),
+        (EvaluateArguments, ["--top_p", "0.9"], "--top_p has no effect on greedy answers; add --do_sample, or drop it."),
+        (EvaluateArguments, ["--max_source_length", "0"], "--max_source_length 0: must be 1 or more."),
+        (EvaluateArguments, ["--source_prefix", "x"], "--source_prefix: drop it and write the prefix into the data"),
         (SFTArguments, ["--dropout", "1"], "--dropout 1.0: must be 0 or more and less than 1."),
         (PPOArguments, ["--temperature", "0"], "--temperature 0.0: must be more than 0."),
         (PPOArguments, ["--top_p", "1.5"], "--top_p 1.5: must be more than 0 and at most 1."),
@@ -447,7 +459,7 @@ def test_flags_table_writes_and_checks(tmp_path, capsys):
     for args_class in ALL:
         for name in flag_names(args_class):
             assert any(f"`--{name}`" in row for row in rows) or name.startswith("no_") or name == "help"
-    widths = {"step 1": 5, "prompt_eval": 4, "earlier flag": 2}
+    widths = {"step 1": 5, "prompt_eval": 5, "earlier flag": 2}
     for table in text.split("\n\n")[1:-1]:
         header = next(line for line in table.splitlines() if line.startswith("| "))
         cells = next(width for word, width in widths.items() if word in header)

@@ -219,11 +219,13 @@ def test_all_rows_are_here():
     }  # fmt: skip
 
 
-def test_quantised_launcher_is_refused_with_a_way_out():
+def test_quantised_launcher_trains_adapters_and_says_so_without_them():
     """YZP step 1, single_gpu/run_chatglm-6b.sh (main-ndp.py): INT8 base, which silently trained nothing there."""
     argv = ["--model_name_or_path", "THUDM/chatglm-6b", "--data_path", "Smart/Q_A", "--zero_stage", "2"]
-    argv += ["--lora_dim", "128", "--quantization_bit", "8", "--deepspeed", "--output_dir", "./output"]
-    with pytest.raises(UserError, match=r"--quantization_bit: .*not in this version; drop it.*--lora_dim"):
+    argv += ["--quantization_bit", "8", "--deepspeed", "--output_dir", "./output"]
+    args = parse(SFTArguments, [*argv, "--lora_dim", "128"])
+    assert (args.quantization_bit, args.lora_dim) == (8, 128)
+    with pytest.raises(UserError, match=r"--quantization_bit 8 freezes the weights; give --lora_dim"):
         parse(SFTArguments, argv)
 
 

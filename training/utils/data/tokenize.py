@@ -97,6 +97,8 @@ class Task:
     tokenizer: Any
     template: Template
     max_seq_len: int
+    max_source_length: int | None = None  # both or neither: limits of prompt and answer apart, in phase 1
+    max_target_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def prepare_phase(args: Any, phase: int, tokenizer: Any, template: Template) -> 
     data = prepare(
         args.data_path, phase, tokenizer, template,
         max_seq_len=args.max_prompt_seq_len if phase == 3 else args.max_seq_len,
+        max_source_length=args.max_source_length if phase == 1 else None,
+        max_target_length=args.max_target_length if phase == 1 else None,
         data_split=args.data_split, sft_only_data_path=args.sft_only_data_path if phase == 1 else (),
         columns=args.column_map, seed=args.seed, eval_fraction=args.eval_fraction,
         cache_dir=args.cache_dir, rebuild=args.rebuild_cache,
@@ -130,6 +134,8 @@ def prepare(
     template: Template,
     *,
     max_seq_len: int,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
     data_split: str = "2,4,4",
     sft_only_data_path: Sequence[str] = (),
     columns: dict[str, str] | None = None,
@@ -140,17 +146,21 @@ def prepare(
 ) -> PhaseData:
     """Tokenised training and evaluation records of one step, from the cache or built into it.
 
-    max_seq_len: tokens of prompt and answer in phases 1 and 2, of the prompt in phase 3. rebuild: build although the
+    max_seq_len: tokens of prompt and answer in phases 1 and 2, of the prompt in phase 3. max_source_length,
+    max_target_length: in phase 1, tokens of the prompt and of the answer apart, instead. rebuild: build although the
     cache has it; processes of one torch.distributed job build once. Raises UserError if nothing is left to train on.
     """
-    if max_seq_len < 2:
+    least = max(2, template.frame_length + 1)
+    if max_seq_len < least:
         flag = "max_prompt_seq_len" if phase == 3 else "max_seq_len"
-        raise UserError(f"--{flag} {max_seq_len}: expected at least 2 tokens.")
-    task = Task(phase, tokenizer, template, max_seq_len)
+        raise UserError(f"--{flag} {max_seq_len}: expected at least {least} tokens.")
+    if max_source_length is not None and max_source_length < template.frame_length:
+        raise UserError(f"--max_source_length {max_source_length}: expected at least {template.frame_length} tokens.")
+    task = Task(phase, tokenizer, template, max_seq_len, max_source_length, max_target_length)
     paths = [(path, False) for path in data_paths] + [(path, True) for path in sft_only_data_path]
     contents = [(content_key(path, columns), sft_only) for path, sft_only in paths]
     told = [
-        phase, contents, max_seq_len, data_split, seed, eval_fraction,
+        phase, contents, [max_seq_len, max_source_length, max_target_length], data_split, seed, eval_fraction,
         tokenizer_digest(tokenizer), asdict(template), code_digest(),
     ]  # fmt: skip
     home = cache_folder(cache_dir)
@@ -278,22 +288,32 @@ def prompt_rows(records: list[Record], prompts: list[list[int]], task: Task, cou
 
 
 def fit(prompt: list[int], answers: list[list[int]], task: Task, counts: Counts) -> tuple[list[int], ...]:
-    """Prompt and answers, such that the prompt with any of the answers stays within max_seq_len.
+    """Prompt and answers, such that the prompt with any of the answers stays within the task's limits.
 
-    The oldest part of the prompt goes first; what opens every text (bos) stays. An answer that fills max_seq_len alone
-    loses its tail but keeps its end token, and one token of the prompt stays: something must predict the first token.
+    The oldest part of the prompt goes first. An answer that fills max_seq_len alone, or is longer than
+    max_target_length, loses its tail but keeps its end token, and one token of the prompt stays: something must predict
+    the first token. Of ChatGLM's prompts, the marks stay ([gMASK] <sop>): without them the network knows no positions.
     """
-    limit = task.max_seq_len - 1
+    limit = task.max_target_length or task.max_seq_len - max(1, task.template.frame_length)
     cut = [answer if len(answer) <= limit else [*answer[: limit - 1], answer[-1]] for answer in answers]
     counts.truncated_answers += sum(len(answer) > limit for answer in answers)
-    room = task.max_seq_len - max(len(answer) for answer in cut)
-    if len(prompt) > room:
-        counts.truncated_prompts += 1
-        opening = list(task.template.prefix_ids)
-        if room <= len(opening) or prompt[: len(opening)] != opening:
-            opening = []
-        prompt = opening + prompt[len(prompt) - room + len(opening) :]
-    return (prompt, *cut)
+    room = task.max_source_length or task.max_seq_len - max(len(answer) for answer in cut)
+    counts.truncated_prompts += len(prompt) > room
+    return (cut_prompt(prompt, room, task.template), *cut)
+
+
+def cut_prompt(prompt: list[int], room: int, template: Template) -> list[int]:
+    """The newest part of a prompt, ``room`` tokens; what opens every text (bos) stays where there is room for more.
+
+    ChatGLM's marks, in front or at the end, stay always: never fewer than template.frame_length tokens are left.
+    """
+    room = max(room, template.frame_length)
+    if len(prompt) <= room:
+        return prompt
+    opening = list(template.prefix_ids)
+    if (room <= len(opening) and not template.frame_length) or prompt[: len(opening)] != opening:
+        opening = []
+    return opening + prompt[len(prompt) - room + len(opening) :]
 
 
 def batches(records: Dataset) -> Iterator[list[Record]]:
@@ -446,13 +466,14 @@ def file_digest(path: Path) -> str:
 
 def code_digest() -> str:
     """Hash of the code between a record and its tokens; sources.content_key covers what comes before."""
-    return "".join(file_digest(Path(module)) for module in (__file__, splits.__file__, models.templates.__file__))
+    return "".join(file_digest(Path(file)) for file in (__file__, splits.__file__, *models.templates.code_files()))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Hash of all that decides how a tokenizer cuts text: the files that it saves, special tokens, chat template."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     told = [type(tokenizer).__name__, special, tokenizer.chat_template, sorted(tokenizer.get_added_vocab().items())]
+    told.append(getattr(tokenizer, "chatglm_version", None))  # ChatGLM2 and ChatGLM3 have the same vocabulary file
     digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

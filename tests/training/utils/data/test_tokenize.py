@@ -469,8 +469,9 @@ def test_reading_while_another_process_rebuilds(tmp_path, llama):
 def test_prepare_phase_reads_a_step_s_flags(tmp_path, llama, caplog):
     path = write(tmp_path / "data.jsonl", [{"question": f"q{n}", "answer": f"a{n}"} for n in range(40)])
     args = SimpleNamespace(
-        data_path=[path], data_split="1,0,0", column_map={"prompt": "question", "chosen": "answer"}, seed=3,
-        eval_fraction=0.2, cache_dir=str(tmp_path / "mine"), rebuild_cache=False, max_seq_len=32, sft_only_data_path=[],
+        data_path=[path], data_split="1,0,0", column_map={"prompt": "question", "chosen": "answer"}, seed=3, eval_fraction=0.2,
+        cache_dir=str(tmp_path / "mine"), rebuild_cache=False, max_seq_len=32, sft_only_data_path=[], max_source_length=None,
+        max_target_length=None,
     )  # fmt: skip
     with caplog.at_level("INFO", logger="sanbu"):
         data = prepare_phase(args, 1, llama, load_template(None, llama))
@@ -481,8 +482,7 @@ def test_prepare_phase_reads_a_step_s_flags(tmp_path, llama, caplog):
 
 def test_real_preference_data_goes_through_all_phases(shared_dir, tokenizer):
     for name in ("preference_en/rm_static_en_train.jsonl.gz", "preference_zh/rm_static_zh_train.jsonl.gz"):
-        path = str(shared_dir / "data" / name)
-        template = load_template(None, tokenizer)
+        path, template = str(shared_dir / "data" / name), load_template(None, tokenizer)
         for phase, column in ((1, "input_ids"), (2, "chosen_ids"), (3, "prompt_ids")):
             data = run(path, phase, tokenizer, split="2,4,4", eval_fraction=0.05, max_seq_len=512)
             for part, dataset in (("train", data.train), ("eval", data.eval)):

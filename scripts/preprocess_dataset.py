@@ -1,0 +1,45 @@
+"""Tokenise the data of a step once, into the Arrow cache where training with the same flags finds it; no weights are loaded.
+
+    python -m scripts.preprocess_dataset --model_name_or_path FOLDER --data_path AdvertiseGen [any flag of step 1]
+    python -m scripts.preprocess_dataset --step 2 …
+
+Only tokenizer and configuration of the model are needed. --cache_dir (or SANBU_CACHE) says where the cache lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from models.factory import load_tokenizer
+from models.templates import load_template
+from training.utils.arguments import STEPS, CommonArguments
+from training.utils.data.tokenize import prepare_phase
+from training.utils.parsing import main_entry
+from training.utils.run import quiet_libraries
+
+
+def preprocess(args: CommonArguments) -> None:
+    """Tokenise what the step's flags name; says what was kept, cut and dropped, and where it lies."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("sanbu").setLevel(logging.INFO)
+    quiet_libraries()
+    model = args.actor_model_name_or_path if args.phase == 3 else args.model_name_or_path
+    tokenizer = load_tokenizer(model)
+    data = prepare_phase(args, args.phase, tokenizer, load_template(model, tokenizer))
+    print(f"{args.title}: {len(data.train)} examples to train on, {len(data.eval)} held out, in "
+          f"{Path(data.train.cache_files[0]['filename']).parent}", flush=True)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read --step; everything else is for the parser of that step, which wants an --output_dir that nothing uses here."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--step", type=int, choices=(1, 2, 3), default=1)
+    given, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    main_entry(preprocess, STEPS[given.step - 1], ["--output_dir", ".", *flags])
+
+
+if __name__ == "__main__":
+    main()

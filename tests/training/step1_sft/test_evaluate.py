@@ -1,0 +1,167 @@
+"""evaluate: the answers are the model's own, the figures are theirs, and both are the same each time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from errors import UserError
+from models.factory import load_tokenizer
+from models.templates import load_template
+from tests.launching import succeed
+from tests.tiny import tiny_checkpoint
+from tests.training.step1_sft import hand_metrics
+from training.step1_sft import evaluate, text_metrics
+from training.step1_sft.evaluate import Answer, summary
+from training.utils.arguments import EvaluateArguments
+from training.utils.parsing import parse
+
+MODULE = "training.step1_sft.evaluate"
+ROWS = [
+    {"content": "类型#裙*颜色#黑色", "summary": "黑色的裙子，今天天气很好。"},
+    {"content": "类型#裤*版型#宽松*图案#线条" * 3, "summary": "宽松的裤子。"},
+    {"content": "怎么做面包？", "summary": "把面粉、水、盐和酵母混合，等一个小时，然后烤。"},
+    {"content": "Hello", "summary": "Mix flour and water, wait an hour."},
+    {"content": "类型#上衣", "summary": "上衣"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    file = tmp_path / "dev.json"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def run(model, data, tmp_path):
+    """Evaluates in this process; returns the predictions and the figures."""
+
+    def start(*words: str, to: str = "out") -> tuple[list[dict], dict]:
+        flags = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(tmp_path / to), *words]
+        evaluate.main(parse(EvaluateArguments, flags))
+        return read(tmp_path / to)
+
+    return start
+
+
+def read(folder: Path) -> tuple[list[dict], dict]:
+    lines = (folder / "generated_predictions.txt").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_greedy_answers_and_figures_equal_the_slow_way(run, model, tmp_path, capsys):
+    """transformers' generate on each prompt alone, without padding; figures by plain loops."""
+    rows, figures = run("--max_target_length", "10", "--per_device_eval_batch_size", "2")
+    tokenizer = load_tokenizer(model)
+    template = load_template(model, tokenizer)
+    network = AutoModelForCausalLM.from_pretrained(model).eval()
+    expected, lengths, ended = [], [], 0
+    for row, record in zip(rows, ROWS, strict=True):
+        ids = torch.tensor([template.encode_prompt(tokenizer, [{"role": "user", "content": record["content"]}])])
+        made = network.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=list(template.stop_token_ids),
+                                pad_token_id=tokenizer.pad_token_id)[0, ids.shape[1] :].tolist()  # fmt: skip
+        assert row["predict"] == template.decode_answer(tokenizer, made)
+        label = tokenizer.decode(template.encode_answer(tokenizer, record["summary"])[:10], skip_special_tokens=True)
+        assert row["labels"] == label.strip()
+        expected.append(hand_metrics.scores(row["labels"], row["predict"], text_metrics.words))
+        lengths.append(len(made))
+        ended += made[-1] in template.stop_token_ids
+    for name in text_metrics.METRICS:
+        assert figures[name] == pytest.approx(sum(one[name] for one in expected) / 5, abs=1e-4)
+    assert (figures["examples"], figures["mean_tokens"], figures["ended"]) == (5, sum(lengths) / 5, ended / 5)
+    assert figures["flags"]["max_target_length"] == 10
+    shown = capsys.readouterr().out
+    assert f"| {figures['bleu-4']:.4f} |" in shown and "| BLEU-4 | ROUGE-1 | ROUGE-2 | ROUGE-L |" in shown
+    assert "黑色" in (tmp_path / "out/generated_predictions.txt").read_text(encoding="utf-8")   # letters, not escapes
+
+
+def test_labels_are_cut_where_answers_must_end_unless_asked(run):
+    short, _ = run("--max_target_length", "5", "--num_examples", "1")
+    whole, _ = run("--max_target_length", "5", "--num_examples", "1", "--truncate_labels", "false")
+    assert whole[0]["labels"] == ROWS[0]["summary"]
+    assert len(short[0]["labels"]) < len(whole[0]["labels"])
+
+
+@pytest.mark.distributed
+def test_two_runs_agree_whatever_the_number_of_processes(run, model, data, tmp_path):
+    words = ["--max_target_length", "8", "--per_device_eval_batch_size", "2"]
+    first = run(*words)
+    assert run(*words) == first
+    flags = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(tmp_path / "two"), *words]
+    shown = succeed(MODULE, flags, processes=2)
+    assert shown.count("BLEU-4") == 1
+    rows, figures = read(tmp_path / "two")
+    del figures["flags"], first[1]["flags"]
+    assert (rows, figures) == first
+
+
+def test_sampled_answers_follow_the_seed_not_the_batch(run):
+    words = ["--do_sample", "--max_target_length", "8"]
+    first, _ = run(*words)
+    again, _ = run(*words, "--per_device_eval_batch_size", "2")
+    other, _ = run(*words, "--seed", "5")
+    assert first == again != other
+
+
+def test_a_long_prompt_loses_its_oldest_part(run, model, monkeypatch):
+    seen = []
+    real = evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda *given, **how: seen.append(given[1].tolist()) or real(*given, **how))
+    run("--max_source_length", "20", "--max_target_length", "2", "--num_examples", "2")
+    tokenizer = load_tokenizer(model)
+    ids = load_template(model, tokenizer).encode_prompt(tokenizer, [{"role": "user", "content": ROWS[1]["content"]}])
+    assert [1, *ids[-19:]] in seen[0]
+
+
+def test_empty_answers_count_and_are_counted():
+    text_metrics.check_libraries()
+    answers = [Answer("黑色的裙子", 4, True), Answer("", 1, True), Answer("裙", 7, False), Answer("", 2, True)]
+    figures = summary(["黑色的裙子"] * 4, answers)
+    alone = text_metrics.score("黑色的裙子", "裙")
+    assert figures["bleu-4"] == pytest.approx((100 + alone["bleu-4"]) / 4)
+    assert (figures["mean_tokens"], figures["ended"], figures["empty"]) == (3.5, 0.75, 2)
+
+
+def test_the_former_command_line_means_the_same(caplog):
+    """evaluate.sh of ChatGLM2's ptuning; --test_file is what it answered."""
+    words = """--do_predict --validation_file AdvertiseGen/val.json --test_file AdvertiseGen/dev.json --overwrite_cache
+        --prompt_column content --response_column summary --model_name_or_path chatglm2-6b --ptuning_checkpoint p
+        --output_dir o --overwrite_output_dir --max_source_length 64 --max_target_length 64 --fp16_full_eval
+        --per_device_eval_batch_size 1 --predict_with_generate --pre_seq_len 128 --quantization_bit 4"""
+    args = parse(EvaluateArguments, words.split())
+    assert (args.data_path, args.column_map) == (["AdvertiseGen/dev.json"], {"prompt": "content", "response": "summary"})
+    assert (args.max_source_length, args.max_target_length, args.per_device_eval_batch_size) == (64, 64, 1)
+    assert (args.ptuning_checkpoint, args.quantization_bit, args.dtype, args.do_sample) == ("p", 4, "fp16", False)
+    said = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert len(said) == len(set(said)) and "--pre_seq_len" in said and "--do_predict" not in said
+    caplog.clear()
+    args = parse(EvaluateArguments, [*words.split(), "--num_beams", "4", "--max_predict_samples", "7"])
+    assert args.num_examples == 7
+    assert any("--num_beams: " in line and "no beam search" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--max_target_length", "4000"], "--max_target_length 4000 leaves no room for a prompt in the 256 tokens"),
+        (["--model_name_or_path", "/tmp"], "has no config.json"),
+        (["--output_dir", "/proc/nothing"], "--output_dir /proc/nothing cannot be written"),
+        (["--data_path", "{prompts}"], "prompts without answers, so that there is nothing to compare with"),
+        (["--data_path", "/nowhere/dev.json"], "no such file or folder"),
+        (["--columns", "prompt=content,response=a"], '--columns names "a", which is not there'),
+        (["--ptuning_checkpoint", "/nowhere"], "--ptuning_checkpoint /nowhere: no such folder"),
+    ],
+)
+def test_wrong_input_is_one_sentence(run, tmp_path, words, sentence):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
+    with pytest.raises(UserError) as caught:
+        run(*(word.format(prompts=tmp_path / "prompts.jsonl") for word in words))
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)

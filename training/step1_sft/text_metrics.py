@@ -1,0 +1,74 @@
+"""BLEU-4 and ROUGE as ChatGLM's predecessors count them on Chinese text, by the libraries that they use.
+
+Every figure is that of one answer against one written answer, times 100; a set's figure is the mean over its answers.
+The libraries are imported where they are called: only the evaluation needs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+from errors import UserError
+from training.utils.data.sources import cache_folder
+
+METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
+
+
+def check_libraries() -> None:
+    """Raise UserError unless the libraries behind the figures are installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # jieba's and nltk's own, about older names and escapes
+            import jieba
+            import nltk.translate.bleu_score  # noqa: F401
+            import rouge_chinese  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"BLEU and ROUGE need a package that is missing ({error}); pip install jieba rouge-chinese nltk."
+        ) from error
+    jieba.setLogLevel(logging.WARNING)
+    folder = cache_folder()   # its dictionary is kept as a marshal file, which must not lie in the shared /tmp
+    folder.mkdir(parents=True, exist_ok=True)
+    jieba.dt.tmp_dir = str(folder)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as jieba cuts it; spaces and punctuation are words too."""
+    import jieba
+
+    return jieba.lcut(text)
+
+
+def bleu_4(label: str, predict: str) -> float:
+    """Sentence BLEU (Papineni et al. 2002) over characters, up to four of them, with NIST's smoothing of counts that are
+    zero (Chen and Cherry 2014, method 3), 0 to 100.
+    """
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    return 100.0 * sentence_bleu([list(label)], list(predict), smoothing_function=SmoothingFunction().method3)
+
+
+def rouge(label: str, predict: str) -> dict[str, float]:
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) over jieba's words, 0 to 100.
+
+    rouge_chinese counts each different n-gram once; its ROUGE-L is the longest common subsequence of the whole texts.
+    """
+    from rouge_chinese import Rouge
+
+    (found,) = Rouge().get_scores(" ".join(words(predict)), " ".join(words(label)))
+    return {name: 100.0 * found[name]["f"] for name in METRICS[1:]}
+
+
+def score(label: str, predict: str) -> dict[str, float]:
+    """The figures (METRICS) of one answer. A blank answer has 0 in all; rouge_chinese would raise."""
+    if not label.strip() or not predict.strip():
+        return dict.fromkeys(METRICS, 0.0)
+    return {"bleu-4": bleu_4(label, predict)} | rouge(label, predict)
+
+
+def mean_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Means of the figures over (label, predict) pairs, of which there must be one at least."""
+    scores = [score(label, predict) for label, predict in pairs]
+    return {name: sum(one[name] for one in scores) / len(scores) for name in METRICS}
