@@ -64,7 +64,7 @@ class Chatbot:
         from inference.engine import generate
 
         prompt, history = self.fitting_prompt(question)
-        room = min(self.sampling.max_new_tokens, context_length(self.model.config) - len(prompt))
+        room = min(self.sampling.max_new_tokens, self.longest() - len(prompt))
         ids = torch.tensor([prompt], device=self.model.device)
         generation = generate(
             self.model, ids, torch.ones_like(ids),
@@ -78,12 +78,18 @@ class Chatbot:
         self.asked += 1
         return text
 
+    def longest(self) -> int:
+        """How many tokens a prompt and its answer may have together: the context, less a prefix that takes places of it."""
+        from models.heads import prefix_length
+
+        return context_length(self.model.config) - prefix_length(self.model)
+
     def fitting_prompt(self, question: str) -> tuple[list[int], list[dict[str, str]]]:
         """Token ids of the dialogue with the question at its end, and the turns of it that are kept.
 
         When dialogue and answer do not fit into the context, the oldest turns go; the last question always stays.
         """
-        limit = context_length(self.model.config)
+        limit = self.longest()
         system = [{"role": "system", "content": self.system}] if self.system else []
         history = list(self.history)
         while True:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.heads import base_model
+from models.heads import base_model, mask_with_prefix, position_ids_for, prefix_cache, prefix_length
 
 # Finished rows leave the batch once they are this share of it. Leaving costs a copy of the cache, staying a row of every
 # matrix product. 4 layers x 256, batch 64, answers of 10 tokens on average and 32 at most, one CPU core: never 0.64 s,
@@ -55,7 +55,8 @@ def generate(
 ) -> Generation:
     """Sample (or, greedy, take the likeliest tokens) until every row has met a stop token or has max_new_tokens.
 
-    model: a causal language model of transformers, or a PeftModel around one; it is in evaluation mode meanwhile.
+    model: a causal language model of transformers, or a PeftModel around one (LoRA, or a prefix, which is put into the
+    cache once); it is in evaluation mode meanwhile.
     input_ids, attention_mask: [batch, prompt], padded on the left. Row i is sampled with random numbers from row_seeds[i]
     (default: seeds from torch's global generator). Raises ValueError for a call that cannot be meant.
     """
@@ -71,19 +72,21 @@ def generate(
     filtered = False
 
     with torch.inference_mode(), evaluation_mode(model):
-        takes = inspect.signature(base_model(model).forward).parameters
+        network = base_model(model)
+        takes = inspect.signature(network.forward).parameters
+        positions = position_ids_for(model, input_ids, attention_mask, room=max_new_tokens)
         mask = torch.cat([attention_mask.long(), attention_mask.new_ones(batch, max_new_tokens, dtype=torch.long)], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        mask, prefix = mask_with_prefix(model, mask), prefix_length(model)
         rows = torch.arange(batch, device=device)  # which row of the call each row of the shrinking batch is
         done = torch.zeros_like(ended)
-        fed, cache, past = input_ids, None, 0
+        fed, cache, past = input_ids, prefix_cache(model, batch), 0
         for step in range(max_new_tokens):
             seen = past + fed.shape[1]
-            extra = {"position_ids": positions[:, past:seen]} if "position_ids" in takes else {}
+            extra = {} if positions is None else {"position_ids": positions[..., past:seen]}
             if "logits_to_keep" in takes:
                 extra["logits_to_keep"] = 1
             extra |= {"past_key_values": cache, "use_cache": True, "return_dict": True}
-            output = model(input_ids=fed, attention_mask=mask[:, :seen], **extra)
+            output = network(input_ids=fed, attention_mask=mask[:, : prefix + seen], **extra)
             cache, past = output.past_key_values, seen
             scaled = output.logits[:, -1].float() / temperature
             scores = scaled.log_softmax(dim=-1)
@@ -105,7 +108,8 @@ def generate(
             if finished >= DROP_SHARE * len(done):
                 going = (~done).nonzero().squeeze(1)
                 cache.batch_select_indices(going)
-                rows, tokens, mask, positions, done = (x[going] for x in (rows, tokens, mask, positions, done))
+                rows, tokens, mask, done = (x[going] for x in (rows, tokens, mask, done))
+                positions = None if positions is None else positions[going]
             fed = tokens[:, None]
 
     longest = int(lengths.max())

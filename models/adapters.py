@@ -1,20 +1,27 @@
-"""LoRA through peft: which layers, what is trained, the model without it (the reference), saved alone and merged."""
+"""LoRA through peft: which layers, what is trained, the model without it (the reference), saved alone and merged; and a
+prefix (models/prefix.py) saved alone.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
-from models.factory import FAMILIES
+from models.factory import FAMILIES, check_tokenizer, publish, settle_special_ids
+from models.heads import SCALAR_HEADS, base_model, score_name
+from models.prefix import PREFIX_FILE, base_of, has_prefix, peft_config_to_save, prefix_tensors
+from models.quantization import QuantizedLinear
 
 _NAME = "default"  # peft can hold several adapters; we use one
 
@@ -30,8 +37,10 @@ def add_lora(
     adapter has the model's dtype: DeepSpeed, which casts whole modules, keeps float32 masters of what is trained.
     UserError if no layer matches.
     """
+    if has_prefix(model):
+        raise UserError("this model has a prefix (P-Tuning), beside which adapters are not trained; drop --lora_dim.")
     names = lora_targets(model, module_name)
-    scalar = hasattr(model, "score")
+    head = score_name(model)
     config = LoraConfig(
         r=dim,
         lora_alpha=alpha,
@@ -39,15 +48,20 @@ def add_lora(
         # published adapters list short names; they say the same for "auto"
         target_modules=list(FAMILIES[model.config.model_type].lora_targets) if module_name == "auto" else names,
         fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
-        task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
-        modules_to_save=["score"] if scalar else None,
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        modules_to_save=[head] if head else None,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), QuantizedLinear):
+            layer.lora_A.to(model.dtype)  # peft takes the dtype of the weight, and these are integers
+            layer.lora_B.to(model.dtype)
+    return adapted
 
 
 def lora_targets(model: PreTrainedModel, module_name: str = "auto") -> list[str]:
     """The full names of the linear layers (GPT-2's Conv1D included) that module_name selects."""
-    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    heads = (model.get_output_embeddings(), *(getattr(model, name, None) for name in SCALAR_HEADS))
     layers = [
         name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer not in heads
     ]
@@ -77,7 +91,8 @@ def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = N
     """The weights of the plain model with the adapter added in: W + alpha/dim · B A, summed in float32, in W's dtype.
 
     state_dict: whole tensors named as in model.state_dict(), where the module's own are split (ZeRO-3). Returns the
-    names of the plain model; the module is not changed. A model without an adapter gives its own weights.
+    names of the plain model; the module is not changed. Quantised layers become floats in the model's dtype. A model
+    without an adapter gives its own weights, integers as they are.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
     if not isinstance(model, PeftModel):
@@ -90,14 +105,22 @@ def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = N
             continue
         merged[plain.replace(".base_layer.", ".").replace(f".modules_to_save.{_NAME}.", ".")] = tensor
     for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
+        adapted = isinstance(layer, LoraLayer)
+        base = layer.get_base_layer() if adapted else layer
+        integers = isinstance(base, QuantizedLinear) and f"{name}.weight_scale" in merged
+        if not adapted and not integers:
+            continue
+        weight = merged[f"{name}.weight"]
+        dtype = model.get_base_model().dtype if integers else weight.dtype
+        if integers:  # floats in host memory: where the integers are, there may be no room
+            weight = base.plain_weight(weight.cpu(), merged.pop(f"{name}.weight_scale").cpu(), torch.float32)
+        if adapted:
             down = state_dict[f"{prefix}{name}.lora_A.{_NAME}.weight"].float()
             up = state_dict[f"{prefix}{name}.lora_B.{_NAME}.weight"].float()
-            change = layer.scaling[_NAME] * (up @ down)
-            weight = merged[f"{name}.weight"]
-            merged[f"{name}.weight"] = (weight.float() + (change.T if layer.fan_in_fan_out else change)).to(
-                weight.dtype
-            )
+            change = (layer.scaling[_NAME] * (up @ down)).to(weight.device)
+            as_stored = change.T if layer.fan_in_fan_out or (integers and base.transposed) else change
+            weight = weight.float() + as_stored
+        merged[f"{name}.weight"] = weight.to(dtype)
     return merged
 
 
@@ -119,3 +142,38 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: dict[str, Ten
     draft.replace(folder / "adapter_model.safetensors")
     model.peft_config[_NAME].save_pretrained(folder)
     return True
+
+
+def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, trained: dict[str, Tensor]) -> None:
+    """Write a folder with the prefix alone (and the trained scalar head), config, tokenizer and template; one process.
+
+    trained: every trained parameter, whole, named as in model.named_parameters(). The config (ChatGLM) or peft's
+    adapter_config.json names the model that the prefix belongs to; load_causal_lm and load_scalar_model open both, and
+    peft opens its own format. As in save_model everything is read back before it takes the folder's place. UserError if
+    the folder is that model's own, whose weights would go.
+    """
+    network, folder = base_model(model), Path(folder)
+    if Path(base_of(model)).is_dir() and Path(base_of(model)).resolve() == folder.resolve():
+        raise UserError(f"--output_dir {folder} holds the model that the prefix belongs to; give another folder.")
+    settle_special_ids(network, tokenizer, template)
+    network.config.architectures = [type(network).__name__]
+    tensors = prefix_tensors(model, trained)
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    network.config.save_pretrained(draft)
+    if network.can_generate():
+        network.generation_config.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    template.save(draft)
+    if isinstance(model, PeftModel):
+        save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        peft_config_to_save(model).save_pretrained(draft)
+        found = load_file(draft / "adapter_model.safetensors")
+    else:
+        torch.save(tensors, draft / PREFIX_FILE)
+        found = torch.load(draft / PREFIX_FILE, map_location="cpu", weights_only=True)
+    if found.keys() != tensors.keys() or not all(torch.equal(found[name], tensors[name]) for name in tensors):
+        raise OSError(f"{draft}: the prefix reads back differently; the disk or the file system is at fault")
+    check_tokenizer(draft, tokenizer)
+    publish(draft, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -24,8 +23,21 @@ from transformers import (
 )
 
 from errors import UserError
-from models.files import check_weight_file, first_line, read_json
-from models.heads import base_model
+from models.chatglm.auto_tokenizer import ChatGLMTokenizer
+from models.files import first_line, read_json
+from models.heads import base_model, score_name
+from models.prefix import (
+    BASE_FIELD,
+    OWN,
+    PREFIX_FILE,
+    PrefixPlan,
+    add_prefix,
+    base_named_in,
+    check_prefix,
+    plan_prefix,
+)
+from models.quantization import config_of, model_bits, plain_state_dict, quantize_linears
+from models.weight_files import WEIGHTS, check_weights
 from models.zero3 import gathered, zero3_loading
 
 logger = logging.getLogger("sanbu")
@@ -57,8 +69,7 @@ FAMILIES = {
     "glm": Family(_FUSED_GATE),
     "glm4": Family(_FUSED_GATE),
 }
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "ice_text.model")
 
 
 # --- is there a checkpoint? -------------------------------------------------------------------------------------------
@@ -89,23 +100,30 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def check_checkpoint(path: str | Path) -> Path:
-    """The folder of a checkpoint that can be loaded; UserError says what is missing. Reads no weights, only their
-    headers.
+    """The folder with the weights of a checkpoint that can be loaded; UserError says what is missing. Reads no weights,
+    only their headers. For a folder with nothing but a prefix it is the folder of the model that the prefix belongs to.
     """
     folder = resolve_checkpoint(path)
-    model_type = read_json(folder / "config.json", path).get("model_type")
+    config = read_json(folder / "config.json", path)
+    model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(
             f"model {path} is of type {model_type!r}, which is not supported; supported: {', '.join(FAMILIES)}."
         )
-    found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
-    if found is None:
-        raise UserError(f"model {path} has no weights (looked for {', '.join(WEIGHTS)}); copy the whole checkpoint.")
-    names = [found]
-    if found.endswith(".index.json"):
-        names = sorted(set(read_json(folder / found, path).get("weight_map", {}).values()))
-    for name in names:
-        check_weight_file(folder / name)
+    named = base_named_in(folder)
+    if named is not None:
+        file, base = named
+        try:
+            whole = resolve_checkpoint(base)
+            if base_named_in(whole) is not None:
+                raise UserError("it holds a prefix itself, not a model")
+            return check_checkpoint(whole)
+        except UserError as error:
+            raise UserError(
+                f'{file}: "{BASE_FIELD}" names {base}, which does not open: {str(error).rstrip(".")}. Put the folder '
+                "there, or correct that field."
+            ) from error
+    check_weights(folder, path, config.get("quantization_bit"))
     return folder
 
 
@@ -114,16 +132,22 @@ def check_checkpoint(path: str | Path) -> Path:
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint. Without a pad token, pad is the end token: masks come from lengths, so it is never
-    mistaken.
+    mistaken. ChatGLM's are our own, whatever code lies in the folder. UserError if it is missing or damaged.
     """
     folder = resolve_checkpoint(path)
-    read_json(folder / "config.json", path)
+    config = read_json(folder / "config.json", path)
+    chatglm = config.get("model_type") == "chatglm"
+    needed = "tokenizer.model" if "padded_vocab_size" in config else "ice_text.model"
+    if chatglm and not (folder / needed).is_file():
+        raise UserError(f"model {path} has no {needed}, ChatGLM's vocabulary; copy it from the published checkpoint.")
     if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty tokenizer
         raise UserError(
             f"model {path} has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy the whole checkpoint."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = (ChatGLMTokenizer if chatglm else AutoTokenizer).from_pretrained(folder)
+    except UserError:
+        raise
     except (
         Exception
     ) as error:  # by family: OSError, ValueError, KeyError, TypeError, the Rust library's plain Exception
@@ -149,14 +173,26 @@ def load_causal_lm(
 
     dropout: every dropout of the config, None keeps the checkpoint's. options: gradient_checkpointing=False;
     zero3_config=None, a DeepSpeed config with stage 3, splits the weights over the processes while they are read;
-    tokenizer=None, one with more ids than the embedding has rows enlarges it (it never shrinks).
+    tokenizer=None, one with more ids than the embedding has rows enlarges it (it never shrinks); quantization_bit=0,
+    with 4 or 8 the blocks' linear layers become integers, for LoRA or P-Tuning, and zero3_config has no effect: weights
+    are whole while they are quantised, and the integers stay whole on every process.
+
+    P-Tuning: pre_seq_len=0, with N a new prefix of N places is put before every text and all else is frozen;
+    prefix_projection=False; ptuning_checkpoint=None, a folder whose saved prefix is taken instead; seed=0, of a new one.
+    A folder that holds a prefix alone is opened together with the model that it names. ChatGLM's networks have prefixes
+    of their own; any other model comes back inside a PeftModel.
     """
-    model, missing = _load(AutoModelForCausalLM, path, dtype, attn, dropout, **options)
-    if missing:
+    model, missing, plan = _load(AutoModelForCausalLM, path, dtype, attn, dropout, **options)
+    own = {name for name in missing if name.startswith(OWN)}
+    if missing - own:
         raise UserError(
             f"model {path} lacks the weights {', '.join(sorted(missing)[:3])}; it is no causal language model."
         )
-    return model
+    if plan is None:
+        return model
+    if plan.saved is not None and plan.saved.head:
+        raise UserError(f"model {path} is a reward model (a scalar head was trained with its prefix), no language model.")
+    return add_prefix(model, plan, fresh=bool(own))
 
 
 def load_scalar_model(
@@ -165,21 +201,27 @@ def load_scalar_model(
     """A network with one score per position, for reward model and critic. options as in load_causal_lm.
 
     From a reward checkpoint the head is kept, and in the config what step 2 measured (reward_mean, reward_std). From a
-    language model the head is new: N(0, 1/sqrt(width + 1)), Stiennon et al. 2020 (arXiv 2009.01325), the same on every
-    process.
+    language model the head is new: N(0, 1/sqrt(width + 1)), Stiennon et al. 2020 (arXiv 2009.01325), with a bias of 0 if
+    it has one, the same on every process. With a prefix, the head is trained too.
     """
-    model, missing = _load(AutoModelForSequenceClassification, path, dtype, attn, dropout, num_labels=1, **options)
-    if missing - {"score.weight"}:
+    model, missing, plan = _load(
+        AutoModelForSequenceClassification, path, dtype, attn, dropout, num_labels=1, seed=seed, **options
+    )
+    own = {name for name in missing if name.startswith(OWN)}
+    head = {name for name in missing if name.startswith(f"{score_name(model)}.")}
+    if missing - own - head:
         raise UserError(f"model {path} lacks the weights {', '.join(sorted(missing)[:3])}; copy the checkpoint again.")
-    if "score.weight" in missing:
-        weight = model.score.weight
-        width = getattr(weight, "ds_shape", weight.shape)[-1]
+    if head:
+        layer = getattr(model, score_name(model))
+        width = getattr(layer.weight, "ds_shape", layer.weight.shape)[-1]
         fresh = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
-        with gathered([weight]):
-            if weight.numel() == width:  # under ZeRO-3 whole only inside
-                weight.data.copy_(fresh)
+        with gathered(list(layer.parameters())):
+            if layer.weight.numel() == width:  # under ZeRO-3 whole only inside
+                layer.weight.data.copy_(fresh)
+                if layer.bias is not None:
+                    layer.bias.data.zero_()
     model.config.problem_type = "regression"
-    return model
+    return model if plan is None else add_prefix(model, plan, fresh=bool(own))
 
 
 def _load(
@@ -192,17 +234,31 @@ def _load(
     gradient_checkpointing: bool = False,
     zero3_config: dict | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization_bit: int = 0,
+    pre_seq_len: int = 0,
+    prefix_projection: bool = False,
+    ptuning_checkpoint: str | None = None,
+    seed: int = 0,
     **config_fields,
-) -> tuple[PreTrainedModel, set[str]]:
-    """The model in training mode and the names of the weights that the checkpoint did not have."""
-    folder = check_checkpoint(path)
-    config = AutoConfig.from_pretrained(folder, **config_fields)
+) -> tuple[PreTrainedModel, set[str], PrefixPlan | None]:
+    """The model in training mode, the names of the weights that the checkpoint did not have, and the prefix to give it."""
+    folder, named = check_checkpoint(path), resolve_checkpoint(path)
+    plan = plan_prefix(
+        path, named, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection, ptuning_checkpoint=ptuning_checkpoint,
+        seed=seed,
+    )  # fmt: skip
+    config = AutoConfig.from_pretrained(named, **config_fields)
+    if plan is not None:
+        check_prefix(plan, config, gradient_checkpointing)
+        if hasattr(config, "pre_seq_len"):
+            config.pre_seq_len, config.prefix_projection = plan.length, plan.projection
+            config.quantization_bit = AutoConfig.from_pretrained(folder).quantization_bit
     set_dropout(config, dropout)
     network = auto_class._model_mapping[type(config)]
     if attn == "sdpa" and not network._supports_sdpa:
         logger.info("%s has no sdpa attention; eager is used.", network.__name__)
         attn = "eager"
-    with zero3_loading(zero3_config):
+    with zero3_loading(None if quantization_bit else zero3_config):
         try:
             model, info = auto_class.from_pretrained(
                 folder, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
@@ -214,7 +270,9 @@ def _load(
                 f"the weights of {path} do not have the shapes that its config.json says ({first_line(error)})."
             ) from error
         if tokenizer is not None:
-            fit_embeddings(model, tokenizer)
+            fit_embeddings(model, tokenizer, frozen=plan is not None)
+    if quantization_bit:
+        quantize_linears(model, quantization_bit)  # what the checkpoint itself quantises stays as it is
     # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be
     # learned.
     model.get_input_embeddings().padding_idx = None
@@ -222,7 +280,7 @@ def _load(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    return model, set(info["missing_keys"])
+    return model, set(info["missing_keys"]), plan
 
 
 def set_dropout(config: PretrainedConfig, value: float | None) -> None:
@@ -242,26 +300,64 @@ def set_dropout(config: PretrainedConfig, value: float | None) -> None:
             setattr(config, name, float(value))
 
 
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, frozen: bool = False) -> None:
     """Enlarge the embedding when the tokenizer has more ids than it has rows. Spare rows stay: BLOOM has them by
-    design.
+    design. UserError if the embedding is frozen: new rows would stay random, and P-Tuning saves none of them.
     """
     weight = model.get_input_embeddings().weight
     rows = getattr(weight, "ds_shape", weight.shape)[0]
     needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows and frozen:
+        raise UserError(
+            f"the tokenizer has {needed} ids, the embedding {rows} rows: P-Tuning freezes the embedding and cannot enlarge "
+            "it; train all weights first, or take the tokenizer that belongs to the model."
+        )
     if needed > rows:
         logger.info("the embedding grows from %d to %d rows, for the tokenizer's new tokens.", rows, needed)
         model.resize_token_embeddings(needed)
 
 
-def check_context_length(path: str | Path, length: int, flag: str) -> None:
-    """UserError if a model with a table of positions (OPT, GPT-2) is asked for more tokens than its table has."""
+def check_context_length(path: str | Path, length: int, flag: str, **prefix) -> None:
+    """UserError if a model with a table of positions (OPT, GPT-2) is asked for more tokens than its table has.
+
+    prefix: pre_seq_len and the rest as in load_causal_lm; what is wrong with them is a UserError too. The places of a
+    prefix that peft holds count: tokens stand behind it.
+    """
     config = AutoConfig.from_pretrained(check_checkpoint(path))
+    plan = plan_prefix(path, resolve_checkpoint(path), **prefix)
+    taken = 0 if plan is None or hasattr(config, "pre_seq_len") else plan.length
     limit = getattr(config, "max_position_embeddings", None)
-    if FAMILIES[config.model_type].learned_positions and limit is not None and length > limit:
+    if FAMILIES[config.model_type].learned_positions and limit is not None and length + taken > limit:
+        behind = f" behind a prefix of {taken}" if taken else ""
         raise UserError(
-            f"{flag} {length} is more than the {limit} positions of the {config.model_type} model {path}; "
-            f"lower it to {limit}."
+            f"{flag} {length}{behind} is more than the {limit} positions of the {config.model_type} model {path}; "
+            f"lower it to {limit - taken}."
+        )
+
+
+def gets_prefix(path: str | Path, **prefix) -> bool:
+    """Whether the model will have a prefix, from its folder or from prefix (pre_seq_len and the rest, as in
+    load_causal_lm); all its other weights are frozen then. UserError for what is wrong with them.
+    """
+    return plan_prefix(path, resolve_checkpoint(path), **prefix) is not None
+
+
+def check_quantized_base(path: str | Path, quantization_bit: int, adapters: bool) -> None:
+    """UserError if the base cannot be trained so: integers only under adapters (LoRA, P-Tuning), and quantised once.
+
+    quantization_bit: the flag. adapters: whether --lora_dim or --pre_seq_len is given.
+    """
+    folder = check_checkpoint(path)
+    stored = read_json(folder / "config.json", path).get("quantization_bit") or 0
+    if stored and not adapters:
+        raise UserError(
+            f"the weights of {path} are {stored}-bit integers, which cannot be trained; train an adapter over them with "
+            "--lora_dim or --pre_seq_len, or start from the checkpoint in half precision."
+        )
+    if stored and quantization_bit not in (0, stored):
+        raise UserError(
+            f"--quantization_bit {quantization_bit}: the weights of {path} are {stored}-bit integers already; drop the "
+            "flag, or start from the checkpoint in half precision."
         )
 
 
@@ -300,14 +396,31 @@ def save_model(
         if network is not model:
             raise ValueError("a model with an adapter needs state_dict, for instance adapters.merged_state_dict(model)")
         state_dict = network.state_dict()
+        if not hasattr(network.config, "quantization_bit"):  # only ChatGLM has checkpoints of integers
+            state_dict = plain_state_dict(network, state_dict, network.dtype)
     aliases = network.all_tied_weights_keys  # {second name: first name} of tied weights, which are stored once
     state_dict = {
         name: (
-            tensor.detach().to("cpu", network.dtype) if tensor.is_floating_point() else tensor.detach().cpu()
+            tensor.detach().to("cpu", network.dtype)
+            if tensor.is_floating_point() and not name.endswith(".weight_scale")
+            else tensor.detach().cpu()
         ).contiguous()
         for name, tensor in state_dict.items()
         if aliases.get(name) not in state_dict
     }
+    settle_special_ids(network, tokenizer, template)
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    with config_of(network.config, state_dict, model_bits(network)):
+        network.save_pretrained(draft, state_dict=dict(state_dict))
+    tokenizer.save_pretrained(draft)
+    template.save(draft)
+    check_saved(draft, state_dict, tokenizer)
+    publish(draft, folder)
+
+
+def settle_special_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template) -> None:
+    """Say in the network's configs what transformers' own generation and scoring shall stop and pad with."""
     stops = list(template.stop_token_ids)
     if network.can_generate():
         network.generation_config = GenerationConfig(
@@ -320,13 +433,6 @@ def save_model(
         # the end; without
         # a pad id it reads the last token and refuses batches, which is right or loud.
         network.config.pad_token_id = None
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    network.save_pretrained(draft, state_dict=dict(state_dict))
-    tokenizer.save_pretrained(draft)
-    template.save(draft)
-    check_saved(draft, state_dict, tokenizer)
-    publish(draft, folder)
 
 
 def check_saved(folder: Path, state_dict: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -347,6 +453,11 @@ def check_saved(folder: Path, state_dict: dict[str, Tensor], tokenizer: PreTrain
     odd_written = sorted(shape for name, shape in written.items() if name not in found)
     if odd_found != odd_written or any(found[name] != written[name] for name in found.keys() & written.keys()):
         raise OSError(f"{folder}: {len(found)} tensors read back, {len(written)} written, or their shapes differ")
+    check_tokenizer(folder, tokenizer)
+
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """OSError if the tokenizer in a saved folder does not read text as this one does."""
     sample = "Hello 你好\n"
     if AutoTokenizer.from_pretrained(folder)(sample).input_ids != tokenizer(sample).input_ids:
         raise OSError(f"{folder}: the tokenizer reads back differently")
@@ -360,8 +471,9 @@ def publish(draft: Path, folder: Path) -> None:
         draft.rename(folder)
         return
     (folder / "config.json").unlink(missing_ok=True)  # from here on the old checkpoint does not count
-    for old in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]:
+    for old in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*"), *folder.glob("adapter_*")]:
         old.unlink()
+    (folder / PREFIX_FILE).unlink(missing_ok=True)
     for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
         target = folder / file.name
         if target.is_dir():

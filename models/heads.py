@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 # Logits held at a time: 2^25 float32 values are 128 MiB. Smaller chunks save memory that nobody misses and add up more
 # partial
 # gradients of the output matrix in the model's dtype.
 CHUNK_LOGITS = 2**25
+SCALAR_HEADS = ("score", "classifier_head")  # the second is ChatGLM2's
 
 
 class TokenLogProbs(nn.Module):
@@ -158,7 +160,8 @@ class _ScoreProjection(_BorrowedWeight):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [batch, time, width] -> [batch, time]."""
-        return F.linear(hidden.float(), self.layer.weight.float()).squeeze(-1)
+        bias = getattr(self.layer, "bias", None)
+        return F.linear(hidden.float(), self.layer.weight.float(), None if bias is None else bias.float()).squeeze(-1)
 
 
 def last_token_scores(scores: Tensor, attention_mask: Tensor) -> Tensor:
@@ -171,25 +174,64 @@ def last_token_scores(scores: Tensor, attention_mask: Tensor) -> Tensor:
 def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[batch, time] -> [batch, time, width], what the head of the model would see.
 
-    Position ids count real tokens only, so padding on either side changes nothing; families without such an argument
-    (BLOOM) derive the same from the mask. No key-value cache is kept.
+    Padding on either side changes nothing. A prefix that peft holds stands in front of the tokens as their past, as in
+    PeftModel.forward; ChatGLM puts its own there itself. No key-value cache is kept.
     """
     decoder = base_model(model).base_model
-    attention_mask = attention_mask.long()
-    positions = {}
-    if "position_ids" in inspect.signature(decoder.forward).parameters:
-        positions["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
+    extra = {"past_key_values": prefix_cache(model, len(input_ids))} if prefix_length(model) else {}
+    positions = position_ids_for(model, input_ids, attention_mask)
+    if positions is not None:
+        extra["position_ids"] = positions
+    mask = mask_with_prefix(model, attention_mask.long())
+    return decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+
+
+def position_ids_for(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, room: int = 0) -> Tensor | None:
+    """The position ids of the tokens and of ``room`` more that will be generated behind them; slice the last dimension.
+
+    input_ids, attention_mask: [batch, time]. Returns [batch, time + room]: real tokens count from 0, or from the length
+    of the prefix that peft holds. A decoder with positions of its own kind is asked for them (ChatGLM-6B: [batch, 2,
+    time + room]). None for families without such an argument (BLOOM), which derive the same from the mask.
+    """
+    network = base_model(model)
+    decoder = getattr(network, "base_model", network)
+    if hasattr(decoder, "position_ids_for"):
+        return decoder.position_ids_for(input_ids, attention_mask, room)
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return None
+    mask = F.pad(attention_mask.long(), (0, room), value=1)
+    return (prefix_length(model) + mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def prefix_length(model: nn.Module) -> int:
+    """How many places the prefix takes that peft holds outside the network; 0 without one, and for ChatGLM's own."""
+    config = getattr(model, "active_peft_config", None)
+    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+
+
+def prefix_cache(model: nn.Module, batch: int) -> Cache | None:
+    """The keys and values of the prefix that peft holds, for a batch of this size; None without one."""
+    return model.get_prompt(batch) if prefix_length(model) else None
+
+
+def mask_with_prefix(model: nn.Module, attention_mask: Tensor) -> Tensor:
+    """[batch, time] -> [batch, prefix + time]: the prefix that peft holds is visible to every row."""
+    return F.pad(attention_mask, (prefix_length(model), 0), value=1)
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The PreTrainedModel itself, without the PeftModel around it (whose LoRA layers sit inside it)."""
+    """The PreTrainedModel itself, without the PeftModel around it (LoRA layers sit inside it, a prefix does not)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def score_name(model: nn.Module) -> str | None:
+    """The name of the scalar head in a network of ours or transformers'; None if it has none."""
+    return next((name for name in SCALAR_HEADS if hasattr(base_model(model), name)), None)
 
 
 def score_layer(model: nn.Module) -> nn.Module:
     """The scalar head. peft trains a copy of it, which counts unless the adapter is disabled."""
-    head = base_model(model).score
+    head = getattr(base_model(model), score_name(model) or "score")
     if not hasattr(head, "modules_to_save"):
         return head
     return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]

@@ -5,7 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from models.adapters import merged_state_dict
+from models.chatglm2.configuration import ChatGLM2Config
+from models.chatglm2.modeling import ChatGLMForConditionalGeneration
 from models.heads import base_model
+from models.quantization import quantize_linears
 from tests.launching import succeed
 from tests.models.zero3_worker import CASES, LEARNING_RATE, STEPS, batch, load
 from tests.tiny import tiny_checkpoint
@@ -16,10 +19,27 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero3")
-    for family in {case.family for case in CASES}:
+    for family in {case.family for case in CASES} - {"chatglm2-int4"}:
         tiny_checkpoint(folder / family, family)
+    tiny_integers(folder / "chatglm2-int4")
     succeed("tests.models.zero3_worker", [str(folder)], processes=2)
     return folder
+
+
+def tiny_integers(folder):
+    """A random ChatGLM2 checkpoint whose blocks are stored in 4 bits."""
+    torch.manual_seed(0)
+    config = ChatGLM2Config(
+        padded_vocab_size=408, hidden_size=32, num_layers=2, num_attention_heads=4, kv_channels=8, ffn_hidden_size=48,
+        seq_length=256,
+    )  # fmt: skip
+    model = ChatGLMForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    quantize_linears(model, 4)
+    config.quantization_bit = 4
+    model.save_pretrained(folder)
 
 
 def plain_loss(case, model, step):

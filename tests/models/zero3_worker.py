@@ -17,16 +17,18 @@ LEARNING_RATE = 0.003
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint's family, which head, with LoRA or not, with gradient checkpointing or not."""
+    """A checkpoint's family, which head, with LoRA or not, with gradient checkpointing or not, --quantization_bit."""
 
     family: str
     scalar: bool
     lora: bool
     recompute: bool
+    bits: int = 0
 
     @property
     def name(self) -> str:
-        return "-".join([self.family, "scalar" if self.scalar else "causal", *["lora"] * self.lora])
+        kinds = [*["lora"] * self.lora, *[f"{self.bits}bit"] * bool(self.bits)]
+        return "-".join([self.family, "scalar" if self.scalar else "causal", *kinds])
 
 
 CASES = [
@@ -35,6 +37,9 @@ CASES = [
     Case("llama", scalar=False, lora=False, recompute=False),
     Case("qwen2", scalar=True, lora=False, recompute=False),
     Case("gpt2", scalar=True, lora=True, recompute=True),
+    Case("llama", scalar=False, lora=True, recompute=True, bits=8),
+    Case("qwen2", scalar=True, lora=True, recompute=False, bits=4),
+    Case("chatglm2-int4", scalar=False, lora=True, recompute=True),
 ]
 
 
@@ -61,7 +66,8 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def load(case: Case, folder: Path, **options) -> torch.nn.Module:
     """The model of a case, the same on every process."""
     read = load_scalar_model if case.scalar else load_causal_lm
-    model = read(folder / case.family, dtype=torch.float32, gradient_checkpointing=case.recompute, **options)
+    options |= {"gradient_checkpointing": case.recompute, "quantization_bit": case.bits}
+    model = read(folder / case.family, dtype=torch.float32, **options)
     torch.manual_seed(0)
     return add_lora(model, 4, 8) if case.lora else model
 
@@ -101,13 +107,15 @@ def train(case: Case, folder: Path) -> None:
         total = loss.detach().clone()
         dist.all_reduce(total)
         losses.append(total)
-    state = {}
+    buffers = dict(model.named_buffers())
+    state = {name: buffers[name] for name in model.state_dict() if name in buffers}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         with deepspeed.zero.GatheredParameters([parameter]):
             state[name] = parameter.detach().clone()
     if rank == 0:
         state = merged_state_dict(model, state)
-        save_model(model, load_tokenizer(folder / case.family), Stops(), folder / case.name, state)
+        tokenizer = load_tokenizer(folder / ("llama" if "chatglm" in case.family else case.family))
+        save_model(model, tokenizer, Stops(), folder / case.name, state)
         torch.save(torch.stack(losses), folder / f"{case.name}.pt")
     dist.barrier()
 

@@ -1,0 +1,334 @@
+"""P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602): learned keys and values in front of every text, on a frozen model.
+
+Both kinds of prefix are made, read and stored here. ChatGLM's networks hold their own (transformer.prefix_encoder) and its
+file, prefix_only.bin, has the names and shapes of the original trainer's; every other family gets peft's prefix tuning
+and peft's files. Either way the folder names the model that the prefix belongs to and holds no other weights of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from errors import UserError
+from models.files import first_line, read_json
+from models.heads import SCALAR_HEADS, base_model, prefix_length, score_name
+from models.weight_files import WEIGHTS
+from models.zero3 import gathered
+
+PREFIX_FILE = "prefix_only.bin"
+OFFICIAL_FILE = "pytorch_model.bin"  # what the original trainer calls it, in its folders checkpoint-N
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+BASE_FIELD = "base_model_name_or_path"
+OWN = "transformer.prefix_encoder."
+_NAME = "default"  # peft can hold several; we use one
+_PROMPT = f"prompt_encoder.{_NAME}."
+
+
+@dataclass(frozen=True)
+class SavedPrefix:
+    """A prefix in a file. own: ChatGLM's, else peft's. tensors, float32: the prefix under its own names. head: the
+    scalar head of a reward model ("weight", "bias") that was trained with it, or empty.
+    """
+
+    file: Path
+    own: bool
+    tensors: dict[str, Tensor]
+    head: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        """How many places it has."""
+        return next(tensor for name, tensor in self.tensors.items() if "embedding" in name).shape[0]
+
+    @property
+    def projection(self) -> bool:
+        """Whether its embeddings go through a network of two layers; what peft stores went through it already."""
+        return any(".trans." in name for name in self.tensors)
+
+
+@dataclass(frozen=True)
+class PrefixPlan:
+    """Which prefix a model shall get. base: the folder or hub id of the model that it belongs to. saved: trained before;
+    None for a new one. seed: of a new one.
+    """
+
+    length: int
+    projection: bool
+    base: str
+    saved: SavedPrefix | None
+    seed: int = 0
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def base_named_in(folder: Path) -> tuple[Path, str] | None:
+    """The file that names the base of a folder with nothing but a prefix, and the name; None for any other folder.
+
+    Raises UserError if the file names none.
+    """
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return None
+    if (folder / PREFIX_FILE).is_file():
+        file = folder / "config.json"
+    elif all((folder / name).is_file() for name in PEFT_FILES):
+        file = folder / PEFT_FILES[0]
+        if read_json(file, folder).get("peft_type") != "PREFIX_TUNING":
+            return None
+    else:
+        return None
+    base = read_json(file, folder).get(BASE_FIELD)
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f'{file} does not say which model this prefix belongs to; add "{BASE_FIELD}": the folder or hub id of the '
+            "model that it was trained on."
+        )
+    return file, base
+
+
+def read_prefix(folder: Path) -> SavedPrefix:
+    """The prefix of a folder of ours, of peft's, or of the original trainer's (checkpoint-N). UserError if it has none."""
+    names = (PREFIX_FILE, PEFT_FILES[1], OFFICIAL_FILE)
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder} holds no prefix (looked for {', '.join(names)}); name a folder that P-Tuning saved.")
+    try:
+        if file.suffix == ".safetensors":
+            found = load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            found = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    except Exception as error:  # by format and version: RuntimeError, EOFError, UnpicklingError, SafetensorError, …
+        raise UserError(f"{file} is truncated or damaged ({first_line(error)}); copy it again.") from error
+    own = file.suffix == ".bin"
+    tensors = {
+        name: tensor.float() for name, tensor in found.items() if (name.startswith(OWN) if own else "prompt" in name)
+    }
+    if not any("embedding" in name for name in tensors):
+        raise UserError(
+            f"{file} holds no prefix (its tensors are named like {min(found, default='nothing')!r}, looked for "
+            f"{OWN + 'embedding.weight' if own else 'prompt_embeddings'}); name a folder that P-Tuning saved."
+        )
+    head = {
+        name.rsplit(".", 1)[-1]: tensor.float()
+        for name, tensor in found.items()
+        if not name.startswith(OWN) and set(name.split(".")) & set(SCALAR_HEADS)
+    }
+    return SavedPrefix(file, own, tensors, head)
+
+
+def plan_prefix(
+    path: str | Path,
+    folder: Path,
+    *,
+    pre_seq_len: int = 0,
+    prefix_projection: bool = False,
+    ptuning_checkpoint: str | Path | None = None,
+    seed: int = 0,
+) -> PrefixPlan | None:
+    """The prefix that the model ``path`` (its files are in ``folder``) shall have: the one in its folder, the one in
+    ptuning_checkpoint, or a new one of pre_seq_len places; None for none.
+
+    0 places and no projection mean "as saved". Raises UserError for two prefixes, and for numbers that differ from a saved
+    one's.
+    """
+    named = base_named_in(folder)
+    identity = str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else str(path)
+    if named is not None:
+        if ptuning_checkpoint:
+            raise UserError(
+                f"model {path} has a prefix already and --ptuning_checkpoint {ptuning_checkpoint} names another; drop the "
+                f"flag, or give {named[1]} as the model."
+            )
+        saved = read_prefix(folder)
+        config = read_json(folder / "config.json", path)
+        if saved.own and config.get("pre_seq_len") != saved.length:
+            raise UserError(
+                f"{folder / 'config.json'} says pre_seq_len {config.get('pre_seq_len')}, but the prefix in {saved.file} has "
+                f"{saved.length} places; copy the folder again."
+            )
+        base = named[1]
+    elif ptuning_checkpoint:
+        place = Path(ptuning_checkpoint).expanduser()
+        if not place.is_dir():
+            raise UserError(f"--ptuning_checkpoint {ptuning_checkpoint}: no such folder; name one that P-Tuning saved.")
+        saved, base = read_prefix(place), identity
+    else:
+        whole = read_json(folder / "config.json", path)  # a ChatGLM checkpoint may have a prefix among its weights
+        length = whole.get("pre_seq_len") or 0
+        if length and pre_seq_len not in (0, length):
+            raise UserError(
+                f"--pre_seq_len {pre_seq_len}, but model {path} has a prefix of {length} places; give {length} or drop it."
+            )
+        if not length and not pre_seq_len:
+            return None
+        projection = bool(whole.get("prefix_projection")) if length else prefix_projection
+        return PrefixPlan(length or pre_seq_len, projection, identity, None, seed)
+    if pre_seq_len not in (0, saved.length):
+        raise UserError(
+            f"--pre_seq_len {pre_seq_len}, but the prefix in {saved.file} has {saved.length} places; give "
+            f"--pre_seq_len {saved.length}, or drop the flag."
+        )
+    if prefix_projection != saved.projection and (prefix_projection or pre_seq_len):
+        raise UserError(
+            f"--prefix_projection {str(prefix_projection).lower()}, but the prefix in {saved.file} was saved "
+            f"{'with' if saved.projection else 'without'} a projection; {'add' if saved.projection else 'drop'} the flag."
+        )
+    return PrefixPlan(saved.length, saved.projection, base, saved, seed)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def has_prefix(model: nn.Module) -> bool:
+    """Whether a prefix stands before every text of the model."""
+    return prefix_length(model) > 0 or own_encoder(model) is not None
+
+
+def own_encoder(model: nn.Module) -> nn.Module | None:
+    """The prefix encoder inside a ChatGLM network, or None."""
+    network = base_model(model)
+    return getattr(getattr(network, "base_model", network), "prefix_encoder", None)
+
+
+def base_of(model: nn.Module) -> str:
+    """The folder or hub id of the model that a prefix belongs to."""
+    return (
+        model.peft_config[_NAME].base_model_name_or_path
+        if isinstance(model, PeftModel)
+        else getattr(model.config, BASE_FIELD)
+    )
+
+
+def check_prefix(plan: PrefixPlan, config: PretrainedConfig, gradient_checkpointing: bool) -> None:
+    """Before any weight is read: UserError for a saved prefix of the other kind, and outside ChatGLM for gradient
+    checkpointing, which drops the cache that peft's prefix is in.
+    """
+    own = hasattr(config, "pre_seq_len")
+    if plan.saved is not None and plan.saved.own != own:
+        raise UserError(
+            f"the prefix in {plan.saved.file} is {'a ChatGLM' if plan.saved.own else 'no ChatGLM'} one, but the model "
+            f"{plan.base} is of type {config.model_type}; give the model that it was trained on."
+        )
+    if gradient_checkpointing and not own:
+        raise UserError(
+            f"--gradient_checkpointing drops the cache that holds the prefix of a {config.model_type} model; drop it or "
+            "--pre_seq_len (ChatGLM can have both)."
+        )
+
+
+def add_prefix(model: PreTrainedModel, plan: PrefixPlan, fresh: bool = True) -> nn.Module:
+    """The model with its prefix; trained are the prefix and, if the model has one, the scalar head, all else is frozen.
+
+    A ChatGLM network that was built with config.pre_seq_len has an encoder, whose values stay if not ``fresh``; around any
+    any other one comes a PeftModel. The prefix is float32 whatever the model's dtype (but under ZeRO-3, where DeepSpeed
+    splits ChatGLM's in the dtype of the rest). Raises UserError for a saved prefix of another shape.
+    """
+    saved, encoder, head = plan.saved, own_encoder(model), score_name(model)
+    if saved is not None and head and saved.head:
+        copy_into(getattr(model, head), saved.head, saved.file)
+    if encoder is not None:
+        setattr(model.config, BASE_FIELD, plan.base)
+        model.requires_grad_(False)
+        encoder.requires_grad_(True)
+        if not any(hasattr(parameter, "ds_id") for parameter in encoder.parameters()):
+            encoder.float()  # transformers makes what a checkpoint lacks in the model's dtype
+        if head:
+            getattr(model, head).requires_grad_(True)
+    else:
+        model = get_peft_model(model, _peft_config(model, plan), autocast_adapter_dtype=False)
+        model.peft_config[_NAME].base_model_name_or_path = plan.base
+        encoder = model.prompt_encoder[_NAME]
+    if saved is not None:
+        renamed = {name.removeprefix(OWN): tensor for name, tensor in saved.tensors.items()}
+        copy_into(encoder, renamed if saved.own else {"embedding.weight": renamed["prompt_embeddings"]}, saved.file)
+    elif fresh or isinstance(model, PeftModel):
+        _start(encoder, plan.seed)
+    return model
+
+
+def _peft_config(model: PreTrainedModel, plan: PrefixPlan) -> PrefixTuningConfig:
+    """peft's settings; the shape of keys and values is said outright, because peft guessed it in different ways."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return PrefixTuningConfig(
+        task_type="SEQ_CLS" if score_name(model) else "CAUSAL_LM",
+        num_virtual_tokens=plan.length,
+        prefix_projection=plan.projection,
+        encoder_hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=heads,
+        token_dim=heads * width,
+    )
+
+
+def _start(encoder: nn.Module, seed: int) -> None:
+    """Random values as the original's (embedding N(0, 1), linear layers as torch makes them), the same on every process
+    and under every ZeRO stage.
+    """
+    parameters = list(encoder.parameters())
+    with gathered(parameters), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in encoder.modules():
+            if isinstance(module, (nn.Embedding, nn.Linear)):
+                module.reset_parameters()
+
+
+def copy_into(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    """Fill the module's parameters, whatever the ZeRO stage. UserError unless names and shapes are the module's."""
+    parameters = dict(module.named_parameters())
+    wanted = {name: list(getattr(one, "ds_shape", one.shape)) for name, one in parameters.items()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        name = next(name for name in sorted(wanted | found) if wanted.get(name) != found.get(name))
+        raise UserError(
+            f"{file}: {name} has the shape {found.get(name, 'none')}, this model takes {wanted.get(name, 'none')}; the prefix "
+            "was trained on another model, or with another --prefix_projection."
+        )
+    with gathered(list(parameters.values())), torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape == tensors[name].shape:  # under ZeRO-3 whole only inside
+                parameter.copy_(tensors[name])
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+def prefix_tensors(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a prefix's file holds. trained: every trained parameter, whole, named as in model.named_parameters().
+
+    ChatGLM: the names of the original trainer, and those of the scalar head. peft: "prompt_embeddings", the keys and
+    values themselves with any projection computed (peft keeps none), and the head under peft's name. All float32.
+    """
+    trained = {name: tensor.detach().float().cpu().contiguous() for name, tensor in trained.items()}
+    if not isinstance(model, PeftModel):
+        return trained
+    encoder = {name.removeprefix(_PROMPT): tensor for name, tensor in trained.items() if name.startswith(_PROMPT)}
+    prompts = encoder["embedding.weight"]
+    if "transform.0.weight" in encoder:
+        prompts = torch.tanh(F.linear(prompts, encoder["transform.0.weight"], encoder["transform.0.bias"]))
+        prompts = F.linear(prompts, encoder["transform.2.weight"], encoder["transform.2.bias"])
+    head = {
+        name.replace(f".modules_to_save.{_NAME}", ""): tensor
+        for name, tensor in trained.items()
+        if not name.startswith(_PROMPT)
+    }
+    return {"prompt_embeddings": prompts.contiguous(), **head}
+
+
+def peft_config_to_save(model: PeftModel) -> PrefixTuningConfig:
+    """What adapter_config.json shall say: the keys and values are stored themselves, so there is no projection left."""
+    config = copy.deepcopy(model.peft_config[_NAME])
+    config.prefix_projection, config.inference_mode = False, True
+    return config

@@ -1,0 +1,305 @@
+"""P-Tuning: the prefix in front of every text, what is trained, saved alone, opened again, by us and by peft."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+from errors import UserError
+from inference.engine import generate
+from models.adapters import add_lora, save_prefix
+from models.factory import check_context_length, load_causal_lm, load_scalar_model, load_tokenizer
+from models.heads import TokenLogProbs, TokenScores, position_ids_for, prefix_length, score_layer
+from tests.tiny import FAMILIES, tiny_checkpoint
+
+LENGTH = 5
+
+
+class Template:
+    """As much of a template as saving asks for."""
+
+    stop_token_ids = (2,)
+
+    def save(self, folder) -> None:
+        """Nothing to keep."""
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """family -> a tiny checkpoint, made when first asked for."""
+    made = {}
+
+    def make(family: str):
+        if family not in made:
+            made[family] = tiny_checkpoint(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return make
+
+
+def load(path, read=load_causal_lm, **options):
+    return read(path, dtype=torch.float32, **options)
+
+
+def tokens(lengths=(9, 6, 4), seed=0):
+    """Right-padded rows."""
+    width = max(lengths)
+    ids = torch.randint(7, 390, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
+    return ids, (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    """As the training engine hands them over: every trained parameter under its name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def shake(model, seed=1) -> None:
+    """Training, in short: every trained weight moves."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def save(model, base, folder):
+    save_prefix(model, load_tokenizer(base), Template(), folder, trained(model))
+    return folder
+
+
+# --- the same numbers as peft's own forward and generate ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_scores_and_gradients_equal_pefts_own(folder_of, family, projection):
+    model = load(folder_of(family), pre_seq_len=LENGTH, prefix_projection=projection)
+    assert isinstance(model, PeftModel) and prefix_length(model) == LENGTH
+    ids, mask = tokens()
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    expected = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    real = mask[:, 1:].bool()
+    expected[real].sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert all("prompt_encoder" in name and grad.abs().sum() > 0 for name, grad in gradients.items())
+    model.zero_grad()
+    found = TokenLogProbs(model)(ids, mask)
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=0)
+    found[real].sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-3)
+        else:
+            assert parameter.grad is None, name
+    without = TokenLogProbs(model.get_base_model())(ids, mask)
+    assert (without - found)[real].abs().max() > 1e-2
+
+    scalar = load(folder_of(family), load_scalar_model, pre_seq_len=LENGTH, prefix_projection=projection)
+    scalar.get_base_model().config.pad_token_id = None  # transformers then reads the last token
+    with torch.no_grad():
+        expected = scalar(input_ids=ids[:1], attention_mask=mask[:1]).logits
+        torch.testing.assert_close(TokenScores(scalar)(ids[:1], mask[:1])[:, -1:], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_equal_pefts_own_and_padding_changes_nothing(folder_of, family):
+    model = load(folder_of(family), pre_seq_len=LENGTH).eval()
+    ids, mask = tokens((6, 6, 6))
+    settings = GenerationConfig(do_sample=False, max_new_tokens=10, pad_token_id=3, eos_token_id=None)
+    model.get_base_model().generation_config = settings  # or generate() takes the end token from there
+    expected = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, 6:]
+    ask = {"max_new_tokens": 10, "pad_token_id": 3, "greedy": True}
+    found = generate(model, ids, mask, stop_token_ids=[], **ask)
+    assert found.sequences.tolist() == expected.tolist()
+    without = generate(model.get_base_model(), ids, mask, stop_token_ids=[], **ask)
+    assert (found.log_probs - without.log_probs).abs().max() > 1e-2
+    # Rows of other lengths, padded on the left, ending at different times: each as if it were alone.
+    stops = found.sequences[0, 4:6].tolist()
+    lengths = (6, 2, 4)
+    padded = ids.clone()
+    left = (torch.arange(6) >= 6 - torch.tensor(lengths)[:, None]).long()
+    together = generate(model, padded.masked_fill(left == 0, 3), left, stop_token_ids=stops, **ask)
+    for row, length in enumerate(lengths):
+        alone = generate(model, ids[row : row + 1, 6 - length :], mask[:1, :length], stop_token_ids=stops, **ask)
+        size = int(alone.lengths[0])
+        assert int(together.lengths[row]) == size
+        assert together.sequences[row, :size].tolist() == alone.sequences[0, :size].tolist()
+        torch.testing.assert_close(together.log_probs[row, :size], alone.log_probs[0, :size], atol=1e-4, rtol=0)
+        whole = torch.cat([ids[row, 6 - length :], alone.sequences[0, :size]])[None]
+        again = TokenLogProbs(model)(whole, torch.ones_like(whole), keep=size)
+        torch.testing.assert_close(alone.log_probs[:, :size], again.detach(), atol=1e-4, rtol=0)
+
+
+def test_positions_begin_behind_the_prefix(folder_of):
+    ids = torch.full((2, 4), 9)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    plain = load(folder_of("opt"))
+    assert position_ids_for(plain, ids, mask, room=2).tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 2, 3, 4]]
+    model = load(folder_of("opt"), pre_seq_len=LENGTH)
+    assert position_ids_for(model, ids, mask)[0, 2:].tolist() == [LENGTH, LENGTH + 1]
+    assert position_ids_for(load(folder_of("bloom")), ids, mask) is None
+
+
+# --- what is trained, and from where ------------------------------------------------------------------------------------
+
+
+def test_a_new_prefix_depends_on_the_seed_alone_and_is_float32(folder_of):
+    def first(**options):
+        return trained(load_causal_lm(folder_of("qwen2"), pre_seq_len=LENGTH, **options))
+
+    torch.manual_seed(1)
+    one = first(dtype=torch.float32, seed=3)
+    torch.manual_seed(2)
+    again = first(dtype=torch.bfloat16, seed=3)
+    assert {tensor.dtype for tensor in again.values()} == {torch.float32}
+    other = first(dtype=torch.float32, seed=4)
+    for name in one:
+        assert torch.equal(one[name], again[name]) and not torch.equal(one[name], other[name])
+
+
+def test_reward_models_train_prefix_and_head(folder_of):
+    plain = load(folder_of("llama"), load_scalar_model, seed=5)
+    model = load(folder_of("llama"), load_scalar_model, seed=5, pre_seq_len=LENGTH)
+    assert len(trained(model)) == 2
+    assert torch.equal(score_layer(model).weight, plain.score.weight)  # the same head as without a prefix
+    TokenScores(model)(*tokens()).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trained(model))
+
+
+def test_positions_of_a_table_are_counted(folder_of):
+    check_context_length(folder_of("opt"), 256 - LENGTH, "--max_seq_len", pre_seq_len=LENGTH)
+    with pytest.raises(UserError, match=r"--max_seq_len 252 behind a prefix of 5 .* lower it to 251"):
+        check_context_length(folder_of("opt"), 252, "--max_seq_len", pre_seq_len=LENGTH)
+    check_context_length(folder_of("llama"), 10**6, "--max_seq_len", pre_seq_len=LENGTH)
+
+
+# --- saved alone --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "qwen3", "gpt2"])
+def test_saved_alone_and_opened_again(folder_of, family, projection, tmp_path):
+    base = folder_of(family)
+    model = load(base, pre_seq_len=LENGTH, prefix_projection=projection)
+    shake(model)
+    ids, mask = tokens()
+    expected = TokenLogProbs(model)(ids, mask).detach()
+    folder = save(model, base, tmp_path / "tuned")
+    names = {file.name for file in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert not [name for name in names if name.startswith(("model", "pytorch_model"))]
+    (prompts,) = load_file(folder / "adapter_model.safetensors").values()
+    assert prompts.dtype == torch.float32 and prompts.shape[0] == LENGTH
+
+    for again in (load(folder), load(base, ptuning_checkpoint=folder), load(folder, pre_seq_len=LENGTH)):
+        torch.testing.assert_close(TokenLogProbs(again)(ids, mask).detach(), expected, atol=1e-5, rtol=0)
+        assert list(trained(again)) == ["prompt_encoder.default.embedding.weight"]
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    torch.testing.assert_close(TokenLogProbs(theirs)(ids, mask).detach(), expected, atol=1e-5, rtol=0)
+    assert load_tokenizer(folder)("It is good.").input_ids == load_tokenizer(base)("It is good.").input_ids
+
+    again = load(folder)
+    shake(again, seed=2)
+    second = save(again, base, tmp_path / "tuned-on")  # belongs to the base, not to the first prefix
+    assert json.loads((second / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base.resolve())
+    found, now = (TokenLogProbs(one)(ids, mask).detach() for one in (load(second), again))
+    torch.testing.assert_close(found, now, atol=1e-5, rtol=0)
+    assert (now - expected).abs().max() > 1e-3
+
+
+def test_a_reward_model_keeps_head_and_figures(folder_of, tmp_path):
+    base = folder_of("llama")
+    model = load(base, load_scalar_model, pre_seq_len=LENGTH)
+    shake(model)
+    model.config.update({"reward_mean": 0.5, "reward_std": 2.0})
+    folder = save(model, base, tmp_path / "reward")
+    again = load(folder, load_scalar_model, seed=99)
+    assert (again.config.reward_mean, again.config.reward_std) == (0.5, 2.0)
+    expected, found = (TokenScores(one)(*tokens()).detach() for one in (model, again))
+    torch.testing.assert_close(found, expected)
+    theirs = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    theirs = PeftModel.from_pretrained(theirs, folder)
+    torch.testing.assert_close(TokenScores(theirs)(*tokens()).detach(), expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="is a reward model"):
+        load(folder)
+
+
+def test_another_model_takes_the_place_of_a_prefix_and_the_other_way_round(folder_of, tmp_path):
+    from models.factory import save_model
+
+    base = folder_of("gpt2")
+    model = load(base, pre_seq_len=LENGTH)
+    folder = save(model, base, tmp_path / "out")
+    save_model(load(base), load_tokenizer(base), Template(), folder)
+    assert not isinstance(load(folder), PeftModel)
+    save(model, base, folder)
+    assert isinstance(load(folder), PeftModel) and not (folder / "model.safetensors").exists()
+    with pytest.raises(UserError, match="holds the model that the prefix belongs to"):
+        save(model, base, base)
+    assert (base / "model.safetensors").exists()
+
+
+# --- what is wrong, in a sentence ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(folder_of, tmp_path):
+    """A saved prefix of a GPT-2."""
+    return save(load(folder_of("gpt2"), pre_seq_len=LENGTH), folder_of("gpt2"), tmp_path / "tuned")
+
+
+def test_numbers_that_do_not_fit_the_saved_prefix(folder_of, tuned):
+    base = folder_of("gpt2")
+    for options in ({"path": tuned}, {"path": base, "ptuning_checkpoint": tuned}):
+        with pytest.raises(UserError, match=r"--pre_seq_len 7, but the prefix in .* has 5 places"):
+            load(**options, pre_seq_len=7)
+        with pytest.raises(UserError, match=r"--prefix_projection true, but .* saved without a projection; drop"):
+            load(**options, prefix_projection=True)
+    with pytest.raises(UserError, match=r"has a prefix already and --ptuning_checkpoint"):
+        load(tuned, ptuning_checkpoint=tuned)
+    with pytest.raises(UserError, match=r"embedding.weight has the shape \[5, 128\], this model takes \[5, 64\]"):
+        load(folder_of("llama"), ptuning_checkpoint=tuned)
+
+
+def test_a_base_that_is_gone_or_unnamed(tuned):
+    file = tuned / "adapter_config.json"
+    content = json.loads(file.read_text())
+    for value, words in (
+        ("/nowhere/model", "names /nowhere/model, which does not open: .*correct that field"),
+        (str(tuned), "it holds a prefix itself"),
+        (None, 'add "base_model_name_or_path"'),
+    ):
+        file.write_text(json.dumps(content | {"base_model_name_or_path": value}))
+        with pytest.raises(UserError, match=f"adapter_config.json.*{words}"):
+            load(tuned)
+
+
+def test_folders_without_a_prefix_or_with_half_of_one(folder_of, tuned, tmp_path):
+    base = folder_of("gpt2")
+    for place, words in ((tmp_path / "no", "no such folder"), (base, "holds no prefix"), (tmp_path, "holds no prefix")):
+        with pytest.raises(UserError, match=words):
+            load(base, ptuning_checkpoint=place)
+    torch.save({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"named like 'lm_head.weight', looked for transformer.prefix_encoder.embedding"):
+        load(base, ptuning_checkpoint=tmp_path)
+    torch.save({"transformer.prefix_encoder.embedding.weight": torch.zeros(4, 128)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"a ChatGLM one, but the model .* is of type gpt2"):
+        load(base, ptuning_checkpoint=tmp_path)
+    file = tuned / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        load(tuned)
+
+
+def test_what_does_not_go_with_a_prefix(folder_of, tuned):
+    with pytest.raises(UserError, match=r"--gradient_checkpointing drops the cache .* gpt2 model"):
+        load(folder_of("gpt2"), pre_seq_len=LENGTH, gradient_checkpointing=True)
+    with pytest.raises(UserError, match=r"has a prefix .*drop --lora_dim"):
+        add_lora(load(tuned), 4, 8)
+    tokenizer = load_tokenizer(folder_of("gpt2"))
+    tokenizer.add_tokens([f"<new{i}>" for i in range(20)])
+    with pytest.raises(UserError, match="P-Tuning freezes the embedding"):
+        load(folder_of("gpt2"), pre_seq_len=LENGTH, tokenizer=tokenizer)

@@ -1,0 +1,215 @@
+"""P-Tuning of ChatGLM's own networks: files exchanged with the original trainer, what is trained, saved alone, opened again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from errors import UserError
+from inference.engine import generate
+from models.adapters import save_prefix
+from models.factory import check_context_length, load_causal_lm, load_scalar_model, load_tokenizer
+from models.heads import TokenLogProbs, TokenScores, score_layer
+from tests.models.golden import golden
+from tests.models.test_prefix import Template, shake, trained
+from tests.tiny_chatglm import tiny_chatglm
+
+FAMILIES = ("chatglm-6b", "chatglm2-6b")
+TUNED = ("tiny-prefix", "tiny-prefix-proj")
+OWN = "transformer.prefix_encoder."
+LENGTH = 4
+
+
+@pytest.fixture(scope="module")
+def base_of(shared_dir, tmp_path_factory):
+    """family -> a tiny checkpoint in the published layout, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: tiny_chatglm(folder / family, family, shared_dir) for family in FAMILIES}
+
+
+def load(path, read=load_causal_lm, **options):
+    return read(path, dtype=torch.float32, **options)
+
+
+def texts(base) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of real token ids, padded on the left."""
+    tokenizer = load_tokenizer(base)
+    batch = tokenizer(["问：今天天气怎么样？", "你好"], padding=True, return_tensors="pt", padding_side="left")
+    mask = batch["attention_mask"]
+    return batch["input_ids"], (~mask[:, 0, -1].bool()).long() if mask.dim() == 4 else mask
+
+
+def save(model, base, folder):
+    save_prefix(model, load_tokenizer(base), Template(), folder, trained(model))
+    return folder
+
+
+def without_prefix(source, target):
+    """The base that a golden folder's prefix was trained on: its other weights, and a config that knows no prefix."""
+    target.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"pre_seq_len": None, "prefix_projection": False}))
+    whole = source / "model.safetensors"
+    tensors = load_file(whole) if whole.exists() else torch.load(source / "pytorch_model.bin", weights_only=True)
+    torch.save({name: t for name, t in tensors.items() if not name.startswith(OWN)}, target / "pytorch_model.bin")
+    return target
+
+
+@pytest.mark.parametrize("tuned", TUNED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_of_the_original_trainer_gives_the_originals_logits(shared_dir, family, tuned, tmp_path):
+    """And ours is stored as theirs: same names, shapes and type, so that the original opens it."""
+    source = shared_dir / "golden" / family / tuned
+    base = without_prefix(source, tmp_path / "base")
+    (tmp_path / "checkpoint-10").mkdir()
+    official = tmp_path / "checkpoint-10" / "pytorch_model.bin"  # as the original trainer names it
+    shutil.copyfile(source / "prefix_only.bin", official)
+    cases, _ = golden(source)
+    case = next(name for name in cases if name.startswith("train") and "right_pad" in name)
+    given = {"input_ids": cases[case]["input_ids"]}
+    model = load(base, ptuning_checkpoint=official.parent).eval()
+    torch.testing.assert_close(model(**given).logits, cases[case]["logits"], atol=5e-5, rtol=0)
+    with_other_start = load(base, pre_seq_len=8, prefix_projection="proj" in tuned).eval()
+    assert (with_other_start(**given).logits - cases[case]["logits"]).abs().max() > 1e-3
+
+    theirs = torch.load(official, weights_only=True)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == set(theirs)
+    save_prefix(model, _NoTokenizer(), Template(), tmp_path / "ours", trained(model))
+    ours = torch.load(tmp_path / "ours" / "prefix_only.bin", weights_only=True)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, theirs[name])
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert (config["pre_seq_len"], config["prefix_projection"]) == (8, "proj" in tuned)
+    assert config["base_model_name_or_path"] == str(base)
+
+
+class _NoTokenizer:
+    """The golden vocabulary of 512 has no tokenizer of its own."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def save_pretrained(self, folder) -> None:
+        """Nothing to keep."""
+
+
+@pytest.fixture(autouse=True)
+def no_tokenizer_to_check(monkeypatch):
+    """Read tokenizers back, but for the one that is none."""
+    from models import adapters
+
+    check = adapters.check_tokenizer
+    monkeypatch.setattr(
+        adapters, "check_tokenizer", lambda folder, one: isinstance(one, _NoTokenizer) or check(folder, one)
+    )
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_prefix_is_trained_saved_and_opened_again(base_of, family, projection, tmp_path):
+    base = base_of[family]
+    model = load_causal_lm(base, dtype=torch.bfloat16, pre_seq_len=LENGTH, prefix_projection=projection)
+    assert all(name.startswith(OWN) for name in trained(model))
+    assert {tensor.dtype for tensor in trained(model).values()} == {torch.float32}  # in a network of bfloat16
+    model = load(base, pre_seq_len=LENGTH, prefix_projection=projection)
+    ids, mask = texts(base)
+    log_probs = TokenLogProbs(model)(ids, mask)
+    log_probs.sum().backward()
+    grown = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert grown == set(trained(model)) and all(model.get_parameter(name).grad.abs().sum() > 0 for name in grown)
+    shake(model)
+    expected = TokenLogProbs(model)(ids, mask).detach()
+    assert (expected - log_probs).abs().max() > 1e-3
+    folder = save(model, base, tmp_path / "tuned")
+    names = {file.name for file in folder.iterdir()}
+    assert {"prefix_only.bin", "config.json"} <= names and not any(name.startswith(("model", "pytorch")) for name in names)
+    for again in (load(folder), load(base, ptuning_checkpoint=folder, pre_seq_len=LENGTH, prefix_projection=projection)):
+        torch.testing.assert_close(TokenLogProbs(again)(ids, mask).detach(), expected)
+        assert trained(again).keys() == trained(model).keys()
+    ask = {"max_new_tokens": 6, "stop_token_ids": [], "pad_token_id": 3, "greedy": True}
+    found = generate(load(folder), ids, mask, **ask)
+    assert found.sequences.tolist() == generate(model, ids, mask, **ask).sequences.tolist()
+    alone = generate(model, ids[1:, mask[1].argmax() :], mask[1:, mask[1].argmax() :], **ask)
+    torch.testing.assert_close(found.log_probs[1:], alone.log_probs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reward_model_keeps_its_head(base_of, family, tmp_path):
+    base = base_of[family]
+    model = load(base, load_scalar_model, pre_seq_len=LENGTH, seed=3)
+    plain = load(base, load_scalar_model, seed=3)
+    assert torch.equal(score_layer(model).weight, score_layer(plain).weight)
+    assert len(trained(model)) == (2 if family == "chatglm-6b" else 3)  # ChatGLM2's head has a bias
+    shake(model)
+    model.config.update({"reward_mean": 0.5, "reward_std": 2.0})
+    folder = save(model, base, tmp_path / "reward")
+    again = load(folder, load_scalar_model, seed=99)
+    ids, mask = texts(base)
+    torch.testing.assert_close(TokenScores(again)(ids, mask), TokenScores(model)(ids, mask))
+    assert (again.config.reward_mean, again.config.num_labels) == (0.5, 1)
+    with pytest.raises(UserError, match="is a reward model"):
+        load(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(base_of, family):
+    ids, mask = texts(base_of[family])
+    gradients = []
+    for recompute in (False, True):
+        model = load(base_of[family], pre_seq_len=LENGTH, gradient_checkpointing=recompute)
+        TokenLogProbs(model)(ids, mask).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_over_a_quantised_base(base_of, family, tmp_path):
+    """The prefix belongs to the checkpoint as it is on disk, whatever the base was held in while it was trained."""
+    base = base_of[family]
+    model = load(base, pre_seq_len=LENGTH, quantization_bit=8)
+    TokenLogProbs(model)(*texts(base)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    folder = save(model, base, tmp_path / "tuned")
+    assert not json.loads((folder / "config.json").read_text()).get("quantization_bit")
+    again = load(folder)
+    assert all(torch.equal(tensor, trained(again)[name]) for name, tensor in trained(model).items())
+
+
+def test_a_whole_checkpoint_with_a_prefix_goes_on_with_it(shared_dir, base_of, tmp_path):
+    folder = shared_dir / "golden" / "chatglm-6b" / "tiny-prefix"  # holds all weights, and the prefix alone beside them
+    model = load(folder)
+    (name,) = trained(model)
+    assert torch.equal(trained(model)[name], AutoModelForCausalLM.from_pretrained(folder).get_parameter(name))
+    with pytest.raises(UserError, match=r"--pre_seq_len 9, but model .* has a prefix of 8 places"):
+        load(folder, pre_seq_len=9)
+    check_context_length(folder, 10**6, "--max_seq_len")
+
+
+def test_numbers_and_bases_that_do_not_fit(base_of, tmp_path):
+    base = base_of["chatglm-6b"]
+    folder = save(load(base, pre_seq_len=LENGTH, prefix_projection=True), base, tmp_path / "tuned")
+    with pytest.raises(UserError, match=r"--pre_seq_len 128, but the prefix in .*prefix_only.bin has 4 places"):
+        load(folder, pre_seq_len=128)
+    with pytest.raises(UserError, match=r"--prefix_projection false, but .* was saved with a projection; add the flag"):
+        load(base, ptuning_checkpoint=folder, pre_seq_len=LENGTH)
+    with pytest.raises(UserError, match=r"prefix_only.bin: embedding.weight has the shape"):
+        load(base_of["chatglm2-6b"], ptuning_checkpoint=folder)
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    for changes, words in (
+        ({"pre_seq_len": 6}, r"says pre_seq_len 6, but the prefix in .*prefix_only.bin has 4 places"),
+        ({"base_model_name_or_path": "/nowhere"}, r'"base_model_name_or_path" names /nowhere, .* correct that field'),
+    ):
+        file.write_text(json.dumps(content | changes))
+        with pytest.raises(UserError, match=f"config.json.*{words}"):
+            load(folder)
+    file.write_text(json.dumps(content))
+    half = folder / "prefix_only.bin"
+    half.write_bytes(half.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"prefix_only\.bin is truncated or damaged"):
+        load(folder)

@@ -1,0 +1,344 @@
+"""8-bit and 4-bit weights: the published scheme against plain loops, quantised layers, whole models, LoRA on them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from errors import UserError
+from models.adapters import add_lora, merged_state_dict, save_adapter
+from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from models.heads import TokenLogProbs, TokenScores
+from models.quantization import (
+    QuantizedLinear,
+    block_linears,
+    config_of,
+    dequantize,
+    plain_state_dict,
+    quantize,
+    quantize_linears,
+    quantized_layers,
+    replace_with_quantized,
+)
+from tests.models.test_adapters import LAYERS_PER_BLOCK, shake, tokens
+from tests.models.zero3_worker import Stops
+from tests.tiny import FAMILIES, tiny_checkpoint
+
+HALF_ROUNDING = 2.0**-11  # relative, of a number in float16's normal range
+
+
+def some_weight(rows=7, columns=10, seed=0, spread=1.0):
+    return spread * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def plain_loop_quantize(weight, bits):
+    """The published scheme with python's own numbers: rows of bytes, scales rounded to float16."""
+    largest = {8: 127, 4: 7}[bits]
+    rows, scales = [], []
+    for row in weight.tolist():
+        scale = torch.tensor(max(abs(value) for value in row) / largest).half().item()
+        integers = [round(value / scale) for value in row]
+        if bits == 4:
+            packed = [(high % 16) * 16 + low % 16 for high, low in zip(integers[0::2], integers[1::2], strict=True)]
+            integers = [byte - 256 if byte > 127 else byte for byte in packed]
+        rows.append(integers)
+        scales.append(scale)
+    return torch.tensor(rows, dtype=torch.int8), torch.tensor(scales, dtype=torch.float16)
+
+
+def test_bytes_counted_by_hand():
+    # 8 bits: the largest of the row is 127, the scale 1/127 of it
+    values, scale = quantize(torch.tensor([[127.0, -127.0, 1.0, -2.0], [0.0, 254.0, -3.1, 2.9]]), 8)
+    assert values.tolist() == [[127, -127, 1, -2], [0, 127, -2, 1]] and scale.tolist() == [1.0, 2.0]
+    # 4 bits: (7, -7) = 0x7, 0x9 -> 0x79; (-1, 3) = 0xF, 0x3 -> 0xF3 = -13; the even column is the high half
+    values, scale = quantize(torch.tensor([[7.0, -7.0, -1.0, 3.0]]), 4)
+    assert values.tolist() == [[0x79, 0xF3 - 256]] and scale.tolist() == [1.0]
+    # reading knows -8 too, which a file may hold: 0x8 = -8, 0x7 = 7
+    packed = torch.tensor([[0x87 - 256, 0x08]], dtype=torch.int8)
+    assert dequantize(packed, torch.tensor([0.5]).half(), 4, torch.float32).tolist() == [[-4.0, 3.5, 0.0, -4.0]]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_values_and_scales_equal_a_plain_loop(bits, seed):
+    weight = some_weight(seed=seed, spread=10.0**-seed)
+    values, scale = quantize(weight, bits)
+    expected_values, expected_scale = plain_loop_quantize(weight, bits)
+    assert values.dtype == torch.int8 and scale.dtype == torch.float16
+    assert torch.equal(values, expected_values) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_byte_of_both_schemes_is_read_as_two_complement(dtype):
+    bytes_ = torch.arange(-128, 128).to(torch.int8)[None]
+    scale = torch.tensor([0.3]).half()
+    step = scale.double().item()
+    eight = torch.tensor([[byte * step for byte in range(-128, 128)]], dtype=torch.float64)
+    assert torch.equal(dequantize(bytes_, scale, 8, dtype), eight.to(dtype))
+    pairs = []
+    for byte in range(-128, 128):
+        for half in ((byte % 256) // 16, byte % 16):
+            pairs.append((half - 16 if half > 7 else half) * step)
+    four = torch.tensor([pairs], dtype=torch.float64)
+    assert torch.equal(dequantize(bytes_, scale, 4, dtype), four.to(dtype))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1e-6, 1e-3, 1.0, 1e3])
+def test_error_is_within_half_a_step(bits, dtype, spread):
+    weight = some_weight(64, 128, spread=spread).to(dtype)
+    values, scale = quantize(weight, bits)
+    step = scale.double()[:, None]
+    error = (weight.double() - dequantize(values, scale, bits, torch.float32).double()).abs()
+    exact_step = weight.double().abs().amax(dim=1, keepdim=True) / {8: 127, 4: 7}[bits]
+    rounding = {8: 127, 4: 7}[bits] * (step - exact_step).abs()  # what float16 did to the scale, at the largest value
+    assert (error <= step / 2 * (1 + 1e-6) + rounding).all()
+    if spread >= 1e-3 * 127:
+        assert ((step - exact_step).abs() <= HALF_ROUNDING * exact_step).all()
+        assert error.max() > step.min() / 4  # the bound is near, not idle
+    assert (values[weight == 0] == 0).all() if bits == 8 else True
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_zeros_and_of_hardly_anything(bits):
+    weight = torch.zeros(3, 4)
+    weight[1, 2] = 1e-7  # its scale rounds to zero in float16
+    weight[2] = torch.tensor([1.0, -1.0, 0.5, 0.0])
+    values, scale = quantize(weight, bits)
+    back = dequantize(values, scale, bits, torch.float32)
+    assert back.isfinite().all() and (back[0] == 0).all() and scale[0] == 0
+    assert (back[1] - weight[1]).abs().max() <= 2.0**-24 / 2  # half a step of float16's smallest number
+    assert back[2, 0] > 0.99 and back[2, 3] == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantising_the_dequantised_changes_nothing(bits):
+    values, scale = quantize(some_weight(32, 64), bits)
+    again, scale_again = quantize(dequantize(values, scale, bits, torch.float32), bits)
+    assert torch.equal(again, values) and torch.equal(scale_again, scale)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bits", "message"),
+    [
+        (torch.ones(2, 3), 4, "even number"),
+        (torch.ones(2, 4), 3, "4 and 8"),
+        (torch.tensor([[1.0, float("nan")]]), 8, "not finite"),
+        (torch.tensor([[1.0, float("-inf")]]), 8, "not finite"),
+    ],
+)
+def test_what_cannot_be_quantised(weight, bits, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(weight, bits)
+
+
+# --- a layer ----------------------------------------------------------------------------------------------------------
+
+
+def pair_of_layers(bits, dtype=torch.float32, bias=True):
+    """A quantised layer and a float one that holds its dequantised weight."""
+    torch.manual_seed(1)
+    layer = nn.Linear(12, 6, bias=bias).to(dtype)
+    quantized = QuantizedLinear.of(layer, bits)
+    twin = copy.deepcopy(layer)
+    twin.weight.data = dequantize(quantized.weight, quantized.weight_scale, bits, dtype)
+    return quantized, twin
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_computes_what_its_dequantised_weight_does(bits, dtype, bias):
+    quantized, twin = pair_of_layers(bits, dtype, bias)
+    assert isinstance(quantized, nn.Linear) and [name for name, _ in quantized.named_parameters()] == ["bias"] * bias
+    assert not any(parameter.requires_grad for parameter in quantized.parameters())
+    x = torch.randn(2, 5, 12).to(dtype)
+    inputs = [x.clone().requires_grad_() for _ in range(3)]
+    results = [
+        quantized(inputs[0]),
+        twin(inputs[1]),
+        checkpoint(quantized, inputs[2], use_reentrant=False),
+    ]
+    for result in results:
+        assert result.dtype == dtype
+        result.square().sum().backward()
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    assert torch.equal(inputs[0].grad, inputs[2].grad)
+
+
+def test_the_gradient_of_a_bias_that_someone_trains():
+    quantized, twin = pair_of_layers(8)
+    quantized.bias.requires_grad_(True)
+    twin.bias.requires_grad_(True)
+    x = torch.randn(3, 4, 12)
+    (quantized(x) ** 3).sum().backward()
+    (twin(x) ** 3).sum().backward()
+    torch.testing.assert_close(quantized.bias.grad, twin.bias.grad)
+
+
+def test_no_float_weight_is_kept_for_the_backward_pass():
+    quantized, _ = pair_of_layers(4)
+    kept = []
+    x = torch.randn(3, 12, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        quantized(x).sum()
+    assert {t.dtype for t in kept if t.numel() >= 6} == {torch.int8, torch.float16}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_casting_copying_and_storing_keep_the_integers(bits, tmp_path):
+    quantized, _ = pair_of_layers(bits)
+    state = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+    assert state.keys() == {"weight", "weight_scale", "bias"}
+    for cast in (lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.float(), lambda m: m.to("cpu"), copy.deepcopy):
+        same = cast(copy.deepcopy(quantized))
+        assert torch.equal(same.weight, state["weight"]) and same.weight.dtype == torch.int8
+        assert torch.equal(same.weight_scale, state["weight_scale"]) and same.weight_scale.dtype == torch.float16
+    torch.save(quantized.state_dict(), tmp_path / "layer.pt")
+    empty = QuantizedLinear(12, 6, bits)
+    empty.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    x = torch.randn(3, 12)
+    assert torch.equal(empty(x), quantized(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_conv1d_of_gpt2_becomes_a_linear_and_goes_back(bits):
+    torch.manual_seed(0)
+    layer = Conv1D(6, 12)  # weight [12 in, 6 out]
+    quantized = QuantizedLinear.of(layer, bits)
+    plain = plain_state_dict(quantized_in_a_box(quantized), {f"0.{k}": v for k, v in quantized.state_dict().items()}, torch.float32)
+    assert plain.keys() == {"0.weight", "0.bias"} and plain["0.weight"].shape == layer.weight.shape
+    layer.weight.data = plain["0.weight"]
+    x = torch.randn(2, 3, 12)
+    torch.testing.assert_close(quantized(x), layer(x))
+
+
+def quantized_in_a_box(layer):
+    return nn.Sequential(layer)
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint_of(request, tmp_path_factory):
+    return request.param, tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def dequantised_twin(model, folder, **options):
+    """The same checkpoint in float, its block weights replaced by what the quantised model's stand for."""
+    twin = load_causal_lm(folder, dtype=torch.float32, **options)
+    twin.load_state_dict(plain_state_dict(model, model.state_dict(), torch.float32), strict=True)
+    return twin
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_family_quantises_its_blocks_and_nothing_else(checkpoint_of, bits):
+    family, folder = checkpoint_of
+    model = load_causal_lm(folder, dtype=torch.float32, quantization_bit=bits)
+    layers = quantized_layers(model)
+    assert len(layers) == 2 * LAYERS_PER_BLOCK[family] and not list(block_linears(model))
+    assert not isinstance(model.get_output_embeddings(), QuantizedLinear)
+    twin = dequantised_twin(model, folder)
+    original = load_causal_lm(folder, dtype=torch.float32)
+    ids, mask = tokens()
+    with torch.no_grad():
+        ours, theirs = (TokenLogProbs(one)(ids, mask) for one in (model, twin))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert (ours - TokenLogProbs(original)(ids, mask)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lora_learns_on_a_quantised_base_what_it_learns_on_the_float_one(checkpoint_of, bits, tmp_path):
+    family, folder = checkpoint_of
+    base = load_causal_lm(folder, dtype=torch.float32, quantization_bit=bits, gradient_checkpointing=True)
+    twin = dequantised_twin(base, folder, gradient_checkpointing=True)
+    torch.manual_seed(0)
+    model = add_lora(base, 4, 8)
+    torch.manual_seed(0)
+    float_model = add_lora(twin, 4, 8)
+    ids, mask = tokens()
+    for one in (model, float_model):
+        shake(one)
+        TokenLogProbs(one)(ids, mask).sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(quantized_layers(model)) and all("lora_" in name for name in trained)
+    for name, parameter in float_model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(trained[name].grad, parameter.grad, atol=1e-4, rtol=1e-3)
+    merged, expected = merged_state_dict(model), merged_state_dict(float_model)
+    assert merged.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor)
+    save_model(model, load_tokenizer(folder), Stops(), tmp_path / "merged", merged)
+    save_adapter(model, tmp_path / "merged" / "adapter")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(TokenLogProbs(opened)(ids, mask), TokenLogProbs(model)(ids, mask), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_on_integers_have_the_dtype_of_the_model(llama, dtype):
+    model = add_lora(load_causal_lm(llama, dtype=dtype, quantization_bit=8), 2, 4)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+    assert all(layer.weight_scale.dtype == torch.float16 for layer in quantized_layers(model).values())
+
+
+def test_a_scalar_model_keeps_its_float_head(llama):
+    model = load_scalar_model(llama, dtype=torch.float32, quantization_bit=4)
+    assert type(model.score) is nn.Linear and len(quantized_layers(model)) == 2 * LAYERS_PER_BLOCK["llama"]
+    adapted = add_lora(model, 2, 4)
+    ids, mask = tokens()
+    TokenScores(adapted)(ids, mask).sum().backward()
+    with_gradient = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any("score" in name for name in with_gradient) and any("lora_B" in name for name in with_gradient)
+
+
+def test_a_layer_that_cannot_be_quantised_is_named():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 3)])})
+    with pytest.raises(UserError, match=r"--quantization_bit 4: the layer blocks\.0 .*even number"):
+        quantize_linears(model, 4)
+
+
+def test_empty_layers_on_the_meta_device_have_the_official_names_and_shapes():
+    with torch.device("meta"):
+        blocks = nn.ModuleList(nn.ModuleDict({"dense": nn.Linear(8, 6), "gate": nn.Linear(8, 2, bias=False)}) for _ in range(2))
+        replace_with_quantized(blocks, 4)
+    shapes = {name: (tuple(t.shape), t.dtype, t.device.type) for name, t in blocks[1].state_dict().items()}
+    assert shapes == {
+        "dense.weight": ((6, 4), torch.int8, "meta"),
+        "dense.weight_scale": ((6,), torch.float16, "meta"),
+        "dense.bias": ((6,), torch.float32, "meta"),
+        "gate.weight": ((2, 4), torch.int8, "meta"),
+        "gate.weight_scale": ((2,), torch.float16, "meta"),
+    }
+    with pytest.raises(UserError, match="quantization_bit 3; 4 and 8"):
+        replace_with_quantized(nn.ModuleList([nn.Linear(2, 2)]), 3)
+
+
+def test_the_config_says_what_a_state_dict_holds():
+    config = type("Config", (), {"quantization_bit": 8})()
+    with config_of(config, {"a.weight": torch.ones(1)}):
+        assert config.quantization_bit == 0
+    assert config.quantization_bit == 8
+    config.quantization_bit = 0
+    with config_of(config, {"a.weight_scale": torch.ones(1)}, 4):
+        assert config.quantization_bit == 4
+    assert config.quantization_bit == 0
+    other = type("Config", (), {})()
+    with config_of(other, {}):
+        assert not hasattr(other, "quantization_bit")

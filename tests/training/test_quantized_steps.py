@@ -1,0 +1,72 @@
+"""--quantization_bit through the scripts: two processes under ZeRO-3 learn what one process learns; what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.launching import logged, start, succeed, write_pairs
+from tests.models.test_zero3 import tiny_integers
+from tests.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.distributed
+
+COMMON = ["--dtype", "fp32", "--seed", "7", "--logging_steps", "1", "--data_split", "1,1,1", "--eval_fraction", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    write_pairs(folder / "pairs.jsonl", 120)
+    tiny_checkpoint(folder / "base", "llama")
+    return folder
+
+
+def sft_flags(base, output, processes=1, **more):
+    chosen = {"max_steps": 3, "max_seq_len": 64, "per_device_train_batch_size": 8 // processes, "quantization_bit": 4}
+    chosen |= {"model_name_or_path": base / "base", "lora_dim": 4, "lora_learning_rate": 1e-3,
+               "lr_scheduler_type": "constant"} | more  # fmt: skip
+    flags = [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+    return [*COMMON, "--data_path", str(base / "pairs.jsonl"), "--output_dir", str(output), *flags]
+
+
+def ppo_flags(base, output, processes):
+    models = ["--actor_model_name_or_path", str(base / "base"), "--critic_model_name_or_path", str(base / "base")]
+    batch = ["--per_device_generation_batch_size", str(8 // processes), "--eval_prompts", "4", "--max_steps", "2"]
+    batch += ["--per_device_training_batch_size", str(8 // processes), "--num_warmup_steps", "0"]
+    sizes = ["--max_prompt_seq_len", "48", "--max_answer_seq_len", "8", "--quantization_bit", "8"]
+    for role in ("actor", "critic"):
+        sizes += [f"--{role}_zero_stage", "3", f"--{role}_lora_dim", "4", f"--{role}_lora_learning_rate", "1e-3"]
+    return [*COMMON, "--data_path", str(base / "pairs.jsonl"), "--output_dir", str(output), *models, *batch, *sizes]
+
+
+def test_sft_on_two_processes_under_zero3_resumes_and_exports_a_plain_model(base, tmp_path):
+    module = "training.step1_sft.main"
+    succeed(module, sft_flags(base, tmp_path / "one"))
+    succeed(module, sft_flags(base, tmp_path / "two", 2, zero_stage=3, max_steps=2, save_steps=1), processes=2)
+    two = sft_flags(base, tmp_path / "two", 2, zero_stage=3, save_steps=1)
+    succeed(module, [*two, "--resume"], processes=2)
+    one, two = (logged(tmp_path / name, "train/loss") for name in ("one", "two"))
+    assert len(one) == 3 and one[2] < one[0] and one == pytest.approx(two, abs=1e-4)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two")]
+    states = [model.state_dict() for model in models]
+    original = AutoModelForCausalLM.from_pretrained(base / "base").state_dict()
+    assert states[0].keys() == states[1].keys() == original.keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], atol=2e-4, rtol=1e-3)
+    assert "quantization_bit" not in json.loads((tmp_path / "two" / "config.json").read_text())
+
+
+def test_ppo_on_two_processes_under_zero3_starts_with_actor_equal_to_reference(base, tmp_path):
+    succeed("training.step3_ppo.main", ppo_flags(base, tmp_path / "out", 2), processes=2)
+    first, second = logged(tmp_path / "out", "train/kl")
+    assert abs(first) < 1e-6 and second != first  # the same integers at first; then the adapter has moved
+    assert (tmp_path / "out" / "actor" / "config.json").is_file()
+
+
+def test_integers_are_not_trained_whole(base, tmp_path):
+    tiny_integers(base / "int4")
+    whole = {"lora_dim": None, "lora_learning_rate": None, "quantization_bit": None}
+    done = start("training.step2_reward.main", sft_flags(base, tmp_path / "o", model_name_or_path=base / "int4", **whole))
+    assert done.returncode == 2 and "4-bit integers, which cannot be trained" in done.stderr
