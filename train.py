@@ -1,11 +1,12 @@
-"""All three steps in order: supervised fine-tuning, reward model, PPO.
+"""All three steps in order: supervised fine-tuning, reward model, PPO; or fine-tuning, then DPO.
 
     python train.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type single_gpu
     python train.py --config configs/cpu/demo.yaml --deployment-type cpu --step 1 2 3 --output-dir output/demo
-    python train.py --deployment-type single_node --step 3 --ppo-flags "--ppo_epochs 2" --dry-run
+    python train.py --deployment-type single_node --method dpo --dpo-flags "--beta 0.2" --dry-run
 
 Each step runs under the deepspeed launcher; what it prints goes to the terminal and to training.log in the step's
-folder: OUTPUT/actor-models/NAME, OUTPUT/reward-models/NAME, OUTPUT/step3-models/NAME. A step that is done is skipped.
+folder: OUTPUT/actor-models/NAME, OUTPUT/reward-models/NAME, OUTPUT/step3-models/NAME, or OUTPUT/dpo-models/NAME for
+DPO, which is step 2 then. A step that is done is skipped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import itertools
 import json
 import os
 import re
@@ -35,31 +37,35 @@ from training.utils.run import DONE, check_writable, free_port
 ROOT = Path(__file__).resolve().parent
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")  # stand for facebook/opt-SIZE
 DEPLOYMENTS = ("single_gpu", "single_node", "multi_node", "cpu")
-TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
-SECTIONS = {1: "sft", 2: "reward", 3: "ppo"}
-MODULES = {1: "training.step1_sft.main", 2: "training.step2_reward.main", 3: "training.step3_ppo.main"}
+METHODS = {"ppo": {1: "sft", 2: "reward", 3: "ppo"}, "dpo": {1: "sft", 2: "dpo"}}  # number of a step -> section
+TITLES = {"sft": "supervised fine-tuning", "reward": "reward model", "ppo": "PPO", "dpo": "DPO"}
+FOLDERS = {"sft": "actor-models", "reward": "reward-models", "ppo": "step3-models", "dpo": "dpo-models"}
+ROOMS = {"sft": "step1_sft", "reward": "step2_reward", "ppo": "step3_ppo", "dpo": "step2_dpo"}
 LAUNCH_KEYS = ("platform", "deployment_type", "processes", "num_nodes", "hostfile", "master_port", "env")
 # Without a recipe: batches, ZeRO and LoRA of the launchers that DeepSpeed-Chat published for these deployments (1.3B
-# on one card and on a node, 66B on several). PPO and LoRA keep our learning rates: theirs were for greedy rollouts.
+# on one card and on a node, 66B on several). PPO, DPO and LoRA keep our learning rates: theirs were for greedy rollouts.
 STARTING_FLAGS = {
     "single_gpu": {
-        1: "--gradient_accumulation_steps 8 --lora_dim 128",
-        2: "--gradient_accumulation_steps 4 --weight_decay 0.1",
-        3: "--gradient_accumulation_steps 2 --actor_lora_dim 128 --actor_gradient_checkpointing",
+        "sft": "--gradient_accumulation_steps 8 --lora_dim 128",
+        "reward": "--gradient_accumulation_steps 4 --weight_decay 0.1",
+        "ppo": "--gradient_accumulation_steps 2 --actor_lora_dim 128 --actor_gradient_checkpointing",
+        "dpo": "--per_device_train_batch_size 8 --gradient_accumulation_steps 8 --lora_dim 128",
     },
     "single_node": {
-        1: "--zero_stage 2 --per_device_train_batch_size 8 --learning_rate 9.65e-6",
-        2: "--per_device_train_batch_size 4 --learning_rate 5e-5 --weight_decay 0.1",
-        3: "--actor_zero_stage 2 --critic_zero_stage 2 --per_device_generation_batch_size 4 "
+        "sft": "--zero_stage 2 --per_device_train_batch_size 8 --learning_rate 9.65e-6",
+        "reward": "--per_device_train_batch_size 4 --learning_rate 5e-5 --weight_decay 0.1",
+        "ppo": "--actor_zero_stage 2 --critic_zero_stage 2 --per_device_generation_batch_size 4 "
         "--per_device_training_batch_size 4",
+        "dpo": "--zero_stage 2 --per_device_train_batch_size 4",
     },
     "multi_node": {
-        1: "--zero_stage 3 --lora_dim 128 --gradient_checkpointing --per_device_train_batch_size 4",
-        2: "--per_device_train_batch_size 2 --learning_rate 5e-5 --weight_decay 0.1",
-        3: "--actor_zero_stage 3 --critic_zero_stage 3 --actor_lora_dim 128 --actor_gradient_checkpointing "
+        "sft": "--zero_stage 3 --lora_dim 128 --gradient_checkpointing --per_device_train_batch_size 4",
+        "reward": "--per_device_train_batch_size 2 --learning_rate 5e-5 --weight_decay 0.1",
+        "ppo": "--actor_zero_stage 3 --critic_zero_stage 3 --actor_lora_dim 128 --actor_gradient_checkpointing "
         "--per_device_generation_batch_size 4 --per_device_training_batch_size 4",
+        "dpo": "--zero_stage 3 --lora_dim 128 --gradient_checkpointing --per_device_train_batch_size 2",
     },
-    "cpu": {1: "", 2: "", 3: ""},
+    "cpu": dict.fromkeys(TITLES, ""),
 }
 HINTS = (
     (
@@ -88,6 +94,7 @@ class Step:
     """One step to run: where it writes, which folders of other steps it reads, and its own flags."""
 
     number: int
+    section: str
     folder: Path
     flags: list[str]
     needs: dict[int, Path] = field(default_factory=dict)
@@ -95,7 +102,7 @@ class Step:
     @property
     def title(self) -> str:
         """Such as ``step 2 (reward model)``."""
-        return f"step {self.number} ({TITLES[self.number]})"
+        return f"step {self.number} ({TITLES[self.section]})"
 
 
 # --- what to run ------------------------------------------------------------------------------------------------------
@@ -107,10 +114,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="steps to run (default: 1 2 3)")
+    add("--step", type=int, nargs="+", choices=(1, 2, 3), help="steps to run (default: all of the method)")
+    add("--method", choices=tuple(METHODS), default="ppo", help="after step 1: reward model and PPO (default), or DPO")
     add("--actor-model", help="hub id or folder, or a size of facebook/opt-*: 1.3b, 6.7b, 13b, 66b, … (default: 1.3b)")
     add("--reward-model", help="what step 2 starts from; same tokenizer as the actor (default: 350m)")
-    add("--actor-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 1 and of the actor in step 3")
+    add("--actor-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 1, of DPO, and of the actor in step 3")
     add("--reward-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 2 and of the critic in step 3")
     add("--output-dir", help="the three folders of models are made here (default: the recipe's folders, else ./output)")
     add("--deployment-type", choices=DEPLOYMENTS, help="where it runs (default: single_gpu)")
@@ -118,8 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hostfile", help="multi_node: lines HOST slots=N (default: /job/hostfile)")
     add("--config", help="a recipe: YAML with sections launch, sft, reward, ppo; flags given here win over it")
     add("--data-path", nargs="+", help="data of all three steps: named sets, hub ids, files, folders")
-    for number, section in SECTIONS.items():
-        add(f"--{section}-flags", default="", help=f"more flags of step {number}, as one quoted string")
+    for section, title in TITLES.items():
+        add(f"--{section}-flags", default="", help=f"more flags of the step that does {title}, as one quoted string")
     add("--resume", action="store_true", help="a step that was cut short continues from its newest whole checkpoint")
     add("--force", action="store_true", help="run steps that are done again")
     add("--dry-run", action="store_true", help="print the command lines, run nothing")
@@ -136,7 +144,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.error = refuse
     joined: list[str] = []
     for word in argv:
-        if joined and re.fullmatch(r"--(sft|reward|ppo)-flags", joined[-1]):
+        if joined and re.fullmatch(rf"--({'|'.join(TITLES)})-flags", joined[-1]):
             joined[-1] += f"={word}"  # argparse would take "--sft-flags --offload" for a flag without its value
         else:
             name, *value = word.split("=", 1)
@@ -146,9 +154,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
         raise UserError(
             f"Unknown flag {unknown[0]}{f'; did you mean {near[0]}?' if near else '.'} Flags of a step itself go into "
-            '--sft-flags, --reward-flags or --ppo-flags "…".'
+            '--sft-flags, --reward-flags, --ppo-flags or --dpo-flags "…".'
         )
-    for section in SECTIONS.values():
+    for section in TITLES:
         try:
             setattr(args, f"{section}_flags", shlex.split(getattr(args, f"{section}_flags")))
         except ValueError as error:
@@ -165,15 +173,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     args.num_gpus = args.num_gpus or launch.get("processes")
     args.hostfile = args.hostfile or launch.get("hostfile")
-    args.step = sorted(set(args.step))
+    args.step = sorted(set(args.step or METHODS[args.method]))
+    check_method(args)
     return args
+
+
+def check_method(args: argparse.Namespace) -> None:
+    """UserError for steps and flags that the method does not have."""
+    if args.step[-1] not in METHODS[args.method]:
+        raise UserError("--step 3 with --method dpo: DPO takes the place of steps 2 and 3; it is --step 2.")
+    others = {"ppo": ("dpo_flags",), "dpo": ("reward_model", "reward_zero_stage", "reward_flags", "ppo_flags")}
+    for name in others[args.method]:
+        if getattr(args, name) not in (None, []):
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --method {args.method}; drop one of the two.")
 
 
 def read_recipe(path: str) -> dict[str, dict[str, Any]]:
     """The sections of a recipe. The steps check their own; here: has it any, and is its launch section ours?"""
     recipe = load_recipe(path)
-    if not set(SECTIONS.values()) & recipe.keys():
-        raise UserError(f"--config {path}: train.py needs the sections launch, sft, reward and ppo with flags in them.")
+    if not set(TITLES) & recipe.keys():
+        raise UserError(f"--config {path}: train.py needs sections launch, sft, reward and ppo, or dpo, with flags.")
     for key in recipe.get("launch", {}):
         if key not in LAUNCH_KEYS:
             raise UserError(f"{path}, launch: unknown key {key!r}; known: {', '.join(LAUNCH_KEYS)}.")
@@ -187,40 +206,40 @@ def model_name(model: str) -> str:
 
 def plan(args: argparse.Namespace) -> list[Step]:
     """The steps to run with all their flags."""
-    sections = {number: args.recipe.get(section, {}) for number, section in SECTIONS.items()}
+    sections = {section: args.recipe.get(section, {}) for section in TITLES}
     start = {}
-    for number, given, default in ((1, args.actor_model, "1.3b"), (2, args.reward_model, "350m")):
-        model = given or sections[number].get("model_name_or_path") or default
-        start[number] = f"facebook/opt-{model}" if model in OPT_SIZES else str(model)
-    kinds = {1: "actor-models", 2: "reward-models", 3: "step3-models"}
+    for section, given, default in (("sft", args.actor_model, "1.3b"), ("reward", args.reward_model, "350m")):
+        model = given or sections[section].get("model_name_or_path") or default
+        start[section] = f"facebook/opt-{model}" if model in OPT_SIZES else str(model)
     folders = {
-        number: Path(args.output_dir or "./output") / kind / model_name(start[2 if number == 2 else 1])
-        if args.output_dir or "output_dir" not in sections[number]
-        else Path(sections[number]["output_dir"])
-        for number, kind in kinds.items()
+        section: Path(args.output_dir or "./output") / kind / model_name(start.get(section, start["sft"]))
+        if args.output_dir or "output_dir" not in sections[section]
+        else Path(sections[section]["output_dir"])
+        for section, kind in FOLDERS.items()
     }
-    if not args.reward_model and start[2] == sections[1].get("output_dir"):
-        start[2] = str(folders[1])  # the recipe's reward model starts from its SFT model
-    needs = {1: {}, 2: {1: folders[1]} if Path(start[2]) == folders[1] else {}, 3: {1: folders[1], 2: folders[2]}}
+    sft, reward = folders["sft"], folders["reward"]
+    if not args.reward_model and start["reward"] == sections["sft"].get("output_dir"):
+        start["reward"] = str(sft)  # the recipe's reward model starts from its SFT model
+    needs = {"ppo": {1: sft, 2: reward}, "dpo": {1: sft}, "reward": {1: sft} if Path(start["reward"]) == sft else {}}
     models = {
-        1: {"--model_name_or_path": start[1]},
-        2: {"--model_name_or_path": start[2]},
-        3: {"--actor_model_name_or_path": str(folders[1]), "--critic_model_name_or_path": str(folders[2])},
-    }
-    stages = {
-        1: {"--zero_stage": args.actor_zero_stage},
-        2: {"--zero_stage": args.reward_zero_stage},
-        3: {"--actor_zero_stage": args.actor_zero_stage, "--critic_zero_stage": args.reward_zero_stage},
-    }
+        "sft": {"--model_name_or_path": start["sft"], "--zero_stage": args.actor_zero_stage},
+        "reward": {"--model_name_or_path": start["reward"], "--zero_stage": args.reward_zero_stage},
+        "ppo": {
+            "--actor_model_name_or_path": str(sft), "--actor_zero_stage": args.actor_zero_stage,
+            "--critic_model_name_or_path": str(reward), "--critic_zero_stage": args.reward_zero_stage,
+        },
+        "dpo": {"--model_name_or_path": str(sft), "--zero_stage": args.actor_zero_stage},
+    }  # fmt: skip
     steps = []
     for number in args.step:
-        flags = ["--config", args.config] if args.config else STARTING_FLAGS[args.deployment_type][number].split()
-        for name, value in {**models[number], "--output_dir": str(folders[number]), **stages[number]}.items():
+        section = METHODS[args.method][number]
+        flags = ["--config", args.config] if args.config else STARTING_FLAGS[args.deployment_type][section].split()
+        for name, value in {**models[section], "--output_dir": str(folders[section])}.items():
             flags += [] if value is None else [name, str(value)]
         flags += ["--data_path", *args.data_path] if args.data_path else []
         flags += ["--resume"] if args.resume else []
-        flags += getattr(args, f"{SECTIONS[number]}_flags")  # last, so that it wins
-        steps.append(Step(number, folders[number], flags, needs[number]))
+        flags += getattr(args, f"{section}_flags")  # last, so that it wins
+        steps.append(Step(number, section, folders[section], flags, needs.get(section, {})))
     return steps
 
 
@@ -240,7 +259,7 @@ def launch_command(step: Step, args: argparse.Namespace) -> list[str]:
         command += device_flags(processes, args.deployment_type)
         port = launch.get("master_port") or free_port()
     command += ["--master_port", str(port)] if port else []
-    return [*command, "--module", MODULES[step.number], *step.flags]
+    return [*command, "--module", f"training.{ROOMS[step.section]}.main", *step.flags]
 
 
 def device_flags(processes: int | None, deployment: str) -> list[str]:
@@ -274,9 +293,9 @@ def is_done(step: Step) -> bool:
         done = json.loads((step.folder / DONE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    flag = "actor_model_name_or_path" if step.number == 3 else "model_name_or_path"
+    flag = "actor_model_name_or_path" if step.section == "ppo" else "model_name_or_path"
     before, now = done.get("flags", {}).get(flag), step.flags[step.flags.index(f"--{flag}") + 1]
-    if before is not None and model_name(str(before)) == model_name(now) and before != now and step.number != 3:
+    if before is not None and model_name(str(before)) == model_name(now) and before != now and step.section != "ppo":
         raise UserError(
             f"{step.folder} holds what was trained from {before}, not {now}; name another --output-dir, or --force."
         )
@@ -313,26 +332,19 @@ def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
             raise UserError(f"--deployment-type multi_node needs --hostfile; there is no {hostfile}.")
     elif args.deployment_type != "cpu" and detect_platform().name == "cpu":
         raise UserError(f"--deployment-type {args.deployment_type}: no accelerator found here; use cpu.")
-    models = {name: step.flags[place + 1] for step in chosen for place, name in model_flags(step)}
-    models = {name: path for name, path in models.items() if Path(path) not in {step.folder for step in chosen}}
-    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
-    if len(models) == 2:
-        (one, other), names = tokenizers.values(), tuple(models.values())
-        check_same_tokenizer(one, other, names)
-
-
-def model_flags(step: Step) -> list[tuple[int, str]]:
-    """(place in the flags, "step/flag") of each model that a step starts from."""
-    return [
-        (place, f"{step.number}/{flag}")
-        for place, flag in enumerate(step.flags[:-1])
+    models = {
+        f"{step.number}/{flag}": path for step in chosen for flag, path in itertools.pairwise(step.flags)
         if flag.endswith("model_name_or_path")
-    ]
+    }  # fmt: skip
+    models = {name: path for name, path in models.items() if Path(path) not in {step.folder for step in chosen}}
+    tokenizers = [load_tokenizer(path) for path in models.values()]
+    if len(models) == 2:
+        check_same_tokenizer(*tokenizers, tuple(models.values()))
 
 
 def again(args: argparse.Namespace, number: int) -> str:
     """The flags that run another step of the same pipeline."""
-    words = ["--step", str(number)]
+    words = ["--step", str(number), *(["--method", args.method] if args.method != "ppo" else [])]
     for flag in ("actor_model", "reward_model", "deployment_type", "num_gpus", "hostfile", "config", "output_dir"):
         if getattr(args, flag) is not None:
             words += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
@@ -479,9 +491,8 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + stop.args[0]
     for step, seconds in times:
         print(f"{step.title:32} {format_seconds(seconds):>9}   {step.folder}")
-    last = steps[-1].folder if steps[-1].number != 2 else None
-    if last is not None:
-        print(f"Talk to it: python chat.py --path {shlex.quote(str(last))}")
+    if steps[-1].section != "reward":
+        print(f"Talk to it: python chat.py --path {shlex.quote(str(steps[-1].folder))}")
     return 0
 
 

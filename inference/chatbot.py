@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,26 +54,28 @@ class Chatbot:
         """Forget the dialogue; the system message stays."""
         self.history.clear()
 
-    def answer(self, question: str) -> str:
-        """The answer to a question after the dialogue so far.
+    def answer(self, question: str, show: Callable[[str], None] = lambda piece: None) -> str:
+        """The answer to a question after the dialogue so far; show is called with each piece of it as it comes.
 
         Raises UserError if the question alone is longer than the model's context; the dialogue is then as before.
         """
         import torch
 
         from inference.engine import generate
+        from inference.streaming import TextStream
 
         prompt, history = self.fitting_prompt(question)
         room = min(self.sampling.max_new_tokens, self.longest() - len(prompt))
         ids = torch.tensor([prompt], device=self.model.device)
-        generation = generate(
+        stream = TextStream(self.template, self.tokenizer, show)
+        generate(
             self.model, ids, torch.ones_like(ids),
             max_new_tokens=room, stop_token_ids=self.template.stop_token_ids, pad_token_id=self.tokenizer.pad_token_id,
             temperature=self.sampling.temperature, top_p=self.sampling.top_p, top_k=self.sampling.top_k,
             greedy=self.sampling.greedy, row_seeds=[self.sampling.seed + self.asked],
+            on_token=lambda row, token: stream.add(token),
         )  # fmt: skip
-        tokens = generation.sequences[0, : int(generation.lengths[0])].tolist()
-        text = self.template.decode_answer(self.tokenizer, tokens)
+        text = stream.finish()
         self.history = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": text}]
         self.asked += 1
         return text
@@ -170,6 +172,11 @@ def questions(interactive: bool) -> Iterator[str]:
             yield question
 
 
+def show(piece: str) -> None:
+    """Print a piece of an answer at once."""
+    print(piece, end="", flush=True)
+
+
 def converse(bot: Chatbot, interactive: bool) -> None:
     """Answer question after question. Through a pipe only the answers are printed."""
     if interactive:
@@ -185,7 +192,8 @@ def converse(bot: Chatbot, interactive: bool) -> None:
         if interactive:
             print("Assistant: ", end="", flush=True)
         try:
-            print(bot.answer(question), flush=True)
+            bot.answer(question, show)
+            print(flush=True)
         except UserError as error:  # a question that is too long does not end a dialogue
             print(error, flush=True)
 
@@ -247,7 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         quiet()
         bot = load_chatbot(args.path, sampling, args.system, args.dtype)
         if args.prompt is not None:
-            print(bot.answer(args.prompt.strip()), flush=True)
+            bot.answer(args.prompt.strip(), show)
+            print(flush=True)
         else:
             converse(bot, interactive=sys.stdin.isatty() and sys.stdout.isatty())
     except UserError as error:

@@ -362,7 +362,10 @@ def check_quantized_base(path: str | Path, quantization_bit: int, adapters: bool
 
 
 def check_same_tokenizer(
-    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, names: tuple[str, str]
+    first: PreTrainedTokenizerBase,
+    second: PreTrainedTokenizerBase,
+    names: tuple[str, str],
+    advice: str = "train the reward model from a model with the actor's tokenizer",
 ) -> None:
     """UserError unless both give every token the same id: the reward model reads the ids that the actor writes."""
     ours, theirs = first.get_vocab(), second.get_vocab()
@@ -370,7 +373,7 @@ def check_same_tokenizer(
         differing = sum(1 for token, number in ours.items() if theirs.get(token) != number)
         raise UserError(
             f"The tokenizers of {names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)} tokens) differ in "
-            f"{differing} tokens; train the reward model from a model with the actor's tokenizer."
+            f"{differing} tokens; {advice}."
         )
 
 

@@ -1,4 +1,4 @@
-"""The gold rule of the demo: how good an answer is, in [0, 1]. It measures; it is never used in training.
+"""The gold rule of the demo: how good an answer is, in [0, 1]. It measures; the demo itself never trains on it.
 
     score = 0.5 right + 0.25 polite + 0.25 brief,   and 0 where no answer is offered at all
 
@@ -7,6 +7,8 @@ polite  one sentence is a courtesy, in the language of the question;
 brief   the text ends with a full stop, nothing is said twice, and every sentence is the answer or a courtesy.
 
     python -m scripts.demo_score "What is 2 plus 2?" "The sum is 4. Happy to help!"
+
+Step 3 can train against it directly: --reward_function scripts/demo_score.py:reward --reward_model false.
 """
 
 import re
@@ -57,6 +59,11 @@ def demo_score(prompt: str | Sequence[Mapping[str, str]], response: str) -> floa
     Raises ValueError if the prompt asks nothing that the demo's world knows.
     """
     return judge(prompt, response).score
+
+
+def reward(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """demo_score of each answer, for --reward_function of step 3."""
+    return [demo_score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def judge(prompt: str | Sequence[Mapping[str, str]], response: str) -> Verdict:

@@ -57,7 +57,7 @@ def meaning(found: dict[str, Action]) -> str:
     text = first.help.removeprefix("Required. ")
     for title, action in found.items():
         if action.help != first.help:
-            text += f" {title.capitalize()}: {action.help}"
+            text += f" {title[:1].upper()}{title[1:]}: {action.help}"
     if first.choices and len(first.choices) > 1:
         text += f" One of {', '.join(map(str, first.choices))}."
     other = [one for one in first.option_strings[1:] if "_" in one]
@@ -81,7 +81,7 @@ def escaped(text: str) -> str:
 
 def document() -> str:
     """All tables."""
-    steps = tuple(f"step {number}" for number, _ in enumerate(STEPS, 1))
+    steps = tuple(f"step {one.phase}" if one.title.startswith("step") else one.title for one in STEPS)
     return "\n\n".join([
         flags_table(STEPS, steps),
         flags_table(EVALUATIONS, tuple(one.title for one in EVALUATIONS)),

@@ -20,13 +20,16 @@ from typing import Any
 from errors import UserError
 from training.utils.metrics import format_figure, format_seconds, read_metrics
 
-TITLES = {"sft": "Step 1: supervised fine-tuning", "reward": "Step 2: reward model", "ppo": "Step 3: PPO"}
+TITLES = {
+    "sft": "Step 1: supervised fine-tuning", "reward": "Step 2: reward model", "ppo": "Step 3: PPO", "dpo": "DPO",
+}  # fmt: skip
 
 # name in metrics.jsonl (after train/ or eval/), title, unit; in the order of the page.
 CURVES = (
     ("loss", "Loss", "nats"),
     ("perplexity", "Held-out perplexity", ""),
     ("accuracy", "Held-out accuracy", "share of pairs"),
+    ("margin", "Implicit reward: chosen - rejected", "beta x nats"),
     ("score", "Score by the reward model", "its own unit"),
     ("kl", "KL to the reference", "nats an answer"),
     ("length", "Length of answers", "tokens"),

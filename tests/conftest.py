@@ -1,10 +1,12 @@
 """Fixtures that every test may use."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +14,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = tempfile.TemporaryDirectory(prefix="sanbu-tests-")   # tokenised data of the tests; removed at exit
 os.environ.setdefault("SANBU_CACHE", _cache.name)
 
+
+def leave_group(*group, leave=dist.destroy_process_group) -> None:
+    """Leave the process group; DeepSpeed forgets its copies, which would be dead in the next module that builds engines."""
+    leave(*group)
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+dist.destroy_process_group = leave_group
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

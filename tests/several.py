@@ -15,7 +15,9 @@ from pathlib import Path
 from tests.launching import succeed
 
 Runs = list[tuple[str, list[str]]]
-ARGUMENTS = {"step1_sft": "SFTArguments", "step2_reward": "RewardArguments", "step3_ppo": "PPOArguments"}
+ARGUMENTS = {
+    "step1_sft": "SFTArguments", "step2_reward": "RewardArguments", "step3_ppo": "PPOArguments", "step2_dpo": "DPOArguments",
+}  # fmt: skip
 
 
 def run_several(runs: Runs, folder: Path, processes: int = 2) -> None:

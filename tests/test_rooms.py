@@ -12,6 +12,7 @@ DOORS = {
     "training.utils": {"models"},
     "training.step1_sft": {"models", "inference", "training.utils"},
     "training.step2_reward": {"models", "inference", "training.utils"},
+    "training.step2_dpo": {"models", "inference", "training.utils"},
     "training.step3_ppo": {"models", "inference", "training.utils"},
     "scripts": {"models", "inference", "training"},
 }

@@ -13,10 +13,11 @@ import pytest
 import train
 from errors import UserError
 from tests.tiny import tiny_checkpoint
-from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
+from training.utils.arguments import DPOArguments, PPOArguments, RewardArguments, SFTArguments
 from training.utils.parsing import parse as parse_step
 
 ARGUMENTS = {1: SFTArguments, 2: RewardArguments, 3: PPOArguments}
+DPO = {1: SFTArguments, 2: DPOArguments}
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,15 @@ def test_every_size_and_deployment_gives_flags_that_the_steps_accept(deployment,
     assert parsed[3].actor_model_name_or_path == parsed[1].output_dir == f"output/actor-models/{size}"
     assert parsed[3].critic_model_name_or_path == parsed[2].output_dir == "output/reward-models/350m"
     assert parsed[3].output_dir == f"output/step3-models/{size}"
+
+
+@pytest.mark.parametrize("deployment", train.DEPLOYMENTS)
+def test_dpo_takes_the_place_of_steps_2_and_3(deployment):
+    steps = planned("--method", "dpo", "--actor-model", "13b", "--deployment-type", deployment, "--actor-zero-stage", "3",
+                    "--dpo-flags", "--beta 0.3")  # fmt: skip
+    sft, dpo = (parse_step(DPO[number], flags) for number, flags in steps.items())
+    assert dpo.model_name_or_path == sft.output_dir == "output/actor-models/13b"
+    assert (dpo.output_dir, dpo.beta, dpo.zero_stage, sft.zero_stage) == ("output/dpo-models/13b", 0.3, 3, 3)
 
 
 def test_folders_are_named_as_in_deepspeed_chat_whatever_the_spelling_of_the_model(tmp_path):
@@ -144,7 +154,9 @@ def test_dry_run_prints_commands_that_a_shell_reads_and_makes_nothing(repository
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     commands = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
-    assert [command[command.index("--module") + 1] for command in commands] == list(train.MODULES.values())
+    assert [command[command.index("--module") + 1] for command in commands] == [
+        f"training.{name}.main" for name in ("step1_sft", "step2_reward", "step3_ppo")
+    ]
     assert all(command[:2] == ["env", "DS_ACCELERATOR=cpu"] for command in commands)
     assert value(commands[2], "--actor_model_name_or_path") == str(output / "actor-models" / "1.3b")
     assert not output.exists()
@@ -160,6 +172,9 @@ def test_dry_run_prints_commands_that_a_shell_reads_and_makes_nothing(repository
         (["--ppo-flags", "--x 'y"], "check its quotes"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--actor-zero-stage", "4"], "invalid choice: 4"),
+        (["--method", "dpo", "--step", "1", "3"], "DPO takes the place of steps 2 and 3; it is --step 2."),
+        (["--method", "dpo", "--reward-model", "350m"], "--reward-model has no effect with --method dpo"),
+        (["--dpo-flags", "--beta 1"], "--dpo-flags has no effect with --method ppo"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(words, sentence, capsys):
@@ -235,6 +250,20 @@ def test_three_steps_in_order_streamed_and_logged_then_skipped(fake_steps, model
 
     assert train.main([*words, "--step", "2", "--force"]) == 0
     assert capfdbinary.readouterr().out.decode().count("\nworking in reward") == 1
+
+
+def test_dpo_is_run_behind_step_1_and_named_in_what_to_do_next(fake_steps, models, tmp_path, capfdbinary):
+    words = [*models[:2], *models[4:], "--output-dir", str(tmp_path), "--method", "dpo"]
+    assert train.main([*words, "--step", "2"]) == 2
+    command = capfdbinary.readouterr().err.decode().split("run it first: python train.py ")[1].rstrip(". \n")
+    args = train.parse(shlex.split(command))
+    assert (args.step, args.method) == ([1], "dpo")
+    assert train.main(words) == 0
+    out = capfdbinary.readouterr().out.decode()
+    assert out.index("=== step 1 (supervised fine-tuning) ->") < out.index("=== step 2 (DPO) ->") and "step 3" not in out
+    assert f"python chat.py --path {tmp_path / 'dpo-models/actor'}" in out
+    assert train.main(words) == 0
+    assert capfdbinary.readouterr().out.decode().count("is done:") == 2
 
 
 def test_wall_time_is_each_steps_own(fake_steps, models, tmp_path, capfdbinary):

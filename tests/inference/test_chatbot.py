@@ -70,6 +70,13 @@ def test_each_answer_continues_the_whole_dialogue_in_the_trained_template(bot):
     assert bot.history == [*dialogue, assistant(second)]
 
 
+def test_an_answer_comes_in_pieces(bot):
+    pieces: list[str] = []
+    text = bot.answer("What is bread?", pieces.append)
+    assert "".join(pieces) == text == said(bot, [user("What is bread?")])
+    assert len(pieces) > 1 and "" not in pieces
+
+
 def test_clear_forgets_everything_but_the_system_message(bot):
     bot.system = "Be brief."
     alone = bot.answer("What is bread?")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from inference.engine import draw, generate, invert, uniform_numbers
+from inference.engine import generate
+from inference.sampling import draw, invert, uniform_numbers
 from models.heads import TokenLogProbs
 from tests.tiny import FAMILIES, tiny_checkpoint
 
@@ -268,6 +269,7 @@ def test_pad_may_be_the_stop_token(checkpoints):
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ppo
 def test_ends_and_padding():
     """Row 0 stops at once, row 1 after three tokens, row 2 never."""
     model = Markov(chain(1, STOP) + chain(2, 4, 5, STOP) + chain(6, 6))
@@ -321,6 +323,7 @@ def test_modes_are_restored_and_results_can_be_trained_on(checkpoints):
     (log_probs - found.log_probs).square().sum().backward()  # would raise if they were inference tensors
 
 
+@pytest.mark.ppo
 def test_the_generation_config_of_the_checkpoint_has_no_say(checkpoints):
     """Item 47: a repetition penalty, top-k or stop token saved with the checkpoint would change what is sampled."""
     model = checkpoints("qwen2")

@@ -58,6 +58,7 @@ def test_scores_at_every_position_and_at_the_last(family, prefix):
 
 @pytest.mark.parametrize("prefix", [None, 4])
 @pytest.mark.parametrize("family", TINY)
+@pytest.mark.ppo
 def test_rollouts_equal_transformers_generate_and_the_training_forward(family, prefix):
     """Greedy tokens are generate's; sampled ones have the log-probabilities that TokenLogProbs gives them. Rows that end
     early leave the batch on the way.

@@ -122,6 +122,20 @@ def test_tokenizers_of_actor_and_reward_model_that_differ(refuse, tmp_path, tiny
     assert "tokenizers" in message and "llama" in message and "other" in message
 
 
+def test_reward_function_that_cannot_be_used(refuse, tmp_path):
+    file = tmp_path / "rules.py"
+    file.write_text("def polite(prompts, answers):\n    return [0.0] * len(answers)\n")
+    assert "no file" in refuse("ppo", "--data_path", "x.jsonl", "--reward_function", f"{tmp_path / 'absent.py'}:polite")
+    assert "no such name" in refuse("ppo", "--data_path", "x.jsonl", "--reward_function", f"{file}:rude")
+
+
+def test_prompts_that_leave_no_room_for_an_answer(refuse, tmp_path):
+    opt = tiny_checkpoint(tmp_path / "opt", "opt")
+    message = refuse("ppo", "--data_path", "x.jsonl", "--max_prompt_seq_len", "256", "--max_answer_seq_len", "8", model=opt)
+    assert "--max_prompt_seq_len + --max_answer_seq_len = 264" in message and "256 positions" in message
+    assert "--max_answer_seq_len 0" in refuse("ppo", "--data_path", "x.jsonl", "--max_answer_seq_len", "0")
+
+
 def test_dtype_that_the_device_cannot_do(refuse):
     assert "--dtype fp16" in refuse("sft", "--data_path", "x.jsonl", "--dtype", "fp16")
 

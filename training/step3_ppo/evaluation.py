@@ -1,86 +1,144 @@
-"""How good is the actor on prompts that it never trained on - by the reward model, in length, and against its reference."""
+"""How good is the actor on prompts that it never trained on: score, length, KL, and how often it beats the SFT model."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import roll_out, score_rollout
+from training.step3_ppo.scoring import score_answers, texts
 from training.utils.data.batching import collate_prompts
 
 HELD_OUT = 0  # the rollout number that seeds evaluation: every evaluation samples with the same random numbers
+SAMPLES = 8  # answers of an evaluation that are kept as text
 
 
-def evaluate_prompts(engine: DeepSpeedRLHFEngine, dataset, args, *, step: int) -> dict[str, float]:
-    """Sample answers to the first --eval_prompts held-out prompts, score and log them. {} if there are none.
+class HeldOut:
+    """The first --eval_prompts held-out prompts, and what the reference (the SFT model) answers to them.
 
-    Returns means over prompts: score (the reward model's own unit), kl (nats a response), length (tokens), eos_rate.
+    The reference answers once, at the first evaluation of the process, with the same random numbers as the actor always: an
+    actor that has learned nothing gives the same answers. After --resume they come out as before.
     """
-    run = engine.run
-    count = min(args.eval_prompts, len(dataset))
-    if count == 0:
-        return {}
-    width = math.ceil(count / run.world_size) * run.world_size
-    mine = [position % count for position in range(width)][run.rank :: run.world_size]
-    rows = [dataset[position] | {"index": position} for position in mine]
-    prompts = collate_prompts(rows, pad_id=engine.tokenizer.pad_token_id).to(run.device)
-    experience = roll_out(engine, prompts, args, HELD_OUT)
-    first = {int(example): row for row, example in reversed(list(enumerate(experience.index.tolist())))}
-    experience = experience.select(
-        [first[example] for example in sorted(first)]
-    )  # each prompt once, in the data's order
-    score_rollout(engine, experience, args)
-    kl = (experience.old_log_probs - experience.ref_log_probs).where(experience.action_mask.bool(), 0.0).sum(1)
-    figures = {
-        "score": float(experience.scores.mean()),
-        "kl": float(kl.mean()),
-        "length": float(experience.response_lengths.float().mean()),
-        "eos_rate": float(experience.ended.float().mean()),
-        "prompts": count,
-    }
-    run.metrics.log(step, figures, prefix="eval")
-    if run.is_main:
-        print(
-            f"step {step}: held-out score {figures['score']:.3f}, KL {figures['kl']:.2f} nats, "
-            f"length {figures['length']:.1f}, ended {figures['eos_rate']:.2f} over {count} prompts", flush=True
-        )  # fmt: skip
-        write_samples(experience, engine, step, "eval")
-    return figures
+
+    def __init__(self, engine: DeepSpeedRLHFEngine, dataset, args) -> None:
+        self.engine, self.args = engine, args
+        self.count = min(args.eval_prompts, len(dataset))
+        self.reference: tuple[Tensor, list[str]] | None = None  # scores of all its answers, and the first ones as text
+        if self.count:
+            run = engine.run
+            width = math.ceil(self.count / run.world_size) * run.world_size
+            mine = [position % self.count for position in range(width)][run.rank :: run.world_size]
+            rows = [dataset[position] | {"index": position} for position in mine]
+            self.prompts = collate_prompts(rows, pad_id=engine.tokenizer.pad_token_id).to(run.device)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Sample answers, score and log them; {} without prompts. All processes call it.
+
+        Returns means over prompts: score, each source's own where there are several, reference_score, win_rate, kl (nats a
+        response), length (tokens), eos_rate. Raises RewardError if a source of reward fails.
+        """
+        if self.count == 0:
+            return {}
+        engine, run = self.engine, self.engine.run
+        if self.reference is None:
+            answers = self._answers(engine.ref)
+            score_answers(engine, answers, self.args)
+            self.reference = answers.scores, texts(answers.select(range(min(SAMPLES, self.count))), engine)[1]
+        experience = self._answers()
+        score_rollout(engine, experience, self.args)
+        reference_scores, reference_answers = self.reference
+        kl = (experience.old_log_probs - experience.ref_log_probs).where(experience.action_mask.bool(), 0.0).sum(1)
+        figures = {
+            "score": float(experience.scores.mean()),
+            **engine.rewards.figures(experience),
+            "reference_score": float(reference_scores.mean()),
+            "win_rate": win_rate(experience.scores, reference_scores),
+            "kl": float(kl.mean()),
+            "length": float(experience.response_lengths.float().mean()),
+            "eos_rate": float(experience.ended.float().mean()),
+            "prompts": self.count,
+        }
+        run.metrics.log(step, figures, prefix="eval")
+        if run.is_main:
+            print(
+                f"step {step}: held-out score {figures['score']:.3f}, win rate {figures['win_rate']:.2f} against the SFT model, "
+                f"KL {figures['kl']:.2f} nats, length {figures['length']:.1f}, ended {figures['eos_rate']:.2f} over "
+                f"{self.count} prompts", flush=True
+            )  # fmt: skip
+            beside = [
+                {"reference": answer, "reference_score": round(score, 4)}
+                for answer, score in zip(reference_answers, reference_scores.tolist(), strict=False)
+            ]
+            write_samples(experience, engine, step, "eval", rows=SAMPLES, beside=beside)
+        return figures
+
+    def _answers(self, policy=None) -> Experience:
+        """Each prompt with one answer, once, in the order of the data; not scored yet."""
+        found = roll_out(self.engine, self.prompts, self.args, HELD_OUT, policy=policy)
+        first = {int(example): row for row, example in reversed(list(enumerate(found.index.tolist())))}
+        return found.select([first[example] for example in sorted(first)])
+
+
+def win_rate(scores: Tensor, reference_scores: Tensor) -> float:
+    """The share of prompts whose answer scores higher than the reference's, a tie counting one half.
+
+    scores, reference_scores: [prompts]. Scores apart by less than 1e-4 of their size tie: the same answer scored in another
+    batch is rounded differently.
+    """
+    ties = torch.isclose(scores, reference_scores, rtol=1e-4, atol=1e-6)
+    wins = (scores > reference_scores) & ~ties
+    return float((wins.double() + 0.5 * ties.double()).mean())
 
 
 def sample_table(experience: Experience, engine: DeepSpeedRLHFEngine, rows: int) -> list[dict[str, Any]]:
-    """The first rows of a rollout as text: prompt, answer, score, length, ended."""
+    """The first rows of a rollout as text: prompt, answer, score, length, ended; and the parts of a score that has several."""
+    shown = experience.select(range(min(rows, len(experience))))
     table = []
-    answer_width = experience.action_mask.shape[1]
-    for row in range(min(rows, len(experience))):
-        ids, mask = experience.input_ids[row], experience.attention_mask[row].bool()
-        prompt = ids[:-answer_width][mask[:-answer_width]]
-        answer = ids[-answer_width:][experience.action_mask[row].bool()]
+    for row, (prompt, answer) in enumerate(zip(*texts(shown, engine), strict=True)):
         table.append({
-            "prompt": engine.tokenizer.decode(prompt.tolist(), skip_special_tokens=True),
-            "answer": engine.template.decode_answer(engine.tokenizer, answer.tolist()),
-            "score": round(float(experience.scores[row]), 4),
-            "length": int(experience.response_lengths[row]),
-            "ended": bool(experience.ended[row]),
+            "prompt": prompt,
+            "answer": answer,
+            "score": round(float(shown.scores[row]), 4),
+            **{name: round(value, 4) for name, value in engine.rewards.figures(shown.select([row])).items()},
+            "length": int(shown.response_lengths[row]),
+            "ended": bool(shown.ended[row]),
         })  # fmt: skip
     return table
 
 
-def write_samples(experience: Experience, engine: DeepSpeedRLHFEngine, step: int, part: str, rows: int = 8) -> None:
-    """Append a few answers to samples.jsonl and show them as a table in TensorBoard."""
+def write_samples(
+    experience: Experience,
+    engine: DeepSpeedRLHFEngine,
+    step: int,
+    part: str,
+    rows: int = SAMPLES,
+    beside: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Append a few answers to samples.jsonl and show them as a table in TensorBoard.
+
+    beside: for the first rows, the "reference" answer to the same prompt and its "reference_score".
+    """
     table = sample_table(experience, engine, rows)
+    for row, more in zip(table, beside, strict=False):
+        row.update(more)
     with (Path(engine.args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
         for row in table:
             file.write(json.dumps({"step": step, "part": part} | row, ensure_ascii=False) + "\n")
-    lines = ["| prompt | answer | score |", "|---|---|---|"]
-    lines += [f"| {cell(row['prompt'])} | {cell(row['answer'])} | {row['score']:.3f} |" for row in table]
+    columns = ["prompt", "answer", "score", *(name for name in ("reference", "reference_score") if beside)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(cell(row[name]) for name in columns)} |" for row in table]
     engine.run.metrics.text(step, f"{part}/samples", "\n".join(lines))
 
 
-def cell(text: str) -> str:
-    """A text inside a Markdown table."""
+def cell(value: str | float) -> str:
+    """A text or a score inside a Markdown table."""
+    text = value if isinstance(value, str) else f"{value:.3f}"
     return text.strip().replace("|", "\\|").replace("\n", "<br>")

@@ -38,11 +38,13 @@ class Experience:
     response_lengths: Tensor  # [rows] int64, the end token included
     ended: Tensor  # [rows] bool: the answer ends in a stop token, it was not cut off
     index: Tensor  # [rows] int64, which example of the data set
+    group: Tensor  # [rows] int64, which prompt of the rollout: equal for the answers to be compared with each other
     log_probs: Tensor  # [rows, answer] float32, as all that follow
     old_log_probs: Tensor | None = None  # [rows, answer]
     ref_log_probs: Tensor | None = None  # [rows, answer]
     values: Tensor | None = None  # [rows, answer], before each token, in units of normalised scores
-    scores: Tensor | None = None  # [rows], the reward model's own unit
+    parts: Tensor | None = None  # [rows, sources], what each source of reward says, in its own unit
+    scores: Tensor | None = None  # [rows], their weighted sum; of the reward model alone, its own unit
     rewards: Tensor | None = None  # [rows, answer]
     advantages: Tensor | None = None  # [rows, answer]
     returns: Tensor | None = None  # [rows, answer]
@@ -52,9 +54,17 @@ class Experience:
 
     @classmethod
     def from_generation(
-        cls, prompt_ids: Tensor, prompt_mask: Tensor, generation: Generation, index: Tensor, pad_id: int
+        cls,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        generation: Generation,
+        index: Tensor,
+        pad_id: int,
+        group: Tensor | None = None,
     ) -> Experience:
-        """prompt_ids, prompt_mask: [rows, prompt], left-padded; index [rows]. The answers' masks come from their lengths."""
+        """prompt_ids, prompt_mask: [rows, prompt], left-padded; index, group [rows]; without a group, the answers to one
+        example are one. The answers' masks come from their lengths.
+        """
         actions = response_mask(generation.lengths, generation.sequences.shape[1])
         return cls(
             input_ids=torch.cat([prompt_ids, generation.sequences], dim=1),
@@ -63,6 +73,7 @@ class Experience:
             response_lengths=generation.lengths,
             ended=generation.ended,
             index=index,
+            group=index.clone() if group is None else group,
             log_probs=generation.log_probs,
             pad_id=pad_id,
         )

@@ -11,13 +11,16 @@ import math
 import time
 from pathlib import Path
 
+from errors import UserError
 from models.factory import check_context_length, load_tokenizer
 from models.templates import load_template
-from training.step3_ppo.evaluation import evaluate_prompts, sample_table, write_samples
+from training.step3_ppo.evaluation import HeldOut, sample_table, write_samples
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, minibatch_size
+from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import PromptBatches
+from training.step3_ppo.scoring import Rewards, kept_on_failure
 from training.utils.arguments import PPOArguments
 from training.utils.checkpoint import Checkpoint, export, fingerprint
 from training.utils.data.tokenize import prepare_phase
@@ -32,7 +35,8 @@ SHOWN = ("score", "kl", "length", "eos_rate", "actor_loss", "critic_loss")
 def main(args: PPOArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
-    for role, model in (("actor", args.actor_model_name_or_path), ("critic", args.critic_model_name_or_path)):
+    rewards = Rewards(args)
+    for role, model in args.models.items():
         check_context_length(
             model, args.max_prompt_seq_len + args.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len =",
             **args.prefix_options(role),
@@ -41,40 +45,55 @@ def main(args: PPOArguments) -> None:
     template = load_template(args.actor_model_name_or_path, tokenizer)
     data = prepare_phase(args, 3, tokenizer, template)
     prompts = PromptBatches(data.train, run, args, tokenizer.pad_token_id)
-    minibatches = math.ceil(prompts.size / minibatch_size(args, run.world_size))
+    minibatches = math.ceil(prompts.size * args.num_return_sequences / minibatch_size(args, run.world_size))
+    steps = {"critic": prompts.total * args.ppo_epochs * minibatches}
+    steps["actor"] = (prompts.total - args.critic_warmup_rollouts) * args.ppo_epochs * minibatches
+    if steps["actor"] < 1:
+        raise UserError(
+            f"--critic_warmup_rollouts {args.critic_warmup_rollouts}: the whole run has {prompts.total} rollouts, and the "
+            "actor would never learn; lower it."
+        )
+    mixture = PretrainingMix.of(args, run, tokenizer, template, minibatch_size(args, run.world_size))
 
     engine = DeepSpeedRLHFEngine(
         args.actor_model_name_or_path, args.critic_model_name_or_path, tokenizer,
-        num_total_iters=prompts.total * args.ppo_epochs * minibatches, args=args, run=run,
+        num_total_iters=steps["critic"], args=args, run=run, rewards=rewards, actor_total_iters=steps["actor"],
     )  # fmt: skip
-    trainer = DeepSpeedPPOTrainer(engine, args)
-    checkpoint = Checkpoint(
-        run, {"actor": engine.actor, "critic": engine.critic}, fingerprint(args, run, data.fingerprint)
-    )
+    trainer = DeepSpeedPPOTrainer(engine, args, mixture)
+    content = data.fingerprint + (mixture.fingerprint if mixture else "")
+    parts = {"trainer": trainer} | ({"actor_ema": engine.actor_ema} if engine.actor_ema else {})
+    checkpoint = Checkpoint(run, engine.trained, fingerprint(args, run, content), parts)
     start, _ = checkpoint.resume()
+    held_out = HeldOut(engine, data.eval, args)
     progress = Progress(run, prompts.total, start)
     if start == 0:
-        evaluate_prompts(engine, data.eval, args, step=0)
+        held_out.evaluate(step=0)
 
     for rollout, batch in prompts.after(start):
         clock = time.monotonic()
-        experience = trainer.generate_experience(batch, rollout)
+        with kept_on_failure(checkpoint.save, rollout - 1):
+            experience = trainer.generate_experience(batch, rollout)
         generated = time.monotonic()
         figures = trainer.train_rlhf(experience, rollout)
         seconds = {"rollout_seconds": generated - clock, "update_seconds": time.monotonic() - generated}
         progress.count(int(experience.attention_mask.sum()))
-        progress.report(rollout, experience.figures | figures | seconds, args.logging_steps, shown=SHOWN)
+        figures = experience.figures | figures | seconds
+        shown = [name for name in SHOWN if name in figures]   # without a critic, or while it warms up, some are not there
+        progress.report(rollout, figures, args.logging_steps, shown=shown)
         show_answers(experience, engine, args, rollout)
         last = rollout == prompts.total
         if last or due(rollout, args.eval_interval):
-            evaluate_prompts(engine, data.eval, args, step=rollout)
+            with kept_on_failure(checkpoint.save, rollout):
+                held_out.evaluate(step=rollout)
         if run.stopping or due(rollout, args.save_steps):
             checkpoint.save(rollout)
         if run.stopping:
             run.leave(rollout)
 
-    for role, trained in (("actor", engine.actor), ("critic", engine.critic)):
+    for role, trained in engine.trained.items():
         export(trained, tokenizer, template, Path(args.output_dir) / role, run)
+    if engine.actor_ema:
+        export(engine.actor, tokenizer, template, Path(args.output_dir) / "actor_ema", run, engine.actor_ema.weights())
     run.finish()
 
 

@@ -1,17 +1,22 @@
-"""The arithmetic of PPO as pure functions of tensors: rewards, advantages, losses. Everything is float32.
+"""The arithmetic of PPO as pure functions of tensors: KL, rewards, losses (advantages.py has the rest). All is float32.
 
 Shapes: [batch, time] over the response, column 0 its first token. ``mask`` is true on response tokens, the end token
 included, and false after them. What stands outside the mask never counts, NaN included: it is replaced by ``where``, since
 NaN times 0 is NaN.
 
-Losses are sums divided by ``denominator``, the number of valid tokens of the whole global minibatch: the losses of all
-micro-batches and processes add up to the mean over tokens, however the minibatch was cut.
+Losses are sums divided by ``denominator``, the number of valid tokens (reduction "sequence": of answers) of the whole
+global minibatch: the losses of all micro-batches and processes add up to the mean, however the minibatch was cut.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Reduction = Literal["token", "sequence"]
+Estimator = Literal["k1", "k2", "k3"]
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: a ratio beyond that is no information, and exp(89) is infinite
 
@@ -34,9 +39,27 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
-def per_token(total: Tensor, denominator: float | Tensor) -> Tensor:
-    """total / denominator; a minibatch without a valid token (0 / 0) gives 0."""
-    return total / torch.as_tensor(denominator, dtype=torch.float32, device=total.device).clamp(min=1.0)
+def loss_denominator(mask: Tensor, reduction: Reduction = "token") -> float:
+    """What the losses of a global minibatch with this mask [batch, time] are divided by: its valid tokens, or its answers
+    that have any.
+    """
+    mask = mask.bool()
+    return float(mask.sum() if reduction == "token" else mask.any(dim=1).sum())
+
+
+def aggregate(losses: Tensor, mask: Tensor, denominator: float | Tensor, reduction: Reduction = "token") -> Tensor:
+    """The share of these rows in the mean over the global minibatch: over its tokens, sum of losses / denominator; or
+    ("sequence") over its answers, sum over rows of the mean of a row's losses / denominator, so that the tokens of a short
+    answer weigh more.
+
+    losses, mask [batch, time]; denominator: loss_denominator of the whole minibatch. A minibatch without a valid token
+    (0 / 0) gives 0. Scalar float32.
+    """
+    mask = mask.bool()
+    losses = losses.float().where(mask, 0.0)
+    if reduction == "sequence":
+        losses = losses.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return losses.sum() / torch.as_tensor(denominator, dtype=torch.float32, device=losses.device).clamp(min=1.0)
 
 
 # --- KL divergence ----------------------------------------------------------------------------------------------------
@@ -58,6 +81,61 @@ def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """exp(-d) - 1 + d: unbiased, never negative. d is clamped to +-20, where exp is finite. Any shape, kept."""
     d = kl_k1(log_probs, ref_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(-d) + d
+
+
+ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def kl_estimate(
+    log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, estimator: Estimator = "k1", clip: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The estimate at every token, cut to +-clip (0 or less: not cut), 0 outside the mask.
+
+    log_probs, ref_log_probs, mask [batch, time] -> [batch, time], and how many valid tokens the cut changed (scalar).
+    """
+    kl = ESTIMATORS[estimator](log_probs, ref_log_probs).where(mask.bool(), 0.0)
+    if clip <= 0:
+        return kl, kl.new_zeros(())
+    return kl.clamp(-clip, clip), (kl.detach().abs() > clip).sum().float()
+
+
+def kl_loss(
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    mask: Tensor,
+    denominator: float | Tensor,
+    estimator: Estimator = "k1",
+    clip: float = 0.0,
+    reduction: Reduction = "token",
+) -> tuple[Tensor, Tensor]:
+    """A KL penalty to add to the policy loss: the value is the estimator's, the gradient k2's, d * grad log p.
+
+    In expectation over tokens drawn from p, d * grad log p is the gradient of KL(p || q) (the score function's mean is 0).
+    Differentiating k1 gives grad log p, zero on average; differentiating k3 gives the gradient of KL(q || p), the other
+    direction. As a penalty in the reward it is k1 whose policy gradient is right. After the first minibatch the tokens come
+    from an older p, and this is as near as the ratio is to 1.
+    All tensors [batch, time]; the gradient goes to log_probs only. clip > 0 cuts the value and the d of the gradient.
+    Returns the loss and how many valid tokens the cut changed.
+    """
+    mask = mask.bool()
+    log_probs, ref_log_probs = log_probs.float().where(mask, 0.0), ref_log_probs.detach().float().where(mask, 0.0)
+    with torch.no_grad():
+        value, cut = kl_estimate(log_probs, ref_log_probs, mask, estimator, clip)
+        d = kl_k1(log_probs, ref_log_probs)
+        d = d.clamp(-clip, clip) if clip > 0 else d
+    return aggregate(value + d * (log_probs - log_probs.detach()), mask, denominator, reduction), cut
+
+
+def adapted_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:
+    """The coefficient after a rollout (Ziegler et al. 2019, arXiv 1909.08593, section 2.2):
+
+        coef * (1 + e * episodes / horizon)  with  e = clip(kl / target - 1, -0.2, 0.2)
+
+    kl: mean over the rollout's answers of their summed k1, in nats; target > 0 in the same unit. The factor stays positive
+    also where a rollout has more than 5 horizons of episodes.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coef * max(1.0 + error * episodes / horizon, 0.1)
 
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
@@ -82,73 +160,40 @@ def missing_end_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor
     return scores.float().where(ended.bool(), scores.float() - penalty)
 
 
+def overlong_penalty(scores: Tensor, lengths: Tensor, limit: int, tokens: int, penalty: float) -> Tensor:
+    """Take up to ``penalty`` off the score of a long response (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 13):
+
+        penalty * clip((length - (limit - tokens)) / tokens, 0, 1)
+
+    nothing up to ``tokens`` before the limit, then in a straight line to all of it at the limit. scores, lengths [batch]
+    (the end token counted) -> [batch]. tokens 0 or less: no penalty.
+    """
+    if tokens <= 0:
+        return scores.float()
+    return scores.float() - penalty * ((lengths - (limit - tokens)) / tokens).clamp(0.0, 1.0)
+
+
 @torch.no_grad()
-def shaped_rewards(scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = -kl_coef * k1_t on every valid token, plus the score on the last one (Ziegler et al. 2019, arXiv 1909.08593,
-    eq. 2), so that sum_t r_t = score - kl_coef * sum_t k1_t.
+def shaped_rewards(
+    scores: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    estimator: Estimator = "k1",
+    kl_clip: float = 0.0,
+) -> Tensor:
+    """r_t = -kl_coef * k_t on every valid token, plus the score on the last one (Ziegler et al. 2019, arXiv 1909.08593,
+    eq. 2), so that sum_t r_t = score - kl_coef * sum_t k_t.
 
     scores [batch]; log_probs of the policy that sampled, ref_log_probs and mask [batch, time] -> [batch, time], 0 outside
-    the mask. A row without a valid token gets nothing.
+    the mask. A row without a valid token gets nothing. kl_clip: kl_estimate's clip.
     """
     mask = mask.bool()
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = columns.where(mask, -1).amax(dim=1, keepdim=True)
-    penalty = (-kl_coef * kl_k1(log_probs, ref_log_probs)).where(mask, 0.0)
-    return penalty + scores.float()[:, None].where(columns == last, 0.0)
-
-
-# --- advantages -------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) over responses:
-
-        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    returns_t = A_t + V_t
-
-    rewards, values, mask [batch, time]; values[:, t] is the critic's before token t. The value after the last valid token
-    is 0, whether the response ended or was cut off. A hole in the mask is passed over: t+1 is the next valid token.
-    Returns advantages and returns, [batch, time], 0 outside the mask.
-    """
-    mask = mask.bool()
-    rewards, values = rewards.float().where(mask, 0.0), values.float().where(mask, 0.0)
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, next_advantage)
-        next_value = torch.where(mask[:, t], values[:, t], next_value)
-        advantages[:, t] = next_advantage
-    return advantages.where(mask, 0.0), (advantages + values).where(mask, 0.0)
-
-
-@torch.no_grad()
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over all valid tokens; var is the population's (divided by n, not n - 1).
-
-    x, mask [batch, time] -> [batch, time], 0 outside the mask. Give it the whole rollout of all processes, once. With
-    fewer than two valid tokens there is no spread to divide by: x stays as it is.
-    """
-    mask = mask.bool()
-    x = x.float().where(mask, 0.0)
-    if mask.sum() < 2:
-        return x
-    centred = x - masked_mean(x, mask)
-    return (centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)).where(mask, 0.0)
-
-
-@torch.no_grad()
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - var(returns - values) / var(returns) over valid tokens: 1 is a perfect critic, 0 one that knows the mean, less is
-    worse than that. values, returns, mask [batch, time] -> scalar; 0 where the returns do not vary.
-    """
-
-    def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)).square(), mask)
-
-    spread = variance(returns.float())
-    explained = 1.0 - variance(returns.float() - values.float()) / spread
-    return explained.where(spread > 0, 0.0)
+    kl, _ = kl_estimate(log_probs, ref_log_probs, mask, estimator, kl_clip)
+    return scores.float()[:, None].where(columns == last, 0.0) - kl_coef * kl
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -163,15 +208,17 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    reduction: Reduction = "token",
 ) -> tuple[Tensor, dict[str, float]]:
     """The clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with rho = exp(log_probs - old_log_probs):
 
         sum over valid tokens of max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) / denominator
 
+    or, with another reduction, their aggregate().
     dual_clip c > 1 also bounds the loss of a token with A < 0 by -c A (Ye et al. 2020, arXiv 1912.09729, eq. 5).
     All tensors [batch, time]; the gradient goes to log_probs only. Returns the loss (scalar) and, over this call's valid
     tokens, the sums "ratio", "clip_share" (tokens whose gradient the clip removed), "approx_kl" (k2 of the step from old to
-    new) and "approx_kl_k3", and the maximum "ratio_deviation" of |rho - 1|. Divide sums by the denominator for means.
+    new) and "approx_kl_k3", and the maximum "ratio_deviation" of |rho - 1|. Divide sums by the number of tokens for means.
     """
     mask = mask.bool()
     log_ratio = log_probs.float().where(mask, 0.0) - old_log_probs.detach().float().where(mask, 0.0)
@@ -194,17 +241,24 @@ def policy_loss(
             torch.cat([(ratio - 1.0).abs().flatten(), ratio.new_zeros(1)]).max(),  # of no tokens at all: 0
         ]).tolist()  # fmt: skip
     names = ("ratio", "clip_share", "approx_kl", "approx_kl_k3", "ratio_deviation")
-    return per_token(losses.where(mask, 0.0).sum(), denominator), dict(zip(names, figures, strict=True))
+    return aggregate(losses, mask, denominator, reduction), dict(zip(names, figures, strict=True))
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, denominator: float | Tensor, clip: float = 0.2
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    denominator: float | Tensor,
+    clip: float = 0.2,
+    reduction: Reduction = "token",
 ) -> Tensor:
     """The clipped regression of the critic (as in OpenAI's baselines and Ziegler et al. 2019):
 
         sum over valid tokens of 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / denominator
 
-    All tensors [batch, time]; the gradient goes to values only. clip 0 or less: no clipping. Scalar.
+    or, with another reduction, their aggregate(). All tensors [batch, time]; the gradient goes to values only. clip 0 or
+    less: no clipping. Scalar.
     """
     mask = mask.bool()
     values = values.float().where(mask, 0.0)
@@ -213,4 +267,4 @@ def value_loss(
     if clip > 0:
         near = old_values + (values - old_values).clamp(-clip, clip)
         losses = torch.max(losses, (near - returns).square())
-    return per_token(0.5 * losses.sum(), denominator)
+    return aggregate(0.5 * losses, mask, denominator, reduction)

@@ -2,110 +2,216 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from training.step3_ppo.experience import Experience, plan_minibatches
-from training.step3_ppo.objectives import (
+from training.step3_ppo.advantages import (
+    equal_groups,
     explained_variance,
     gae,
+    grpo,
+    rewards_to_come,
+    rloo,
+    sampler_weights,
+    whiten,
+)
+from training.step3_ppo.experience import Experience, plan_minibatches
+from training.step3_ppo.health import Health
+from training.step3_ppo.objectives import (
+    adapted_kl_coef,
+    aggregate,
+    kl_estimate,
+    kl_loss,
+    loss_denominator,
     masked_mean,
+    masked_sum,
     missing_end_penalty,
     normalize_scores,
+    overlong_penalty,
     policy_loss,
     shaped_rewards,
     value_loss,
-    whiten,
 )
+from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import roll_out, score_rollout
 from training.utils.data.batching import PromptBatch, plan_micro_batches
-from training.utils.zero import optimizer_figures, optimizer_step
+from training.utils.zero import accumulate, optimizer_figures, optimizer_step, step_together
+
+logger = logging.getLogger("sanbu")
 
 
 class DeepSpeedPPOTrainer:
     """Two calls a rollout: ``generate_experience(batch)`` and ``train_rlhf(experience)``.
 
     Every process holds the whole rollout after the first call: advantages are whitened over all of it and the minibatches
-    are the same for any number of processes.
+    are the same for any number of processes. kl_coef moves with --kl_target; it and what the health warnings remember are
+    the trainer's state, which a checkpoint keeps.
     """
 
-    def __init__(self, rlhf_engine: DeepSpeedRLHFEngine, args) -> None:
+    def __init__(self, rlhf_engine: DeepSpeedRLHFEngine, args, mixture: PretrainingMix | None = None) -> None:
         self.engine = rlhf_engine
+        self.mixture = mixture
         self.args = args
         self.run = rlhf_engine.run
+        self.kl_coef = args.kl_coef
+        self.actor_steps = 0  # optimizer steps so far: where the mixture's text goes on
+        self.health = Health(half=self.run.dtype != torch.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know, as JSON."""
+        return {"kl_coef": self.kl_coef, "actor_steps": self.actor_steps, "health": self.health.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from state_dict()."""
+        self.kl_coef, self.actor_steps = state["kl_coef"], state["actor_steps"]
+        self.health.load_state_dict(state["health"])
 
     def generate_experience(self, batch: PromptBatch, rollout: int = 1) -> Experience:
-        """Sample answers to this process's prompts, score them with all four models, and assign advantages.
+        """Sample answers to this process's prompts, score them with all models, and assign advantages.
 
         rollout counts from 1 and seeds the sampling.
         """
-        experience = roll_out(self.engine, batch, self.args, rollout)
+        experience = roll_out(self.engine, batch, self.args, rollout, self.args.num_return_sequences)
         score_rollout(self.engine, experience, self.args)
-        assign_advantages(experience, self.engine, self.args)
+        assign_advantages(experience, self.engine, self.args, self.kl_coef)
         return experience
 
     def train_rlhf(self, experience: Experience, rollout: int = 1) -> dict[str, float]:
-        """Train actor and critic for --ppo_epochs over the rollout. Returns the figures of the update."""
+        """Train actor and critic for --ppo_epochs over the rollout, the critic alone during its warm-up.
+
+        Returns the figures of the update, means over its minibatches, and moves the KL coefficient for the next rollout.
+        """
         args, run = self.args, self.run
-        self.engine.actor.train()
-        self.engine.critic.train()
+        actor_learns = rollout > args.critic_warmup_rollouts
+        for trained in self.engine.trained.values():
+            trained.train()
         size = minibatch_size(args, run.world_size)
+        plan = [
+            rows
+            for epoch in range(args.ppo_epochs)
+            for rows in plan_minibatches(len(experience), size, seed=args.seed, rollout=rollout, epoch=epoch)
+        ]
         sums: dict[str, float] = defaultdict(float)
-        first_ratio = None
-        for epoch in range(args.ppo_epochs):
-            for rows in plan_minibatches(len(experience), size, seed=args.seed, rollout=rollout, epoch=epoch):
-                minibatch = experience.select(rows)
-                denominator = float(minibatch.action_mask.sum())
-                micro_batches = self._micro_batches(minibatch)
-                found: list[dict[str, float]] = []
+        update: dict[str, float] = {"optimizer_steps": 0}
+        for rows in plan:
+            figures = self._train_minibatch(experience.select(rows), actor_learns)
+            deviation = figures.pop("ratio_deviation", None)
+            if update["optimizer_steps"] == 0 and deviation is not None:
+                update["first_ratio_deviation"] = run.maximum(deviation)
+            update["optimizer_steps"] += 1
+            for name, value in figures.items():
+                sums[name] += value
+            # The figure is a sum over all processes: all of them leave together.
+            if args.max_approx_kl and figures.get("approx_kl", 0.0) > args.max_approx_kl:
+                break
+        update |= {name: value / update["optimizer_steps"] for name, value in sums.items()}
+        if args.kl_target and actor_learns:
+            kl = experience.figures["kl"]
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.kl_target, len(experience), args.kl_horizon)
+        for warning in self.health.check(rollout, experience.figures | update):
+            logger.warning("rollout %d: %s", rollout, warning)
+        return update
 
-                def actor_loss(micro: Experience, denominator=denominator, found=found):
-                    log_probs = self.engine.actor(
-                        micro.input_ids,
-                        micro.attention_mask,
-                        keep=micro.action_mask.shape[1],
-                        temperature=args.temperature,
-                    )
-                    loss, figures = policy_loss(
-                        log_probs,
-                        micro.old_log_probs,
-                        micro.advantages,
-                        micro.action_mask,
-                        denominator,
-                        clip_low=args.cliprange,
-                        clip_high=args.cliprange,
-                    )
-                    found.append(figures)
-                    return loss
+    def _train_minibatch(self, minibatch: Experience, actor_learns: bool) -> dict[str, float]:
+        """One optimizer step of the critic, where there is one, and of the actor, where it learns. Returns figures over all
+        processes, but for ratio_deviation, which is this one's.
+        """
+        args, run = self.args, self.run
+        tokens = max(float(minibatch.action_mask.sum()), 1.0)
+        denominator = loss_denominator(minibatch.action_mask, args.loss_reduction)
+        micro_batches = self._micro_batches(minibatch)
+        found: list[dict[str, float]] = []
 
-                def critic_loss(micro: Experience, denominator=denominator):
-                    answer = micro.action_mask.shape[1]
-                    prompt = micro.input_ids.shape[1] - answer
-                    values = self.engine.values(self.engine.critic, micro.input_ids, micro.attention_mask)
-                    return value_loss(
-                        values[:, prompt - 1 : prompt + answer - 1],
-                        micro.values,
-                        micro.returns,
-                        micro.action_mask,
-                        denominator,
-                        clip=args.cliprange_value,
-                    )
+        def actor_loss(micro: Experience) -> Tensor:
+            loss, figures = self._actor_loss(micro, denominator)
+            found.append(figures)
+            return loss
 
-                sums["actor_loss"] += optimizer_step(self.engine.actor, micro_batches, actor_loss, run)
-                sums["critic_loss"] += optimizer_step(self.engine.critic, micro_batches, critic_loss, run)
-                for role, trained in (("actor", self.engine.actor), ("critic", self.engine.critic)):
-                    for name, value in optimizer_figures(trained).items():
-                        sums[f"{role}_{name}"] += value
-                sums["minibatches"] += 1
-                names = ("clip_share", "approx_kl", "ratio")
-                for name, value in zip(names, run.sum(*(sum(f[name] for f in found) for name in names)), strict=True):
-                    sums[name] += value / max(denominator, 1.0)
-                if first_ratio is None:
-                    first_ratio = run.maximum(max(f["ratio_deviation"] for f in found))
-        count = sums.pop("minibatches")
-        return {name: value / count for name, value in sums.items()} | {"first_ratio_deviation": first_ratio}
+        figures: dict[str, float] = {}
+        learning = [self.engine.actor] if actor_learns else []
+        learning += [self.engine.critic] if self.engine.critic is not None else []
+        aligned = args.align_overflow and len(learning) == 2
+        train = accumulate if aligned else optimizer_step
+        if actor_learns:
+            joint = micro_batches, actor_loss
+            if self.mixture:
+                joint = self.mixture.join(self.engine.actor, micro_batches, actor_loss, self.actor_steps)
+            figures["actor_loss"] = train(self.engine.actor, *joint, run)
+            self.actor_steps += 1
+            if self.mixture:
+                figures["text_loss"] = self.mixture.loss()
+                figures["actor_loss"] -= args.unsup_coef * figures["text_loss"]
+            names = [name for name in found[0] if name != "ratio_deviation"]
+            totals = run.sum(*(sum(one[name] for one in found) for name in names))
+            figures |= {name: total / tokens for name, total in zip(names, totals, strict=True)}
+            figures["ratio_deviation"] = max(one["ratio_deviation"] for one in found)
+        if self.engine.critic is not None:
+            critic_loss = lambda micro: self._critic_loss(micro, denominator)  # noqa: E731
+            figures["critic_loss"] = train(self.engine.critic, micro_batches, critic_loss, run)
+        if aligned:
+            step_together(learning)
+        if actor_learns:
+            figures |= named("actor", optimizer_figures(self.engine.actor))
+            if self.engine.actor_ema:
+                self.engine.actor_ema.update()
+        if self.engine.critic is not None:
+            figures |= named("critic", optimizer_figures(self.engine.critic))
+        return figures
+
+    def _actor_loss(self, micro: Experience, denominator: float) -> tuple[Tensor, dict[str, float]]:
+        """The policy loss of a micro-batch with the KL penalty and the entropy bonus that the flags add; sums over its tokens."""
+        args, mask = self.args, micro.action_mask
+        bonus = args.entropy_coef > 0
+        outputs = self.engine.actor(
+            micro.input_ids,
+            micro.attention_mask,
+            keep=mask.shape[1],
+            temperature=args.temperature,
+            with_entropy=bonus,
+        )
+        log_probs, entropy = outputs if bonus else (outputs, None)
+        loss, figures = policy_loss(
+            log_probs,
+            micro.old_log_probs,
+            micro.advantages,
+            mask,
+            denominator,
+            clip_low=args.cliprange_low,
+            clip_high=args.cliprange_high,
+            dual_clip=args.dual_clip or None,
+            reduction=args.loss_reduction,
+        )
+        if args.kl_in == "loss":
+            penalty, cut = kl_loss(
+                log_probs, micro.ref_log_probs, mask, denominator, args.kl_estimator, args.kl_clip, args.loss_reduction
+            )
+            loss = loss + self.kl_coef * penalty
+            estimate, _ = kl_estimate(log_probs.detach(), micro.ref_log_probs, mask, args.kl_estimator, args.kl_clip)
+            figures |= {"kl_per_token": float(estimate.sum()), "kl_clipped_share": float(cut)}
+        if entropy is not None:
+            loss = loss - args.entropy_coef * aggregate(entropy, mask, denominator, args.loss_reduction)
+            figures["entropy"] = float(masked_sum(entropy.detach(), mask))
+        return loss, figures
+
+    def _critic_loss(self, micro: Experience, denominator: float) -> Tensor:
+        """The clipped value loss of a micro-batch."""
+        answer = micro.action_mask.shape[1]
+        prompt = micro.input_ids.shape[1] - answer
+        values = self.engine.values(self.engine.critic, micro.input_ids, micro.attention_mask)
+        return value_loss(
+            values[:, prompt - 1 : prompt + answer - 1],
+            micro.values,
+            micro.returns,
+            micro.action_mask,
+            denominator,
+            clip=self.args.cliprange_value,
+            reduction=self.args.loss_reduction,
+        )
 
     def _micro_batches(self, minibatch: Experience) -> list[Experience]:
         """This process's share of a minibatch, cut by rows or by tokens; a filler row has an empty action mask."""
@@ -126,28 +232,67 @@ def minibatch_size(args, world_size: int) -> int:
     return args.per_device_training_batch_size * args.gradient_accumulation_steps * world_size
 
 
-def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args) -> None:
-    """Rewards (normalised score at the end, KL penalty on every token), GAE, whitening over the whole rollout.
+def named(role: str, figures: dict[str, float]) -> dict[str, float]:
+    """lr -> actor_lr."""
+    return {f"{role}_{name}": value for name, value in figures.items()}
 
-    Sets rewards, advantages and returns, and the figures that the log shows.
+
+def assign_advantages(
+    experience: Experience, engine: DeepSpeedRLHFEngine, args, kl_coef: float | None = None
+) -> None:
+    """Rewards (score at the end, KL penalty on every token if it belongs there), then advantages over the whole rollout.
+
+    Sets rewards and advantages, with a critic returns too, and the figures that the log shows. kl_coef: where it is not
+    --kl_coef any more.
     """
     mask = experience.action_mask
-    scores, _ = normalize_scores(experience.scores, engine.reward_mean, engine.reward_std, clip=0.0)
+    coef = args.kl_coef if kl_coef is None else kl_coef
+    scores, _ = normalize_scores(experience.scores, *engine.score_unit, clip=0.0)
     scores = missing_end_penalty(scores, experience.ended, args.missing_eos_penalty)
+    lengths = experience.response_lengths
+    scores = overlong_penalty(scores, lengths, args.max_answer_seq_len, args.overlong_tokens, args.overlong_penalty)
     scores, clipped = normalize_scores(scores, 0.0, 1.0, args.clip_reward_value)
-    experience.rewards = shaped_rewards(scores, experience.old_log_probs, experience.ref_log_probs, mask, args.kl_coef)
-    advantages, experience.returns = gae(experience.rewards, experience.values, mask, args.gamma, args.lam)
-    experience.advantages = whiten(advantages, mask) if args.whiten_advantages else advantages
-    kl = (experience.old_log_probs - experience.ref_log_probs).where(mask.bool(), 0.0).sum(1)
+    policies = (experience.old_log_probs, experience.ref_log_probs, mask)
+    in_reward = coef if args.kl_in == "reward" else 0.0
+    rewards = shaped_rewards(scores, *policies, in_reward, args.kl_estimator, args.kl_clip)
+    total = rewards.sum(1).mean()
+    experience.rewards = whiten(rewards, mask, keep_mean=True) if args.whiten_rewards else rewards
     experience.figures = {
         "score": float(experience.scores.mean()),
-        "reward": float(experience.rewards.sum(1).mean()),
+        **engine.rewards.figures(experience),
+        "reward": float(total),
         "score_clipped_share": float(clipped),
-        "kl": float(kl.mean()),
-        "length": float(experience.response_lengths.float().mean()),
+        "kl": float(kl_estimate(*policies)[0].sum(1).mean()),
+        "kl_coef": coef,
+        "length": float(lengths.float().mean()),
         "eos_rate": float(experience.ended.float().mean()),
-        "value": float(masked_mean(experience.values, mask)),
-        "advantage": float(masked_mean(advantages, mask)),
-        "explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
         "sampler_gap": experience.sampler_gap,
     }
+    if in_reward and args.kl_clip:
+        cut = kl_estimate(*policies, args.kl_estimator, args.kl_clip)[1]
+        experience.figures["kl_clipped_share"] = float(cut / mask.sum().clamp(min=1))
+    estimate_advantages(experience, args)
+
+
+def estimate_advantages(experience: Experience, args) -> None:
+    """From rewards to advantages (and returns) by the method of --advantage, with its figures."""
+    rewards, mask, figures = experience.rewards, experience.action_mask, experience.figures
+    if args.advantage == "gae":
+        advantages, experience.returns = gae(rewards, experience.values, mask, args.gamma, args.lam)
+        figures["value"] = float(masked_mean(experience.values, mask))
+        figures["explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
+    elif args.advantage == "reinforce++":
+        advantages = rewards_to_come(rewards, mask, args.gamma)
+    else:
+        advantages = {"grpo": grpo, "rloo": rloo}[args.advantage](rewards, mask, experience.group)
+        figures["equal_groups"] = float(equal_groups(rewards, mask, experience.group))
+    figures["advantage"] = float(masked_mean(advantages, mask))
+    if args.whiten_advantages and args.advantage in ("gae", "reinforce++"):
+        advantages = whiten(advantages, mask)
+    if args.sampler_correction:
+        # A positive factor on A is the same factor on the token's loss, clipped or not.
+        advantages = advantages * sampler_weights(
+            experience.old_log_probs, experience.log_probs, mask, args.sampler_correction
+        )
+    experience.advantages = advantages
+

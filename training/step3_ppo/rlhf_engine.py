@@ -18,6 +18,8 @@ from models.factory import (
 )
 from models.heads import TokenLogProbs, TokenScores
 from models.templates import load_template
+from training.step3_ppo.ema import MovingAverage
+from training.step3_ppo.scoring import Rewards
 from training.utils.run import Run
 from training.utils.zero import EngineOptions, build_engine, build_frozen
 
@@ -30,55 +32,72 @@ class DeepSpeedRLHFEngine:
     actor        learns to answer; starts from the SFT model
     ref          the SFT model, frozen: the actor must not stray far from it. Without the new prefix of
                  --actor_pre_seq_len; with the prefix that the SFT model itself has
-    critic       learns to predict the reward; starts from the reward model, head included
-    reward       the reward model, frozen
+    critic       learns to predict the reward; starts from the reward model, head included. None with an --advantage that
+                 has none
+    reward       the reward model, frozen; None with --reward_model false
 
+    actor_ema is the moving average of the actor's weights; None without --enable_ema.
+    rewards is what scores the answers: the reward model, and functions and endpoints beside it or in its place.
     actor and critic are DeepSpeed engines; ref and reward are plain modules, or engines when their trained twin is under ZeRO-3.
-    num_total_iters is the number of optimizer steps of the whole run, for the learning-rate schedules.
+    num_total_iters is the number of optimizer steps of the whole run, for the learning-rate schedules; actor_total_iters
+    the actor's, where the critic's warm-up leaves it fewer.
     """
 
     def __init__(
         self,
         actor_model_name_or_path: str,
-        critic_model_name_or_path: str,
+        critic_model_name_or_path: str | None,
         tokenizer,
         num_total_iters: int,
         args,
         run: Run | None = None,
+        rewards: Rewards | None = None,
+        actor_total_iters: int | None = None,
     ) -> None:
         self.args = args
+        self.rewards = rewards or Rewards(args)
         self.run = run or Run.start(args)
         self.tokenizer = tokenizer
         self.template = load_template(actor_model_name_or_path, tokenizer)
-        names = (actor_model_name_or_path, critic_model_name_or_path)
-        check_same_tokenizer(tokenizer, load_tokenizer(critic_model_name_or_path), names)
+        models = {"actor": actor_model_name_or_path}
+        if args.has_critic or self.rewards.with_model:
+            models["critic"] = critic_model_name_or_path
+            check_same_tokenizer(tokenizer, load_tokenizer(critic_model_name_or_path), tuple(models.values()))
         self.adapted: dict[str, bool] = {}  # whether the trained model of a role is a frozen base and something small over it
-        for role, path in zip(("actor", "critic"), names, strict=True):
+        for role, path in models.items():
             self.adapted[role] = bool(getattr(args, f"{role}_lora_dim")) or gets_prefix(path, **args.prefix_options(role))
             check_quantized_base(path, self._quantization_bit(role), adapters=self.adapted[role])
-        self.num_total_iters = num_total_iters
+        self.total_iters = {"actor": actor_total_iters or num_total_iters, "critic": num_total_iters}
         self.warned_of_filter = False
+        self.checked_sampler = False  # log-probabilities against the training forward's, once a run
 
         self.ref = self._frozen(
             TokenLogProbs(self._causal_lm(actor_model_name_or_path)),
             args.actor_zero_stage,
             args.offload_reference_model,
         )
-        reward = self._scalar_model(critic_model_name_or_path)
-        self.reward_mean, self.reward_std = score_unit(reward.config, args.normalize_reward)
-        self.reward = self._frozen(TokenScores(reward), args.critic_zero_stage, args.offload_reward_model)
+        self.reward, self.reward_mean, self.reward_std = None, 0.0, 1.0
+        if self.rewards.with_model:
+            reward = self._scalar_model(critic_model_name_or_path)
+            self.reward_mean, self.reward_std = score_unit(reward.config, args.normalize_reward)
+            self.reward = self._frozen(TokenScores(reward), args.critic_zero_stage, args.offload_reward_model)
         actor = self._causal_lm(
             actor_model_name_or_path,
             gradient_checkpointing=args.actor_gradient_checkpointing,
             **args.prefix_options("actor"),
         )
         self.actor = self._trained(TokenLogProbs(self._with_lora(actor, "actor")), "actor")
-        critic = self._scalar_model(
-            critic_model_name_or_path,
-            gradient_checkpointing=args.critic_gradient_checkpointing,
-            **args.prefix_options("critic"),
-        )
-        self.critic = self._trained(TokenScores(self._with_lora(critic, "critic")), "critic")
+        self.actor_ema = MovingAverage(self.actor, args.ema_decay, self.run) if args.enable_ema else None
+        self.critic = None
+        if args.has_critic:
+            critic = self._scalar_model(
+                critic_model_name_or_path,
+                gradient_checkpointing=args.critic_gradient_checkpointing,
+                **args.prefix_options("critic"),
+            )
+            if self.reward is None and getattr(critic.config, "reward_std", None):  # its head has the unit it was trained in
+                self.reward_mean, self.reward_std = score_unit(critic.config, args.normalize_reward)
+            self.critic = self._trained(TokenScores(self._with_lora(critic, "critic")), "critic")
 
     def _causal_lm(self, path: str, **options):
         return load_causal_lm(path, **self._loading("actor") | options)
@@ -113,7 +132,7 @@ class DeepSpeedRLHFEngine:
     def _trained(self, model, role: str):
         options = EngineOptions.of(self.args, role)
         return build_engine(
-            model, options, dtype=self.run.dtype, total_steps=self.num_total_iters, world_size=self.run.world_size
+            model, options, dtype=self.run.dtype, total_steps=self.total_iters[role], world_size=self.run.world_size
         )
 
     def _frozen(self, model, stage: int, offload: bool):
@@ -130,10 +149,21 @@ class DeepSpeedRLHFEngine:
         """Scores [batch, time] of the reward model or critic in units of the reward model's own spread, mean zero."""
         return (model(input_ids, attention_mask) - self.reward_mean) / self.reward_std
 
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The engines that learn, by role: actor and, where there is one, critic."""
+        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
+
+    @property
+    def score_unit(self) -> tuple[float, float]:
+        """Mean and standard deviation that Experience.scores are still to be normalised with."""
+        return (self.reward_mean, self.reward_std) if self.rewards.model_alone else (0.0, 1.0)
+
     def eval(self) -> None:
-        """Put all four models into evaluation mode: whatever is compared with something else is computed without dropout."""
+        """Put all models into evaluation mode: whatever is compared with something else is computed without dropout."""
         for model in (self.actor, self.critic, self.ref, self.reward):
-            model.eval()
+            if model is not None:
+                model.eval()
 
 
 def score_unit(config, normalize: bool) -> tuple[float, float]:

@@ -10,15 +10,18 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from inference.engine import generate
-from models.heads import last_token_scores
+from inference.engine import generate_many
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
+from training.step3_ppo.scoring import score_answers
 from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch, plan_micro_batches
 from training.utils.run import Run
 from training.utils.zero import whole_model
 
 logger = logging.getLogger("sanbu")
+
+# Largest |log p(sampler) - log p(training forward)| of a rollout, in nats, that rounding explains.
+SAMPLER_GAP, SAMPLER_GAP_HALF = 1e-3, 5e-2
 
 
 class PromptBatches:
@@ -68,48 +71,56 @@ def row_seeds(seed: int, rollout: int, examples: list[int]) -> list[int]:
     return seeds
 
 
-def roll_out(engine: DeepSpeedRLHFEngine, prompts: PromptBatch, args, rollout: int) -> Experience:
-    """Sample one answer to each of this process's prompts; returns the rows of all processes, not scored yet.
+def roll_out(
+    engine: DeepSpeedRLHFEngine, prompts: PromptBatch, args, rollout: int, answers: int = 1, *, policy=None
+) -> Experience:
+    """Sample so many answers to each of this process's prompts; returns the rows of all processes, not scored yet. The
+    answers to one prompt stand together and have one number in ``group``.
 
-    Under ZeRO-3 the actor's weights are gathered once for all of them.
+    policy: the model that answers, the actor if not given. Under ZeRO-3 its weights are gathered once for all of them.
     """
     engine.eval()
-    seeds = row_seeds(args.seed, rollout, prompts.index.tolist())
-    chunks = []
-    with whole_model(engine.actor) as actor:
-        for start in range(0, len(seeds), args.per_device_generation_batch_size):
-            rows = slice(start, start + args.per_device_generation_batch_size)
-            mask = prompts.attention_mask[rows]
-            left = int((mask.cumsum(1) > 0).int().argmax(1).min())  # columns that are padding in every row of the chunk
-            ids, mask = prompts.input_ids[rows, left:], mask[:, left:]
-            answers = generate(
-                actor.model, ids, mask,
-                max_new_tokens=args.max_answer_seq_len, stop_token_ids=engine.template.stop_token_ids,
-                pad_token_id=engine.tokenizer.pad_token_id, temperature=args.temperature, top_p=args.top_p,
-                top_k=args.top_k, row_seeds=seeds[rows],
-            )  # fmt: skip
-            chunks.append(
-                Experience.from_generation(ids, mask, answers, prompts.index[rows], engine.tokenizer.pad_token_id)
-            )
-            if answers.filtered and not engine.warned_of_filter:
-                engine.warned_of_filter = True
-                logger.warning(
-                    "--top_p or --top_k leaves tokens out: answers are not drawn from the distribution that PPO's ratios are "
-                    "about; take them off for training."
-                )
-    gathered = Experience.concat(chunks).all_gather()
-    return gathered.select(undealt(len(gathered), engine.run.world_size))
+    seeds = row_seeds(args.seed, rollout, prompts.index.repeat_interleave(answers).tolist())
+    # Groups are numbered over all processes, in the order in which the prompts were dealt.
+    group = torch.arange(len(prompts.index), device=prompts.index.device) * engine.run.world_size + engine.run.rank
+    mask = prompts.attention_mask
+    left = int((mask.cumsum(1) > 0).int().argmax(1).min())  # columns that are padding in every row
+    ids, mask = prompts.input_ids[:, left:], mask[:, left:]
+    with whole_model(engine.actor if policy is None else policy) as actor:
+        generation = generate_many(
+            actor.model, [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)],
+            max_batch=args.per_device_generation_batch_size, num_return_sequences=answers, row_seeds=seeds,
+            max_new_tokens=args.max_answer_seq_len, stop_token_ids=engine.template.stop_token_ids,
+            pad_token_id=engine.tokenizer.pad_token_id, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+        )  # fmt: skip
+    if generation.filtered and not engine.warned_of_filter:
+        engine.warned_of_filter = True
+        logger.warning(
+            "--top_p or --top_k leaves tokens out: answers are not drawn from the distribution that PPO's ratios are "
+            "about; take them off for training."
+        )
+    ids, mask, index, numbers = (x.repeat_interleave(answers, dim=0) for x in (ids, mask, prompts.index, group))
+    rows = Experience.from_generation(ids, mask, generation, index, engine.tokenizer.pad_token_id, numbers)
+    gathered = rows.all_gather()
+    # Gathered process by process; by group it is the order of the prompts, the same for any number of processes.
+    return gathered.select(torch.argsort(gathered.group, stable=True))
 
 
-def undealt(count: int, world_size: int) -> list[int]:
-    """Rows gathered process by process -> the order in which the prompts were dealt, the same for any number of processes."""
-    share = count // world_size
-    return [position % world_size * share + position // world_size for position in range(count)]
+def warn_of_sampler(gap: float, dtype: torch.dtype) -> None:
+    """Say so if the sampler's log-probabilities are further from the training forward's than rounding explains (nats)."""
+    limit = SAMPLER_GAP if dtype == torch.float32 else SAMPLER_GAP_HALF
+    if not gap <= limit:
+        logger.warning(
+            f"the sampler's log-probabilities differ from the training forward's by up to {gap:.2g} nats, expected at most "
+            f"{limit:g} with {str(dtype).removeprefix('torch.')}: answers are not drawn from the policy that is trained. "
+            "Compare --attn_implementation eager and --dtype fp32; if it stays with both, report it."
+        )
 
 
 @torch.no_grad()
 def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> None:
-    """Fill in old_log_probs, ref_log_probs, values (normalised) and scores (raw) of every row.
+    """Fill in old_log_probs, ref_log_probs, values (normalised; None without a critic), and parts and scores
+    (score_answers) of every row.
 
     Each process scores its share and the shares are added up, so all of them end with the same whole rollout. The actor runs
     through the engine that will train it - same kernels, same dtype - so that the first ratio is 1.
@@ -117,8 +128,7 @@ def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> 
     engine.eval()
     run = engine.run
     count, width = experience.action_mask.shape
-    token_fields = torch.zeros(3, count, width, device=run.device)
-    scores = torch.zeros(count, device=run.device)
+    token_fields = torch.zeros(2 if engine.critic is None else 3, count, width, device=run.device)
     budget = args.max_tokens_per_device or None
     per_device = None if budget else args.per_device_training_batch_size
     for positions in plan_micro_batches(experience.total_lengths(), run.world_size, per_device, budget)[run.rank]:
@@ -126,20 +136,23 @@ def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> 
         rows = experience.select([max(position, 0) for position in positions]).trimmed()
         ids, mask, answer = rows.input_ids, rows.attention_mask, rows.action_mask.shape[1]
         prompt = ids.shape[1] - answer
-        found = torch.stack([
+        found = [
             engine.actor(ids, mask, keep=answer, temperature=args.temperature),
             engine.ref(ids, mask, keep=answer, temperature=args.temperature),
-            engine.values(engine.critic, ids, mask)[:, prompt - 1 : prompt + answer - 1],
-        ])  # fmt: skip
-        last = last_token_scores(engine.reward(ids, mask), mask)
+        ]
+        if engine.critic is not None:
+            found.append(engine.values(engine.critic, ids, mask)[:, prompt - 1 : prompt + answer - 1])
+        found = torch.stack(found)
         if real:  # fillers stand behind the real rows of a plan, or alone
             token_fields[:, real, :answer] = found[:, : len(real)].where(rows.action_mask[: len(real)].bool(), 0.0)
-            scores[real] = last[: len(real)].float()
     if run.world_size > 1:
         dist.all_reduce(token_fields)
-        dist.all_reduce(scores)
-    experience.old_log_probs, experience.ref_log_probs, experience.values = token_fields
-    experience.scores = scores
+    experience.old_log_probs, experience.ref_log_probs, *values = token_fields
+    experience.values = values[0] if values else None
     # The weights changed nowhere in between: only rounding may separate the sampler from the training forward.
     gap = (experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max()
     experience.sampler_gap = float(gap)
+    if not engine.checked_sampler:
+        engine.checked_sampler = True
+        warn_of_sampler(experience.sampler_gap, run.dtype)
+    score_answers(engine, experience, args)

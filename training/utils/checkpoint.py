@@ -6,12 +6,15 @@ import json
 import logging
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from errors import UserError
 from models.adapters import merged_state_dict, save_adapter, save_prefix
@@ -30,6 +33,7 @@ FREE_FLAGS = {
     "output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "eval_interval", "eval_iters", "max_steps",
     "num_train_epochs", "enable_tensorboard", "tensorboard_path", "print_answers", "print_answers_interval", "local_rank",
     "rebuild_cache", "cache_dir", "config", "per_device_eval_batch_size", "eval_prompts",
+    "reward_endpoint", "reward_timeout", "reward_retries",
 }  # fmt: skip
 
 
@@ -39,15 +43,25 @@ def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
     return {"world_size": run.world_size, "data": data, **flags}
 
 
-def export(engine: Any, tokenizer: Any, template: Any, folder: str | Path, run: Run, **config: Any) -> None:
+def export(
+    engine: Any,
+    tokenizer: Any,
+    template: Any,
+    folder: str | Path,
+    run: Run,
+    weights: dict[str, Tensor] | None = None,
+    **config: Any,
+) -> None:
     """Save the trained network as a checkpoint that transformers opens, LoRA merged (and alone in ``adapter/``); of a
     model with a prefix the prefix alone, in float32 (adapters.save_prefix).
 
-    All processes call it. config: fields to add to its config.json, such as the statistics of a reward model.
+    All processes call it. weights: on rank 0, what to save in place of the trained parameters, whole and named as in
+    engine.module.model.named_parameters(), such as their moving average. config: fields to add to its config.json, such as
+    the statistics of a reward model.
     """
     network = engine.module.model
     if has_prefix(network):
-        trained = trained_weights(engine, network)
+        trained = trained_weights(engine, network) if weights is None else weights
         if run.is_main:
             base_model(network).config.update(config)
             save_prefix(network, tokenizer, template, folder, trained)
@@ -58,10 +72,25 @@ def export(engine: Any, tokenizer: Any, template: Any, folder: str | Path, run: 
             model = whole.model
             base_model(model).config.update(config)
             adapted = base_model(model) is not model
-            save_model(model, tokenizer, template, folder, merged_state_dict(model) if adapted else None)
-            if adapted:
-                save_adapter(model, Path(folder) / "adapter")
+            with stand_in(model, weights or {}):
+                save_model(model, tokenizer, template, folder, merged_state_dict(model) if adapted else None)
+                if adapted:
+                    save_adapter(model, Path(folder) / "adapter")
     run.barrier()
+
+
+@contextmanager
+def stand_in(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model with other values for some parameters, in their own dtype and place; its own come back at the end."""
+    parameters = dict(model.named_parameters())
+    own = {name: parameters[name].data for name in weights}
+    try:
+        for name, value in weights.items():
+            parameters[name].data = value.to(own[name].device, own[name].dtype)
+        yield
+    finally:
+        for name, value in own.items():
+            parameters[name].data = value
 
 
 class Checkpoint:
@@ -69,12 +98,16 @@ class Checkpoint:
 
     A folder is written under another name, gets its manifest (all files with their sizes) last and is renamed then; without
     a matching manifest it is never read. It holds the engines' weights, optimizers, schedules and loss scales, and for every
-    process the states of the random generators. The position in the data is the step itself.
+    process the states of the random generators and of ``parts``: objects with state_dict() and load_state_dict(), whose
+    state is tensors, numbers and text. The position in the data is the step itself.
     """
 
-    def __init__(self, run: Run, engines: dict[str, Any], marks: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Run, engines: dict[str, Any], marks: dict[str, Any], parts: dict[str, Any] | None = None
+    ) -> None:
         self.run = run
         self.engines = engines
+        self.parts = parts or {}
         self.marks = json.loads(json.dumps(marks, default=str))
         self.folder = Path(run.args.output_dir) / "checkpoints"
 
@@ -92,6 +125,8 @@ class Checkpoint:
         for name, engine in self.engines.items():
             engine.save_checkpoint(str(partial / name), tag="state", save_latest=False)
         torch.save(generator_states(), partial / f"generators-{self.run.rank}.pt")
+        for name, part in self.parts.items():
+            torch.save(part.state_dict(), partial / f"{name}-{self.run.rank}.pt")
         self.run.barrier()
         if self.run.local_rank == 0:
             self._seal(partial, final, step, extra or {})
@@ -141,6 +176,8 @@ class Checkpoint:
                 raise UserError(
                     f"{folder}: the state of the {name} could not be loaded; resume from an older checkpoint."
                 )
+        for name, part in self.parts.items():
+            part.load_state_dict(torch.load(folder / f"{name}-{self.run.rank}.pt", weights_only=True))
         states = torch.load(folder / f"generators-{self.run.rank}.pt", weights_only=True)
         set_generator_states(states)
         self.run.metrics.rewind(manifest["step"])

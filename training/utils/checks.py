@@ -8,9 +8,10 @@ import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from errors import UserError
-from training.utils.arguments import CommonArguments, EvaluateArguments, PPOArguments, SFTArguments
+from training.utils.arguments import CommonArguments, DPOArguments, EvaluateArguments, PPOArguments, SFTArguments
 
 logger = logging.getLogger("sanbu")
 
@@ -21,8 +22,11 @@ AT_LEAST_ONE = {
     "per_device_training_batch_size", "ppo_epochs", "max_prompt_seq_len", "max_answer_seq_len", "max_new_tokens",
     "print_answers_interval", "num_return_sequences", "num_prompts", "max_source_length",
 }  # fmt: skip
-POSITIVE = {"temperature", "adam_epsilon", "cliprange", "cliprange_value"}
-BELOW_ONE = {"eval_fraction", "dropout", "lora_dropout", "adam_beta1", "adam_beta2"}
+POSITIVE = {
+    "temperature", "adam_epsilon", "cliprange", "cliprange_low", "cliprange_high", "cliprange_value", "kl_horizon",
+    "beta", "reward_timeout",
+}  # fmt: skip
+BELOW_ONE = {"eval_fraction", "dropout", "lora_dropout", "adam_beta1", "adam_beta2", "ema_decay"}
 UP_TO_ONE = {"gamma", "lam"}
 FREE = {"local_rank"}
 ZERO_PLUS_PLUS = (
@@ -43,8 +47,13 @@ def validate(args: Any) -> None:
     check_data(args)
     if isinstance(args, SFTArguments):
         check_lengths(args)
+    if isinstance(args, DPOArguments):
+        check_reference(args)
     if isinstance(args, PPOArguments):
         check_rollouts(args)
+        check_rewards(args)
+        check_around(args)
+        check_objective(args)
         models = {"actor_": args.actor_zero_stage, "critic_": args.critic_zero_stage}
     else:
         models = {"": args.zero_stage}
@@ -76,6 +85,8 @@ def check_ranges(args: Any) -> None:
             wrong = "must lie between 0 and 1"
         elif name == "top_p" and not 0 < value <= 1:
             wrong = "must be more than 0 and at most 1"
+        elif name == "label_smoothing" and not 0 <= value < 0.5:
+            wrong = "must be 0 or more and less than 0.5, where a pair says nothing any more"
         elif name == "max_seq_len" and value < 2:
             wrong = "must be 2 or more: a prompt and the end token"
         elif name == "max_target_length" and value < 2:
@@ -182,6 +193,15 @@ def check_lora(args: CommonArguments, prefix: str) -> None:
             raise UserError(f"--{name} has no effect without --{prefix}lora_dim; give a rank such as 16, or drop it.")
 
 
+def check_reference(args: DPOArguments) -> None:
+    """Under LoRA the reference has no copy that could go anywhere."""
+    if args.offload_reference_model and args.lora_dim and not args.ref_model_name_or_path:
+        raise UserError(
+            "--offload_reference_model has no effect with --lora_dim: the reference is the trained model without its "
+            "adapter, not a copy; drop one of the two."
+        )
+
+
 def check_prefix(args: CommonArguments, prefix: str) -> None:
     """P-Tuning beside nothing else that trains, from a folder that is there, into another folder than the model's."""
     tuned = next((name for name in ("pre_seq_len", "ptuning_checkpoint") if getattr(args, prefix + name)), None)
@@ -209,6 +229,15 @@ def check_prefix(args: CommonArguments, prefix: str) -> None:
         )  # fmt: skip
 
 
+def check_around(args: PPOArguments) -> None:
+    """Flags about the moving average and the mixture need them."""
+    if not args.enable_ema and args.ema_decay != type(args).ema_decay:
+        raise UserError(f"--ema_decay {args.ema_decay} has no effect without --enable_ema; give it too, or drop it.")
+    for name in ("unsupervised_dataset_config_name", "unsupervised_text_column"):
+        if getattr(args, name) and not args.unsupervised_dataset_name:
+            raise UserError(f"--{name} has no effect without --unsupervised_dataset_name; name the data set, or drop it.")
+
+
 def check_rollouts(args: PPOArguments) -> None:
     """Batches fit together. A minibatch larger than a rollout is said, not refused: published launchers have it."""
     longest = args.max_prompt_seq_len + args.max_answer_seq_len
@@ -217,11 +246,103 @@ def check_rollouts(args: PPOArguments) -> None:
             f"--max_tokens_per_device {args.max_tokens_per_device} cannot hold one example of --max_prompt_seq_len + "
             f"--max_answer_seq_len = {longest} tokens; raise it to {longest} or more."
         )
-    rollout = args.per_device_generation_batch_size * args.generation_batches
+    rollout = args.per_device_generation_batch_size * args.generation_batches * args.num_return_sequences
     minibatch = args.per_device_training_batch_size * args.gradient_accumulation_steps
     if minibatch > rollout:
         logger.warning(
             "A minibatch of %d answers a process (per_device_training_batch_size x gradient_accumulation_steps) is "
             "more than the %d of a rollout: each rollout is one optimizer step. --generation_batches %d would fill it.",
-            minibatch, rollout, math.ceil(minibatch / args.per_device_generation_batch_size),
+            minibatch, rollout,
+            math.ceil(minibatch / (args.per_device_generation_batch_size * args.num_return_sequences)),
         )  # fmt: skip
+
+
+def check_rewards(args: PPOArguments) -> None:
+    """Something scores the answers, from files and addresses that can be read; the models that the flags ask for are named."""
+    outside = {"reward_function": args.reward_function, "reward_endpoint": args.reward_endpoint}
+    if not args.reward_model and not any(outside.values()):
+        raise UserError("--reward_model false leaves nothing to score with; give --reward_function or --reward_endpoint.")
+    if not args.critic_model_name_or_path and args.reward_model:
+        raise UserError(
+            f"{args.title} needs --critic_model_name_or_path: the reward model, which step 2 trains. Without one give "
+            "--reward_function or --reward_endpoint, and --reward_model false."
+        )
+    if not args.critic_model_name_or_path and args.has_critic:
+        raise UserError(
+            f"{args.title} needs --critic_model_name_or_path with --advantage gae: the critic starts from it; name a reward "
+            "model, or the SFT model, or take --advantage grpo, rloo or reinforce++, which have no critic."
+        )
+    for name in ("critic_lora_dim", "critic_pre_seq_len", "critic_ptuning_checkpoint"):
+        if not args.critic_model_name_or_path and getattr(args, name):
+            raise UserError(f"--{name} has no effect without --critic_model_name_or_path; name the model, or drop it.")
+    for spec in args.reward_function:
+        file, _, name = spec.rpartition(":")
+        if not name.isidentifier() or not file.endswith(".py"):
+            raise UserError(f"--reward_function {spec}: expected FILE.py:NAME, a file and a function in it.")
+        if not Path(file).expanduser().is_file():
+            raise UserError(f"--reward_function {spec}: no file {file}; name an existing Python file.")
+    for url in args.reward_endpoint:
+        if not is_web_address(url):
+            raise UserError(f"--reward_endpoint {url}: expected an address such as http://127.0.0.1:8000/score.")
+    check_reward_weights(args)
+    if not args.reward_model and args.offload_reward_model:
+        raise UserError("--offload_reward_model has no effect with --reward_model false; drop one of the two.")
+    for name in ("reward_timeout", "reward_retries"):
+        if not args.reward_endpoint and getattr(args, name) != getattr(type(args), name):
+            raise UserError(f"--{name} has no effect without --reward_endpoint; give one, or drop it.")
+
+
+def check_reward_weights(args: PPOArguments) -> None:
+    """One finite number for each source, and not all of them 0."""
+    if args.reward_weights is None:
+        return
+    names = ["reward model"] * args.reward_model + args.reward_function + args.reward_endpoint
+    try:
+        weights = args.reward_weight_list
+    except ValueError:
+        weights = []
+    if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+        raise UserError(
+            f"--reward_weights {args.reward_weights}: expected {len(names)} numbers with commas, in this order: "
+            f"{', '.join(names)}."
+        )
+    if not any(weights):
+        raise UserError(f"--reward_weights {args.reward_weights}: every score would be 0; give a source another weight.")
+
+
+def is_web_address(url: str) -> bool:
+    """Whether a text is a whole address of http or https."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url == "".join(url.split())
+    except ValueError:   # a port that is no number, brackets that do not close
+        return False
+
+
+def check_objective(args: PPOArguments) -> None:
+    """Flags of the objective that contradict each other, or that would change nothing."""
+    if args.advantage in ("grpo", "rloo") and args.num_return_sequences < 2:
+        raise UserError(
+            f"--advantage {args.advantage} compares the answers to one prompt with each other, and --num_return_sequences "
+            f"{args.num_return_sequences} leaves nothing to compare; give 2 or more, such as 4."
+        )
+    if not args.has_critic:
+        for name in ("critic_warmup_rollouts", "whiten_rewards"):
+            if getattr(args, name):
+                raise UserError(f"--{name} with --advantage {args.advantage}: it belongs to --advantage gae; drop it.")
+    if args.kl_target and not args.kl_coef:
+        raise UserError(
+            f"--kl_target {args.kl_target} moves --kl_coef by factors, and 0 stays 0; give it a start such as 0.05."
+        )
+    if args.dual_clip and args.dual_clip <= 1:
+        raise UserError(f"--dual_clip {args.dual_clip}: must be more than 1, such as 3, or 0 for none.")
+    if args.sampler_correction and args.sampler_correction <= 1:
+        raise UserError(f"--sampler_correction {args.sampler_correction}: must be more than 1, such as 2, or 0 for none.")
+    if bool(args.overlong_penalty) != bool(args.overlong_tokens):
+        given, absent = ("penalty", "tokens") if args.overlong_penalty else ("tokens", "penalty")
+        raise UserError(f"--overlong_{given} has no effect without --overlong_{absent}; give both, or neither.")
+    if args.overlong_tokens > args.max_answer_seq_len:
+        raise UserError(
+            f"--overlong_tokens {args.overlong_tokens} is more than --max_answer_seq_len {args.max_answer_seq_len}, the "
+            "limit that it counts back from; lower it."
+        )

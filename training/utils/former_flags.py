@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-TRAIN = ("sft", "reward", "ppo")
+TRAIN = ("sft", "reward", "ppo", "dpo")
 EVAL = ("prompt_eval", "evaluate", "rw_eval")
 
 
@@ -32,7 +32,7 @@ class FormerFlag:
 RETIRED = (
     FormerFlag(("deepspeed", "deepscale"), TRAIN, 0, "always on", "silent"),
     FormerFlag(
-        ("num_padding_at_beginning",), ("reward", "ppo", "rw_eval"), 1,
+        ("num_padding_at_beginning",), ("reward", "ppo", "dpo", "rw_eval"), 1,
         "nothing to set: lengths come from masks, for every model",
     ),
     FormerFlag(("compute_fp32_loss",), TRAIN, 0, "losses and log-probabilities are always float32"),
@@ -41,11 +41,11 @@ RETIRED = (
         "the end token comes from the template saved with the checkpoint, the same in every step",
     ),
     FormerFlag(("eot_token",), ("sft",), 1, "the end token comes from the template saved with the checkpoint"),
-    FormerFlag(("print_loss",), ("sft",), 0, "--logging_steps 1", becomes=("--logging_steps", "1")),
+    FormerFlag(("print_loss",), ("sft", "dpo"), 0, "--logging_steps 1", becomes=("--logging_steps", "1")),
     FormerFlag(
         ("preprocessing_num_workers",), ("sft", "ppo", "evaluate"), 1, "one process prepares the data once and caches it"
     ),
-    FormerFlag(("disable_dropout",), ("sft", "reward"), 0, "--dropout 0.0", becomes=("--dropout", "0.0")),
+    FormerFlag(("disable_dropout",), ("sft", "reward", "dpo"), 0, "--dropout 0.0", becomes=("--dropout", "0.0")),
     FormerFlag(("disable_actor_dropout",), ("ppo",), 0, "--actor_dropout 0.0", becomes=("--actor_dropout", "0.0")),
     FormerFlag(("disable_critic_dropout",), ("ppo",), 0, "--critic_dropout 0.0", becomes=("--critic_dropout", "0.0")),
     FormerFlag(
@@ -66,10 +66,6 @@ RETIRED = (
         becomes=("--max_steps", "{value}"),
     ),
     FormerFlag(("enable_test_mode",), ("ppo",), 0, "--max_steps alone", "silent"),
-    FormerFlag(("enable_ema",), ("ppo",), 0, "EMA is not kept in this version; the result is the last actor", "warn"),
-    FormerFlag(
-        ("align_overflow",), ("ppo",), 0, "in this version actor and critic each skip their own overflowing fp16 step", "warn"
-    ),
     FormerFlag(
         ("num_beams", "num_beam_groups", "top_k", "penalty_alpha"), ("prompt_eval",), 1,
         "answers are greedy, as they were: the earlier script never used this flag",
@@ -146,15 +142,7 @@ RETIRED = (
     ),
 )
 
-_MIXTURE = "mixing pretraining text into PPO is not in this version; drop the unsupervised_… flags and --unsup_coef"
-_DPO = "DPO is not in this version; drop it (step 2 trains a reward model)"
-
 NOT_YET = (
-    FormerFlag(
-        ("unsupervised_dataset_name", "unsupervised_dataset_config_name", "unsup_coef"), ("ppo",), 1, _MIXTURE,
-        "refuse",
-    ),
-    FormerFlag(("beta", "label_smoothing"), ("reward",), 1, _DPO, "refuse"),
     FormerFlag(
         ("dataset_config_name", "model_revision", "use_auth_token"), ("sft", "evaluate"), 1,
         "drop it; fetch what it names with scripts/download_dataset.py or huggingface-cli and give the folder",

@@ -1,4 +1,4 @@
-"""The losses of steps 1 and 2 as pure functions of tensors.
+"""The losses of steps 1 and 2 and of DPO as pure functions of tensors.
 
 Every loss is a sum divided by a ``denominator`` that the caller counts over the whole global batch (all micro-batches,
 all processes), so that the gradient is the same however the batch is cut. Masks select by ``where``, never by
@@ -56,3 +56,39 @@ def pair_accuracy(chosen: Tensor, rejected: Tensor, weight: Tensor | None = None
     """
     right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     return right.sum() if weight is None else right.masked_fill(weight == 0, 0.0).sum()
+
+
+def sequence_log_probs(log_probs: Tensor, answer_mask: Tensor) -> Tensor:
+    """log p(answer | prompt) = sum over the answer's tokens of log p(token | tokens before it), in nats.
+
+    log_probs [batch, time], answer_mask [batch, time] bool -> float32 [batch]; 0 for a row without an answer.
+    """
+    return log_probs.float().masked_fill(~answer_mask.bool(), 0.0).sum(dim=1)
+
+
+def implicit_rewards(log_probs: Tensor, ref_log_probs: Tensor, beta: float) -> Tensor:
+    """beta · (log pi(y|x) - log pi_ref(y|x)): the reward that the policy pi is optimal for under a KL penalty of weight
+    beta, but for a term of the prompt alone, which differences of answers lose (Rafailov et al. 2023, arXiv 2305.18290,
+    eq. 5).
+
+    log_probs, ref_log_probs: [rows], of whole answers. float32 [rows].
+    """
+    return beta * (log_probs.float() - ref_log_probs.float())
+
+
+def dpo_loss(
+    chosen: Tensor, rejected: Tensor, weight: Tensor, denominator: float | Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """- sum_i w_i [(1 - e) log sigmoid(c_i - r_i) + e log sigmoid(r_i - c_i)] / denominator, over implicit rewards.
+
+    With e = 0 Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: the likelihood of Bradley and Terry where the policy is its
+    own reward model. e = label_smoothing is the share of pairs taken to be the wrong way round (Mitchell 2023, "A note on
+    DPO with noisy preferences"): the difference is drawn to log((1 - e) / e), no longer to infinity.
+
+    chosen, rejected: [pairs], implicit_rewards of the answers; weight [pairs], 0 drops a pair; denominator: pairs of the
+    global batch (>= 1). Scalar.
+    """
+    dropped = weight == 0
+    difference = chosen.float().masked_fill(dropped, 0.0) - rejected.float().masked_fill(dropped, 0.0)
+    loss = -(1.0 - label_smoothing) * F.logsigmoid(difference) - label_smoothing * F.logsigmoid(-difference)
+    return (loss * weight.float()).sum() / denominator

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from errors import UserError
 from training.utils.arguments import (
     STEPS,
+    DPOArguments,
     EvaluateArguments,
     PPOArguments,
     PromptEvalArguments,
@@ -38,6 +39,7 @@ MODULES = {
     SFTArguments: "training.step1_sft.main",
     RewardArguments: "training.step2_reward.main",
     PPOArguments: "training.step3_ppo.main",
+    DPOArguments: "training.step2_dpo.main",
     PromptEvalArguments: "training.step1_sft.prompt_eval",
     EvaluateArguments: "training.step1_sft.evaluate",
     RewardEvalArguments: "training.step2_reward.rw_eval",

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -330,9 +330,11 @@ def build_frozen(
         stage = 3   # the only stage whose weights may live on the host
     if stage != 3:
         return model.to(device)
+    skeleton = copy_structure(model)
     engine, *_ = deepspeed.initialize(
         model=model, config=get_eval_ds_config(offload, dtype, stage, world_size=world_size)
     )
+    engine.plain_skeleton = skeleton
     engine.module.eval()
     return engine
 
@@ -345,6 +347,13 @@ def optimizer_step(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any]
     processes; the factor world_size undoes that. Returns the loss of the global batch. Raises UserError, before the weights
     move, if it is not finite.
     """
+    total = accumulate(engine, micro_batches, loss_of, run)
+    engine.step()
+    return total
+
+
+def accumulate(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor], run: Run) -> float:
+    """optimizer_step up to its last engine.step(), which the caller owes."""
     total = 0.0
     for index, micro_batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
@@ -353,9 +362,37 @@ def optimizer_step(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any]
         engine.backward(loss * run.world_size, scale_wrt_gas=False)
         total += loss.item()
         if last:
-            total = run.agree(total)
+            return run.agree(total)
         engine.step()
     return total
+
+
+def step_together(engines: Sequence[Any]) -> None:
+    """engine.step() of all engines, or of none if the float16 gradients of any overflowed: neither weights nor schedules
+    move then, and only the loss scale of those that overflowed goes down. All processes call it, each after accumulate.
+    """
+    overflowed = [engine.fp16_enabled() and has_overflow(engine.optimizer) for engine in engines]
+    for engine, own in zip(engines, overflowed, strict=True):
+        with as_if_overflowed(engine.optimizer) if any(overflowed) and not own else nullcontext():
+            engine.step()
+
+
+def has_overflow(optimizer) -> bool:
+    """Whether accumulated gradients hold an infinity or NaN on any process: what DeepSpeed's optimizers ask in step()."""
+    checker = getattr(optimizer, "overflow_checker", None)  # ZeRO-0
+    return checker.check() if checker else optimizer.has_overflow(getattr(optimizer, "partition_gradients", True))
+
+
+@contextmanager
+def as_if_overflowed(optimizer) -> Iterator[None]:
+    """In here optimizer.step() drops its gradients as after an overflow, and leaves the loss scale alone."""
+    checker = getattr(optimizer, "overflow_checker", optimizer)
+    checker.has_overflow = lambda *_, **__: True
+    optimizer._update_scale = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del checker.has_overflow, optimizer._update_scale
 
 
 def optimizer_figures(engine) -> dict[str, float]:
@@ -393,7 +430,7 @@ def whole_model(engine, device: torch.device | None = None, only_main: bool = Fa
     (saving); otherwise every process holds it (rollouts). It carries no DeepSpeed hooks, so nothing is gathered per token.
     """
     if getattr(engine, "plain_skeleton", None) is None:
-        yield engine.module
+        yield getattr(engine, "module", engine)  # a frozen model may be no engine
         return
     import deepspeed
 

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.heads import chunk_log_probs
+from training.step3_ppo.advantages import explained_variance, gae, whiten
 from training.step3_ppo.objectives import (
-    explained_variance,
-    gae,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -23,7 +22,6 @@ from training.step3_ppo.objectives import (
     response_mask,
     shaped_rewards,
     value_loss,
-    whiten,
 )
 
 pytestmark = pytest.mark.ppo

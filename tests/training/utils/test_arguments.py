@@ -16,6 +16,7 @@ from scripts.flags_table import main as flags_table
 from training.utils import parsing
 from training.utils.arguments import (
     STEPS,
+    DPOArguments,
     EvaluateArguments,
     PPOArguments,
     PromptEvalArguments,
@@ -31,6 +32,7 @@ ALL = (*STEPS, PromptEvalArguments, EvaluateArguments, RewardEvalArguments)
 NEEDED = {
     SFTArguments: ["--model_name_or_path", "m", "--output_dir", "o"],
     RewardArguments: ["--model_name_or_path", "m", "--output_dir", "o"],
+    DPOArguments: ["--model_name_or_path", "m", "--output_dir", "o"],
     PPOArguments: ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c", "--output_dir", "o"],
     PromptEvalArguments: ["--model_name_or_path_baseline", "b", "--model_name_or_path_finetune", "f"],
     EvaluateArguments: ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"],
@@ -48,9 +50,11 @@ PUBLISHED = {
     SFTArguments: BOTH + """
 sft_only_data_path x y|eot_token <end>|print_loss|pre_seq_len 128|quantization_bit 8""",
     RewardArguments: BOTH + """
-num_padding_at_beginning 1|eval_interval 10|eval_iters 100|beta 0.1 not-yet|label_smoothing 0.0 not-yet""",
-    PPOArguments: """data_path x y|data_split 2,4,4|data_output_path d|unsupervised_dataset_name wikitext not-yet
-unsupervised_dataset_config_name wikitext-2 not-yet|unsup_coef 27.8 not-yet|actor_model_name_or_path a
+num_padding_at_beginning 1|eval_interval 10|eval_iters 100""",
+    DPOArguments: BOTH + """
+print_loss|beta 0.1|label_smoothing 0.1|offload_reference_model|num_padding_at_beginning 1""",
+    PPOArguments: """data_path x y|data_split 2,4,4|data_output_path d|unsupervised_dataset_name wikitext
+unsupervised_dataset_config_name wikitext-2|unsup_coef 27.8|actor_model_name_or_path a
 critic_model_name_or_path c|num_padding_at_beginning 1|per_device_generation_batch_size 4
 per_device_training_batch_size 4|generation_batches 2|ppo_epochs 2|max_prompt_seq_len 64|max_answer_seq_len 64
 actor_learning_rate 1e-6|critic_learning_rate 1e-6|actor_weight_decay 0.1|critic_weight_decay 0.1|num_train_epochs 2
@@ -74,6 +78,7 @@ TOGETHER = {
     "quantization_bit": ["--lora_dim", "4"],
     "actor_lora_learning_rate": ["--actor_lora_dim", "4"], "critic_lora_learning_rate": ["--critic_lora_dim", "4"],
     "enable_mixed_precision_lora": ["--actor_zero_stage", "3"],
+    "unsupervised_dataset_config_name": ["--unsupervised_dataset_name", "wikitext"],
 }  # fmt: skip
 CASES = [
     (args_class, *line.partition(" ")[::2])
@@ -117,10 +122,12 @@ def test_what_a_former_flag_becomes_is_a_flag(row):
 
 def test_defaults_agree_across_steps_and_stay_put():
     """The numbers that users rely on, written out."""
-    sft, reward, ppo = (parse(one, NEEDED[one]) for one in STEPS)
+    sft, reward, ppo, dpo = (parse(one, NEEDED[one]) for one in STEPS)
     assert {sft.seed, reward.seed, ppo.seed} == {1234}
     assert {sft.data_split, reward.data_split, ppo.data_split} == {"2,4,4"}
     assert (sft.learning_rate, reward.learning_rate) == (2e-5, 1e-5)
+    assert (dpo.learning_rate, dpo.lora_learning_rate, dpo.beta, dpo.label_smoothing) == (1e-6, 1e-5, 0.1, 0.0)
+    assert (dpo.phase, dpo.seed, dpo.data_split) == (2, 1234, "2,4,4")
     assert (ppo.actor_learning_rate, ppo.critic_learning_rate) == (1e-6, 5e-6)
     assert (ppo.kl_coef, ppo.cliprange, ppo.cliprange_value, ppo.gamma, ppo.lam) == (0.05, 0.2, 0.2, 1.0, 0.95)
     assert (ppo.temperature, ppo.top_p, ppo.top_k, ppo.clip_reward_value) == (1.0, 1.0, 0, 5.0)
@@ -190,9 +197,8 @@ def test_former_names_mean_what_they_meant(args_class, words, field, value):
         (["--compute_fp32_loss"], ["--compute_fp32_loss: losses and log-probabilities are always float32."]),
         (["--inference_tp_size", "4"],
          ["--inference_tp_size: the actor's weights are gathered once a rollout instead."]),
-        (["--enable_ema"], ["--enable_ema: EMA is not kept in this version; the result is the last actor."]),
         (["--disable_actor_dropout"], ["--disable_actor_dropout: now --actor_dropout 0.0."]),
-        (["--enable_ema", "false"], []),
+        (["--enable_test_mode", "false"], []),
         (["--deepspeed"], []),
     ],
 )
@@ -204,7 +210,7 @@ def test_a_retired_flag_says_one_line(words, lines, caplog):
 def test_only_the_main_process_says_it(monkeypatch, caplog):
     monkeypatch.setattr(parsing.logger, "level", parsing.logger.level)   # put back afterwards
     monkeypatch.setenv("RANK", "1")
-    parse(PPOArguments, [*NEEDED[PPOArguments], "--enable_ema"])
+    parse(PPOArguments, [*NEEDED[PPOArguments], "--compute_fp32_loss"])
     parsing.logger.setLevel("NOTSET")
     assert not caplog.records
 
@@ -218,6 +224,7 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
         (PPOArguments, ["--learning_rate", "1e-5"],
          "--learning_rate is not a flag of step 3 (PPO); did you mean --actor_learning"),
         (SFTArguments, ["--kl_coef", "1"], "--kl_coef is a flag of step 3 (PPO), not of step 1 (SFT)."),
+        (RewardArguments, ["--label_smoothing", "0.1"], "--label_smoothing is a flag of DPO, not of step 2 (reward model)."),
         (SFTArguments, ["--num_gpus", "2"], "--num_gpus belongs to the launcher"),
         (SFTArguments, ["--qqqq"], "--qqqq is not a flag of step 1 (SFT); --help lists all flags."),
         (SFTArguments, ["stray"], "'stray' stands where a flag is expected"),
@@ -372,7 +379,7 @@ def test_flat_recipe(recipe):
         ("sft: 3", "recipe.yaml: the section sft must hold flags as `name: value`."),
         ("reward: {}", "recipe.yaml has no section sft, which step 1 (SFT) reads; add one."),
         ("a: [1\nb: 2", "recipe.yaml, line 2: not valid YAML ("),
-        ("- sft", "recipe.yaml: expected flags as `name: value`, or the sections launch, sft, reward, ppo."),
+        ("- sft", "recipe.yaml: expected flags as `name: value`, or the sections launch, sft, reward, ppo, dpo."),
         ("", "recipe.yaml: expected flags as"),
     ],
 )
@@ -459,7 +466,7 @@ def test_flags_table_writes_and_checks(tmp_path, capsys):
     for args_class in ALL:
         for name in flag_names(args_class):
             assert any(f"`--{name}`" in row for row in rows) or name.startswith("no_") or name == "help"
-    widths = {"step 1": 5, "prompt_eval": 5, "earlier flag": 2}
+    widths = {"step 1": 6, "prompt_eval": 5, "earlier flag": 2}
     for table in text.split("\n\n")[1:-1]:
         header = next(line for line in table.splitlines() if line.startswith("| "))
         cells = next(width for word, width in widths.items() if word in header)
@@ -476,4 +483,4 @@ def test_flags_table_needs_markers(tmp_path, capsys):
 
 def test_parser_shows_one_spelling():
     text = FlagParser(PPOArguments).format_help()
-    assert "--no_whiten" not in text and "--enable_ema" not in text and "--actor-zero-stage" not in text
+    assert "--no_whiten" not in text and "--compute_fp32_loss" not in text and "--actor-zero-stage" not in text

@@ -151,6 +151,13 @@ class PairBatch:
 
 
 @dataclass
+class AnswerPairBatch(PairBatch):
+    """Pairs whose answers are read token by token (DPO)."""
+
+    answer_mask: Tensor  # [2 x pairs, time] bool, the tokens of the answers, end token included; none of a filler's
+
+
+@dataclass
 class PromptBatch:
     """Prompts for generation."""
 
@@ -186,6 +193,17 @@ def collate_pairs(rows: Sequence[dict[str, Any]], real: Sequence[bool] | None = 
     margin = torch.tensor([row["margin"] or 0.0 for row in rows], dtype=torch.float32)
     weight = torch.ones(len(rows)) if real is None else torch.tensor(real, dtype=torch.float32)
     return PairBatch(ids, mask, margin, weight)
+
+
+def collate_answer_pairs(
+    rows: Sequence[dict[str, Any]], real: Sequence[bool] | None = None, *, pad_id: int
+) -> AnswerPairBatch:
+    """Rows of step 2 as a batch for DPO. real: False for a filler, whose weight is 0 and whose answer_mask is empty."""
+    pairs = collate_pairs(rows, real, pad_id=pad_id)
+    prompts = torch.tensor([row["prompt_length"] for row in rows] * 2)
+    behind_prompt = torch.arange(pairs.input_ids.shape[1]) >= prompts.clamp(min=1)[:, None]  # nothing predicts token 0
+    answers = behind_prompt & pairs.attention_mask.bool() & pairs.weight.bool().repeat(2)[:, None]
+    return AnswerPairBatch(pairs.input_ids, pairs.attention_mask, pairs.margin, pairs.weight, answers)
 
 
 def collate_prompts(rows: Sequence[dict[str, Any]], *, pad_id: int) -> PromptBatch:

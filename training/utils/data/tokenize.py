@@ -173,6 +173,19 @@ def prepare(
         )
         return Selected(path, train, held_out, own_eval="eval" in records)
 
+    def write(building: Path) -> dict[str, Counts]:
+        if rebuild:  # who asks for this trusts nothing that is there, the records included
+            for content, _ in contents:
+                shutil.rmtree(home / "records" / content, ignore_errors=True)
+        counts = write_parts(building, task, [select(path, sft_only) for path, sft_only in paths])
+        check_something_left([path for path, _ in paths], task, counts["train"])
+        return counts
+
+    return cached(folder, write, rebuild)
+
+
+def cached(folder: Path, write: Callable[[Path], dict[str, Counts]], rebuild: bool = False) -> PhaseData:
+    """The data in a folder of the cache; if there is none, one process writes it, see build_cache."""
     wish = rebuild_wish() if rebuild else None
     data = None if rebuild else open_cache(folder)
     if data is not None:
@@ -182,10 +195,7 @@ def prepare(
         with FileLock(f"{folder}.lock"):
             data = open_cache(folder, wish)  # whoever comes second finds the work done
             if data is None:
-                if rebuild:  # who asks for this trusts nothing that is there, the records included
-                    for content, _ in contents:
-                        shutil.rmtree(home / "records" / content, ignore_errors=True)
-                build_cache(folder, task, [select(path, sft_only) for path, sft_only in paths], wish)
+                build_cache(folder, write, wish)
                 data = open_cache(folder)
     except OSError as error:
         raise UserError(
@@ -325,10 +335,11 @@ def batches(records: Dataset) -> Iterator[list[Record]]:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def build_cache(folder: Path, task: Task, sets: list[Selected], wish: str | None) -> None:
-    """Tokenise the sets into a new folder, then move it into place. The caller holds the lock.
+def build_cache(folder: Path, write: Callable[[Path], dict[str, Counts]], wish: str | None) -> None:
+    """Make a new folder, then move it into place. The caller holds the lock.
 
-    wish: kept in the manifest, see rebuild_wish. Raises UserError if no record is left to train on.
+    write: puts train.arrow and eval.arrow into the folder it is given and counts what is in them. wish: kept in the
+    manifest, see rebuild_wish.
     """
     started = time.monotonic()
     building, old = (folder.with_name(f".{folder.name}.{name}") for name in ("building", "old"))
@@ -336,8 +347,7 @@ def build_cache(folder: Path, task: Task, sets: list[Selected], wish: str | None
         shutil.rmtree(rest, ignore_errors=True)
     building.mkdir(mode=0o700)
     try:
-        counts = write_parts(building, task, sets)
-        check_something_left([one.path for one in sets], task, counts["train"])
+        counts = write(building)
         manifest = {
             "report": {part: vars(one) for part, one in counts.items()},
             "files": {f"{part}.arrow": file_digest(building / f"{part}.arrow") for part in PARTS},

@@ -86,6 +86,7 @@ def test_bucketing_removes_most_of_the_padding():
 
 @patient
 @given(LENGTHS, st.integers(1, 9), st.none() | st.integers(1, 12), st.none() | st.integers(60, 300))
+@pytest.mark.ppo
 def test_micro_batches_hold_every_position_once_within_the_limits(lengths, world_size, max_examples, max_tokens):
     plan = plan_micro_batches(lengths, world_size, max_examples, max_tokens)
     assert len(plan) == world_size

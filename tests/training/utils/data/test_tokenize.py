@@ -155,6 +155,7 @@ def test_an_answer_that_is_too_long_alone_keeps_its_end_token(tmp_path, tokenize
     assert data.report["train"]["truncated_answers"] == 1
 
 
+@pytest.mark.ppo
 def test_pairs_that_are_equal_once_cut_are_dropped_and_counted(tmp_path, llama):
     start = " ".join(map(str, range(200)))
     rows = [

@@ -1,0 +1,154 @@
+"""The rollout engine: what sharing a prompt's reading and replacing finished rows give, and transformers' generate beside it.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.generation                          # both CPU shapes, about ten minutes
+    python -m benchmarks.generation --shape chat --rounds 9 --max_batch 32
+    python -m benchmarks.generation --shape opt-1.3b --dtype bf16 --prompts 1024 --max_batch 256       # on a card
+
+Random weights; the stop tokens are so many that an answer goes on at each step with the probability that gives it the mean
+length asked for. Ways are timed in turn, --rounds times; printed are medians, and the fastest and slowest round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, OPTConfig
+
+from inference.engine import Generation, generate, generate_many
+from models.device import detect_platform, resolve_dtype, set_device, synchronize
+
+PAD, FIRST_STOP = 0, 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network, prompts of log-normal length, answers of geometric length."""
+
+    config: object
+    prompt: int  # median length in tokens
+    answer: int  # mean length
+    longest: int  # max_new_tokens
+
+
+def shapes() -> dict[str, Shape]:
+    """demo: that of scripts/quickstart.sh. chat: the yardstick of performance.md. opt-1.3b: DeepSpeed-Chat's."""
+    demo = LlamaConfig(
+        vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    chat = OPTConfig(
+        vocab_size=8192, hidden_size=256, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=512, word_embed_proj_dim=256,
+    )  # fmt: skip
+    large = OPTConfig(
+        vocab_size=50272, hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32,
+        max_position_embeddings=2048, word_embed_proj_dim=2048,
+    )  # fmt: skip
+    return {"demo": Shape(demo, 24, 12, 24), "chat": Shape(chat, 60, 24, 64), "opt-1.3b": Shape(large, 128, 128, 256)}
+
+
+def prompts_of(shape: Shape, count: int, seed: int = 0) -> list[list[int]]:
+    """Random tokens; lengths are log-normal (sigma 0.5) and at most three times the median."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = (torch.randn(count, generator=random) * 0.5).exp() * shape.prompt
+    vocabulary = shape.config.vocab_size
+    return [
+        torch.randint(FIRST_STOP, vocabulary, (int(length),), generator=random).tolist()
+        for length in lengths.clamp(2, 3 * shape.prompt)
+    ]
+
+
+def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask [batch, longest], padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
+    return ids, mask
+
+
+def ways(model: nn.Module, shape: Shape, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Callable]:
+    """name -> a function that answers all rows and returns [number of tokens]."""
+    stops = list(range(FIRST_STOP, FIRST_STOP + math.ceil(shape.config.vocab_size / shape.answer)))
+    settings = {"max_new_tokens": shape.longest, "stop_token_ids": stops, "pad_token_id": PAD}
+    device, each = model.device, args.answers
+    rows = [prompt for prompt in prompts for _ in range(each)]
+
+    def tokens(found: Generation) -> int:
+        return int(found.lengths.sum())
+
+    def in_batches(order: list[int]) -> int:
+        total = 0
+        for start in range(0, len(order), args.max_batch):
+            places = order[start : start + args.max_batch]
+            ids, mask = padded([rows[place] for place in places], device)
+            total += tokens(generate(model, ids, mask, row_seeds=places, **settings))
+        return total
+
+    def transformers() -> int:
+        total = 0
+        config = GenerationConfig(
+            do_sample=True, max_new_tokens=shape.longest, pad_token_id=PAD, eos_token_id=stops, top_k=0, top_p=1.0
+        )
+        for start in range(0, len(rows), args.max_batch):
+            ids, mask = padded(rows[start : start + args.max_batch], device)
+            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
+            total += int((made != PAD).sum())
+        return total
+
+    def many(**changes) -> int:
+        seeds = range(len(rows))
+        return tokens(generate_many(model, prompts, max_batch=args.max_batch, num_return_sequences=each, row_seeds=seeds,
+                                    **settings, **changes))  # fmt: skip
+
+    longest_first = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    return {
+        "transformers.generate": transformers,
+        "batches in the data's order": lambda: in_batches(list(range(len(rows)))),
+        "batches of like length": lambda: in_batches(longest_first),
+        "generate_many": many,
+    }
+
+
+def main() -> None:
+    """Time all ways on all shapes that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=list(shapes()), default=["demo", "chat"])
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--answers", type=int, default=1, help="answers a prompt")
+    parser.add_argument("--max_batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="fp32")
+    args = parser.parse_args()
+    platform = detect_platform()
+    device = set_device(platform, 0)
+    for name in args.shape:
+        shape = shapes()[name]
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape.config).to(device, resolve_dtype(args.dtype, platform)).eval()
+        runs = ways(model, shape, prompts_of(shape, args.prompts), args)
+        times: dict[str, list[float]] = {way: [] for way in runs}
+        made = {}
+        for round_number in range(args.rounds + 1):
+            for way, run in runs.items():
+                synchronize()
+                started = time.perf_counter()
+                made[way] = run()
+                synchronize()
+                if round_number:  # the first one warms up
+                    times[way].append(time.perf_counter() - started)
+        print(f"\n{name}: {args.prompts} prompts, {args.answers} answers each, {args.max_batch} at once, {platform}")
+        print("| way | seconds | fastest - slowest | tokens/s |\n|---|---|---|---|")
+        for way, seconds in times.items():
+            middle = statistics.median(seconds)
+            print(f"| {way} | {middle:.2f} | {min(seconds):.2f} - {max(seconds):.2f} | {made[way] / middle:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Item 42: under fp16, an overflow of the actor or of the critic keeps both from their step, weights and schedules alike.
+
+Nobody trains in fp16 on a CPU, and DeepSpeed and we refuse it; the refusals are taken away here, the arithmetic works.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+import training.utils.run
+from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from training.utils.zero import trained_weights
+
+pytestmark = pytest.mark.ppo
+OTHER = {"actor": "critic", "critic": "actor"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Actor and reward model."""
+    yield write_models(tmp_path_factory.mktemp("models"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def half(models, tmp_path, monkeypatch):
+    """Builds trainers in fp16."""
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    monkeypatch.setattr(training.utils.run, "resolve_dtype", lambda *_: torch.float16)
+
+    def trainer(stage: int, *flags: str):
+        return build(
+            models, tmp_path, "--dtype", "fp16", "--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage),
+            "--enable_ema", *flags,
+        )  # fmt: skip
+
+    return trainer
+
+
+def state(engine) -> tuple:
+    """Weights as the optimizer has them, learning rate, loss scale, steps left out."""
+    return trained_weights(engine, engine.module.model), engine.get_lr(), engine.optimizer.loss_scale, engine.skipped_steps
+
+
+def moved(before: tuple, after: tuple) -> bool:
+    """Whether weights and learning rate moved: both or neither."""
+    weights = any(not torch.equal(before[0][name], value) for name, value in after[0].items())
+    assert weights == (before[1] != after[1])
+    return weights
+
+
+def train_with_overflow(trainer, role: str, number: int, monkeypatch) -> None:
+    """One step whose loss is finite but has gradients of one role that fp16 cannot hold."""
+    plain = getattr(trainer, f"_{role}_loss")
+    larger = lambda found: (found[0] * 1e9, found[1]) if isinstance(found, tuple) else found * 1e9  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, f"_{role}_loss", lambda *arguments: larger(plain(*arguments)))
+        trainer.train_rlhf(rollout(trainer, number), number)
+
+
+@pytest.mark.parametrize("role", ["actor", "critic"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_item_42_neither_steps_when_one_overflows(half, monkeypatch, stage, role):
+    trainer = half(stage, "--align_overflow")
+    engines = {"actor": trainer.engine.actor, "critic": trainer.engine.critic}
+    before = {name: state(engine) for name, engine in engines.items()}
+    average = trainer.engine.actor_ema.weights()
+    for number in (1, 2):   # the first overflow uses up DeepSpeed's patience, the second lowers the scale
+        train_with_overflow(trainer, role, number, monkeypatch)
+    after = {name: state(engine) for name, engine in engines.items()}
+    for name in engines:
+        assert not moved(before[name], after[name]) and after[name][3] == 2
+    assert after[role][2] < before[role][2]
+    assert after[OTHER[role]][2] == before[OTHER[role]][2], "its gradients were sound"
+    assert all(torch.equal(average[name], value) for name, value in trainer.engine.actor_ema.weights().items())
+
+    trainer.train_rlhf(rollout(trainer, 3), 3)
+    for name, engine in engines.items():
+        assert moved(after[name], state(engine)) and engine.skipped_steps == 2, "the step after it is an ordinary one"
+
+
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_without_the_flag_the_other_one_steps(half, monkeypatch, role):
+    trainer = half(1)
+    before = {name: state(getattr(trainer.engine, name)) for name in OTHER}
+    train_with_overflow(trainer, role, 1, monkeypatch)
+    after = {name: state(getattr(trainer.engine, name)) for name in OTHER}
+    assert not moved(before[role], after[role])
+    assert moved(before[OTHER[role]], after[OTHER[role]])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_without_overflow_the_flag_changes_nothing(half, stage):
+    plain, aligned = half(stage), half(stage, "--align_overflow")
+    for trainer in (plain, aligned):
+        for number in (1, 2):
+            trainer.train_rlhf(rollout(trainer, number), number)
+    for role in OTHER:
+        first, second = (state(getattr(trainer.engine, role)) for trainer in (plain, aligned))
+        assert all(torch.equal(first[0][name], value) for name, value in second[0].items()) and first[1:] == second[1:]

@@ -1,0 +1,127 @@
+"""Item 46: the moving average of the actor, in float32 from what the optimizer moves, against the formula as a plain loop."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+from models.factory import load_causal_lm
+from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from training.utils.arguments import PPOArguments
+from training.utils.checkpoint import Checkpoint, export
+from training.utils.parsing import parse
+from training.utils.zero import trained_weights
+
+pytestmark = pytest.mark.ppo
+DECAY = 0.8
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Actor and reward model."""
+    yield write_models(tmp_path_factory.mktemp("models"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def averaged(models, output, *flags):
+    return build(models, output, "--enable_ema", "--ema_decay", str(DECAY), *flags)
+
+
+def now(trainer) -> dict[str, torch.Tensor]:
+    return trained_weights(trainer.engine.actor, trainer.engine.actor.module.model)
+
+
+CASES = [("fp32", stage, 0) for stage in (0, 1, 2, 3)] + [("bf16", stage, 0) for stage in (0, 1, 2)]
+CASES += [("fp32", 0, 4), ("fp32", 2, 4), ("bf16", 3, 4)]
+
+
+@pytest.mark.parametrize(("dtype", "stage", "lora"), CASES)
+def test_item_46_equals_the_plain_loop_over_the_weights_after_each_step(models, tmp_path, dtype, stage, lora):
+    trainer = averaged(
+        models, tmp_path, "--dtype", dtype, "--actor_zero_stage", str(stage), "--actor_lora_dim", str(lora),
+        *(["--actor_lora_learning_rate", "1e-3"] if lora else []),
+    )  # fmt: skip
+    expected = {name: value.double() for name, value in now(trainer).items()}
+    start = {name: value.clone() for name, value in expected.items()}
+    for number in (1, 2, 3):
+        trainer.train_rlhf(rollout(trainer, number), number)
+        for name, value in now(trainer).items():
+            expected[name] = DECAY * expected[name] + (1 - DECAY) * value.double()
+    found = trainer.engine.actor_ema.weights()
+    assert found.keys() == expected.keys()
+    assert all("lora_" in name for name in found) == bool(lora)
+    for name, value in found.items():
+        assert value.dtype == torch.float32 and value.device.type == "cpu"
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-8, rtol=3e-7)
+    assert any(not torch.equal(start[name], expected[name]) for name in start)
+
+
+def test_a_skipped_step_moves_no_average(models, tmp_path, monkeypatch):
+    trainer = averaged(models, tmp_path)
+    trainer.train_rlhf(rollout(trainer, 1), 1)
+    before = trainer.engine.actor_ema.weights()
+    monkeypatch.setattr(trainer.engine.actor, "was_step_applied", lambda: False)
+    trainer.train_rlhf(rollout(trainer, 2), 2)
+    assert all(torch.equal(before[name], value) for name, value in trainer.engine.actor_ema.weights().items())
+
+
+def test_weights_that_rest_are_their_own_average(models, tmp_path):
+    trainer = averaged(models, tmp_path, "--actor_learning_rate", "0")
+    start = now(trainer)
+    for number in (1, 2):
+        trainer.train_rlhf(rollout(trainer, number), number)
+    assert all(torch.equal(start[name], value) for name, value in trainer.engine.actor_ema.weights().items())
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_saved_as_a_model_of_its_own_while_the_actor_stays(models, tmp_path, lora):
+    trainer = averaged(models, tmp_path, "--actor_lora_dim", str(lora))
+    engine, run = trainer.engine, trainer.run
+    trainer.train_rlhf(rollout(trainer, 1), 1)
+    actor = now(trainer)
+    export(engine.actor, engine.tokenizer, engine.template, tmp_path / "actor", run)
+    export(engine.actor, engine.tokenizer, engine.template, tmp_path / "ema", run, engine.actor_ema.weights())
+    assert all(torch.equal(actor[name], value) for name, value in now(trainer).items())
+    assert (tmp_path / "ema" / "adapter").is_dir() == bool(lora)
+    start, last, average = (
+        load_causal_lm(folder, dtype=torch.float32).state_dict() for folder in (models[0], tmp_path / "actor", tmp_path / "ema")
+    )
+    if lora:
+        assert not torch.equal(last["model.layers.0.self_attn.q_proj.weight"], average["model.layers.0.self_attn.q_proj.weight"])
+        return
+    for name, value in average.items():   # one step: the average is the mixture of its two ends
+        torch.testing.assert_close(value, DECAY * start[name] + (1 - DECAY) * last[name], atol=1e-7, rtol=1e-6)
+
+
+def test_resumed_bit_for_bit(models, tmp_path):
+    whole = averaged(models, tmp_path)
+    checkpoint = Checkpoint(whole.run, {}, {}, {"actor_ema": whole.engine.actor_ema})
+    for number in (1, 2):
+        whole.train_rlhf(rollout(whole, number), number)
+    checkpoint.save(2)
+    saved = whole.engine.actor_ema.weights()
+    whole.train_rlhf(rollout(whole, 3), 3)
+    other = averaged(models, tmp_path, "--resume")
+    assert Checkpoint(other.run, {}, {}, {"actor_ema": other.engine.actor_ema}).resume()[0] == 2
+    assert all(torch.equal(saved[name], value) for name, value in other.engine.actor_ema.weights().items())
+    manifest = json.loads((tmp_path / "checkpoints" / "step-00000002" / "checkpoint.json").read_text())
+    assert "actor_ema-0.pt" in manifest["files"]
+    small = averaged(models, tmp_path, "--resume", "--actor_lora_dim", "4")
+    with pytest.raises(UserError, match="moving average"):
+        Checkpoint(small.run, {}, {}, {"actor_ema": small.engine.actor_ema}).resume()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--ema_decay", "0.9"], "--ema_decay 0.9 has no effect without --enable_ema"),
+        (["--enable_ema", "--ema_decay", "1.0"], "--ema_decay 1.0: must be 0 or more and less than 1"),
+    ],
+)
+def test_flags(words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        parse(PPOArguments, ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c", "--data_path", "d",
+                             "--output_dir", "o", *words])  # fmt: skip

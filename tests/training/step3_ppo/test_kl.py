@@ -1,0 +1,168 @@
+"""Where a KL penalty goes, which gradient it has, and what keeps it in bounds. Expectations are enumerated, not sampled."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.step3_ppo.objectives import (
+    ESTIMATORS,
+    adapted_kl_coef,
+    aggregate,
+    kl_estimate,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    kl_loss,
+    loss_denominator,
+    shaped_rewards,
+)
+
+pytestmark = pytest.mark.ppo
+LOGITS = torch.tensor([1.0, -0.5, 0.3, -2.0])
+REFERENCE = torch.tensor([0.2, 0.4, -1.0, 0.1]).log_softmax(0)
+
+
+def exact_gradient() -> Tensor:
+    """The gradient of KL(p || q) = sum p log(p / q) in the logits of p, by differentiating the sum itself."""
+    logits = LOGITS.clone().requires_grad_()
+    log_probs = logits.log_softmax(0)
+    (log_probs.exp() * (log_probs - REFERENCE)).sum().backward()
+    return logits.grad
+
+
+def expected_gradient(loss_of) -> Tensor:
+    """The mean over tokens drawn from p of the gradient of loss_of(log p(token), log q(token)): each token's loss, weighed
+    by its probability as a number.
+    """
+    logits = LOGITS.clone().requires_grad_()
+    log_probs = logits.log_softmax(0)
+    (log_probs.detach().exp() * loss_of(log_probs, REFERENCE)).sum().backward()
+    return logits.grad
+
+
+def token_losses(estimator: str):
+    """kl_loss of each token alone."""
+
+    def losses(log_probs: Tensor, reference: Tensor) -> Tensor:
+        one = torch.ones(1, 1, dtype=torch.bool)
+        pairs = zip(log_probs, reference, strict=True)
+        return torch.stack([kl_loss(a.view(1, 1), b.view(1, 1), one, 1.0, estimator)[0] for a, b in pairs])
+
+    return losses
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_loss_has_the_gradient_of_the_kl(estimator):
+    """Item 13: whatever the estimator's value, the expected gradient is that of KL(p || q)."""
+    torch.testing.assert_close(expected_gradient(token_losses(estimator)), exact_gradient(), rtol=1e-5, atol=1e-6)
+    values = token_losses(estimator)(LOGITS.log_softmax(0), REFERENCE)
+    torch.testing.assert_close(values, ESTIMATORS[estimator](LOGITS.log_softmax(0), REFERENCE))
+
+
+def test_differentiating_k1_or_k3_is_wrong():
+    """Item 13: k1's gradient has mean 0; k3's is that of the other direction, KL(q || p); only k2's is right."""
+    torch.testing.assert_close(expected_gradient(kl_k1), torch.zeros(4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(expected_gradient(kl_k2), exact_gradient(), rtol=1e-5, atol=1e-6)
+    logits = LOGITS.clone().requires_grad_()
+    (REFERENCE.exp() * (REFERENCE - logits.log_softmax(0))).sum().backward()
+    torch.testing.assert_close(expected_gradient(kl_k3), logits.grad, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(logits.grad, exact_gradient(), atol=0.05)
+
+
+def test_in_the_reward_k1_is_right():
+    """Item 13: a reward of -k as a number, times grad log p: for k1 that is minus the KL's gradient, for k3 it is not."""
+    for estimator, right in ((kl_k1, True), (kl_k3, False)):
+        found = expected_gradient(lambda a, b, estimate=estimator: estimate(a, b).detach() * a)
+        assert torch.allclose(found, exact_gradient(), atol=1e-6) == right
+
+
+def test_estimates_are_cut_where_they_explode():
+    """Item 12: k3 of a token 30 nats off is cut to 10 and counted; nothing is cut within; outside the mask nothing counts."""
+    d = torch.tensor([[-30.0, 0.5, -30.0], [12.0, float("nan"), 3.0]])
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    zero = torch.zeros_like(d)
+    kl, cut = kl_estimate(d, zero, mask, "k3", clip=10.0)
+    assert kl[0, 0] == 10.0 and kl[1, 0] == 10.0 and cut == 2
+    assert kl[0, 1].item() == pytest.approx(math.exp(-0.5) - 0.5, rel=1e-5)
+    assert (kl[~mask] == 0).all()
+    kl, cut = kl_estimate(d, zero, mask, "k1", clip=10.0)
+    assert kl.tolist() == [[-10.0, 0.5, 0.0], [10.0, 0.0, 3.0]] and cut == 2
+    kl, cut = kl_estimate(d, zero, mask, "k1")
+    assert kl[0, 0] == -30.0 and cut == 0
+    assert kl_estimate(d, zero, mask, "k3")[0].isfinite().all()
+
+
+def test_the_cut_holds_in_reward_and_loss():
+    """Item 12: a token far off pulls at most 10 in the reward; in the loss its gradient stays, at 10 times grad log p."""
+    far, zero, one = torch.full((1, 1), 40.0), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    assert shaped_rewards(torch.zeros(1), far, zero, one, 0.5, "k2", 10.0).item() == -5.0
+    leaf = far.clone().requires_grad_()
+    loss, cut = kl_loss(leaf, zero, one, 1.0, "k2", 10.0)
+    loss.backward()
+    assert (loss.item(), leaf.grad.item(), cut.item()) == (10.0, 10.0, 1.0)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_rewards_with_each_estimator_add_up(estimator):
+    """Items 10, 15: the rewards of a row sum to its score less kl_coef times its estimates."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 4, 6, generator=generator)
+    mask = torch.arange(6) < torch.tensor([6, 1, 3, 0])[:, None]
+    rewards = shaped_rewards(torch.arange(4.0), a, b, mask, 0.3, estimator)
+    for row, length in enumerate([6, 1, 3, 0]):
+        d = [float(a[row, t] - b[row, t]) for t in range(length)]
+        by_hand = {"k1": sum(d), "k2": sum(x * x / 2 for x in d), "k3": sum(math.exp(-x) - 1 + x for x in d)}
+        expected = (row if length else 0.0) - 0.3 * by_hand[estimator]
+        assert rewards[row].sum().item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_loss_ignores_the_reference_outside_the_mask_and_its_gradient():
+    """Items 8, 13: NaN outside does not leak, and nothing is learned by the reference."""
+    leaf, reference = (torch.randn(2, 3).requires_grad_() for _ in range(2))
+    nan = torch.tensor([[0.0, 0.0, float("nan")], [0.0, float("nan"), float("nan")]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    loss, _ = kl_loss(leaf + nan, reference + nan, mask, 3.0)
+    loss.backward()
+    assert loss.isfinite() and (leaf.grad[mask == 0] == 0).all() and reference.grad is None
+
+
+@pytest.mark.parametrize("kl", [0.0, 1.0, 5.9, 6.0, 6.3, 9.0, 1e6])
+def test_the_coefficient_moves_towards_the_target(kl):
+    """Item 16: up where the KL is above the target, down below, by at most 20 % per horizon of episodes, monotone in KL."""
+    after = adapted_kl_coef(0.1, kl, target=6.0, episodes=64, horizon=10_000)
+    error = max(-0.2, min(0.2, kl / 6.0 - 1))
+    assert after == pytest.approx(0.1 * (1 + error * 64 / 10_000))
+    assert (after > 0.1) == (kl > 6.0) and (after < 0.1) == (kl < 6.0)
+    assert abs(after / 0.1 - 1) <= 0.2 * 64 / 10_000 + 1e-12
+    assert adapted_kl_coef(0.1, kl + 0.1, 6.0, 64, 10_000) >= after
+    assert adapted_kl_coef(0.1, kl, 6.0, episodes=10**6, horizon=10) > 0
+
+
+# --- reduction --------------------------------------------------------------------------------------------------------
+
+
+def test_means_over_tokens_and_over_answers():
+    """Item 33: "token" weighs every token alike, "sequence" every answer; an answer without a token counts in neither."""
+    losses = torch.tensor([[6.0, float("nan"), 0.0], [1.0, 2.0, 3.0], [9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0]])
+    assert loss_denominator(mask) == 4.0 and loss_denominator(mask, "sequence") == 2.0
+    assert aggregate(losses, mask, 4.0).item() == 3.0
+    assert aggregate(losses, mask, 2.0, "sequence").item() == 4.0  # (6 + 2) / 2
+    nothing = torch.zeros_like(mask)
+    assert loss_denominator(nothing, "sequence") == 0.0
+    for reduction in ("token", "sequence"):
+        assert aggregate(losses, nothing, 0.0, reduction).item() == 0.0
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_either_mean_is_the_same_in_any_micro_batches(reduction):
+    """Item 33: the parts of a minibatch, each trimmed to its width, add up to the whole."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([5, 2, 1, 4])
+    losses, mask = torch.randn(4, 5, generator=generator), torch.arange(5) < lengths[:, None]
+    count = loss_denominator(mask, reduction)
+    parts = [aggregate(losses[rows, :width], mask[rows, :width], count, reduction)
+             for rows, width in ((slice(0, 1), 5), (slice(1, 3), 2), (slice(3, 4), 4))]  # fmt: skip
+    torch.testing.assert_close(sum(parts), aggregate(losses, mask, count, reduction))

@@ -1,0 +1,344 @@
+"""The choices that the flags of step 3 leave - methods without a critic, KL in the loss, warm-up, early stop, penalties -
+with real models and engines; and over two processes and a resume as over one.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+from inference.engine import Generation
+from tests.launching import logged, write_pairs
+from tests.several import run_several
+from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from training.step3_ppo.experience import Experience
+from training.step3_ppo.ppo_trainer import assign_advantages
+from training.step3_ppo.rollout import score_rollout
+from training.utils.arguments import PPOArguments
+from training.utils.data.batching import collate_prompts
+from training.utils.parsing import parse
+
+pytestmark = pytest.mark.ppo
+GROUPS = ("--num_return_sequences", "3", "--per_device_training_batch_size", "12")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    yield write_models(tmp_path_factory.mktemp("models"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def weights(engine) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+def equal(before: list[torch.Tensor], engine) -> bool:
+    return all(torch.equal(old, new) for old, new in zip(before, engine.module.parameters(), strict=True))
+
+
+def hand_written(trainer) -> Experience:
+    """Three answers of 1, 4 and 7 tokens (the limit), the last cut off, scored."""
+    tokenizer, end = trainer.engine.tokenizer, trainer.engine.template.stop_token_ids[0]
+    batch = collate_prompts(
+        [{"prompt_ids": [10 + row, 20], "index": row} for row in range(3)], pad_id=tokenizer.pad_token_id
+    )
+    answers = [[end], [11, 12, 13, end], [21, 22, 23, 24, 25, 26, 27]]
+    ids = torch.tensor([answer + [tokenizer.pad_token_id] * (7 - len(answer)) for answer in answers])
+    generation = Generation(ids, torch.tensor([1, 4, 7]), torch.tensor([True, True, False]), torch.zeros(3, 7))
+    experience = Experience.from_generation(
+        batch.input_ids, batch.attention_mask, generation, batch.index, tokenizer.pad_token_id
+    )
+    score_rollout(trainer.engine, experience, trainer.args)
+    return experience
+
+
+# --- methods without a critic -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce++"])
+def test_item_28_without_a_critic(models, tmp_path, method):
+    trainer = build(models, tmp_path, "--advantage", method, *GROUPS, "--kl_coef", "0.1")
+    engine = trainer.engine
+    assert engine.critic is None and list(engine.trained) == ["actor"] and engine.reward is not None
+    experience = rollout(trainer, 1)
+    assert len(experience) == 12 and experience.values is None and experience.returns is None
+    assert experience.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert experience.index.tolist() == experience.group.tolist()
+    totals = experience.rewards.sum(1).view(4, 3)
+    first = experience.advantages[:, 0].view(4, 3)
+    if method == "rloo":
+        torch.testing.assert_close(first, 1.5 * (totals - totals.mean(1, keepdim=True)), atol=1e-4, rtol=1e-4)
+    elif method == "grpo":
+        spread = totals.std(1, keepdim=True, unbiased=False)
+        torch.testing.assert_close(first, (totals - totals.mean(1, keepdim=True)) / (spread + 1e-4), atol=1e-3, rtol=1e-3)
+    else:
+        mask = experience.action_mask
+        assert experience.advantages[mask].mean().item() == pytest.approx(0.0, abs=1e-5)
+        assert experience.advantages[mask].var(unbiased=False).item() == pytest.approx(1.0, rel=1e-3)
+    before = weights(engine.actor)
+    figures = experience.figures | trainer.train_rlhf(experience, 1)
+    assert not equal(before, engine.actor)
+    assert not {"critic_loss", "critic_lr", "value", "explained_variance"} & figures.keys()
+    assert figures["first_ratio_deviation"] < 1e-5
+
+
+def test_item_28_answers_to_one_prompt_differ_and_begin_with_the_answer_of_a_rollout_of_one(models, tmp_path):
+    one = rollout(build(models, tmp_path / "one"), 1)
+    three = rollout(build(models, tmp_path / "three", *GROUPS), 1)
+    rows = [three.input_ids[row][three.attention_mask[row].bool()].tolist() for row in range(12)]
+    assert len({tuple(row) for row in rows}) > 8
+    alone = [one.input_ids[row][one.attention_mask[row].bool()].tolist() for row in range(4)]
+    assert rows[::3] == alone
+    assert three.values is not None, "gae may have several answers to a prompt too"
+
+
+# --- KL, entropy, rewards ---------------------------------------------------------------------------------------------
+
+
+def test_item_13_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_path):
+    trainer = build(models, tmp_path, "--kl_in", "loss", "--kl_estimator", "k3", "--kl_coef", "1.0", "--ppo_epochs", "8",
+                    "--lr_scheduler_type", "constant")  # fmt: skip
+    trainer.train_rlhf(rollout(trainer, 1), 1)  # away from the reference
+    experience = rollout(trainer, 2)
+    scores = (experience.scores - 0.3) / 1.7 - (~experience.ended).float()
+    torch.testing.assert_close(experience.rewards.sum(1), scores.clamp(-5, 5), atol=1e-5, rtol=1e-5)
+
+    def divergence(now: Experience) -> float:
+        d = (now.old_log_probs - now.ref_log_probs)[now.action_mask]
+        return float((d.square() / 2).mean())
+
+    before = divergence(experience)
+    assert before > 1e-3
+    experience.advantages = torch.zeros_like(experience.advantages)  # nothing but the penalty
+    figures = trainer.train_rlhf(experience, 2)
+    assert figures["kl_per_token"] > 0 and figures["kl_clipped_share"] == 0.0
+    after = replace(experience)
+    score_rollout(trainer.engine, after, trainer.args)
+    assert divergence(after) < before / 2
+
+
+def test_item_12_what_the_clip_cuts_is_logged(models, tmp_path):
+    trainer = build(models, tmp_path, "--kl_estimator", "k2", "--kl_clip", "1e-6", "--ppo_epochs", "2")
+    assert rollout(trainer, 1).figures["kl_clipped_share"] == 0.0
+    trainer.train_rlhf(rollout(trainer, 1), 1)
+    assert rollout(trainer, 2).figures["kl_clipped_share"] > 0.5
+
+
+def test_item_38_the_bonus_raises_the_entropy(models, tmp_path):
+    flags = ("--entropy_coef", "0.5", "--ppo_epochs", "6", "--kl_coef", "0")
+    trainer = build(models, tmp_path, *flags)
+    experience = rollout(trainer, 1)
+    experience.advantages = torch.zeros_like(experience.advantages)
+    ids, mask = experience.input_ids, experience.attention_mask
+
+    def entropy() -> float:
+        """Of the whole distributions, from plain logits."""
+        with torch.no_grad():
+            logits = trainer.engine.actor.module.model.eval()(input_ids=ids, attention_mask=mask).logits
+        probs = logits[:, experience.prompt_width - 1 : -1].softmax(-1)
+        return float(-(probs * probs.log()).sum(-1)[experience.action_mask].mean())
+
+    before = entropy()
+    figures = trainer.train_rlhf(experience, 1)
+    assert entropy() > before
+    assert before - 0.01 < figures["entropy"] < entropy() + 0.01
+
+
+def test_items_17_19_22_penalties_and_whitening_of_rewards(models, tmp_path):
+    flags = ("--kl_coef", "0", "--normalize_reward", "false", "--missing_eos_penalty", "0.5")
+    plain = build(models, tmp_path / "plain", *flags)
+    long = build(models, tmp_path / "long", *flags, "--overlong_penalty", "2", "--overlong_tokens", "6")
+    experiences = [hand_written(trainer) for trainer in (plain, long)]
+    for trainer, experience in zip((plain, long), experiences, strict=True):
+        assign_advantages(experience, trainer.engine, trainer.args)
+    scores = experiences[0].scores
+    missing = torch.tensor([0.0, 0.0, 0.5])
+    torch.testing.assert_close(experiences[0].rewards.sum(1), (scores - missing).clamp(-5, 5))
+    # 1, 4 and 7 tokens of 7, the ramp from 1: 0, 3/6 and all of the penalty of 2.
+    torch.testing.assert_close(experiences[1].rewards.sum(1), (scores - missing - torch.tensor([0.0, 1.0, 2.0])).clamp(-5, 5))
+    plain.args.whiten_rewards = True
+    whitened = replace(experiences[0])
+    assign_advantages(whitened, plain.engine, plain.args)
+    mask = whitened.action_mask
+    assert whitened.rewards[mask].var(unbiased=False).item() == pytest.approx(1.0, rel=1e-4)
+    assert whitened.rewards[mask].mean().item() == pytest.approx(experiences[0].rewards[mask].mean().item(), rel=1e-4)
+    assert whitened.figures["reward"] == experiences[0].figures["reward"], "the log shows rewards as they are"
+
+
+def test_item_49_the_sampler_s_weights_reach_the_advantages(models, tmp_path):
+    trainer = build(models, tmp_path)
+    experience = hand_written(trainer)  # whose sampler claims a probability of 1 for every token
+    assign_advantages(experience, trainer.engine, trainer.args)
+    before = experience.advantages
+    trainer.args.sampler_correction = 1.5
+    assign_advantages(experience, trainer.engine, trainer.args)
+    torch.testing.assert_close(experience.advantages, before / 1.5)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def test_item_41_only_the_critic_learns_during_its_warm_up(models, tmp_path):
+    trainer = build(models, tmp_path, "--critic_warmup_rollouts", "2", "--kl_target", "1")
+    actor, critic = weights(trainer.engine.actor), weights(trainer.engine.critic)
+    for number in (1, 2):
+        figures = trainer.train_rlhf(rollout(trainer, number), number)
+        assert equal(actor, trainer.engine.actor) and not equal(critic, trainer.engine.critic)
+        assert "actor_loss" not in figures and "critic_loss" in figures
+        assert trainer.kl_coef == trainer.args.kl_coef, "a KL that cannot move says nothing about the coefficient"
+    assert rollout(trainer, 3).figures["kl"] == 0.0
+    trainer.train_rlhf(rollout(trainer, 3), 3)
+    assert not equal(actor, trainer.engine.actor)
+
+
+def test_epochs_end_where_the_policy_has_moved_far_enough(models, tmp_path):
+    flags = ("--ppo_epochs", "5", "--per_device_training_batch_size", "2", "--actor_learning_rate", "3e-3")
+    free = build(models, tmp_path / "free", *flags)
+    assert free.train_rlhf(rollout(free, 1), 1)["optimizer_steps"] == 10
+    bound = build(models, tmp_path / "bound", *flags, "--max_approx_kl", "1e-3")
+    found = bound.train_rlhf(rollout(bound, 1), 1)
+    assert 2 <= found["optimizer_steps"] < 10, "the first minibatch has KL 0, later ones do not"
+    assert found["approx_kl"] * found["optimizer_steps"] > 1e-3
+
+
+def test_items_16_50_the_coefficient_moves_after_its_use_and_is_state(models, tmp_path):
+    trainer = build(models, tmp_path, "--kl_target", "0.5", "--kl_horizon", "40", "--kl_coef", "0.2")
+    experience = rollout(trainer, 1)
+    assert experience.figures["kl"] == 0.0 and experience.figures["kl_coef"] == 0.2
+    trainer.train_rlhf(experience, 1)
+    assert trainer.kl_coef == pytest.approx(0.2 * (1 - 0.2 * 4 / 40))  # 4 answers, error at its bound
+    assert rollout(trainer, 2).figures["kl_coef"] == trainer.kl_coef
+    other = build(models, tmp_path / "other", "--kl_target", "0.5")
+    other.load_state_dict(json.loads(json.dumps(trainer.state_dict())))
+    assert other.kl_coef == trainer.kl_coef and other.state_dict() == trainer.state_dict()
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_item_33_micro_batches_do_not_change_the_step(models, tmp_path, reduction):
+    """Two pieces of two answers, or four of one, or one of four: the same weights after the step."""
+    found = []
+    for size, pieces in ((4, 1), (2, 2), (1, 4)):
+        flags = ("--per_device_training_batch_size", str(size), "--gradient_accumulation_steps", str(pieces))
+        trainer = build(models, tmp_path / str(size), "--loss_reduction", reduction, "--entropy_coef", "0.01", "--kl_in",
+                        "loss", "--actor_learning_rate", "1e-4", *flags)  # fmt: skip
+        figures = trainer.train_rlhf(rollout(trainer, 1), 1)
+        found.append((figures["actor_loss"], figures["critic_loss"]))
+    assert found[1] == pytest.approx(found[0], abs=1e-5) and found[2] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_a_symptom_is_logged_in_words(models, tmp_path, caplog):
+    trainer = build(models, tmp_path, "--clip_reward_value", "0.001")
+    with caplog.at_level(logging.WARNING, logger="sanbu"):
+        trainer.train_rlhf(rollout(trainer, 1), 1)
+    assert "rollout 1: 100% of the scores were cut" in caplog.text
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def parsed(*flags: str) -> PPOArguments:
+    return parse(PPOArguments, ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c", "--output_dir", "o", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--advantage", "grpo"), "--num_return_sequences 1 leaves nothing to compare"),
+        (("--advantage", "rloo", "--num_return_sequences", "1"), "give 2 or more"),
+        (("--advantage", "reinforce++", "--critic_warmup_rollouts", "5"), "--critic_warmup_rollouts"),
+        (("--advantage", "rloo", "--num_return_sequences", "4", "--whiten_rewards", "true"), "--whiten_rewards"),
+        (("--kl_target", "6", "--kl_coef", "0"), "0 stays 0"),
+        (("--dual_clip", "0.5"), "--dual_clip 0.5"),
+        (("--sampler_correction", "1"), "--sampler_correction 1"),
+        (("--overlong_penalty", "1"), "without --overlong_tokens"),
+        (("--overlong_tokens", "9"), "without --overlong_penalty"),
+        (("--overlong_tokens", "999", "--overlong_penalty", "1"), "--overlong_tokens 999"),
+        (("--cliprange_low", "0"), "--cliprange_low 0"),
+        (("--kl_horizon", "0"), "--kl_horizon 0"),
+        (("--kl_clip", "-1"), "--kl_clip -1"),
+        (("--max_approx_kl", "-1"), "--max_approx_kl -1"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, words):
+    with pytest.raises(UserError, match=words):
+        parsed(*flags)
+
+
+def test_item_30_bounds_follow_cliprange_unless_given():
+    assert (parsed().cliprange_low, parsed("--cliprange", "0.3").cliprange_high) == (0.2, 0.3)
+    higher = parsed("--cliprange_high", "0.28")
+    assert (higher.cliprange_low, higher.cliprange_high) == (0.2, 0.28)
+
+
+def test_item_12_k2_and_k3_are_cut_unless_told_otherwise():
+    assert parsed().kl_clip == 0.0 and parsed("--kl_estimator", "k3").kl_clip == 10.0
+    assert parsed("--kl_estimator", "k3", "--kl_clip", "0").kl_clip == 0.0
+
+
+def test_reinforce_needs_no_group():
+    assert not parsed("--advantage", "reinforce++").has_critic
+
+
+# --- processes and resume ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(models, tmp_path_factory):
+    """Whole runs of step 3 by name; "cut" goes on where "whole" was after its second rollout."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_pairs(folder / "pairs.jsonl", 60)
+
+    def step(name: str, processes: int, *flags: str) -> tuple[str, list[str]]:
+        return "training.step3_ppo.main", [
+            "--actor_model_name_or_path", str(models[0]), "--critic_model_name_or_path", str(models[1]), "--dtype", "fp32",
+            "--data_path", str(data), "--data_split", "0,0,1", "--output_dir", str(folder / name), "--max_prompt_seq_len", "48",
+            "--max_answer_seq_len", "8", "--num_warmup_steps", "0", "--max_steps", "3", "--actor_learning_rate", "1e-3",
+            "--per_device_generation_batch_size", str(4 // processes), "--per_device_training_batch_size", str(8 // processes),
+            "--eval_prompts", "4", *flags,
+        ]  # fmt: skip
+
+    groups = ("--num_return_sequences", "3", "--kl_in", "loss", "--kl_estimator", "k3", "--loss_reduction", "sequence")
+    moving = ("--kl_target", "0.2", "--kl_horizon", "20", "--critic_warmup_rollouts", "1", "--max_approx_kl", "0.01",
+              "--ppo_epochs", "3", "--save_steps", "1", "--save_total_limit", "0")  # fmt: skip
+    methods = {method: ("--advantage", method, *groups) for method in ("grpo", "rloo", "reinforce++")}
+    run_several(
+        [step(f"{method}-1", 1, *flags) for method, flags in methods.items()] + [step("whole", 1, *moving)], folder, 1
+    )
+    (folder / "cut" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(folder / "whole" / "checkpoints" / "step-00000002", folder / "cut" / "checkpoints" / "step-00000002")
+    shutil.copy(folder / "whole" / "metrics.jsonl", folder / "cut" / "metrics.jsonl")
+    run_several([step("cut", 1, *moving, "--resume")], folder, 1)
+    twos = [step(f"{method}-2", 2, *flags) for method, flags in methods.items()] + [step("moving-2", 2, *moving)]
+    run_several(twos, folder, 2)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce++"])
+def test_items_28_48_groups_are_the_same_on_two_processes(runs, method):
+    for name in ("train/score", "train/actor_loss", "train/kl", "train/advantage"):
+        one, two = (logged(runs / f"{method}-{processes}", name) for processes in (1, 2))
+        assert len(one) == 3 and two == pytest.approx(one, abs=1e-4), name
+    assert (runs / f"{method}-2" / "actor" / "model.safetensors").exists()
+    assert not (runs / f"{method}-2" / "critic").exists()
+
+
+@pytest.mark.distributed
+def test_warm_up_early_stop_and_coefficient_are_the_same_on_two_processes(runs):
+    for name in ("train/score", "train/kl_coef", "train/optimizer_steps", "train/critic_loss"):
+        one, two = logged(runs / "whole", name), logged(runs / "moving-2", name)
+        assert len(one) == 3 and two == pytest.approx(one, abs=1e-4), name
+    assert len(logged(runs / "whole", "train/actor_loss")) == 2
+    assert logged(runs / "whole", "train/kl_coef")[2] != logged(runs / "whole", "train/kl_coef")[1]
+
+
+@pytest.mark.distributed
+def test_items_16_50_a_resumed_run_has_the_coefficient_of_the_whole_one(runs):
+    for name in ("train/score", "train/kl_coef", "train/actor_loss", "train/critic_loss", "eval/score"):
+        assert logged(runs / "cut", name) == logged(runs / "whole", name), name

@@ -1,0 +1,150 @@
+"""DPO: the SFT model learns from pairs (chosen, rejected) directly - no reward model, no rollouts; in place of steps 2 and 3.
+
+python -m training.step2_dpo.main --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/dpo
+deepspeed --module training.step2_dpo.main --config configs/cpu/demo.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from torch import Tensor
+
+from models.adapters import add_lora
+from models.factory import (
+    check_context_length,
+    check_quantized_base,
+    check_same_tokenizer,
+    gets_prefix,
+    load_causal_lm,
+    load_tokenizer,
+)
+from models.heads import TokenLogProbs
+from models.templates import load_template
+from training.step2_dpo.evaluation import PairSums, evaluate_pairs
+from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
+from training.utils.arguments import DPOArguments
+from training.utils.checkpoint import Checkpoint, export, fingerprint
+from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs
+from training.utils.data.tokenize import prepare_phase
+from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.loss import dpo_loss, implicit_rewards
+from training.utils.parsing import main_entry
+from training.utils.run import Run
+from training.utils.zero import EngineOptions, build_engine, optimizer_figures, optimizer_step
+
+logger = logging.getLogger("sanbu")
+
+# On the progress line; all figures go to metrics.jsonl.
+SHOWN = ("loss", "accuracy", "margin", "chosen", "rejected", "lr")
+
+
+def main(args: DPOArguments) -> None:
+    """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
+    run = Run.start(args)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    check_models(args, tokenizer)
+    template = load_template(args.model_name_or_path, tokenizer)
+    data = prepare_phase(args, 2, tokenizer, template)
+    collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id)
+    batches = GlobalBatches(
+        data.train, [1.0] * len(data.train), collate, run, args, per_device=args.per_device_train_batch_size
+    )
+    reference = load_reference(args, tokenizer, run)
+    engine = build_policy(args, tokenizer, run, batches.total_steps)
+    checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
+    start, _ = checkpoint.resume()
+    progress = Progress(run, batches.total_steps, start)
+    held_out = data.eval
+    if len(held_out) == 0:
+        logger.warning("No pair was held out (see --eval_fraction): the figures of evaluation are those of training pairs.")
+        held_out = data.train
+
+    def compare(micro: AnswerPairBatch) -> tuple[Tensor, Tensor]:
+        """Implicit rewards of the answers, and the policy's log-probabilities of them, [2 x pairs], chosen first."""
+        ref_log_probs = reference_log_probs(engine, reference, micro)
+        log_probs = answer_log_probs(engine, micro)
+        return implicit_rewards(log_probs, ref_log_probs, args.beta), log_probs
+
+    def evaluate(step: int) -> None:
+        micro_batches = evaluation_batches(held_out, collate, run, args.per_device_eval_batch_size, args.eval_iters)
+        figures = evaluate_pairs(engine, micro_batches, compare, args.label_smoothing, run)
+        run.metrics.log(step, figures, prefix="eval")
+        if run.is_main:
+            print(
+                f"step {step}: held-out accuracy {figures['accuracy']:.4f} over {figures['pairs']:.0f} pairs, implicit "
+                f"rewards {figures['chosen']:.3f} (chosen) and {figures['rejected']:.3f} (rejected)",
+                flush=True,
+            )
+
+    if start == 0:
+        evaluate(0)
+    for batch in batches.after(start):
+        sums = PairSums(args.label_smoothing)
+
+        def loss_of(micro: AnswerPairBatch, denominator=batch.denominator, sums=sums):
+            rewards, log_probs = compare(micro)
+            sums.add(rewards, log_probs, micro)
+            return dpo_loss(*rewards.chunk(2), micro.weight, denominator, args.label_smoothing)
+
+        loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
+        progress.count(batch.tokens)
+        figures = sums.means(run) | {"loss": loss, "epoch": batch.epoch} | optimizer_figures(engine)
+        progress.report(batch.step, figures, args.logging_steps, shown=SHOWN)
+        last = batch.step == batches.total_steps
+        if last or due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval):
+            evaluate(batch.step)
+        if run.stopping or due(batch.step, args.save_steps) or (batch.ends_epoch and not args.save_steps and not last):
+            checkpoint.save(batch.step)
+        if run.stopping:
+            run.leave(batch.step)
+
+    export(engine, tokenizer, template, args.output_dir, run)
+    run.finish()
+
+
+def check_models(args: DPOArguments, tokenizer) -> None:
+    """UserError if the model or the reference cannot be what the flags ask for; no weight is read."""
+    prefix = args.prefix_options()
+    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len", **prefix)
+    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, **prefix)
+    check_quantized_base(args.model_name_or_path, args.quantization_bit, adapters=frozen)
+    other = args.ref_model_name_or_path
+    if other:
+        check_context_length(other, args.max_seq_len, "--max_seq_len")
+        check_quantized_base(other, args.quantization_bit, adapters=True)
+        advice = "give a --ref_model_name_or_path with the tokenizer of the trained model"
+        check_same_tokenizer(tokenizer, load_tokenizer(other), (args.model_name_or_path, other), advice)
+
+
+def build_policy(args: DPOArguments, tokenizer, run: Run, total_steps: int):
+    """The engine that holds the model to be trained, with LoRA or a prefix where the flags ask for them."""
+    options = EngineOptions.of(args)
+    model = load_causal_lm(
+        args.model_name_or_path,
+        dtype=run.dtype,
+        attn=run.attention,
+        dropout=args.dropout,
+        gradient_checkpointing=args.gradient_checkpointing,
+        zero3_config=options.loading_config(run.dtype, run.world_size),
+        tokenizer=tokenizer,
+        quantization_bit=args.quantization_bit,
+        seed=args.seed,
+        **args.prefix_options(),
+    )
+    if args.lora_dim:
+        model = add_lora(
+            model,
+            dim=args.lora_dim,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            module_name=args.lora_module_name,
+        )
+    return build_engine(
+        TokenLogProbs(model), options, dtype=run.dtype, total_steps=total_steps, world_size=run.world_size
+    )
+
+
+if __name__ == "__main__":
+    main_entry(main, DPOArguments)

@@ -1,0 +1,63 @@
+"""The reference of DPO: which model it is, and what policy and reference say about a batch of pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.adapters import adapter_disabled
+from models.factory import load_causal_lm
+from models.heads import TokenLogProbs
+from training.utils.data.batching import AnswerPairBatch
+from training.utils.loss import sequence_log_probs
+from training.utils.run import Run
+from training.utils.zero import EngineOptions, build_frozen
+
+
+def load_reference(args, tokenizer, run: Run) -> nn.Module | None:
+    """The frozen reference, on the device or split by ZeRO-3; None where the trained model without its adapter is it.
+
+    It is --ref_model_name_or_path, or the model that the run starts from: without a new prefix of --pre_seq_len, with the
+    prefix that its folder or --ptuning_checkpoint holds.
+    """
+    if args.lora_dim and not args.ref_model_name_or_path:
+        return None
+    other = args.ref_model_name_or_path
+    model = load_causal_lm(
+        other or args.model_name_or_path,
+        dtype=run.dtype,
+        attn=run.attention,
+        dropout=0.0,
+        zero3_config=EngineOptions.of(args).loading_config(run.dtype, run.world_size),
+        tokenizer=tokenizer,
+        quantization_bit=args.quantization_bit,
+        ptuning_checkpoint=None if other else args.ptuning_checkpoint,
+        seed=args.seed,
+    )
+    return build_frozen(
+        TokenLogProbs(model),
+        stage=args.zero_stage,
+        offload=args.offload_reference_model,
+        dtype=run.dtype,
+        device=run.device,
+        world_size=run.world_size,
+    )
+
+
+def answer_log_probs(model: nn.Module, micro: AnswerPairBatch) -> Tensor:
+    """log p(answer | prompt), float32 [2 x pairs], chosen answers first, from one forward. model: TokenLogProbs or its engine."""
+    mask = micro.answer_mask[:, 1:]
+    return sequence_log_probs(model(micro.input_ids, micro.attention_mask, target_mask=mask), mask)
+
+
+@torch.no_grad()
+def reference_log_probs(engine, reference: nn.Module | None, micro: AnswerPairBatch) -> Tensor:
+    """The same by the reference, or if that is None by the engine's model without its adapter; no dropout either way."""
+    if reference is not None:
+        return answer_log_probs(reference, micro)
+    training = engine.module.training
+    engine.eval()
+    with adapter_disabled(engine.module.model):
+        log_probs = answer_log_probs(engine, micro)
+    engine.train(training)
+    return log_probs

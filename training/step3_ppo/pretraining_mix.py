@@ -1,0 +1,90 @@
+"""Plain text beside PPO: the language-model loss of InstructGPT's PPO-ptx (Ouyang et al. 2022, eq. 2), in the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from training.utils.data.batching import SFTBatch, collate_sft, plan_micro_batches
+from training.utils.data.plain_text import prepare_blocks
+from training.utils.data.tokenize import PhaseData
+from training.utils.loop import load_micro_batches
+from training.utils.loss import sft_loss
+from training.utils.run import Run
+
+
+class PretrainingMix:
+    """Blocks of text for the actor's optimizer steps, as many in each as a whole minibatch has answers.
+
+    Which blocks a step reads follows from the seed and the number of the step alone, so a resumed run and any number of
+    processes read the same. The text comes round again, in another order, when all of it was read.
+    """
+
+    def __init__(self, data: PhaseData, run: Run, args, pad_id: int, size: int) -> None:
+        """size: blocks of one optimizer step over all processes."""
+        self.blocks, self.fingerprint = data.train, data.fingerprint
+        self.run, self.args, self.size = run, args, size
+        self.collate = partial(collate_sft, pad_id=pad_id)
+        self.length: int = self.blocks[0]["length"]
+        self.targets: int = self.length - max(self.blocks[0]["prompt_length"], 1)
+        self.order: tuple[int, np.ndarray] = (-1, np.arange(0))
+        self.shares: list[Tensor] = []
+
+    @classmethod
+    def of(cls, args, run: Run, tokenizer, template, size: int) -> PretrainingMix | None:
+        """What the flags ask for; None without --unsupervised_dataset_name or with --unsup_coef 0."""
+        if not args.unsupervised_dataset_name or not args.unsup_coef:
+            return None
+        data = prepare_blocks(
+            args.unsupervised_dataset_name, tokenizer, template, args.max_prompt_seq_len + args.max_answer_seq_len,
+            config=args.unsupervised_dataset_config_name, column=args.unsupervised_text_column,
+            cache_dir=args.cache_dir, rebuild=args.rebuild_cache,
+        )  # fmt: skip
+        return cls(data, run, args, tokenizer.pad_token_id, size)
+
+    def examples(self, step: int) -> list[int]:
+        """The blocks of the optimizer step with this number, counted from 0 over the whole run."""
+        return [self._example(position) for position in range(step * self.size, (step + 1) * self.size)]
+
+    def _example(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.blocks))
+        if self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng([self.args.seed, epoch]).permutation(len(self.blocks))
+        return int(self.order[1][place])
+
+    def micro_batches(self, step: int) -> list[SFTBatch]:
+        """This process's share of the step's blocks, cut as its answers are."""
+        examples = self.examples(step)
+        budget = self.args.max_tokens_per_device or None
+        per_device = None if budget else self.args.per_device_training_batch_size
+        plan = plan_micro_batches([self.length] * len(examples), self.run.world_size, per_device, budget)[self.run.rank]
+        return load_micro_batches(self.blocks, examples, plan, self.collate, self.run.device)
+
+    def join(
+        self, actor: Any, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor], step: int
+    ) -> tuple[list[Any], Callable[[Any], Tensor]]:
+        """The micro-batches of PPO with the text's behind them, and a loss for either kind: what optimizer_step takes.
+
+        The text's loss is unsup_coef times the mean of - log p over all its tokens of the global batch. It is taken at
+        temperature 1, whatever answers are sampled with.
+        """
+        denominator = float(self.size * self.targets)
+        self.shares = []
+
+        def joint_loss(micro: Any) -> Tensor:
+            if not isinstance(micro, SFTBatch):
+                return loss_of(micro)
+            mask = micro.loss_mask[:, 1:]
+            loss = sft_loss(actor(micro.input_ids, micro.attention_mask, target_mask=mask), mask, denominator)
+            self.shares.append(loss.detach())
+            return self.args.unsup_coef * loss
+
+        return [*micro_batches, *self.micro_batches(step)], joint_loss
+
+    def loss(self) -> float:
+        """The mean of - log p over the text of the last step, all processes together; all of them call it."""
+        return self.run.sum(float(sum(self.shares)))[0]

@@ -1,0 +1,312 @@
+"""Where the reward of an answer comes from: the reward model, Python functions, HTTP endpoints, or a weighted sum of them.
+
+Order everywhere - flags, weights, columns of Experience.parts, the log: reward model, functions, endpoints. docs/rewards.md
+says the same to the reader who writes a function or a server.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import numbers
+import sys
+import time
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import UserError
+from models.heads import last_token_scores
+from training.step3_ppo.experience import Experience
+from training.utils.data.batching import plan_micro_batches
+
+logger = logging.getLogger("sanbu")
+
+MODEL = "model"  # the reward model's name in the log
+LARGEST = torch.finfo(torch.float32).max
+LONGEST_PAUSE = 60.0  # seconds
+BUSY = (408, 425, 429)  # a server that may answer later, as all of 5xx; any other 4xx will say the same again
+
+
+class RewardError(UserError):
+    """A source gave no usable scores. All processes raise it together, so that a checkpoint can be written."""
+
+
+class Unreachable(Exception):
+    """An endpoint that did not answer this time."""
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+class RewardFunction:
+    """--reward_function file.py:name. The function in the file has this contract:
+
+        def name(prompts: list[str], answers: list[str]) -> list[float]
+
+    prompts: each prompt as the template wrote it, without special tokens; answers: the decoded answer to each, without its
+    end token. It returns one finite number an answer, larger for better: a list, a tuple, an array or a tensor. They are
+    taken as they are - what the reward model's statistics normalise is its own scores only - and the weighted sum of all
+    sources is cut by --clip_reward_value. Every process calls it with its share of a rollout.
+    """
+
+    def __init__(self, spec: str) -> None:
+        """Run the file. Raises UserError if it, or the name in it, is missing or broken."""
+        file, _, self.name = spec.rpartition(":")
+        self.label = f"--reward_function {spec}"
+        self.file = Path(file).expanduser().resolve()
+        module_name = f"reward_function_{self.file.stem}"
+        try:
+            module_spec = importlib.util.spec_from_file_location(module_name, self.file)
+            module = importlib.util.module_from_spec(module_spec)
+            sys.modules[module_name] = module  # dataclasses and pickle look a module up by its name
+            module_spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{self.label}: the file cannot be run ({self._complaint(error)}); correct it.") from error
+        self.function = getattr(module, self.name, None)
+        if not callable(self.function):
+            found = "no such name" if self.function is None else f"a {type(self.function).__name__}"
+            raise UserError(f"{self.label}: {found} in the file; expected a function {self.name}(prompts, answers).")
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """One finite float an answer. Raises RewardError that names the sample."""
+        try:
+            found = self.function(list(prompts), list(answers))
+        except Exception as error:
+            where = self._culprit(prompts, answers)
+            raise RewardError(f"{self.label} raised {self._complaint(error)} {where}; correct the function.") from error
+        return checked_scores(found, prompts, answers, self.label)
+
+    def _culprit(self, prompts: Sequence[str], answers: Sequence[str]) -> str:
+        """The first sample that the function cannot take alone."""
+        for prompt, answer in zip(prompts, answers, strict=True):
+            try:
+                self.function([prompt], [answer])
+            except Exception:
+                return f"on {sample(prompt, answer)}"
+        return f"on {len(answers)} answers together, though on none of them alone; the first is {sample(prompts[0], answers[0])}"
+
+    def _complaint(self, error: BaseException) -> str:
+        """Kind and text of an error, and the line of the user's file that it comes from."""
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.file)]
+        line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        place = f", line {line}" if line else ""
+        return f"{type(error).__name__}: {shortened(str(error), 200)}{place}"
+
+
+class RewardEndpoint:
+    """--reward_endpoint URL: POST {"prompts": [...], "answers": [...]} as JSON, answered by {"scores": [...]}.
+
+    One request for a process's share of a rollout. No answer within timeout seconds, a lost connection and a busy server
+    (HTTP 5xx, 408, 425, 429) are tried again, so many times, after 1, 2, 4, ... seconds; anything else wrong ends the run.
+    """
+
+    def __init__(self, url: str, timeout: float, retries: int, pause: Callable[[float], None] = time.sleep) -> None:
+        self.name = "endpoint"
+        self.label = f"--reward_endpoint {url}"
+        self.url, self.timeout, self.retries, self.pause = url, timeout, retries, pause
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """One finite float an answer. Raises RewardError when all attempts failed or the answer is not usable."""
+        body = json.dumps({"prompts": list(prompts), "answers": list(answers)}).encode()
+        for attempt in range(self.retries + 1):
+            try:
+                return checked_scores(self._scores(self._post(body)), prompts, answers, self.label)
+            except Unreachable as error:
+                reason = error
+            if attempt < self.retries:
+                seconds = min(2.0**attempt, LONGEST_PAUSE)
+                logger.warning("%s: %s; once more in %g s.", self.label, reason, seconds)
+                self.pause(seconds)
+        raise RewardError(
+            f"{self.label}: {reason}, at {self.retries + 1} attempts; see that the server runs and answers within "
+            f"--reward_timeout {self.timeout:g} s."
+        )
+
+    def _post(self, body: bytes) -> bytes:
+        request = urllib.request.Request(self.url, data=body, headers={"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                return response.read()
+        except urllib.error.HTTPError as error:
+            if error.code >= 500 or error.code in BUSY:
+                raise Unreachable(f"HTTP {error.code} {error.reason}") from error
+            said = shortened(error.read(500).decode("utf-8", "replace"), 200)
+            raise RewardError(
+                f"{self.label} refused the request: HTTP {error.code} {error.reason} {said!r}; it must take a POST of "
+                'JSON {"prompts": [...], "answers": [...]}.'
+            ) from error
+        except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
+            reason = getattr(error, "reason", error)
+            late = isinstance(reason, TimeoutError)
+            raise Unreachable("no answer in time" if late else f"no answer ({reason or type(error).__name__})") from error
+
+    def _scores(self, content: bytes) -> Any:
+        try:
+            return json.loads(content)["scores"]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            said = shortened(content[:500].decode("utf-8", "replace"), 200)
+            raise RewardError(f'{self.label} answered {said!r}; expected JSON {{"scores": [...]}}.') from error
+
+
+def checked_scores(found: Any, prompts: Sequence[str], answers: Sequence[str], label: str) -> list[float]:
+    """What a source returned as floats. Raises RewardError that names the sample if they are not usable."""
+    found = found.tolist() if hasattr(found, "tolist") else found
+    if not isinstance(found, (list, tuple)):
+        raise RewardError(f"{label} returned a {type(found).__name__}; expected a list with one number an answer.")
+    if len(found) != len(answers):
+        raise RewardError(
+            f"{label} returned {len(found)} scores for {len(answers)} answers, of which the first is "
+            f"{sample(prompts[0], answers[0])}; it must return one an answer."
+        )
+    scores = []
+    for value, prompt, answer in zip(found, prompts, answers, strict=True):
+        value = value.tolist() if hasattr(value, "tolist") else value  # a tensor or array of one number
+        usable = isinstance(value, numbers.Real) and abs(value) <= LARGEST  # false for NaN and infinity
+        if not usable:
+            said = shortened(repr(value), 60)
+            raise RewardError(f"{label} returned {said} for {sample(prompt, answer)}; expected a finite number.")
+        scores.append(float(value))
+    return scores
+
+
+def sample(prompt: str, answer: str) -> str:
+    """A prompt and its answer, short enough for a sentence."""
+    return f"the prompt {shortened(prompt.strip())!r} with the answer {shortened(answer)!r}"
+
+
+def shortened(text: str, width: int = 80) -> str:
+    """The text, or its two ends."""
+    return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
+
+
+# --- all sources together ---------------------------------------------------------------------------------------------
+
+
+class Rewards:
+    """The sources of a run with their weights. Made before any model is loaded; the reward model itself stays with the engine.
+
+    names, weights: of all sources in their order. outside: functions and endpoints. with_model: the reward model is the
+    first source.
+    """
+
+    def __init__(self, args) -> None:
+        """Raises UserError for a function that cannot be loaded; checks.py has looked at the rest."""
+        self.with_model: bool = args.reward_model
+        self.outside: list[RewardFunction | RewardEndpoint] = [
+            *map(RewardFunction, args.reward_function),
+            *(RewardEndpoint(url, args.reward_timeout, args.reward_retries) for url in args.reward_endpoint),
+        ]
+        names = [MODEL] * self.with_model + [source.name for source in self.outside]
+        self.names = [
+            name if names.index(name) == place else f"{name}_{names[: place + 1].count(name)}"
+            for place, name in enumerate(names)
+        ]
+        self.weights = args.reward_weight_list or [1.0] * len(names)
+
+    @property
+    def model_alone(self) -> bool:
+        """The reward model is all there is: scores stay in its own unit, and are normalised where they become rewards."""
+        return self.with_model and self.names == [MODEL] and self.weights == [1.0]
+
+    def total(self, parts: Tensor, mean: float, std: float) -> Tensor:
+        """The weighted sum. parts [rows, sources] as the sources gave them; mean and std are the reward model's own and
+        apply to its column only. [rows]; of the reward model alone its column as it is.
+        """
+        if self.model_alone:
+            return parts[:, 0]
+        if self.with_model:
+            parts = torch.cat([(parts[:, :1] - mean) / std, parts[:, 1:]], dim=1)
+        return parts @ torch.tensor(self.weights, dtype=parts.dtype, device=parts.device)
+
+    def figures(self, experience: Experience) -> dict[str, float]:
+        """The mean of every source, for the log; nothing where there is only one."""
+        if len(self.names) < 2:
+            return {}
+        return {f"score_{name}": float(part.mean()) for name, part in zip(self.names, experience.parts.T, strict=True)}
+
+    def ask_outside(self, prompts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+        """The scores of functions and endpoints, [rows][source]."""
+        columns = [source(prompts, answers) for source in self.outside]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+@torch.no_grad()
+def score_answers(engine, experience: Experience, args) -> None:
+    """Fill in parts [rows, sources] and scores [rows] of a rollout.
+
+    Each process scores its share of the rows and the shares are added up, so that all end with the same. Raises RewardError,
+    on all processes together, if a function or an endpoint fails on one of them.
+    """
+    rewards, run = engine.rewards, engine.run
+    parts = torch.zeros(len(experience), len(rewards.names), device=run.device)
+    budget = args.max_tokens_per_device or None
+    per_device = None if budget else args.per_device_training_batch_size
+    plan = plan_micro_batches(experience.total_lengths(), run.world_size, per_device, budget)[run.rank]
+    for positions in plan if rewards.with_model else ():
+        real = [position for position in positions if position >= 0]
+        rows = experience.select([max(position, 0) for position in positions]).trimmed()
+        last = last_token_scores(engine.reward(rows.input_ids, rows.attention_mask), rows.attention_mask)
+        if real:  # fillers stand behind the real rows of a plan, or alone
+            parts[real, 0] = last[: len(real)].float()
+    if rewards.outside:
+        mine = [position for positions in plan for position in positions if position >= 0]
+        failure = None
+        try:
+            if mine:
+                found = rewards.ask_outside(*texts(experience.select(mine), engine))
+                parts[mine, len(rewards.names) - len(rewards.outside) :] = torch.tensor(found, device=run.device)
+        except RewardError as error:
+            failure = error
+        raise_together(failure, run.world_size)
+    if run.world_size > 1:
+        dist.all_reduce(parts)
+    experience.parts = parts
+    experience.scores = rewards.total(parts, engine.reward_mean, engine.reward_std)
+
+
+def raise_together(failure: RewardError | None, world_size: int) -> None:
+    """Raise on every process what went wrong on any of them: one that went on alone would wait for the others for ever."""
+    if world_size > 1:
+        said: list[str | None] = [None] * world_size
+        dist.all_gather_object(said, None if failure is None else str(failure))
+        message = next((text for text in said if text), None)
+        if failure is None and message:
+            raise RewardError(message)
+    if failure is not None:
+        raise failure
+
+
+def texts(experience: Experience, engine) -> tuple[list[str], list[str]]:
+    """Prompts (as the template wrote them, without special tokens) and answers (Template.decode_answer) of all rows."""
+    prompts, answers = [], []
+    width = experience.prompt_width
+    for ids, attention, actions in zip(
+        experience.input_ids, experience.attention_mask.bool(), experience.action_mask.bool(), strict=True
+    ):
+        prompt, answer = ids[:width][attention[:width]], ids[width:][actions]
+        prompts.append(engine.tokenizer.decode(prompt.tolist(), skip_special_tokens=True))
+        answers.append(engine.template.decode_answer(engine.tokenizer, answer.tolist()))
+    return prompts, answers
+
+
+@contextmanager
+def kept_on_failure(save: Callable[[int], None], done: int):
+    """Save a checkpoint after the given number of finished rollouts if a source of reward fails meanwhile."""
+    try:
+        yield
+    except RewardError as error:
+        if done == 0:
+            raise
+        save(done)
+        raise RewardError(f"{error} The checkpoint after rollout {done} is kept: --resume continues from it.") from error
