@@ -255,8 +255,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """input_ids [batch, time] -> last_hidden_state [batch, time, width], after the final norm.
 
         attention_mask: [batch, cached + time], 1 = real token. position_ids [batch, time]; without them the real tokens
-        are counted (the original counts padding too, which shifts all alike and matters to a prefix only). The prefix of P-Tuning counts in neither. hidden_states: embeddings and the output of every
-        block, before the final norm.
+        are counted (the original counts padding too, which shifts all alike and matters to a prefix only). The prefix of
+        P-Tuning counts in neither. hidden_states: embeddings and the output of every block, before the final norm.
         """
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -264,7 +264,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        batch, time = input_ids.shape
+        batch = len(input_ids)
         stored = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = (config.pre_seq_len or 0) if hasattr(self, "prefix_encoder") else 0
         cached = stored - length if stored else 0

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from inference.engine import generate
-from models.adapters import add_lora, adapter_disabled, merged_state_dict
+from models.adapters import adapter_disabled, add_lora, merged_state_dict
 from models.heads import TokenLogProbs, TokenScores, last_token_scores
 from tests.models.test_chatglm import TINY, padded, prompts, tiny
 
