@@ -224,7 +224,10 @@ def main() -> None:
             found = in_a_fresh_process(folder / case.files, case)
             own, total = found["own"] / found["weights"], found["total"] / found["weights"]
             worst = max(worst, own if case.files != "old pickles" else 0.0)
-            print(f"| {case.name} | {found['weights'] / 1e6:.0f} | {own:.2f} | {total:.2f} | {found['seconds']:.1f} |", flush=True)
+            print(
+                f"| {case.name} | {found['weights'] / 1e6:.0f} | {own:.2f} | {total:.2f} | {found['seconds']:.1f} |",
+                flush=True,
+            )
     sys.exit(worst > LIMIT)
 
 

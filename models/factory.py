@@ -283,7 +283,6 @@ def _load(
     # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be
     # learned.
     model.get_input_embeddings().padding_idx = None
-    model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -476,8 +475,10 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def publish(draft: Path, folder: Path) -> None:
     """Move the files of ``draft`` into ``folder``, which may hold other things (metrics, checkpoints of the run);
-    config.json goes last.
+    config.json goes last. All files get its permissions: safetensors makes files that only their owner may read.
     """
+    for file in draft.iterdir():
+        file.chmod((draft / "config.json").stat().st_mode)
     if not folder.exists():
         draft.rename(folder)
         return

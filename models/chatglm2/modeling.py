@@ -189,6 +189,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["prefix_encoder"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"inv_freq$"]  # noqa: RUF012  (never computed with, see RotaryEmbedding)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -284,7 +284,9 @@ def test_lora_learns_on_a_quantised_base_what_it_learns_on_the_float_one(checkpo
     save_adapter(model, tmp_path / "merged" / "adapter")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        torch.testing.assert_close(TokenLogProbs(opened)(ids, mask), TokenLogProbs(model)(ids, mask), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            TokenLogProbs(opened)(ids, mask), TokenLogProbs(model)(ids, mask), atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -312,7 +314,9 @@ def test_a_layer_that_cannot_be_quantised_is_named():
 
 def test_empty_layers_on_the_meta_device_have_the_official_names_and_shapes():
     with torch.device("meta"):
-        blocks = nn.ModuleList(nn.ModuleDict({"dense": nn.Linear(8, 6), "gate": nn.Linear(8, 2, bias=False)}) for _ in range(2))
+        blocks = nn.ModuleList(
+            nn.ModuleDict({"dense": nn.Linear(8, 6), "gate": nn.Linear(8, 2, bias=False)}) for _ in range(2)
+        )
         replace_with_quantized(blocks, 4)
     shapes = {name: (tuple(t.shape), t.dtype, t.device.type) for name, t in blocks[1].state_dict().items()}
     assert shapes == {

@@ -62,7 +62,9 @@ def set_config(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.fixture(scope="module", params=[(family, bits) for family in SPECIAL for bits in (4, 8)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module", params=[(family, bits) for family in SPECIAL for bits in (4, 8)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def made(request, tmp_path_factory, shared_dir):
     family, bits = request.param
     folder = tmp_path_factory.mktemp(f"{family}-int{bits}")
@@ -107,7 +109,9 @@ def test_generation_is_that_of_the_floats(made):
     answers = []
     for kind in ("integers", "floats"):
         model = load_causal_lm(folder / kind, dtype=torch.float32).eval()
-        answers.append(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True))
+        answers.append(
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True)
+        )
     assert torch.equal(*answers) and answers[0].shape[1] > 11
 
 

@@ -104,7 +104,9 @@ def test_an_index_that_names_what_no_shard_has(llama, tmp_path, kind, nothing_lo
         load_causal_lm(tmp_path / kind, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}', "{"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}', "{"]
+)
 def test_a_broken_index(llama, tmp_path, content, nothing_loads):
     _, index = shards_of(llama, tmp_path / "bin", "bin")
     index.write_text(content)
