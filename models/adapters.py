@@ -83,6 +83,8 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes as if there were no adapter: the reference of PPO without a second copy of the
     weights.
     """
+    if has_prefix(model):
+        raise ValueError("a prefix stands outside the network; heads.base_model(model) computes without peft's")
     with model.disable_adapter():
         yield
 
@@ -154,7 +156,7 @@ def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, train
     """
     network, folder = base_model(model), Path(folder)
     if Path(base_of(model)).is_dir() and Path(base_of(model)).resolve() == folder.resolve():
-        raise UserError(f"--output_dir {folder} holds the model that the prefix belongs to; give another folder.")
+        raise UserError(f"--output_dir: {folder} holds the model that the prefix belongs to; give another folder.")
     settle_special_ids(network, tokenizer, template)
     network.config.architectures = [type(network).__name__]
     tensors = prefix_tensors(model, trained)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -168,14 +169,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def load_causal_lm(
     path: str | Path, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, **options
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """The language model of a checkpoint, for SFT, actor and reference.
 
     dropout: every dropout of the config, None keeps the checkpoint's. options: gradient_checkpointing=False;
     zero3_config=None, a DeepSpeed config with stage 3, splits the weights over the processes while they are read;
     tokenizer=None, one with more ids than the embedding has rows enlarges it (it never shrinks); quantization_bit=0,
-    with 4 or 8 the blocks' linear layers become integers, for LoRA or P-Tuning, and zero3_config has no effect: weights
-    are whole while they are quantised, and the integers stay whole on every process.
+    with 4 or 8 the blocks' linear layers become integers, for LoRA or P-Tuning. With integers, made so or stored so,
+    zero3_config has no effect: what remains to be split is split when the engine is built.
 
     P-Tuning: pre_seq_len=0, with N a new prefix of N places is put before every text and all else is frozen;
     prefix_projection=False; ptuning_checkpoint=None, a folder whose saved prefix is taken instead; seed=0, of a new one.
@@ -197,7 +198,7 @@ def load_causal_lm(
 
 def load_scalar_model(
     path: str | Path, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, seed: int = 0, **options
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """A network with one score per position, for reward model and critic. options as in load_causal_lm.
 
     From a reward checkpoint the head is kept, and in the config what step 2 measured (reward_mean, reward_std). From a
@@ -258,12 +259,18 @@ def _load(
     if attn == "sdpa" and not network._supports_sdpa:
         logger.info("%s has no sdpa attention; eager is used.", network.__name__)
         attn = "eager"
-    with zero3_loading(None if quantization_bit else zero3_config):
+    # Integers stay whole on every process. In transformers 5.0 buffers were not read while weights were split.
+    whole = quantization_bit or getattr(config, "quantization_bit", 0)
+    with zero3_loading(None if whole else zero3_config):
         try:
             model, info = auto_class.from_pretrained(
                 folder, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
             )
         except RuntimeError as error:
+            if "unexpected EOF" in str(error):  # a pickle from before torch 1.6 shows its length only now
+                raise UserError(
+                    f"a weight file of {path} is truncated ({first_line(error)}); copy the checkpoint again."
+                ) from error
             if "mismatch" not in str(error).lower():
                 raise
             raise UserError(
@@ -276,7 +283,6 @@ def _load(
     # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be
     # learned.
     model.get_input_embeddings().padding_idx = None
-    model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -335,11 +341,15 @@ def check_context_length(path: str | Path, length: int, flag: str, **prefix) -> 
         )
 
 
-def gets_prefix(path: str | Path, **prefix) -> bool:
+def gets_prefix(path: str | Path, output: str | Path, **prefix) -> bool:
     """Whether the model will have a prefix, from its folder or from prefix (pre_seq_len and the rest, as in
-    load_causal_lm); all its other weights are frozen then. UserError for what is wrong with them.
+    load_causal_lm); all its other weights are frozen then. UserError for what is wrong with them, and if the folder for
+    the output is that of the model which a saved prefix would need.
     """
-    return plan_prefix(path, resolve_checkpoint(path), **prefix) is not None
+    plan = plan_prefix(path, resolve_checkpoint(path), **prefix)
+    if plan is not None and plan.base == str(Path(output).expanduser().resolve()):
+        raise UserError(f"--output_dir: {output} holds the model that the prefix belongs to; give another folder.")
+    return plan is not None
 
 
 def check_quantized_base(path: str | Path, quantization_bit: int, adapters: bool) -> None:
@@ -468,8 +478,10 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def publish(draft: Path, folder: Path) -> None:
     """Move the files of ``draft`` into ``folder``, which may hold other things (metrics, checkpoints of the run);
-    config.json goes last.
+    config.json goes last. All files get its permissions: safetensors makes files that only their owner may read.
     """
+    for file in draft.iterdir():
+        file.chmod((draft / "config.json").stat().st_mode)
     if not folder.exists():
         draft.rename(folder)
         return

@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
 # Logits turned into float32 at a time in a loss: 2^25 are 128 MiB.
 CHUNK_LOGITS = 2**25
@@ -106,6 +111,34 @@ def freeze_all_but_prefix(model: nn.Module) -> None:
     if model.config.pre_seq_len:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("prefix_encoder." in name or name.startswith(("score.", "classifier_head.")))
+
+
+def language_model_output(
+    output: BaseModelOutputWithPast, head: nn.Linear, labels: Tensor | None, logits_to_keep: int | Tensor
+) -> CausalLMOutputWithPast:
+    """What a language model returns: logits of the kept places (an int n: the last n, 0 = all), and the loss of labels."""
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = head(output.last_hidden_state[:, kept])
+    return CausalLMOutputWithPast(
+        loss=None if labels is None else next_token_loss(logits, labels),
+        logits=logits,
+        past_key_values=output.past_key_values,
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+    )
+
+
+def classifier_output(
+    output: BaseModelOutputWithPast, logits: Tensor, labels: Tensor | None, problem_type: str | None
+) -> SequenceClassifierOutputWithPast:
+    """What a classifier returns: its logits [batch, num_labels], and the loss of labels [batch]."""
+    return SequenceClassifierOutputWithPast(
+        loss=None if labels is None else classification_loss(logits, labels, problem_type),
+        logits=logits,
+        past_key_values=output.past_key_values,
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+    )
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

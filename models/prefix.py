@@ -222,8 +222,8 @@ def check_prefix(plan: PrefixPlan, config: PretrainedConfig, gradient_checkpoint
         )
     if gradient_checkpointing and not own:
         raise UserError(
-            f"--gradient_checkpointing drops the cache that holds the prefix of a {config.model_type} model; drop it or "
-            "--pre_seq_len (ChatGLM can have both)."
+            f"--gradient_checkpointing drops the cache that holds the prefix of a {config.model_type} model; drop that flag "
+            "(ChatGLM can have both)."
         )
 
 

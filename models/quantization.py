@@ -97,7 +97,9 @@ class QuantizedLinear(nn.Linear):
 
     transposed = False
 
-    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True, device=None, dtype=None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, bias: bool = True, device=None, dtype=None
+    ) -> None:
         """Empty: values and scales are 0 until a checkpoint or ``of`` fills them."""
         nn.Module.__init__(self)  # Linear's own would make the float weight first
         largest_value(bits)
@@ -157,7 +159,9 @@ def block_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
     A block is an entry of a ModuleList; embeddings, output matrix, scalar head and prefix encoder are in none.
     """
-    lists = tuple(f"{name}." if name else "" for name, layer in model.named_modules() if isinstance(layer, nn.ModuleList))
+    lists = tuple(
+        f"{name}." if name else "" for name, layer in model.named_modules() if isinstance(layer, nn.ModuleList)
+    )
     for parent_name, parent in model.named_modules():
         for name, layer in parent.named_children():
             full_name = f"{parent_name}.{name}" if parent_name else name
@@ -172,7 +176,9 @@ def quantize_linears(model: nn.Module, bits: int) -> None:
         try:
             setattr(parent, name, QuantizedLinear.of(getattr(parent, name), bits))
         except ValueError as error:
-            raise UserError(f"--quantization_bit {bits}: the layer {full_name} cannot be quantised: {error}.") from error
+            raise UserError(
+                f"--quantization_bit {bits}: the layer {full_name} cannot be quantised: {error}."
+            ) from error
 
 
 def replace_with_quantized(module: nn.Module, bits: int) -> None:
@@ -186,9 +192,7 @@ def replace_with_quantized(module: nn.Module, bits: int) -> None:
         layer = getattr(parent, name)
         bias = layer.bias is not None
         like = layer.bias if bias else layer.weight
-        empty = QuantizedLinear(
-            layer.in_features, layer.out_features, bits, bias, device=like.device, dtype=like.dtype
-        )
+        empty = QuantizedLinear(layer.in_features, layer.out_features, bits, bias, device=like.device, dtype=like.dtype)
         setattr(parent, name, empty)
 
 

@@ -1,6 +1,6 @@
 """The weight files of a checkpoint, looked at before anything is loaded: whole, named rightly, of the kind the config says.
 
-Only headers are read: of a .safetensors its table, of a .bin the pickle that describes its tensors.
+Only headers are read: of a .safetensors its table, of a .bin the pickles that describe its tensors.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def check_weights(folder: Path, path: str | Path, quantization_bit: int | None) 
     names: set[str] = set()
     for shard, expected in shards.items():
         stored = tensor_names(folder / shard)
-        absent = sorted(set(expected or ()) - stored) if stored is not None else []
+        absent = sorted(set(expected or ()) - stored)
         if absent:
             raise UserError(
                 f"{folder / found} says that {absent[0]} is in {shard}, but it is not ({len(absent)} tensors are "
                 "missing); index and files are of different checkpoints: copy all of them again."
             )
-        names |= stored if stored is not None else set(expected or ())
+        names |= stored
     check_scales(path, names, quantization_bit)
 
 
@@ -55,8 +55,8 @@ def weight_map(index: Path) -> dict[str, str]:
     return content
 
 
-def tensor_names(file: Path) -> set[str] | None:
-    """The names of the tensors in a weight file; None for pickles from before torch 1.6, which tell only when read.
+def tensor_names(file: Path) -> set[str]:
+    """The names of the tensors in a weight file.
 
     UserError if the file is missing or shorter than its header says, as interrupted downloads leave it.
     """
@@ -71,17 +71,17 @@ def tensor_names(file: Path) -> set[str] | None:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(4)
-    if not zipfile.is_zipfile(file):  # the table at the end is missing
-        if start[:2] == b"PK":
-            raise UserError(f"{file} is truncated ({size} bytes, its end is missing); copy the checkpoint again.")
-        if start[:1] != b"\x80" or size < 1024:  # no pickle; a pointer of git-lfs is tiny
-            raise UserError(f"{file} holds no weights ({size} bytes); copy the checkpoint again.")
-        return None
+    is_zip = zipfile.is_zipfile(file)  # the table at its end is there
+    if not is_zip and start[:2] == b"PK":
+        raise UserError(f"{file} is truncated ({size} bytes, its end is missing); copy the checkpoint again.")
+    if not is_zip and start[:1] != b"\x80":  # no pickle either, as torch before 1.6 wrote; a pointer of git-lfs?
+        raise UserError(f"{file} holds no weights ({size} bytes); copy the checkpoint again.")
     try:
-        content = torch.load(file, map_location="meta", mmap=True, weights_only=True)
-        return set(content)
-    except (RuntimeError, OSError, EOFError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file} cannot be read as a table of tensors ({first_line(error)}); copy it again.") from error
+        return set(torch.load(file, map_location="meta", mmap=is_zip, weights_only=True))
+    except (RuntimeError, OSError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{file} is damaged, or not a table of tensors ({first_line(error)}); copy the checkpoint again."
+        ) from error
 
 
 def check_scales(path: str | Path, names: set[str], quantization_bit: int | None) -> None:

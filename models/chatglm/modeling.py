@@ -33,10 +33,10 @@ from models.layers import (
     PrefixEncoder,
     attend,
     causal_visibility,
-    classification_loss,
+    classifier_output,
     freeze_all_but_prefix,
+    language_model_output,
     last_real_token,
-    next_token_loss,
     visibility_bias,
 )
 from models.quantization import replace_with_quantized
@@ -164,6 +164,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["prefix_encoder"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"inv_freq$"]  # noqa: RUF012  (never computed with, see RotaryEmbedding)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -373,15 +374,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         output = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
-        return CausalLMOutputWithPast(
-            loss=None if labels is None else next_token_loss(logits, labels),
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return language_model_output(output, self.lm_head, labels, logits_to_keep)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate; attention_mask and position_ids may also be those of the original tokenizer.
@@ -450,10 +443,4 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         kwargs.pop("return_dict", None)
         output = self.transformer(input_ids, attention_mask, position_ids, **kwargs)
         logits = self.score(last_real_token(output.last_hidden_state, attention_mask))
-        return SequenceClassifierOutputWithPast(
-            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return classifier_output(output, logits, labels, self.config.problem_type)

@@ -30,7 +30,7 @@ class ChatGLM2Config(PretrainedConfig):
     """ChatGLM2-6B; ChatGLM3-6B is the same network with seq_length 8192. The defaults are the published ChatGLM2-6B.
 
     pre_seq_len, prefix_projection, prefix_dropout, quantization_bit: as in ChatGLMConfig. Raises UserError for fields
-    of networks that are not these (the long-context releases, GLM-4-9B).
+    of networks that are not these (the long-context releases, GLM-4-9B), and for heads that groups do not divide.
     """
 
     model_type = "chatglm"
@@ -82,6 +82,11 @@ class ChatGLM2Config(PretrainedConfig):
                     "form; use the published chatglm2-6b or chatglm3-6b, or the -hf form of GLM-4."
                 )
         kwargs.pop("vocab_size", None)  # the original saves padded_vocab_size under this name too
+        if multi_query_attention and num_attention_heads % multi_query_group_num:
+            raise UserError(
+                f"config.json says num_attention_heads {num_attention_heads} and multi_query_group_num "
+                f"{multi_query_group_num}: every group serves the same number of heads, so the first must be a multiple."
+            )
         if kwargs["rope_ratio"] == 1:
             del kwargs["rope_ratio"]
         self.num_layers = num_layers

@@ -29,10 +29,10 @@ from models.layers import (
     PrefixEncoder,
     attend,
     causal_visibility,
-    classification_loss,
+    classifier_output,
     freeze_all_but_prefix,
+    language_model_output,
     last_real_token,
-    next_token_loss,
     visibility_bias,
 )
 from models.quantization import replace_with_quantized
@@ -189,6 +189,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["prefix_encoder"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"inv_freq$"]  # noqa: RUF012  (never computed with, see RotaryEmbedding)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -255,8 +256,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """input_ids [batch, time] -> last_hidden_state [batch, time, width], after the final norm.
 
         attention_mask: [batch, cached + time], 1 = real token. position_ids [batch, time]; without them the real tokens
-        are counted (the original counts padding too, which shifts all alike and matters to a prefix only). The prefix of P-Tuning counts in neither. hidden_states: embeddings and the output of every
-        block, before the final norm.
+        are counted (the original counts padding too, which shifts all alike and matters to a prefix only). The prefix of
+        P-Tuning counts in neither. hidden_states: embeddings and the output of every block, before the final norm.
         """
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -264,7 +265,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        batch, time = input_ids.shape
+        batch = len(input_ids)
         stored = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = (config.pre_seq_len or 0) if hasattr(self, "prefix_encoder") else 0
         cached = stored - length if stored else 0
@@ -353,15 +354,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         output = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.transformer.output_layer(output.last_hidden_state[:, kept])
-        return CausalLMOutputWithPast(
-            loss=None if labels is None else next_token_loss(logits, labels),
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return language_model_output(output, self.transformer.output_layer, labels, logits_to_keep)
 
     def prepare_inputs_for_generation(
         self,
@@ -413,10 +406,4 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         kwargs.pop("return_dict", None)
         output = self.transformer(input_ids, attention_mask, position_ids, **kwargs)
         logits = self.classifier_head(self.dropout(last_real_token(output.last_hidden_state, attention_mask)))
-        return SequenceClassifierOutputWithPast(
-            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return classifier_output(output, logits, labels, self.config.problem_type)

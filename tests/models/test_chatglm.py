@@ -59,8 +59,8 @@ def padded(rows, side, pad=3):
     longest = max(map(len, rows))
     spare = [[pad] * (longest - len(row)) for row in rows]
     ids = [s + r if side == "left" else r + s for r, s in zip(rows, spare, strict=True)]
-    mask = [[0] * len(s) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(s) for r, s in zip(rows, spare)]
-    return torch.tensor(ids), torch.tensor(mask)
+    mask = [[0] * len(s) + [1] * len(r) for r, s in zip(rows, spare, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask if side == "left" else [row[::-1] for row in mask])
 
 
 # --- the original code ------------------------------------------------------------------------------------------------
@@ -211,6 +211,7 @@ def test_resize_token_embeddings(family):
         ({}, "a release that is not known"),
         ({"padded_vocab_size": 151552, "ffn_hidden_size": 13696, "rope_ratio": 500}, "rope_ratio"),
         ({"padded_vocab_size": 65024, "ffn_hidden_size": 13696, "rmsnorm": False}, "rmsnorm"),
+        ({"padded_vocab_size": 65024, "ffn_hidden_size": 13696, "num_attention_heads": 3}, "must be a multiple"),
         ({"inner_hidden_size": 16384, "vocab_size": 150528}, "image tokens"),
     ],
 )

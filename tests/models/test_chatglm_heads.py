@@ -1,13 +1,18 @@
 """ChatGLM where the three steps use it: log-probabilities, scores, rollouts, LoRA, a prefix."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from inference.engine import generate
-from models.adapters import add_lora, adapter_disabled, merged_state_dict
+from models.adapters import adapter_disabled, add_lora, merged_state_dict
+from models.factory import load_causal_lm, load_tokenizer, save_model
 from models.heads import TokenLogProbs, TokenScores, last_token_scores
+from models.templates import load_template
 from tests.models.test_chatglm import TINY, padded, prompts, tiny
+from tests.tiny_chatglm import tiny_chatglm
 
 
 def scalar(family, **changes):
@@ -108,3 +113,16 @@ def test_lora(family, build):
     again = build(family)
     again.load_state_dict(merged_state_dict(adapted))
     assert torch.allclose(head(again)(ids, mask), after, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["chatglm-6b", "chatglm2-6b"])
+def test_saved_again_nothing_of_the_checkpoint_is_lost(family, shared_dir, tmp_path):
+    """config.json keeps its fields (the dropouts that training sets aside), and whoever may read one file may read all."""
+    folder = tiny_chatglm(tmp_path / "base", family, shared_dir)
+    tokenizer = load_tokenizer(folder)
+    model = load_causal_lm(folder, dtype=torch.float32)
+    save_model(model, tokenizer, load_template(folder, tokenizer), tmp_path / "saved")
+    before, after = (json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "saved"))
+    told = {"_name_or_path", "transformers_version", "architectures", "torch_dtype"}
+    assert {name: value for name, value in before.items() if after.get(name) != value}.keys() <= told
+    assert len({file.stat().st_mode for file in (tmp_path / "saved").iterdir()}) == 1

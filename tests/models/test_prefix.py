@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from errors import UserError
 from inference.engine import generate
 from models.adapters import add_lora, save_prefix
-from models.factory import check_context_length, load_causal_lm, load_scalar_model, load_tokenizer
+from models.factory import (
+    check_context_length,
+    gets_prefix,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    save_model,
+)
 from models.heads import TokenLogProbs, TokenScores, position_ids_for, prefix_length, score_layer
 from tests.tiny import FAMILIES, tiny_checkpoint
 
@@ -228,8 +235,6 @@ def test_a_reward_model_keeps_head_and_figures(folder_of, tmp_path):
 
 
 def test_another_model_takes_the_place_of_a_prefix_and_the_other_way_round(folder_of, tmp_path):
-    from models.factory import save_model
-
     base = folder_of("gpt2")
     model = load(base, pre_seq_len=LENGTH)
     folder = save(model, base, tmp_path / "out")
@@ -237,6 +242,11 @@ def test_another_model_takes_the_place_of_a_prefix_and_the_other_way_round(folde
     assert not isinstance(load(folder), PeftModel)
     save(model, base, folder)
     assert isinstance(load(folder), PeftModel) and not (folder / "model.safetensors").exists()
+    # A prefix in the place of its own model would take that model's weights away: said before training, and after.
+    for path, options in ((base, {"pre_seq_len": LENGTH}), (folder, {})):
+        assert gets_prefix(path, tmp_path / "elsewhere", **options)
+        with pytest.raises(UserError, match="holds the model that the prefix belongs to"):
+            gets_prefix(path, base, **options)
     with pytest.raises(UserError, match="holds the model that the prefix belongs to"):
         save(model, base, base)
     assert (base / "model.safetensors").exists()

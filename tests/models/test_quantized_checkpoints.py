@@ -62,7 +62,9 @@ def set_config(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.fixture(scope="module", params=[(family, bits) for family in SPECIAL for bits in (4, 8)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module", params=[(family, bits) for family in SPECIAL for bits in (4, 8)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def made(request, tmp_path_factory, shared_dir):
     family, bits = request.param
     folder = tmp_path_factory.mktemp(f"{family}-int{bits}")
@@ -107,7 +109,9 @@ def test_generation_is_that_of_the_floats(made):
     answers = []
     for kind in ("integers", "floats"):
         model = load_causal_lm(folder / kind, dtype=torch.float32).eval()
-        answers.append(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True))
+        answers.append(
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True)
+        )
     assert torch.equal(*answers) and answers[0].shape[1] > 11
 
 
@@ -136,6 +140,21 @@ def test_lora_over_integers_exports_a_plain_checkpoint(made, tmp_path):
         base = TokenLogProbs(load_causal_lm(folder / "integers", dtype=torch.float32))(ids, mask)
     torch.testing.assert_close(adapted, plain, atol=1e-4, rtol=1e-4)
     assert (adapted - base).abs().max() > 1e-2
+
+
+def test_a_prefix_over_integers_learns_what_it_learns_over_floats(made):
+    folder, family, bits = made
+    ids, mask = tokens(family)
+    gradients = []
+    for kind, options in (("integers", {}), ("floats", {}), ("floats", {"quantization_bit": bits})):
+        model = load_causal_lm(folder / kind, dtype=torch.float32, pre_seq_len=4, seed=1, **options).train()
+        TokenLogProbs(model)(ids, mask).sum().backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert trained and all("prefix_encoder" in name and p.dtype == torch.float32 for name, p in trained.items())
+        gradients.append(torch.cat([p.grad.flatten() for p in trained.values()]))
+    assert gradients[0].abs().max() > 1e-3
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], atol=1e-4, rtol=1e-3)
 
 
 def test_a_quantised_model_saved_whole_keeps_the_official_layout(made, tmp_path):

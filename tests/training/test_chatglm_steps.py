@@ -2,12 +2,9 @@
 weights, LoRA and P-Tuning, on one process and on two under ZeRO 0-3.
 """
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.launching import logged, succeed
 from tests.several import run_several

@@ -68,5 +68,7 @@ def test_ppo_on_two_processes_under_zero3_starts_with_actor_equal_to_reference(b
 def test_integers_are_not_trained_whole(base, tmp_path):
     tiny_integers(base / "int4")
     whole = {"lora_dim": None, "lora_learning_rate": None, "quantization_bit": None}
-    done = start("training.step2_reward.main", sft_flags(base, tmp_path / "o", model_name_or_path=base / "int4", **whole))
+    done = start(
+        "training.step2_reward.main", sft_flags(base, tmp_path / "o", model_name_or_path=base / "int4", **whole)
+    )
     assert done.returncode == 2 and "4-bit integers, which cannot be trained" in done.stderr

@@ -31,7 +31,7 @@ def main(args: SFTArguments) -> None:
     run = Run.start(args)
     prefix = args.prefix_options()
     check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len", **prefix)
-    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, **prefix)
+    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, args.output_dir, **prefix)
     check_quantized_base(args.model_name_or_path, args.quantization_bit, adapters=frozen)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = load_template(args.model_name_or_path, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +66,8 @@ class DeepSpeedRLHFEngine:
             check_same_tokenizer(tokenizer, load_tokenizer(critic_model_name_or_path), tuple(models.values()))
         self.adapted: dict[str, bool] = {}  # whether the trained model of a role is a frozen base and something small over it
         for role, path in models.items():
-            self.adapted[role] = bool(getattr(args, f"{role}_lora_dim")) or gets_prefix(path, **args.prefix_options(role))
+            prefixed = gets_prefix(path, Path(args.output_dir) / role, **args.prefix_options(role))
+            self.adapted[role] = prefixed or bool(getattr(args, f"{role}_lora_dim"))
             check_quantized_base(path, self._quantization_bit(role), adapters=self.adapted[role])
         self.total_iters = {"actor": actor_total_iters or num_total_iters, "critic": num_total_iters}
         self.warned_of_filter = False

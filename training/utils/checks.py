@@ -203,7 +203,7 @@ def check_reference(args: DPOArguments) -> None:
 
 
 def check_prefix(args: CommonArguments, prefix: str) -> None:
-    """P-Tuning beside nothing else that trains, from a folder that is there, into another folder than the model's."""
+    """P-Tuning beside nothing else that trains, from a folder that is there."""
     tuned = next((name for name in ("pre_seq_len", "ptuning_checkpoint") if getattr(args, prefix + name)), None)
     if tuned is None:
         if getattr(args, f"{prefix}prefix_projection"):
@@ -216,11 +216,6 @@ def check_prefix(args: CommonArguments, prefix: str) -> None:
     folder = getattr(args, f"{prefix}ptuning_checkpoint")
     if folder and not Path(folder).expanduser().is_dir():
         raise UserError(f"--{prefix}ptuning_checkpoint {folder}: no such folder; name one that P-Tuning saved.")
-    model = Path(getattr(args, f"{prefix}model_name_or_path")).expanduser()
-    if model.is_dir() and model.resolve() == Path(args.output_dir).expanduser().resolve():
-        raise UserError(
-            f"--output_dir {args.output_dir} holds the model, whose weights the saved prefix needs; give another folder."
-        )
     rate = f"{prefix}learning_rate"
     if getattr(args, rate) == next(one.default for one in fields(args) if one.name == rate):
         logger.warning(

@@ -49,15 +49,14 @@ def test_in_step_3_the_plain_names_are_the_actors(tmp_path):
     [
         ("--pre_seq_len -1", "--pre_seq_len -1: must not be negative"),
         ("--pre_seq_len 8 --lora_dim 4", "--pre_seq_len and --lora_dim: .* not trained together"),
-        ("--ptuning_checkpoint FOLDER --lora_dim 4", "--ptuning_checkpoint and --lora_dim: .* not trained together"),
+        ("--ptuning_checkpoint . --lora_dim 4", "--ptuning_checkpoint and --lora_dim: .* not trained together"),
         ("--prefix_projection", "--prefix_projection has no effect without --pre_seq_len"),
         ("--ptuning_checkpoint /nowhere", "--ptuning_checkpoint /nowhere: no such folder"),
-        ("--pre_seq_len 8 --model_name_or_path FOLDER --output_dir FOLDER/", "--output_dir .* holds the model"),
     ],
 )
-def test_what_does_not_go_together(more, words, tmp_path):
+def test_what_does_not_go_together(more, words):
     with pytest.raises(UserError, match=words):
-        parse(SFTArguments, [*ONE, *more.replace("FOLDER", str(tmp_path)).split()])
+        parse(SFTArguments, [*ONE, *more.split()])
 
 
 def test_step_3_names_the_models_flag():

@@ -102,9 +102,8 @@ def test_several_sets_and_sft_only_sets_follow_each_other(tmp_path, llama):
     data = run(paths[:2], 1, llama, sft_only_data_path=paths[2:])
     assert len(data.train) == 9
     texts = [llama.decode(row["input_ids"], skip_special_tokens=True) for row in data.train]
-    assert [f"What is {n}+1?" in text for n, text in zip((0, 1, 2, 10, 11, 12, 20, 21, 22), texts, strict=True)] == [
-        True
-    ] * 9
+    numbers = (0, 1, 2, 10, 11, 12, 20, 21, 22)
+    assert all(f"What is {n}+1?" in text for n, text in zip(numbers, texts, strict=True))
 
 
 def test_sft_only_sets_belong_to_step_1_whatever_the_split(tmp_path, llama):
