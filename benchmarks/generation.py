@@ -143,7 +143,7 @@ def main() -> None:
                 synchronize()
                 if round_number:  # the first one warms up
                     times[way].append(time.perf_counter() - started)
-        print(f"\n{name}: {args.prompts} prompts, {args.answers} answers each, {args.max_batch} at once, {platform}")
+        print(f"\n{name}: {args.prompts} prompts, {args.answers} answers each, {args.max_batch} at once, {platform.name}")
         print("| way | seconds | fastest - slowest | tokens/s |\n|---|---|---|---|")
         for way, seconds in times.items():
             middle = statistics.median(seconds)

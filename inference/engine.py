@@ -207,6 +207,8 @@ class _Answers:
     """What is known of all rows of the call. Made outside inference mode: training may save these tensors for its backward."""
 
     def __init__(self, rules: _Rules, count: int, row_seeds: Sequence[int] | None, device: torch.device) -> None:
+        if count < 1:
+            raise ValueError("nothing is asked for: no prompt, or num_return_sequences below 1")
         if row_seeds is not None and len(row_seeds) != count:
             raise ValueError(f"{len(row_seeds)} row_seeds for {count} answers")
         self.rules, longest = rules, rules.max_new_tokens

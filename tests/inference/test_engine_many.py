@@ -197,6 +197,7 @@ def test_a_layer_grows_as_transformers_own():
         ({"prompts": [[5], []]}, "empty"),
         ({"prompts": []}, "no prompt"),
         ({"row_seeds": [1]}, "row_seeds"),
+        ({"num_return_sequences": 0}, "num_return_sequences"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"stop_strings": ["a"]}, "tokenizer"),
     ],

@@ -108,7 +108,7 @@ def check_models(args: DPOArguments, tokenizer) -> None:
     """UserError if the model or the reference cannot be what the flags ask for; no weight is read."""
     prefix = args.prefix_options()
     check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len", **prefix)
-    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, **prefix)
+    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, args.output_dir, **prefix)
     check_quantized_base(args.model_name_or_path, args.quantization_bit, adapters=frozen)
     other = args.ref_model_name_or_path
     if other:
