@@ -43,6 +43,8 @@ def flags(step: str, places: dict, family: str, output: Path, processes: int = 1
         batch = ["--per_device_generation_batch_size", str(4 // processes), "--eval_prompts", "4"]
         batch += ["--per_device_training_batch_size", str(2 // processes), "--max_prompt_seq_len", "64"]
         batch += ["--max_answer_seq_len", "8", "--max_steps", "2", "--actor_learning_rate", "1e-3", "--num_warmup_steps", "0"]
+        # Adam makes rounding as large as any gradient, and among 65,024 nearly equal tokens that changes what is drawn.
+        batch += ["--adam_epsilon", "1e-2"]
         roles = ("actor_", "critic_")
     else:
         models = ["--model_name_or_path", str(places[family]), "--zero_stage", str(stage)]
@@ -58,15 +60,16 @@ def flags(step: str, places: dict, family: str, output: Path, processes: int = 1
     return [*common, *models, *batch, *adapters]
 
 
-# Every way and every stage with both families in step 1, a choice of them where four models run.
+# In step 1 every way with both families, all stages between them; a choice where four models run.
 CASES = [
-    *(("sft", family, way, stage) for family in FAMILIES for way in WAYS for stage in (0, 1, 2, 3)),
+    *(("sft", "chatglm-6b", way, stage) for way, stage in (("full", 0), ("full", 3), ("lora", 1), ("prefix", 2), ("prefix", 3))),
+    *(("sft", "chatglm2-6b", way, stage) for way, stage in (("full", 1), ("full", 3), ("lora", 2), ("lora", 3), ("prefix", 0))),
     *(
         (step, *case)
         for step in ("reward", "ppo")
         for case in (
-            ("chatglm-6b", "full", 2), ("chatglm-6b", "lora", 1), ("chatglm-6b", "prefix", 3), ("chatglm-6b", "full", 3),
-            ("chatglm2-6b", "full", 3), ("chatglm2-6b", "lora", 3), ("chatglm2-6b", "prefix", 2),
+            ("chatglm-6b", "full", 2), ("chatglm-6b", "lora", 1), ("chatglm-6b", "prefix", 3),
+            ("chatglm2-6b", "full", 3), ("chatglm2-6b", "lora", 3),
         )
     ),
 ]  # fmt: skip
