@@ -11,8 +11,7 @@ from functools import partial
 
 import torch
 
-from models.adapters import add_lora
-from models.factory import check_context_length, check_quantized_base, gets_prefix, load_causal_lm, load_tokenizer
+from models.factory import load_causal_lm, load_tokenizer
 from models.heads import TokenLogProbs
 from models.templates import load_template
 from training.utils.arguments import SFTArguments
@@ -23,16 +22,14 @@ from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
 from training.utils.loss import sft_loss
 from training.utils.parsing import main_entry
 from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_engine, optimizer_figures, optimizer_step
+from training.utils.trained_model import check_trained_model, trained_engine
+from training.utils.zero import optimizer_figures, optimizer_step
 
 
 def main(args: SFTArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
-    prefix = args.prefix_options()
-    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len", **prefix)
-    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, args.output_dir, **prefix)
-    check_quantized_base(args.model_name_or_path, args.quantization_bit, adapters=frozen)
+    check_trained_model(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = load_template(args.model_name_or_path, tokenizer)
     data = prepare_phase(args, 1, tokenizer, template)
@@ -40,30 +37,7 @@ def main(args: SFTArguments) -> None:
     targets = target_counts(data.train, args.loss_on)
     batches = GlobalBatches(data.train, targets, collate, run, args, per_device=args.per_device_train_batch_size)
 
-    options = EngineOptions.of(args)
-    model = load_causal_lm(
-        args.model_name_or_path,
-        dtype=run.dtype,
-        attn=run.attention,
-        dropout=args.dropout,
-        gradient_checkpointing=args.gradient_checkpointing,
-        zero3_config=options.loading_config(run.dtype, run.world_size),
-        tokenizer=tokenizer,
-        quantization_bit=args.quantization_bit,
-        seed=args.seed,
-        **prefix,
-    )
-    if args.lora_dim:
-        model = add_lora(
-            model,
-            dim=args.lora_dim,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            module_name=args.lora_module_name,
-        )
-    engine = build_engine(
-        TokenLogProbs(model), options, dtype=run.dtype, total_steps=batches.total_steps, world_size=run.world_size
-    )
+    engine = trained_engine(load_causal_lm, TokenLogProbs, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start, _ = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)

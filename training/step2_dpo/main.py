@@ -11,12 +11,10 @@ from functools import partial
 
 from torch import Tensor
 
-from models.adapters import add_lora
 from models.factory import (
     check_context_length,
     check_quantized_base,
     check_same_tokenizer,
-    gets_prefix,
     load_causal_lm,
     load_tokenizer,
 )
@@ -32,7 +30,8 @@ from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
 from training.utils.loss import dpo_loss, implicit_rewards
 from training.utils.parsing import main_entry
 from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_engine, optimizer_figures, optimizer_step
+from training.utils.trained_model import check_trained_model, trained_engine
+from training.utils.zero import optimizer_figures, optimizer_step
 
 logger = logging.getLogger("sanbu")
 
@@ -52,7 +51,7 @@ def main(args: DPOArguments) -> None:
         data.train, [1.0] * len(data.train), collate, run, args, per_device=args.per_device_train_batch_size
     )
     reference = load_reference(args, tokenizer, run)
-    engine = build_policy(args, tokenizer, run, batches.total_steps)
+    engine = trained_engine(load_causal_lm, TokenLogProbs, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start, _ = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
@@ -106,44 +105,13 @@ def main(args: DPOArguments) -> None:
 
 def check_models(args: DPOArguments, tokenizer) -> None:
     """UserError if the model or the reference cannot be what the flags ask for; no weight is read."""
-    prefix = args.prefix_options()
-    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len", **prefix)
-    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, args.output_dir, **prefix)
-    check_quantized_base(args.model_name_or_path, args.quantization_bit, adapters=frozen)
+    check_trained_model(args)
     other = args.ref_model_name_or_path
     if other:
         check_context_length(other, args.max_seq_len, "--max_seq_len")
         check_quantized_base(other, args.quantization_bit, adapters=True)
         advice = "give a --ref_model_name_or_path with the tokenizer of the trained model"
         check_same_tokenizer(tokenizer, load_tokenizer(other), (args.model_name_or_path, other), advice)
-
-
-def build_policy(args: DPOArguments, tokenizer, run: Run, total_steps: int):
-    """The engine that holds the model to be trained, with LoRA or a prefix where the flags ask for them."""
-    options = EngineOptions.of(args)
-    model = load_causal_lm(
-        args.model_name_or_path,
-        dtype=run.dtype,
-        attn=run.attention,
-        dropout=args.dropout,
-        gradient_checkpointing=args.gradient_checkpointing,
-        zero3_config=options.loading_config(run.dtype, run.world_size),
-        tokenizer=tokenizer,
-        quantization_bit=args.quantization_bit,
-        seed=args.seed,
-        **args.prefix_options(),
-    )
-    if args.lora_dim:
-        model = add_lora(
-            model,
-            dim=args.lora_dim,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            module_name=args.lora_module_name,
-        )
-    return build_engine(
-        TokenLogProbs(model), options, dtype=run.dtype, total_steps=total_steps, world_size=run.world_size
-    )
 
 
 if __name__ == "__main__":
