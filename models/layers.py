@@ -1,13 +1,16 @@
-"""What the networks of both ChatGLM families are made of besides their own arithmetic: attention over a bias, the prefix
-of P-Tuning v2, and a loss that holds no float32 copy of the logits.
+"""What the networks of both ChatGLM families are made of besides their own arithmetic: loading and starting values,
+attention over a bias, the prefix of P-Tuning v2, and a loss that holds no float32 copy of the logits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, initialization
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -16,6 +19,40 @@ from transformers.modeling_outputs import (
 
 # Logits turned into float32 at a time in a loss: 2^25 are 128 MiB.
 CHUNK_LOGITS = 2**25
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving, starting values, in either family."""
+
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["prefix_encoder"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"inv_freq$"]  # noqa: RUF012  (never computed with, see RotaryEmbedding)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers has it, which makes all weights that it loads trainable: those beside a prefix are not.
+
+        An output matrix that is the embedding's is so also where the checkpoint holds both; transformers 5.0 does not tie
+        them then.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if hasattr(model, "lm_head") and model.lm_head.weight is not model.transformer.word_embeddings.weight:
+            model.lm_head.weight = model.transformer.word_embeddings.weight
+            model.all_tied_weights_keys.update(cls._tied_weights_keys)
+        freeze_all_but_prefix(model)
+        return loaded
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "inv_freq"):
+            initialization.copy_(module.inv_freq, module.frequencies())
+        elif isinstance(module, PrefixEncoder):  # as wide as the original's, for which published rates are made
+            initialization.normal_(module.embedding.weight, mean=0.0, std=1.0)
 
 
 def visibility_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,6 +29,7 @@ from transformers.modeling_outputs import (
 
 from models.chatglm.configuration import ChatGLMConfig
 from models.layers import (
+    ChatGLMPreTrainedModel,
     PrefixEncoder,
     attend,
     causal_visibility,
@@ -56,18 +56,17 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.register_buffer("inv_freq", rotary_frequencies(dim))
+        self.register_buffer("inv_freq", self.frequencies())
+
+    def frequencies(self) -> Tensor:
+        """[dim / 2] float32."""
+        return (1.0 / 10000 ** (torch.arange(0, self.dim, 2, device="cpu").float() / self.dim)).half().float()
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [..., time] -> cos and sin [..., time, dim], angle i at places i and i + dim/2."""
-        angles = positions[..., None].float() * rotary_frequencies(self.dim).to(positions.device)
+        angles = positions[..., None].float() * self.frequencies().to(positions.device)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotary_frequencies(dim: int) -> Tensor:
-    """[dim / 2] float32."""
-    return (1.0 / 10000 ** (torch.arange(0, dim, 2, device="cpu").float() / dim)).half().float()
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -154,41 +153,10 @@ class Block(GradientCheckpointingLayer):
         return RESIDUAL * normed + self.mlp(normed), probs
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):
-    """Loading, saving, starting values."""
-
-    config_class = ChatGLMConfig
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["prefix_encoder"]  # noqa: RUF012
-    _keys_to_ignore_on_load_missing = [r"inv_freq$"]  # noqa: RUF012  (never computed with, see RotaryEmbedding)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers has it, and two things put right: weights beside a prefix are not trained, and the output matrix
-        is the embedding's also where transformers 5.0 does not tie the two, because the checkpoint holds both.
-        """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if hasattr(model, "lm_head") and model.lm_head.weight is not model.transformer.word_embeddings.weight:
-            model.lm_head.weight = model.transformer.word_embeddings.weight
-            model.all_tied_weights_keys.update(cls._tied_weights_keys)
-        freeze_all_but_prefix(model)
-        return loaded
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, RotaryEmbedding):
-            initialization.copy_(module.inv_freq, rotary_frequencies(module.dim))
-        elif isinstance(module, PrefixEncoder):  # as wide as the original's, for which published rates are made
-            initialization.normal_(module.embedding.weight, mean=0.0, std=1.0)
-
-
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, blocks, final norm. With config.pre_seq_len all but the prefix encoder is frozen."""
+
+    config_class = ChatGLMConfig
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
@@ -338,6 +306,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """The language model; the output matrix is the embedding's."""
 
+    config_class = ChatGLMConfig
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -421,6 +390,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     """A score at the last real token; there is no such class in the original. The head is always trained."""
 
+    config_class = ChatGLMConfig
     _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # noqa: RUF012
 
     def __init__(self, config: ChatGLMConfig) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,6 +25,7 @@ from transformers.modeling_outputs import (
 
 from models.chatglm2.configuration import ChatGLM2Config
 from models.layers import (
+    ChatGLMPreTrainedModel,
     PrefixEncoder,
     attend,
     causal_visibility,
@@ -46,17 +46,16 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.register_buffer("inv_freq", rotary_frequencies(dim))
+        self.register_buffer("inv_freq", self.frequencies())
+
+    def frequencies(self) -> Tensor:
+        """[dim / 2] float32."""
+        return 1.0 / 10000 ** (torch.arange(0, self.dim, 2, device="cpu").float() / self.dim)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [batch, time] -> cos and sin [batch, 1, time, dim / 2]."""
-        angles = positions[:, None, :, None].float() * rotary_frequencies(self.dim).to(positions.device)
+        angles = positions[:, None, :, None].float() * self.frequencies().to(positions.device)
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotary_frequencies(dim: int) -> Tensor:
-    """[dim / 2] float32."""
-    return 1.0 / 10000 ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -179,38 +178,13 @@ class Encoder(nn.Module):
         self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):
-    """Loading, saving, starting values."""
-
-    config_class = ChatGLM2Config
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["prefix_encoder"]  # noqa: RUF012
-    _keys_to_ignore_on_load_missing = [r"inv_freq$"]  # noqa: RUF012  (never computed with, see RotaryEmbedding)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers has it, which makes all weights that it loads trainable: those beside a prefix are not."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        freeze_all_but_prefix(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, RotaryEmbedding):
-            initialization.copy_(module.inv_freq, rotary_frequencies(module.dim))
-        elif isinstance(module, PrefixEncoder):  # as wide as the original's, for which published rates are made
-            initialization.normal_(module.embedding.weight, mean=0.0, std=1.0)
-
-
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, blocks, final norm, and in a language model the output matrix, which the original keeps in here.
 
     With config.pre_seq_len all but the prefix encoder is frozen.
     """
+
+    config_class = ChatGLM2Config
 
     def __init__(self, config: ChatGLM2Config, with_output_layer: bool = True) -> None:
         super().__init__(config)
@@ -321,6 +295,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """The language model."""
 
+    config_class = ChatGLM2Config
+
     def __init__(self, config: ChatGLM2Config) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
@@ -383,6 +359,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     """A score at the last real token. The head is always trained."""
 
+    config_class = ChatGLM2Config
     _keys_to_ignore_on_load_unexpected = [r"output_layer\.weight"]  # noqa: RUF012
 
     def __init__(self, config: ChatGLM2Config) -> None:
