@@ -1,7 +1,7 @@
 """Tokenise the data of a step once, into the Arrow cache where training with the same flags finds it; no weights are loaded.
 
     python -m scripts.preprocess_dataset --model_name_or_path FOLDER --data_path AdvertiseGen [any flag of step 1]
-    python -m scripts.preprocess_dataset --step 2 …
+    python -m scripts.preprocess_dataset --step 2 …        (3 for the prompts of PPO, dpo for DPO)
 
 Only tokenizer and configuration of the model are needed. --cache_dir (or SANBU_CACHE) says where the cache lies.
 """
@@ -36,9 +36,10 @@ def preprocess(args: CommonArguments) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Read --step; everything else is for the parser of that step, which wants an --output_dir that nothing uses here."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--step", type=int, choices=(1, 2, 3), default=1)
+    steps = dict(zip(("1", "2", "3", "dpo"), STEPS, strict=True))
+    parser.add_argument("--step", choices=steps, default="1")
     given, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    main_entry(preprocess, STEPS[given.step - 1], ["--output_dir", ".", *flags])
+    main_entry(preprocess, steps[given.step], ["--output_dir", ".", *flags])
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ def test_other_steps_and_wrong_flags(flags, tmp_path, capsys):
     words = [*flags[:2], "--data_path", str(pairs), *flags[6:8]]
     preprocess_dataset.main(["--step", "2", *words, "--data_split", "0,1,0", "--eval_fraction", "0"])
     assert "step 2 (reward model): 9 examples" in capsys.readouterr().out
+    preprocess_dataset.main(["--step", "dpo", *words, "--data_split", "0,1,0", "--eval_fraction", "0"])
+    assert "DPO: 9 examples" in capsys.readouterr().out
     for wrong, sentence in ((["--max_sorce_length", "4"], "did you mean --max_source_length?"), (["--cache_dir"], "expected one")):
         with pytest.raises(SystemExit) as stopped:
             preprocess_dataset.main([*flags, *wrong])
