@@ -36,6 +36,8 @@ class Sampling:
     top_k: int = 0
     greedy: bool = False
     seed: int = 1234
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -73,6 +75,8 @@ class Chatbot:
             max_new_tokens=room, stop_token_ids=self.template.stop_token_ids, pad_token_id=self.tokenizer.pad_token_id,
             temperature=self.sampling.temperature, top_p=self.sampling.top_p, top_k=self.sampling.top_k,
             greedy=self.sampling.greedy, row_seeds=[self.sampling.seed + self.asked],
+            repetition_penalty=self.sampling.repetition_penalty, stop_strings=self.sampling.stop_strings,
+            tokenizer=self.tokenizer,
             on_token=lambda row, token: stream.add(token),
         )  # fmt: skip
         text = stream.finish()
@@ -213,6 +217,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=usual.top_p, help="draw from this share of probability (%(default)s)")
     add("--top_k", type=int, default=usual.top_k, help="draw from so many tokens; 0 = all (%(default)s)")
     add("--greedy", action="store_true", help="always the likeliest token")
+    penalty = "above 1, such as 1.1: what dialogue and answer have said becomes less likely (%(default)s)"
+    add("--repetition_penalty", type=float, default=usual.repetition_penalty, help=penalty)
+    add("--stop_strings", nargs="+", default=[], metavar="TEXT", help="an answer ends with the first of these texts in it, too")
     add("--seed", type=int, default=usual.seed, help="same seed, same answers (%(default)s)")
     add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)")
     return parser
@@ -236,12 +243,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("chat.py needs --path: the folder of an SFT model or actor, or the output folder of step 3.")
     limits = {
         "max_new_tokens": args.max_new_tokens >= 1, "temperature": args.temperature > 0, "top_p": 0 < args.top_p <= 1,
-        "top_k": args.top_k >= 0, "seed": args.seed >= 0,
+        "top_k": args.top_k >= 0, "seed": args.seed >= 0, "repetition_penalty": args.repetition_penalty > 0,
     }  # fmt: skip
     for name, right in limits.items():
         if not right:
             hint = " (--greedy takes the likeliest token)" if name == "temperature" else ""
             raise UserError(f"--{name} {getattr(args, name)} is out of range{hint}; chat.py --help says what it means.")
+    if not all(args.stop_strings):
+        raise UserError("--stop_strings holds an empty text, which stands at the beginning of every answer; drop it.")
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty; write a question, or leave the flag out for a dialogue.")
     return args
@@ -251,7 +260,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for wrong input."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.greedy, args.seed)
+        sampling = Sampling(
+            args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.greedy, args.seed, args.repetition_penalty,
+            tuple(args.stop_strings),
+        )  # fmt: skip
         quiet()
         bot = load_chatbot(args.path, sampling, args.system, args.dtype)
         if args.prompt is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.cache import RowsCache, rows_cache
+from inference.lockstep import in_step
 from inference.sampling import StopStrings, draw, occurring, penalised, uniform_numbers
 from models.heads import base_model, mask_with_prefix, position_ids_for, prefix_cache, prefix_length
 
@@ -76,6 +77,7 @@ def generate(
     repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely (sampling.penalised).
     stop_strings: the token that completes one of them in the answer's text ends it, too; they need the tokenizer.
     on_token(row, token) is called with each token once it is drawn. Raises ValueError for a call that cannot be meant.
+    Where ZeRO-3 keeps the model's weights split, all processes call it, each with prompts of its own (inference/lockstep.py).
     """
     if not bool(attention_mask[:, -1].all()):
         raise ValueError("attention_mask: a prompt is empty or padded on the right; pad prompts on the left")
@@ -180,7 +182,7 @@ def _answer(
 ) -> Generation:
     """Answer the rows of the queue, whose prompts may only become shorter, at_once at a time."""
     batch: _Batch | None = None
-    with torch.inference_mode(), evaluation_mode(model):
+    with evaluation_mode(model), in_step(model):
         while batch is not None or queue:
             if batch is None:
                 rows, queue = queue[:at_once], queue[at_once:]

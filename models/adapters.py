@@ -22,6 +22,7 @@ from models.factory import FAMILIES, check_tokenizer, publish, settle_special_id
 from models.heads import SCALAR_HEADS, base_model, score_name
 from models.prefix import PREFIX_FILE, base_of, has_prefix, peft_config_to_save, prefix_tensors
 from models.quantization import QuantizedLinear
+from models.shared_trunk import frozen_change
 
 _NAME = "default"  # peft can hold several adapters; we use one
 
@@ -93,8 +94,8 @@ def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = N
     """The weights of the plain model with the adapter added in: W + alpha/dim · B A, summed in float32, in W's dtype.
 
     state_dict: whole tensors named as in model.state_dict(), where the module's own are split (ZeRO-3). Returns the
-    names of the plain model; the module is not changed. Quantised layers become floats in the model's dtype. A model
-    without an adapter gives its own weights, integers as they are.
+    names of the plain model; the module is not changed. What a shared trunk's reward model adds is in them. Quantised
+    layers become floats in the model's dtype. A model without an adapter gives its own weights, integers as they are.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
     if not isinstance(model, PeftModel):
@@ -110,17 +111,21 @@ def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = N
         adapted = isinstance(layer, LoraLayer)
         base = layer.get_base_layer() if adapted else layer
         integers = isinstance(base, QuantizedLinear) and f"{name}.weight_scale" in merged
-        if not adapted and not integers:
+        frozen = frozen_change(base) if f"{name}.weight" in merged else None
+        if not adapted and not integers and frozen is None:
             continue
         weight = merged[f"{name}.weight"]
         dtype = model.get_base_model().dtype if integers else weight.dtype
         if integers:  # floats in host memory: where the integers are, there may be no room
             weight = base.plain_weight(weight.cpu(), merged.pop(f"{name}.weight_scale").cpu(), torch.float32)
+        changes = [] if frozen is None else [frozen.matrix()]
         if adapted:
             down = state_dict[f"{prefix}{name}.lora_A.{_NAME}.weight"].float()
             up = state_dict[f"{prefix}{name}.lora_B.{_NAME}.weight"].float()
-            change = (layer.scaling[_NAME] * (up @ down)).to(weight.device)
-            as_stored = change.T if layer.fan_in_fan_out or (integers and base.transposed) else change
+            changes.append(layer.scaling[_NAME] * (up @ down))
+        for change in changes:
+            change = change.to(weight.device)
+            as_stored = change.T if isinstance(base, Conv1D) or (integers and base.transposed) else change
             weight = weight.float() + as_stored
         merged[f"{name}.weight"] = weight.to(dtype)
     return merged

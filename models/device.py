@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -35,6 +37,11 @@ PLATFORMS = {
     "dcu": Platform("dcu", "cuda", "nccl"),  # the library behind the name is RCCL
     "npu": Platform("npu", "npu", "hccl"),
     "cpu": Platform("cpu", "cpu", "gloo"),
+}
+# Why transformers' eager attention is taken where sdpa would be.
+SDPA_TROUBLE = {
+    "dcu": "the vendor's sdpa may call a flash library that does not serve every chip",
+    "npu": "not every chip generation serves sdpa",
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -94,6 +101,12 @@ def _current() -> Platform:
     return detect_platform()
 
 
+def device_count() -> int:
+    """How many cards this process may use; 0 on a CPU."""
+    module = _backend_module()
+    return 0 if module is None else module.device_count()
+
+
 def has_accelerator() -> bool:
     """True where there is a card beside the CPU."""
     return _current().torch_device != "cpu"
@@ -103,6 +116,11 @@ def set_device(platform: Platform, local_rank: int) -> torch.device:
     """Make card ``local_rank`` of this node the current one and return it; on a CPU all processes share "cpu"."""
     if platform.torch_device == "cpu":
         return torch.device("cpu")
+    _take_card(platform, local_rank)
+    return torch.device(platform.torch_device, local_rank)
+
+
+def _take_card(platform: Platform, local_rank: int) -> None:
     module = getattr(torch, platform.torch_device)
     count = module.device_count()
     if local_rank >= count:
@@ -111,7 +129,9 @@ def set_device(platform: Platform, local_rank: int) -> torch.device:
             "(deepspeed --num_gpus), or show more, by CUDA_VISIBLE_DEVICES, HIP_… or ASCEND_RT_VISIBLE_DEVICES."
         )
     module.set_device(local_rank)
-    return torch.device(platform.torch_device, local_rank)
+    if platform.name == "npu":
+        # Before the first operator: each new shape would be compiled for minutes, and embedding_dense_grad fails for some.
+        module.set_compile_mode(jit_compile=False)
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
@@ -148,10 +168,13 @@ def chip_dtypes(chip: str) -> tuple[str, ...]:
         native = chip in ("gfx928", "gfx936", "gfx90a") or chip.startswith(("gfx94", "gfx95"))
         return ("bf16", "fp16", "fp32") if native else ("fp16", "fp32")
     if chip.startswith("Ascend910"):
-        # 910A, ProA, PremiumA and ProB are the first generation; 910B1.. and 910_93 (A3) compute in bf16.
-        second = chip.startswith(("Ascend910B", "Ascend910_93"))
-        return ("bf16", "fp16", "fp32") if second else ("fp16", "fp32")
+        return ("fp16", "fp32") if is_first_ascend(chip) else ("bf16", "fp16", "fp32")
     return ("fp16", "fp32")
+
+
+def is_first_ascend(chip: str) -> bool:
+    """910A, ProA, PremiumA, ProB, and 910B without a number, are the first generation; 910B1… and 910_93… (A3) are not."""
+    return chip.startswith("Ascend910") and not re.match(r"Ascend910(B\d|_93)", chip)
 
 
 def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
@@ -161,6 +184,8 @@ def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
     index = int(
         os.environ.get("LOCAL_RANK", "0")
     )  # probe one's own card: a probe on card 0 would cost it memory for every process
+    if platform.name == "npu":
+        _take_card(platform, index)  # and its compile mode, which the probe's operators must find
     chip = chip_name(platform, index)
     able = chip_dtypes(chip)
     if name == "auto":
@@ -189,16 +214,54 @@ def probe_dtype(dtype: torch.dtype, platform: Platform, index: int = 0) -> bool:
 
 def attention_implementation(choice: str, platform: Platform) -> str:
     """--attention auto | eager | sdpa | flash_attention_2 -> the name transformers uses. auto: eager on dcu and on the
-    NPU, else sdpa.
+    NPU, else sdpa. UserError for what the device or the installation does not have.
     """
     choices = ("eager", "sdpa", "flash_attention_2")
     if choice == "auto":
-        return "eager" if platform.name in ("dcu", "npu") else "sdpa"
+        if platform.name not in SDPA_TROUBLE:
+            return "sdpa"
+        logger.info("Attention: eager, because %s.", SDPA_TROUBLE[platform.name])
+        return "eager"
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if choice == "sdpa" and platform.name == "dcu" and "bf16" not in chip_dtypes(chip_name(platform, index)):
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        logger.info("Attention: sdpa in plain operators, because its flash kernels do not serve this chip.")
+    if choice == "flash_attention_2" and "bf16" not in chip_dtypes(chip_name(platform, index)):
+        raise UserError(
+            f"attention flash_attention_2 has no kernels for this device ({platform.name}, {chip_name(platform, index)}); use "
+            "auto."
+        )
     if choice not in choices:
         raise UserError(f"attention {choice} is unknown; choose auto, {', '.join(choices)}.")
     if choice == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError("attention flash_attention_2 needs the package flash_attn, which is not installed; use sdpa.")
     return choice
+
+
+# --- overflow on chips without infinities -------------------------------------------------------------------------------
+
+
+def saturates() -> bool:
+    """True on an NPU that knows no infinity: where others overflow it gives the largest number, and 0 for NaN.
+
+    The first Ascend 910 generation (910A); INF_NAN_MODE_ENABLE has no effect there. DeepSpeed's search for infinities in
+    the gradients finds none then, and the loss scale only rises. SANBU_OVERFLOW_FLAG=0 answers False.
+    """
+    if _current().name != "npu" or os.environ.get("SANBU_OVERFLOW_FLAG") == "0":
+        return False
+    asked = getattr(torch.npu.utils, "is_support_inf_nan", None)  # not in the oldest torch_npu
+    return not asked() if asked else is_first_ascend(torch.npu.get_device_name(torch.npu.current_device()))
+
+
+def clear_overflow_flag() -> None:
+    """Reset the chip's note that an operator overflowed. Only where saturates()."""
+    torch.npu.clear_npu_overflow_flag()
+
+
+def overflow_flag() -> bool:
+    """Whether an operator has overflowed on this card since clear_overflow_flag(). Only where saturates()."""
+    return bool(torch.npu.get_npu_overflow_flag())
 
 
 # --- memory, streams, random numbers of the current device
@@ -222,6 +285,25 @@ def reset_peak_memory() -> None:
     """Start peak_memory_gb() anew; no effect on a CPU, where the system keeps the figure."""
     if (module := _backend_module()) is not None:
         module.reset_peak_memory_stats()
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still take: of its card, torch's own reserve included; on a CPU its share of what the
+    host has available, which the processes of a node divide. None where nobody can tell.
+    """
+    module = _backend_module()
+    if module is None:
+        names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")  # of torchrun, of deepspeed, and at worst one too high
+        processes = int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            available = next(line for line in lines if line.startswith("MemAvailable:"))
+        except (OSError, StopIteration):
+            return None
+        return int(available.split()[1]) * 1024 // processes
+    if not hasattr(module, "mem_get_info"):
+        return None
+    return module.mem_get_info()[0] + module.memory_reserved() - module.memory_allocated()
 
 
 def synchronize() -> None:

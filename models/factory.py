@@ -26,7 +26,7 @@ from transformers import (
 from errors import UserError
 from models.chatglm.auto_tokenizer import ChatGLMTokenizer
 from models.files import first_line, read_json
-from models.heads import base_model, score_name
+from models.heads import base_model, score_name, start_head
 from models.prefix import (
     BASE_FIELD,
     OWN,
@@ -39,7 +39,7 @@ from models.prefix import (
 )
 from models.quantization import config_of, model_bits, plain_state_dict, quantize_linears
 from models.weight_files import WEIGHTS, check_weights
-from models.zero3 import gathered, zero3_loading
+from models.zero3 import zero3_loading
 
 logger = logging.getLogger("sanbu")
 
@@ -202,8 +202,7 @@ def load_scalar_model(
     """A network with one score per position, for reward model and critic. options as in load_causal_lm.
 
     From a reward checkpoint the head is kept, and in the config what step 2 measured (reward_mean, reward_std). From a
-    language model the head is new: N(0, 1/sqrt(width + 1)), Stiennon et al. 2020 (arXiv 2009.01325), with a bias of 0 if
-    it has one, the same on every process. With a prefix, the head is trained too.
+    language model the head is new (heads.start_head). With a prefix, the head is trained too.
     """
     model, missing, plan = _load(
         AutoModelForSequenceClassification, path, dtype, attn, dropout, num_labels=1, seed=seed, **options
@@ -213,14 +212,7 @@ def load_scalar_model(
     if missing - own - head:
         raise UserError(f"model {path} lacks the weights {', '.join(sorted(missing)[:3])}; copy the checkpoint again.")
     if head:
-        layer = getattr(model, score_name(model))
-        width = getattr(layer.weight, "ds_shape", layer.weight.shape)[-1]
-        fresh = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
-        with gathered(list(layer.parameters())):
-            if layer.weight.numel() == width:  # under ZeRO-3 whole only inside
-                layer.weight.data.copy_(fresh)
-                if layer.bias is not None:
-                    layer.bias.data.zero_()
+        start_head(getattr(model, score_name(model)), seed)
     model.config.problem_type = "regression"
     return model if plan is None else add_prefix(model, plan, fresh=bool(own))
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
+from models.zero3 import gathered
+
 # Logits held at a time: 2^25 float32 values are 128 MiB. Smaller chunks save memory that nobody misses and add up more
 # partial
 # gradients of the output matrix in the model's dtype.
@@ -235,3 +237,16 @@ def score_layer(model: nn.Module) -> nn.Module:
     if not hasattr(head, "modules_to_save"):
         return head
     return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+
+
+def start_head(layer: nn.Module, seed: int) -> None:
+    """Fill a new scalar head: N(0, 1/sqrt(width + 1)), Stiennon et al. 2020 (arXiv 2009.01325), with a bias of 0 if it has
+    one, the same on every process and under every ZeRO stage.
+    """
+    width = getattr(layer.weight, "ds_shape", layer.weight.shape)[-1]
+    fresh = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+    with gathered(list(layer.parameters())):
+        if layer.weight.numel() == width:  # under ZeRO-3 whole only inside
+            layer.weight.data.copy_(fresh)
+            if layer.bias is not None:
+                layer.bias.data.zero_()

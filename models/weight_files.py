@@ -8,10 +8,12 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from errors import UserError
 from models.files import first_line, read_json
@@ -82,6 +84,23 @@ def tensor_names(file: Path) -> set[str]:
         raise UserError(
             f"{file} is damaged, or not a table of tensors ({first_line(error)}); copy the checkpoint again."
         ) from error
+
+
+def stored_rows(folder: Path, rows: int) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Name, shape and first rows of every tensor of a checkpoint, file by file; check_weights has found it whole."""
+    found = folder / next(name for name in WEIGHTS if (folder / name).is_file())
+    names = set(weight_map(found).values()) if found.name.endswith(".index.json") else {found.name}
+    for file in (folder / name for name in sorted(names)):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as content:
+                for name in sorted(content.keys()):
+                    part = content.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    yield name, shape, part[:rows] if shape else content.get_tensor(name)
+        else:
+            tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+            for name, tensor in sorted(tensors.items()):
+                yield name, tuple(tensor.shape), tensor[:rows] if tensor.dim() else tensor
 
 
 def check_scales(path: str | Path, names: set[str], quantization_bit: int | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from errors import UserError
-from inference.chatbot import Chatbot, Sampling, chat_folder, context_length, load_chatbot
+from inference.chatbot import Chatbot, Sampling, chat_folder, context_length, load_chatbot, main, parse
 from models.factory import load_scalar_model, load_tokenizer, save_model
 from models.templates import load_template
 from tests.launching import REPOSITORY, environment
@@ -40,12 +40,12 @@ def chat(*flags: str, text: str | None = None) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def said(bot: Chatbot, messages: list[dict[str, str]], tokens: int = 8) -> str:
+def said(bot: Chatbot, messages: list[dict[str, str]], tokens: int = 8, **more) -> str:
     """What transformers itself answers, greedily, to a dialogue written by the checkpoint's template."""
     ids = torch.tensor([bot.template.encode_prompt(bot.tokenizer, messages)])
     made = bot.model.generate(
         ids, max_new_tokens=tokens, do_sample=False, eos_token_id=list(bot.template.stop_token_ids),
-        pad_token_id=bot.tokenizer.pad_token_id,
+        pad_token_id=bot.tokenizer.pad_token_id, **more,
     )  # fmt: skip
     return bot.template.decode_answer(bot.tokenizer, made[0, ids.shape[1] :].tolist())
 
@@ -133,6 +133,23 @@ def test_the_seed_decides_and_each_question_draws_anew(model):
 
 
 # --- which folder -----------------------------------------------------------------------------------------------------
+
+
+def test_penalty_and_stop_strings_of_the_command_line_reach_the_answer(model, capsys):
+    """As transformers penalises; and an answer ends with the token that completes one of the strings."""
+    flags = ["--path", str(model), "--prompt", "What is bread?", "--greedy", "--max_new_tokens", "12"]
+    bot = load_chatbot(str(model), Sampling())
+
+    def printed(*more: str) -> str:
+        assert main([*flags, *more]) == 0
+        return capsys.readouterr().out.removesuffix("\n")
+
+    plain, penalised = printed(), printed("--repetition_penalty", "1.8")
+    assert plain == said(bot, [user("What is bread?")], 12)
+    assert penalised == said(bot, [user("What is bread?")], 12, repetition_penalty=1.8) != plain
+    middle = plain[len(plain) // 2 - 1 : len(plain) // 2 + 1]
+    ended = printed("--stop_strings", "never said", middle)
+    assert plain.startswith(ended) and middle in ended and len(ended) < len(plain)
 
 
 def test_the_output_folder_of_step_3_means_its_actor(model, tmp_path):
@@ -254,6 +271,12 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(flags, sentence):
     done = chat(*flags)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and sentence in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--repetition_penalty", "0"], ["--stop_strings", "a", ""]], ids=lambda flags: flags[0])
+def test_flags_that_cannot_be_meant(flags):
+    with pytest.raises(UserError, match=flags[0]):
+        parse(["--path", "x", *flags])
 
 
 def test_a_damaged_folder_is_told(model, tmp_path):

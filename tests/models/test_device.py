@@ -1,6 +1,10 @@
 """Platforms and dtypes: the tables of chips, what is refused, and detection with devices that are only played."""
 
+import logging
 import os
+import re
+import types
+from functools import lru_cache
 
 import pytest
 import torch
@@ -35,6 +39,7 @@ CHIPS = {
     "Ascend910A": ("fp16", "fp32"),
     "Ascend910ProB": ("fp16", "fp32"),
     "Ascend910PremiumA": ("fp16", "fp32"),
+    "Ascend910B": ("fp16", "fp32"),  # without a number: a variant of the first generation, before what is sold as 910B
     "Ascend910B1": ("bf16", "fp16", "fp32"),
     "Ascend910_9391": ("bf16", "fp16", "fp32"),
 }
@@ -56,11 +61,57 @@ def test_cpu_takes_float32_and_bfloat16_but_not_float16():
         resolve_dtype("fp8", cpu)
 
 
+class FakeNpu(types.SimpleNamespace):
+    """torch.npu of a machine with two cards; remembers what was called."""
+
+    def __init__(self, chip: str = "Ascend910A", infinities: bool | None = False) -> None:
+        super().__init__(chip=chip, calls=[], flag=False, utils=types.SimpleNamespace())
+        if infinities is not None:   # the oldest torch_npu does not say
+            self.utils.is_support_inf_nan = lambda: infinities
+
+    def device_count(self) -> int:
+        return 2
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_name(self, index: int) -> str:
+        return self.chip
+
+    def set_device(self, index: int) -> None:
+        self.calls.append(f"set_device({index})")
+
+    def set_compile_mode(self, jit_compile: bool) -> None:
+        self.calls.append(f"set_compile_mode({jit_compile})")
+
+    def get_npu_overflow_flag(self) -> bool:
+        return self.flag
+
+    def clear_npu_overflow_flag(self) -> None:
+        self.flag = False
+
+
+@pytest.fixture
+def npu(monkeypatch):
+    """Make this machine one with Ascend cards: npu(chip, …) -> the fake module."""
+
+    def install(**traits) -> FakeNpu:
+        module = FakeNpu(**traits)
+        monkeypatch.setattr(torch, "npu", module, raising=False)
+        monkeypatch.setattr(device, "_current", lru_cache(lambda: PLATFORMS["npu"]))
+        return module
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    device._current.cache_clear()
+    return install
+
+
 @pytest.mark.parametrize(
     ("platform", "chip", "auto"),
     [("dcu", "gfx906", torch.float16), ("dcu", "gfx928", torch.bfloat16), ("npu", "Ascend910A", torch.float16)],
 )
-def test_auto_follows_the_chip(monkeypatch, platform, chip, auto):
+def test_auto_follows_the_chip(monkeypatch, npu, platform, chip, auto):
+    npu(chip=chip)
     monkeypatch.setattr(device, "chip_name", lambda *_: chip)
     monkeypatch.setattr(device, "probe_dtype", lambda *_: True)
     assert resolve_dtype("auto", PLATFORMS[platform]) == auto
@@ -139,3 +190,66 @@ def test_on_a_cpu_the_device_calls_do_nothing_and_memory_is_the_process():
     device.set_rng_state(None)
     assert not device.has_accelerator()
     assert device.set_device(PLATFORMS["cpu"], 5) == torch.device("cpu")
+
+
+# --- Ascend -----------------------------------------------------------------------------------------------------------
+
+
+def test_operators_are_not_compiled_shape_by_shape_and_the_probe_knows_it_already(npu, monkeypatch):
+    module = npu()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(device, "probe_dtype", lambda *_: module.calls.append("probe") or True)
+    assert resolve_dtype("auto", PLATFORMS["npu"]) == torch.float16
+    assert module.calls == ["set_device(1)", "set_compile_mode(False)", "probe"], "on its own card, before the first operator"
+    with pytest.raises(UserError, match=r"process 2 of this node has no card: 2 visible.*ASCEND_RT_VISIBLE_DEVICES"):
+        device.set_device(PLATFORMS["npu"], 2)
+
+
+@pytest.mark.parametrize(
+    ("chip", "infinities", "expected"),
+    [("Ascend910A", False, True), ("Ascend910B2", True, False), ("Ascend910ProB", None, True), ("Ascend910B2", None, False)],
+)
+def test_who_saturates(npu, monkeypatch, chip, infinities, expected):
+    npu(chip=chip, infinities=infinities)
+    assert device.saturates() is expected
+    monkeypatch.setenv("SANBU_OVERFLOW_FLAG", "0")
+    assert device.saturates() is False
+
+
+def test_the_overflow_flag_is_the_chips(npu):
+    module = npu()
+    module.flag = True
+    assert device.overflow_flag()
+    device.clear_overflow_flag()
+    assert not device.overflow_flag()
+
+
+def test_nobody_else_saturates():
+    assert not device.saturates()
+    assert device.device_count() == 0
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PLATFORMS)
+def test_a_fallback_of_attention_is_logged_with_its_reason(caplog, name):
+    with caplog.at_level(logging.INFO, logger="sanbu"):
+        chosen = attention_implementation("auto", PLATFORMS[name])
+    assert len(caplog.messages) == (chosen != "sdpa")
+    assert all(re.search("eager, because .+", message) for message in caplog.messages)
+
+
+def test_sdpa_on_a_chip_without_flash_kernels_is_left_to_plain_operators(monkeypatch, caplog):
+    flash, efficient = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    try:
+        monkeypatch.setattr(device, "chip_name", lambda *_: "gfx906")
+        with caplog.at_level(logging.INFO, logger="sanbu"):
+            assert attention_implementation("sdpa", PLATFORMS["dcu"]) == "sdpa"
+        assert "flash kernels" in caplog.text
+        assert not torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
+        with pytest.raises(UserError, match=r"flash_attention_2 has no kernels .*gfx906.*use auto"):
+            attention_implementation("flash_attention_2", PLATFORMS["dcu"])
+    finally:
+        torch.backends.cuda.enable_flash_sdp(flash)
+        torch.backends.cuda.enable_mem_efficient_sdp(efficient)

@@ -55,6 +55,8 @@ def zero_flags(step: str, stage: int, lora: bool) -> tuple[str, ...]:
         found = ["--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage)]
         found += ["--actor_lora_dim", "4", "--critic_lora_dim", "4"] if lora else []
         found += ["--actor_lora_learning_rate", "1e-3", "--critic_lora_learning_rate", "1e-3"] if lora else []
+        if lora and stage == 3:  # the mode with the least memory: answers of actor and reference without whole weights
+            found += ["--generation_weights", "layerwise", "--offload_reference_model", "--offload_reward_model"]
         return tuple(found)
     return ("--zero_stage", str(stage), *(("--lora_dim", "4", "--lora_learning_rate", "1e-3") if lora else ()))
 

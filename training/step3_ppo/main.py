@@ -26,6 +26,7 @@ from training.utils.checkpoint import Checkpoint, export, fingerprint
 from training.utils.data.tokenize import prepare_phase
 from training.utils.loop import Progress, due
 from training.utils.parsing import main_entry
+from training.utils.planning import check_run_fits
 from training.utils.run import Run
 
 # On the progress line; all figures go to metrics.jsonl.
@@ -41,6 +42,7 @@ def main(args: PPOArguments) -> None:
             model, args.max_prompt_seq_len + args.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len =",
             **args.prefix_options(role),
         )  # fmt: skip
+    check_run_fits(args, run)
     tokenizer = load_tokenizer(args.actor_model_name_or_path)
     template = load_template(args.actor_model_name_or_path, tokenizer)
     data = prepare_phase(args, 3, tokenizer, template)

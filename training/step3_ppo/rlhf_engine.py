@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from errors import UserError
 from models.adapters import add_lora
 from models.factory import (
     check_quantized_base,
@@ -18,11 +19,13 @@ from models.factory import (
     load_tokenizer,
 )
 from models.heads import TokenLogProbs, TokenScores
+from models.shared_trunk import SharedTrunk, check_scorer
 from models.templates import load_template
 from training.step3_ppo.ema import MovingAverage
 from training.step3_ppo.scoring import Rewards
+from training.utils.loading import read_in_turn
 from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_engine, build_frozen
+from training.utils.zero import EngineOptions, build_engine, build_frozen, get_eval_ds_config
 
 logger = logging.getLogger("sanbu")
 
@@ -36,6 +39,8 @@ class DeepSpeedRLHFEngine:
     critic       learns to predict the reward; starts from the reward model, head included. None with an --advantage that
                  has none
     reward       the reward model, frozen; None with --reward_model false
+
+    With --memory_mode shared the weights are in memory once, in ref: the others compute with them (models/shared_trunk.py).
 
     actor_ema is the moving average of the actor's weights; None without --enable_ema.
     rewards is what scores the answers: the reward model, and functions and endpoints beside it or in its place.
@@ -67,20 +72,26 @@ class DeepSpeedRLHFEngine:
         self.adapted: dict[str, bool] = {}  # whether the trained model of a role is a frozen base and something small over it
         for role, path in models.items():
             prefixed = gets_prefix(path, Path(args.output_dir) / role, **args.prefix_options(role))
+            if prefixed and args.memory_mode == "shared":
+                raise UserError(
+                    f"--memory_mode shared: {path} has a prefix (P-Tuning), which cannot be shared; take --memory_mode separate."
+                )
             self.adapted[role] = prefixed or bool(getattr(args, f"{role}_lora_dim"))
             check_quantized_base(path, self._quantization_bit(role), adapters=self.adapted[role])
+        if args.memory_mode == "shared" and "critic" in models:
+            check_scorer(models["critic"], models["actor"])
         self.total_iters = {"actor": actor_total_iters or num_total_iters, "critic": num_total_iters}
         self.warned_of_filter = False
         self.checked_sampler = False  # log-probabilities against the training forward's, once a run
 
-        self.ref = self._frozen(
-            TokenLogProbs(self._causal_lm(actor_model_name_or_path)),
-            args.actor_zero_stage,
-            args.offload_reference_model,
-        )
+        self.trunk: SharedTrunk | None = None
+        reference = self._causal_lm(actor_model_name_or_path, **self._on_host(args.offload_reference_model))
+        self.ref = self._frozen(TokenLogProbs(reference), args.actor_zero_stage, args.offload_reference_model)
+        if args.memory_mode == "shared":
+            self.trunk = SharedTrunk(reference, actor_model_name_or_path)
         self.reward, self.reward_mean, self.reward_std = None, 0.0, 1.0
         if self.rewards.with_model:
-            reward = self._scalar_model(critic_model_name_or_path)
+            reward = self._scalar_model(critic_model_name_or_path, **self._on_host(args.offload_reward_model))
             self.reward_mean, self.reward_std = score_unit(reward.config, args.normalize_reward)
             self.reward = self._frozen(TokenScores(reward), args.critic_zero_stage, args.offload_reward_model)
         actor = self._causal_lm(
@@ -102,10 +113,18 @@ class DeepSpeedRLHFEngine:
             self.critic = self._trained(TokenScores(self._with_lora(critic, "critic")), "critic")
 
     def _causal_lm(self, path: str, **options):
-        return load_causal_lm(path, **self._loading("actor") | options)
+        """Reference and actor; under --memory_mode shared only the first one has weights of its own."""
+        if self.trunk is not None:
+            return self.trunk.causal_lm(gradient_checkpointing=options["gradient_checkpointing"])
+        return read_in_turn(load_causal_lm, path, self.run, self._loading("actor") | options)
 
     def _scalar_model(self, path: str, **options):
-        return load_scalar_model(path, **self._loading("critic") | options)
+        """Reward model and critic."""
+        if self.trunk is not None:
+            checkpointing = options.get("gradient_checkpointing", False)
+            dropout, seed = self.args.critic_dropout, self.args.seed
+            return self.trunk.scalar_model(path, dropout=dropout, gradient_checkpointing=checkpointing, seed=seed)
+        return read_in_turn(load_scalar_model, path, self.run, self._loading("critic") | options)
 
     def _loading(self, role: str) -> dict[str, Any]:
         """How both models of a role are read: dtype, attention, dropout, split over the processes under ZeRO-3."""
@@ -119,6 +138,12 @@ class DeepSpeedRLHFEngine:
             "seed": self.args.seed,
             "zero3_config": EngineOptions.of(self.args, role).loading_config(run.dtype, run.world_size),
         }
+
+    def _on_host(self, offload: bool) -> dict[str, Any]:
+        """A frozen model that stays in host memory is split over the processes while it is read, not once all have it whole."""
+        if not offload:
+            return {}
+        return {"zero3_config": get_eval_ds_config(True, self.run.dtype, 3, world_size=self.run.world_size)}
 
     def _quantization_bit(self, role: str) -> int:
         """--quantization_bit for the two models of a role: the same base, so the penalty starts at zero."""

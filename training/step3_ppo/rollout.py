@@ -15,8 +15,8 @@ from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.scoring import score_answers
 from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch, plan_micro_batches
+from training.utils.generation_weights import generation_model
 from training.utils.run import Run
-from training.utils.zero import whole_model
 
 logger = logging.getLogger("sanbu")
 
@@ -77,7 +77,8 @@ def roll_out(
     """Sample so many answers to each of this process's prompts; returns the rows of all processes, not scored yet. The
     answers to one prompt stand together and have one number in ``group``.
 
-    policy: the model that answers, the actor if not given. Under ZeRO-3 its weights are gathered once for all of them.
+    policy: the model that answers, the actor if not given. Under ZeRO-3 its weights are gathered once for all of them, or
+    fetched layer by layer where they do not fit (--generation_weights).
     """
     engine.eval()
     seeds = row_seeds(args.seed, rollout, prompts.index.repeat_interleave(answers).tolist())
@@ -86,12 +87,15 @@ def roll_out(
     mask = prompts.attention_mask
     left = int((mask.cumsum(1) > 0).int().argmax(1).min())  # columns that are padding in every row
     ids, mask = prompts.input_ids[:, left:], mask[:, left:]
-    with whole_model(engine.actor if policy is None else policy) as actor:
+    at_once = args.per_device_generation_batch_size
+    room = {"rows": min(at_once, len(ids) * answers), "columns": ids.shape[1] + args.max_answer_seq_len}
+    with generation_model(engine.actor if policy is None else policy, args, engine.run, **room) as actor:
         generation = generate_many(
             actor.model, [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)],
-            max_batch=args.per_device_generation_batch_size, num_return_sequences=answers, row_seeds=seeds,
+            max_batch=at_once, num_return_sequences=answers, row_seeds=seeds,
             max_new_tokens=args.max_answer_seq_len, stop_token_ids=engine.template.stop_token_ids,
             pad_token_id=engine.tokenizer.pad_token_id, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+            stop_strings=args.stop_strings, tokenizer=engine.tokenizer,
         )  # fmt: skip
     if generation.filtered and not engine.warned_of_filter:
         engine.warned_of_filter = True

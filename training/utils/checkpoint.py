@@ -32,7 +32,7 @@ MANIFEST = "checkpoint.json"
 FREE_FLAGS = {
     "output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "eval_interval", "eval_iters", "max_steps",
     "num_train_epochs", "enable_tensorboard", "tensorboard_path", "print_answers", "print_answers_interval", "local_rank",
-    "rebuild_cache", "cache_dir", "config", "per_device_eval_batch_size", "eval_prompts",
+    "rebuild_cache", "cache_dir", "config", "per_device_eval_batch_size", "eval_prompts", "force",
     "reward_endpoint", "reward_timeout", "reward_retries",
 }  # fmt: skip
 
@@ -67,13 +67,17 @@ def export(
             save_prefix(network, tokenizer, template, folder, trained)
         run.barrier()
         return
-    with whole_model(engine, only_main=True) as whole:
+    # On the host: a card that holds its share of a model, or a model and its adapter, need not have room for a whole one more.
+    with whole_model(engine, torch.device("cpu"), only_main=True) as whole:
         if run.is_main:
             model = whole.model
             base_model(model).config.update(config)
             adapted = base_model(model) is not model
             with stand_in(model, weights or {}):
-                save_model(model, tokenizer, template, folder, merged_state_dict(model) if adapted else None)
+                merged = None
+                if adapted:
+                    merged = merged_state_dict(model, {name: tensor.cpu() for name, tensor in model.state_dict().items()})
+                save_model(model, tokenizer, template, folder, merged)
                 if adapted:
                     save_adapter(model, Path(folder) / "adapter")
     run.barrier()

@@ -54,6 +54,7 @@ def validate(args: Any) -> None:
         check_rewards(args)
         check_around(args)
         check_objective(args)
+        check_memory_mode(args)
         models = {"actor_": args.actor_zero_stage, "critic_": args.critic_zero_stage}
     else:
         models = {"": args.zero_stage}
@@ -154,7 +155,7 @@ def check_sampling(args: EvaluateArguments) -> None:
 
 def check_memory(args: CommonArguments, stages: dict[str, int]) -> None:
     """Offload and ZeRO++ need the ZeRO stage that they work in."""
-    highest = max(stages.values())
+    highest = max(3 if stage == "auto" else stage for stage in stages.values())
     named = " or ".join(f"--{prefix}zero_stage" for prefix in stages)
     for name in ("offload", "offload_optimizer"):
         if getattr(args, name) and highest < 1:
@@ -240,6 +241,13 @@ def check_rollouts(args: PPOArguments) -> None:
         raise UserError(
             f"--max_tokens_per_device {args.max_tokens_per_device} cannot hold one example of --max_prompt_seq_len + "
             f"--max_answer_seq_len = {longest} tokens; raise it to {longest} or more."
+        )
+    if not all(args.stop_strings):
+        raise UserError("--stop_strings holds an empty text, which stands at the beginning of every answer; drop it.")
+    if args.generation_weights == "layerwise" and args.actor_zero_stage not in (3, "auto"):
+        logger.warning(
+            "--generation_weights layerwise has no effect with --actor_zero_stage %d: every process has whole weights.",
+            args.actor_zero_stage,
         )
     rollout = args.per_device_generation_batch_size * args.generation_batches * args.num_return_sequences
     minibatch = args.per_device_training_batch_size * args.gradient_accumulation_steps
@@ -340,4 +348,29 @@ def check_objective(args: PPOArguments) -> None:
         raise UserError(
             f"--overlong_tokens {args.overlong_tokens} is more than --max_answer_seq_len {args.max_answer_seq_len}, the "
             "limit that it counts back from; lower it."
+        )
+
+
+def check_memory_mode(args: PPOArguments) -> None:
+    """A shared trunk is frozen, whole and on the device; what is trained are adapters over it."""
+    if args.memory_mode != "shared":
+        return
+    trained = {"actor": True, "critic": args.has_critic}
+    for role in (role for role in trained if trained[role]):
+        if not getattr(args, f"{role}_lora_dim"):
+            raise UserError(
+                f"--memory_mode shared trains adapters over frozen weights, and --{role}_lora_dim is 0; give a rank such as 16, "
+                "or take --memory_mode separate."
+            )
+    for name in ("offload_reference_model", "offload_reward_model"):
+        if getattr(args, name):
+            raise UserError(f"--{name} contradicts --memory_mode shared: there is no such copy; drop one of the two flags.")
+    for name in ("critic_pre_seq_len", "critic_ptuning_checkpoint"):
+        if getattr(args, name):
+            raise UserError(f"--{name} with --memory_mode shared: a prefix has no place there; take --memory_mode separate.")
+    stages = args.actor_zero_stage, args.critic_zero_stage
+    if "critic" in args.models and 3 in stages and stages[0] != stages[1]:
+        raise UserError(
+            f"--actor_zero_stage {stages[0]} and --critic_zero_stage {stages[1]} with --memory_mode shared: the one trunk is split "
+            "over the processes by stage 3, or whole; give 3 to both, or to none."
         )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-Stage = Literal[0, 1, 2, 3]
+Stage = Literal[0, 1, 2, 3, "auto"]
 
 
 def flag(help: str, default: Any = MISSING, *, aliases: tuple[str, ...] = (), **options: Any) -> Any:
@@ -127,6 +127,7 @@ class CommonArguments:
         "JSON whose keys win over the DeepSpeed configuration made from the flags.", None,
         aliases=("deepscale_config",), metavar="FILE",
     )
+    force: bool = flag("Start although the run should need more memory than there is (docs/memory-plan.md).", False)
     local_rank: int = flag("Set by the launcher.", -1)
 
     def __post_init__(self) -> None:
@@ -172,7 +173,9 @@ class SupervisedArguments(CommonArguments):
     gradient_checkpointing: bool = flag(
         "Recompute activations in the backward pass: less memory, a third more work.", False,
     )
-    zero_stage: Stage = flag("ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 weights too.", 0)
+    zero_stage: Stage = flag(
+        "ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 weights too. auto: the lowest with which the run fits.", 0,
+    )
     lora_dim: int = flag("Rank of LoRA adapters; 0 = train all weights.", 0)
     lora_alpha: float | None = flag(
         "Adapters are scaled by lora_alpha / lora_dim. None: twice --lora_dim, so the scale is 2 whatever the rank "

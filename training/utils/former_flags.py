@@ -49,12 +49,22 @@ RETIRED = (
     FormerFlag(("disable_actor_dropout",), ("ppo",), 0, "--actor_dropout 0.0", becomes=("--actor_dropout", "0.0")),
     FormerFlag(("disable_critic_dropout",), ("ppo",), 0, "--critic_dropout 0.0", becomes=("--critic_dropout", "0.0")),
     FormerFlag(
-        ("enable_hybrid_engine", "unpin_actor_parameters", "release_inference_cache"), ("ppo",), 0,
-        "the actor's weights are gathered once a rollout instead",
+        ("enable_hybrid_engine",), ("ppo",), 0,
+        "rollouts always run in an engine of their own (inference/engine.py); under ZeRO-3 --generation_weights says with "
+        "which weights",
+    ),
+    # There, too, it decided between all layers at once and one layer at a time.
+    FormerFlag(
+        ("unpin_actor_parameters",), ("ppo",), 0, "--generation_weights layerwise",
+        becomes=("--generation_weights", "layerwise"),
     ),
     FormerFlag(
-        ("inference_tp_size", "tp_gather_partition_size"), ("ppo",), 1,
-        "the actor's weights are gathered once a rollout instead",
+        ("inference_tp_size",), ("ppo",), 1,
+        "each process generates alone; where whole weights do not fit a card, --generation_weights auto fetches them layer "
+        "by layer (docs/ppo.md says why not AutoTP)",
+    ),
+    FormerFlag(
+        ("tp_gather_partition_size",), ("ppo",), 1, "nothing to set: weights are gathered one after the other",
     ),
     FormerFlag(
         ("enable_mixed_precision_lora",), ("ppo",), 0,

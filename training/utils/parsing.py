@@ -12,7 +12,6 @@ import time
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
@@ -30,6 +29,8 @@ from training.utils.arguments import (
 )
 from training.utils.checks import validate
 from training.utils.former_flags import former_flags
+from training.utils.recipe_files import SECTIONS, load_recipe
+from training.utils.surroundings import adopt_mpi_ranks
 
 logger = logging.getLogger("sanbu")
 
@@ -44,7 +45,6 @@ MODULES = {
     EvaluateArguments: "training.step1_sft.evaluate",
     RewardEvalArguments: "training.step2_reward.rw_eval",
 }
-SECTIONS = ("launch", *(step.section for step in STEPS))
 LAUNCHER_FLAGS = {
     "num_gpus", "num_nodes", "master_port", "master_addr", "hostfile", "include", "exclude", "module", "nproc_per_node",
 }  # fmt: skip
@@ -162,35 +162,6 @@ def unknown_flag(token: str, parser: FlagParser) -> str:
     return f"--{name} is not a flag of {title}; {hint}"
 
 
-def load_recipe(path: str) -> dict[str, Any]:
-    """The content of a YAML recipe. UserError if it cannot be read or has another form than sections of flags."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; name an existing YAML file.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not a UTF-8 text file.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected flags as `name: value`, or the sections {', '.join(SECTIONS)}.")
-    for key, value in content.items():
-        nested = isinstance(value, dict) and key != "columns"
-        if key in SECTIONS and value is None:
-            content[key] = {}
-        elif key in SECTIONS and not nested:
-            raise UserError(f"{path}: the section {key} must hold flags as `name: value`.")
-        elif key not in SECTIONS and (nested or set(SECTIONS) & content.keys()):
-            near = difflib.get_close_matches(str(key), SECTIONS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(SECTIONS)}."
-            raise UserError(f"{path}: no section {key}; {hint}")
-    return content
-
-
 def read_recipe(path: str, parser: FlagParser) -> dict[str, Any]:
     """The fields that the recipe's section for this step sets."""
     section = parser.args_class.section
@@ -246,6 +217,7 @@ def is_main_process() -> bool:
 
 def main_entry(main: Callable[[Any], None], args_class: type, argv: Sequence[str] | None = None) -> None:
     """Parse and run. A UserError becomes one line on stderr and exit code 2."""
+    adopt_mpi_ranks()
     try:
         main(parse(args_class, argv))
     except UserError as error:

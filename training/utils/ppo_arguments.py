@@ -50,6 +50,22 @@ class PPOArguments(CommonArguments):
     top_p: float = flag("Sample from the likeliest tokens that hold this share of probability; 1 = all.", 1.0)
     top_k: int = flag("Sample from so many likeliest tokens; 0 = all.", 0)
 
+    stop_strings: list[str] = flag(
+        "An answer also ends with the token that completes one of these texts; such an end counts as one, as the end token "
+        "does.",
+        [],
+    )
+    generation_weights: Literal["auto", "gathered", "layerwise"] = flag(
+        "Under ZeRO-3. gathered: each process gathers the whole actor once a rollout. layerwise: the weights stay split and "
+        "every token fetches every layer, slow, in little memory. auto: gathered where they fit beside the cache.",
+        "auto",
+    )
+    release_inference_cache: bool = flag(
+        "After each rollout give the card memory that it took back to the driver. Weights and cache of a rollout are always "
+        "let go of; without this torch keeps their memory for itself.",
+        False,
+    )
+
     # KL penalty
     kl_coef: float = flag("Weight of the KL penalty against the reference. Was fixed: 0.1 or, in forks, 0.02.", 0.05)
     kl_estimator: Literal["k1", "k2", "k3"] = flag(
@@ -166,6 +182,12 @@ class PPOArguments(CommonArguments):
     critic_gradient_checkpointing: bool = flag("Recompute the critic's activations in the backward pass.", False)
     actor_zero_stage: Stage = flag("ZeRO stage of the actor; at 3 the reference is sharded too.", 0)
     critic_zero_stage: Stage = flag("ZeRO stage of the critic; at 3 the reward model is sharded too.", 0)
+    memory_mode: Literal["separate", "shared"] = flag(
+        "separate: actor, reference, critic and reward model have weights of their own. shared: the actor's weights are in "
+        "memory once, frozen, and the four are adapters and heads over them. It needs --actor_lora_dim, --critic_lora_dim, and "
+        "a reward model that step 2 trained with --lora_dim from the actor's folder (docs/memory-modes.md).",
+        "separate",
+    )
     offload_reference_model: bool = flag("Keep the reference in host memory.", False)
     offload_reward_model: bool = flag("Keep the reward model in host memory.", False)
     actor_lora_dim: int = flag("Rank of the actor's LoRA adapters; 0 = train all weights.", 0)

@@ -8,9 +8,10 @@ import math
 import os
 import random
 import signal
-import socket
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -30,10 +31,9 @@ from models.device import (
     set_device,
 )
 from training.utils.metrics import Metrics, format_seconds
+from training.utils.surroundings import DONE, check_writable, free_port
 
 logger = logging.getLogger("sanbu")
-
-DONE = "sanbu_done.json"
 
 
 @dataclass
@@ -118,6 +118,16 @@ class Run:
         self.stopping = stops > 0
         return total
 
+    @contextmanager
+    def in_turn(self, needed: bool = True) -> Iterator[None]:
+        """With ``needed`` (the same on all processes) one process of each node at a time is inside; all must come."""
+        turns = int(self.maximum(self.local_rank + 1)) if needed and self.world_size > 1 else 0
+        for _ in range(min(self.local_rank, turns)):
+            dist.barrier()
+        yield
+        for _ in range(self.local_rank, turns):
+            dist.barrier()
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world_size > 1:
@@ -138,6 +148,8 @@ class Run:
             path = Path(self.args.output_dir) / DONE
             path.write_text(json.dumps(done, indent=1, default=str), encoding="utf-8")
             print(f"Saved to {self.args.output_dir} after {format_seconds(done['seconds'])}.", flush=True)
+        if self.local_rank == 0 and "SANBU_NODE_DONE" in os.environ:   # scripts/launch.py on a node without rank 0 waits for it
+            Path(os.environ["SANBU_NODE_DONE"]).touch()
         self.close()
 
     def close(self) -> None:
@@ -168,32 +180,12 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
     return dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size()
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch. Equal on all processes: parameters start equal; sampling in rollouts has seeds of its own."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     seed_device(seed)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be written under the folder, which is made if it is absent."""
-    probe = folder / f".writable-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder} cannot be written ({error.strerror}); name a folder where you may create files."
-        ) from error
 
 
 def quiet_libraries() -> None:

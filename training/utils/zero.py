@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from errors import UserError
 from models.device import has_accelerator
 from models.factory import first_line
+from training.utils.half_precision import forgotten_loss_scale, gradient_norm, watch_saturation
 from training.utils.run import Run
 
 logger = logging.getLogger("sanbu")
@@ -236,7 +237,11 @@ def build_optimizer(groups: list[dict[str, Any]], options: EngineOptions) -> tor
             logger.warning(
                 "DeepSpeed's %s cannot be built here (%s); torch's AdamW takes its place.", wanted, first_line(error)
             )
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    try:
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    except RuntimeError as error:   # older torch has no fused kernel for a CPU, some devices none at all
+        logger.warning("torch's fused AdamW does not run here (%s); the plain one takes its place.", first_line(error))
+        return torch.optim.AdamW(groups, **settings)
 
 
 def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype, total_steps: int, world_size: int):
@@ -259,7 +264,7 @@ def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype
     config = options.train_config(dtype, world_size)
     skeleton = copy_structure(model) if options.zero_stage == 3 else None
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
-    engine.plain_skeleton = skeleton
+    engine.plain_skeleton, engine.saturation = skeleton, watch_saturation(engine)
     masters = plain_masters(engine.optimizer)
     for parameter, value in exact:
         if id(parameter) in masters:
@@ -359,7 +364,9 @@ def accumulate(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any], Te
         last = index == len(micro_batches) - 1
         engine.set_gradient_accumulation_boundary(last)
         loss = loss_of(micro_batch)
-        engine.backward(loss * run.world_size, scale_wrt_gas=False)
+        watch = getattr(engine, "saturation", None)
+        with watch.backward(first=index == 0) if watch else nullcontext():
+            engine.backward(loss * run.world_size * forgotten_loss_scale(engine), scale_wrt_gas=False)
         total += loss.item()
         if last:
             return run.agree(total)
@@ -387,12 +394,15 @@ def has_overflow(optimizer) -> bool:
 def as_if_overflowed(optimizer) -> Iterator[None]:
     """In here optimizer.step() drops its gradients as after an overflow, and leaves the loss scale alone."""
     checker = getattr(optimizer, "overflow_checker", optimizer)
+    before = vars(checker).get("has_overflow")  # of SaturationWatch
     checker.has_overflow = lambda *_, **__: True
     optimizer._update_scale = lambda *_, **__: None
     try:
         yield
     finally:
         del checker.has_overflow, optimizer._update_scale
+        if before:
+            checker.has_overflow = before
 
 
 def optimizer_figures(engine) -> dict[str, float]:
@@ -400,7 +410,7 @@ def optimizer_figures(engine) -> dict[str, float]:
 
     Under ZeRO-0 in float32 the engine does not know the norm; it is left out then.
     """
-    norm = engine.get_global_grad_norm()
+    norm = gradient_norm(engine)
     return {"lr": engine.get_lr()[0]} | ({} if norm is None else {"grad_norm": float(norm)})
 
 

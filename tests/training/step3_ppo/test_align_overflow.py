@@ -67,7 +67,9 @@ def test_item_42_neither_steps_when_one_overflows(half, monkeypatch, stage, role
     engines = {"actor": trainer.engine.actor, "critic": trainer.engine.critic}
     before = {name: state(engine) for name, engine in engines.items()}
     average = trainer.engine.actor_ema.weights()
-    for number in (1, 2):   # the first overflow uses up DeepSpeed's patience, the second lowers the scale
+    # Twice: the first overflow uses up DeepSpeed's patience, the second lowers the scale. The same rollout, because in another
+    # the gradients of the role that should be sound may be too large for the first scale.
+    for number in (1, 1):
         train_with_overflow(trainer, role, number, monkeypatch)
     after = {name: state(engine) for name, engine in engines.items()}
     for name in engines:

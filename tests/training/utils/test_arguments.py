@@ -185,6 +185,9 @@ def test_columns():
         (PPOArguments, ["--generation_batch_numbers", "3"], "generation_batches", 3),
         (PPOArguments, ["--enable_test_mode", "--test_stop_step", "7"], "max_steps", 7),
         (PPOArguments, ["--test_stop_step", "7"], "max_steps", 0),
+        (PPOArguments, ["--actor_zero_stage", "3", "--unpin_actor_parameters"], "generation_weights", "layerwise"),
+        (PPOArguments, ["--enable_hybrid_engine", "--inference_tp_size", "4"], "generation_weights", "auto"),
+        (PPOArguments, ["--release_inference_cache"], "release_inference_cache", True),
     ],
 )
 def test_former_names_mean_what_they_meant(args_class, words, field, value):
@@ -196,7 +199,12 @@ def test_former_names_mean_what_they_meant(args_class, words, field, value):
     [
         (["--compute_fp32_loss"], ["--compute_fp32_loss: losses and log-probabilities are always float32."]),
         (["--inference_tp_size", "4"],
-         ["--inference_tp_size: the actor's weights are gathered once a rollout instead."]),
+         ["--inference_tp_size: each process generates alone; where whole weights do not fit a card, --generation_weights "
+          "auto fetches them layer by layer (docs/ppo.md says why not AutoTP)."]),
+        (["--actor_zero_stage", "3", "--unpin_actor_parameters"],
+         ["--unpin_actor_parameters: now --generation_weights layerwise."]),
+        (["--release_inference_cache", "--generation_weights", "layerwise"],
+         ["--generation_weights layerwise has no effect with --actor_zero_stage 0: every process has whole weights."]),
         (["--disable_actor_dropout"], ["--disable_actor_dropout: now --actor_dropout 0.0."]),
         (["--enable_test_mode", "false"], []),
         (["--deepspeed"], []),

@@ -1,0 +1,301 @@
+"""One trunk under actor, critic, reward model and reference: equal to four models, and in memory once."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from errors import UserError
+from models.adapters import add_lora, merged_state_dict, save_adapter
+from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from models.heads import TokenLogProbs, TokenScores, base_model
+from models.quantization import quantized_layers
+from models.shared_trunk import SharedTrunk, check_scorer
+from models.templates import load_template
+from tests.models.test_adapters import shake, tokens
+from tests.tiny import FAMILIES, tiny_checkpoint
+from tests.tiny_chatglm import tiny_chatglm
+
+RANK = 3
+ROLES = ("ref", "reward", "actor", "critic")
+
+
+def write_reward_model(actor, folder, dtype=torch.float32, rank=RANK, bits=0):
+    """What step 2 leaves with --lora_dim: merged weights with a head, and the adapter alone."""
+    model = add_lora(load_scalar_model(actor, dtype=dtype, seed=5, quantization_bit=bits), rank, 2 * rank)
+    shake(model, seed=11)
+    base_model(model).config.update({"reward_mean": 0.3, "reward_std": 1.7})
+    tokenizer = load_tokenizer(actor)
+    save_model(model, tokenizer, load_template(actor, tokenizer), folder, merged_state_dict(model))
+    save_adapter(model, folder / "adapter")
+    return folder
+
+
+def separate(actor, reward, **options):
+    """The four networks as --memory_mode separate has them."""
+    options = {"dtype": torch.float32} | options
+    return {
+        "ref": load_causal_lm(actor, **options),
+        "reward": load_scalar_model(reward, **options),
+        "actor": load_causal_lm(actor, gradient_checkpointing=True, **options),
+        "critic": load_scalar_model(reward, gradient_checkpointing=True, **options),
+    }
+
+
+def shared(actor, reward, **options):
+    """The same four over one trunk."""
+    model = load_causal_lm(actor, **({"dtype": torch.float32} | options))
+    trunk = SharedTrunk(model, str(actor))
+    return {
+        "ref": model,
+        "reward": trunk.scalar_model(str(reward)),
+        "actor": trunk.causal_lm(gradient_checkpointing=True),
+        "critic": trunk.scalar_model(str(reward), gradient_checkpointing=True),
+    }
+
+
+def with_heads(networks):
+    """What PPO calls: adapters over actor and critic (with values, as in the middle of a run), heads, no dropout."""
+    found = {}
+    for seed, role in enumerate(ROLES):
+        network = networks[role]
+        if role in ("actor", "critic"):
+            torch.manual_seed(seed)
+            network = add_lora(network, RANK, 2 * RANK)
+            shake(network, seed)
+        else:
+            network.requires_grad_(False)
+        found[role] = (TokenLogProbs if role in ("ref", "actor") else TokenScores)(network)
+    return found
+
+
+def outputs_and_gradients(models, ids, mask):
+    """All forwards before both backwards: what is recomputed meets whatever was active last."""
+    found = {role: models[role](ids, mask) for role in ("actor", "critic", "ref", "reward")}
+    (found["critic"] * torch.arange(ids.shape[1])).sum().backward()
+    found["actor"].sum().backward()
+    for role in ("actor", "critic"):
+        for name, parameter in models[role].named_parameters():
+            if parameter.requires_grad:
+                found[f"{role}: {name}"] = parameter.grad
+    return {name: value.detach() for name, value in found.items()}
+
+
+def compare(actor, reward, ids, limit=1e-5, **options):
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    one, four = (outputs_and_gradients(with_heads(make(actor, reward, **options)), ids, mask) for make in (shared, separate))
+    assert one.keys() == four.keys() and len(one) > 6
+    for name, value in four.items():
+        assert value.abs().max() > 1e-4, f"{name} says nothing"
+        assert float((one[name] - value).abs().max()) <= limit * max(float(value.abs().max()), 1.0), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_of_four_models(family, tmp_path):
+    actor = tiny_checkpoint(tmp_path / "actor", family)
+    compare(actor, write_reward_model(actor, tmp_path / "reward"), tokens()[0])
+
+
+@pytest.mark.parametrize("generation", ["chatglm-6b", "chatglm2-6b"])
+def test_outputs_and_gradients_of_four_chatglms(generation, tmp_path, shared_dir):
+    actor = tiny_chatglm(tmp_path / "actor", generation, shared_dir)
+    tokenizer = load_tokenizer(actor)
+    ids = torch.tensor([tokenizer("你好").input_ids + list(range(start, start + 6)) for start in (700, 900)])
+    compare(actor, write_reward_model(actor, tmp_path / "reward"), ids)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def held(*modules) -> dict[int, int]:
+    """Bytes by storage of every tensor that the modules hold, counted once however many of them hold it."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """An actor and a reward model that was trained over it, wide enough for an adapter to be small."""
+    folder = tmp_path_factory.mktemp("wide")
+    actor = tiny_checkpoint(folder / "actor", "llama", hidden_size=128, intermediate_size=512, head_dim=32)
+    return actor, write_reward_model(actor, folder / "reward")
+
+
+def test_the_weights_are_in_memory_once(folders):
+    one, four = (with_heads(make(*folders)) for make in (shared, separate))
+    model = sum(held(load_causal_lm(folders[0], dtype=torch.float32)).values())
+    adapters = {
+        tensor.data_ptr(): tensor.nbytes
+        for role in ("actor", "critic")
+        for name, tensor in one[role].named_parameters()
+        if tensor.requires_grad
+    }
+    frozen = {layer: change for layer, change in one["reward"].named_buffers() if "frozen_" in layer}
+    extra = sum(adapters.values()) + sum(tensor.nbytes for tensor in frozen.values())
+    assert sum(held(*four.values()).values()) > 3.8 * model
+    assert sum(held(*one.values()).values()) <= 1.01 * model + extra
+    assert extra < 0.15 * model
+
+
+def test_casting_one_network_casts_all_and_copies_nothing(folders):
+    networks = with_heads(shared(*folders))
+    for network in networks.values():   # as each engine does
+        network.to(torch.bfloat16)
+    ref = set(held(networks["ref"]))
+    for role, network in networks.items():
+        own = {key for key in held(network) if key not in ref}
+        assert sum(held(network)[key] for key in own) < 0.1 * sum(held(networks["ref"]).values()), role
+    ids, mask = tokens()
+    assert all(network(ids, mask).isfinite().all() for network in networks.values())
+
+
+def test_only_adapters_and_heads_are_trained(folders):
+    models = with_heads(shared(*folders))
+    outputs_and_gradients(models, *tokens())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in models["ref"].parameters())
+    mine = {role: {id(p) for p in models[role].parameters() if p.requires_grad} for role in ("actor", "critic")}
+    assert mine["actor"] and mine["critic"] and not mine["actor"] & mine["critic"]
+    trained = [name for name, p in models["critic"].named_parameters() if p.requires_grad and "lora_" not in name]
+    assert len(trained) == 1 and ".score." in trained[0]
+
+
+def test_dropout_is_each_network_s_own(folders):
+    trunk = SharedTrunk(load_causal_lm(folders[0], dtype=torch.float32), str(folders[0]))
+    calm, noisy = (TokenScores(trunk.scalar_model(str(folders[1]), dropout=dropout)) for dropout in (0.0, 0.5))
+    with torch.no_grad():
+        assert torch.equal(calm(*tokens()), calm(*tokens())) and not torch.equal(noisy(*tokens()), noisy(*tokens()))
+        assert torch.equal(calm(*tokens()), noisy.eval()(*tokens()))
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "glm4"])
+def test_merged_weights_hold_both_adapters(family, tmp_path):
+    actor = tiny_checkpoint(tmp_path / "actor", family)
+    reward = write_reward_model(actor, tmp_path / "reward")
+    one, four = (with_heads(make(actor, reward)) for make in (shared, separate))
+    for role in ("actor", "critic"):
+        found, expected = (merged_state_dict(models[role].model) for models in (one, four))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=2e-6, rtol=1e-5)
+        assert base_model(one[role].model).config.to_dict() == base_model(four[role].model).config.to_dict()
+
+
+# --- other precisions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_agrees_within_its_rounding(dtype, tmp_path):
+    """A reward model saved in 16 bits is known as the trunk's own, and scores as its merged weights do."""
+    actor = tiny_checkpoint(tmp_path / "actor", "opt")
+    reward = write_reward_model(actor, tmp_path / "reward", dtype)
+    ids, mask = tokens()
+    for run in (dtype, torch.float32):
+        trunk = SharedTrunk(load_causal_lm(actor, dtype=run), str(actor))
+        with torch.no_grad():
+            found, expected = (
+                TokenScores(network)(ids, mask)
+                for network in (trunk.scalar_model(str(reward)), load_scalar_model(reward, dtype=torch.float32))
+            )
+        assert float((found - expected).abs().max()) < 30 * torch.finfo(dtype).eps * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(("family", "bits"), [("llama", 8), ("gpt2", 4)])
+@pytest.mark.parametrize("trained_over", ["integers", "floats"])
+def test_a_trunk_of_integers_is_shared_too(family, bits, trained_over, tmp_path):
+    """The integers are one set of tensors, and the adapter is added to what they stand for."""
+    actor = tiny_checkpoint(tmp_path / "actor", family)
+    reward = write_reward_model(actor, tmp_path / "reward", bits=bits if trained_over == "integers" else 0)
+    networks = shared(actor, reward, quantization_bit=bits)
+    layers = {role: quantized_layers(network) for role, network in networks.items()}
+    assert layers["ref"] and all(found.keys() == layers["ref"].keys() for found in layers.values())
+    for role, found in layers.items():
+        assert all(found[name].weight is layer.weight for name, layer in layers["ref"].items()), role
+    ids, mask = tokens()
+    scores = TokenScores(networks["reward"])(ids, mask)
+    if trained_over == "integers":   # whose merged weights are exact
+        expected = TokenScores(load_scalar_model(reward, dtype=torch.float32))(ids, mask)
+        torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+    models = with_heads(networks)
+    outputs_and_gradients(models, ids, mask)
+    merged = merged_state_dict(models["critic"].model)
+    merged = {name: tensor.float() for name, tensor in merged.items()}
+    plain = load_scalar_model(reward, dtype=torch.float32)
+    plain.load_state_dict(merged)
+    with torch.no_grad():
+        torch.testing.assert_close(TokenScores(plain)(ids, mask), models["critic"](ids, mask), atol=1e-4, rtol=1e-5)
+
+
+# --- what cannot be shared --------------------------------------------------------------------------------------------
+
+
+def refused(actor, reward, words, **options):
+    model = load_causal_lm(actor, dtype=torch.float32, **options)
+    with pytest.raises(UserError, match=words) as error:
+        SharedTrunk(model, str(actor)).scalar_model(str(reward))
+    assert str(error.value).count(". ") == 0 and "--memory_mode separate" in str(error.value)
+
+
+def test_the_reward_model_of_another_base_is_refused(folders, tmp_path):
+    _, reward = folders
+    other = tiny_checkpoint(tmp_path / "other", "llama", seed=1, hidden_size=128, intermediate_size=512, head_dim=32)
+    refused(other, reward, "differs by .*train step 2 with --lora_dim from .*other")
+    wide = tiny_checkpoint(tmp_path / "wide", "llama", hidden_size=64, intermediate_size=512, head_dim=16)
+    refused(wide, reward, "other sizes")
+    shallow = shutil.copytree(folders[0], tmp_path / "shallow")
+    config = json.loads((shallow / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    refused(shallow, reward, "does not have")
+    opt = tiny_checkpoint(tmp_path / "opt", "opt")
+    refused(opt, reward, "type llama, not opt")
+    with pytest.raises(UserError, match="type llama, not opt"):
+        check_scorer(str(reward), str(opt))
+    refused(other, reward, "differs by", quantization_bit=8)
+
+
+def test_weights_that_were_trained_themselves_are_refused(folders, tmp_path):
+    actor, reward = folders
+    tuned = shutil.copytree(reward, tmp_path / "tuned")
+    shutil.rmtree(tuned / "adapter")
+    refused(actor, tuned, "differs by")
+    with pytest.raises(UserError, match="all its weights were trained"):   # which shows before anything is loaded
+        check_scorer(str(tuned), str(actor))
+    check_scorer(str(reward), str(actor))
+    check_scorer(str(actor), str(actor))
+    slight = shutil.copytree(reward, tmp_path / "slight")
+    tensors = load_file(reward / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name] * (1 + 5e-6)
+    save_file(tensors, slight / "model.safetensors", metadata={"format": "pt"})
+    refused(actor, slight, f"{name} differs by")
+
+
+def test_adapters_of_other_kinds_are_refused(folders, tmp_path):
+    actor, reward = folders
+    for changes, words in (
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 3)}, "no LoRA of a linear layer"),
+        ({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(3, 128),
+          "base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": torch.zeros(512, 3)}, "not among its weights"),
+        ({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(3, 128)}, "lacks one of the two"),
+    ):  # fmt: skip
+        odd = shutil.copytree(reward, tmp_path / "odd", dirs_exist_ok=True)
+        file = odd / "adapter" / "adapter_model.safetensors"
+        save_file(load_file(reward / "adapter" / file.name) | changes, file)
+        refused(actor, odd, words)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        SharedTrunk(load_causal_lm(actor, dtype=torch.float32), str(actor)).scalar_model(str(odd))
+
+
+def test_a_critic_may_start_from_the_language_model_itself(folders):
+    actor, _ = folders
+    trunk = SharedTrunk(load_causal_lm(actor, dtype=torch.float32), str(actor))
+    ids, mask = tokens()
+    found = TokenScores(trunk.scalar_model(str(actor), seed=3))(ids, mask)
+    torch.testing.assert_close(found, TokenScores(load_scalar_model(actor, dtype=torch.float32, seed=3))(ids, mask))
+    assert json.loads((actor / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

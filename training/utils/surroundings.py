@@ -1,0 +1,43 @@
+"""What a run meets outside itself: ports, folders, the environment that launchers leave. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from errors import UserError
+
+DONE = "sanbu_done.json"  # written into the output folder by a step that came to its end
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless files can be written under the folder, which is made if it is absent."""
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder} cannot be written ({error.strerror}); name a folder where you may create files."
+        ) from error
+
+
+def adopt_mpi_ranks(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Under OpenMPI's mpirun, which numbers its processes by variables of its own, set those that torch reads.
+
+    Without it every process would take itself for a run of one. MASTER_ADDR and MASTER_PORT come from scripts/launch.py.
+    """
+    if "RANK" in environ or "OMPI_COMM_WORLD_RANK" not in environ:
+        return
+    for ours, theirs in (("RANK", "RANK"), ("LOCAL_RANK", "LOCAL_RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_SIZE", "LOCAL_SIZE")):
+        environ[ours] = environ[f"OMPI_COMM_WORLD_{theirs}"]
