@@ -12,38 +12,35 @@ DPO, which is step 2 then. A step that is done is skipped.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import itertools
 import json
-import os
 import re
-import select
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from scripts import launch as one_step
+from scripts.commands import Environment, Options, build_command, build_environment
+from scripts.platforms import load_platforms, platform_named
+from scripts.processes import Interrupted, exit_code, explain, run_step
 from training.utils.metrics import format_seconds
-from training.utils.parsing import load_recipe
-from training.utils.run import DONE, check_writable, free_port
+from training.utils.surroundings import DONE, check_writable
 
 ROOT = Path(__file__).resolve().parent
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")  # stand for facebook/opt-SIZE
-DEPLOYMENTS = ("single_gpu", "single_node", "multi_node", "cpu")
+DEPLOYMENTS = tuple(load_platforms())
 METHODS = {"ppo": {1: "sft", 2: "reward", 3: "ppo"}, "dpo": {1: "sft", 2: "dpo"}}  # number of a step -> section
 TITLES = {"sft": "supervised fine-tuning", "reward": "reward model", "ppo": "PPO", "dpo": "DPO"}
 FOLDERS = {"sft": "actor-models", "reward": "reward-models", "ppo": "step3-models", "dpo": "dpo-models"}
 ROOMS = {"sft": "step1_sft", "reward": "step2_reward", "ppo": "step3_ppo", "dpo": "step2_dpo"}
-LAUNCH_KEYS = ("platform", "deployment_type", "processes", "num_nodes", "hostfile", "master_port", "env")
-# Without a recipe: batches, ZeRO and LoRA of the launchers that DeepSpeed-Chat published for these deployments (1.3B
-# on one card and on a node, 66B on several). PPO, DPO and LoRA keep our learning rates: theirs were for greedy rollouts.
+# Without a recipe, by the number of devices: batches, ZeRO and LoRA of the launchers that DeepSpeed-Chat published for such
+# deployments (1.3B on one card and on a node, 66B on several). PPO, DPO and LoRA keep our learning rates: theirs were for
+# greedy rollouts.
 STARTING_FLAGS = {
     "single_gpu": {
         "sft": "--gradient_accumulation_steps 8 --lora_dim 128",
@@ -67,28 +64,6 @@ STARTING_FLAGS = {
     },
     "cpu": dict.fromkeys(TITLES, ""),
 }
-HINTS = (
-    (
-        r"out of memory|OutOfMemoryError|Cannot allocate memory|can't allocate memory|bad_alloc",
-        "the memory was not enough: lower --per_device_train_batch_size (step 3: --per_device_generation_batch_size "
-        "and --per_device_training_batch_size) and raise --gradient_accumulation_steps; --gradient_checkpointing; a "
-        "higher --actor-zero-stage or --reward-zero-stage; --offload; --lora_dim 128; lower --max_seq_len; more cards",
-    ),
-    (
-        r"return code = -9|exitcode: -9",
-        "a process was killed from outside (signal 9), mostly because the memory of the host was full: fewer processes "
-        "(--num-gpus), no --offload, smaller batches",
-    ),
-    (r"No space left on device", "the disk is full: free space, or name another --output-dir"),
-    (r"Address already in use|EADDRINUSE", "another program listens on the port of the run: start the command again"),
-    (r"No module named", "a package is missing: pip install -r requirements.txt"),
-    (
-        r"Permission denied \(publickey|not reachable via ssh|launcher '\w+' not installed",
-        "several nodes need pdsh, and ssh without a password from this host to every host of the hostfile",
-    ),
-)
-
-
 @dataclass
 class Step:
     """One step to run: where it writes, which folders of other steps it reads, and its own flags."""
@@ -121,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--actor-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 1, of DPO, and of the actor in step 3")
     add("--reward-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 2 and of the critic in step 3")
     add("--output-dir", help="the three folders of models are made here (default: the recipe's folders, else ./output)")
-    add("--deployment-type", choices=DEPLOYMENTS, help="where it runs (default: single_gpu)")
+    add("--deployment-type", choices=DEPLOYMENTS, help="a platform of configs/platforms.yaml (default: single_gpu)")
     add("--num-gpus", type=int, help="processes on each node; single_node: all devices unless given")
     add("--hostfile", help="multi_node: lines HOST slots=N (default: /job/hostfile)")
     add("--config", help="a recipe: YAML with sections launch, sft, reward, ppo; flags given here win over it")
@@ -163,14 +138,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{section}-flags cannot be read ({error}); check its quotes.") from error
     if args.num_gpus is not None and args.num_gpus < 1:
         raise UserError(f"--num-gpus {args.num_gpus} is not a number of processes; give 1 or more.")
+    if args.config is None and (recipe := known_recipe(args)):
+        args.config, args.actor_model = recipe, None
     args.recipe = read_recipe(args.config) if args.config else {}
     launch = args.recipe.get("launch", {})
-    usual = "cpu" if launch.get("platform") == "cpu" else "single_gpu"
-    args.deployment_type = args.deployment_type or launch.get("deployment_type") or usual
-    if args.deployment_type not in DEPLOYMENTS:
-        raise UserError(
-            f"{args.config}, launch: deployment_type {args.deployment_type!r}; use one of {', '.join(DEPLOYMENTS)}."
-        )
+    for key in ("deployment_type", "platform"):
+        if launch.get(key, "cpu") not in DEPLOYMENTS:
+            raise UserError(f"{args.config}, launch: {key} {launch[key]!r}; use one of {', '.join(DEPLOYMENTS)}.")
+    args.deployment_type = (
+        args.deployment_type or launch.get("deployment_type") or launch.get("platform") or "single_gpu"
+    )
     args.num_gpus = args.num_gpus or launch.get("processes")
     args.hostfile = args.hostfile or launch.get("hostfile")
     args.step = sorted(set(args.step or METHODS[args.method]))
@@ -188,14 +165,20 @@ def check_method(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} has no effect with --method {args.method}; drop one of the two.")
 
 
+def known_recipe(args: argparse.Namespace) -> str | None:
+    """The recipe of --deployment-type for an --actor-model that is neither a folder nor a hub id but a recipe's name."""
+    name = args.actor_model
+    if not name or "/" in name or name in OPT_SIZES or Path(name).exists():
+        return None
+    path = ROOT / "configs" / (args.deployment_type or "single_gpu") / f"{name}.yaml"
+    return str(path) if path.is_file() else None
+
+
 def read_recipe(path: str) -> dict[str, dict[str, Any]]:
     """The sections of a recipe. The steps check their own; here: has it any, and is its launch section ours?"""
-    recipe = load_recipe(path)
+    recipe = one_step.read_recipe(path)
     if not set(TITLES) & recipe.keys():
         raise UserError(f"--config {path}: train.py needs sections launch, sft, reward and ppo, or dpo, with flags.")
-    for key in recipe.get("launch", {}):
-        if key not in LAUNCH_KEYS:
-            raise UserError(f"{path}, launch: unknown key {key!r}; known: {', '.join(LAUNCH_KEYS)}.")
     return recipe
 
 
@@ -233,7 +216,8 @@ def plan(args: argparse.Namespace) -> list[Step]:
     steps = []
     for number in args.step:
         section = METHODS[args.method][number]
-        flags = ["--config", args.config] if args.config else STARTING_FLAGS[args.deployment_type][section].split()
+        starting = STARTING_FLAGS[platform_named(args.deployment_type).deployment][section].split()
+        flags = ["--config", args.config] if args.config else starting
         for name, value in {**models[section], "--output_dir": str(folders[section])}.items():
             flags += [] if value is None else [name, str(value)]
         flags += ["--data_path", *args.data_path] if args.data_path else []
@@ -243,45 +227,35 @@ def plan(args: argparse.Namespace) -> list[Step]:
     return steps
 
 
-def launch_command(step: Step, args: argparse.Namespace) -> list[str]:
-    """The deepspeed launcher around a step. Through sys.executable, so that it is the one of this environment."""
+def options(args: argparse.Namespace) -> Options:
+    """Where the processes run. The type says how many there are; a recipe written for another machine with as many
+    devices, a node of DCUs say, brings that machine's environment.
+    """
     launch = args.recipe.get("launch", {})
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    if args.deployment_type == "multi_node":
-        command += ["--hostfile", str(args.hostfile)] if args.hostfile else []
-        command += ["--num_nodes", str(launch["num_nodes"])] if launch.get("num_nodes") else []
-        command += ["--num_gpus", str(args.num_gpus)] if args.num_gpus else []
-        port = launch.get("master_port")
-    else:
-        # The launcher would read a /job/hostfile that lies around, and start on all its hosts.
-        command += ["--hostfile", os.devnull]
-        processes = args.num_gpus or (None if args.deployment_type == "single_node" else 1)
-        command += device_flags(processes, args.deployment_type)
-        port = launch.get("master_port") or free_port()
-    command += ["--master_port", str(port)] if port else []
-    return [*command, "--module", f"training.{ROOMS[step.section]}.main", *step.flags]
+    platform = platform_named(args.deployment_type)
+    several = platform.deployment == "multi_node"
+    processes = args.num_gpus or (None if several or platform.deployment == "single_node" else 1)
+    written_for = platform_named(launch["platform"]) if launch.get("platform") else platform
+    if "cpu" not in (platform.accelerator, written_for.accelerator):
+        platform = replace(written_for, nodes=platform.nodes)
+    env = {name: str(value) for name, value in (launch.get("env") or {}).items()}
+    if platform.accelerator == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"
+    given = {"num_nodes", "launcher", "launcher_args", "master_addr", "ssh_port", "venv_script"} & launch.keys()
+    return Options(
+        platform, processes, hostfile=str(args.hostfile) if several and args.hostfile else None,
+        master_port=launch.get("master_port"), env=env, **({name: launch[name] for name in given} if several else {}),
+    )  # fmt: skip
 
 
-def device_flags(processes: int | None, deployment: str) -> list[str]:
-    """--num_gpus N; or --include with the first N visible devices, because --num_gpus ignores CUDA_VISIBLE_DEVICES."""
-    if processes is None:
-        return []
-    name = "ASCEND_RT_VISIBLE_DEVICES" if "ASCEND_RT_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
-    visible = [part.strip() for part in os.environ.get(name, "").split(",") if part.strip()]
-    if deployment == "cpu" or not visible or not all(part.isdigit() for part in visible):
-        return ["--num_gpus", str(processes)]
-    if processes > len(visible):
-        raise UserError(f"{name} shows {len(visible)} devices, {processes} are wanted; lower --num-gpus or show more.")
-    return ["--include", f"localhost:{','.join(visible[:processes])}"]
+def launch_command(step: Step, args: argparse.Namespace) -> list[str]:
+    """The launcher around a step."""
+    return build_command(options(args), f"training.{ROOMS[step.section]}.main", step.flags)
 
 
-def environment(args: argparse.Namespace) -> dict[str, str]:
-    """The environment of a step: the recipe's variables, output without delay, modules of this repository."""
-    more = {name: str(value) for name, value in (args.recipe.get("launch", {}).get("env") or {}).items()}
-    if args.deployment_type == "cpu":
-        more["DS_ACCELERATOR"] = "cpu"
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)} | more
+def environment(args: argparse.Namespace) -> Environment:
+    """The environment of a step: the platform's variables, the recipe's, and the modules of this repository."""
+    return build_environment(options(args))
 
 
 # --- may it run? ------------------------------------------------------------------------------------------------------
@@ -354,108 +328,6 @@ def again(args: argparse.Namespace, number: int) -> str:
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; the argument is the signal's number."""
-
-
-def run_step(command: list[str], env: dict[str, str], log: Path, patience: float = 60.0) -> tuple[int, list[str]]:
-    """Run a command in a process group of its own; what it prints goes to the terminal and to the log as it comes.
-
-    Returns its exit code and the last lines it printed. On Ctrl-C or SIGTERM the group is asked to end (a step then
-    saves a checkpoint), killed after ``patience`` seconds, and Interrupted is raised. Nothing else is touched.
-    """
-    with log.open("ab") as file:
-        file.write(f"$ {shlex.join(command)}\n".encode())
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        tail = bytearray()
-
-        def show(chunk: bytes) -> None:
-            file.write(chunk)
-            file.flush()
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.flush()
-            tail.extend(chunk)
-            del tail[:-65536]
-
-        sys.stdout.flush()
-        with signals_raise():
-            try:
-                drain(process, show, deadline=None)
-            except Interrupted:
-                signal_group(process, signal.SIGTERM)
-                with contextlib.suppress(Interrupted):  # a second Ctrl-C does not wait
-                    drain(process, show, deadline=time.monotonic() + patience)
-                raise
-            finally:
-                signal_group(process, signal.SIGKILL)  # not reaped yet, so the number is still this group's
-                process.wait()
-                process.stdout.close()
-    return process.returncode, tail.decode(errors="replace").splitlines()
-
-
-def drain(process: subprocess.Popen, show: Callable[[bytes], None], deadline: float | None) -> None:
-    """Pass on what the group prints until nobody is left who could; stragglers get five seconds after the launcher."""
-    while True:
-        ready, _, _ = select.select([process.stdout], [], [], 0.5)
-        if ready:
-            chunk = os.read(process.stdout.fileno(), 65536)
-            if not chunk:
-                # Output may be closed while the launcher still tidies up.
-                while not has_ended(process) and (deadline is None or time.monotonic() < deadline):
-                    time.sleep(0.05)
-                return
-            show(chunk)
-        if deadline is None and has_ended(process):
-            deadline = time.monotonic() + 5.0
-        if deadline is not None and time.monotonic() > deadline:
-            return
-
-
-def has_ended(process: subprocess.Popen) -> bool:
-    """Whether the process has ended, without reaping it: until then its number cannot pass to another group."""
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def signal_group(process: subprocess.Popen, number: int) -> None:
-    """Send a signal to the process group of a child that has not been reaped."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when only zombies are left
-        os.killpg(process.pid, number)
-
-
-@contextlib.contextmanager
-def signals_raise():
-    """Inside, SIGINT and SIGTERM raise Interrupted."""
-
-    def stop(number: int, _frame: Any) -> None:
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def explain(step: Step, code: int, lines: list[str], seconds: float) -> str:
-    """What to say about a step that failed: where, its own last error, hints, the log."""
-    said = [match[1] for line in lines if (match := re.search(r"(?:^|: )error: (.+)", line))]
-    text = "\n".join(lines)
-    report = [f"error: {step.title} ended with exit code {code} after {format_seconds(seconds)}."]
-    if said:
-        report.append(f"  it said: {said[-1]}")
-    else:
-        raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
-        report += [f"  it said: {raised[-1]}"] if raised else []
-        report += [f"  hint: {hint}." for pattern, hint in HINTS if re.search(pattern, text, re.IGNORECASE)]
-    if code == 0:
-        report.append(f"  it did not write {DONE}, so it did not come to its end.")
-    return "\n".join([*report, f"  all it printed: {step.folder / 'training.log'}"])
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the steps; returns the exit code: 0, 2 for wrong input, that of a step that failed, 128 + signal."""
     try:
@@ -463,7 +335,8 @@ def main(argv: list[str] | None = None) -> int:
         steps = plan(args)
         if args.dry_run:
             for step in steps:
-                prefix = ["env", "DS_ACCELERATOR=cpu"] if args.deployment_type == "cpu" else []
+                variables = environment(args).variables.items()
+                prefix = ["env", *(f"{name}={value}" for name, value in variables if not name.startswith("PYTHON"))]
                 print(f"# {step.title} -> {step.folder}\n{shlex.join([*prefix, *launch_command(step, args)])}")
             return 0
         chosen = choose(steps, args.force)
@@ -474,12 +347,14 @@ def main(argv: list[str] | None = None) -> int:
             command = launch_command(step, args)
             print(f"\n=== {step.title} -> {step.folder}\n{shlex.join(command)}", flush=True)
             started = time.monotonic()
-            code, lines = run_step(command, environment(args), step.folder / "training.log")
+            env = one_step.passed_on(environment(args), step.folder)
+            code, lines = run_step(command, env, step.folder / "training.log")
             seconds = time.monotonic() - started
-            code = 128 - code if code < 0 else code
+            code = exit_code(code, lines)
             # The launcher ends with 0 when it is its own child that a signal has killed.
             if code != 0 or not (step.folder / DONE).is_file():
-                print(explain(step, code, lines, seconds), file=sys.stderr, flush=True)
+                log = step.folder / "training.log"
+                print(explain(step.title, code, lines, seconds, log), file=sys.stderr, flush=True)
                 return code or 1
             times.append((step, seconds))
             print(f"=== {step.title} took {format_seconds(seconds)}", flush=True)

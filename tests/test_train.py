@@ -108,7 +108,7 @@ def test_the_recipe_is_passed_on_and_the_command_line_wins(tmp_path):
     assert (sft.model_name_or_path, sft.output_dir, sft.zero_stage) == ("base", "out/actor-models/base", 1)
     assert reward.model_name_or_path == "mine"
     assert (ppo.kl_coef, ppo.actor_model_name_or_path) == (0.25, "out/actor-models/base")
-    environment = train.environment(args)
+    environment = train.environment(args).over(os.environ)
     assert (environment["OMP_NUM_THREADS"], environment["DS_ACCELERATOR"]) == ("3", "cpu")
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(train.ROOT)
     assert launched("--config", str(recipe))[:4] == ["--hostfile", os.devnull, "--num_gpus", "2"]
@@ -144,6 +144,45 @@ def test_launcher_words_of_the_deployments(monkeypatch):
     assert launched("--deployment-type", "cpu", "--num-gpus", "2")[2:4] == ["--num_gpus", "2"]
     with pytest.raises(UserError, match="shows 2 devices, 3 are wanted"):
         launched("--deployment-type", "single_node", "--num-gpus", "3")
+
+
+def test_a_platform_brings_its_environment_and_a_recipe_that_of_its_own_machine(tmp_path, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    found = train.environment(train.parse(["--deployment-type", "dcu_z100l"])).variables
+    assert (found["DS_ACCELERATOR"], found["HSA_FORCE_FINE_GRAIN_PCIE"]) == ("cuda", "1")
+    assert "--num_gpus" not in launched("--deployment-type", "ascend_910")  # every device, as on any single node
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("launch: {platform: ascend_910}\nsft: {}\n")
+    for words in ([], ["--deployment-type", "single_node"]):
+        args = train.parse(["--config", str(recipe), *words])
+        assert train.options(args).platform.name == "ascend_910"
+        assert train.environment(args).variables["DS_ACCELERATOR"] == "npu"
+    args = train.parse(["--config", str(recipe), "--deployment-type", "cpu"])
+    assert train.environment(args).variables["DS_ACCELERATOR"] == "cpu"
+
+
+def test_other_nodes_are_told_the_platforms_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    told = train.environment(train.parse(["--deployment-type", "multi_node", "--hostfile", str(tmp_path / "hosts")])).forwarded
+    assert told.items() >= {"NCCL_DEBUG": "WARN", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}.items()
+    assert told["PYTHONPATH"].split(os.pathsep)[0] == str(train.ROOT)
+
+
+def test_a_recipe_is_found_by_the_models_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    (tmp_path / "configs/single_node").mkdir(parents=True)
+    recipe = tmp_path / "configs/single_node/glm.yaml"
+    recipe.write_text("launch: {platform: single_node}\nsft: {model_name_or_path: THUDM/glm, output_dir: out/sft}\n")
+    args = train.parse(["--deployment-type", "single_node", "--actor-model", "glm"])
+    assert args.config == str(recipe)
+    assert parse_step(SFTArguments, train.plan(args)[0].flags).model_name_or_path == "THUDM/glm"
+    # A size, a hub id, a folder and a deployment without such a recipe mean what they always meant.
+    for words in (["--actor-model", "1.3b"], ["--actor-model", "THUDM/glm"], ["--actor-model", "glm"]):
+        assert train.parse([*words, *(["--deployment-type", "single_gpu"] if words[1] == "glm" else [])]).config is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glm").mkdir()
+    assert train.parse(["--deployment-type", "single_node", "--actor-model", "glm"]).config is None
 
 
 def test_dry_run_prints_commands_that_a_shell_reads_and_makes_nothing(repository, tmp_path):

@@ -17,19 +17,18 @@ from pathlib import Path
 
 from errors import UserError
 from inference.chatbot import context_length
-from inference.engine import generate
+from inference.engine import generate_many
 from models.device import attention_implementation, detect_platform, empty_cache, resolve_dtype, set_device
 from models.factory import load_causal_lm, load_tokenizer, resolve_checkpoint
 from models.heads import prefix_length
 from models.templates import load_template
 from training.utils.arguments import PromptEvalArguments
-from training.utils.data.batching import pad_left
 from training.utils.data.sources import load_records
 from training.utils.data.tokenize import cut_prompt
 from training.utils.parsing import main_entry
 from training.utils.run import quiet_libraries
 
-BATCH = 16  # prompts answered at once
+BATCH = 16  # answers in work at once
 
 PROMPTS = {
     "English": [
@@ -127,23 +126,19 @@ def ask(folder: Path, prompts: list[list[dict[str, str]]], args: PromptEvalArgum
             f"tokens that {folder} reads; lower it."
         )
     encoded = [cut_prompt(ids, room, template) for ids in template.encode_prompts(tokenizer, prompts)]
-    rows = [ids for ids in encoded for _ in range(args.num_return_sequences)]
-    answers: list[Answer] = []
-    for start in range(0, len(rows), BATCH):
-        ids, mask = pad_left(rows[start : start + BATCH], tokenizer.pad_token_id)
-        found = generate(
-            model, ids.to(device), mask.to(device), max_new_tokens=args.max_new_tokens,
-            stop_token_ids=template.stop_token_ids, pad_token_id=tokenizer.pad_token_id, temperature=args.temperature,
-            top_p=args.top_p, greedy=args.num_return_sequences == 1,
-            row_seeds=[args.seed + row for row in range(start, start + len(ids))],
-        )  # fmt: skip
-        for row, length, ended in zip(found.sequences, found.lengths.tolist(), found.ended.tolist(), strict=True):
-            tokens = row[:length].tolist()
-            answers.append(Answer(template.decode_answer(tokenizer, tokens), length, ended))
+    each = args.num_return_sequences
+    found = generate_many(
+        model, encoded, max_batch=BATCH, num_return_sequences=each, max_new_tokens=args.max_new_tokens,
+        stop_token_ids=template.stop_token_ids, pad_token_id=tokenizer.pad_token_id, temperature=args.temperature,
+        top_p=args.top_p, greedy=each == 1, row_seeds=range(args.seed, args.seed + each * len(encoded)),
+    )  # fmt: skip
+    answers = [
+        Answer(template.decode_answer(tokenizer, row[:length]), length, ended)
+        for row, length, ended in zip(found.sequences.tolist(), found.lengths.tolist(), found.ended.tolist(), strict=True)
+    ]
     del model
     empty_cache()
-    each = args.num_return_sequences
-    return [answers[place : place + each] for place in range(0, len(rows), each)]
+    return [answers[place : place + each] for place in range(0, len(answers), each)]
 
 
 def summary(answers: list[list[Answer]]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from training.utils.data.tokenize import prepare_phase
 from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
 from training.utils.loss import dpo_loss, implicit_rewards
 from training.utils.parsing import main_entry
+from training.utils.planning import check_run_fits
 from training.utils.run import Run
 from training.utils.trained_model import check_trained_model, trained_engine
 from training.utils.zero import optimizer_figures, optimizer_step
@@ -44,6 +45,7 @@ def main(args: DPOArguments) -> None:
     run = Run.start(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     check_models(args, tokenizer)
+    check_run_fits(args, run)
     template = load_template(args.model_name_or_path, tokenizer)
     data = prepare_phase(args, 2, tokenizer, template)
     collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id)

@@ -21,6 +21,7 @@ from training.utils.data.tokenize import prepare_phase
 from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
 from training.utils.loss import bradley_terry_loss, pair_accuracy
 from training.utils.parsing import main_entry
+from training.utils.planning import check_run_fits
 from training.utils.run import Run
 from training.utils.trained_model import check_trained_model, trained_engine
 from training.utils.zero import optimizer_figures, optimizer_step
@@ -32,6 +33,7 @@ def main(args: RewardArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
     check_trained_model(args)
+    check_run_fits(args, run)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = load_template(args.model_name_or_path, tokenizer)
     data = prepare_phase(args, 2, tokenizer, template)

@@ -1,0 +1,31 @@
+"""Hostfiles: lines ``HOST slots=N``, as DeepSpeed, OpenMPI and Kubeflow's operators read and write them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from errors import UserError
+
+
+def read_hostfile(path: str | Path) -> dict[str, int]:
+    """Host -> processes, in the order of the file. UserError with the line number for what DeepSpeed would stumble over."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"hostfile {path}: {reason}; write one line HOST slots=N for each node.") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)(\s*#.*)?", text)
+        if match is None or int(match[2]) < 1:
+            raise UserError(f"{path}, line {number}: {text!r} is not HOST slots=N with N of 1 or more, as in: node-1 slots=8.")
+        if match[1] in hosts:
+            raise UserError(f"{path}, line {number}: {match[1]} stands there a second time; one line a host, with all its slots.")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise UserError(f"{path} names no host; write one line HOST slots=N for each node.")
+    return hosts

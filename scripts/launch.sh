@@ -1,0 +1,20 @@
+# Sourced by the launchers. `launch STEP RECIPE "$@"` starts a step (step1_sft, step2_reward, step3_ppo, step2_dpo) with a
+# recipe, whose path is relative to the root of the repository. scripts/launch.py builds the command; --dry-run prints it.
+# Paths given on the command line are relative to the working directory, as everywhere. PYTHON names another interpreter.
+launch() {
+    local root python recipe=$2
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return
+    if [[ -n ${PYTHON:-} ]]; then
+        python=$PYTHON
+    elif [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $root/.venv/bin/python ]]; then
+        python=$root/.venv/bin/python   # made by scripts/quickstart.sh
+    else
+        python=$(command -v python || command -v python3) || {
+            echo "error: no python in the path; activate the environment, or name it: PYTHON=/path/to/python" >&2
+            return 2
+        }
+    fi
+    [[ $recipe = /* ]] || recipe=$root/$recipe
+    # exec: signals reach the launcher itself, and its exit code is the script's.
+    PYTHONSAFEPATH=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m scripts.launch "$1" "$recipe" "${@:3}"
+}

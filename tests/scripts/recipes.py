@@ -1,0 +1,21 @@
+"""What the tests of recipes and launchers share: which files there are."""
+
+from pathlib import Path
+
+from scripts.platforms import load_platforms
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPES = [
+    path.relative_to(REPOSITORY) for name in load_platforms() for path in sorted((REPOSITORY / "configs" / name).glob("*.yaml"))
+]
+MODELS = {  # name of the recipe -> where the model lies on the hub
+    "opt-1.3b": "facebook/opt-1.3b", "opt-6.7b": "facebook/opt-6.7b", "opt-13b": "facebook/opt-13b", "opt-66b": "facebook/opt-66b",
+    "bloom-1b1": "bigscience/bloom-1b1", "llama-2-7b": "meta-llama/Llama-2-7b-hf", "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B", "chatglm-6b": "THUDM/chatglm-6b", "chatglm2-6b": "THUDM/chatglm2-6b",
+    "chatglm3-6b": "THUDM/chatglm3-6b",
+}  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    """dcu_z100l/chatglm-6b: how a recipe is called in test ids."""
+    return f"{path.parent.name}/{path.stem}"

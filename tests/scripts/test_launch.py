@@ -1,0 +1,428 @@
+"""scripts/launch.py: the commands it makes, read back by DeepSpeed's, torchrun's and our own parsers; its refusals; real runs."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from deepspeed.launcher import runner as deepspeed_runner
+from deepspeed.launcher.multinode_runner import OpenMPIRunner, PDSHRunner
+from torch.distributed.run import get_args_parser
+
+from errors import UserError
+from scripts import commands
+from scripts.launch import LAUNCH_KEYS, check_machine, env_file, main, passed_on, prepare, shown
+from scripts.platforms import load_platforms
+from training.utils.arguments import PPOArguments, SFTArguments
+from training.utils.parsing import parse as parse_step
+
+RECIPE = """
+launch: {{platform: {platform}{more}}}
+sft: {{model_name_or_path: base, output_dir: {out}/sft, zero_stage: 1, max_seq_len: 64}}
+ppo: {{actor_model_name_or_path: a, critic_model_name_or_path: c, output_dir: {out}/ppo}}
+"""
+HOSTS = "node-1 slots=8\n\n# spare\nnode-2 slots=8\n"
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """recipe(platform, more launch keys) -> the path of one; the working directory is an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(platform: str = "single_node", more: str = "") -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(RECIPE.format(platform=platform, more=f", {more}" if more else "", out=tmp_path / "out"))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def hostfile(tmp_path) -> str:
+    (tmp_path / "hosts").write_text(HOSTS)
+    return str(tmp_path / "hosts")
+
+
+def launched(*words: str, **environ: str):
+    """The launch that the words describe, in an environment of its own."""
+    return prepare(list(words), {"USER": "me"} | environ)[0]
+
+
+def deepspeed_args(command: list[str]):
+    """A command of DeepSpeed's launcher as DeepSpeed reads it."""
+    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    args = deepspeed_runner.parse_args(command[3:])
+    assert args.module
+    return args
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, one in load_platforms().items() if one.nodes == 1])
+def test_one_machine(recipe, name):
+    platform = load_platforms()[name]
+    launch = launched("step1_sft", recipe(name))
+    args = deepspeed_args(launch.command)
+    assert (args.hostfile, args.num_gpus, args.user_script) == (os.devnull, platform.devices, "training.step1_sft.main")
+    assert args.master_port > 1023
+    step = parse_step(SFTArguments, args.user_args)
+    assert (step.zero_stage, step.max_seq_len, step.model_name_or_path) == (1, 64, "base")
+    assert launch.environment.variables.items() >= platform.env.items() - {("MIOPEN_USER_CACHE_PATH", "/tmp/miopen-${USER}")}
+    assert not launch.environment.forwarded
+
+
+def test_positional_arguments_are_those_of_earlier_launchers_and_flags_win(recipe, tmp_path):
+    step1 = launched("step1_sft", recipe(), "my out", "3", "--max_seq_len", "32", "--zero_stage=2")
+    parsed = parse_step(SFTArguments, deepspeed_args(step1.command).user_args)
+    assert (parsed.output_dir, parsed.zero_stage, parsed.max_seq_len) == ("my out", 2, 32)
+    assert step1.log == Path("my out/training.log")
+
+    step3 = launched("step3_ppo", recipe(), "A", "C", "2", "", "there", "--ppo_epochs", "2")
+    parsed = parse_step(PPOArguments, deepspeed_args(step3.command).user_args)
+    assert (parsed.actor_model_name_or_path, parsed.critic_model_name_or_path) == ("A", "C")
+    assert (parsed.actor_zero_stage, parsed.critic_zero_stage, parsed.output_dir) == (2, PPOArguments.critic_zero_stage, "there")
+    assert launched("step3_ppo", recipe()).output == tmp_path / "out" / "ppo", "nothing given: the recipe's"
+
+
+def test_how_many_processes(recipe):
+    count = lambda *words, **environ: deepspeed_args(launched("step1_sft", *words, **environ).command).num_gpus  # noqa: E731
+    path = recipe("dcu_z100l", "processes: 6")
+    assert count(path) == 6
+    assert count(path, NUM_GPUS="5") == 5
+    assert count(path, "--num_gpus", "4", NUM_GPUS="5") == 4
+    assert count(path, "--num-gpus=4") == 4
+    assert count(path, "--platform", "single_gpu") == 1, "the recipe's number is that of its own machine"
+
+
+@pytest.mark.parametrize(
+    ("platform", "environ", "include"),
+    [
+        ("single_node", {"CUDA_VISIBLE_DEVICES": "5,7"}, "localhost:5"),
+        ("dcu_z100l", {"HIP_VISIBLE_DEVICES": "4, 5", "CUDA_VISIBLE_DEVICES": "0,1"}, "localhost:4"),
+        ("dcu_z100l", {"CUDA_VISIBLE_DEVICES": "3"}, "localhost:3"),
+        ("ascend_910", {"ASCEND_RT_VISIBLE_DEVICES": "6,7", "CUDA_VISIBLE_DEVICES": "0"}, "localhost:6"),
+        ("cpu", {"CUDA_VISIBLE_DEVICES": "3"}, ""),
+    ],
+)
+def test_visible_devices_are_chosen_once(recipe, platform, environ, include):
+    launch = launched("step1_sft", recipe(platform), "--num_gpus", "1", **environ)
+    assert deepspeed_args(launch.command).include == include
+    left = launch.environment.over(environ)
+    assert [name for name in environ if name in left] == ([] if include else list(environ)), "the mask would be applied twice"
+
+
+def test_masks_that_cannot_be_served(recipe):
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES shows 2 devices, 8 are wanted"):
+        launched("step1_sft", recipe(), CUDA_VISIBLE_DEVICES="0,1")
+    mask = {"CUDA_VISIBLE_DEVICES": "GPU-8a2f,GPU-91c0"}
+    with pytest.raises(UserError, match=r"reads numbers only.*--launcher torchrun"):
+        launched("step1_sft", recipe(), "--num_gpus", "2", **mask)
+    launch = launched("step1_sft", recipe(), "--num_gpus", "2", "--launcher", "torchrun", **mask)
+    assert launch.environment.over(mask)["CUDA_VISIBLE_DEVICES"] == mask["CUDA_VISIBLE_DEVICES"]
+
+
+def test_several_nodes_by_pdsh(recipe, hostfile):
+    launch = launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--master_port", "29611", "--ssh_port", "2222")
+    args = deepspeed_args(launch.command)
+    assert (args.hostfile, args.master_addr, args.master_port, args.ssh_port) == (hostfile, "node-1", 29611, 2222)
+    assert deepspeed_runner.fetch_hostfile(args.hostfile) == launch.options.hosts == {"node-1": 8, "node-2": 8}
+    assert parse_step(SFTArguments, args.user_args).zero_stage == 1
+    fewer = deepspeed_args(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--num_gpus", "4").command)
+    assert fewer.num_gpus == 4
+    alone = launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--num_nodes", "1")
+    assert not alone.options.several and deepspeed_args(alone.command).hostfile == os.devnull
+
+
+NASTY = ["q|v", "a b", 'say "yes"', "$HOME `id` \\n", "it's", "x;y", "", "*", "(a)", 'a\\" b', "a&b"]
+
+
+def test_words_reach_the_other_nodes_as_they_are(recipe, hostfile, tmp_path):
+    """What DeepSpeed's pdsh runner would run there, run by a shell here with a program that prints its words."""
+    launch = launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--data_path", *NASTY)
+    args = deepspeed_args(launch.command)
+    pdsh = PDSHRunner(args, "world")
+    for name, value in launch.environment.forwarded.items():
+        pdsh.add_export(name, value)
+    command, _, _ = pdsh.get_cmd({}, {"node-1": [0], "node-2": [0]})
+    show = tmp_path / "show"
+    show.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv, dict(os.environ)]))\n")
+    show.chmod(0o755)
+    remote = " ".join(command[command.index("-w") + 2 :]).replace(sys.executable, str(show), 1)
+    words, environ = json.loads(subprocess.run(["sh", "-c", remote], capture_output=True, text=True, check=True).stdout)
+    where = launch.command.index("--config") + 1
+    given = ["--config", launch.command[where], "--data_path", *NASTY]
+    assert words[words.index("training.step1_sft.main") + 1 :] == given
+    assert environ.items() >= launch.environment.forwarded.items()
+
+
+def test_every_node_by_itself(recipe, hostfile):
+    words = ["step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--no_ssh", "--master_addr", "10.0.0.1"]
+    first, second = (launched(*words, "--node_rank", rank) for rank in "01")
+    args = deepspeed_args(second.command)
+    assert (args.no_ssh, args.node_rank, args.master_addr) == (True, 1, "10.0.0.1")
+    assert not second.environment.forwarded, "each node brings its own"
+    assert first.log.name == "training.log" and second.log.name == "training-node1.log"
+    assert deepspeed_args(launched(*words, SLURM_NODEID="1").command).node_rank == 1
+    with pytest.raises(UserError, match="which of the 2 nodes is this"):
+        launched(*words)
+    with pytest.raises(UserError, match="--node_rank 2 does not exist with 2 nodes"):
+        launched(*words, "--node_rank", "2")
+
+
+def test_torchrun(recipe, hostfile):
+    words = ["step1_sft", recipe("multi_node"), "--launcher", "torchrun"]
+    launch = launched(*words, "--node_rank", "1", "--master_addr", "10.0.0.1", "--num_nodes", "3")
+    args = get_args_parser().parse_args(launch.command[3:])
+    assert (args.nnodes, args.node_rank, args.nproc_per_node, args.master_addr) == ("3", 1, "8", "10.0.0.1")
+    assert args.module and args.training_script == "training.step1_sft.main"
+    assert parse_step(SFTArguments, args.training_script_args).zero_stage == 1
+    with pytest.raises(UserError, match="need --master_addr"):
+        launched(*words, "--node_rank", "0")
+    assert "node-1" in launched(*words, "--node_rank", "0", "--hostfile", hostfile).command
+    one = get_args_parser().parse_args(launched("step1_sft", recipe("cpu"), "--launcher", "torchrun").command[3:])
+    assert (one.nnodes, one.nproc_per_node, one.master_addr) == ("1", "1", "127.0.0.1")
+
+
+def test_openmpi(recipe, hostfile):
+    words = ["step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--launcher", "openmpi"]
+    launch = launched(*words, NCCL_SOCKET_IFNAME="=ib0")
+    args = deepspeed_args(launch.command)
+    mpi = OpenMPIRunner(args, "world", launch.options.hosts)
+    for name, value in launch.environment.forwarded.items():
+        mpi.add_export(name, value)
+    command = mpi.get_cmd({}, launch.options.hosts)
+    assert command[:3] == ["mpirun", "-n", "16"] and "eth0" not in command
+    assert command[command.index("btl_tcp_if_include") + 1] == "ib0"
+    exported = dict(command[index + 1].split("=", 1) for index, word in enumerate(command) if word == "-x")
+    assert (exported["MASTER_ADDR"], exported["MASTER_PORT"], exported["DS_ACCELERATOR"]) == ("node-1", "29500", "cuda")
+    assert exported["NCCL_SOCKET_IFNAME"] == "=ib0"
+    given = launched(*words, "--launcher_args", "--mca btl_tcp_if_include lo --oversubscribe")
+    assert deepspeed_args(given.command).launcher_args == "--mca btl_tcp_if_include lo --oversubscribe"
+    with pytest.raises(UserError, match="needs the network interface"):
+        launched(*words)
+    with pytest.raises(UserError, match=r"gives node-1 slots=8, not 4"):
+        launched(*words, "--num_gpus", "4", NCCL_SOCKET_IFNAME="ib0")
+
+
+def test_slurm(recipe, tmp_path):
+    """The words of srun, run by a fake one that plays the second task."""
+    words = ["step1_sft", recipe("multi_node"), "--launcher", "slurm", "--data_path", "a b", "c"]
+    launch = launched(*words, SLURM_JOB_NODELIST="n7", SLURM_JOB_NUM_NODES="2")
+    assert launch.command[:4] == ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    show = tmp_path / "python"
+    show.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv))\n")
+    show.chmod(0o755)
+    task = [str(show) if word == sys.executable else word for word in launch.command[4:]]
+    done = subprocess.run(task, env=os.environ | {"SLURM_NODEID": "1"}, capture_output=True, text=True, check=True)
+    args = get_args_parser().parse_args(json.loads(done.stdout)[3:])
+    assert (args.nnodes, args.node_rank, args.nproc_per_node, args.master_addr) == ("2", 1, "8", "n7")
+    assert parse_step(SFTArguments, args.training_script_args).data_path == ["a b", "c"]
+    with pytest.raises(UserError, match="inside an allocation"):
+        launched(*words)
+
+
+# --- environment ------------------------------------------------------------------------------------------------------
+
+
+def test_shell_before_platform_and_recipe_before_both(recipe):
+    path = recipe("dcu_z100l", "env: {MIOPEN_FIND_MODE: 1, MINE: x}")
+    shell = {"NCCL_P2P_LEVEL": "2", "MIOPEN_FIND_MODE": "2", "PYTHONPATH": "elsewhere", "DS_ACCELERATOR": "dcu"}
+    environment = launched("step1_sft", path, **shell).environment
+    found = environment.over(shell)
+    assert (found["NCCL_P2P_LEVEL"], found["MIOPEN_FIND_MODE"], found["MINE"]) == ("2", "1", "x")
+    assert found["MIOPEN_USER_CACHE_PATH"] == "/tmp/miopen-me"
+    assert found["DS_ACCELERATOR"] == "cuda", "DeepSpeed's name of a DCU"
+    assert found["PYTHONPATH"].split(os.pathsep)[1:] == ["elsewhere"]
+    assert "the platform has 5" in environment.reasons["NCCL_P2P_LEVEL"] and "recipe" in environment.reasons["MINE"]
+
+
+def test_other_nodes_are_told_what_they_need_and_no_secret(recipe, hostfile, tmp_path, monkeypatch):
+    """Ours, the shell's about devices and network, the user's own file: in a file that DeepSpeed's reader takes."""
+    home = tmp_path / "home"
+    home.mkdir()
+    own = home / ".deepspeed_env"
+    own.write_text("# mine\n\nNCCL_IB_HCA=mlx5_2\nMINE = a=b\n")
+    shell = {
+        "HOME": str(home), "GLOO_SOCKET_IFNAME": "ib0", "HF_HOME": "/data/hub", "HF_TOKEN": "hf_x", "WANDB_API_KEY": "y",
+        "CUDA_VISIBLE_DEVICES": "0", "LD_LIBRARY_PATH": "/opt/dtk/lib", "EDITOR": "vi",
+    }  # fmt: skip
+    launch = launched("step1_sft", recipe("dcu_z100l"), "--hostfile", hostfile, **shell)
+    told = launch.environment.forwarded
+    assert told.items() >= {
+        "DS_ACCELERATOR": "cuda", "HSA_FORCE_FINE_GRAIN_PCIE": "1", "NCCL_IB_HCA": "mlx5_2", "NCCL_NET_GDR_LEVEL": "SYS",
+        "MINE": "a=b", "GLOO_SOCKET_IFNAME": "ib0", "HF_HOME": "/data/hub", "LD_LIBRARY_PATH": "/opt/dtk/lib",
+    }.items()  # fmt: skip
+    assert not told.keys() & {"HF_TOKEN", "WANDB_API_KEY", "CUDA_VISIBLE_DEVICES", "EDITOR"}
+    assert str(own) in launch.environment.reasons["MINE"]
+
+    launch.output.mkdir(parents=True)
+    env = passed_on(launch.environment, launch.output)
+    written = env_file(launch.output)
+    assert env["DS_ENV_FILE"] == str(written) and own.read_text().startswith("# mine"), "the user's file is left alone"
+    monkeypatch.chdir("/")
+    where = [os.path.join(folder, env["DS_ENV_FILE"]) for folder in deepspeed_runner.DEEPSPEED_ENVIRONMENT_PATHS]  # noqa: PTH118
+    assert set(where) == {str(written)}, "as the runner looks for it"
+    read = dict(line.split("=", maxsplit=1) for line in written.read_text().splitlines())   # as the runner reads it
+    assert read == told
+
+    own.write_text("NOT A SETTING\n")
+    with pytest.raises(UserError, match=r"\.deepspeed_env, line 1: 'NOT A SETTING' is not NAME=VALUE"):
+        launched("step1_sft", recipe("dcu_z100l"), "--hostfile", hostfile, **shell)
+
+
+def test_a_value_that_cannot_be_passed_on_is_refused_or_left_out(recipe, hostfile):
+    path = recipe("multi_node", "env: {MINE: 'a $HOME'}")
+    with pytest.raises(UserError, match=r"MINE='a \$HOME' cannot be sent to the other nodes"):
+        launched("step1_sft", path, "--hostfile", hostfile)
+    told = launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, HF_HOME='/a"b').environment.forwarded
+    assert "HF_HOME" not in told
+
+
+def test_a_dry_run_is_read_back_by_a_shell_and_makes_nothing(recipe, hostfile, tmp_path, capsys, monkeypatch):
+    for name in ("DS_ACCELERATOR", *commands.MASKS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    words = ["step3_ppo", recipe("dcu_z100l"), "A dir", "C", "--num_gpus", "2", "--dry-run"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    launch, _ = prepare(words)
+    lines = [line for line in text.splitlines() if line.startswith(("export", "unset"))]
+    assert len(lines) == len(launch.environment.variables) + 1 and all("  # " in line for line in lines)
+    program = text.replace(sys.executable, "printf '%s\\0'", 1) + "\nenv -0"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True, env={"CUDA_VISIBLE_DEVICES": "x"})
+    said = done.stdout.split("\0")
+    port = launch.command.index("--master_port") + 1   # a free one each time
+    assert [word for index, word in enumerate(said[: len(launch.command) - 1]) if index != port - 1] == [
+        word for index, word in enumerate(launch.command) if index not in (0, port)
+    ]
+    found = dict(line.split("=", 1) for line in said if "=" in line and not line.startswith("-"))
+    assert found.items() >= launch.environment.variables.items() and "CUDA_VISIBLE_DEVICES" not in found
+
+    several = shown(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile))
+    assert "DS_ENV_FILE" in several and "#     DS_ACCELERATOR=cuda" in several
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["step1_sf", "{recipe}"], "'step1_sf' is no step (did you mean step1_sft?); there are step1_sft, step2_reward"),
+        (["step1_sft"], "give a step and a recipe"),
+        (["step2_reward", "{recipe}"], "has no section reward, which step2_reward reads"),
+        (["step1_sft", "configs/cpu/dema.yaml"], "no recipe for 'dema' on cpu (did you mean demo?); there are "),
+        (["step1_sft", "configs/cpo/demo.yaml"], "no such file (did you mean cpu?); those of the project are"),
+        (["step1_sft", "{recipe}", "--platform", "dcu_z100"], "no platform (did you mean dcu_z100l?)"),
+        (["step1_sft", "{recipe}", "out", "4"], "'4' stands where zero_stage does, a number from 0 to 3"),
+        (["step1_sft", "{recipe}", "3"], "'3' stands where output_dir does, a folder"),
+        (["step1_sft", "{recipe}", "out", "1", "x"], "'x' is one argument too many; in order they are output_dir, zero_stage"),
+        (["step1_sft", "{recipe}", "--num_gpus", "x"], "Argument --num-gpus: invalid int value: 'x'"),
+        (["step1_sft", "{recipe}", "--num_gpus", "0"], "--num-gpus 0 is not a number of them"),
+        (["step1_sft", "{recipe}", "--launcher", "pdsj"], "--launcher pdsj is unknown (did you mean pdsh?)"),
+        (["step1_sft", "{recipe}", "--hostfile", "absent"], "--hostfile absent: no such file"),
+        (["step1_sft", "{recipe}", "--hostfile", "{hosts}", "--num_nodes", "3"], "names 2 hosts"),
+        (["step1_sft", "{recipe}", "--hostfile", "{hosts}", "--num_gpus", "9"], "gives node-1 slots=8"),
+    ],
+)
+def test_wrong_words_are_one_sentence_and_exit_code_2(recipe, hostfile, monkeypatch, capsys, words, sentence):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    filled = [word.format(recipe=recipe(), hosts=hostfile) for word in words]
+    assert main([*filled, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a slots=2\nb slot=2\n", r"line 2: 'b slot=2' is not HOST slots=N"),
+        ("a slots=2\n\n# x\na slots=2\n", r"line 4: a stands there a second time"),
+        ("a slots=0\n", r"line 1: 'a slots=0'"),
+        ("# nobody\n", r"names no host"),
+    ],
+)
+def test_a_bad_line_of_a_hostfile_is_named(recipe, tmp_path, text, sentence):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        launched("step1_sft", recipe("multi_node"), "--hostfile", str(tmp_path / "hosts"))
+    with contextlib.suppress(ValueError):   # DeepSpeed takes slots=0 and starts nothing
+        assert deepspeed_runner._parse_hostfile(text.splitlines()) == {"a": 0}
+
+
+def test_a_recipes_launch_section_is_checked(recipe):
+    for more, sentence in (
+        ("procesess: 2", r"unknown key 'procesess' \(did you mean processes\?\); known: platform"),
+        ("processes: two", r"launch: processes: 'two' is not a whole number"),
+        ("env: [A]", r"launch: env: \['A'\] is not a list of NAME: value"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            launched("step1_sft", recipe("cpu", more))
+    assert set(LAUNCH_KEYS) >= {"platform", "processes", "num_nodes", "hostfile", "master_port", "env"}
+
+
+def test_an_accelerator_that_contradicts_the_platform(recipe):
+    with pytest.raises(UserError, match=r"DS_ACCELERATOR=cpu is set, but platform dcu_z100l .* runs on cuda; unset it"):
+        launched("step1_sft", recipe("dcu_z100l"), DS_ACCELERATOR="cpu")
+    assert launched("step1_sft", recipe("dcu_z100l"), "--platform", "cpu", DS_ACCELERATOR="cpu").command
+
+
+def test_a_machine_that_does_not_suit(recipe, hostfile, monkeypatch):
+    from models import device
+
+    for kind, count, sentence in (
+        ("cpu", 0, r"platform single_node .* needs cuda, but torch finds cpu here"),
+        ("npu", 8, r"needs cuda, but torch finds npu here"),
+        ("cuda", 4, r"the recipe wants 8 devices, this machine shows 4; give --num_gpus 4"),
+        ("cuda", 8, None),
+    ):
+        monkeypatch.setattr(device, "detect_platform", lambda kind=kind: device.PLATFORMS[kind])
+        monkeypatch.setattr(device, "device_count", lambda count=count: count)
+        with pytest.raises(UserError, match=sentence) if sentence else contextlib.nullcontext():
+            check_machine(launched("step1_sft", recipe()).options)
+
+
+def test_flags_that_an_older_deepspeed_does_not_know(recipe, hostfile, monkeypatch, tmp_path):
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "launcher" / "runner.py").write_text('parser.add_argument("--no_ssh_check")')   # as in 0.14.2
+    words = ["step1_sft", recipe("multi_node"), "--platform", "cpu", "--hostfile", hostfile, "--master_addr", "127.0.0.1"]
+    options = launched(*words, "--no_ssh", "--node_rank", "0").options
+    check_machine(options)
+    found = importlib.util.find_spec("deepspeed")
+    old = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    for spec, sentence in ((old, "has no --no_ssh; use --launcher torchrun"), (None, "DeepSpeed is not installed for ")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+        with pytest.raises(UserError, match=sentence):
+            check_machine(options)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    check_machine(options)
+
+
+def test_a_taken_port_and_missing_tools(recipe, hostfile, monkeypatch, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        launch = launched("step1_sft", recipe("cpu"), "--master_port", str(port))
+        with pytest.raises(UserError, match=rf"--master_port {port}: address already in use"):
+            check_machine(launch.options)
+    check_machine(launch.options)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="pdsh is not installed here"):
+        check_machine(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile).options)
+    for tool in ("pdsh", "ssh"):
+        (tmp_path / tool).write_text("")
+        (tmp_path / tool).chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost slots=1\nnode.invalid slots=1\n")
+    with pytest.raises(UserError, match=r"localhost resolves to 127\.0\.0\.1 here, which the other nodes cannot reach"):
+        check_machine(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile).options)
+    with pytest.raises(UserError, match=r"node\.invalid, does not resolve; give --master_addr"):
+        check_machine(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--master_addr", "node.invalid").options)

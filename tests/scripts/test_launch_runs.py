@@ -1,0 +1,160 @@
+"""scripts/launch.sh started as a launcher starts it: a real step on two processes, and how a launch ends when a step does not."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scripts import launch as launching
+from scripts.launch import prepare
+from scripts.processes import exit_code
+from tests.launching import environment, logged, write_pairs
+from tests.tiny import tiny_checkpoint
+
+RECIPE = """
+launch: {{platform: cpu, processes: 2, env: {{OMP_NUM_THREADS: 1}}}}
+sft:
+  model_name_or_path: {base}
+  output_dir: output/sft
+  data_path: [{data}]
+  dtype: fp32
+  max_seq_len: 64
+  max_steps: 9
+  per_device_train_batch_size: 2
+  logging_steps: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with a blank in its name, a module of a name of ours, a recipe, a model and data."""
+    folder = tmp_path_factory.mktemp("some where")
+    (folder / "models.py").write_text("raise ImportError('the wrong models')\n")
+    data, base = write_pairs(folder / "pairs.jsonl", 40), tiny_checkpoint(folder / "base", "llama")
+    (folder / "recipe.yaml").write_text(RECIPE.format(base=json.dumps(str(base)), data=json.dumps(str(data))))
+    return folder
+
+
+def by_launcher(repository: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """What a launcher of the project does, from another folder."""
+    script = folder / "run.sh"
+    lines = [f"source {shlex.quote(str(repository / 'scripts' / 'launch.sh'))}", 'launch step1_sft "$PWD/recipe.yaml" "$@"']
+    script.write_text("#!/usr/bin/env bash\n" + "\n".join(lines) + "\n")
+    env = environment(PYTHON=sys.executable)
+    env.pop("PYTHONPATH")
+    return subprocess.run(["bash", "run.sh", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.distributed
+def test_a_step_on_two_processes_through_the_launcher(repository, folder):
+    done = by_launcher(repository, folder, "out dir", "1", "--max_steps", "2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    output = folder / "out dir"
+    flags = json.loads((output / "sanbu_done.json").read_text())["flags"]
+    assert (flags["zero_stage"], flags["max_steps"], flags["max_seq_len"]) == (1, 2, 64)
+    assert len(logged(output, "train/loss")) == 2
+    log = (output / "training.log").read_text()
+    assert log.startswith("$ ") and "dist_world_size=2" in log
+    assert "step 1 (SFT) took" in done.stdout
+
+
+def test_a_wrong_flag_of_the_step_is_said_once_before_anything_starts(repository, folder):
+    done = by_launcher(repository, folder, "wrong", "--learning_rat", "1")
+    sentence = "error: --learning_rat is not a flag of step 1 (SFT); did you mean --learning_rate?\n"
+    assert (done.returncode, done.stderr, done.stdout) == (2, sentence, "")
+    assert not (folder / "wrong").exists()
+
+
+def test_help_and_refusals_come_at_once(repository, folder):
+    shown = by_launcher(repository, folder, "--help")
+    assert shown.returncode == 0 and "--node-rank" in shown.stdout and "STEP RECIPE" in shown.stdout
+    refused = by_launcher(repository, folder, "out", "7")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: '7' stands where zero_stage does")
+    assert not (folder / "out").exists()
+
+
+# --- programs in place of the step ------------------------------------------------------------------------------------
+
+
+def ended(monkeypatch, folder: Path, program: str, *words: str) -> int:
+    """The exit code of a launch whose command is a program."""
+    monkeypatch.chdir(folder)
+    launch, _ = prepare(["step1_sft", "recipe.yaml", "ends", *words], {})
+    monkeypatch.setattr(launching, "check_machine", lambda options: None)
+    monkeypatch.setattr(launching, "check_flags", lambda launch: None)
+    return launching.start(replace(launch, command=[sys.executable, "-c", textwrap.dedent(program)]))
+
+
+WRITE_DONE = "import pathlib; pathlib.Path('ends/sanbu_done.json').write_text('{}')"
+
+
+def test_a_program_that_ends_well(monkeypatch, folder):
+    assert ended(monkeypatch, folder, WRITE_DONE) == 0
+
+
+def test_a_launcher_that_hides_a_killed_child_is_not_believed(monkeypatch, folder, capfd):
+    """DeepSpeed's own ends with 0 when a signal has killed what it started."""
+    (folder / "ends").mkdir(exist_ok=True)
+    (folder / "ends" / "sanbu_done.json").write_text("{}")   # of an earlier run
+    hides = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)'])"
+    assert ended(monkeypatch, folder, hides) == 1
+    assert "did not write sanbu_done.json" in capfd.readouterr().err
+    assert ended(monkeypatch, folder, "import os; os.kill(os.getpid(), 9)") == 128 + signal.SIGKILL
+
+
+def test_a_node_without_the_first_process_leaves_a_mark_of_its_own(monkeypatch, folder, capfd):
+    words = ["--launcher", "torchrun", "--num_nodes", "2", "--node_rank", "1", "--master_addr", "10.0.0.1"]
+    assert ended(monkeypatch, folder, "pass", *words) == 1
+    mark = "import os, pathlib; pathlib.Path(os.environ['SANBU_NODE_DONE']).touch()"
+    assert ended(monkeypatch, folder, mark, *words) == 0
+    assert (folder / "ends" / "training-node1.log").is_file()
+
+
+def test_codes_behind_torchrun_are_those_of_the_process_that_failed_first():
+    other = ["[1]:", "  exitcode  : -15 (pid: 7)", "Root Cause (first observed failure):", "[0]:", "  exitcode  : 2 (pid: 6)"]
+    assert exit_code(1, other) == 2
+    assert exit_code(1, [*other[:-1], "  exitcode  : -9 (pid: 6)"]) == 137
+    assert (exit_code(1, []), exit_code(-9, other), exit_code(0, other), exit_code(3, other)) == (1, 137, 0, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_step_through_the_script(repository, folder, number):
+    """The script, not a shell around it, is what Slurm and Kubernetes send their signal to."""
+    driver = """
+        import sys, scripts.launch as launching
+        from dataclasses import replace
+        prepare = launching.prepare
+        program = "import signal, sys, time\\ndef stop(*_): print('saving', flush=True); sys.exit(143)\\n"
+        program += "signal.signal(signal.SIGTERM, stop)\\nprint('started', flush=True)\\ntime.sleep(60)"
+        def replaced(argv):
+            launch, dry = prepare(argv)
+            return replace(launch, command=[sys.executable, '-c', program]), dry
+        launching.prepare = replaced
+        sys.exit(launching.main(sys.argv[1:]))
+    """
+    (folder / "driver.py").write_text(textwrap.dedent(driver))
+    python = folder / "python"   # python -m scripts.launch … -> python driver.py …
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {shlex.quote(sys.executable)} "{folder}/driver.py" "$@"\n')
+    python.chmod(0o755)
+    script = f'source {shlex.quote(str(repository / "scripts/launch.sh"))}; launch step1_sft "$PWD/recipe.yaml" signals'
+    process = subprocess.Popen(
+        ["bash", "-c", script], cwd=folder, env=environment(PYTHON=str(python)), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if line == "started\n":
+                break
+        os.kill(process.pid, number)   # this process alone, not its group
+        out, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + number and "saving" in out and "--resume continues" in error

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Supervised fine-tuning of OPT-1.3B on a CPU.
+#   bash run_opt-1.3b.sh [OUTPUT] [ZERO_STAGE] [flags of step 1] [--dry-run]
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
+launch step1_sft configs/cpu/opt-1.3b.yaml "$@"

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Reward model of Qwen2.5-7B on one node with 8 Hygon DCU Z100L of 32 GB.
+#   bash run_qwen2.5-7b.sh [OUTPUT] [ZERO_STAGE] [flags of step 2] [--dry-run]
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
+launch step2_reward configs/dcu_z100l/qwen2.5-7b.yaml "$@"
