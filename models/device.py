@@ -134,6 +134,22 @@ def _take_card(platform: Platform, local_rank: int) -> None:
         module.set_compile_mode(jit_compile=False)
 
 
+def torch_build() -> dict[str, str | None]:
+    """Which toolkit this torch was built for: cuda, hip; None for those that it was not."""
+    return {"cuda": torch.version.cuda, "hip": torch.version.hip}
+
+
+def cards() -> list[dict[str, object]]:
+    """The cards that this process sees: name, chip, total and free memory in bytes (None where nobody can tell)."""
+    platform, module = _current(), _backend_module()
+    found = []
+    for index in range(device_count()):
+        free, total = module.mem_get_info(index) if hasattr(module, "mem_get_info") else (None, None)
+        name = module.get_device_name(index)
+        found.append({"name": name, "chip": chip_name(platform, index), "total": total, "free": free})
+    return found
+
+
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 

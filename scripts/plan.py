@@ -23,6 +23,7 @@ from errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "configs" / "model_shapes.json"
 STEPS = {"1": "SFTArguments", "2": "RewardArguments", "3": "PPOArguments", "dpo": "DPOArguments"}
+WRITES = {"output_dir", "model_name_or_path"}
 SECTIONS = {"1": "sft", "2": "reward", "3": "ppo", "dpo": "dpo"}
 
 
@@ -87,6 +88,13 @@ def config_of(model: str) -> Any:
     raise UserError(f"model {model!r} is neither a folder nor known; known are {', '.join(shapes)}.{hint}")
 
 
+def source_of(model: str, written: dict[str, str]) -> str:
+    """What a folder that an earlier step of the recipe has still to write will come from; every other model is itself."""
+    while model in written and not Path(model).is_dir():
+        model = written[model]
+    return model
+
+
 def built(content: dict[str, Any]) -> Any:
     """A config from the fields of a config.json."""
     from transformers import AutoConfig
@@ -109,13 +117,15 @@ def step_arguments(options: argparse.Namespace, rest: list[str]) -> Any:
     parser = FlagParser(getattr(arguments, STEPS[options.step]))
     given: dict[str, Any] = {}
     section = SECTIONS[options.step]
-    options.launch = {}
+    options.launch, options.written = {}, {}
     if options.config:
         recipe = load_recipe(options.config)
         options.launch = recipe.get("launch", {})
         if section not in recipe:
             raise UserError(f"{options.config} has no section {section}; name another --step.")
         given = parser.read([token for key, value in recipe[section].items() for token in as_tokens(str(key), value)])
+        earlier = [recipe[name] for name in ("sft", "reward") if name != section and name in recipe]
+        options.written = {one["output_dir"]: one["model_name_or_path"] for one in earlier if one.keys() >= WRITES}
     given |= parser.read(rest)
     name = "actor_model_name_or_path" if section == "ppo" else "model_name_or_path"
     if options.model:
@@ -217,7 +227,8 @@ def report(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     paths = dict(getattr(args, "models", {})) or {"model": args.model_name_or_path}
     if getattr(args, "ref_model_name_or_path", None):
         paths["reference"] = args.ref_model_name_or_path
-    memory = StepMemory(args, {role: config_of(path) for role, path in paths.items()}, dtype=DTYPES[dtype], attn=attention)
+    configs = {role: config_of(source_of(path, options.written)) for role, path in paths.items()}
+    memory = StepMemory(args, configs, dtype=DTYPES[dtype], attn=attention)
     with torch.random.fork_rng(devices=[]):
         rows = rows_of(memory, machine)
         best = memory.cheapest(machine)

@@ -1,13 +1,17 @@
 """What the READMEs tell people to type is accepted, and their tables say what the parsers say."""
 
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import train
 from scripts import flags_table
+from tests.launching import environment
 from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
 from training.utils.parsing import parse
 
@@ -39,7 +43,9 @@ def test_every_step_command_parses(repository):
 
 def test_named_files_and_scripts_exist(repository):
     for command in commands(repository, "README.md"):
-        if command[0] in ("bash", "python"):
+        if command[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(command[2]), command
+        elif command[0] in ("bash", "python"):
             assert (repository / command[1]).is_file(), command
     for name in READMES:
         text = (repository / name).read_text(encoding="utf-8")
@@ -53,6 +59,20 @@ def test_train_py_accepts_its_command(repository, capsys):
     shown = capsys.readouterr().out
     for module in ("step1_sft", "step2_reward", "step3_ppo"):
         assert f"training.{module}.main" in shown
+
+
+def test_commands_of_tools_run(repository, tmp_path):
+    """The tools' commands as they stand; rendering goes into another folder."""
+    found = [command for command in commands(repository, "README.md") if command[:2] == ["python", "-m"] or "--dry-run" in command]
+    assert len(found) == 4
+    for command in found:
+        words = [sys.executable if word == "python" else str(tmp_path / word) if word == "k8s" else word for word in command]
+        surroundings = {name: value for name, value in environment().items() if words[0] != "bash" or name != "DS_ACCELERATOR"}
+        ended = subprocess.run(words, cwd=repository, env=surroundings, capture_output=True, text=True, timeout=300)
+        # the doctor may have something to say about this machine
+        assert ended.returncode in ((0, 1, 2) if "scripts.doctor" in command else (0,)), ended.stderr
+        assert ended.stdout.strip() and "Traceback" not in ended.stderr
+    assert list((tmp_path / "k8s").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", READMES)

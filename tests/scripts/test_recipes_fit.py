@@ -7,7 +7,7 @@ import yaml
 
 from models.device import DTYPES
 from models.footprint import Footprint, Peak
-from scripts.plan import config_of
+from scripts.plan import build_parser, config_of, source_of, step_arguments
 from scripts.platforms import Platform, platform_named
 from tests.scripts.recipes import RECIPES, REPOSITORY, name_of
 from training.utils import planning
@@ -90,3 +90,13 @@ def test_the_largest_model_has_no_recipe_where_it_does_not_fit(platform, monkeyp
     assert planned(Path("configs/single_node/opt-66b.yaml"), ppo, "single_node").fits
     monkeypatch.setattr(planning, "Footprint", Footprint)
     assert not planned(Path("configs/single_node/opt-66b.yaml"), ppo, platform).fits
+
+
+def test_the_plan_knows_what_folders_that_are_still_to_be_written_come_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = build_parser().parse_args(["--config", str(REPOSITORY / "configs/single_gpu/opt-13b.yaml"), "--step", "3"])
+    args = step_arguments(options, [])
+    found = [source_of(model, options.written) for model in args.models.values()]
+    assert found == ["facebook/opt-13b", "facebook/opt-350m"]
+    (tmp_path / args.actor_model_name_or_path).mkdir(parents=True)
+    assert source_of(args.actor_model_name_or_path, options.written) == args.actor_model_name_or_path

@@ -47,7 +47,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, int]:
     gc.collect()
     before = {tensor.untyped_storage()._cdata for tensor in tensors()}
     # Small buckets: DeepSpeed's own, of 5e8 elements, would hide everything else of a small model.
-    bucket = folder / "bucket.json"
+    bucket = folder / f"bucket{os.environ.get('RANK', 0)}.json"
     bucket.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": case["bucket"]}}))
     flags = {"zero_stage": case["stage"], "offload_optimizer": case.get("offload", False), "dtype": case["dtype"]}
     flags["deepspeed_config"] = str(bucket)

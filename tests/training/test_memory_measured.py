@@ -89,6 +89,7 @@ def planned(case, processes=2):
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[name_of(case) for case in CASES])
+@pytest.mark.distributed
 def test_a_plan_is_what_real_engines_hold(measured, number):
     expected, found = planned(CASES[number]), measured[number]
     assert expected["static"] == pytest.approx(found["static"], rel=0.15)

@@ -54,7 +54,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """The averages of all trained parameters, whole, in float32 on the host of rank 0; {} on the other processes.
+        """The averages of all trained parameters, whole, in float32 on the host of the processes that write; {} on the others.
 
         All processes call it. Names are those of ``network.named_parameters()``; see checkpoint.export.
         """
@@ -67,8 +67,9 @@ class MovingAverage:
                 mine = mine[: max(0, flat.numel() - start)]  # ZeRO-3 pads the last part
                 flat[start : start + mine.numel()] = mine.to(flat.device)
             if self.run.world_size > 1:
-                dist.reduce(flat, dst=0)  # parts do not overlap: each sum has one term that is not 0
-            if self.run.is_main:
+                # Parts do not overlap: each sum has one term that is not 0.
+                dist.all_reduce(flat) if self.run.nodes.several else dist.reduce(flat, dst=0)
+            if self.run.nodes.keeps_disk:
                 whole[name] = flat.view(shape).cpu()
         return whole
 

@@ -55,21 +55,21 @@ def export(
     """Save the trained network as a checkpoint that transformers opens, LoRA merged (and alone in ``adapter/``); of a
     model with a prefix the prefix alone, in float32 (adapters.save_prefix).
 
-    All processes call it. weights: on rank 0, what to save in place of the trained parameters, whole and named as in
-    engine.module.model.named_parameters(), such as their moving average. config: fields to add to its config.json, such as
-    the statistics of a reward model.
+    All processes call it; one for each disk writes (Nodes.keeps_disk). weights: on those that write, what to save in place
+    of the trained parameters, whole and named as in engine.module.model.named_parameters(), such as their moving average.
+    config: fields to add to its config.json, such as the statistics of a reward model.
     """
     network = engine.module.model
     if has_prefix(network):
         trained = trained_weights(engine, network) if weights is None else weights
-        if run.is_main:
+        if run.nodes.keeps_disk:
             base_model(network).config.update(config)
             save_prefix(network, tokenizer, template, folder, trained)
         run.barrier()
         return
     # On the host: a card that holds its share of a model, or a model and its adapter, need not have room for a whole one more.
-    with whole_model(engine, torch.device("cpu"), only_main=True) as whole:
-        if run.is_main:
+    with whole_model(engine, torch.device("cpu"), keep=run.nodes.keeps_disk) as whole:
+        if run.nodes.keeps_disk:
             model = whole.model
             base_model(model).config.update(config)
             adapted = base_model(model) is not model
@@ -103,7 +103,8 @@ class Checkpoint:
     A folder is written under another name, gets its manifest (all files with their sizes) last and is renamed then; without
     a matching manifest it is never read. It holds the engines' weights, optimizers, schedules and loss scales, and for every
     process the states of the random generators and of ``parts``: objects with state_dict() and load_state_dict(), whose
-    state is tensors, numbers and text. The position in the data is the step itself.
+    state is tensors, numbers and text. The position in the data is the step itself. Nodes that do not share a disk have a
+    folder each, with what their own processes need, and resume from the newest step that all of them have whole.
     """
 
     def __init__(
@@ -114,41 +115,38 @@ class Checkpoint:
         self.parts = parts or {}
         self.marks = json.loads(json.dumps(marks, default=str))
         self.folder = Path(run.args.output_dir) / "checkpoints"
+        self._check_nodes()
 
     def save(self, step: int, extra: dict[str, Any] | None = None) -> None:
         """Save after the given number of optimizer steps; extra is any JSON that the step wants back. All processes call it."""
         final = self.folder / f"step-{step:08d}"
-        if (final / MANIFEST).exists():
+        if all(self.run.nodes.gather((final / MANIFEST).exists())):
             return
         partial = self.folder / f".writing-{final.name}"
-        if self.run.local_rank == 0:
+        if self.run.nodes.keeps_disk:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(final, ignore_errors=True)
             partial.mkdir(parents=True)
         self.run.barrier()
         for name, engine in self.engines.items():
+            if self.run.nodes.keeps_disk:
+                engine.save_non_zero_checkpoint = True   # DeepSpeed: rank 0 alone would save what is equal on all, below ZeRO-3
             engine.save_checkpoint(str(partial / name), tag="state", save_latest=False)
         torch.save(generator_states(), partial / f"generators-{self.run.rank}.pt")
         for name, part in self.parts.items():
             torch.save(part.state_dict(), partial / f"{name}-{self.run.rank}.pt")
         self.run.barrier()
-        if self.run.local_rank == 0:
+        if self.run.nodes.keeps_disk:
             self._seal(partial, final, step, extra or {})
             self._prune()
         self.run.barrier()
 
     def _seal(self, partial: Path, final: Path, step: int, extra: dict[str, Any]) -> None:
-        """Write the manifest and give the folder its name; on a disk that nodes share, the first one does it for all."""
-        try:
-            files = {
-                str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()
-            }
-            manifest = {"step": step, "marks": self.marks, "extra": extra, "files": files}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            partial.rename(final)
-        except OSError:
-            if not (final / MANIFEST).exists():
-                raise
+        """Write the manifest and give the folder its name."""
+        files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+        manifest = {"step": step, "marks": self.marks, "extra": extra, "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        partial.rename(final)
 
     def _prune(self) -> None:
         """Remove the oldest whole checkpoints beyond --save_total_limit."""
@@ -166,14 +164,13 @@ class Checkpoint:
         if not wanted:
             return 0, {}
         if wanted == "auto":
-            folder = newest_whole(self.folder)
+            folder = self._newest_of_all()
             if folder is None:
                 logger.info("--resume: no whole checkpoint under %s; the run starts at its beginning.", self.folder)
                 return 0, {}
         else:
             folder = Path(wanted)
-        manifest = read_manifest(folder)
-        self._check_marks(folder, manifest["marks"])
+        manifest = self.run.nodes.together(lambda: self._checked(folder))
         for name, engine in self.engines.items():
             loaded, _ = engine.load_checkpoint(str(folder / name), tag="state")
             if loaded is None:
@@ -187,6 +184,54 @@ class Checkpoint:
         self.run.metrics.rewind(manifest["step"])
         logger.info("Resumed from %s after %d steps.", folder, manifest["step"])
         return manifest["step"], manifest["extra"]
+
+    def _newest_of_all(self) -> Path | None:
+        """The newest checkpoint that is whole on every node; None if no node has any. UserError if they have none in common."""
+        nodes = self.run.nodes
+        if not nodes.several:
+            return newest_whole(self.folder)
+        found = nodes.gather([folder.name for folder in whole_checkpoints(self.folder)])
+        common = set(found[0]).intersection(*found)
+        if common and max(common) == max(map(max, found)):
+            return self.folder / max(common)
+        if not any(found):
+            return None
+        newest = dict(zip(nodes.names, (max(own, default="none") for own in found), strict=True))
+        have = ", ".join(f"{name}: {checkpoint}" for name, checkpoint in newest.items())
+        if not common:
+            raise UserError(
+                f"--resume: no checkpoint under {self.folder} is whole on every node ({have}). Bring back the folder of the node "
+                "that lacks it, or remove it on the others to start at the beginning."
+            )
+        logger.warning("The newest whole checkpoints differ (%s): all go on from %s, which every node has.", have, max(common))
+        return self.folder / max(common)
+
+    def _checked(self, folder: Path) -> dict[str, Any]:
+        """The manifest of a checkpoint that this process can go on from. Raises UserError otherwise."""
+        manifest = read_manifest(folder)
+        self._check_marks(folder, manifest["marks"])
+        if f"generators-{self.run.rank}.pt" not in manifest["files"]:
+            raise UserError(
+                f"{folder} has nothing of rank {self.run.rank}: it was another node's; start the nodes in the order of the run "
+                "that wrote it (--node_rank, lines of the hostfile), or copy the folder that belongs here."
+            )
+        return manifest
+
+    def _check_nodes(self) -> None:
+        """UserError unless all nodes were started with the same flags and data; their folders may have other names."""
+        nodes = self.run.nodes
+        if not nodes.several:
+            return
+        first, *others = nodes.gather(self.marks)
+        for name, marks in zip(nodes.names[1:], others, strict=True):
+            differ = [mark for mark in first if marks.get(mark) != first[mark] and not mark.endswith("path")]
+            if "data" in differ:
+                raise UserError(f"{name} reads other training data than {nodes.names[0]}; copy the same files to every node.")
+            if differ:
+                raise UserError(
+                    f"{name} was started with --{differ[0]} {marks.get(differ[0])}, {nodes.names[0]} with {first[differ[0]]}; "
+                    "start the same command on every node."
+                )
 
     def _check_marks(self, folder: Path, marks: dict[str, Any]) -> None:
         """Compare what the checkpoint was made with to this run, mark by mark."""
@@ -209,14 +254,18 @@ class Checkpoint:
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint folder that has a matching manifest, or None."""
+    return next(whole_checkpoints(folder), None)
+
+
+def whole_checkpoints(folder: Path) -> Iterator[Path]:
+    """The checkpoint folders that have a matching manifest, newest first."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
             read_manifest(candidate)
         except UserError as error:
             logger.warning("Passed over: %s", error)
             continue
-        return candidate
-    return None
+        yield candidate
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

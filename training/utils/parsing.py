@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 from errors import UserError
+from training.utils import heartbeat
 from training.utils.arguments import (
     STEPS,
     DPOArguments,
@@ -221,9 +222,14 @@ def main_entry(main: Callable[[Any], None], args_class: type, argv: Sequence[str
     try:
         main(parse(args_class, argv))
     except UserError as error:
+        heartbeat.failed(2, str(error))
         if not is_main_process():
             # Usually all processes fail alike: the main one speaks, and the launcher ends this one while it waits.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5 if os.environ.get("LOCAL_RANK") == "0" else 10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except Exception as error:
+        # With gloo, the loss of another node shows in the main thread too, as an error of a socket.
+        heartbeat.failed(1, f"{type(error).__name__}: {error}", patience=5.0)
+        raise

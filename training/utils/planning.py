@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from errors import UserError
 from models.device import free_memory, has_accelerator
-from models.factory import check_checkpoint, gets_prefix, resolve_checkpoint
+from models.factory import check_checkpoint, gets_prefix
 from models.footprint import Footprint, Peak
 from training.utils.arguments import DPOArguments, PPOArguments, RewardArguments
 from training.utils.memory import (
@@ -159,7 +159,7 @@ class StepMemory:
         """The reference ("actor", or DPO's "reference") or the reward model ("critic"), and what it holds while it scores."""
         own = "model" if role == "reference" else role
         adapted = self.flag(own, "lora_dim") or self.flag(own, "pre_seq_len") or own in self.prefixed
-        if adapted or role in self.configs and role == "reference" or role not in self.trained:
+        if adapted or role not in self.trained:  # DPO's reference may be another model
             network = self.footprint(role, frozen=True)
             return Frozen(network.weights, network.forward(rows, self.length, keep), own, offload)
         counts = trained[own].weights  # the same network; beside its training, scoring needs no look unless weights are fetched
@@ -281,7 +281,6 @@ def step_memory(args: Any, dtype: torch.dtype, attn: str) -> StepMemory:
         options = args.prefix_options("" if role == "model" else role)
         if gets_prefix(path, args.output_dir, **options) and not options["pre_seq_len"]:
             prefixed.append(role)
-            configs[role] = AutoConfig.from_pretrained(resolve_checkpoint(path)) if role in configs else configs[role]
     return StepMemory(args, configs, dtype=dtype, attn=attn, prefixed=tuple(prefixed))
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ from models.device import (
     seed_device,
     set_device,
 )
+from training.utils import heartbeat
 from training.utils.metrics import Metrics, format_seconds
+from training.utils.nodes import Nodes, meet, waiting_note
 from training.utils.surroundings import DONE, check_writable, free_port
 
 logger = logging.getLogger("sanbu")
@@ -52,6 +55,7 @@ class Run:
     local_rank: int
     world_size: int
     metrics: Metrics
+    nodes: Nodes = field(default_factory=Nodes)
     stop_signals: list[int] = field(default_factory=list)
     stopping: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -69,13 +73,14 @@ class Run:
         device = set_device(platform, local_rank)
         seed_everything(args.seed)
         check_writable(Path(args.output_dir))
+        nodes = meet(Path(args.output_dir), rank, local_rank, world_size)
         metrics = Metrics(
             Path(args.output_dir),
             enabled=rank == 0,
             tensorboard=args.tensorboard_path if args.enable_tensorboard else None,
         )
         attention = attention_implementation(args.attn_implementation, platform)
-        run = cls(args, platform, device, dtype, attention, rank, local_rank, world_size, metrics, started=started)
+        run = cls(args, platform, device, dtype, attention, rank, local_rank, world_size, metrics, nodes, started=started)
         for name in ("SIGTERM", "SIGUSR1"):  # what Slurm and Kubernetes send before they kill
             signal.signal(getattr(signal, name), lambda number, _: run.stop_signals.append(number))
         if platform.name == "cpu" and rank == 0:
@@ -142,11 +147,12 @@ class Run:
 
     def finish(self) -> None:
         """Mark the output folder as done (train.py skips it then) and close."""
-        if self.is_main:
+        if self.nodes.keeps_disk:
             done = {"flags": asdict(self.args), "seconds": round(time.monotonic() - self.started, 1)}
             done["peak_memory_gb"] = round(peak_memory_gb(), 3)
             path = Path(self.args.output_dir) / DONE
             path.write_text(json.dumps(done, indent=1, default=str), encoding="utf-8")
+        if self.is_main:
             print(f"Saved to {self.args.output_dir} after {format_seconds(done['seconds'])}.", flush=True)
         if self.local_rank == 0 and "SANBU_NODE_DONE" in os.environ:   # scripts/launch.py on a node without rank 0 waits for it
             Path(os.environ["SANBU_NODE_DONE"]).touch()
@@ -157,6 +163,7 @@ class Run:
         self.metrics.close()
         if dist.is_initialized():
             self.barrier()
+            heartbeat.stop()
             dist.destroy_process_group()
 
 
@@ -176,7 +183,12 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         minutes = int(os.environ.get("SANBU_TIMEOUT_MINUTES", "30"))
+        note = threading.Timer(60.0, lambda: print(waiting_note(), flush=True))
+        note.daemon = True
+        if heartbeat.several_nodes() and os.environ.get("LOCAL_RANK", "0") == "0":
+            note.start()
         deepspeed.init_distributed(dist_backend=platform.backend, verbose=False, timeout=timedelta(minutes=minutes))
+        note.cancel()
     return dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size()
 
 

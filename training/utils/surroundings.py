@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def free_port() -> int:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError unless files can be written under the folder, which is made if it is absent."""
-    probe = folder / f".writable-{os.getpid()}"
+    probe = folder / f".writable-{uuid.uuid4().hex}"   # process numbers are the same in many containers
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")

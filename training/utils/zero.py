@@ -433,18 +433,17 @@ def copy_structure(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def whole_model(engine, device: torch.device | None = None, only_main: bool = False) -> Iterator[nn.Module | None]:
+def whole_model(engine, device: torch.device | None = None, keep: bool = True) -> Iterator[nn.Module | None]:
     """The trained module with whole weights: the module itself, or under ZeRO-3 a plain copy gathered once.
 
-    All processes must enter and leave together. With only_main the copy is made on rank 0 alone and the others get None
-    (saving); otherwise every process holds it (rollouts). It carries no DeepSpeed hooks, so nothing is gathered per token.
+    All processes must enter and leave together. keep: this process wants the copy (rollouts: all of them, saving: those
+    that write); under ZeRO-3 the others get None. It carries no DeepSpeed hooks, so nothing is gathered per token.
     """
     if getattr(engine, "plain_skeleton", None) is None:
         yield getattr(engine, "module", engine)  # a frozen model may be no engine
         return
     import deepspeed
 
-    keep = not only_main or torch.distributed.get_rank() == 0
     target = device or engine.device
     copied: dict[int, nn.Parameter] = {}
     plain = engine.plain_skeleton

@@ -11,6 +11,7 @@ import torch
 
 from errors import UserError
 from training.utils.checkpoint import MANIFEST, Checkpoint, generator_states, newest_whole, set_generator_states
+from training.utils.nodes import Nodes
 
 
 class FakeEngine:
@@ -32,7 +33,7 @@ def fake_run(folder: Path, resume: str = "", limit: int = 0) -> SimpleNamespace:
     """A process alone."""
     args = SimpleNamespace(output_dir=str(folder), resume=resume, save_total_limit=limit)
     metrics = SimpleNamespace(rewind=lambda step: None)
-    return SimpleNamespace(args=args, rank=0, local_rank=0, world_size=1, barrier=lambda: None, metrics=metrics)
+    return SimpleNamespace(args=args, rank=0, local_rank=0, world_size=1, barrier=lambda: None, metrics=metrics, nodes=Nodes())
 
 
 def test_resume_brings_back_weights_step_extra_and_random_numbers(tmp_path):

@@ -1,0 +1,1 @@
+"""What the doctor looks at: one file a subject, each check a function; __main__.py puts them together."""
