@@ -416,8 +416,13 @@ def save_model(
     settle_special_ids(network, tokenizer, template)
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    with config_of(network.config, state_dict, model_bits(network)):
-        network.save_pretrained(draft, state_dict=dict(state_dict))
+    # Newer transformers write in rank 0 only; nodes that share no disk have a process each that calls this.
+    network.should_save_on_this_rank = lambda is_main_process: True
+    try:
+        with config_of(network.config, state_dict, model_bits(network)):
+            network.save_pretrained(draft, state_dict=dict(state_dict))
+    finally:
+        del network.should_save_on_this_rank
     tokenizer.save_pretrained(draft)
     template.save(draft)
     check_saved(draft, state_dict, tokenizer)

@@ -145,6 +145,16 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """Inside, torch says of every device that autocast is off; of meta, which transformers asks for, 2.4 only raises."""
+    known, torch.is_autocast_enabled = torch.is_autocast_enabled, lambda *_: False
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = known
+
+
 class Footprint:
     """One model of a run: its weights, and what its passes hold. scalar: a score head in place of the language model's.
 
@@ -296,7 +306,7 @@ class Footprint:
         fused = fused_attention() if self.attn == "sdpa" else nullcontext()
         arguments = {} if self.scalar else {"keep": keep}
         try:
-            with ledger, fused, torch.device("meta"), torch.set_grad_enabled(graph):
+            with ledger, fused, autocast_off(), torch.device("meta"), torch.set_grad_enabled(graph):
                 ids, mask = (torch.ones(batch, length, dtype=torch.long) for _ in range(2))
                 output = model(ids, mask, **arguments)
                 if backward:
@@ -321,7 +331,7 @@ class Footprint:
         if "cache" not in self._found:
             decoder = base_model(self.model(1).model).base_model
             decoder.eval()  # with gradient checkpointing nothing is cached while training
-            with Ledger(), fused_attention(), torch.device("meta"), torch.no_grad():
+            with Ledger(), fused_attention(), autocast_off(), torch.device("meta"), torch.no_grad():
                 ids, mask = (torch.ones(1, 16, dtype=torch.long) for _ in range(2))
                 layers = decoder(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values.layers
             tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]

@@ -14,6 +14,7 @@ Several nodes: from the first one by ssh (--hostfile, and pdsh or --launcher ope
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import logging
 import os
@@ -29,7 +30,16 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from scripts.commands import DEFAULT_HOSTFILE, LAUNCHERS, Environment, Options, build_command, build_environment
+from scripts.commands import (
+    DEFAULT_HOSTFILE,
+    DEFAULT_PORT,
+    LAUNCHERS,
+    Environment,
+    Options,
+    build_command,
+    build_environment,
+    master_address,
+)
 from scripts.platforms import ROOT, did_you_mean, load_platforms, platform_named
 from training.utils.arguments import STEPS as ARGUMENTS
 from training.utils.metrics import format_seconds
@@ -319,6 +329,8 @@ def check_machine(options: Options) -> None:
         check_devices(options)
     if options.by_ssh:
         check_address(options)
+    elif not options.is_first_node:
+        check_first_node(options)
     if options.master_port and options.is_first_node and options.launcher != "slurm":
         check_port(options)
 
@@ -364,6 +376,28 @@ def check_address(options: Options) -> None:
         raise UserError(
             f"{address} resolves to {found} here, which the other nodes cannot reach; give --master_addr with the IP they see."
         )
+
+
+def check_first_node(options: Options, patience: float = 60.0) -> None:
+    """UserError if there is no way to the first node: its name means nothing, or no route leads there.
+
+    Nobody needs to listen yet. patience: seconds in which a cluster may still make the name known.
+    """
+    address, port = master_address(options, os.environ), options.master_port or DEFAULT_PORT
+    ends = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+        except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+                if time.monotonic() < ends:
+                    time.sleep(2)
+                    continue
+                raise UserError(
+                    f"--master_addr {address}: {error.strerror} from {socket.gethostname()}, node {options.node_rank}; give the "
+                    "address of the first node as this one reaches it (ip route get ADDRESS shows the way)."
+                ) from error
+        return
 
 
 def check_port(options: Options) -> None:

@@ -32,6 +32,11 @@ HINTS = (
     ),
     (r"No space left on device", "the disk is full: free space, or name another --output-dir"),
     (r"Address already in use|EADDRINUSE", "another program listens on the port of the run: start the command again"),
+    (
+        r"timed out after \d+ms while trying to connect|waiting for clients",
+        "not all nodes have come: start the command on each, with the same --master_addr and --master_port, and let the "
+        "firewalls pass them",
+    ),
     (r"No module named", "a package is missing: pip install -r requirements.txt"),
     (
         r"Permission denied \(publickey|not reachable via ssh|launcher '\w+' not installed",

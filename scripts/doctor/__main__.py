@@ -111,7 +111,7 @@ def examine(situation: Situation, args: argparse.Namespace) -> list[Check]:
     situation.facts = facts or {"error": why}
     plans, why_none = plan_recipe(situation)
     hostfile = args.hostfile or (situation.options.hostfile if situation.options else None)
-    found, hosts = check_hostfile(hostfile, situation.several)
+    found, hosts = check_hostfile(hostfile, situation.needs_hostfile)
     # What the launcher sets, the group's test must find too.
     there = {"DS_ACCELERATOR": situation.facts.get("torch_device", "cpu")}
     during = Situation(wanted | platform_environment(situation) | there, situation.seconds, facts=situation.facts)

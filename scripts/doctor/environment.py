@@ -78,7 +78,7 @@ def check_spelling(environ: Mapping[str, str]) -> list[Check]:
     known = KNOWN | set(variable_reasons())
     checks = []
     for name in sorted(environ):
-        if name.isupper() and (other := meant(name, known)):
+        if (name.isupper() or name.upper() in known) and (other := meant(name, known)):
             checks.append(
                 Check("environment", "spelling", WARN, f"{name} is set, which nothing reads", f"did you mean {other}?")
             )

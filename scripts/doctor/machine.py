@@ -81,7 +81,9 @@ def check_memory(situation: Situation, plans: dict[str, dict], why_none: str) ->
     for section, plan in plans.items():
         if "error" in plan:
             todo = (
-                "train the steps before it, or correct the recipe" if "known" in plan["error"] else "correct the recipe"
+                "make or download the model first, or correct the recipe"
+                if "known" in plan["error"]
+                else "correct the recipe"
             )
             checks.append(Check("memory", section, WARN, f"cannot be computed: {plan['error']}", todo))
             continue

@@ -25,13 +25,13 @@ SAYS = "SANBU-HOST "
 SAME = ("torch", "deepspeed", "transformers")
 
 
-def check_hostfile(path: str | None, several: bool) -> tuple[Check, dict[str, int]]:
+def check_hostfile(path: str | None, needed: bool) -> tuple[Check, dict[str, int]]:
     """The hostfile's lines, and its hosts."""
-    if path is None and several and Path(DEFAULT_HOSTFILE).is_file():
+    if path is None and needed and Path(DEFAULT_HOSTFILE).is_file():
         path = DEFAULT_HOSTFILE
     if path is None:
-        if not several:
-            return Check("cluster", "hostfile", SKIP, "one machine, and no --hostfile"), {}
+        if not needed:
+            return Check("cluster", "hostfile", SKIP, "none is given, and none is needed"), {}
         todo = "--hostfile FILE with a line NAME slots=N for each node; torchrun and Slurm need none"
         return Check(
             "cluster", "hostfile", WARN, f"several nodes, but no --hostfile and no {DEFAULT_HOSTFILE}", todo
@@ -191,7 +191,7 @@ def judge_host(
     elif other := {
         name: said["versions"].get(name)
         for name in SAME
-        if said["versions"].get(name) != (versions.get(name) or "none")
+        if versions and said["versions"].get(name) != (versions.get(name) or "none")
     }:
         why = ", ".join(f"{name} {there}, here {versions.get(name)}" for name, there in other.items())
         add(FAIL, why, "install the same versions on every node")
@@ -224,7 +224,10 @@ def check_hosts(situation: Situation, hosts: Mapping[str, int]) -> list[Check]:
     checks = [*check_address(address, bool(options and options.master_addr), len(hosts) > 1)]
     port = master_port(situation)
     with listening(port) if port else contextlib.nullcontext(False) as open_here:
-        script = remote_script(str(Path.cwd()), sys.executable, address if open_here else None, port)
+        way_back = (
+            address if open_here and is_here(address) else None
+        )  # from another node than the first nobody listens there
+        script = remote_script(str(Path.cwd()), sys.executable, way_back, port)
         asked = time.time()
 
         def ask(host: str) -> Output | None:
@@ -243,6 +246,16 @@ def check_hosts(situation: Situation, hosts: Mapping[str, int]) -> list[Check]:
     for host, output in outputs.items():
         checks += judge_host(host, hosts[host], output, versions, asked, address)
     return checks
+
+
+def is_here(address: str | None) -> bool:
+    """Whether an address is one of this machine's own: only those can be bound."""
+    try:
+        with socket.socket() as probe:
+            probe.bind((socket.gethostbyname(address or ""), 0))
+    except OSError:
+        return False
+    return bool(address)
 
 
 def check_address(address: str | None, given: bool, several: bool) -> list[Check]:

@@ -79,6 +79,11 @@ class Situation:
         """Whether more than one node takes part."""
         return bool(self.options and self.options.several)
 
+    @property
+    def needs_hostfile(self) -> bool:
+        """Whether the launcher will read one; torchrun and Slurm do not."""
+        return bool(self.options and (self.options.by_ssh or (self.options.several and self.options.no_ssh)))
+
 
 def run_tool(words: Sequence[str], seconds: float, environ: Mapping[str, str] | None = None) -> Output | None:
     """Run a program for at most so long, with all that it starts; None if it is not installed."""

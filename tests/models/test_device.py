@@ -178,6 +178,15 @@ def test_attention():
         attention_implementation("fast", PLATFORMS["cpu"])
 
 
+def test_cards(npu):
+    assert device.cards() == []
+    module = npu(chip="Ascend910B2")
+    card = {"name": "Ascend910B2", "chip": "Ascend910B2", "total": None, "free": None}
+    assert device.cards() == [card, card]  # the oldest torch_npu does not tell the memory
+    module.mem_get_info = lambda index: (10 + index, 64)
+    assert [(one["free"], one["total"]) for one in device.cards()] == [(10, 64), (11, 64)]
+
+
 def test_on_a_cpu_the_device_calls_do_nothing_and_memory_is_the_process():
     block = torch.ones(100_000_000)  # 0.4 GB, resident once written
     assert block[-1] == 1

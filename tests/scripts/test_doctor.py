@@ -1,5 +1,6 @@
 """scripts/doctor: tools that answer, fail and hang; versions; dtypes; memory, disk; and the whole command once for real."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
+from scripts import memory_table, plan
 from scripts.doctor import __main__ as doctor
 from scripts.doctor import machine
 from scripts.doctor.result import MARK, Check, Output, Situation, run_tool, worst
@@ -25,6 +27,7 @@ from scripts.doctor.software import (
 )
 from scripts.doctor.versions import check_packages
 from scripts.platforms import platform_named
+from training.utils.surroundings import free_port
 
 NVIDIA = "0, NVIDIA A100-SXM4-80GB, 535.104.05, 81920, 3\n1, NVIDIA A100-SXM4-80GB, 535.104.05, 81920, 3\n"
 ROCM = "============ System Management Interface ============\nDriver version: 6.2.26\n=====================================\n"
@@ -62,8 +65,8 @@ def bin_dir(tmp_path, monkeypatch):
     return add
 
 
-def situation(platform: str | None = None, environ: dict[str, str] | None = None, **facts) -> Situation:
-    return Situation(environ or {}, 2.0, platform_named(platform) if platform else None, facts=facts)
+def situation(name: str | None = None, environ: dict[str, str] | None = None, /, **facts) -> Situation:
+    return Situation(environ or {}, 2.0, platform_named(name) if name else None, facts=facts)
 
 
 def states(checks: list[Check]) -> dict[str, str]:
@@ -140,7 +143,8 @@ def test_drivers_that_do_not_answer(bin_dir, platform, how):
 
 CPU = {"platform": "cpu", "torch_device": "cpu", "backend": "gloo", "cards": [], "build": {"cuda": None, "hip": None}}
 CARD = {"name": "A100", "chip": "sm80", "total": 80 * 2**30, "free": 79 * 2**30}
-CUDA = {"platform": "cuda", "torch_device": "cuda", "backend": "nccl", "cards": [CARD, CARD], "build": {"cuda": "12.4", "hip": None}}
+BUILD = {"cuda": "12.4", "hip": None}
+CUDA = {"platform": "cuda", "torch_device": "cuda", "backend": "nccl", "cards": [CARD, CARD], "build": BUILD}
 
 
 def test_platform():
@@ -157,7 +161,8 @@ def test_platform():
 
 @pytest.mark.parametrize(
     ("tool", "text", "build", "npu", "state"),
-    [("nvidia-smi", NVIDIA, {"cuda": "12.4", "hip": None}, None, "ok"), ("nvidia-smi", NVIDIA, {"cuda": None, "hip": None}, None, "fail"),
+    [("nvidia-smi", NVIDIA, {"cuda": "12.4", "hip": None}, None, "ok"),
+     ("nvidia-smi", NVIDIA, {"cuda": None, "hip": None}, None, "fail"),
      ("rocm-smi", ROCM, {"cuda": None, "hip": "5.7"}, None, "ok"), ("rocm-smi", ROCM, {"cuda": "12.1", "hip": None}, None, "fail"),
      ("npu-smi", NPU, {"cuda": None, "hip": None}, None, "fail"), ("none", "", {"cuda": None, "hip": None}, "2.4.0", "warn")],
 )  # fmt: skip
@@ -175,7 +180,7 @@ def test_torch_build_matches_the_card(bin_dir, tool, text, build, npu, state):
      ({"torch": "2.4.0", "deepspeed": "0.14.4", "transformers": "5.0.0"}, {}, ("ok", "ok", "ok")),
      ({"torch": "2.4.0", "deepspeed": "0.14.2", "transformers": "5.0.0"}, {}, ("ok", "warn", "ok")),
      ({"torch": "2.4.0", "deepspeed": "0.14.3", "transformers": "5.0.0"}, {"deepspeed": "ImportError"}, ("ok", "fail", "ok")),
-     ({"torch": "2.4.1+das.opt2.dtk2504", "deepspeed": "0.14.2+das.opt1.dtk2504", "transformers": "5.0.0"}, {}, ("ok", "ok", "ok")),
+     ({"torch": "2.4.1+das.dtk2504", "deepspeed": "0.14.2+das.dtk2504", "transformers": "5.0.0"}, {}, ("ok", "ok", "ok")),
      ({"torch": "2.3.0", "deepspeed": "0.14.2", "transformers": "5.0.0"}, {}, ("fail", "ok", "warn")),
      ({"torch": "9.0.0", "deepspeed": "0.13.0", "transformers": None}, {}, ("warn", "fail", "fail"))],
 )  # fmt: skip
@@ -200,8 +205,9 @@ def test_dtk(bin_dir, tmp_path, driver, toolkit, torch, expected):
 
 @pytest.mark.parametrize(
     ("cann", "torch", "npu", "expected"),
-    [("8.0.RC3", "2.4.0", "2.4.0", ("ok", "ok")), ("8.5.0", "2.9.0+cpu", "2.9.0", ("ok", "ok")), ("8.0.RC3", "2.5.1", "2.4.0", ("fail", "ok")),
-     ("8.0.0", "2.4.0", "2.4.0.post4", ("ok", "warn")), ("3.0", "2.4.0", "2.4.0", ("ok", "warn")), ("8.0.0", "2.4.0", None, ("fail",))],
+    [("8.0.RC3", "2.4.0", "2.4.0", ("ok", "ok")), ("8.5.0", "2.9.0+cpu", "2.9.0", ("ok", "ok")),
+     ("8.0.RC3", "2.5.1", "2.4.0", ("fail", "ok")), ("8.0.0", "2.4.0", "2.4.0.post4", ("ok", "warn")),
+     ("3.0", "2.4.0", "2.4.0", ("ok", "warn")), ("8.0.0", "2.4.0", None, ("fail",))],
 )  # fmt: skip
 def test_cann(tmp_path, cann, torch, npu, expected):
     folder = tmp_path / "toolkit/aarch64-linux"
@@ -226,7 +232,8 @@ def test_nvcc(bin_dir):
 
 
 def chip(name: str, table: list[str], **works) -> dict:
-    return {"chip": name, "table": table, "works": {"fp16": True, "bf16": True} | works, "first_ascend": False, "attention": "sdpa"}
+    works = {"fp16": True, "bf16": True} | works
+    return {"chip": name, "table": table, "works": works, "first_ascend": False, "attention": "sdpa"}
 
 
 def test_dtypes():
@@ -263,8 +270,8 @@ def test_which_optimizer(bin_dir):
 # --- memory, disk, communication --------------------------------------------------------------------------------------
 
 P = 6_173_286_400
-PLAN = {"verdict": "fits", "card": 2**34, "host": 2**35, "dtype": "fp16", "weights": {"model": P}, "trained": {"model": P}, "keep": 1,
-        "refusal": "", "offload": False, "optimizer": "auto"}  # fmt: skip
+PLAN = {"verdict": "fits", "card": 2**34, "host": 2**35, "dtype": "fp16", "weights": {"model": P}, "trained": {"model": P}}
+PLAN |= {"keep": 1, "refusal": "", "offload": False, "optimizer": "auto"}
 
 
 def test_disk(tmp_path, monkeypatch):
@@ -350,13 +357,68 @@ def test_a_probe_that_says_nothing_is_a_failure_and_the_rest_is_looked_at(monkey
     assert "/dev/shm" in text
 
 
-def test_the_whole_command(tmp_path, bin_dir):
-    """A recipe for DCUs on a machine that has none: that is said, all else is looked at, and the memory is that of scripts.plan."""
-    bin_dir("nvidia-smi", "exec /bin/sleep 300")
-    environ = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR" and not name.endswith("VISIBLE_DEVICES")}
+def test_several_nodes_of_cards(monkeypatch, capsys, tmp_path, bin_dir):
+    """The whole command again, where torch and ssh are played: 2 x 2 cards, of which one node answers."""
+    bin_dir.says("nvidia-smi", NVIDIA)
+    bin_dir("ssh", """case " $* " in *" node-2 "*) echo "Permission denied (publickey)." >&2; exit 255;; esac
+        for last; do :; done
+        eval "$last\"""")
+    trained = chip("sm80", ["bf16", "fp16", "fp32"])
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+    facts = CUDA | {"dtypes": trained, "ops": {"fused_adamw": True}, "versions": versions, "import": {}}
+    small = PLAN | {"weights": {"model": 1000}, "trained": {"model": 1000}}
+    monkeypatch.setattr(doctor, "probe", lambda *_: (facts, ""))
+    monkeypatch.setattr(machine, "probe", lambda words, *_: ({"sft": small} if words[0] == "memory" else None, ""))
+    asked = {}
+
+    def ranks(backend, count, seconds, environ):
+        asked.update(backend=backend, count=count, accelerator=environ["DS_ACCELERATOR"])
+        return [Output(0, MARK + json.dumps({"sum": 97920.0}))] * count
+
+    monkeypatch.setattr(machine, "run_ranks", ranks)
+    for name in [name for name in os.environ if name.endswith(("VISIBLE_DEVICES", "DS_ACCELERATOR", "MASTER_PORT"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{bin_dir.environ['PATH']}:/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts").write_text("node-1 slots=2\nnode-2 slots=2\n")
+    words = ["--recipe", "multi_node/llama-2-7b", "--hostfile", "hosts", "--master-addr", "127.0.0.1", "--json"]
+    words += ["--master-port", str(free_port())]
+    assert doctor.main(words) == 2
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert asked == {"backend": "nccl", "count": 2, "accelerator": "cuda"}
+    assert "2 hosts, 4 processes" in checks["hostfile"]["why"]
+    assert {name: checks[name]["state"] for name in ("node-1", "node-2", "port", "forwarded", "sft", "torch build")} == {
+        "node-1": "ok", "node-2": "fail", "port": "ok", "forwarded": "ok", "sft": "ok", "torch build": "ok",
+    }  # fmt: skip
+    assert [name for name, check in checks.items() if check["state"] == "fail"] == ["node-2"]
+
+
+def test_memory_tables_of_the_pages(tmp_path, monkeypatch, capsys):
+    sizes = {"card": 1.25 * 2**30, "host": 40.4 * 2**30}
+    found = {"known": {"sft": sizes, "ppo": sizes}, "unknown": {"sft": {"error": "x"}}}
+    monkeypatch.setattr(memory_table, "computed", lambda _: found)
+    page = tmp_path / "page_zh.md"
+    page.write_text("<!-- memory:begin dcu_z100l -->\nold\n<!-- memory:end -->\n<!-- memory:begin cpu -->\n<!-- memory:end -->\n")
+    assert memory_table.main(["--check", str(page)]) == 1
+    assert memory_table.main(["--write", str(page)]) == 0
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| known")]
+    assert rows == ["| known | 1.2 / 40 | – | 1.2 / 40 | – |", "| known | 40.4 | – | 40.4 | – |"]
+    assert "unknown" not in page.read_text()
+    assert memory_table.main(["--check", str(page)]) == 0
+    page.write_text("no table")
+    with pytest.raises(UserError, match="memory:begin"):
+        memory_table.main(["--check", str(page)])
+
+
+def test_the_whole_command(bin_dir, capsys, monkeypatch):
+    """A recipe for DCUs where there are none: that is said, all else is looked at, and the memory is that of scripts.plan."""
+    bin_dir.says("nvidia-smi", "NVIDIA-SMI has failed", 9)
+    environ = {name: value for name, value in os.environ.items() if not name.endswith(("DS_ACCELERATOR", "VISIBLE_DEVICES"))}
     environ |= {"PATH": f"{bin_dir.environ['PATH']}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
-    words = ["--recipe", "configs/dcu_z100l/chatglm-6b.yaml", "--json", "--timeout", "15"]
+    monkeypatch.chdir(root)
+    words = ["--recipe", "configs/dcu_z100l/chatglm-6b.yaml", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "scripts.doctor", *words], cwd=root, env=environ, capture_output=True, text=True, timeout=300
     )
@@ -365,11 +427,16 @@ def test_the_whole_command(tmp_path, bin_dir):
     checks = {f"{check['group']}: {check['name']}": check for check in report["checks"]}
     assert checks["platform: detected"]["state"] == "fail"
     assert "dcu_z100l" in checks["platform: detected"]["why"]
-    assert checks["platform: NVIDIA driver"]["state"] == "warn"  # it hangs, but the run is not meant for it
+    assert checks["platform: NVIDIA driver"]["state"] == "warn"  # the run is not meant for it
     assert checks["communication: all-reduce"]["state"] == "ok"
     assert "gloo, 2 processes" in checks["communication: all-reduce"]["why"]
     assert all(check["todo"] for check in checks.values() if check["state"] in ("warn", "fail"))
-    plan = [sys.executable, "-m", "scripts.plan", "--config", "configs/dcu_z100l/chatglm-6b.yaml", "--json"]
-    expected = json.loads(subprocess.run(plan, cwd=root, capture_output=True, text=True, check=True, timeout=300).stdout)["as_given"]
+    plan.main(["--config", words[1], "--json"])
+    expected = json.loads(capsys.readouterr().out)["as_given"]
     assert f"{expected['card_total_gib']:.1f} of 30.0 GiB a card" in checks["memory: sft"]["why"]
-    assert {checks[f"memory: {section}"]["state"] for section in ("sft", "reward", "ppo", "dpo")} <= {"ok", "warn"}
+    planned = [checks[f"memory: {section}"] for section in ("sft", "reward", "ppo", "dpo")]
+    assert {check["state"] for check in planned} <= {"ok", "warn"}
+    for page in ("dcu.md", "dcu_zh.md"):  # python -m scripts.memory_table --write docs/hardware/*.md
+        text = (root / "docs/hardware" / page).read_text(encoding="utf-8")
+        cells = next(line for line in text.splitlines() if line.startswith("| chatglm-6b |")).split("|")[2:6]
+        assert [cell.split()[0] for cell in cells] == [check["why"].split()[1] for check in planned]

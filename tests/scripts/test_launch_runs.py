@@ -1,9 +1,11 @@
 """scripts/launch.sh started as a launcher starts it: a real step on two processes, and how a launch ends when a step does not."""
 
+import errno
 import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import UserError
 from scripts import launch as launching
 from scripts.launch import prepare
 from scripts.processes import exit_code
@@ -158,3 +161,29 @@ def test_a_signal_reaches_the_step_through_the_script(repository, folder, number
         process.kill()
         process.wait()
     assert process.returncode == 128 + number and "saving" in out and "--resume continues" in error
+
+
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "--master_addr node-x: Name or service not known from .*, node 1; give"),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), "--master_addr node-x: No route to host from"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), None),   # it has not started yet
+        (TimeoutError("timed out"), None),
+    ],
+)
+def test_a_first_node_to_which_no_way_leads_is_told_before_anything_starts(monkeypatch, folder, trouble, sentence):
+    monkeypatch.chdir(folder)
+    words = ["--launcher", "torchrun", "--num_nodes", "2", "--node_rank", "1", "--master_addr", "node-x"]
+    launch, _ = prepare(["step1_sft", "recipe.yaml", "far", *words], {})
+
+    def connect(address, timeout):
+        assert address == ("node-x", 29500) and timeout < 10
+        raise trouble
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    if sentence is None:
+        launching.check_first_node(launch.options, patience=0)
+    else:
+        with pytest.raises(UserError, match=sentence):
+            launching.check_first_node(launch.options, patience=0)

@@ -95,6 +95,7 @@ def test_the_largest_model_has_no_recipe_where_it_does_not_fit(platform, monkeyp
 def test_the_plan_knows_what_folders_that_are_still_to_be_written_come_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = build_parser().parse_args(["--config", str(REPOSITORY / "configs/single_gpu/opt-13b.yaml"), "--step", "3"])
+    options.model = None
     args = step_arguments(options, [])
     found = [source_of(model, options.written) for model in args.models.values()]
     assert found == ["facebook/opt-13b", "facebook/opt-350m"]

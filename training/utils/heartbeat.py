@@ -124,6 +124,13 @@ class Heartbeat:
         """Tell the others what this process ends with; then end the thread."""
         self._end(f"failed {code} {self.names[self.rank]}: {text}")
 
+    def hurry(self) -> bool:
+        """If another process has failed, follow it now. Says whether one has."""
+        with self.lock:
+            if self.failure:
+                self.failure = (0.0, *self.failure[1:])
+            return self.failure is not None
+
     def _end(self, word: str) -> None:
         with self.lock:
             if self.stopped.is_set():
@@ -149,9 +156,10 @@ class Heartbeat:
                     next_beat = now + EVERY
                     for line in self.lines:
                         line.send("beat")
-                # After reading: a pause of this very process leaves beats waiting, and makes nobody silent.
                 for line in [line for line in self.lines if now - line.heard > self.limit]:
-                    self._lost(line, f"nothing was heard from it for {self.limit:.0f} s")
+                    self._hear(line)  # a pause of this very process leaves beats waiting, and makes nobody silent
+                    if line in self.lines and now - line.heard > self.limit:
+                        self._lost(line, f"nothing was heard from it for {self.limit:.0f} s")
                 if self.failure and now > self.failure[0]:
                     self._leave(self.failure[1], self.failure[2])
         for line in self.lines:
@@ -227,7 +235,8 @@ class Heartbeat:
         """End this process: the main thread may wait in a collective that nobody can end."""
         self.stopped.set()
         if self.speaks:
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                print(f"error: {text}", file=sys.stderr, flush=True)
         self.leave(code)
 
 
@@ -264,12 +273,14 @@ def stop() -> None:
 
 
 def failed(code: int, text: str, patience: float = 0.0) -> None:
-    """This process is about to end with an exit code. patience: seconds in which the loss of another one, which may be the
-    true cause, can still show; then the heartbeat has the last word.
+    """This process is about to end with an exit code. patience: seconds in which the loss or the failure of another one can
+    still show; that is the true cause then, and ends this process too.
     """
     global current
     if current:
-        if patience and current.stopped.wait(patience):
-            time.sleep(1)  # it is ending the process
+        ends = time.monotonic() + patience
+        while time.monotonic() < ends:
+            if current.hurry() or current.stopped.wait(0.1):
+                time.sleep(2)  # it is ending the process
         current.failed(code, text)
         current = None

@@ -264,7 +264,8 @@ def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype
     config = options.train_config(dtype, world_size)
     skeleton = copy_structure(model) if options.zero_stage == 3 else None
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
-    engine.plain_skeleton, engine.saturation = skeleton, watch_saturation(engine)
+    keep_skeleton(engine, skeleton)
+    engine.saturation = watch_saturation(engine)
     masters = plain_masters(engine.optimizer)
     for parameter, value in exact:
         if id(parameter) in masters:
@@ -339,7 +340,7 @@ def build_frozen(
     engine, *_ = deepspeed.initialize(
         model=model, config=get_eval_ds_config(offload, dtype, stage, world_size=world_size)
     )
-    engine.plain_skeleton = skeleton
+    keep_skeleton(engine, skeleton)
     engine.module.eval()
     return engine
 
@@ -430,6 +431,13 @@ def copy_structure(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, memo)
+
+
+def keep_skeleton(engine, skeleton: nn.Module | None) -> None:
+    """Remember it beside the engine's modules, not among them: it is no part of the network, and DeepSpeed before 0.15
+    does not find an attribute that is a module.
+    """
+    engine.__dict__["plain_skeleton"] = skeleton
 
 
 @contextmanager

@@ -1,0 +1,227 @@
+"""Two nodes with a disk each: the three steps, by every launcher; a node that dies or is cut off; what is left resumes."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launching import environment, logged, write_pairs
+from tests.tiny import tiny_checkpoint
+from tests.two_nodes import TwoNodes, launcher, machine_room, ssh_servers, until
+from training.utils.checkpoint import whole_checkpoints
+
+pytestmark = pytest.mark.distributed
+
+COMMON = {
+    "data_path": ["pairs.jsonl"], "data_split": "1,1,1", "eval_fraction": 0.1, "dtype": "fp32", "logging_steps": 1, "seed": 7,
+}  # fmt: skip
+TRAINED = {"max_seq_len": 64, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "zero_stage": 3}
+RECIPE = {
+    "launch": {"platform": "cpu"},
+    "sft": COMMON | TRAINED | {"model_name_or_path": "base", "output_dir": "sft", "max_steps": 30, "save_steps": 3},
+    "reward": COMMON | TRAINED | {"model_name_or_path": "sft", "output_dir": "reward", "max_steps": 2, "save_steps": 1},
+    "ppo": COMMON | {
+        "actor_model_name_or_path": "sft", "critic_model_name_or_path": "reward", "output_dir": "ppo", "max_steps": 2,
+        "max_prompt_seq_len": 48, "max_answer_seq_len": 8, "per_device_generation_batch_size": 2, "eval_prompts": 4,
+        "per_device_training_batch_size": 2, "actor_zero_stage": 3, "critic_zero_stage": 3, "enable_ema": True, "save_steps": 2,
+    },
+}  # fmt: skip
+HOSTS = "node-a slots=1\nnode-b slots=1\n"
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """Two nodes; on the disk of each a model, data, the recipe and a hostfile whose names nobody resolves."""
+    folder = tmp_path_factory.mktemp("nodes")
+    base, pairs = tiny_checkpoint(folder / "base", "llama"), write_pairs(folder / "pairs.jsonl", 200)
+    with machine_room(folder) as room:
+        print("network namespaces" if room.separate else "no network namespaces here: two groups of processes on loopback")
+        for node in room.nodes:
+            shutil.copytree(base, node.folder / "base")
+            shutil.copy(pairs, node.folder)
+            (node.folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+            (node.folder / "hosts").write_text(HOSTS)
+        yield room
+
+
+@pytest.fixture(scope="module")
+def whole(room) -> TwoNodes:
+    """Step 1 without interruption, by DeepSpeed's launcher on each node (--no_ssh)."""
+    room.run(lambda node: launcher(room, node, "step1_sft", way="no_ssh"))
+    return room
+
+
+def checkpoints(room: TwoNodes, output: str) -> list[list[str]]:
+    """Of each node, the whole checkpoints, newest first."""
+    return [[found.name for found in whole_checkpoints(node.folder / output / "checkpoints")] for node in room.nodes]
+
+
+def test_three_steps_with_zero_3_leave_the_same_models_on_both_disks(whole):
+    first, second = (node.folder for node in whole.nodes)
+    shared = first.parent / "shared"   # on a disk that both see
+    said = whole.run(lambda node: launcher(whole, node, "step2_reward", str(shared), way="no_ssh"))
+    assert f"2 nodes; {shared} is shared by all nodes" in said[0]
+    names = {path.name for path in (shared / "checkpoints/step-00000001").rglob("*")}
+    assert {"generators-0.pt", "generators-1.pt", "checkpoint.json"} <= names
+    # Each node reads what step 1 left on its own disk.
+    said = whole.run(lambda node: launcher(whole, node, "step3_ppo", "sft", str(shared), way="no_ssh"))
+    assert "2 nodes; ppo is on disks of their own" in said[0]
+    for model in ("sft", "ppo/actor", "ppo/critic", "ppo/actor_ema"):
+        weights = [(folder / model / "model.safetensors").read_bytes() for folder in (first, second)]
+        assert weights[0] == weights[1], model
+        assert (second / model / "tokenizer.json").is_file()
+    for output in ("sft", "ppo"):
+        assert json.loads((first / output / "sanbu_done.json").read_text())["flags"]["output_dir"] == output
+        assert (second / output / "sanbu_done.json").is_file()
+        assert not (second / output / "metrics.jsonl").exists()   # figures are the first node's
+        assert not list(first.glob(f"{output}/.*")) + list(second.glob(f"{output}/.*"))
+    # Of a checkpoint each disk has what its own process needs.
+    assert not list(shared.glob(".*"))
+    for folder, own, other in ((first, 0, 1), (second, 1, 0)):
+        names = {path.name for path in (folder / "sft/checkpoints/step-00000030").rglob("*")}
+        assert f"generators-{own}.pt" in names and f"generators-{other}.pt" not in names
+    assert len(logged(first / "sft", "train/loss")) == 30
+
+
+def test_a_lost_node_ends_the_other_by_name_and_the_run_resumes(whole, tmp_path):
+    """By torchrun: one node is killed, then the cable is pulled, then Slurm brings the run to its end."""
+    first, second = whole.nodes
+
+    def again(node, *words):
+        return launcher(whole, node, "step1_sft", "cut", "--resume", *words)
+
+    with whole.running(again) as jobs:
+        until(lambda: all(checkpoints(whole, "cut")), jobs, "the first checkpoint")
+        jobs[1].signal(9)
+        killed = time.monotonic()
+        assert jobs[0].wait(60) == 75, jobs[0].printed[-6000:]
+        assert time.monotonic() - killed < 60
+        name = "node-b" if whole.separate else r"\S+"
+        assert re.search(rf"error: node 1 \({name}\) is lost: the connection to it ended", jobs[0].printed), jobs[0].printed[-6000:]
+
+    with whole.running(again) as jobs:
+        before = min(found[0] for found in checkpoints(whole, "cut"))
+        until(lambda: all(found[0] > before for found in checkpoints(whole, "cut")), jobs, "a further checkpoint")
+        whole.cable("down", jobs[1])
+        pulled = time.monotonic()
+        assert jobs[0].wait(60) == 75, jobs[0].printed[-6000:]
+        assert time.monotonic() - pulled < 60
+        silent = rf"error: node 1 \({name}\) is lost: nothing was heard from it for 6 s"
+        assert re.search(silent, jobs[0].printed), jobs[0].printed[-6000:]
+        if whole.separate:   # there is nobody to ask on a frozen node
+            assert jobs[1].wait(60) == 75 and "error: node 0 (node-a) is lost" in jobs[1].printed, jobs[1].printed[-6000:]
+        whole.cable("up", jobs[1])
+
+    # One node has a checkpoint less than the other, as if it had died a moment earlier.
+    found = checkpoints(whole, "cut")
+    newest = min(found[0][0], found[1][0])
+    shutil.rmtree(second.folder / "cut/checkpoints" / newest)
+    last = submit(whole, tmp_path, "cut")
+    assert last.returncode == 0, last.stdout[-6000:] + last.stderr[-3000:]
+    assert "The newest whole checkpoints differ" in last.stdout and "which every node has" in last.stdout
+    assert logged(first.folder / "cut", "train/loss") == logged(first.folder / "sft", "train/loss")
+    assert (second.folder / "cut/model.safetensors").read_bytes() == (first.folder / "sft/model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(
+    not (shutil.which("pdsh") and shutil.which("ssh") and shutil.which("sshd", path="/usr/sbin:/usr/bin") and os.geteuid() == 0),
+    reason="pdsh, ssh or sshd is not installed (Debian: pdsh openssh-server), or the tests do not run as root",
+)
+def test_pdsh_starts_both_nodes_over_ssh(room, tmp_path):
+    """DeepSpeed's default way: one command on the first node. Both nodes have the folder that it is called in."""
+    first = room.nodes[0]
+    words = ["--hostfile", "hosts", "--master_addr", room.address, "--master_port", str(room.port), "--max_steps", "2"]
+    with ssh_servers(room, tmp_path) as env:
+        first.env |= env | {"SANBU_NODE_TIMEOUT": "30"}   # sent on to the other node, as the name of the interface
+        job = first.start([sys.executable, "-m", "scripts.launch", "step1_sft", "recipe.yaml", str(tmp_path / "out"), *words])
+        try:
+            assert job.wait() == 0, job.printed[-6000:]
+        finally:
+            job.signal(9)
+            job.process.wait()
+            for name in env:
+                del first.env[name]
+            first.env["SANBU_NODE_TIMEOUT"] = "6"
+    assert "shared by all nodes" in job.printed and len(logged(tmp_path / "out", "train/loss")) == 2
+    assert "node-b" in job.printed and "GLOO_SOCKET_IFNAME=" in (tmp_path / "out/deepspeed_env").read_text()
+
+
+# --- Slurm ------------------------------------------------------------------------------------------------------------
+
+SRUN = """
+import json, os, subprocess, sys
+words = sys.argv[1:]
+command = words[next(place for place, word in enumerate(words) if not word.startswith('-')):]
+tasks = []
+for number, (prefix, folder, env) in enumerate(json.load(open(os.environ['FAKE_NODES']))):
+    env = os.environ | env | {'SLURM_NODEID': str(number), 'SLURM_PROCID': str(number)}
+    tasks.append(subprocess.Popen([*prefix, *command], cwd=folder, env=env))
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def submit(room: TwoNodes, folder: Path, output: str) -> subprocess.CompletedProcess:
+    """The batch file as Slurm runs it on the first node, with an srun that starts one task on each of our nodes."""
+    (folder / "bin").mkdir()
+    srun = folder / "bin" / "srun"
+    srun.write_text(f"#!{sys.executable}\n{SRUN}")
+    srun.chmod(0o755)
+    (folder / "nodes.json").write_text(json.dumps([[node.prefix, str(node.folder), node.env] for node in room.nodes]))
+    repository = Path(__file__).resolve().parents[1]
+    spooled = shutil.copy(repository / "scripts/slurm.sbatch", folder / "slurm_script")   # Slurm runs a copy
+    first = room.nodes[0]
+    env = environment(
+        PATH=f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin", SLURM_SUBMIT_DIR=str(first.folder),
+        SANBU_ROOT=str(repository), SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_NODELIST="node-[a-b]", MASTER_ADDR=room.address,
+        FAKE_NODES=str(folder / "nodes.json"), PYTHON=sys.executable, **first.env,
+    )  # fmt: skip
+    flags = ["--num_gpus", "1", "--master_port", str(room.port)]
+    words = ["bash", spooled, "step1_sft", str(first.folder / "recipe.yaml"), output, *flags]
+    process = subprocess.Popen(
+        [*first.prefix, *words], env=env, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        out, error = process.communicate(timeout=300)
+    finally:
+        process.kill()
+        process.wait()
+    return subprocess.CompletedProcess(words, process.returncode, out, error)
+
+
+def test_the_batch_file_asks_for_what_the_recipes_use(repository):
+    file = repository / "scripts/slurm.sbatch"
+    lines = file.read_text().splitlines()
+    subprocess.run(["bash", "-n", str(file)], check=True)
+    asked = [line.removeprefix("#SBATCH ").strip() for line in lines if line.startswith("#SBATCH")]
+    # Slurm stops reading at the first line that is neither a comment nor empty.
+    commands = next(place for place, line in enumerate(lines) if line and line[0] != "#")
+    assert sum(line.startswith("#SBATCH") for line in lines[:commands]) == len(asked) > 5
+    options = dict(word[2:].partition("=")[::2] for word in shlex.split(" ".join(asked)))
+    platform = yaml.safe_load((repository / "configs/platforms.yaml").read_text())["multi_node"]
+    assert options["nodes"] == str(platform["nodes"]) and options["gres"] == f"gpu:{platform['devices']}"
+    assert options["ntasks-per-node"] == "1" and options["signal"].startswith("B:TERM@") and "requeue" in options
+    others = {"job-name", "cpus-per-task", "exclusive", "time", "open-mode", "output"}   # `man sbatch` knows them
+    assert set(options) == others | {"nodes", "gres", "ntasks-per-node", "signal", "requeue"}
+
+
+@pytest.mark.parametrize(("code", "restarts", "asks"), [(75, "0", True), (75, "3", False), (2, "0", False), (0, "0", False)])
+def test_a_lost_node_sends_the_job_back_to_the_queue(repository, tmp_path, code, restarts, asks):
+    for name, program in (("python", f"exit {code}"), ("scontrol", 'echo "asked: $*"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / name).chmod(0o755)
+    env = environment(
+        PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_SUBMIT_DIR=str(repository), SLURM_JOB_ID="12", SLURM_RESTART_COUNT=restarts,
+        PYTHON=str(tmp_path / "python"),
+    )  # fmt: skip
+    words = ["bash", str(repository / "scripts/slurm.sbatch"), "step1_sft", "any.yaml"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and ("asked: requeue 12" in done.stdout) == asks
