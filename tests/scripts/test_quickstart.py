@@ -86,7 +86,7 @@ def test_scripts_are_valid_bash(script):
 def test_ci_runs_the_tests_and_may_be_executed(clone):
     assert os.access(REPOSITORY / ".ci/run", os.X_OK)
     code, calls, _ = clone.run(".ci/run")
-    assert code == 0 and calls[-2:] == ["-m ruff check .", "-m pytest"]
+    assert code == 0 and calls[-2:] == ["-m ruff check .", "-m pytest -n 2 --dist loadfile"]
 
 
 def test_first_run_installs_and_second_needs_no_network(clone):
@@ -106,7 +106,7 @@ def test_changed_requirements_are_installed(clone):
 
 def test_tests_need_more_and_follow_changes_of_what_they_build_on(clone):
     clone.run("scripts/quickstart.sh")
-    expected = ["-m ruff check .", "-m pytest -k gae"]
+    expected = ["-m ruff check .", "-m pytest -n 2 --dist loadfile -k gae"]
     assert clone.run("scripts/test.sh", "-k", "gae")[1] == [f"{INSTALL} requirements-test.txt", *expected]
     assert clone.run("scripts/test.sh", "-k", "gae")[1] == expected
     with (clone.root / "requirements.txt").open("a") as file:

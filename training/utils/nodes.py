@@ -40,16 +40,17 @@ class Nodes:
         return values
 
     def together(self, attempt: Callable[[], Any]) -> Any:
-        """What attempt() returns here. A UserError of one process is raised by all, with the name of its node."""
+        """What attempt() returns here. Of several nodes, a UserError of one process is raised by all, with its node's name."""
+        if not self.several:
+            return attempt()
         result, said = None, None
         try:
             result = attempt()
         except UserError as error:
             said = str(error)
-        sentences = self.gather(said)
-        for name, sentence in zip(self.names, sentences, strict=True):
+        for name, sentence in zip(self.names, self.gather(said), strict=True):
             if sentence:
-                raise UserError(f"{name}: {sentence}" if self.several else sentence)
+                raise UserError(f"{name}: {sentence}")
         return result
 
 

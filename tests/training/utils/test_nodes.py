@@ -91,8 +91,8 @@ def test_all_nodes_must_be_started_alike():
         build(data="xyz", seed=2)
 
 
-def test_a_process_alone_asks_nobody():
-    nodes = Nodes()
+def test_on_one_node_nobody_is_asked():
+    nodes = Nodes(["vm", "vm"])   # two processes of one node have a disk in common, and see the same
     assert nodes.gather(5) == [5] and nodes.together(lambda: 7) == 7 and nodes.keeps_disk
     with pytest.raises(UserError, match=r"^why$"):
         nodes.together(lambda: (_ for _ in ()).throw(UserError("why")))
