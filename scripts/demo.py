@@ -1,6 +1,7 @@
 """The demo: a small model from a random start through SFT, reward model and PPO, measured on held-out prompts.
 
     python -m scripts.demo [--seed 1234] [--output output/demo] [--threads 2]
+    python -m scripts.demo --ppo_flags "--ppo_epochs 4 --generation_batches 2" --pad_is_eos
 
 Writes base/, sft/, reward/, ppo/, answers.jsonl, summary.json and report.html into the output folder. A second run
 starts afresh.
@@ -11,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,14 @@ BATCH = 60  # prompts answered at once when the demo is measured
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line. Exit code 2 for wrong input, else that of the step that failed."""
     args = parse(argv)
+    run_command_line(lambda: run_demo(args))
+
+
+def run_command_line(run: Callable[[], Any]) -> None:
+    """Run it as a command: one sentence and exit code 2 for a UserError; a signal ends the step in work as well."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves subprocess.run, which then ends the step as well
     try:
-        run_demo(args)
+        run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -54,6 +61,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
     parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of the steps (configs/cpu/demo.yaml)")
     parser.add_argument("--prompts", type=int, default=0, help="measure on so many held-out prompts; 0 = all")
+    parser.add_argument("--ppo_flags", type=shlex.split, default=[], metavar="FLAGS", help='further flags of step 3, as one text')
+    parser.add_argument("--pad_is_eos", action="store_true", help="pad with the end token, as many checkpoints do")
     args = parser.parse_args(argv)
     if args.threads < 1 or args.seed < 0 or args.prompts < 0:
         parser.error("--threads must be 1 or more, --seed and --prompts 0 or more")
@@ -70,13 +79,14 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch here and in the steps, once it is imported
 
     # Random weights are written on the CPU; saying so keeps DeepSpeed from announcing what it looked for.
-    command = ["scripts.demo_model", output / "base", "--seed", args.seed]
+    command = ["scripts.demo_model", output / "base", "--seed", args.seed, *["--pad_is_eos"] * args.pad_is_eos]
     run_step("The base model", command, output, DS_ACCELERATOR="cpu")
     models = {
         "sft": ["--model_name_or_path", output / "base"],
         "reward": ["--model_name_or_path", output / "sft"],
         "ppo": ["--actor_model_name_or_path", output / "sft", "--critic_model_name_or_path", output / "reward"],
     }
+    models["ppo"] += args.ppo_flags
     seconds = {}
     for number, (name, flags) in enumerate(models.items(), 1):
         print(f"\n{TITLES[name]}", flush=True)
@@ -85,7 +95,8 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
 
     print("\nAnswers to held-out prompts, by the SFT model and by the model after PPO", flush=True)
     done = {name: json.loads((output / name / "sanbu_done.json").read_text(encoding="utf-8")) for name in models}
-    figures, own_peak = measure(output, args.seed, args.prompts, done["ppo"]["flags"]["max_answer_seq_len"])
+    longest = done["ppo"]["flags"]["max_answer_seq_len"]
+    figures, own_peak = measure(output, args.seed, args.prompts, longest, HELD_OUT_PROMPTS, demo_score)
     perplexities = read_metrics(output / "sft" / "metrics.jsonl", "eval/perplexity")
     summary = {
         "sft": {"perplexity_before": perplexities[0][1], "perplexity_after": perplexities[-1][1]},
@@ -135,12 +146,14 @@ def run_step(title: str, command: Sequence[object], output: Path, **environment:
     return time.monotonic() - clock
 
 
-def measure(output: Path, seed: int, limit: int, longest: int) -> tuple[dict[str, float], float]:
+def measure(
+    output: Path, seed: int, limit: int, longest: int, prompts: Path, gold: Callable[[Any, str], float]
+) -> tuple[dict[str, float], float]:
     """Sample answers at temperature 1 from the SFT model and from the actor, with the same random numbers; score them.
 
-    limit: number of prompts, 0 = all. longest: tokens of an answer. Writes answers.jsonl. Returns the section ppo of
-    the summary - kl is the mean over the actor's answers of sum_t log p_actor(t) - log p_sft(t), in nats - and the peak
-    memory of this process in GB.
+    limit: number of prompts, 0 = all. longest: tokens of an answer. prompts: the file they are in. gold: score of
+    (messages, answer). Writes answers.jsonl. Returns the section ppo of the summary - kl is the mean over the actor's
+    answers of sum_t log p_actor(t) - log p_sft(t), in nats - and the peak memory of this process in GB.
     """
     import torch
 
@@ -155,7 +168,7 @@ def measure(output: Path, seed: int, limit: int, longest: int) -> tuple[dict[str
     device = set_device(detect_platform(), 0)
     tokenizer = load_tokenizer(output / "sft")
     template = load_template(output / "sft", tokenizer)
-    dialogues = load_records(str(HELD_OUT_PROMPTS), cache_dir=str(output / "cache"))["train"]["messages"]
+    dialogues = load_records(str(prompts), cache_dir=str(output / "cache"))["train"]["messages"]
     dialogues = list(dialogues)[: limit or None]
     folders = {"before": output / "sft", "after": output / "ppo" / "actor"}
     models = {
@@ -174,7 +187,7 @@ def measure(output: Path, seed: int, limit: int, longest: int) -> tuple[dict[str
         for messages, before, after in zip(dialogues, answers["before"], answers["after"], strict=True):
             prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
             for found in (before, after):
-                found["gold"] = demo_score(messages, found["text"])
+                found["gold"] = gold(messages, found["text"])
             row = {"prompt": prompt, "before": before["text"], "after": after["text"]}
             row |= {"gold_before": before["gold"], "gold_after": after["gold"]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -227,8 +240,8 @@ def answer(model, reference, dialogues, seeds: list[int], tokenizer, template, l
     return answers
 
 
-def print_summary(summary: dict[str, Any], output: Path) -> None:
-    """The table of the summary, and what to do next."""
+def print_summary(summary: dict[str, Any], output: Path, chat_flags: str = "") -> None:
+    """The table of the summary, and what to do next. chat_flags: of chat.py, for the model to hear what it was trained on."""
     rows = [("", "before", "after", "hoped for"), *summary_rows(summary)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     print()
@@ -237,7 +250,7 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     print(f"\nWrote {shown}/report.html and {shown}/summary.json in {format_seconds(summary['seconds']['total'])}.")
     python = ".venv/bin/python" if Path(sys.prefix) == ROOT / ".venv" else "python"
-    print(f"Chat with the result:  {python} chat.py --path {shown}/ppo/actor", flush=True)
+    print(f"Chat with the result:  {python} chat.py --path {shown}/ppo/actor {chat_flags}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,12 @@ def read_texts(data_dir: Path) -> Iterator[str]:
                 yield from (record["prompt"] + record[answer] for answer in ("chosen", "rejected") if answer in record)
 
 
-def train_tokenizer(data_dir: Path, vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocabulary_size` ids; begin, end and padding are three different tokens."""
+def train_tokenizer(
+    data_dir: Path, vocabulary_size: int = VOCABULARY_SIZE, pad_is_eos: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocabulary_size` ids; begin, end and padding are three different tokens, or with
+    pad_is_eos two, as in many published checkpoints.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(WORD, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -54,8 +58,9 @@ def train_tokenizer(data_dir: Path, vocabulary_size: int = VOCABULARY_SIZE) -> P
     )
     tokenizer.train_from_iterator(read_texts(data_dir), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=MAX_LENGTH
-    )
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS if pad_is_eos else PAD,
+        model_max_length=MAX_LENGTH,
+    )  # fmt: skip
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -76,9 +81,11 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def write_base_model(folder: Path | str, seed: int = 0, data_dir: Path | str = Path("data/demo")) -> None:
+def write_base_model(
+    folder: Path | str, seed: int = 0, data_dir: Path | str = Path("data/demo"), pad_is_eos: bool = False
+) -> None:
     """Write tokenizer, config and random weights to `folder`, as a checkpoint that AutoModelForCausalLM opens."""
-    tokenizer = train_tokenizer(Path(data_dir))
+    tokenizer = train_tokenizer(Path(data_dir), pad_is_eos=pad_is_eos)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(base_config(tokenizer))
@@ -92,8 +99,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data_dir", type=Path, default=Path("data/demo"))
+    parser.add_argument("--pad_is_eos", action="store_true", help="pad with the end token")
     args = parser.parse_args()
-    write_base_model(args.folder, args.seed, args.data_dir)
+    write_base_model(args.folder, args.seed, args.data_dir, args.pad_is_eos)
 
 
 if __name__ == "__main__":

@@ -32,15 +32,19 @@ WORDS = {
 }  # fmt: skip
 
 
+OF_A_SCRIPT = {"smollm2"}  # recipes that one script runs (scripts/smollm2.py), which makes their model and data first
+
+
 def recipe_files(platform: str) -> list[Path]:
-    """The recipes of a platform: the demo first, then by family and size."""
+    """The recipes of a platform that anybody can start: the demo first, then by family and size."""
 
     def order(path: Path) -> tuple[bool, list[Any]]:
         name = re.sub(r"^([a-z]+)-", r"\g<1>1-", path.stem)  # chatglm-6b before chatglm2-6b
         parts = re.split(r"(\d+(?:\.\d+)?)", name)
         return path.stem != "demo", [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
-    return sorted((ROOT / "configs" / platform).glob("*.yaml"), key=order)
+    found = [path for path in (ROOT / "configs" / platform).glob("*.yaml") if path.stem not in OF_A_SCRIPT]
+    return sorted(found, key=order)
 
 
 def method(flags: dict[str, Any], words: dict[str, str], prefix: str = "") -> str:

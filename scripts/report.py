@@ -31,6 +31,7 @@ CURVES = (
     ("accuracy", "Held-out accuracy", "share of pairs"),
     ("margin", "Implicit reward: chosen - rejected", "beta x nats"),
     ("score", "Score by the reward model", "its own unit"),
+    ("score_vader", "Gold score by VADER (not trained on)", "-1 to 1"),
     ("kl", "KL to the reference", "nats an answer"),
     ("length", "Length of answers", "tokens"),
     ("eos_rate", "Answers that ended by themselves", "share"),
@@ -56,19 +57,29 @@ summary { cursor: pointer } pre { background: #f6f6f6; padding: .7rem; overflow-
 """
 
 
+# What a preset calls its gold score, and what is hoped for: accuracy of the reward model, gold score, ended answers, KL.
+GOALS = {
+    "demo": ("gold score of answers (0 to 1)", "0.90 or more", "0.85 or more, 0.25 above before", "0.95 or more", ""),
+    "smollm2": ("VADER score of answers (-1 to 1)", "", "twice that before", "", "20 or less"),
+}
+
+
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The demo's summary as rows of text: figure, before, after, what is hoped for ("" where nothing is)."""
+    """A summary as rows of text: figure, before, after, what is hoped for ("" where nothing is)."""
     sft, reward, ppo, seconds = (summary[name] for name in ("sft", "reward", "ppo", "seconds"))
+    gold, *hopes = GOALS[summary.get("preset", "demo")]
+    pretrained, cpu = ppo.get("gold_score_pretrained"), summary.get("cpu_seconds")
     return [
+        *([] if pretrained is None else [(f"Pretrained model: {gold}", f"{pretrained:.3f}", "", "")]),
         ("SFT: perplexity of held-out answers", f"{sft['perplexity_before']:.1f}", f"{sft['perplexity_after']:.2f}",
          ""),
-        ("Reward model: accuracy on held-out pairs", "", f"{reward['accuracy']:.3f}", "0.90 or more"),
-        ("PPO: gold score of answers (0 to 1)", f"{ppo['gold_score_before']:.3f}", f"{ppo['gold_score_after']:.3f}",
-         "0.85 or more, 0.25 above before"),
+        ("Reward model: accuracy on held-out pairs", "", f"{reward['accuracy']:.3f}", hopes[0]),
+        (f"PPO: {gold}", f"{ppo['gold_score_before']:.3f}", f"{ppo['gold_score_after']:.3f}", hopes[1]),
         ("PPO: length of answers, tokens", f"{ppo['length_before']:.1f}", f"{ppo['length_after']:.1f}", ""),
-        ("PPO: answers that ended by themselves", "", f"{ppo['eos_rate']:.3f}", "0.95 or more"),
-        ("PPO: KL to the SFT model, nats an answer", "", f"{ppo['kl']:.2f}", ""),
+        ("PPO: answers that ended by themselves", "", f"{ppo['eos_rate']:.3f}", hopes[2]),
+        ("PPO: KL to the SFT model, nats an answer", "", f"{ppo['kl']:.2f}", hopes[3]),
         *((f"Time: {name}", "", format_seconds(value), "") for name, value in seconds.items()),
+        *([] if cpu is None else [("Processor time: total", "", format_seconds(cpu["total"]), "")]),
         ("Memory: largest process, GB", "", f"{summary['peak_memory_gb']:.2f}", ""),
     ]  # fmt: skip
 

