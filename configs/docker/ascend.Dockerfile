@@ -25,7 +25,7 @@ ARG TORCH_INDEX=
 ARG TORCH_VERSION=2.9.0
 ARG TORCH_NPU_VERSION=2.9.0
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "torch==${TORCH_VERSION}" \
+RUN PIP_EXTRA_INDEX_URL="${TORCH_INDEX}" python -m pip install --no-cache-dir "torch==${TORCH_VERSION}" \
     && python -m pip install --no-cache-dir "torch-npu==${TORCH_NPU_VERSION}" pyyaml==6.0.3
 
 COPY requirements.txt /tmp/requirements.txt
