@@ -9,6 +9,8 @@ from pathlib import Path
 from training.utils.run import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# What a process group in the tests' own process leaves in the environment; its port stays taken.
+OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -17,7 +19,7 @@ def environment(**more: str) -> dict[str, str]:
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(REPOSITORY),
     }  # fmt: skip
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
     return inherited | names | more
 
 
