@@ -369,10 +369,12 @@ def test_help_and_missing_packages_need_no_torch(tmp_path):
 
 
 def test_recipe_agrees_with_the_data(steps):
-    """PPO's answers are as long as those that the SFT model and the reward model learned from; the gold score only looks on."""
+    """PPO's answers are as long as those that the SFT model and the reward model learned from; both scores are weighed."""
     ppo = smollm2.read_recipe(smollm2.RECIPE)["ppo"]
     assert ppo["max_answer_seq_len"] == smollm2_data.LONGEST
-    assert ppo["reward_weights"] == "1,0" and ppo["reward_function"] == ["scripts/smollm2_score.py:vader"]
+    assert ppo["reward_function"] == ["scripts/smollm2_score.py:vader"] and ppo["reward_weights"].count(",") == 1
+    for section in smollm2.read_recipe(smollm2.RECIPE).values():
+        assert section["output_dir"].startswith("output/smollm2/")
 
 
 def test_copy_of_the_package_needs_no_llama_cpp(package):
