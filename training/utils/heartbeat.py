@@ -236,7 +236,8 @@ class Heartbeat:
         self.stopped.set()
         if self.speaks:
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-                print(f"error: {text}", file=sys.stderr, flush=True)
+                sys.stderr.write(f"error: {text}\n")  # one piece; print writes the line end apart, and others may come between
+                sys.stderr.flush()
         self.leave(code)
 
 

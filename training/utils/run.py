@@ -34,7 +34,7 @@ from models.device import (
 from training.utils import heartbeat
 from training.utils.metrics import Metrics, format_seconds
 from training.utils.nodes import Nodes, meet, waiting_note
-from training.utils.surroundings import DONE, check_writable, free_port
+from training.utils.surroundings import DONE, check_writable
 
 logger = logging.getLogger("sanbu")
 
@@ -170,14 +170,12 @@ class Run:
 def join_process_group(platform: Platform) -> tuple[int, int, int]:
     """Join the group that the launcher (deepspeed, torchrun, srun) describes in the environment, or open one of one process.
 
-    Returns rank, local rank and number of processes.
+    A group of one meets nobody, so it takes no port that could be in use. Returns rank, local rank and number of processes.
     """
     import deepspeed
 
     if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
-        )
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     if platform.name == "cpu":
         # The shared-memory operator would be compiled here, half a minute that a machine without a compiler does not survive.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -187,7 +185,10 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
         note.daemon = True
         if heartbeat.several_nodes() and os.environ.get("LOCAL_RANK", "0") == "0":
             note.start()
-        deepspeed.init_distributed(dist_backend=platform.backend, verbose=False, timeout=timedelta(minutes=minutes))
+        timeout = timedelta(minutes=minutes)
+        if os.environ.get("WORLD_SIZE") == "1":
+            dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=platform.backend, verbose=False, timeout=timeout)
         note.cancel()
     return dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size()
 

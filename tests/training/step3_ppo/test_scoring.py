@@ -17,7 +17,7 @@ from tests.training.step3_ppo.reward_runs import score_server
 from training.step3_ppo.scoring import RewardEndpoint, RewardError, RewardFunction, Rewards, shortened
 from training.utils.arguments import PPOArguments
 from training.utils.parsing import parse
-from training.utils.run import free_port
+from training.utils.surroundings import free_port
 
 pytestmark = pytest.mark.ppo
 PROMPTS = ["\n\nHuman: What is 2 plus 2?\n\nAssistant:", "\n\nHuman: Hi!\n\nAssistant:", "third"]
