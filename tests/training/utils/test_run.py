@@ -6,7 +6,12 @@ import sys
 
 from tests.launching import REPOSITORY, environment
 
-JOIN = "from models.device import PLATFORMS; from training.utils.run import join_process_group as join; print(join(PLATFORMS['cpu']))"
+JOIN = """
+from models.device import PLATFORMS
+from training.utils.run import join_process_group
+
+print(join_process_group(PLATFORMS["cpu"]))
+"""
 
 
 def test_a_run_of_one_process_needs_no_port():
@@ -14,7 +19,6 @@ def test_a_run_of_one_process_needs_no_port():
         group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         group["MASTER_PORT"] = str(taken.getsockname()[1])   # as of another run that the shell still describes
         for described in (group, {}):
-            done = subprocess.run(
-                [sys.executable, "-c", JOIN], cwd=REPOSITORY, env=environment(**described), capture_output=True, text=True, timeout=120
-            )
+            command, env = [sys.executable, "-c", JOIN], environment(**described)
+            done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
             assert done.stdout.splitlines()[-1:] == ["(0, 0, 1)"], done.stderr[-2000:]
