@@ -4,6 +4,8 @@ Layout: the prompt padded on the left, the answer on its right, padded on the ri
 
     input_ids   [ .  .  p  p  p | a  a  E  .  . ]      time = prompt width + answer width
     action_mask                 [ 1  1  1  0  0 ]      the end token E is an action
+
+The models that score and learn read joined() rows, which have no padding in the middle.
 """
 
 from __future__ import annotations
@@ -22,6 +24,20 @@ from training.step3_ppo.objectives import response_mask
 
 WHOLE = ("input_ids", "attention_mask")  # [rows, prompt + answer]
 ACTIONS = ("action_mask", "log_probs", "old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """Prompts with their answers right behind them, padded on the right: what a network computes on."""
+
+    input_ids: Tensor  # [rows, longest] int64
+    attention_mask: Tensor  # [rows, longest] int64
+    answer_mask: Tensor  # [rows, longest] bool
+    places: Tensor  # [rows, answer] int64, the column of each answer token; of padding any column
+
+    def before_answers(self, values: Tensor) -> Tensor:
+        """values [rows, longest], one for each column -> [rows, answer]: those of the column before each answer token."""
+        return values.gather(1, self.places - 1)
 
 
 @dataclass
@@ -101,6 +117,22 @@ class Experience:
         spare_left = prompt - int(self.attention_mask[:, :prompt].sum(dim=1).max())
         spare_right = answer - max(1, int(self.response_lengths.max()))
         return self._fit(prompt - spare_left, answer - spare_right)
+
+    def joined(self) -> JoinedRows:
+        """The rows without padding between prompt and answer, no wider than the longest of them."""
+        real = self.attention_mask.bool()
+        lengths = real.sum(dim=1, keepdim=True)
+        longest = int(lengths.max())
+        order = (~real).int().argsort(dim=1, stable=True)[:, :longest]  # real tokens first
+        columns = torch.arange(longest, device=real.device)
+        starts = lengths - self.response_lengths[:, None]
+        places = starts + torch.arange(self.action_mask.shape[1], device=real.device)
+        return JoinedRows(
+            input_ids=self.input_ids.gather(1, order),
+            attention_mask=(columns < lengths).long(),
+            answer_mask=(columns >= starts) & (columns < lengths),
+            places=places.clamp(1, longest - 1),
+        )
 
     @staticmethod
     def concat(parts: Sequence[Experience]) -> Experience:

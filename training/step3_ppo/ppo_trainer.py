@@ -167,13 +167,7 @@ class DeepSpeedPPOTrainer:
         """The policy loss of a micro-batch with the KL penalty and the entropy bonus that the flags add; sums over its tokens."""
         args, mask = self.args, micro.action_mask
         bonus = args.entropy_coef > 0
-        outputs = self.engine.actor(
-            micro.input_ids,
-            micro.attention_mask,
-            keep=mask.shape[1],
-            temperature=args.temperature,
-            with_entropy=bonus,
-        )
+        outputs = self.engine.answer_log_probs(self.engine.actor, micro.joined(), with_entropy=bonus)
         log_probs, entropy = outputs if bonus else (outputs, None)
         loss, figures = policy_loss(
             log_probs,
@@ -200,11 +194,8 @@ class DeepSpeedPPOTrainer:
 
     def _critic_loss(self, micro: Experience, denominator: float) -> Tensor:
         """The clipped value loss of a micro-batch."""
-        answer = micro.action_mask.shape[1]
-        prompt = micro.input_ids.shape[1] - answer
-        values = self.engine.values(self.engine.critic, micro.input_ids, micro.attention_mask)
         return value_loss(
-            values[:, prompt - 1 : prompt + answer - 1],
+            self.engine.answer_values(self.engine.critic, micro.joined()),
             micro.values,
             micro.returns,
             micro.action_mask,

@@ -22,6 +22,7 @@ from models.heads import TokenLogProbs, TokenScores
 from models.shared_trunk import SharedTrunk, check_scorer
 from models.templates import load_template
 from training.step3_ppo.ema import MovingAverage
+from training.step3_ppo.experience import JoinedRows
 from training.step3_ppo.scoring import Rewards
 from training.utils.loading import read_in_turn
 from training.utils.run import Run
@@ -175,6 +176,21 @@ class DeepSpeedRLHFEngine:
     def values(self, model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores [batch, time] of the reward model or critic in units of the reward model's own spread, mean zero."""
         return (model(input_ids, attention_mask) - self.reward_mean) / self.reward_std
+
+    def answer_values(self, model, rows: JoinedRows) -> Tensor:
+        """[rows, answer]: the values before each answer token; of padding anything."""
+        return rows.before_answers(self.values(model, rows.input_ids, rows.attention_mask))
+
+    def answer_log_probs(self, model, rows: JoinedRows, with_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[rows, answer]: log-probabilities of the answer tokens at the sampling temperature, of padding anything.
+        with_entropy: also the entropies of the distributions that they were drawn from.
+        """
+        found = model(
+            rows.input_ids, rows.attention_mask, target_mask=rows.answer_mask, temperature=self.args.temperature,
+            with_entropy=with_entropy,
+        )  # fmt: skip
+        # Column j of what the model returns is about token j + 1.
+        return tuple(map(rows.before_answers, found)) if with_entropy else rows.before_answers(found)
 
     @property
     def trained(self) -> dict[str, Any]:

@@ -138,14 +138,10 @@ def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> 
     for positions in plan_micro_batches(experience.total_lengths(), run.world_size, per_device, budget)[run.rank]:
         real = [position for position in positions if position >= 0]
         rows = experience.select([max(position, 0) for position in positions]).trimmed()
-        ids, mask, answer = rows.input_ids, rows.attention_mask, rows.action_mask.shape[1]
-        prompt = ids.shape[1] - answer
-        found = [
-            engine.actor(ids, mask, keep=answer, temperature=args.temperature),
-            engine.ref(ids, mask, keep=answer, temperature=args.temperature),
-        ]
+        joined, answer = rows.joined(), rows.action_mask.shape[1]
+        found = [engine.answer_log_probs(model, joined) for model in (engine.actor, engine.ref)]
         if engine.critic is not None:
-            found.append(engine.values(engine.critic, ids, mask)[:, prompt - 1 : prompt + answer - 1])
+            found.append(engine.answer_values(engine.critic, joined))
         found = torch.stack(found)
         if real:  # fillers stand behind the real rows of a plan, or alone
             token_fields[:, real, :answer] = found[:, : len(real)].where(rows.action_mask[: len(real)].bool(), 0.0)

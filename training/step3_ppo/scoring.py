@@ -255,7 +255,7 @@ def score_answers(engine, experience: Experience, args) -> None:
     plan = plan_micro_batches(experience.total_lengths(), run.world_size, per_device, budget)[run.rank]
     for positions in plan if rewards.with_model else ():
         real = [position for position in positions if position >= 0]
-        rows = experience.select([max(position, 0) for position in positions]).trimmed()
+        rows = experience.select([max(position, 0) for position in positions]).joined()
         last = last_token_scores(engine.reward(rows.input_ids, rows.attention_mask), rows.attention_mask)
         if real:  # fillers stand behind the real rows of a plan, or alone
             parts[real, 0] = last[: len(real)].float()
