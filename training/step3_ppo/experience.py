@@ -65,7 +65,7 @@ class Experience:
     advantages: Tensor | None = None  # [rows, answer]
     returns: Tensor | None = None  # [rows, answer]
     pad_id: int = 0  # fills input_ids where rows of different widths come together; no mask is made from it
-    sampler_gap: float = 0.0  # largest |old_log_probs - log_probs| of the rollout
+    sampler_gap: float | None = None  # largest |old_log_probs - log_probs| of the rollout; None: not looked at
     figures: dict[str, float] = field(default_factory=dict)  # what the log shows of the rollout
 
     @classmethod
@@ -140,8 +140,7 @@ class Experience:
         prompt = max(part.prompt_width for part in parts)
         answer = max(part.action_mask.shape[1] for part in parts)
         fitted = [part._fit(prompt, answer) for part in parts]
-        joined = fitted[0]._map(lambda name, _: torch.cat([getattr(part, name) for part in fitted]))
-        return replace(joined, sampler_gap=max(part.sampler_gap for part in parts))
+        return fitted[0]._map(lambda name, _: torch.cat([getattr(part, name) for part in fitted]))
 
     def all_gather(self) -> Experience:
         """The rows of all processes, in the order of their ranks, the same on each; itself without torch.distributed.

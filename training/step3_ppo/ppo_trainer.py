@@ -64,12 +64,16 @@ class DeepSpeedPPOTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, as JSON."""
-        return {"kl_coef": self.kl_coef, "actor_steps": self.actor_steps, "health": self.health.state_dict()}
+        return {
+            "kl_coef": self.kl_coef, "actor_steps": self.actor_steps, "health": self.health.state_dict(),
+            "sampler_trusted": self.engine.sampler_trusted,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from state_dict()."""
         self.kl_coef, self.actor_steps = state["kl_coef"], state["actor_steps"]
         self.health.load_state_dict(state["health"])
+        self.engine.sampler_trusted = state.get("sampler_trusted")
 
     def generate_experience(self, batch: PromptBatch, rollout: int = 1) -> Experience:
         """Sample answers to this process's prompts, score them with all models, and assign advantages.
@@ -77,7 +81,7 @@ class DeepSpeedPPOTrainer:
         rollout counts from 1 and seeds the sampling.
         """
         experience = roll_out(self.engine, batch, self.args, rollout, self.args.num_return_sequences)
-        score_rollout(self.engine, experience, self.args)
+        score_rollout(self.engine, experience, self.args, rollout)
         assign_advantages(experience, self.engine, self.args, self.kl_coef)
         return experience
 
@@ -257,8 +261,9 @@ def assign_advantages(
         "kl_coef": coef,
         "length": float(lengths.float().mean()),
         "eos_rate": float(experience.ended.float().mean()),
-        "sampler_gap": experience.sampler_gap,
     }
+    if experience.sampler_gap is not None:
+        experience.figures["sampler_gap"] = experience.sampler_gap
     if in_reward and args.kl_clip:
         cut = kl_estimate(*policies, args.kl_estimator, args.kl_clip)[1]
         experience.figures["kl_clipped_share"] = float(cut / mask.sum().clamp(min=1))

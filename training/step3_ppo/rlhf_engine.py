@@ -83,7 +83,8 @@ class DeepSpeedRLHFEngine:
             check_scorer(models["critic"], models["actor"])
         self.total_iters = {"actor": actor_total_iters or num_total_iters, "critic": num_total_iters}
         self.warned_of_filter = False
-        self.checked_sampler = False  # log-probabilities against the training forward's, once a run
+        self.checked_sampler = False  # log-probabilities against the training forward's, once a process
+        self.sampler_trusted: bool | None = None  # they were equal at the start of the run; None: not known yet
 
         self.trunk: SharedTrunk | None = None
         reference = self._causal_lm(actor_model_name_or_path, **self._on_host(args.offload_reference_model))

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ logger = logging.getLogger("sanbu")
 
 # Largest |log p(sampler) - log p(training forward)| of a rollout, in nats, that rounding explains.
 SAMPLER_GAP, SAMPLER_GAP_HALF = 1e-3, 5e-2
+TRUSTED_GAP = 1e-4  # up to here one may stand for the other
 
 
 class PromptBatches:
@@ -122,24 +124,48 @@ def warn_of_sampler(gap: float, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> None:
+def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args, rollout: int = 1) -> None:
     """Fill in old_log_probs, ref_log_probs, values (normalised; None without a critic), and parts and scores
     (score_answers) of every row.
 
     Each process scores its share and the shares are added up, so all of them end with the same whole rollout. The actor runs
-    through the engine that will train it - same kernels, same dtype - so that the first ratio is 1.
+    through the engine that will train it - same kernels, same dtype - so that the first ratio is 1. From the second rollout
+    on the sampler's log-probabilities take the place of that forward where the first look showed that they are the same
+    (--old_log_probs). A resumed run looks again, and keeps to what was found at first.
     """
     engine.eval()
+    may_reuse = rollout > 1 and args.old_log_probs == "auto" and not args.sampler_correction
+    if may_reuse and engine.sampler_trusted and engine.checked_sampler:
+        score(engine, experience, args, {"ref_log_probs": engine.ref})
+        experience.old_log_probs = experience.log_probs
+    else:
+        score(engine, experience, args, {"old_log_probs": engine.actor, "ref_log_probs": engine.ref})
+        # The weights changed nowhere in between: only rounding may separate the sampler from the training forward.
+        gap = (experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max()
+        experience.sampler_gap = float(gap)
+        if not engine.checked_sampler:
+            engine.checked_sampler = True
+            warn_of_sampler(experience.sampler_gap, engine.run.dtype)
+        if engine.sampler_trusted is None:
+            engine.sampler_trusted = experience.sampler_gap <= TRUSTED_GAP and engine.run.dtype == torch.float32
+        if may_reuse and engine.sampler_trusted:
+            experience.old_log_probs = experience.log_probs
+    score_answers(engine, experience, args)
+
+
+def score(engine: DeepSpeedRLHFEngine, experience: Experience, args, policies: dict[str, Any]) -> None:
+    """Fill in the log-probabilities of policies (field -> model), and the critic's values."""
     run = engine.run
     count, width = experience.action_mask.shape
-    token_fields = torch.zeros(2 if engine.critic is None else 3, count, width, device=run.device)
+    fields = [*policies, *(["values"] if engine.critic is not None else [])]
+    token_fields = torch.zeros(len(fields), count, width, device=run.device)
     budget = args.max_tokens_per_device or None
     per_device = None if budget else args.per_device_training_batch_size
     for positions in plan_micro_batches(experience.total_lengths(), run.world_size, per_device, budget)[run.rank]:
         real = [position for position in positions if position >= 0]
         rows = experience.select([max(position, 0) for position in positions]).trimmed()
         joined, answer = rows.joined(), rows.action_mask.shape[1]
-        found = [engine.answer_log_probs(model, joined) for model in (engine.actor, engine.ref)]
+        found = [engine.answer_log_probs(model, joined) for model in policies.values()]
         if engine.critic is not None:
             found.append(engine.answer_values(engine.critic, joined))
         found = torch.stack(found)
@@ -147,12 +173,5 @@ def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> 
             token_fields[:, real, :answer] = found[:, : len(real)].where(rows.action_mask[: len(real)].bool(), 0.0)
     if run.world_size > 1:
         dist.all_reduce(token_fields)
-    experience.old_log_probs, experience.ref_log_probs, *values = token_fields
-    experience.values = values[0] if values else None
-    # The weights changed nowhere in between: only rounding may separate the sampler from the training forward.
-    gap = (experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max()
-    experience.sampler_gap = float(gap)
-    if not engine.checked_sampler:
-        engine.checked_sampler = True
-        warn_of_sampler(experience.sampler_gap, run.dtype)
-    score_answers(engine, experience, args)
+    for name, values in zip(fields, token_fields, strict=True):
+        setattr(experience, name, values)

@@ -137,6 +137,11 @@ class PPOArguments(CommonArguments):
         "own).",
         True,
     )
+    old_log_probs: Literal["auto", "forward"] = flag(
+        "Log-probabilities of the policy that answered, which the ratio is taken against. forward: from a forward of their own; "
+        "auto: in float32 those that sampling has computed anyway, once they were found equal to the forward's (1e-4).",
+        "auto",
+    )
     sampler_correction: float = flag(
         "Weigh each token by its probability in training over that in sampling, kept between 1 / this and this; 0 = off. "
         "Of use where rollouts are computed in other numbers than training.",

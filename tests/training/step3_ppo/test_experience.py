@@ -132,6 +132,19 @@ def test_trimmed_takes_padding_away_and_nothing_else():
     assert texts(short) == texts(experience)[2:]
 
 
+def test_joined_rows_have_no_padding_in_the_middle():
+    """Items 1, 3: written out by hand; values before each answer token are found where they were."""
+    joined = rollout(ROWS, spare=(2, 3)).joined()
+    assert joined.input_ids.tolist() == [[5, PAD, 6, 7, 2], [8, 9, 9, 9, 2], [5, 5, 2, PAD, PAD]]
+    assert joined.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert joined.answer_mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [0, 0, 1, 0, 0]]
+    columns = torch.arange(5).expand(3, 5)
+    actions = rollout(ROWS, spare=(2, 3)).action_mask
+    before = [row[real].tolist() for row, real in zip(joined.before_answers(columns), actions, strict=True)]
+    assert before == [[2, 3], [0, 1, 2, 3], [1]]
+    assert rollout([([4], [])], spare=(0, 2)).joined().input_ids.tolist() == [[4]]
+
+
 def test_a_row_without_an_answer_keeps_one_column():
     """Item 7: nothing to train on, yet a shape that every model accepts."""
     experience = rollout([([4], []), ([4, 5], [])], spare=(0, 2)).trimmed()

@@ -185,7 +185,7 @@ def test_item_49_the_sampler_s_weights_reach_the_advantages(models, tmp_path):
 
 
 def test_item_41_only_the_critic_learns_during_its_warm_up(models, tmp_path):
-    trainer = build(models, tmp_path, "--critic_warmup_rollouts", "2", "--kl_target", "1")
+    trainer = build(models, tmp_path, "--old_log_probs", "forward", "--critic_warmup_rollouts", "2", "--kl_target", "1")
     actor, critic = weights(trainer.engine.actor), weights(trainer.engine.critic)
     for number in (1, 2):
         figures = trainer.train_rlhf(rollout(trainer, number), number)
