@@ -1,4 +1,11 @@
-"""The one exception that means: the input is wrong, not the program."""
+"""The one exception that means: the input is wrong, not the program; and how a command line ends on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 
 class UserError(Exception):
@@ -6,3 +13,17 @@ class UserError(Exception):
 
     Entry points print it as ``error: <sentence>`` and exit with code 2; no traceback is shown.
     """
+
+
+def told(main: Callable[..., Any]) -> Callable[..., Any]:
+    """main, the body of a command line, with a UserError told on stderr and 2 returned for it."""
+
+    @wraps(main)
+    def ending(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+
+    return ending

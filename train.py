@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 from scripts import launch as one_step
 from scripts.commands import Environment, Options, build_command, build_environment
 from scripts.platforms import load_platforms, platform_named
@@ -328,6 +328,7 @@ def again(args: argparse.Namespace, number: int) -> str:
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
+@told
 def main(argv: list[str] | None = None) -> int:
     """Run the steps; returns the exit code: 0, 2 for wrong input, that of a step that failed, 128 + signal."""
     try:
@@ -358,9 +359,6 @@ def main(argv: list[str] | None = None) -> int:
                 return code or 1
             times.append((step, seconds))
             print(f"=== {step.title} took {format_seconds(seconds)}", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except Interrupted as stop:
         print("\nstopped; the same command with --resume continues from the newest checkpoint.", file=sys.stderr)
         return 128 + stop.args[0]

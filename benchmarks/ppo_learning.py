@@ -36,7 +36,7 @@ from benchmarks.ppo_learning_tasks import (
     read_jsonl,
     write_sentiment_data,
 )
-from errors import UserError
+from errors import UserError, told
 
 METHODS = ("gae", "grpo", "rloo", "reinforce++")
 GROUPED = ("grpo", "rloo")  # these compare answers to the same prompt
@@ -69,14 +69,11 @@ class Budget:
 SMOKE = Budget(rollouts=2, rollout_size=8, minibatch=4, answers_per_prompt=2, copies=2)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    args = parse(argv)
-    try:
-        benchmark(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+@told
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    benchmark(parse(argv))
+    return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -324,4 +321,4 @@ def report(args: argparse.Namespace, quiet: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 
 END = ("quit", "exit", "stop")
 CLEAR = "clear"
@@ -256,6 +256,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@told
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for wrong input."""
     try:
@@ -271,9 +272,6 @@ def main(argv: list[str] | None = None) -> int:
             print(flush=True)
         else:
             converse(bot, interactive=sys.stdin.isatty() and sys.stdout.isatty())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:
         print()
     except BrokenPipeError:  # whoever read the answers has left, as `head` does

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, told
 from training.utils.data.sources import download_folder, load_from_hub
 
 
@@ -37,18 +37,16 @@ def download(name: str, output_dir: str | None = None) -> Path:
     return folder
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parses the command line, downloads, and turns a UserError into exit code 2."""
+@told
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and downloads; returns the exit code: 0, or 2 for a UserError."""
     parser = argparse.ArgumentParser(prog="python -m scripts.download_dataset", description=__doc__.splitlines()[0])
     parser.add_argument("dataset_id", help="name of a set, hub id, or ID:CONFIG for a set with configurations")
     parser.add_argument("--output_dir", "--output-dir", help="folder to write; by default datasets/ID of this folder")
     args = parser.parse_args(argv)
-    try:
-        download(args.dataset_id, args.output_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    download(args.dataset_id, args.output_dir)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

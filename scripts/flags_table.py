@@ -12,7 +12,7 @@ import sys
 from argparse import SUPPRESS, Action
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, told
 from training.utils.arguments import STEPS, EvaluateArguments, PromptEvalArguments, RewardEvalArguments
 from training.utils.former_flags import NOT_YET, RETIRED, FormerFlag
 from training.utils.parsing import FlagParser
@@ -103,6 +103,7 @@ def filled(path: Path) -> tuple[str, str]:
     return text, f"{before}{BEGIN}\n\n{document()}\n\n{END}{after}"
 
 
+@told
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
     parser = argparse.ArgumentParser(description="Markdown tables of all flags.")
@@ -111,13 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.write and not args.check:
         print(document())
-    try:
-        for path in args.write:
-            path.write_text(filled(path)[1], encoding="utf-8")
-        stale = [path for path in args.check if len(set(filled(path))) > 1]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for path in args.write:
+        path.write_text(filled(path)[1], encoding="utf-8")
+    stale = [path for path in args.check if len(set(filled(path))) > 1]
     for path in stale:
         print(f"{path}: the table of flags is old; run python -m scripts.flags_table --write {path}", file=sys.stderr)
     return 1 if stale else 0

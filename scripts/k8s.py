@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import UserError
+from errors import UserError, told
 
 if TYPE_CHECKING:
     from scripts.k8s_render import Document, Job
@@ -253,37 +253,34 @@ def check(paths: list[str]) -> int:
     return 2 if wrong else 0
 
 
+@told
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a committed set that differs, 2 for wrong input."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        if args.command == "check":
-            return check(args.paths)
-        if args.command == "set":
-            return 1 if write_set(parser, args.check) else 0
-        from scripts.k8s_memory import check_memory
+    if args.command == "check":
+        return check(args.paths)
+    if args.command == "set":
+        return 1 if write_set(parser, args.check) else 0
+    from scripts.k8s_memory import check_memory
 
-        job = make_job(args)
-        steps = chosen_steps(job, args.step)
-        files = render_files(job, steps)
-        check_memory(job, steps or job.steps())
-        if steps is None and "5-chat.yaml" not in files:
-            print(f"# no 5-chat.yaml: {job.model} does not fit on one card, and chat.py uses one", file=sys.stderr)
-        if not args.out:  # single steps are left out beside the job that runs them all
-            print("---\n".join(text for name, text in files.items() if not name.startswith("steps/")), end="")
-            return 0
-        for name, text in files.items():
-            path = Path(args.out) / name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"--out {args.out}: {error.strerror}; name a folder where you may create files.") from error
-            print(path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    job = make_job(args)
+    steps = chosen_steps(job, args.step)
+    files = render_files(job, steps)
+    check_memory(job, steps or job.steps())
+    if steps is None and "5-chat.yaml" not in files:
+        print(f"# no 5-chat.yaml: {job.model} does not fit on one card, and chat.py uses one", file=sys.stderr)
+    if not args.out:  # single steps are left out beside the job that runs them all
+        print("---\n".join(text for name, text in files.items() if not name.startswith("steps/")), end="")
+        return 0
+    for name, text in files.items():
+        path = Path(args.out) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {args.out}: {error.strerror}; name a folder where you may create files.") from error
+        print(path)
     return 0
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 from scripts.commands import (
     DEFAULT_HOSTFILE,
     DEFAULT_PORT,
@@ -454,6 +454,7 @@ def start(launch: Launch) -> int:
     return 0
 
 
+@told
 def main(argv: list[str] | None = None) -> int:
     """Start or show one step; returns the exit code."""
     from scripts.processes import Interrupted
@@ -464,9 +465,6 @@ def main(argv: list[str] | None = None) -> int:
             print(shown(launch))
             return 0
         return start(launch)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except Interrupted as stop:
         print("\nstopped; the same command with --resume continues from the newest checkpoint.", file=sys.stderr)
         return 128 + stop.args[0]

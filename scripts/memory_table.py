@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 from scripts.doctor.machine import GIB
 from scripts.platforms import ROOT, platform_named
 from scripts.recipes_table import recipe_files
@@ -107,8 +107,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(told(main)())

@@ -18,7 +18,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "configs" / "model_shapes.json"
@@ -319,8 +319,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(told(main)())

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 from training.utils.recipe_files import load_recipe
 from training.utils.surroundings import DONE
 
@@ -215,29 +215,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@told
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for wrong input or a wait without end, that of a step that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     args = build_parser().parse_args(words[:cut])
     args.launcher = words[cut + 1 :]
-    try:
-        if args.workdir:
-            try:
-                os.chdir(args.workdir)
-            except OSError as error:
-                raise UserError(f"--workdir {args.workdir}: {error.strerror}; mount the volume there.") from error
-        if args.command == "wait":
-            wait_for(args.folder, args.minutes * 60)
-            return 0
-        if args.command == "download":
-            return download(args)
-        if not args.launcher:
-            raise UserError("run needs a launcher after --, such as: -- torchrun -m")
-        return run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    if args.workdir:
+        try:
+            os.chdir(args.workdir)
+        except OSError as error:
+            raise UserError(f"--workdir {args.workdir}: {error.strerror}; mount the volume there.") from error
+    if args.command == "wait":
+        wait_for(args.folder, args.minutes * 60)
+        return 0
+    if args.command == "download":
+        return download(args)
+    if not args.launcher:
+        raise UserError("run needs a launcher after --, such as: -- torchrun -m")
+    return run(args)
 
 
 if __name__ == "__main__":

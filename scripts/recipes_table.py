@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 from scripts.platforms import ROOT, load_platforms
 from training.utils.recipe_files import load_recipe
 
@@ -100,21 +100,18 @@ def filled(path: Path) -> tuple[str, str]:
     return text, f"{before}{BEGIN}\n\n{document('zh' if path.stem.endswith('_zh') else 'en')}\n\n{END}{after}"
 
 
+@told
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
     parser = argparse.ArgumentParser(description="Markdown tables of all recipes.")
     parser.add_argument("--write", nargs="+", type=Path, default=[], metavar="FILE", help="fill these files")
     parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="FILE", help="compare with these files")
     args = parser.parse_args(argv)
-    try:
-        if not args.write and not args.check:
-            print(document())
-        for path in args.write:
-            path.write_text(filled(path)[1], encoding="utf-8")
-        stale = [path for path in args.check if len(set(filled(path))) > 1]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not args.write and not args.check:
+        print(document())
+    for path in args.write:
+        path.write_text(filled(path)[1], encoding="utf-8")
+    stale = [path for path in args.check if len(set(filled(path))) > 1]
     for path in stale:
         print(f"{path}: the table of recipes is old; run python -m scripts.recipes_table --write {path}", file=sys.stderr)
     return 1 if stale else 0

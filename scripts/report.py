@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 from training.utils.metrics import format_figure, format_seconds, read_metrics
 
 TITLES = {
@@ -237,20 +237,18 @@ def write_report(folder: Path, output: Path) -> None:
     output.write_text(page, encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; exit code 2 with one line if there is nothing to show."""
+@told
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 2 with one line if there is nothing to show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output folder of a step, or a folder of such folders")
     parser.add_argument("--output", type=Path, help="the page; report.html in the run folder if not given")
     args = parser.parse_args(argv)
     output = args.output or args.run / "report.html"
-    try:
-        write_report(args.run, output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    write_report(args.run, output)
     print(f"Wrote {output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

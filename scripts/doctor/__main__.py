@@ -18,7 +18,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from errors import UserError
+from errors import UserError, told
 from scripts.commands import LAUNCHERS
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, probe, worst
 from scripts.hostfile import read_hostfile
@@ -176,8 +176,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(told(main)())

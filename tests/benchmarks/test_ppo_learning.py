@@ -108,16 +108,14 @@ def test_copies_are_not_on_the_clock(tmp_path, monkeypatch):
 
 
 def test_an_interpreter_without_trl_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--smoke", "--output", str(tmp_path / "out"), "--trl-python", str(tmp_path / "python")])
-    assert stopped.value.code == 2
+    assert main(["--smoke", "--output", str(tmp_path / "out"), "--trl-python", str(tmp_path / "python")]) == 2
     said = capsys.readouterr().err
     assert "--trl-python" in said and "trl 1.12.0 is expected" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_smoke(tmp_path, capfd):
-    main(["--smoke", "--output", str(tmp_path)])
+    assert main(["--smoke", "--output", str(tmp_path)]) == 0
     said = capfd.readouterr().out
     assert "TRL is left out" in said
     points = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -132,6 +130,6 @@ def test_smoke(tmp_path, capfd):
     assert [len(rows) for rows in rollouts] == [8, 8], "what TRL would be given are not the prompts of each rollout"
     # What is done is not done again.
     before = len(points)
-    main(["--smoke", "--output", str(tmp_path)])
+    assert main(["--smoke", "--output", str(tmp_path)]) == 0
     assert "nothing to do" in capfd.readouterr().out
     assert len((tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()) == before
