@@ -7,12 +7,10 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from argparse import SUPPRESS, Action
-from pathlib import Path
 
-from errors import UserError, told
+from errors import told
+from scripts.marked_tables import fill_pages
 from training.utils.arguments import STEPS, EvaluateArguments, PromptEvalArguments, RewardEvalArguments
 from training.utils.former_flags import NOT_YET, RETIRED, FormerFlag
 from training.utils.parsing import FlagParser
@@ -90,34 +88,10 @@ def document() -> str:
     ])  # fmt: skip
 
 
-def filled(path: Path) -> tuple[str, str]:
-    """The text of a file, and the same with fresh tables between the markers. Raises UserError without markers."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name an existing Markdown file.") from error
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{path}: no lines {BEGIN} and {END}; add both where the tables belong.")
-    return text, f"{before}{BEGIN}\n\n{document()}\n\n{END}{after}"
-
-
 @told
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Markdown tables of all flags.")
-    parser.add_argument("--write", nargs="+", type=Path, default=[], metavar="FILE", help="fill these files")
-    parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="FILE", help="compare with these files")
-    args = parser.parse_args(argv)
-    if not args.write and not args.check:
-        print(document())
-    for path in args.write:
-        path.write_text(filled(path)[1], encoding="utf-8")
-    stale = [path for path in args.check if len(set(filled(path))) > 1]
-    for path in stale:
-        print(f"{path}: the table of flags is old; run python -m scripts.flags_table --write {path}", file=sys.stderr)
-    return 1 if stale else 0
+    return fill_pages(argv, "flags", "scripts.flags_table", (BEGIN, END), lambda _: document())
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ A file whose name ends in _zh.md gets Chinese words.
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, told
+from errors import told
+from scripts.marked_tables import fill_pages
 from scripts.platforms import ROOT, load_platforms
 from training.utils.recipe_files import load_recipe
 
@@ -87,34 +86,10 @@ def document(language: str = "en") -> str:
     return "\n\n".join(tables)
 
 
-def filled(path: Path) -> tuple[str, str]:
-    """The text of a file, and the same with fresh tables between the markers. UserError without markers."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name an existing Markdown file.") from error
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{path}: no lines {BEGIN} and {END}; add both where the tables belong.")
-    return text, f"{before}{BEGIN}\n\n{document('zh' if path.stem.endswith('_zh') else 'en')}\n\n{END}{after}"
-
-
 @told
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Markdown tables of all recipes.")
-    parser.add_argument("--write", nargs="+", type=Path, default=[], metavar="FILE", help="fill these files")
-    parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="FILE", help="compare with these files")
-    args = parser.parse_args(argv)
-    if not args.write and not args.check:
-        print(document())
-    for path in args.write:
-        path.write_text(filled(path)[1], encoding="utf-8")
-    stale = [path for path in args.check if len(set(filled(path))) > 1]
-    for path in stale:
-        print(f"{path}: the table of recipes is old; run python -m scripts.recipes_table --write {path}", file=sys.stderr)
-    return 1 if stale else 0
+    return fill_pages(argv, "recipes", "scripts.recipes_table", (BEGIN, END), document)
 
 
 if __name__ == "__main__":
