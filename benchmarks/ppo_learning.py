@@ -49,7 +49,7 @@ class Budget:
 
     rollouts: int = 12
     rollout_size: int = 64   # answers
-    minibatch: int = 32
+    minibatch: int = 16
     epochs: int = 1
     answers_per_prompt: int = 4   # grpo and rloo, with that many fewer prompts
     actor_learning_rate: float = 5e-4
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the reference data")
     parser.add_argument("--together", type=int, default=2, help="processes at a time (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process (%(default)s)")
-    parser.add_argument("--answers", type=int, default=2, help="answers to each held-out prompt (%(default)s)")
+    parser.add_argument("--answers", type=int, default=4, help="answers to each held-out prompt (%(default)s)")
     parser.add_argument("--limit", type=int, default=0, help="judge on so many held-out prompts; 0 = all")
     parser.add_argument("--images", type=Path, help="where the drawings go; default: the output folder")
     parser.add_argument("--smoke", action="store_true", help="a random model, one run, seconds")
