@@ -89,7 +89,7 @@ def roll_out(
     mask = prompts.attention_mask
     left = int((mask.cumsum(1) > 0).int().argmax(1).min())  # columns that are padding in every row
     ids, mask = prompts.input_ids[:, left:], mask[:, left:]
-    at_once = args.per_device_generation_batch_size
+    at_once = args.answers_at_once
     room = {"rows": min(at_once, len(ids) * answers), "columns": ids.shape[1] + args.max_answer_seq_len}
     with generation_model(engine.actor if policy is None else policy, args, engine.run, **room) as actor:
         generation = generate_many(

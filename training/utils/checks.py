@@ -249,14 +249,13 @@ def check_rollouts(args: PPOArguments) -> None:
             "--generation_weights layerwise has no effect with --actor_zero_stage %d: every process has whole weights.",
             args.actor_zero_stage,
         )
-    rollout = args.per_device_generation_batch_size * args.generation_batches * args.num_return_sequences
+    rollout = args.answers_at_once * args.generation_batches
     minibatch = args.per_device_training_batch_size * args.gradient_accumulation_steps
     if minibatch > rollout:
         logger.warning(
             "A minibatch of %d answers a process (per_device_training_batch_size x gradient_accumulation_steps) is "
             "more than the %d of a rollout: each rollout is one optimizer step. --generation_batches %d would fill it.",
-            minibatch, rollout,
-            math.ceil(minibatch / (args.per_device_generation_batch_size * args.num_return_sequences)),
+            minibatch, rollout, math.ceil(minibatch / args.answers_at_once),
         )  # fmt: skip
 
 

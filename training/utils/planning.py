@@ -171,7 +171,7 @@ class StepMemory:
     def rollout(self) -> Rollout:
         """Sampling: the answers that are in work at once, with columns to spare, and the numbers that tokens are drawn from."""
         args, network = self.args, self.footprint("actor")
-        rows = args.per_device_generation_batch_size
+        rows = args.answers_at_once
         cache = network.cache(rows, self.length + SPARE_COLUMNS)
         reading = network.forward(rows, args.max_prompt_seq_len, 1)
         # Float32 logits of a row, their softmax, its sum and the draw; with top-p or top-k sorted values and places too.

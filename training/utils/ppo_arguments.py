@@ -33,8 +33,8 @@ class PPOArguments(CommonArguments):
     )
     generation_batches: int = flag("Such batches in one rollout.", 1, aliases=("generation_batch_numbers",))
     num_return_sequences: int = flag(
-        "Answers to each prompt of a rollout; grpo and rloo compare them with each other. As many answers at once as "
-        "--per_device_generation_batch_size says.",
+        "Answers to each prompt of a rollout; grpo and rloo compare them with each other. All answers to the prompts of a "
+        "generation batch are in work at once.",
         1,
     )
     per_device_training_batch_size: int = flag(
@@ -280,6 +280,11 @@ class PPOArguments(CommonArguments):
         """The checkpoints that are read: actor and, unless neither a critic nor the reward model is wanted, critic."""
         wanted = {"actor": True, "critic": self.has_critic or self.reward_model}
         return {role: getattr(self, f"{role}_model_name_or_path") for role in wanted if wanted[role]}
+
+    @property
+    def answers_at_once(self) -> int:
+        """How many answers a process has in work while it samples."""
+        return self.per_device_generation_batch_size * self.num_return_sequences
 
     @property
     def has_critic(self) -> bool:

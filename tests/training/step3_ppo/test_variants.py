@@ -16,6 +16,7 @@ from inference.engine import Generation
 from tests.launching import logged, write_pairs
 from tests.several import run_several
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from training.step3_ppo import rollout as rollout_module
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import assign_advantages
 from training.step3_ppo.rollout import score_rollout
@@ -342,3 +343,14 @@ def test_warm_up_early_stop_and_coefficient_are_the_same_on_two_processes(runs):
 def test_items_16_50_a_resumed_run_has_the_coefficient_of_the_whole_one(runs):
     for name in ("train/score", "train/kl_coef", "train/actor_loss", "train/critic_loss", "eval/score"):
         assert logged(runs / "cut", name) == logged(runs / "whole", name), name
+
+
+def test_all_answers_to_a_generation_batch_are_in_work_at_once(models, tmp_path, monkeypatch):
+    """--num_return_sequences 3 of 4 prompts: 12 rows, also where the prompts are answered once (evaluation)."""
+    trainer = build(models, tmp_path, "--advantage", "rloo", "--num_return_sequences", "3")
+    seen = []
+    generate_many = rollout_module.generate_many
+    monkeypatch.setattr(
+        rollout_module, "generate_many", lambda *given, **more: seen.append(more["max_batch"]) or generate_many(*given, **more)
+    )
+    assert len(rollout(trainer, 1)) == 12 and seen == [12]
