@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--interface", default="eth0", help="network interface between pods (default: eth0)")
     add("--queue", help="queue of the scheduler (deepspeedjob, pytorchjob, mpijob)")
     add("--priority", type=int, help="priority of the scheduler (deepspeedjob)")
+    add("--node-selector", nargs="+", default=[], metavar="KEY=VALUE", help="labels of the nodes with the cards")
+    add("--toleration", nargs="+", default=[], metavar="KEY[=VALUE][:EFFECT]", help="taints of theirs that pods with cards accept")
     add("--retries", type=int, default=3, help="how often a failed job starts again; it resumes (default: 3)")
     add("--wait-minutes", type=int, default=10, help="how long a step, holding its cards, waits for the former one (default: 10)")
     add("--trainer-version", default="2.2", help="trainjob: 2.0, 2.1, 2.2 (default; later ones take it too) or 2.3")

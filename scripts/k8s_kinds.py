@@ -25,6 +25,7 @@ from scripts.k8s_render import (
     formers,
     in_pod,
     metadata,
+    placement,
     resources,
     rights,
     step_flags,
@@ -106,9 +107,10 @@ def train_job(job: Job, name: str, steps: list[str]) -> Document:
     if job.settings.queue or job.settings.priority is not None:
         raise UserError("A TrainJob has no field for --queue or --priority; queueing systems read a label of theirs, so add that.")
     found, mounts = volumes(job)
-    patch: Document = {"containers": [{"name": "node", "volumeMounts": mounts}], "volumes": found}
+    patch: Document = {**placement(job), "containers": [{"name": "node", "volumeMounts": mounts}], "volumes": found}
     if version in ("2.2", "2.3"):  # from here on it may say who the processes are; before it is the image's user
         patch = {
+            **placement(job),
             "securityContext": user(job),
             **({"terminationGracePeriodSeconds": GRACE} if version == "2.3" else {}),  # 30 in those before
             "containers": [{"name": "node", "securityContext": rights(job, training=True), "volumeMounts": mounts}],

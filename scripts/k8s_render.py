@@ -9,6 +9,7 @@ from __future__ import annotations
 import os.path
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,8 @@ class Settings:
     interface: str = "eth0"
     queue: str | None = None
     priority: int | None = None
+    node_selector: Sequence[str] = ()  # KEY=VALUE
+    toleration: Sequence[str] = ()  # KEY[=VALUE][:EFFECT]
     retries: int = 3
     wait_minutes: int = 10
     trainer_version: str = "2.2"
@@ -273,6 +276,26 @@ def resources(job: Job, accelerators: int, memory_gib: int, cpu: int) -> Documen
     }
 
 
+def placement(job: Job) -> Document:
+    """Which nodes pods with cards go to. UserError for a label or taint that is none."""
+    selector, tolerations = {}, []
+    for text in job.settings.node_selector:
+        match = re.fullmatch(r"([\w./-]+)=([\w.-]*)", text)
+        if not match:
+            raise UserError(f"--node-selector {text}: write KEY=VALUE, as `kubectl get nodes --show-labels` shows them.")
+        selector[match[1]] = match[2]
+    for text in job.settings.toleration:
+        match = re.fullmatch(r"([\w./-]+)(?:=([\w.-]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?", text)
+        if not match:
+            raise UserError(
+                f"--toleration {text}: write KEY, KEY=VALUE or KEY=VALUE:EFFECT with NoSchedule, PreferNoSchedule or NoExecute."
+            )
+        key, value, effect = match.groups()
+        one = {"key": key, "operator": "Exists"} if value is None else {"key": key, "operator": "Equal", "value": value}
+        tolerations.append(one | ({"effect": effect} if effect else {}))
+    return ({"nodeSelector": selector} if selector else {}) | ({"tolerations": tolerations} if tolerations else {})
+
+
 def training_resources(job: Job) -> Document:
     """Of a pod that trains: all its devices, four cores for each."""
     return resources(job, job.processes, job.memory_gib, job.settings.cpu or 4 * job.processes)
@@ -310,6 +333,7 @@ def training_pod(job: Job, name: str, command: list[str] | None, **rest: Any) ->
         resources=training_resources(job), volumeMounts=mounts, **rest,
     )  # fmt: skip
     return {
+        **placement(job),
         "securityContext": user(job),
         "terminationGracePeriodSeconds": GRACE,
         "containers": [main],
@@ -334,6 +358,7 @@ def helper_pod(job: Job, main: Document, restart: str, devices: bool = False) ->
         found, mounts = found[:1], mounts[:1]
     main = {**main, "securityContext": rights(job, training=False), "volumeMounts": mounts}
     return {
+        **(placement(job) if devices else {}),
         "restartPolicy": restart,
         "automountServiceAccountToken": False,
         "securityContext": user(job),

@@ -239,6 +239,25 @@ def test_every_platform_gets_its_own_devices_and_variables():
         assert platform.host_memory_gib / 2 <= memory <= platform.host_memory_gib
 
 
+@pytest.mark.parametrize("kind", ["deepspeedjob", "pytorchjob", "mpijob", "trainjob"])
+def test_pods_with_cards_go_to_the_nodes_that_are_named(kind, schemas):
+    where = ("--node-selector", "pool=a100", "example.com/zone=b", "--toleration", "nvidia.com/gpu", "team=nlp:NoSchedule")
+    files = k8s.render(job(kind, "single_node/opt-13b", *where))
+    document = files["3-train.yaml"][0]
+    assert problems(document) == []
+    if document["kind"] in schemas:
+        assert not list(jsonschema.Draft202012Validator(schemas[document["kind"]]).iter_errors(document))
+    selector = {"pool": "a100", "example.com/zone": "b"}
+    tolerations = [
+        {"key": "nvidia.com/gpu", "operator": "Exists"},
+        {"key": "team", "operator": "Equal", "value": "nlp", "effect": "NoSchedule"},
+    ]
+    words = json.dumps({"nodeSelector": selector, "tolerations": tolerations})[1:-1]
+    placed = {name: json.dumps(found).count(words) for name, found in files.items()}
+    assert placed["3-train.yaml"] == placed["5-chat.yaml"] == 1, "workers, not MPIJob's launcher, which has no card"
+    assert placed["2-download.yaml"] == placed["4-tensorboard.yaml"] == 0
+
+
 PATCHES = [
     ("2.0", "podSpecOverrides"), ("2.1", "podTemplateOverrides"), ("2.2", "runtimePatches"), ("2.3", "runtimePatches"),
 ]  # fmt: skip
@@ -365,6 +384,8 @@ RECIPE = "configs/single_gpu/opt-1.3b.yaml"
         (["--kind", "mpijob", "--recipe", RECIPE, "--flags=--max_step 3"], "did you mean --max_steps"),
         (["--kind", "trainjob", "--recipe", RECIPE, "--trainer-version", "1.9"], "--trainer-version 1.9"),
         (["--kind", "trainjob", "--recipe", RECIPE, "--queue", "q"], "no field for --queue"),
+        (["--kind", "mpijob", "--recipe", RECIPE, "--node-selector", "pool"], "--node-selector pool: write KEY=VALUE"),
+        (["--kind", "mpijob", "--recipe", RECIPE, "--toleration", "a=b:Never"], "--toleration a=b:Never: write KEY"),
     ],
 )
 def test_render_refuses_in_one_sentence(words, said, capsys, repository, monkeypatch):
