@@ -62,14 +62,10 @@ def add_lora(
 
 def lora_targets(model: PreTrainedModel, module_name: str = "auto") -> list[str]:
     """The full names of the linear layers (GPT-2's Conv1D included) that module_name selects."""
-    heads = (model.get_output_embeddings(), *(getattr(model, name, None) for name in SCALAR_HEADS))
-    layers = [
-        name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer not in heads
-    ]
+    layers = linear_layers(model)
     if module_name == "auto":
         return [name for name in layers if name.rsplit(".", 1)[-1] in FAMILIES[model.config.model_type].lora_targets]
-    parts = [part.strip() for part in module_name.split(",") if part.strip()]
-    chosen = [name for name in layers if any(part in name for part in parts)]
+    chosen = [name for name in layers if is_named(name, module_name)]
     if not chosen:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
         raise UserError(
@@ -77,6 +73,17 @@ def lora_targets(model: PreTrainedModel, module_name: str = "auto") -> list[str]
             f"its layers are named like {layers[0]}, the kinds are {', '.join(kinds)}. Use part of a name, or auto."
         )
     return chosen
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """The names of all layers that an adapter can be put on."""
+    heads = (model.get_output_embeddings(), *(getattr(model, name, None) for name in SCALAR_HEADS))
+    return [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer not in heads]
+
+
+def is_named(layer: str, module_name: str) -> bool:
+    """Whether a layer's name contains one of the parts of names."""
+    return any(part in layer for part in (text.strip() for text in module_name.split(",")) if part)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
-from models.adapters import add_lora
+from models.adapters import add_lora, is_named, linear_layers
 from models.factory import set_dropout
 from models.heads import CHUNK_LOGITS, TokenLogProbs, TokenScores, base_model
 from models.prefix import PrefixPlan, add_prefix
@@ -183,6 +184,7 @@ class Footprint:
         self.prefix = PrefixPlan(pre_seq_len, prefix_projection, "", None, 0) if pre_seq_len else None
         self.quantization_bit, self.gradient_checkpointing = quantization_bit, gradient_checkpointing
         self.blocks: int = config.num_hidden_layers
+        self.adapted, self.first_adapted = self.blocks, 0  # blocks with adapters, and the number of the first: _few_names
         self._models: dict[int, nn.Module] = {}
         self._found: dict[tuple, Any] = {}
 
@@ -212,7 +214,7 @@ class Footprint:
             if self.prefix is not None:
                 model = add_prefix(model, self.prefix, fresh=False)
             if self.lora[0]:
-                model = add_lora(model, dim=self.lora[0], alpha=1.0, module_name=self.lora[1])
+                model = add_lora(model, dim=self.lora[0], alpha=1.0, module_name=self._few_names(model, blocks))
         for parameter in model.parameters():  # as build_engine does
             parameter.data = parameter.data.to(self.dtype)
         if self.frozen:
@@ -220,15 +222,36 @@ class Footprint:
         self._models[blocks] = (TokenScores if self.scalar else TokenLogProbs)(model)
         return self._models[blocks]
 
-    def _each(self, one: Any, two: Any) -> int:
-        """From one and two blocks to all of them."""
-        return int(one + (two - one) * (self.blocks - 1))
+    def _few_names(self, model: nn.Module, blocks: int) -> str:
+        """--lora_module_name for a network of fewer blocks; notes which blocks of the whole one it names.
+
+        One that names blocks by their number ("layers.18.") may name none of these few: here every block gets what any gets.
+        """
+        module_name = self.lora[1]
+        if module_name == "auto":
+            return module_name
+        names, numbers = [], set()
+        for layer in linear_layers(model):
+            head, in_first_block, tail = layer.partition(".0.")
+            if not in_first_block:  # of another block, or of none
+                names += [layer] if is_named(layer, module_name) and not re.search(r"\.\d+\.", layer) else []
+            elif named := [block for block in range(self.blocks) if is_named(f"{head}.{block}.{tail}", module_name)]:
+                names += [f"{head}.{block}.{tail}" for block in range(blocks)]
+                numbers |= set(named)
+        if numbers:
+            self.adapted, self.first_adapted = len(numbers), min(numbers)
+        return ",".join(names) or module_name
+
+    def _each(self, one: Any, two: Any, blocks: int | None = None) -> int:
+        """From one and two blocks to all of them, or to so many."""
+        return int(one + (two - one) * ((blocks or self.blocks) - 1))
 
     @property
     def weights(self) -> Weights:
         """Of the whole network."""
         one, two = (counted(self.model(blocks)) for blocks in (1, 2))
-        counts = {name: self._each(getattr(one, name), getattr(two, name)) for name in vars(one)}
+        of = {"trained": self.adapted, "small_trained": self.adapted}
+        counts = {name: self._each(getattr(one, name), getattr(two, name), of.get(name)) for name in vars(one)}
         return Weights(**counts | {"largest": two.largest})
 
     @property
@@ -241,7 +264,8 @@ class Footprint:
         key = ("training", batch, length, keep)
         if key not in self._found:
             two = self._point(2, batch, length, keep)
-            further = (two.held - self._point(1, batch, length, keep, backward=False, graph=True).held) * (self.blocks - 2)
+            more = self.blocks - self.first_adapted - 2  # what lies below the first adapter needs no backward pass
+            further = (two.held - self._point(1, batch, length, keep, backward=False, graph=True).held) * more
             held, head, inside = (int(size + further) for size in (two.held, two.head, two.inside))
             most = max(head, inside, int(two.behind))
             logits = max(0, head - held) if head == most and not self.scalar else 0

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import models  # noqa: F401  (registers ChatGLM)
 from errors import UserError
+from models.adapters import add_lora
 from models.footprint import Footprint
 from scripts.plan import config_of, known_models, main
 from tests.launching import REPOSITORY, environment
@@ -47,6 +49,28 @@ def test_known_models_are_the_networks_of_the_published_configs(shared_dir):
         config = config_of(str(shared_dir / "golden" / name / "official" / "config.json"))
         official = Footprint(config, dtype=torch.float16, scalar=True, lora_dim=8).weights
         assert official == Footprint(config_of(name), dtype=torch.float16, scalar=True, lora_dim=8).weights
+
+
+@pytest.mark.parametrize("names", ["layers.18.,layers.29.", "q_proj,v_proj", "layers.29.mlp,layers.18.self_attn.q_proj", "layers."])
+def test_adapters_of_some_blocks_are_counted_as_in_the_whole_network(names):
+    """The plan's networks have one and two blocks, and none of them the number 18."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=30, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        whole = add_lora(AutoModelForCausalLM.from_config(config), dim=4, alpha=1.0, module_name=names)
+    trained = sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
+    found = Footprint(config, dtype=torch.float32, lora_dim=4, lora_module_name=names)
+    frozen = sum(parameter.numel() for parameter in whole.parameters()) - trained
+    several_kinds = names.startswith("layers.29.mlp")   # then both blocks count with the layers of either
+    assert found.weights.frozen == frozen
+    assert found.weights.trained > trained if several_kinds else found.weights.trained == trained
+    if "18" in names:   # what lies below the first adapter keeps nothing for a backward pass
+        everywhere = Footprint(config, dtype=torch.float32, lora_dim=4, lora_module_name="layers.")
+        assert found.training(2, 8).activations < 0.6 * everywhere.training(2, 8).activations
+    wrong = Footprint(config, dtype=torch.float32, lora_dim=4, lora_module_name="layers.30.")
+    with pytest.raises(UserError, match=r"--lora_module_name layers\.30\. matches no linear layer"):
+        wrong.model(1)
 
 
 def test_adapters_and_integers_are_counted_by_hand():

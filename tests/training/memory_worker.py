@@ -62,7 +62,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, int]:
     if case.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if case.get("lora"):
-        model = add_lora(model, dim=case["lora"], alpha=1.0)
+        model = add_lora(model, dim=case["lora"], alpha=1.0, module_name=case.get("names", "auto"))
     model = (TokenScores if case.get("scalar") else TokenLogProbs)(model.train())
     engine = build_engine(model, EngineOptions.of(args), dtype=run.dtype, total_steps=9, world_size=run.world_size)
     batch, length = case["shape"]

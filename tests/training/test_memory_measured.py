@@ -41,6 +41,7 @@ CASES += [USUAL | {"config": LLAMA, "stage": 3}]
 CASES += [USUAL | {"config": LLAMA, "stage": stage, "offload": True, "dtype": "bf16"} for stage in (2, 3)]
 CASES += [
     USUAL | {"config": LLAMA, "stage": 2, "lora": 8},
+    USUAL | {"config": LLAMA, "stage": 2, "lora": 8, "names": "layers.3.,layers.4."},
     USUAL | {"config": QWEN, "stage": 3, "lora": 8, "dtype": "bf16"},
     USUAL | {"config": LLAMA, "stage": 1, "lora": 8, "bits": 8, "dtype": "bf16"},
     USUAL | {"config": LLAMA, "stage": 2, "checkpointing": True},
@@ -69,7 +70,7 @@ def footprint(case):
     return Footprint(
         config_of(case["config"]), dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]], attn=case["attn"],
         scalar=case.get("scalar", False), lora_dim=case.get("lora", 0), quantization_bit=case.get("bits", 0),
-        gradient_checkpointing=case.get("checkpointing", False),
+        gradient_checkpointing=case.get("checkpointing", False), lora_module_name=case.get("names", "auto"),
     )  # fmt: skip
 
 
