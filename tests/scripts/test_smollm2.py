@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from errors import UserError
 from scripts import smollm2, smollm2_data, smollm2_model, smollm2_prompts
@@ -18,6 +19,10 @@ from scripts.smollm2_score import vader, vader_score
 from tests.launching import REPOSITORY
 from tests.scripts.smollm2_package import SIZE, merges_of, weights, write_package
 from tests.tiny import tiny_tokenizer
+from training.utils.arguments import PPOArguments
+from training.utils.memory import Machine
+from training.utils.parsing import parse
+from training.utils.planning import StepMemory
 
 # --- the gold score. Words' weights are those of VADER's published lexicon; a sum s becomes s / sqrt(s^2 + 15).
 
@@ -391,3 +396,18 @@ def test_parse_knows_its_flags(capsys):
         smollm2.parse(["--threads", "0"])
     assert stop.value.code == 2 and "--threads must be 1 or more" in capsys.readouterr().err
     assert smollm2.parse([]).output == REPOSITORY / "output/smollm2"
+
+
+def test_the_plan_knows_the_recipe_at_the_model_s_size():
+    """What step 3 asks before it reads weights; adapters by hand: rank 16 on the seven matrices of the upper 12 of 30 blocks."""
+    width, inner, values = 576, 1536, 192
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=width, intermediate_size=inner, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    args = parse(PPOArguments, ["--config", str(REPOSITORY / "configs/cpu/smollm2.yaml")])
+    memory = StepMemory(args, {"actor": config, "critic": config}, dtype=torch.float32, attn="sdpa")
+    sides = 2 * (width + width) + 2 * (width + values) + 3 * (width + inner)
+    assert memory.footprint("actor").weights.trained == 12 * 16 * sides
+    machine = Machine(1, 1, 0.0, 16 * 2**30, accelerator=False)
+    assert memory.plan(memory.setting, machine).fits
