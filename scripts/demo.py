@@ -55,14 +55,28 @@ def run_command_line(run: Callable[[], Any]) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags of the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=1234, help="random seed of all steps (%(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "output/demo", help="where results go (output/demo)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
-    parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of the steps (configs/cpu/demo.yaml)")
-    parser.add_argument("--prompts", type=int, default=0, help="measure on so many held-out prompts; 0 = all")
+    parser = common_flags(RECIPE, __doc__, "measure on so many held-out prompts; 0 = all")
     parser.add_argument("--ppo_flags", type=shlex.split, default=[], metavar="FLAGS", help='further flags of step 3, as one text')
     parser.add_argument("--pad_is_eos", action="store_true", help="pad with the end token, as many checkpoints do")
+    return parse_checked(parser, argv)
+
+
+def common_flags(recipe: Path, description: str, prompts: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every run through the three steps. recipe: the default, which also names the output folder;
+    prompts: what --prompts does.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, folder = parser.add_argument, f"output/{recipe.stem}"
+    add("--seed", type=int, default=1234, help="random seed of all steps (%(default)s)")
+    add("--output", type=Path, default=ROOT / folder, help=f"where results go ({folder})")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
+    add("--config", type=Path, default=recipe, help=f"recipe of the steps ({recipe.relative_to(ROOT)})")
+    add("--prompts", type=int, default=0, help=prompts)
+    return parser
+
+
+def parse_checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of common_flags within their bounds, with whole paths."""
     args = parser.parse_args(argv)
     if args.threads < 1 or args.seed < 0 or args.prompts < 0:
         parser.error("--threads must be 1 or more, --seed and --prompts 0 or more")

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from errors import UserError
-from scripts.demo import ROOT, measure, print_summary, run_command_line, run_step
+from scripts.demo import ROOT, common_flags, measure, parse_checked, print_summary, run_command_line, run_step
 from scripts.report import TITLES, write_report
 from scripts.smollm2_model import check_packages
 from scripts.smollm2_prompts import SYSTEM
@@ -43,17 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags of the preset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=1234, help="random seed of all steps (%(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "output/smollm2", help="where results go (output/smollm2)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
-    parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of the steps (configs/cpu/smollm2.yaml)")
-    parser.add_argument("--prompts", type=int, default=0, help="use and measure only so many prompts; 0 = all")
-    args = parser.parse_args(argv)
-    if args.threads < 1 or args.seed < 0 or args.prompts < 0:
-        parser.error("--threads must be 1 or more, --seed and --prompts 0 or more")
-    args.output, args.config = args.output.resolve(), args.config.resolve()
-    return args
+    return parse_checked(common_flags(RECIPE, __doc__, "use and measure only so many prompts; 0 = all"), argv)
 
 
 def run_preset(args: argparse.Namespace) -> dict[str, Any]:
