@@ -10,15 +10,18 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3002
 USER 0
 
+# StrictModes: the MPI operator mounts root's .ssh from a Secret, whose folder and links others may write to, and sshd would
+# refuse the keys in it.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         g++ ninja-build numactl openmpi-bin openssh-client openssh-server pdsh \
     && rm -rf /var/lib/apt/lists/* \
-    && mkdir -p /run/sshd /etc/ssh/ssh_config.d \
+    && mkdir -p /run/sshd /etc/ssh/ssh_config.d /etc/ssh/sshd_config.d \
     && chown root:root /usr/lib \
     && printf 'Host *\n    StrictHostKeyChecking no\n    UserKnownHostsFile /dev/null\n    LogLevel ERROR\n' \
-        > /etc/ssh/ssh_config.d/sanbu.conf
+        > /etc/ssh/ssh_config.d/sanbu.conf \
+    && printf 'StrictModes no\n' > /etc/ssh/sshd_config.d/sanbu.conf
 
 # The wheels of torch_npu for x86_64 ask for the CPU build of torch by name: give PyTorch's CPU index, --build-arg TORCH_INDEX=URL.
 ARG TORCH_INDEX=

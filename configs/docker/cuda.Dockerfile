@@ -9,16 +9,18 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 USER 0
 
 # sshd and pdsh: DeepSpeedJob, and several nodes with the deepspeed launcher; OpenMPI: MPIJob. pdsh refuses to start if
-# /usr/lib is not root's. Hosts are pods that come and go, so their keys are not remembered.
+# /usr/lib is not root's. Hosts are pods that come and go, so their keys are not remembered. StrictModes: the MPI operator mounts
+# root's .ssh from a Secret, whose folder and links others may write to, and sshd would refuse the keys in it.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         g++ ninja-build numactl openmpi-bin openssh-client openssh-server pdsh \
     && rm -rf /var/lib/apt/lists/* \
-    && mkdir -p /run/sshd /etc/ssh/ssh_config.d \
+    && mkdir -p /run/sshd /etc/ssh/ssh_config.d /etc/ssh/sshd_config.d \
     && chown root:root /usr/lib \
     && printf 'Host *\n    StrictHostKeyChecking no\n    UserKnownHostsFile /dev/null\n    LogLevel ERROR\n' \
-        > /etc/ssh/ssh_config.d/sanbu.conf
+        > /etc/ssh/ssh_config.d/sanbu.conf \
+    && printf 'StrictModes no\n' > /etc/ssh/sshd_config.d/sanbu.conf
 
 # Everything but torch, which the base brings; the constraint keeps pip from putting another build in its place.
 COPY requirements.txt /tmp/requirements.txt

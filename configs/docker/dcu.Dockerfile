@@ -1,7 +1,8 @@
 # Sanbu for Hygon DCU (Z100L):   docker build -f configs/docker/dcu.Dockerfile -t sanbu:dcu .
 # The base is the vendor's, with DTK 25.04 and its build of torch 2.4.1. Vendor wheels (deepspeed 0.14.2 of the DAS list)
-# go into configs/docker/wheels before the build; without one DeepSpeed comes from the package index, whose optimizers
-# compile on the node. torch is never touched: a resolver that sees torch>=2 would put a CUDA build in its place.
+# go into configs/docker/wheels before the build; without one DeepSpeed 0.14.4 comes from the package index, the oldest that
+# imports with torch 2.4; its optimizers compile on the node. torch is never touched: a resolver that sees torch>=2 would
+# put a CUDA build in its place.
 # The project lies in /opt/sanbu; the volume with data, models and output is mounted at /workspace.
 ARG BASE_IMAGE=image.sourcefind.cn:5000/dcu/admin/base/pytorch:2.4.1-ubuntu22.04-dtk25.04-py3.10
 FROM ${BASE_IMAGE}
@@ -11,30 +12,36 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3002
 USER 0
 
+# StrictModes: the MPI operator mounts root's .ssh from a Secret, whose folder and links others may write to, and sshd would
+# refuse the keys in it.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         g++ ninja-build numactl openmpi-bin openssh-client openssh-server pdsh \
     && rm -rf /var/lib/apt/lists/* \
-    && mkdir -p /run/sshd /etc/ssh/ssh_config.d \
+    && mkdir -p /run/sshd /etc/ssh/ssh_config.d /etc/ssh/sshd_config.d \
     && chown root:root /usr/lib \
     && printf 'Host *\n    StrictHostKeyChecking no\n    UserKnownHostsFile /dev/null\n    LogLevel ERROR\n' \
-        > /etc/ssh/ssh_config.d/sanbu.conf
+        > /etc/ssh/ssh_config.d/sanbu.conf \
+    && printf 'StrictModes no\n' > /etc/ssh/sshd_config.d/sanbu.conf
 
 COPY configs/docker/wheels/ /tmp/wheels/
 COPY requirements.txt /tmp/requirements.txt
 COPY scripts/vendor_env.sh /opt/sanbu/scripts/vendor_env.sh
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0
 # Vendor wheels first and without their dependencies; then everything else under a constraint that names this torch.
-# DeepSpeed 0.14.2 is what DTK 25.04 ships; it and torch leave the list of the package index.
+# DeepSpeed 0.14.2 is what DTK 25.04 ships; it and torch leave the list of the package index, and so does numpy: the launcher of
+# 0.14.2 imports what numpy 2 has removed.
 RUN . /opt/sanbu/scripts/vendor_env.sh \
     && python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > /tmp/constraints.txt \
+    && echo 'numpy<2' >> /tmp/constraints.txt \
     && find /tmp/wheels -name '*.whl' -print0 \
         | xargs --null --no-run-if-empty python -m pip install --no-cache-dir --no-deps \
-    && sed -E '/^(torch|deepspeed)==/d' /tmp/requirements.txt > /tmp/others.txt \
+    && sed -E '/^(torch|deepspeed|numpy)==/d' /tmp/requirements.txt > /tmp/others.txt \
     && python -m pip install --no-cache-dir --constraint /tmp/constraints.txt --requirement /tmp/others.txt \
-    && (python -m pip show --quiet deepspeed || python -m pip install --no-cache-dir --no-deps deepspeed==0.14.2) \
+    && (python -m pip show --quiet deepspeed || python -m pip install --no-cache-dir --no-deps deepspeed==0.14.4) \
     && python -c "import torch; assert torch.version.hip, 'torch is no longer the build of DTK'" \
+    && DS_ACCELERATOR=cuda python -c "import deepspeed.launcher.runner" \
     && rm -r /tmp/wheels /tmp/requirements.txt /tmp/others.txt /tmp/constraints.txt
 
 COPY . /opt/sanbu

@@ -64,7 +64,7 @@ def test_versions_are_pinned_and_torch_is_left_alone(name, repository):
         assert all("==" in word for word in names), pip
         assert ("--requirement" not in pip) or "--constraint /tmp/constraints.txt" in pip
     # torch is taken out of the list that is installed, and a check after it says whose build is there.
-    assert re.search(r"sed (-E )?'/\^(torch|\(torch\|deepspeed\))==/d'", shell)
+    assert re.search(r"sed (-E )?'/\^(torch|\(torch\|deepspeed\|numpy\))==/d'", shell)
     assert re.search(r"assert (torch\.version\.(cuda|hip)|version\('torch'\))", shell)
     listed = [line for line in (repository / "requirements.txt").read_text().splitlines() if re.match(r"(torch|deepspeed)\b", line)]
     assert all(re.match(r"(torch|deepspeed)==", line) for line in listed) and len(listed) == 2
@@ -93,3 +93,21 @@ def test_the_platforms_name_these_images():
     tags = {platform.kubernetes["image"] for platform in load_platforms().values()}
     assert tags == {f"sanbu:{name}" for name in NAMES}
     assert {path.stem for path in FOLDER.glob("*.Dockerfile")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sshd_takes_keys_that_the_mpi_operator_mounts_from_a_secret(name):
+    """As the operator's own base image has it; the files of a Secret are links in a folder that others may write to."""
+    shell = " ".join(words for instruction, words in instructions(name) if instruction == "RUN")
+    assert "printf 'StrictModes no\\n' > /etc/ssh/sshd_config.d/sanbu.conf" in shell
+    for setting in ("StrictHostKeyChecking no", "UserKnownHostsFile /dev/null"):
+        assert setting in shell
+
+
+@pytest.mark.parametrize("place", ["configs/docker/dcu.Dockerfile", "docs/hardware/dcu.md", "docs/hardware/dcu_zh.md"])
+def test_the_deepspeed_of_the_dcu_imports(place, repository):
+    """0.14.2 of the index wants a torch before 2.4; the vendor's, whose launcher is alike, a numpy before 2."""
+    text = (repository / place).read_text(encoding="utf-8")
+    assert "deepspeed==0.14.4" in text and "deepspeed==0.14.2" not in text
+    assert "echo 'numpy<2' >> " in text and "/^(torch|deepspeed|numpy)==/d" in text
+    assert 'python -c "import deepspeed.launcher.runner"' in text
