@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Output, Situation, answer_of, probe, probe_environment
-from training.utils.surroundings import free_port
+from training.utils.surroundings import container_limit, free_port
 
 GIB = 2**30
 SHM_LITTLE = 1 * GIB  # Docker gives 64 MB; 8 data workers and NCCL's rings want more
@@ -31,15 +31,6 @@ def host_memory() -> float | None:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (ValueError, OSError):
         return None
-
-
-def container_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Bytes that the container may take, cgroup version 2 or 1; None without a limit."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = root / name
-        if path.is_file() and (text := path.read_text().strip()).isdigit() and int(text) < 2**60:
-            return float(text)
-    return None
 
 
 def machine_fields(situation: Situation) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from errors import UserError
+from training.utils.deepspeed_file import check_precision, check_stage, read_deepspeed_config
 from training.utils.zero import (
     build_optimizer,
     copy_structure,
@@ -15,7 +16,7 @@ from training.utils.zero import (
     get_eval_ds_config,
     get_train_ds_config,
     merge,
-    read_deepspeed_config,
+    warmup_steps,
 )
 
 
@@ -56,7 +57,11 @@ def test_a_file_overrides_key_by_key(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [('{"optimizer": {"type": "Adam"}}', "--optimizer"), ('{"a": 1,\n "b" 2}', "line 2"), (None, "No such file")],
+    [
+        ('{"optimizer": {"type": "Adam"}}', "--optimizer"), ('{"a": 1,\n "b" 2}', "line 2"), (None, "No such file"),
+        ("[1, 2]", "expected a JSON object"), ('{"zero_optimization": 3}', '"zero_optimization" must be an object'),
+        ('{"fp16": true}', '"fp16" must be an object'),
+    ],
 )
 def test_wrong_deepspeed_config_is_told_in_a_sentence(tmp_path, content, expected):
     file = tmp_path / "ds.json"
@@ -64,6 +69,45 @@ def test_wrong_deepspeed_config_is_told_in_a_sentence(tmp_path, content, expecte
         file.write_text(content)
     with pytest.raises(UserError, match=expected):
         read_deepspeed_config(str(file))
+
+
+def test_auto_is_dropped_at_every_depth(tmp_path):
+    """Published files for transformers' trainer are full of it, and DeepSpeed reads the word as a number."""
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({
+        "gradient_clipping": "auto", "fp16": {"enabled": "auto"}, "steps_per_print": 5, "optimizer": {"type": "auto"},
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto", "offload_optimizer": {"device": "auto"}},
+        "comms_logger": {"enabled": False, "prof_ops": "auto"},
+    }))  # fmt: skip
+    assert read_deepspeed_config(str(file)) == {"steps_per_print": 5, "comms_logger": {"enabled": False}}
+
+
+def test_a_stage_in_the_file_must_be_that_of_the_flag(tmp_path):
+    """With another one no copy of the structure was kept, and export wrote weights of shape (0,)."""
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    check_stage(str(file), {"": 3})
+    with pytest.raises(UserError, match='"stage" 3 contradicts --zero_stage 0'):
+        check_stage(str(file), {"": 0})
+    with pytest.raises(UserError, match="--critic_zero_stage auto"):
+        check_stage(str(file), {"actor_": 3, "critic_": "auto"})
+
+
+def test_a_number_format_in_the_file_must_be_that_of_the_run(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"fp16": {"enabled": true, "loss_scale": 256}, "bf16": {"enabled": false}}')
+    check_precision(str(file), "fp16")
+    for dtype in ("bf16", "fp32"):
+        with pytest.raises(UserError, match=f'"fp16" is switched on, and the run computes in {dtype}'):
+            check_precision(str(file), dtype)
+    file.write_text('{"bf16": {"enabled": false}}')
+    with pytest.raises(UserError, match='"bf16" is switched off'):
+        check_precision(str(file), "bf16")
+
+
+def test_warm_up_takes_at_most_half_of_the_run():
+    assert [warmup_steps(10, total) for total in (1, 2, 7, 20, 100)] == [0, 1, 3, 10, 10]
+    assert warmup_steps(0, 100) == 0
 
 
 def test_structure_is_copied_without_weights_and_keeps_ties():

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from errors import UserError
 from training.utils.arguments import CommonArguments, DPOArguments, EvaluateArguments, PPOArguments, SFTArguments
+from training.utils.deepspeed_file import check_precision, check_stage
 
 logger = logging.getLogger("sanbu")
 
@@ -58,6 +59,9 @@ def validate(args: Any) -> None:
         models = {"actor_": args.actor_zero_stage, "critic_": args.critic_zero_stage}
     else:
         models = {"": args.zero_stage}
+    check_stage(args.deepspeed_config, models)
+    if args.dtype != "auto":
+        check_precision(args.deepspeed_config, args.dtype)
     check_memory(args, models)
     check_quantization(args, models)
     for prefix in models:
@@ -160,12 +164,17 @@ def check_memory(args: CommonArguments, stages: dict[str, int]) -> None:
     for name in ("offload", "offload_optimizer"):
         if getattr(args, name) and highest < 1:
             raise UserError(f"--{name} needs {named} 1, 2 or 3: with stage 0 DeepSpeed offloads nothing.")
-    for name in ("offload_param", *ZERO_PLUS_PLUS):
-        value = getattr(args, name)
-        if (value if isinstance(value, bool) else value > 1) and highest < 3:
+    for name in needing_stage_3(args):
+        if highest < 3:
             raise UserError(f"--{name} needs {named} 3.")
     if args.optimizer == "fused_adam" and (args.offload or args.offload_optimizer):
         raise UserError("--optimizer fused_adam works on the card, --offload moves its states to the host; use auto.")
+
+
+def needing_stage_3(args: CommonArguments) -> list[str]:
+    """The flags given that do nothing below ZeRO-3: offloaded parameters and ZeRO++."""
+    given = {name: getattr(args, name) for name in ("offload_param", *ZERO_PLUS_PLUS)}
+    return [name for name, value in given.items() if (value if isinstance(value, bool) else value > 1)]
 
 
 def check_quantization(args: CommonArguments, models: dict[str, int]) -> None:

@@ -16,10 +16,12 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from errors import UserError
-from models.device import free_memory, has_accelerator
+from models.device import DTYPES, free_memory, has_accelerator
 from models.factory import check_checkpoint, gets_prefix
 from models.footprint import Footprint, Peak
 from training.utils.arguments import DPOArguments, PPOArguments, RewardArguments
+from training.utils.checks import needing_stage_3
+from training.utils.deepspeed_file import check_precision, read_deepspeed_config
 from training.utils.memory import (
     BUCKET,
     GIB,
@@ -34,9 +36,9 @@ from training.utils.memory import (
     plan,
 )
 from training.utils.run import Run
-from training.utils.zero import read_deepspeed_config
+from training.utils.surroundings import container_free
 
-AUTO = "auto"  # of stages, modules, DeepSpeed's keys
+AUTO = "auto"  # of stages and modules
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ class StepMemory:
         self.roles = [role for role in ("model", "actor", "critic") if role in configs]
         self.ppo = isinstance(args, PPOArguments)
         self._footprints: dict[tuple, Footprint] = {}
+        # Here, as checks.py cannot know what --dtype auto becomes.
+        check_precision(args.deepspeed_config, next(name for name, one in DTYPES.items() if one == dtype))
         zero = read_deepspeed_config(args.deepspeed_config).get("zero_optimization", {})
-        bucket = zero.get("reduce_bucket_size", BUCKET)
-        self.bucket = int(float(bucket)) if bucket != AUTO else BUCKET
+        self.bucket = int(float(zero.get("reduce_bucket_size", BUCKET)))
 
     # --- flags ----------------------------------------------------------------------------------------------------------
 
@@ -285,11 +288,11 @@ def step_memory(args: Any, dtype: torch.dtype, attn: str) -> StepMemory:
 
 
 def this_machine(run: Run) -> Machine:
-    """What the run has, by the process that has the least: free memory of a card and of a host."""
+    """What the run has, by the process that has the least: free memory of a card and of a host, or of the container in it."""
     import psutil
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or run.world_size)
-    host = -run.maximum(-float(psutil.virtual_memory().available))
+    host = -run.maximum(-min(float(psutil.virtual_memory().available), container_free()))
     if not has_accelerator():
         return Machine(run.world_size, local, 0.0, host, accelerator=False)
     card = -run.maximum(-float(free_memory() or math.inf))
@@ -318,13 +321,13 @@ def check_fits(args: Any, machine: Machine, *, dtype: torch.dtype, attn: str) ->
 
 
 def choose_stage(memory: StepMemory, machine: Machine, automatic: list[str]) -> None:
-    """The lowest stage with which the run, otherwise as its flags say, fits; 3 if none does."""
+    """The lowest stage with which the run, otherwise as its flags say, fits and they all have an effect; 3 if none does."""
     chosen = 3
     for stage in (0, 1, 2, 3):
         for name in automatic:
             setattr(memory.args, name, stage)
         setting = memory.setting
-        impossible = (stage == 0 and setting.offload_optimizer) or (stage < 3 and memory.args.offload_param)
+        impossible = (stage == 0 and setting.offload_optimizer) or (stage < 3 and needing_stage_3(memory.args))
         if not impossible and memory.plan_as_run(setting, machine).fits:
             chosen = stage
             break

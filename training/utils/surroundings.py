@@ -1,7 +1,8 @@
-"""What a run meets outside itself: ports, folders, the environment that launchers leave. Imports no torch."""
+"""What a run meets outside itself: ports, folders, the container, the environment that launchers leave. Imports no torch."""
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import uuid
@@ -31,6 +32,33 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"--output_dir {folder} cannot be written ({error.strerror}); name a folder where you may create files."
         ) from error
+
+
+def container_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Bytes that the container may take, cgroup version 2 or 1; None without a limit."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = root / name
+        if path.is_file() and (text := path.read_text().strip()).isdigit() and int(text) < 2**60:
+            return float(text)
+    return None
+
+
+def container_free(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that the container may still take; infinite without a limit. Cached files count as free, as for the whole host."""
+    limit = container_limit(root)
+    if limit is None:
+        return math.inf
+    for taken, figures, cached in (
+        ("memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        try:
+            used = float((root / taken).read_text())
+            stat = dict(line.split() for line in (root / figures).read_text().splitlines())
+        except (OSError, ValueError):   # the other version's, or a kernel that does not say
+            continue
+        return max(limit - used + float(stat.get(cached, 0)), 0.0)
+    return limit
 
 
 def adopt_mpi_ranks(environ: MutableMapping[str, str] = os.environ) -> None:

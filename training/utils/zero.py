@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
 from models.device import has_accelerator
 from models.factory import first_line
+from training.utils.deepspeed_file import read_deepspeed_config
 from training.utils.half_precision import forgotten_loss_scale, gradient_norm, watch_saturation
 from training.utils.run import Run
 
 logger = logging.getLogger("sanbu")
-
-# Keys of a --deepspeed_config file that would contradict what the step itself decides.
-OWNED_BY_FLAGS = {
-    "optimizer": "--optimizer, --learning_rate",
-    "scheduler": "--lr_scheduler_type, --num_warmup_steps",
-    "train_batch_size": "--global_batch_size",
-    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
-    "gradient_accumulation_steps": "--gradient_accumulation_steps",
-}
-DTYPE_SECTIONS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def precision_config(dtype: torch.dtype) -> dict[str, Any]:
@@ -120,22 +108,6 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
-
-
-def read_deepspeed_config(path: str | None) -> dict[str, Any]:
-    """The content of --deepspeed_config. Raises UserError for an unreadable file or a key that a flag owns."""
-    if not path:
-        return {}
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--deepspeed_config {path}: {error.strerror}; name an existing JSON file.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-    for key, flag in OWNED_BY_FLAGS.items():
-        if key in config and config[key] != "auto":
-            raise UserError(f'{path}: the key "{key}" is set by flags here; remove it and use {flag}.')
-    return {key: value for key, value in config.items() if key not in OWNED_BY_FLAGS}
 
 
 @dataclass(frozen=True)
@@ -258,7 +230,7 @@ def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype
     scheduler = get_scheduler(
         options.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=min(options.num_warmup_steps, max(total_steps // 2, 1)) if options.num_warmup_steps else 0,
+        num_warmup_steps=warmup_steps(options.num_warmup_steps, total_steps),
         num_training_steps=max(total_steps, 1),
     )
     config = options.train_config(dtype, world_size)
@@ -273,6 +245,11 @@ def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype
         else:
             deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(engine.device))
     return engine
+
+
+def warmup_steps(wanted: int, total_steps: int) -> int:
+    """Optimizer steps of warm-up: at most half of the run. A run of one step has none: warm-up begins at rate 0."""
+    return min(wanted, total_steps // 2)
 
 
 def to_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
