@@ -190,12 +190,12 @@ def slurm_command(options: Options, module: str, flags: list[str], environ: Mapp
     """srun with one torchrun a node, inside an allocation (sbatch, salloc). Ranks follow the nodes' order, so that each
     finds its own part of a checkpoint again.
     """
-    nodes = options.num_nodes or int(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or options.nodes)
     address = options.master_addr or environ.get("MASTER_ADDR") or first_slurm_node(environ)
-    command = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *shlex.split(options.launcher_args)]
+    command = ["srun", f"--nodes={options.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    command += shlex.split(options.launcher_args)
     # SLURM_NODEID differs by task, so a shell on the node reads it; $0 and $@ are the words that follow.
     command += ["bash", "-c", 'exec "$0" -m torch.distributed.run --node_rank "$SLURM_NODEID" "$@"', sys.executable]
-    command += ["--nnodes", str(nodes), "--nproc_per_node", str(options.processes or options.platform.devices)]
+    command += ["--nnodes", str(options.nodes), "--nproc_per_node", str(processes_here(options, environ))]
     command += ["--master_addr", address, "--master_port", str(options.master_port or DEFAULT_PORT)]
     return [*command, "-m", module, *flags]
 
@@ -218,7 +218,7 @@ def first_slurm_node(environ: Mapping[str, str]) -> str:
 
 
 def processes_here(options: Options, environ: Mapping[str, str]) -> int:
-    """How many processes torchrun starts on this node."""
+    """How many processes torchrun starts on this node; under Slurm on each, which show their devices alike."""
     name, visible = visible_devices(options.platform, environ)
     if visible:
         return check_count(options, name, visible)
@@ -250,6 +250,26 @@ def master_address(options: Options, environ: Mapping[str, str]) -> str | None:
     return options.master_addr or environ.get("MASTER_ADDR") or next(iter(options.hosts), None)
 
 
+def check_one_node(
+    options: Options, num_nodes: int | None, node_rank: int | None, no_ssh: bool | None, master_addr: str | None
+) -> None:
+    """UserError for flags of several nodes where there is one: each node would train alone, all of them the same.
+
+    The values are those of the command line; MASTER_ADDR in the environment and a recipe's no_ssh are left alone.
+    """
+    if options.several or options.launcher == "slurm":
+        return
+    if num_nodes == 1 or len(options.hosts) == 1:  # said so: a script for any number of nodes may give all its flags
+        no_ssh, master_addr, node_rank = None, None, node_rank or None
+    here = (None, "127.0.0.1", "::1", "localhost")
+    given = [f"--node_rank {node_rank}"] * (node_rank is not None) + ["--no_ssh"] * bool(no_ssh)
+    given += [f"--master_addr {master_addr}"] * (master_addr not in here)
+    if given:
+        raise UserError(
+            f"{given[0]} is for several nodes, and this is a run on one; give --num_nodes N or --hostfile FILE, or leave it out."
+        )
+
+
 def needed_address(options: Options, environ: Mapping[str, str]) -> str:
     """master_address, or a UserError."""
     address = master_address(options, environ)
@@ -262,6 +282,12 @@ def check_openmpi(options: Options) -> None:
     """UserError for what DeepSpeed's OpenMPI runner refuses or ignores."""
     if options.no_ssh:
         raise UserError("--no_ssh and --launcher openmpi contradict: mpirun starts the other nodes itself; drop one of the two.")
+    listed = len(read_hostfile(options.hostfile)) if options.hostfile else 0
+    if listed > options.nodes:
+        raise UserError(
+            f"--launcher openmpi starts on every host of {options.hostfile}, and it names {listed}, not the {options.nodes} of "
+            f"--num_nodes; leave only the {options.nodes} in it."
+        )
     for host, slots in options.hosts.items():
         if options.processes and options.processes != slots:
             raise UserError(
@@ -339,9 +365,12 @@ def build_environment(options: Options, environ: Mapping[str, str] = os.environ)
         variables |= lines
         reasons |= dict.fromkeys(lines, f"from {path}")
     variables |= options.env
+    if variables["PYTHONPATH"] != own["PYTHONPATH"]:  # the user's file or the recipe has one, and the project stays first
+        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), _without_root(variables["PYTHONPATH"])]).rstrip(os.pathsep)
     reasons |= {name: f"{why[name]} (from the recipe)" if name in why else "from the recipe" for name in options.env}
     name, visible = visible_devices(options.platform, environ)
-    removed = MASKS if visible and not options.several and options.launcher != "torchrun" else ()
+    by_deepspeed = options.launcher not in ("torchrun", "slurm")  # which alone names the devices in --include
+    removed = MASKS if visible and not options.several and by_deepspeed else ()
     removed = tuple(mask for mask in removed if mask in environ and mask not in options.env)
     return Environment(variables, reasons, removed, forwarded(options, variables, environ) if options.by_ssh else {})
 

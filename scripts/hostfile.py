@@ -1,8 +1,10 @@
-"""Hostfiles: lines ``HOST slots=N``, as DeepSpeed, OpenMPI and Kubeflow's operators read and write them."""
+"""Hostfiles: lines ``HOST slots=N``, as DeepSpeed, OpenMPI and Kubeflow's operators read and write them; and what names mean."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import socket
 from pathlib import Path
 
 from errors import UserError
@@ -29,3 +31,14 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     if not hosts:
         raise UserError(f"{path} names no host; write one line HOST slots=N for each node.")
     return hosts
+
+
+def resolved(name: str) -> tuple[socket.AddressFamily, str]:
+    """What a host's name or address means on this machine, IPv4 before IPv6. OSError if nothing."""
+    found = sorted(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM), key=lambda one: one[0] != socket.AF_INET)
+    return found[0][0], found[0][4][0]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address (no name) is one that only its own machine reaches."""
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback

@@ -25,7 +25,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,10 @@ from scripts.commands import (
     Options,
     build_command,
     build_environment,
+    check_one_node,
     master_address,
 )
+from scripts.hostfile import is_loopback, resolved
 from scripts.platforms import ROOT, did_you_mean, load_platforms, platform_named
 from training.utils.arguments import STEPS as ARGUMENTS
 from training.utils.metrics import format_seconds
@@ -128,8 +130,9 @@ def prepare(argv: list[str], environ: Mapping[str, str] = os.environ) -> tuple[L
     if section not in recipe:
         raise UserError(f"{path} has no section {section}, which {positional[0]} reads; add one.")
     options = options_of(args, recipe.get("launch", {}), str(path), environ)
+    check_one_node(options, args.num_nodes, args.node_rank, args.no_ssh, args.master_addr)
     flags = [*positional_flags(section, positional[2:]), *step_flags]
-    output = flag_value(flags, "output_dir") or recipe[section].get("output_dir")
+    output = flag_value(flags, "output_dir", "check_points_path") or recipe[section].get("output_dir")
     if not output:
         raise UserError(f"{path}, section {section}, names no output_dir; add it, or give --output_dir.")
     shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
@@ -214,16 +217,27 @@ def options_of(args: argparse.Namespace, launch: dict[str, Any], path: str, envi
     hostfile = pick("hostfile")
     if hostfile and not Path(hostfile).is_file():
         raise UserError(f"--hostfile {hostfile}: no such file; write one line HOST slots=N for each node.")
-    num_nodes = pick("num_nodes")
+    launcher, num_nodes = pick("launcher"), pick("num_nodes")
+    allocated = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES")
+    if launcher == "slurm" and allocated and num_nodes is None:
+        num_nodes, hostfile = number("SLURM_JOB_NUM_NODES", allocated), None
     for flag, value in (("--num-gpus", processes), ("--num-nodes", num_nodes)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} is not a number of them; give 1 or more.")
-    if not hostfile and (num_nodes or platform.nodes) > 1 and Path(DEFAULT_HOSTFILE).is_file():
+    master_port, ssh_port = pick("master_port", variable="MASTER_PORT"), pick("ssh_port")
+    for flag, value in (("--master_port", master_port), ("--ssh_port", ssh_port)):
+        if value is not None and not 0 < value < 65536:
+            raise UserError(f"{flag} {value} is no port; give a number from 1 to 65535.")
+    launcher_args = pick("launcher_args") or ""
+    try:
+        shlex.split(launcher_args)
+    except ValueError as error:
+        raise UserError(f"--launcher_args {launcher_args!r} is not read by a shell: {str(error).lower()}; correct it.") from error
+    if launcher != "slurm" and not hostfile and (num_nodes or platform.nodes) > 1 and Path(DEFAULT_HOSTFILE).is_file():
         hostfile = DEFAULT_HOSTFILE
     options = Options(
-        platform, processes, num_nodes, hostfile, pick("launcher"), pick("launcher_args") or "", bool(pick("no_ssh")),
-        args.node_rank, pick("master_addr", variable="MASTER_ADDR"), pick("master_port", variable="MASTER_PORT"),
-        pick("ssh_port"), pick("venv_script"),
+        platform, processes, num_nodes, hostfile, launcher, launcher_args, bool(pick("no_ssh")), args.node_rank,
+        pick("master_addr", variable="MASTER_ADDR"), master_port, ssh_port, pick("venv_script"),
         env={name: str(value) for name, value in (launch.get("env") or {}).items()},
     )  # fmt: skip
     if options.processes is None and not options.hosts:
@@ -255,12 +269,12 @@ def positional_flags(section: str, values: list[str]) -> list[str]:
     return flags
 
 
-def flag_value(flags: list[str], name: str) -> str | None:
-    """The value of a flag that wins: the last one."""
+def flag_value(flags: list[str], *names: str) -> str | None:
+    """The value of a flag under any of its names that wins: the last one."""
     found = None
     for word, following in zip(flags, [*flags[1:], ""], strict=False):
         spelling, *value = word.split("=", 1)
-        if spelling.replace("-", "_") == f"__{name}":
+        if spelling.startswith("--") and spelling[2:].replace("-", "_") in names:
             found = value[0] if value else following
     return found
 
@@ -301,16 +315,20 @@ def wrapped(command: list[str]) -> str:
 # --- start ------------------------------------------------------------------------------------------------------------
 
 
-def check_flags(launch: Launch) -> None:
-    """The step's own check of its flags and recipe: one UserError here instead of one from each process in half a minute."""
+def check_flags(launch: Launch) -> Launch:
+    """The step's own check of its flags and recipe: one UserError here instead of one from each process in half a minute.
+
+    Returns the launch with the output folder as the step reads it.
+    """
     from training.utils.parsing import parse
 
     logger = logging.getLogger("sanbu")
     before, logger.level = logger.level, logging.ERROR  # what replaces a former flag is said by the step itself
     try:
-        parse(next(one for one in ARGUMENTS if one.title == launch.title), launch.flags)
+        args = parse(next(one for one in ARGUMENTS if one.title == launch.title), launch.flags)
     finally:
         logger.level = before
+    return replace(launch, output=Path(args.output_dir))
 
 
 def check_machine(options: Options) -> None:
@@ -369,10 +387,10 @@ def check_address(options: Options) -> None:
     """UserError if the other nodes cannot know the first one by the address they will be given."""
     address = options.master_addr or next(iter(options.hosts))
     try:
-        found = socket.gethostbyname(address)
+        found = resolved(address)[1]
     except OSError as error:
         raise UserError(f"the address of the first node, {address}, does not resolve; give --master_addr with its IP.") from error
-    if found.startswith("127.") and not options.master_addr:
+    if is_loopback(found) and not options.master_addr:
         raise UserError(
             f"{address} resolves to {found} here, which the other nodes cannot reach; give --master_addr with the IP they see."
         )
@@ -431,7 +449,7 @@ def start(launch: Launch) -> int:
     """Run the step to its end; returns its exit code."""
     from scripts.processes import exit_code, explain, run_step
 
-    check_flags(launch)
+    launch = check_flags(launch)
     check_machine(launch.options)
     check_writable(launch.output)
     env = passed_on(launch.environment, launch.output)

@@ -17,7 +17,7 @@ from typing import Any
 from errors import UserError
 from scripts.commands import DEFAULT_HOSTFILE, DEFAULT_PORT, master_address
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Output, Situation, run_tool
-from scripts.hostfile import read_hostfile
+from scripts.hostfile import is_loopback, read_hostfile, resolved
 
 HCCL_PORTS = range(60000, 60032)  # HCCL_IF_BASE_PORT moves them
 CLOCKS_APART = 30  # seconds
@@ -53,6 +53,8 @@ def port_error(port: int) -> str | None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
+        except OverflowError:
+            return "no port; they go from 1 to 65535"
         except OSError as error:
             return (error.strerror or str(error)).lower()
     return None
@@ -251,8 +253,9 @@ def check_hosts(situation: Situation, hosts: Mapping[str, int]) -> list[Check]:
 def is_here(address: str | None) -> bool:
     """Whether an address is one of this machine's own: only those can be bound."""
     try:
-        with socket.socket() as probe:
-            probe.bind((socket.gethostbyname(address or ""), 0))
+        family, found = resolved(address or "")
+        with socket.socket(family) as probe:
+            probe.bind((found, 0))
     except OSError:
         return False
     return bool(address)
@@ -263,11 +266,11 @@ def check_address(address: str | None, given: bool, several: bool) -> list[Check
     if not address or not several:
         return []
     try:
-        found = socket.gethostbyname(address)
+        found = resolved(address)[1]
     except OSError as error:
         why = f"{address} does not resolve here ({error.strerror or error})"
         return [Check("cluster", "master address", FAIL, why, "--master_addr with the IP of the first node")]
-    if found.startswith("127.") and not given:
+    if is_loopback(found) and not given:
         why = f"{address} is {found} here, which no other node can reach"
         return [Check("cluster", "master address", FAIL, why, "--master_addr with the IP that the others see")]
     return [Check("cluster", "master address", OK, f"{address} is {found}")]

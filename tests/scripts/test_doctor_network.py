@@ -135,7 +135,8 @@ def test_master_address(monkeypatch):
     assert check_address("127.0.0.1", True, True)[0].state == "ok"
     assert check_address("127.0.0.1", False, True)[0].state == "fail"  # the others would call themselves
     assert check_address("127.0.0.1", False, False) == []
-    monkeypatch.setattr(network.socket, "gethostbyname", lambda _: (_ for _ in ()).throw(OSError("Name or service not known")))
+    assert [check_address("::1", given, True)[0].state for given in (True, False)] == ["ok", "fail"]
+    monkeypatch.setattr(network, "resolved", lambda _: (_ for _ in ()).throw(OSError("Name or service not known")))
     assert check_address("no-such-host", True, True)[0].state == "fail"
 
 
@@ -154,6 +155,7 @@ def test_ports(cluster):
         assert str(port) in check.why
     assert check_ports(cluster(master_port=port))[0].state == "ok"
     assert check_ports(Situation({}))[0].state == "skip"
+    assert network.port_error(99999) == "no port; they go from 1 to 65535"
 
 
 @pytest.mark.parametrize(

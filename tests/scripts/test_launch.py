@@ -228,6 +228,34 @@ def test_slurm(recipe, tmp_path):
         launched(*words)
 
 
+def test_a_script_for_any_number_of_nodes_may_give_its_flags_to_one(recipe):
+    words = ["step1_sft", recipe(), "--launcher", "torchrun", "--num_nodes", "1", "--node_rank", "0", "--master_addr", "10.0.0.1"]
+    assert "--nproc_per_node" in launched(*words).command
+    assert launched("step1_sft", recipe(), MASTER_ADDR="10.0.0.1", NODE_RANK="0").command, "as a pod of one replica has them"
+
+
+def test_openmpi_would_start_on_every_host_of_the_file(recipe, tmp_path):
+    (tmp_path / "four").write_text("".join(f"node-{number} slots=8\n" for number in range(4)))
+    words = ["step1_sft", recipe("multi_node"), "--hostfile", str(tmp_path / "four"), "--launcher", "openmpi"]
+    with pytest.raises(UserError, match="it names 4, not the 2 of --num_nodes; leave only the 2 in it"):
+        launched(*words, "--num_nodes", "2", NCCL_SOCKET_IFNAME="ib0")
+    assert launched(*words, NCCL_SOCKET_IFNAME="ib0").command
+
+
+def test_slurm_with_a_platform_of_one_node_and_some_of_its_devices(recipe):
+    """The allocation says how many nodes there are; the network's variables follow from that, and the mask stays."""
+    shell = {"SLURM_JOB_NODELIST": "n7", "SLURM_JOB_NUM_NODES": "4", "HIP_VISIBLE_DEVICES": "4,5,6,7"}
+    launch = launched("step1_sft", recipe("dcu_z100l"), "--launcher", "slurm", "--num_gpus", "4", **shell)
+    assert launch.options.several and "--nodes=4" in launch.command
+    place = launch.command.index("--nproc_per_node")
+    assert launch.command[place - 1 : place + 2] == ["4", "--nproc_per_node", "4"]
+    assert launch.environment.over(shell).items() >= (shell | launch.options.platform.env_several_nodes).items()
+    with pytest.raises(UserError, match="HIP_VISIBLE_DEVICES shows 4 devices, 8 are wanted"):
+        launched("step1_sft", recipe("dcu_z100l"), "--launcher", "slurm", **shell)
+    one = shell | {"SLURM_JOB_NUM_NODES": "1"}
+    assert not launched("step1_sft", recipe("dcu_z100l"), "--launcher", "slurm", "--num_gpus", "4", **one).environment.removed
+
+
 # --- environment ------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +269,16 @@ def test_shell_before_platform_and_recipe_before_both(recipe):
     assert found["DS_ACCELERATOR"] == "cuda", "DeepSpeed's name of a DCU"
     assert found["PYTHONPATH"].split(os.pathsep)[1:] == ["elsewhere"]
     assert "the platform has 5" in environment.reasons["NCCL_P2P_LEVEL"] and "recipe" in environment.reasons["MINE"]
+
+
+def test_the_project_stays_before_any_other_pythonpath(recipe, hostfile, tmp_path):
+    (tmp_path / ".deepspeed_env").write_text("PYTHONPATH=/of/the/file\n")
+    for platform, more, words, wanted in (
+        ("multi_node", "", ["--hostfile", hostfile], "/of/the/file"),
+        ("single_node", "env: {PYTHONPATH: /of/the/recipe}", [], "/of/the/recipe"),
+    ):
+        launch = launched("step1_sft", recipe(platform, more), *words, HOME=str(tmp_path / "nobody"))
+        assert launch.environment.variables["PYTHONPATH"].split(os.pathsep) == [str(commands.ROOT), wanted]
 
 
 def test_other_nodes_are_told_what_they_need_and_no_secret(recipe, hostfile, tmp_path, monkeypatch):
@@ -331,6 +369,12 @@ def test_a_dry_run_is_read_back_by_a_shell_and_makes_nothing(recipe, hostfile, t
         (["step1_sft", "{recipe}", "--hostfile", "absent"], "--hostfile absent: no such file"),
         (["step1_sft", "{recipe}", "--hostfile", "{hosts}", "--num_nodes", "3"], "names 2 hosts"),
         (["step1_sft", "{recipe}", "--hostfile", "{hosts}", "--num_gpus", "9"], "gives node-1 slots=8"),
+        (["step1_sft", "{recipe}", "--master_port", "99999"], "--master_port 99999 is no port; give a number from 1 to 65535"),
+        (["step1_sft", "{recipe}", "--launcher", "slurm", "--launcher-args", "--comment 'x"], "not read by a shell: no closing"),
+        (["step1_sft", "{recipe}", "--launcher", "torchrun", "--node_rank", "1"], "--node_rank 1 is for several nodes"),
+        (["step1_sft", "{recipe}", "--no_ssh"], "--no_ssh is for several nodes, and this is a run on one; give --num_nodes N"),
+        (["step1_sft", "{recipe}", "--master_addr", "10.0.0.1"], "--master_addr 10.0.0.1 is for several nodes"),
+        (["step1_sft", "{recipe}", "--num_nodes", "1", "--node_rank", "1"], "--node_rank 1 is for several nodes"),
     ],
 )
 def test_wrong_words_are_one_sentence_and_exit_code_2(recipe, hostfile, monkeypatch, capsys, words, sentence):
@@ -424,5 +468,6 @@ def test_a_taken_port_and_missing_tools(recipe, hostfile, monkeypatch, tmp_path)
     (tmp_path / "hosts").write_text("localhost slots=1\nnode.invalid slots=1\n")
     with pytest.raises(UserError, match=r"localhost resolves to 127\.0\.0\.1 here, which the other nodes cannot reach"):
         check_machine(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile).options)
+    check_machine(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--master_addr", "::1").options)
     with pytest.raises(UserError, match=r"node\.invalid, does not resolve; give --master_addr"):
         check_machine(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--master_addr", "node.invalid").options)

@@ -83,6 +83,21 @@ def test_help_and_refusals_come_at_once(repository, folder):
     assert not (folder / "out").exists()
 
 
+def test_the_output_folder_is_the_one_that_the_step_writes_to(monkeypatch, folder):
+    """--check_points_path is a former name of --output_dir; its mark, its log and no other folder's are touched."""
+    monkeypatch.chdir(folder)
+    launch, _ = prepare(["step1_sft", "recipe.yaml", "--check_points_path", "former"], {})
+    assert launch.output == Path("former")
+    monkeypatch.setattr(launching, "check_machine", lambda options: None)
+    other = folder / "output" / "sft" / "sanbu_done.json"
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_text("{}")
+    program = "import pathlib; pathlib.Path('former/sanbu_done.json').write_text('{}')"
+    launch = replace(launch, command=[sys.executable, "-c", program], output=other.parent)   # however the flag was spelled
+    assert launching.start(launch) == 0
+    assert other.is_file() and (folder / "former" / "training.log").is_file()
+
+
 # --- programs in place of the step ------------------------------------------------------------------------------------
 
 
@@ -91,7 +106,7 @@ def ended(monkeypatch, folder: Path, program: str, *words: str) -> int:
     monkeypatch.chdir(folder)
     launch, _ = prepare(["step1_sft", "recipe.yaml", "ends", *words], {})
     monkeypatch.setattr(launching, "check_machine", lambda options: None)
-    monkeypatch.setattr(launching, "check_flags", lambda launch: None)
+    monkeypatch.setattr(launching, "check_flags", lambda launch: launch)
     return launching.start(replace(launch, command=[sys.executable, "-c", textwrap.dedent(program)]))
 
 
