@@ -51,6 +51,7 @@ class Chatbot:
     system: str | None = None
     history: list[dict[str, str]] = field(default_factory=list)  # user and assistant in turn
     asked: int = 0  # questions so far, forgotten ones too
+    warned: bool = False  # that turns are left out, once
 
     def clear(self) -> None:
         """Forget the dialogue; the system message stays."""
@@ -63,14 +64,20 @@ class Chatbot:
         """
         import torch
 
-        from inference.engine import generate
+        from inference.engine import check_finite, generate
         from inference.streaming import TextStream
 
         prompt, history = self.fitting_prompt(question)
+        if len(history) < len(self.history) and not self.warned:
+            self.warned = True
+            print(
+                f"(The dialogue and --max_new_tokens {self.sampling.max_new_tokens} do not fit into the {self.longest()} tokens "
+                "that the model reads: it forgets the oldest turns.)", file=sys.stderr, flush=True,
+            )  # fmt: skip
         room = min(self.sampling.max_new_tokens, self.longest() - len(prompt))
         ids = torch.tensor([prompt], device=self.model.device)
         stream = TextStream(self.template, self.tokenizer, show)
-        generate(
+        found = generate(
             self.model, ids, torch.ones_like(ids),
             max_new_tokens=room, stop_token_ids=self.template.stop_token_ids, pad_token_id=self.tokenizer.pad_token_id,
             temperature=self.sampling.temperature, top_p=self.sampling.top_p, top_k=self.sampling.top_k,
@@ -79,6 +86,7 @@ class Chatbot:
             tokenizer=self.tokenizer,
             on_token=lambda row, token: stream.add(token),
         )  # fmt: skip
+        check_finite(found.log_probs, "try --dtype fp32, or another checkpoint.")
         text = stream.finish()
         self.history = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": text}]
         self.asked += 1

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from inference.cache import RowsCache, rows_cache
 from inference.lockstep import in_step
 from inference.sampling import StopStrings, draw, occurring, penalised, uniform_numbers
@@ -46,6 +47,14 @@ class Generation:
     ended: Tensor
     log_probs: Tensor
     filtered: bool = False
+
+
+def check_finite(log_probs: Tensor, remedy: str) -> None:
+    """Raise UserError, with what to do about it, unless the log-probabilities of drawn tokens are all finite: others come
+    from weights or activations that are not.
+    """
+    if not bool(log_probs.isfinite().all()):
+        raise UserError(f"the model's logits are not finite numbers, so nothing can be drawn from them; {remedy}")
 
 
 def generate(

@@ -47,11 +47,11 @@ def invert(weights: Tensor, uniform: Tensor) -> Tensor:
     """The first place whose cumulative weight exceeds uniform · total: place i with probability weights[i] / total.
 
     weights [batch, n] >= 0, uniform [batch] float32 in [0, 1 - 2^-24] -> [batch]. uniform · total rounds to less than total,
-    so the place exists and has weight.
+    so the place exists and has weight; of weights that are NaN it is the last place (engine.check_finite says so afterwards).
     """
     cumulative = weights.cumsum(dim=1)
     goal = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, goal, right=True).squeeze(1)
+    return torch.searchsorted(cumulative, goal, right=True).squeeze(1).clamp(max=weights.shape[1] - 1)
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from errors import UserError
 
+SCALAR = "ForSequenceClassification"  # how the name of a reward model's or critic's class ends
+
 
 def read_json(file: Path, path: str | Path) -> dict:
     """The object in a JSON file of the checkpoint ``path``; UserError if it is missing or broken."""
@@ -21,6 +23,14 @@ def read_json(file: Path, path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object; copy the checkpoint again.")
     return content
+
+
+def architecture(folder: Path, path: str | Path) -> str:
+    """The class of network that the config.json in a folder, named path by the user, says it was saved by: LlamaForCausalLM,
+    …; "no architecture named" if none. A name on SCALAR gives scores.
+    """
+    names = read_json(folder / "config.json", path).get("architectures") or ["no architecture named"]
+    return str(names[0])
 
 
 def first_line(error: Exception) -> str:

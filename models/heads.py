@@ -16,8 +16,7 @@ from transformers import Cache
 
 from models.zero3 import gathered
 
-# Logits held at a time: 2^25 float32 values are 128 MiB. Smaller chunks save memory that nobody misses and add up more
-# partial
+# Logits held at a time: 2^25 float32 values are 128 MiB. Smaller chunks save memory that nobody misses and add up more partial
 # gradients of the output matrix in the model's dtype.
 CHUNK_LOGITS = 2**25
 SCALAR_HEADS = ("score", "classifier_head")  # the second is ChatGLM2's

@@ -1,5 +1,6 @@
 """chat.py: which tokens the model gets to see, what it forgets when, and the dialogue through pipe and terminal."""
 
+import copy
 import errno
 import json
 import os
@@ -86,7 +87,7 @@ def test_clear_forgets_everything_but_the_system_message(bot):
     assert bot.history == [] and bot.answer("What is bread?") == alone
 
 
-def test_the_oldest_turns_go_when_the_context_is_full(bot):
+def test_the_oldest_turns_go_when_the_context_is_full(bot, capsys):
     limit = context_length(bot.model.config)
     assert limit == 256
     bot.system = "Be brief."
@@ -100,7 +101,17 @@ def test_the_oldest_turns_go_when_the_context_is_full(bot):
             assert len(bot.template.encode_prompt(bot.tokenizer, more)) + 8 > limit
         bot.answer(question)
     assert len(kept) < 22
+    assert capsys.readouterr().err.count("it forgets the oldest turns") == 1
     assert bot.history[0]["role"] == "user" and not bot.history[0]["content"].startswith("question 0")
+
+
+def test_a_model_whose_weights_are_not_numbers_is_told(bot, monkeypatch):
+    monkeypatch.setattr(bot, "model", copy.deepcopy(bot.model))
+    with torch.no_grad():
+        next(bot.model.parameters())[:] = float("nan")
+    with pytest.raises(UserError, match=r"not finite numbers.*--dtype fp32"):
+        bot.answer("hello")
+    assert bot.history == []
 
 
 def test_a_question_that_nearly_fills_the_context_leaves_less_room_for_the_answer(bot):

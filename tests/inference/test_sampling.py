@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from inference.engine import generate, generate_many
-from inference.sampling import StopStrings, occurring, penalised
+from inference.sampling import StopStrings, draw, occurring, penalised
 from inference.streaming import TextStream
 from models.factory import load_tokenizer
 from models.templates import load_template
@@ -32,6 +32,13 @@ def model(folder):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 2}])
+def test_of_numbers_that_are_not_finite_a_token_of_the_vocabulary_is_drawn(filters):
+    log_probs = torch.tensor([[0.5, 0.3, 0.2], [float("nan")] * 3]).log()
+    tokens, _ = draw(log_probs, torch.tensor([0.1, 0.999]), **filters)
+    assert tokens[0] == 0 and 0 <= tokens[1] < 3
 
 
 # --- repetition penalty -----------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from models.adapters import adapter_disabled
 from models.factory import load_causal_lm
 from models.heads import TokenLogProbs
 from training.utils.data.batching import AnswerPairBatch
+from training.utils.loading import read_in_turn
 from training.utils.loss import sequence_log_probs
 from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_frozen
+from training.utils.zero import EngineOptions, build_frozen, get_eval_ds_config
 
 
 def load_reference(args, tokenizer, run: Run) -> nn.Module | None:
@@ -23,17 +24,20 @@ def load_reference(args, tokenizer, run: Run) -> nn.Module | None:
     if args.lora_dim and not args.ref_model_name_or_path:
         return None
     other = args.ref_model_name_or_path
-    model = load_causal_lm(
-        other or args.model_name_or_path,
-        dtype=run.dtype,
-        attn=run.attention,
-        dropout=0.0,
-        zero3_config=EngineOptions.of(args).loading_config(run.dtype, run.world_size),
-        tokenizer=tokenizer,
-        quantization_bit=args.quantization_bit,
-        ptuning_checkpoint=None if other else args.ptuning_checkpoint,
-        seed=args.seed,
-    )
+    split = EngineOptions.of(args).loading_config(run.dtype, run.world_size)
+    if args.offload_reference_model:   # in host memory from the start, in parts
+        split = get_eval_ds_config(True, run.dtype, 3, world_size=run.world_size)
+    options = {
+        "dtype": run.dtype,
+        "attn": run.attention,
+        "dropout": 0.0,
+        "zero3_config": split,
+        "tokenizer": tokenizer,
+        "quantization_bit": args.quantization_bit,
+        "ptuning_checkpoint": None if other else args.ptuning_checkpoint,
+        "seed": args.seed,
+    }
+    model = read_in_turn(load_causal_lm, other or args.model_name_or_path, run, options)
     return build_frozen(
         TokenLogProbs(model),
         stage=args.zero_stage,

@@ -17,7 +17,8 @@ import torch
 
 from errors import UserError
 from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
-from models.factory import load_scalar_model, load_tokenizer, read_json, resolve_checkpoint
+from models.factory import load_scalar_model, load_tokenizer, resolve_checkpoint
+from models.files import SCALAR, architecture
 from models.heads import TokenScores, last_token_scores
 from models.templates import Template, load_template
 from training.utils.arguments import RewardEvalArguments
@@ -98,9 +99,8 @@ def main(args: RewardEvalArguments) -> None:
 def check_reward_model(path: str) -> Path:
     """The folder of a reward model, or a critic. A language model would get a random head: UserError."""
     folder = resolve_checkpoint(path)
-    architectures = read_json(folder / "config.json", path).get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        found = ", ".join(architectures) or "no architecture named"
+    found = architecture(folder, path)
+    if not found.endswith(SCALAR):
         raise UserError(f"--model_name_or_path {path} is no reward model ({found}); step 2 trains one.")
     return folder
 

@@ -5,6 +5,8 @@ Shapes and masks as in objectives.py: [batch, time] over the response. Give ever
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -103,7 +105,7 @@ def sampler_weights(old_log_probs: Tensor, log_probs: Tensor, mask: Tensor, boun
     old_log_probs (training), log_probs (sampler), mask [batch, time] -> [batch, time], 1 outside the mask.
     """
     log_ratio = (old_log_probs.float() - log_probs.float()).where(mask.bool(), 0.0)
-    edge = torch.tensor(bound, dtype=torch.float32).log()
+    edge = math.log(bound)   # a number: a card does not clamp by a tensor of the host
     return log_ratio.clamp(-edge, edge).exp()
 
 

@@ -17,7 +17,9 @@ from models.factory import (
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
+    resolve_checkpoint,
 )
+from models.files import SCALAR, architecture
 from models.heads import TokenLogProbs, TokenScores
 from models.shared_trunk import SharedTrunk, check_scorer
 from models.templates import load_template
@@ -70,6 +72,7 @@ class DeepSpeedRLHFEngine:
         if args.has_critic or self.rewards.with_model:
             models["critic"] = critic_model_name_or_path
             check_same_tokenizer(tokenizer, load_tokenizer(critic_model_name_or_path), tuple(models.values()))
+        check_kinds(actor_model_name_or_path, critic_model_name_or_path if self.rewards.with_model else None)
         self.adapted: dict[str, bool] = {}  # whether the trained model of a role is a frozen base and something small over it
         for role, path in models.items():
             prefixed = gets_prefix(path, Path(args.output_dir) / role, **args.prefix_options(role))
@@ -208,6 +211,22 @@ class DeepSpeedRLHFEngine:
         for model in (self.actor, self.critic, self.ref, self.reward):
             if model is not None:
                 model.eval()
+
+
+def check_kinds(actor: str, reward: str | None) -> None:
+    """Raise UserError for a reward model in the actor's place, or a language model in the reward model's: one would lose its
+    scores, the other get a random head, and PPO would learn from noise. A critic may start from a language model.
+    """
+    if architecture(resolve_checkpoint(actor), actor).endswith(SCALAR):
+        raise UserError(f"--actor_model_name_or_path {actor} is a reward model; name the SFT model, which step 1 trains.")
+    if reward is None:
+        return
+    found = architecture(resolve_checkpoint(reward), reward)
+    if not found.endswith(SCALAR):
+        raise UserError(
+            f"--critic_model_name_or_path {reward} is no reward model ({found}); name one that step 2 trained, or score with "
+            "--reward_function or --reward_endpoint and --reward_model false."
+        )
 
 
 def score_unit(config, normalize: bool) -> tuple[float, float]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from inference.engine import generate_many
+from inference.engine import check_finite, generate_many
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.scoring import score_answers
@@ -52,9 +53,20 @@ class PromptBatches:
 
     def batch(self, examples: list[int]) -> PromptBatch:
         """This process's share of the given examples, dealt like cards so that lengths are even."""
-        mine = examples[self.run.rank :: self.run.world_size]
-        rows = [self.dataset[example] | {"index": example} for example in mine]
+        earlier = times_before(examples)
+        mine = range(self.run.rank, len(examples), self.run.world_size)
+        rows = [self.dataset[examples[place]] | {"index": examples[place], "earlier": earlier[place]} for place in mine]
         return collate_prompts(rows, pad_id=self.pad_id).to(self.run.device)
+
+
+def times_before(examples: Sequence[int]) -> list[int]:
+    """How often each stands in the list before its place."""
+    seen: Counter[int] = Counter()
+    found = []
+    for example in examples:
+        found.append(seen[example])
+        seen[example] += 1
+    return found
 
 
 def row_seed(seed: int, rollout: int, example: int, occurrence: int) -> int:
@@ -63,14 +75,15 @@ def row_seed(seed: int, rollout: int, example: int, occurrence: int) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def row_seeds(seed: int, rollout: int, examples: list[int]) -> list[int]:
-    """One seed a row; a prompt that stands twice in a rollout gets two."""
-    seen: dict[int, int] = {}
-    seeds = []
-    for example in examples:
-        seeds.append(row_seed(seed, rollout, example, seen.get(example, 0)))
-        seen[example] = seen.get(example, 0) + 1
-    return seeds
+def row_seeds(seed: int, rollout: int, prompts: PromptBatch, answers: int) -> list[int]:
+    """One seed an answer, those to a prompt together. A prompt that stands in a rollout again, with this process or with
+    another, goes on where its earlier answers stopped counting.
+    """
+    return [
+        row_seed(seed, rollout, example, earlier * answers + answer)
+        for example, earlier in zip(prompts.index.tolist(), prompts.earlier.tolist(), strict=True)
+        for answer in range(answers)
+    ]
 
 
 def roll_out(
@@ -83,14 +96,15 @@ def roll_out(
     fetched layer by layer where they do not fit (--generation_weights).
     """
     engine.eval()
-    seeds = row_seeds(args.seed, rollout, prompts.index.repeat_interleave(answers).tolist())
+    seeds = row_seeds(args.seed, rollout, prompts, answers)
     # Groups are numbered over all processes, in the order in which the prompts were dealt.
     group = torch.arange(len(prompts.index), device=prompts.index.device) * engine.run.world_size + engine.run.rank
     mask = prompts.attention_mask
     left = int((mask.cumsum(1) > 0).int().argmax(1).min())  # columns that are padding in every row
     ids, mask = prompts.input_ids[:, left:], mask[:, left:]
     at_once = args.answers_at_once
-    room = {"rows": min(at_once, len(ids) * answers), "columns": ids.shape[1] + args.max_answer_seq_len}
+    # The most that any batch of this run takes: the choice is made once, and the first batch may be a small one.
+    room = {"rows": at_once, "columns": args.max_prompt_seq_len + args.max_answer_seq_len}
     with generation_model(engine.actor if policy is None else policy, args, engine.run, **room) as actor:
         generation = generate_many(
             actor.model, [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)],
@@ -108,6 +122,11 @@ def roll_out(
     ids, mask, index, numbers = (x.repeat_interleave(answers, dim=0) for x in (ids, mask, prompts.index, group))
     rows = Experience.from_generation(ids, mask, generation, index, engine.tokenizer.pad_token_id, numbers)
     gathered = rows.all_gather()
+    check_finite(  # of all processes' rows, so that all of them stop
+        gathered.log_probs,
+        "its weights are broken, or --dtype fp16 overflows: --resume from an earlier checkpoint with lower learning rates, or "
+        "take --dtype bf16 or fp32.",
+    )
     # Gathered process by process; by group it is the order of the prompts, the same for any number of processes.
     return gathered.select(torch.argsort(gathered.group, stable=True))
 

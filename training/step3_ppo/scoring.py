@@ -82,7 +82,7 @@ class RewardFunction:
         """One finite float an answer. Raises RewardError that names the sample."""
         try:
             found = self.function(list(prompts), list(answers))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # one that ends its process would leave the others waiting
             where = self._culprit(prompts, answers)
             raise RewardError(f"{self.label} raised {self._complaint(error)} {where}; correct the function.") from error
         return checked_scores(found, prompts, answers, self.label)
@@ -92,7 +92,7 @@ class RewardFunction:
         for prompt, answer in zip(prompts, answers, strict=True):
             try:
                 self.function([prompt], [answer])
-            except Exception:
+            except (Exception, SystemExit):
                 return f"on {sample(prompt, answer)}"
         return f"on {len(answers)} answers together, though on none of them alone; the first is {sample(prompts[0], answers[0])}"
 
@@ -141,11 +141,16 @@ class RewardEndpoint:
         except urllib.error.HTTPError as error:
             if error.code >= 500 or error.code in BUSY:
                 raise Unreachable(f"HTTP {error.code} {error.reason}") from error
-            said = shortened(error.read(500).decode("utf-8", "replace"), 200)
+            try:
+                said = shortened(error.read(500).decode("utf-8", "replace"), 200)
+            except (OSError, HTTPException):  # the connection broke while it explained itself
+                said = ""
             raise RewardError(
                 f"{self.label} refused the request: HTTP {error.code} {error.reason} {said!r}; it must take a POST of "
                 'JSON {"prompts": [...], "answers": [...]}.'
             ) from error
+        except UnicodeError as error:  # a host or a path that cannot be written as an address
+            raise RewardError(f"{self.label}: no address that can be asked ({error}); write it in ASCII.") from error
         except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
             reason = getattr(error, "reason", error)
             late = isinstance(reason, TimeoutError)

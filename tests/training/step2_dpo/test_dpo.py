@@ -1,6 +1,8 @@
 """DPO: what is summed, which model is the reference, wrong input. test_dpo_runs.py has whole runs."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tests.tiny import tiny_checkpoint
 from training.utils.arguments import DPOArguments
 from training.utils.data.batching import collate_answer_pairs, plan_micro_batches
 from training.utils.loss import dpo_loss, implicit_rewards
-from training.utils.parsing import main_entry
+from training.utils.parsing import main_entry, parse
 
 BETA = 0.5
 ROWS = [
@@ -114,6 +116,22 @@ def test_the_reference_under_lora_is_the_model_without_its_adapter(start):
     assert engine.training and engine.module.training
     assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == trained
     assert (reference_room.answer_log_probs(engine, batch) - found).abs().max() > 0.1   # the adapter is back
+
+
+def test_a_reference_on_the_host_is_split_while_it_is_read(start, tmp_path, monkeypatch):
+    """Whatever the stage of the model that is trained: its own configuration would bind the weights to the device."""
+    seen = []
+    monkeypatch.setattr(reference_room, "load_causal_lm", lambda path, **settings: seen.append(settings) or torch.nn.Linear(1, 1))
+    monkeypatch.setattr(reference_room, "build_frozen", lambda model, **how: how["offload"])
+    run = SimpleNamespace(dtype=torch.float32, attention="sdpa", world_size=1, device=torch.device("cpu"), in_turn=nullcontext)
+    for stage in ("0", "3"):
+        args = parse(DPOArguments, [
+            "--model_name_or_path", str(start / "base"), "--data_path", "d", "--output_dir", str(tmp_path), "--zero_stage", stage,
+            "--offload_reference_model",
+        ])  # fmt: skip
+        assert reference_room.load_reference(args, None, run) is True
+    for settings in seen:
+        assert settings["zero3_config"]["zero_optimization"]["offload_param"] == {"device": "cpu"}
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------

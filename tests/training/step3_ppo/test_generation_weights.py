@@ -45,6 +45,22 @@ def test_a_rollout_is_the_same_with_split_weights(models, tmp_path, monkeypatch)
     assert len(released) == 2
 
 
+def test_the_choice_is_asked_about_the_largest_rectangle_of_the_run(models, tmp_path, monkeypatch):
+    """The first prompts may be few and short (an evaluation before the first rollout); the choice holds for all."""
+    asked = []
+
+    @contextmanager
+    def look(engine, args, run, *, rows, columns):
+        asked.append((rows, columns))
+        yield getattr(engine, "module", engine)
+
+    trainer = build(models, tmp_path, "--num_return_sequences", "2", "--advantage", "rloo")
+    monkeypatch.setattr("training.step3_ppo.rollout.generation_model", look)
+    rollout(trainer, 1)
+    args = trainer.args
+    assert asked == [(2 * args.per_device_generation_batch_size, args.max_prompt_seq_len + args.max_answer_seq_len)]
+
+
 def stand_in(config):
     """As much of an engine as the choice asks: 1000 float32 weights."""
     weight = torch.nn.Parameter(torch.zeros(2))

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from errors import UserError
 from inference.engine import Generation
 from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
 from models.templates import load_template
@@ -14,7 +16,7 @@ from tests.tiny import tiny_checkpoint
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.step3_ppo.rollout import row_seeds, score_rollout
+from training.step3_ppo.rollout import PromptBatches, row_seed, row_seeds, score_rollout
 from training.utils.arguments import PPOArguments
 from training.utils.data.batching import collate_prompts
 from training.utils.parsing import parse
@@ -248,7 +250,47 @@ def test_item_47_answers_are_sampled_whatever_the_checkpoint_says(folders, tmp_p
     again = trainer.generate_experience(same, 1)
     assert torch.equal(again.input_ids, experience.input_ids), "the same rollout number, the same answers"
     assert not torch.equal(trainer.generate_experience(same, 2).old_log_probs, experience.old_log_probs)
-    assert len(set(row_seeds(1, 1, [4, 4, 5, 4]))) == 4
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_item_13_prompts_that_stand_twice_get_other_answers_whoever_answers_them(processes):
+    """Seeds of a rollout of four examples of which one stands three times, with two answers each: eight, whoever has them."""
+    examples = [4, 4, 5, 4]
+
+    def share(rank: int):
+        run = SimpleNamespace(rank=rank, world_size=processes, device="cpu")
+        room = SimpleNamespace(dataset={4: {"prompt_ids": [7]}, 5: {"prompt_ids": [8, 9]}}, run=run, pad_id=0)
+        return PromptBatches.batch(room, examples)
+
+    seeds = [seed for rank in range(processes) for seed in row_seeds(1, 1, share(rank), 2)]
+    assert len(set(seeds)) == 8
+    assert sorted(seeds) == sorted(row_seed(1, 1, example, n) for example, times in ((4, 6), (5, 2)) for n in range(times))
+
+
+def test_weights_that_are_not_finite_stop_the_run_with_a_sentence(folders, tmp_path):
+    trainer = build(folders, tmp_path)
+    with torch.no_grad():
+        next(trainer.engine.actor.module.model.parameters())[:] = float("nan")
+    with pytest.raises(UserError, match=r"not finite numbers.*--resume"):
+        trainer.generate_experience(prompts(trainer), 1)
+
+
+@pytest.mark.parametrize(("places", "flags", "words"), [
+    ((0, 0), (), "critic_model_name_or_path .* is no reward model .LlamaForCausalLM"),
+    ((1, 1), (), "actor_model_name_or_path .* is a reward model"),
+    ((1, 0), (), "actor_model_name_or_path .* is a reward model"),
+])  # fmt: skip
+def test_a_model_of_the_other_kind_is_refused(folders, tmp_path, places, flags, words):
+    with pytest.raises(UserError, match=words):
+        build([folders[place] for place in places], tmp_path, *flags)
+
+
+def test_a_critic_may_start_from_a_language_model(folders, tmp_path):
+    rule = tmp_path / "rule.py"
+    rule.write_text("def score(prompts, answers):\n    return [float(len(answer)) for answer in answers]\n")
+    flags = ("--reward_model", "false", "--reward_function", f"{rule}:score")
+    trainer = build((folders[0], folders[0]), tmp_path, *flags)
+    assert trainer.engine.critic is not None and trainer.engine.reward is None
 
 
 def test_item_14_kl_penalty_uses_the_policy_that_sampled(folders, tmp_path):

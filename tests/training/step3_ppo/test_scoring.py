@@ -64,6 +64,7 @@ def test_a_function_cannot_change_our_lists(tmp_path):
 
 @pytest.mark.parametrize(("body", "words"), [
     ("return [1 / len(answer) for answer in answers]", ["ZeroDivisionError", "line 7", "'third'", "answer ''"]),
+    ("exit('enough') if any('Hello there' in one for one in answers) else 0; return [1.0]", ["SystemExit", "enough", "Human: Hi!"]),
     ("return [math.nan if 'Hello' in answer else 1 for answer in answers]", ["nan", "Human: Hi!", "Hello there"]),
     ("return [len(answer) and math.inf for answer in answers]", ["inf", "2 plus 2", "The sum is 4."]),
     ("return [1e39 if 'friend' in answer else 1 for answer in answers]", ["1e+39", "Hello there"]),
@@ -163,6 +164,14 @@ def test_after_the_last_attempt_it_is_an_error(server, reply, words):
         source(PROMPTS, ANSWERS)
     assert all(word in str(caught.value) for word in (server.url, "4 attempts", *words)), str(caught.value)
     assert pauses == [1.0, 2.0, 4.0] and len(server.asked) == 4
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/评分", "http://a..b/score"])
+def test_an_address_that_cannot_be_asked_is_told_and_not_tried_again(url):
+    source, pauses = endpoint(url)
+    with pytest.raises(RewardError, match="no address that can be asked"):
+        source(PROMPTS, ANSWERS)
+    assert pauses == []
 
 
 def test_an_endpoint_that_is_down_and_pauses_that_stop_growing():

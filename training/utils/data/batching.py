@@ -164,6 +164,7 @@ class PromptBatch:
     input_ids: Tensor  # [batch, time] int64, left-padded
     attention_mask: Tensor  # [batch, time] int64
     index: Tensor  # [batch] int64, which example of the data set
+    earlier: Tensor  # [batch] int64, how often the same example stands before it in what all processes answer
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """A copy on the device."""
@@ -207,6 +208,7 @@ def collate_answer_pairs(
 
 
 def collate_prompts(rows: Sequence[dict[str, Any]], *, pad_id: int) -> PromptBatch:
-    """Rows of step 3, each with its "index" in the data set, as a batch."""
+    """Rows of step 3 as a batch, each with its "index" in the data set and, if it stands there again, how often "earlier"."""
     ids, mask = pad_left([row["prompt_ids"] for row in rows], pad_id)
-    return PromptBatch(ids, mask, torch.tensor([row["index"] for row in rows], dtype=torch.int64))
+    index, earlier = ([row.get(name, 0) for row in rows] for name in ("index", "earlier"))
+    return PromptBatch(ids, mask, torch.tensor(index, dtype=torch.int64), torch.tensor(earlier, dtype=torch.int64))
