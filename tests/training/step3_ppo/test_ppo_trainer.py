@@ -253,7 +253,7 @@ def test_item_47_answers_are_sampled_whatever_the_checkpoint_says(folders, tmp_p
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_item_13_prompts_that_stand_twice_get_other_answers_whoever_answers_them(processes):
+def test_prompts_that_stand_twice_get_other_answers_whoever_answers_them(processes):
     """Seeds of a rollout of four examples of which one stands three times, with two answers each: eight, whoever has them."""
     examples = [4, 4, 5, 4]
 
