@@ -4,7 +4,6 @@ prefix (models/prefix.py) saved alone.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
-from models.factory import FAMILIES, check_tokenizer, publish, settle_special_ids
+from models.factory import FAMILIES, check_tokenizer, new_draft, publish, settle_special_ids
 from models.heads import SCALAR_HEADS, base_model, score_name
 from models.prefix import PREFIX_FILE, base_of, has_prefix, peft_config_to_save, prefix_tensors
 from models.quantization import QuantizedLinear
@@ -163,7 +162,7 @@ def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, train
 
     trained: every trained parameter, whole, named as in model.named_parameters(). The config (ChatGLM) or peft's
     adapter_config.json names the model that the prefix belongs to; load_causal_lm and load_scalar_model open both, and
-    peft opens its own format. As in save_model everything is read back before it takes the folder's place. UserError if
+    peft opens its own format. As in save_model everything is read back before it is moved to its place. UserError if
     the folder is that model's own, whose weights would go.
     """
     network, folder = base_model(model), Path(folder)
@@ -172,9 +171,7 @@ def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, train
     settle_special_ids(network, tokenizer, template)
     network.config.architectures = [type(network).__name__]
     tensors = prefix_tensors(model, trained)
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    draft = new_draft(folder)
     network.config.save_pretrained(draft)
     if network.can_generate():
         network.generation_config.save_pretrained(draft)

@@ -149,9 +149,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = (ChatGLMTokenizer if chatglm else AutoTokenizer).from_pretrained(folder)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # by family: OSError, ValueError, KeyError, TypeError, the Rust library's plain Exception
+    except Exception as error:  # by family: OSError, ValueError, KeyError, TypeError, the Rust library's plain Exception
         raise UserError(
             f"model {path} has no tokenizer that loads ({first_line(error)}); copy its tokenizer files again."
         ) from error
@@ -392,8 +390,8 @@ def save_model(
     """Write weights (safetensors), config, generation config, tokenizer and template; called by one process.
 
     state_dict: names as in base_model(model).state_dict(), whole tensors, where the module's own are split (ZeRO-3) or
-    wrapped (LoRA: merged_state_dict). Tensors are stored in the model's dtype. Everything is written beside the folder
-    and read back before it takes the folder's place, config.json last: what is interrupted on the way does not look
+    wrapped (LoRA: merged_state_dict). Tensors are stored in the model's dtype. Everything is written into a hidden folder
+    in it and read back before it is moved to its place, config.json last: what is interrupted on the way does not look
     like a checkpoint.
     """
     network, folder = base_model(model), Path(folder)
@@ -414,8 +412,7 @@ def save_model(
         if aliases.get(name) not in state_dict
     }
     settle_special_ids(network, tokenizer, template)
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = new_draft(folder)
     # Newer transformers write in rank 0 only; nodes that share no disk have a process each that calls this.
     network.should_save_on_this_rank = lambda is_main_process: True
     try:
@@ -440,15 +437,17 @@ def settle_special_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         network.config.pad_token_id = tokenizer.pad_token_id
     else:
         # transformers' own scoring skips every pad id at the end. With pad = end token it would read the token before
-        # the end; without
-        # a pad id it reads the last token and refuses batches, which is right or loud.
+        # the end; without a pad id it reads the last token and refuses batches, which is right or loud.
         network.config.pad_token_id = None
 
 
 def check_saved(folder: Path, state_dict: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
     """Read a saved checkpoint back: names and shapes of all tensors, the bits of one, the tokenizer. OSError if they
-    differ.
+    differ, or if a tensor is empty, as ZeRO-3's are that nobody has gathered.
     """
+    empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
+    if empty:
+        raise OSError(f"{folder}: {len(empty)} tensors to be saved are empty, such as {empty[0]}")
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as content:
@@ -457,8 +456,7 @@ def check_saved(folder: Path, state_dict: dict[str, Tensor], tokenizer: PreTrain
                 if name == min(state_dict) and not torch.equal(content.get_tensor(name), state_dict[name]):
                     raise OSError(f"{file}: {name} reads back differently; the disk or the file system is at fault")
     written = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    # transformers stores some weights under the published checkpoints' names (GPT-NeoX: embed_out); those must agree in
-    # shape at least
+    # transformers stores some weights under published names (GPT-NeoX: embed_out); those must agree in shape at least
     odd_found = sorted(shape for name, shape in found.items() if name not in written)
     odd_written = sorted(shape for name, shape in written.items() if name not in found)
     if odd_found != odd_written or any(found[name] != written[name] for name in found.keys() & written.keys()):
@@ -473,15 +471,24 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         raise OSError(f"{folder}: the tokenizer reads back differently")
 
 
+def new_draft(folder: Path) -> Path:
+    """An empty hidden folder in ``folder`` for what publish moves; what an interrupted save left there is removed.
+
+    In the folder, not beside it: the folder may be "." or on a disk of its own, and its parent may be another user's.
+    """
+    draft = folder / ".draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    return draft
+
+
 def publish(draft: Path, folder: Path) -> None:
     """Move the files of ``draft`` into ``folder``, which may hold other things (metrics, checkpoints of the run);
     config.json goes last. All files get its permissions: safetensors makes files that only their owner may read.
     """
-    for file in draft.iterdir():
-        file.chmod((draft / "config.json").stat().st_mode)
-    if not folder.exists():
-        draft.rename(folder)
-        return
+    mode = (draft / "config.json").stat().st_mode
+    for file in (path for path in draft.rglob("*") if path.is_file()):
+        file.chmod(mode)
     (folder / "config.json").unlink(missing_ok=True)  # from here on the old checkpoint does not count
     for old in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*"), *folder.glob("adapter_*")]:
         old.unlink()

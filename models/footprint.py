@@ -37,7 +37,7 @@ SMALL = 10_000
 class Weights:
     """Counts of elements. trained and frozen are of parameters in the model's dtype, small_… those of them that have fewer
     than SMALL elements; largest: of the largest module; integers: bytes of quantised layers with their scales, which
-    ZeRO never splits; float32_trained: trained ones that are float32 whatever the dtype before the engine is built.
+    ZeRO never splits.
     """
 
     trained: int

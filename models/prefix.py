@@ -230,7 +230,7 @@ def check_prefix(plan: PrefixPlan, config: PretrainedConfig, gradient_checkpoint
 def add_prefix(model: PreTrainedModel, plan: PrefixPlan, fresh: bool = True) -> nn.Module:
     """The model with its prefix; trained are the prefix and, if the model has one, the scalar head, all else is frozen.
 
-    A ChatGLM network that was built with config.pre_seq_len has an encoder, whose values stay if not ``fresh``; around any
+    A ChatGLM network that was built with config.pre_seq_len has an encoder, whose values stay if not ``fresh``; around
     any other one comes a PeftModel. The prefix is float32 whatever the model's dtype (but under ZeRO-3, where DeepSpeed
     splits ChatGLM's in the dtype of the rest). Raises UserError for a saved prefix of another shape.
     """

@@ -23,6 +23,8 @@ from models.factory import (
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
+    new_draft,
+    publish,
     save_model,
 )
 from tests.tiny import FAMILIES, SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
@@ -120,7 +122,7 @@ def test_saved_actor_opens_with_transformers(checkpoint, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "actor").chat_template == tokenizer.chat_template
     assert GenerationConfig.from_pretrained(tmp_path / "actor").eos_token_id == [2, 5]
     assert (tmp_path / "actor" / "sanbu_template.json").exists()
-    assert not list(tmp_path.glob(".*"))  # no draft left
+    assert not list(tmp_path.rglob(".*"))  # no draft left
     assert same_weights(load_causal_lm(tmp_path / "actor", dtype=torch.float32), model)
 
 
@@ -202,7 +204,44 @@ def test_a_disk_that_lies_is_noticed(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "save_pretrained", lose_a_tensor)
     with pytest.raises(OSError, match="read back"):
         save_model(model, tokenizer, PlayTemplate(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not [file for file in (tmp_path / "out").iterdir() if file.name != ".draft"]
+
+
+def test_empty_tensors_are_not_published(gpt2, tmp_path):
+    """What ZeRO-3 leaves in a model whose weights nobody gathered."""
+    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
+    empty = {name: torch.empty(0) for name in model.state_dict()}
+    with pytest.raises(OSError, match="are empty"):
+        save_model(model, tokenizer, PlayTemplate(), tmp_path / "out", empty)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_draft_lies_in_the_folder(gpt2, tmp_path, monkeypatch):
+    """--output_dir . and folders that are mounts, whose neighbours are on another disk or belong to somebody else."""
+    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
+    room = tmp_path / "room"
+    (room / ".draft" / "left").mkdir(parents=True)   # by a save that was killed
+    monkeypatch.chdir(room)
+    tmp_path.chmod(0o555)
+    try:
+        save_model(model, tokenizer, PlayTemplate(), ".")
+    finally:
+        tmp_path.chmod(0o755)
+    assert same_weights(load_causal_lm(room, dtype=torch.float32), model)
+    assert not (room / ".draft").exists() and not (room / "left").exists()
+
+
+def test_published_folders_can_be_entered(tmp_path):
+    """Files get the mode of config.json, which has no x bit; a folder with it could not be listed."""
+    draft = new_draft(tmp_path)
+    (draft / "config.json").write_text("{}")
+    (draft / "config.json").chmod(0o644)
+    (draft / "parts").mkdir(mode=0o755)
+    (draft / "parts" / "one").write_text("1")
+    (draft / "parts" / "one").chmod(0o600)
+    publish(draft, tmp_path)
+    assert (tmp_path / "parts").stat().st_mode & 0o100
+    assert (tmp_path / "parts" / "one").stat().st_mode & 0o777 == 0o644
 
 
 def test_pad_is_eos_where_there_is_none_and_scoring_by_transformers_stays_right(gpt2, tmp_path):
