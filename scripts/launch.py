@@ -447,7 +447,7 @@ def passed_on(environment: Environment, output: Path) -> dict[str, str]:
 
 def start(launch: Launch) -> int:
     """Run the step to its end; returns its exit code."""
-    from scripts.processes import exit_code, explain, run_step
+    from scripts.processes import exit_code, explain, run_step, say
 
     launch = check_flags(launch)
     check_machine(launch.options)
@@ -458,33 +458,33 @@ def start(launch: Launch) -> int:
         done = launch.output / f".done-node{launch.options.node_rank}"
         env["SANBU_NODE_DONE"] = str(done)
     done.unlink(missing_ok=True)
-    print(wrapped(launch.command), flush=True)
+    say(wrapped(launch.command))
     started = time.monotonic()
     code, lines = run_step(launch.command, env, launch.log)
     code = exit_code(code, lines)
     seconds = time.monotonic() - started
     if code != 0 or not done.is_file():
-        print(explain(launch.title, code, lines, seconds, launch.log), file=sys.stderr, flush=True)
+        say(explain(launch.title, code, lines, seconds, launch.log), stream=sys.stderr)
         return code or 1
     if not launch.options.is_first_node:
         done.unlink()
-    print(f"{launch.title} took {format_seconds(seconds)}: {launch.output}", flush=True)
+    say(f"{launch.title} took {format_seconds(seconds)}: {launch.output}")
     return 0
 
 
 @told
 def main(argv: list[str] | None = None) -> int:
     """Start or show one step; returns the exit code."""
-    from scripts.processes import Interrupted
+    from scripts.processes import Interrupted, say
 
     try:
         launch, dry_run = prepare(sys.argv[1:] if argv is None else argv)
         if dry_run:
-            print(shown(launch))
+            say(shown(launch))
             return 0
         return start(launch)
     except Interrupted as stop:
-        print("\nstopped; the same command with --resume continues from the newest checkpoint.", file=sys.stderr)
+        say("\nstopped; the same command with --resume continues from the newest checkpoint.", stream=sys.stderr)
         return 128 + stop.args[0]
 
 

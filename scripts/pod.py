@@ -117,11 +117,12 @@ def tell(launcher: subprocess.Popen, number: int) -> None:
     """
     import psutil
 
-    told = False
+    told, below = False, []
     with contextlib.suppress(psutil.Error):
         below = psutil.Process(launcher.pid).children(recursive=True)
-        ranks = {process.pid for process in below if is_rank(process)}
-        for process in below:
+    ranks = {process.pid for process in below if is_rank(process)}
+    for process in below:
+        with contextlib.suppress(psutil.Error):  # one that has just ended must not keep the word from the others
             if process.pid in ranks and process.ppid() not in ranks:  # data workers inherit the variables of their rank
                 process.send_signal(number)
                 told = True

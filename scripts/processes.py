@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from training.utils.metrics import format_seconds
 from training.utils.surroundings import DONE
@@ -46,15 +46,16 @@ HINTS = (
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; the argument is the signal's number."""
+    """Ctrl-C, SIGTERM or a terminal that was closed; the argument is the signal's number."""
 
 
 def run_step(command: list[str], env: dict[str, str], log: Path, patience: float = 60.0) -> tuple[int, list[str]]:
     """Run a command in a process group of its own; what it prints goes to the terminal and to the log as it comes.
 
-    Returns its exit code and the last lines it printed. On Ctrl-C or SIGTERM the group is asked to end (a step then
-    saves a checkpoint), killed after ``patience`` seconds, and Interrupted is raised. Nothing else is touched.
+    Returns its exit code and the last lines it printed. On Ctrl-C, SIGTERM or SIGHUP the group is asked to end (a step
+    then saves a checkpoint), killed after ``patience`` seconds, and Interrupted is raised. Nothing else is touched.
     """
+    say("", end="")  # what stands in the buffer comes before what the command prints
     with log.open("ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         process = subprocess.Popen(
@@ -66,12 +67,10 @@ def run_step(command: list[str], env: dict[str, str], log: Path, patience: float
         def show(chunk: bytes) -> None:
             file.write(chunk)
             file.flush()
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.flush()
+            say(chunk)
             tail.extend(chunk)
             del tail[:-65536]
 
-        sys.stdout.flush()
         with signals_raise():
             try:
                 drain(process, show, deadline=None)
@@ -85,6 +84,24 @@ def run_step(command: list[str], env: dict[str, str], log: Path, patience: float
                 process.wait()
                 process.stdout.close()
     return process.returncode, tail.decode(errors="replace").splitlines()
+
+
+def say(words: str | bytes, end: str = "\n", stream: TextIO | None = None) -> None:
+    """Print at once. When nobody is left to read it (``| head``, a terminal that was closed), go on without a word: a run
+    is worth more than its output, which is in its log.
+    """
+    stream = stream or sys.stdout
+    try:
+        if isinstance(words, bytes):
+            stream.buffer.write(words)
+        else:
+            stream.write(words + end)
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # a stream without a descriptor
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def drain(process: subprocess.Popen, show: Callable[[bytes], None], deadline: float | None) -> None:
@@ -118,12 +135,16 @@ def signal_group(process: subprocess.Popen, number: int) -> None:
 
 @contextlib.contextmanager
 def signals_raise():
-    """Inside, SIGINT and SIGTERM raise Interrupted."""
+    """Inside, SIGINT, SIGTERM and, unless nohup has it ignored, SIGHUP raise Interrupted."""
 
     def stop(number: int, _frame: Any) -> None:
+        if number == signal.SIGHUP:  # the system and the shell both send it: the second is no order to hurry
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

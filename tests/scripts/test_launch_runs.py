@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,74 @@ def test_codes_behind_torchrun_are_those_of_the_process_that_failed_first():
     assert exit_code(1, other) == 2
     assert exit_code(1, [*other[:-1], "  exitcode  : -9 (pid: 6)"]) == 137
     assert (exit_code(1, []), exit_code(-9, other), exit_code(0, other), exit_code(3, other)) == (1, 137, 0, 3)
+
+
+DRIVER = """
+    import sys, scripts.launch as launching
+    from dataclasses import replace
+    prepare = launching.prepare
+    program = "import signal, sys, time\\ndef stop(*_): time.sleep(0.5); print('saving', flush=True); sys.exit(143)\\n"
+    program += "signal.signal(signal.SIGTERM, stop)\\nprint('started', flush=True)\\n{then}"
+    def replaced(argv):
+        launch, dry = prepare(argv)
+        return replace(launch, command=[sys.executable, '-c', program]), dry
+    launching.prepare = replaced
+    launching.check_machine = lambda options: None
+    launching.check_flags = lambda launch: launch
+    sys.exit(launching.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def driven(folder):
+    """driven(output, then, before) -> a launcher that runs a program: it prints, and does `then`; before: words such as nohup."""
+    running = []
+
+    def drive(output: str, then: str, *before: str) -> subprocess.Popen:
+        text = textwrap.dedent(DRIVER).replace("{then}", then)
+        words = [*before, sys.executable, "-c", text, "step1_sft", "recipe.yaml", output]
+        process = subprocess.Popen(
+            words, cwd=folder, env=environment(), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield drive
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def test_a_closed_terminal_lets_the_step_save_first(driven, folder):
+    """The system and the shell both send SIGHUP; the second must not cut the saving short."""
+    process = driven("hangup", "time.sleep(60)")
+    assert any(line == "started\n" for line in process.stdout)
+    os.kill(process.pid, signal.SIGHUP)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGHUP)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGHUP and "saving" in out and "--resume continues" in error
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(driven):
+    process = driven("nohup", "time.sleep(1); print('through', flush=True)", "nohup")
+    assert any(line == "started\n" for line in process.stdout)
+    os.kill(process.pid, signal.SIGHUP)
+    out, _ = process.communicate(timeout=30)
+    assert "through" in out and process.returncode == 1   # it left no sanbu_done.json
+
+
+def test_output_that_nobody_reads_any_more_does_not_end_the_step(driven, folder):
+    """`… | head -1`: the step goes on to its own end, its output to the log."""
+    then = "time.sleep(0.3)\\nprint('unread', flush=True); time.sleep(0.3)\\n"
+    then += "import pathlib; pathlib.Path('pipe/sanbu_done.json').write_text('{}'); print('through', flush=True)"
+    process = driven("pipe", then)
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(30) == 0 and error == ""
+    assert "through" in (folder / "pipe" / "training.log").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
