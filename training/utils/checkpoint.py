@@ -28,13 +28,15 @@ from training.utils.zero import trained_weights, whole_model
 logger = logging.getLogger("sanbu")
 
 MANIFEST = "checkpoint.json"
-# Flags that may differ between a run and its resumption: they do not change what a step computes.
+# Flags that may differ between a run and its resumption. Most do not change what a step computes; LENGTH does, by the
+# learning rate of the steps to come, which is allowed and said.
 FREE_FLAGS = {
     "output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "eval_interval", "eval_iters", "max_steps",
     "num_train_epochs", "enable_tensorboard", "tensorboard_path", "print_answers", "print_answers_interval", "local_rank",
     "rebuild_cache", "cache_dir", "config", "per_device_eval_batch_size", "eval_prompts", "force",
     "reward_endpoint", "reward_timeout", "reward_retries",
 }  # fmt: skip
+LENGTH = ("max_steps", "num_train_epochs")
 
 
 def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
@@ -105,6 +107,8 @@ class Checkpoint:
     process the states of the random generators and of ``parts``: objects with state_dict() and load_state_dict(), whose
     state is tensors, numbers and text. The position in the data is the step itself. Nodes that do not share a disk have a
     folder each, with what their own processes need, and resume from the newest step that all of them have whole.
+
+    What lies there of another run is moved into ``checkpoints/earlier-1``, with its figures; nothing of it is removed.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class Checkpoint:
 
     def save(self, step: int, extra: dict[str, Any] | None = None) -> None:
         """Save after the given number of optimizer steps; extra is any JSON that the step wants back. All processes call it."""
-        final = self.folder / f"step-{step:08d}"
+        final = self.folder / step_name(step)
         if all(self.run.nodes.gather((final / MANIFEST).exists())):
             return
         partial = self.folder / f".writing-{final.name}"
@@ -138,13 +142,16 @@ class Checkpoint:
         self.run.barrier()
         if self.run.nodes.keeps_disk:
             self._seal(partial, final, step, extra or {})
+        # On disks of their own: no node removes an older checkpoint before every node has this one.
+        self.run.barrier()
+        if self.run.nodes.keeps_disk:
             self._prune()
         self.run.barrier()
 
     def _seal(self, partial: Path, final: Path, step: int, extra: dict[str, Any]) -> None:
         """Write the manifest and give the folder its name."""
         files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
-        manifest = {"step": step, "marks": self.marks, "extra": extra, "files": files}
+        manifest = {"step": step, "marks": self.marks, "length": self._length(), "extra": extra, "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         partial.rename(final)
 
@@ -161,15 +168,12 @@ class Checkpoint:
         Raises UserError for a checkpoint that is half-written or was made by another run.
         """
         wanted = self.run.args.resume
-        if not wanted:
-            return 0, {}
-        if wanted == "auto":
-            folder = self._newest_of_all()
-            if folder is None:
+        folder = self._newest_of_all() if wanted == "auto" else Path(wanted) if wanted else None
+        if folder is None:
+            if wanted:
                 logger.info("--resume: no whole checkpoint under %s; the run starts at its beginning.", self.folder)
-                return 0, {}
-        else:
-            folder = Path(wanted)
+            self._set_aside(None, figures=True)
+            return 0, {}
         manifest = self.run.nodes.together(lambda: self._checked(folder))
         for name, engine in self.engines.items():
             loaded, _ = engine.load_checkpoint(str(folder / name), tag="state")
@@ -181,9 +185,58 @@ class Checkpoint:
             part.load_state_dict(torch.load(folder / f"{name}-{self.run.rank}.pt", weights_only=True))
         states = torch.load(folder / f"generators-{self.run.rank}.pt", weights_only=True)
         set_generator_states(states)
+        own = folder.resolve().parent == self.folder.resolve()
+        self._set_aside(manifest["step"] if own else None, figures=not own and any(self.folder.glob("step-*")))
         self.run.metrics.rewind(manifest["step"])
+        self._warn_of_length(manifest.get("length", {}))
         logger.info("Resumed from %s after %d steps.", folder, manifest["step"])
         return manifest["step"], manifest["extra"]
+
+    def _set_aside(self, after: int | None, figures: bool) -> None:
+        """Move checkpoints out of the way that are of later steps than this run has done, or all (after=None): they would
+        be taken for this run's own, and --save_total_limit would remove those in their place. All processes call it.
+
+        figures: metrics.jsonl and samples.jsonl too. What was half-written is removed. UserError if the disk refuses.
+        """
+        if self.run.nodes.keeps_disk:
+            for partial in self.folder.glob(".writing-*"):
+                shutil.rmtree(partial, ignore_errors=True)
+        self.run.nodes.together(lambda: self._move_aside(after, figures) if self.run.nodes.keeps_disk else None)
+        self.run.barrier()
+
+    def _move_aside(self, after: int | None, figures: bool) -> None:
+        """What _set_aside moves, on this process's disk."""
+        files = [file for file in sorted(self.folder.glob("step-*")) if after is None or file.name > step_name(after)]
+        files += self.run.metrics.files() if figures else []
+        if not files:
+            return
+        numbers = [one.name.removeprefix("earlier-") for one in self.folder.glob("earlier-*")]
+        aside = self.folder / f"earlier-{1 + max((int(number) for number in numbers if number.isdigit()), default=0)}"
+        try:
+            aside.mkdir(parents=True)
+            for file in files:
+                file.rename(aside / file.name)
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {self.run.args.output_dir} holds another run, which cannot be moved to {aside} "
+                f"({error.strerror}); name another folder, or go on with that run by --resume."
+            ) from error
+        logger.info("Not of this run: %s; moved to %s.", ", ".join(file.name for file in files), aside)
+
+    def _length(self) -> dict[str, Any]:
+        """The flags that say how long the run is."""
+        return {name: getattr(self.run.args, name, None) for name in LENGTH}
+
+    def _warn_of_length(self, then: dict[str, Any]) -> None:
+        """Say that a run of another length than that of its checkpoint has another schedule."""
+        changed = [name for name in LENGTH if name in then and then[name] != self._length()[name]]
+        schedule = getattr(self.run.args, "lr_scheduler_type", "constant")
+        if changed and not schedule.startswith("constant"):
+            now = " and ".join(f"--{name} {self._length()[name]} (it was {then[name]})" for name in changed)
+            logger.warning(
+                "%s: --lr_scheduler_type %s goes by the whole length, so from here on the learning rate is another than that "
+                "of the run so far would have been.", now, schedule,
+            )  # fmt: skip
 
     def _newest_of_all(self) -> Path | None:
         """The newest checkpoint that is whole on every node; None if no node has any. UserError if they have none in common."""
@@ -250,6 +303,11 @@ class Checkpoint:
             raise UserError(
                 f"{folder} was made with --{name} {then}, this run says {now}; give the same value, or another --output_dir."
             )
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder; names sort as the steps do."""
+    return f"step-{step:08d}"
 
 
 def newest_whole(folder: Path) -> Path | None:

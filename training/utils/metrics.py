@@ -16,6 +16,7 @@ class Metrics:
 
     def __init__(self, output_dir: Path, *, enabled: bool, tensorboard: str | None = None) -> None:
         self.path = output_dir / "metrics.jsonl"
+        self.samples = output_dir / "samples.jsonl"   # step 3's, see evaluation.write_samples
         self.enabled = enabled
         self.started = time.monotonic()
         self.writer = None
@@ -24,19 +25,23 @@ class Metrics:
 
             self.writer = SummaryWriter(tensorboard)
 
+    def files(self) -> list[Path]:
+        """What this process has written, or a run before it: the files that are there."""
+        return [path for path in (self.path, self.samples) if self.enabled and path.exists()]
+
     def rewind(self, step: int) -> None:
         """Drop what was logged after the given optimizer step: a resumed run writes those lines again."""
-        if not self.enabled or not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = []
-        for line in lines:
-            try:
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line)
-            except json.JSONDecodeError:  # the line that a kill cut in two
-                continue
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        for path in self.files():
+            kept = []
+            for line in path.read_bytes().split(b"\n"):  # answers hold characters that splitlines takes for ends
+                try:
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(line + b"\n")
+                except ValueError:  # the line, or the letter, that a kill cut in two
+                    continue
+            draft = path.with_name(f".{path.name}.tmp")  # a kill meanwhile must not cost the curve so far
+            draft.write_bytes(b"".join(kept))
+            draft.replace(path)
 
     def log(self, step: int, values: dict[str, float | int | str], prefix: str = "train") -> None:
         """Write the values under keys ``prefix/name``; step counts optimizer steps from 1 (rollouts in step 3)."""

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from training.utils.metrics import Metrics, format_seconds, progress_line, read_metrics
 
 
@@ -24,6 +26,22 @@ def test_rewind_drops_later_steps_and_a_line_that_a_kill_cut(tmp_path):
         file.write('{"step": 2, "train/lo')
     metrics.rewind(2)
     assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2]
+
+
+def test_rewind_takes_the_samples_too_and_loses_nothing_when_it_is_killed(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path, enabled=True)
+    rows = [json.dumps({"step": step, "answer": "a\u2028b\u0085 你"}, ensure_ascii=False) + "\n" for step in (1, 2, 3)]
+    metrics.samples.write_bytes("".join(rows).encode()[:-6])   # cut within a letter
+    metrics.rewind(2)
+    assert metrics.samples.read_text(encoding="utf-8") == "".join(rows[:2])
+
+    def killed(self, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.rewind(1)
+    assert metrics.samples.read_text(encoding="utf-8") == "".join(rows[:2])
 
 
 def test_other_processes_write_nothing(tmp_path):
