@@ -10,7 +10,8 @@ same order (gae and TRL), the same rates and optimizer (benchmarks/ppo_learning_
 of the policies are judged afterwards by one judge (benchmarks/ppo_learning_evaluate.py); their writing is not on the clock. They
 stay in the output folder, 8 MB each.
 
-results.jsonl in the output folder grows by a line a judged copy; the same command goes on where it was cut.
+results.jsonl in the output folder grows by a line a judged copy; the same command goes on where it was cut, also with more tasks,
+methods or seeds. Other settings need another --output: settings.json there says with which the folder was begun.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from benchmarks.ppo_learning_clock import read_clock, snapshot_folder
 from benchmarks.ppo_learning_report import TRL, curves, draw, final_table, summary, trl_table
 from benchmarks.ppo_learning_tasks import (
     ROOT,
+    TASK_FIELDS,
+    TASK_SETTINGS,
     TASKS,
     Task,
     data_folder,
@@ -112,6 +115,7 @@ def benchmark(args: argparse.Namespace) -> None:
     else:
         check_trl(args.trl_python)
     args.output.mkdir(parents=True, exist_ok=True)
+    keep_settings(args)
     for name in args.tasks:
         (prepare_smoke if args.smoke else prepare)(TASKS[name], args.output / name, args)
     for group in groups(args):
@@ -120,6 +124,29 @@ def benchmark(args: argparse.Namespace) -> None:
                 train_and_judge(TASKS[name], seed, group, args)
                 report(args, quiet=True)
     report(args)
+
+
+def keep_settings(args: argparse.Namespace) -> None:
+    """settings.json in the output folder, written at the first run. UserError if the folder was begun with others: its
+    curves would mix two experiments, or old results would pass for those of the new flags.
+    """
+    file = args.output / "settings.json"
+    settings = asdict(args.budget) | {"answers": args.answers, "limit": args.limit, "smoke": args.smoke} | TASK_SETTINGS
+    settings |= {f"{task.name} {name}": getattr(task, name) for task in TASKS.values() for name in TASK_FIELDS}
+    if file.is_file():
+        try:
+            begun = json.loads(file.read_text(encoding="utf-8"))
+            other = [name for name in settings if begun.get(name) != settings[name]]
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{file} cannot be read ({error}); name another --output.") from error
+        if other:
+            raise UserError(
+                f"{args.output} was begun with {', '.join(f'{name} {begun.get(name)}' for name in other)}, now it is "
+                f"{', '.join(str(settings[name]) for name in other)}; name another --output, or give the same settings."
+            )
+    elif (args.output / "results.jsonl").is_file():
+        raise UserError(f"{args.output} holds results without settings.json, so of unknown settings; name another --output.")
+    file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def check_trl(python: Path) -> None:

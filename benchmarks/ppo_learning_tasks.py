@@ -27,6 +27,11 @@ FIRST_WORDS = 4  # of a review are its prompt
 WORDS = (8, 26)  # reviews that long are used: the rest of most of them fits the answer
 HELD_OUT_SHARE = 8
 PAIR_ANSWERS = 6  # of the SFT model to each training prompt; the reward model's pairs are made of them
+# What a folder of results was begun with, beside its budget: these, and these fields of each task.
+TASK_SETTINGS = {
+    "first words": FIRST_WORDS, "words": list(WORDS), "held-out share": HELD_OUT_SHARE, "answers for pairs": PAIR_ANSWERS,
+}  # fmt: skip
+TASK_FIELDS = ("answer_tokens", "sft_epochs", "reward_epochs")
 
 # Everyday words of praise and of blame. Of the 2000 labelled reviews 898 score other than 0.5, 78 % of them on their label's side.
 PRAISE = """

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
+from errors import UserError, told
 from scripts.demo_world import COURTESY_AFTER, COURTESY_BEFORE, TASKS
 
 MARKS = re.compile(r"<s>|</s>|<pad>")
@@ -181,5 +182,17 @@ def _says_twice(text: str) -> bool:
     return len(set(pairs)) < len(pairs) or any(a == b and a.isascii() for a, b in pairs)
 
 
+@told
+def main(argv: Sequence[str]) -> int:
+    """Print the score of an answer to a question; returns the exit code."""
+    if len(argv) != 2:
+        raise UserError(f"give a question and an answer, not {len(argv)} words: python -m scripts.demo_score QUESTION ANSWER")
+    try:
+        print(demo_score(*argv))
+    except ValueError as error:
+        raise UserError(f"{error}; data/demo/prompts_train.jsonl has questions that are.") from error
+    return 0
+
+
 if __name__ == "__main__":
-    print(demo_score(*sys.argv[1:3]))
+    sys.exit(main(sys.argv[1:]))

@@ -72,9 +72,17 @@ def table(platform: str, language: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page_text(path: Path) -> str:
+    """What a page holds. UserError if there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name an existing page, such as docs/hardware/dcu.md.") from error
+
+
 def filled(path: Path) -> tuple[str, str]:
     """A page as it is, and as it should be. UserError if it has no place for a table."""
-    text = path.read_text(encoding="utf-8")
+    text = page_text(path)
     if not TABLE.search(text):
         raise UserError(f"{path} has no lines <!-- memory:begin PLATFORM --> and <!-- memory:end -->; leave it out, or add them.")
     language = "zh" if path.stem.endswith("_zh") else "en"
@@ -94,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     stale = []
     for path in args.write or args.check:
-        if not TABLE.search(path.read_text(encoding="utf-8")) and path.stem.startswith("README"):
+        if not TABLE.search(page_text(path)) and path.stem.startswith("README"):
             continue
         text, wanted = filled(path)
         if text != wanted:

@@ -164,11 +164,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
 
 
 def summary_section(file: Path) -> str:
-    """The table of summary.json."""
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    rows = [tuple(map(escape, row)) for row in summary_rows(summary)]
-    seen = SEEN[summary.get("preset", "demo")]
-    note = f"Measured on held-out prompts, seed {summary['seed']}. {seen}"
+    """The table of summary.json. UserError if the file is damaged."""
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        rows = [tuple(map(escape, row)) for row in summary_rows(summary)]
+        seen = SEEN[summary.get("preset", "demo")]
+        note = f"Measured on held-out prompts, seed {summary['seed']}. {seen}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is no whole summary ({type(error).__name__}: {error}); run the demo again, or remove the file for a page "
+            "without it."
+        ) from error
     head = ("", "before", "after", "hoped for")
     return f'<h2>Summary</h2><p class="note">{note}</p>' + table(head, rows, (1, 2), "summary")
 

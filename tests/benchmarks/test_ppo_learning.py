@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import ppo_learning
 from benchmarks.ppo_learning import Budget, groups, main, parse
 from benchmarks.ppo_learning_clock import Clock
 from benchmarks.ppo_learning_report import (
@@ -133,3 +134,25 @@ def test_smoke(tmp_path, capfd):
     assert main(["--smoke", "--output", str(tmp_path)]) == 0
     assert "nothing to do" in capfd.readouterr().out
     assert len((tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()) == before
+
+
+def test_a_folder_holds_one_experiment(tmp_path, capsys, monkeypatch):
+    """Other settings would be answered from old results, or mixed with them."""
+    monkeypatch.setattr(ppo_learning, "prepare_smoke", lambda *_: None)
+    monkeypatch.setattr(ppo_learning, "train_and_judge", lambda *_: None)
+    monkeypatch.setattr(ppo_learning, "report", lambda *_, **__: None)
+    words = ["--smoke", "--output", str(tmp_path)]
+    assert main(words) == 0 and main([*words, "--seeds", "2"]) == 0
+    capsys.readouterr()
+    for more, said in (
+        (["--kl_coef", "9"], "was begun with kl_coef 0.1, now it is 9.0; name another --output"),
+        (["--rollouts", "3", "--answers", "1"], "was begun with rollouts 2, now it is 3;"),
+    ):
+        assert main([*words, *more]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    (tmp_path / "settings.json").unlink()
+    assert main(words) == 0, "nothing was measured yet"
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "results.jsonl").write_text("")
+    assert main(words) == 2 and "results without settings.json" in capsys.readouterr().err

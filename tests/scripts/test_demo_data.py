@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.demo_model import train_tokenizer, write_base_model
-from scripts.demo_score import demo_score, judge, read_question
+from scripts.demo_score import demo_score, judge, main, read_question
 from scripts.demo_world import COURTESY_AFTER, COURTESY_BEFORE, FILLERS, LANGUAGES, TASKS, fill, join
 from scripts.make_demo_data import RAMBLING_UNITS, render, write_demo_data
 
@@ -320,3 +320,11 @@ def test_base_model_opens_and_depends_on_the_seed_only(folder, tmp_path):
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert 1.5e6 < sum(p.numel() for p in model.parameters()) < 5e6
+
+
+@pytest.mark.parametrize("words", [["What is the meaning of life?", "42."], ["What is 2 plus 2?"]])
+def test_a_question_from_outside_the_world_is_one_sentence(capsys, words):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert main(["What is 2 plus 2?", "The sum is 4. Happy to help!"]) == 0 and capsys.readouterr().out == "1.0\n"

@@ -409,6 +409,8 @@ def test_memory_tables_of_the_pages(tmp_path, monkeypatch, capsys):
     page.write_text("no table")
     with pytest.raises(UserError, match="memory:begin"):
         memory_table.main(["--check", str(page)])
+    with pytest.raises(UserError, match="absent.md: No such file or directory; name an existing page"):
+        memory_table.main(["--check", str(tmp_path / "absent.md")])
 
 
 def test_the_whole_command(bin_dir, capsys, monkeypatch):

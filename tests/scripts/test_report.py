@@ -121,6 +121,14 @@ def test_a_step_alone_shows_its_own_samples(tmp_path):
     assert "new" in page and "old" not in page
 
 
+@pytest.mark.parametrize("text", ['{"seed": 1', '{"seed": 1}', "[]", '{"sft": 1, "reward": 1, "ppo": 1, "seconds": 1}'])
+def test_a_damaged_summary_is_one_sentence(run, capsys, text):
+    (run / "summary.json").write_text(text)
+    assert main(["--run", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "summary.json is no whole summary" in error and error.count("\n") == 1
+
+
 def test_nothing_to_show_is_one_sentence(tmp_path, capsys):
     with pytest.raises(UserError, match=r"no metrics\.jsonl"):
         write_report(tmp_path, tmp_path / "page.html")
