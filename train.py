@@ -131,11 +131,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"Unknown flag {unknown[0]}{f'; did you mean {near[0]}?' if near else '.'} Flags of a step itself go into "
             '--sft-flags, --reward-flags, --ppo-flags or --dpo-flags "…".'
         )
+    if args.force and args.resume:
+        raise UserError("--force runs a step from its beginning, --resume from its checkpoint; drop one of the two.")
     for section in TITLES:
         try:
             setattr(args, f"{section}_flags", shlex.split(getattr(args, f"{section}_flags")))
         except ValueError as error:
             raise UserError(f"--{section}-flags cannot be read ({error}); check its quotes.") from error
+        if any(re.fullmatch(r"--output[_-]dir(=.*)?", word) for word in getattr(args, f"{section}_flags")):
+            raise UserError(  # where a finished step and the next one's input are looked for
+                f"--{section}-flags: --output_dir cannot be passed on to a step; give --output-dir, under which each step has "
+                "its folder, or output_dir in the recipe's sections."
+            )
     if args.num_gpus is not None and args.num_gpus < 1:
         raise UserError(f"--num-gpus {args.num_gpus} is not a number of processes; give 1 or more.")
     if args.config is None and (recipe := known_recipe(args)):

@@ -91,7 +91,7 @@ def test_flags_reach_the_steps_they_belong_to():
 
 
 def test_flags_of_a_step_come_last_so_that_they_win():
-    flags = planned("--sft-flags", "--zero_stage 0 --output_dir elsewhere", "--actor-zero-stage", "2")
+    flags = planned("--sft-flags", "--zero_stage 0 --seed 5", "--actor-zero-stage", "2")
     assert parse_step(SFTArguments, flags[1]).zero_stage == 0
 
 
@@ -209,6 +209,9 @@ def test_dry_run_prints_commands_that_a_shell_reads_and_makes_nothing(repository
         (["--deployment-type", "single"], "invalid choice: 'single'"),
         (["--num-gpus", "0"], "give 1 or more"),
         (["--ppo-flags", "--x 'y"], "check its quotes"),
+        (["--sft-flags", "--seed 5 --output_dir x"], "--sft-flags: --output_dir cannot be passed on to a step"),
+        (["--ppo-flags", "--output-dir=x"], "--ppo-flags: --output_dir cannot be passed on to a step"),
+        (["--force", "--resume"], "--force runs a step from its beginning, --resume from its checkpoint; drop one"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--actor-zero-stage", "4"], "invalid choice: 4"),
         (["--method", "dpo", "--step", "1", "3"], "DPO takes the place of steps 2 and 3; it is --step 2."),

@@ -43,6 +43,7 @@ class GlobalBatches:
         self.lengths = list(dataset["length"])
         self.padded = list(dataset["padded_length"]) if "padded_length" in dataset.column_names else self.lengths
         self.targets = list(targets)
+        check_token_budget(self.padded, args.max_tokens_per_device)
         self.batch_size = global_batch_size(args, run.world_size, per_device)
         self.per_device = per_device
         self.steps_per_epoch = math.ceil(len(self.lengths) / self.batch_size)
@@ -72,6 +73,19 @@ class GlobalBatches:
             denominator=float(sum(self.targets[example] for example in examples)),
             tokens=sum(self.lengths[example] for example in examples),
             ends_epoch=ends_epoch,
+        )
+
+
+def check_token_budget(lengths: Sequence[int], budget: int) -> None:
+    """UserError if an example alone exceeds --max_tokens_per_device (0 = none): said before the first step, not in the middle.
+
+    lengths: tokens that each example takes in a micro-batch.
+    """
+    longest = max(lengths, default=0)
+    if 0 < budget < longest:
+        raise UserError(
+            f"--max_tokens_per_device {budget} cannot hold the longest example, of {longest} tokens (a pair counts twice its "
+            "longer answer); raise it, or lower --max_seq_len."
         )
 
 

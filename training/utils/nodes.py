@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from errors import UserError
 from training.utils import heartbeat
+from training.utils.surroundings import check_writable
 
 logger = logging.getLogger("sanbu")
 
@@ -86,10 +87,8 @@ def keeps_disk(nodes: Nodes, output: Path, rank: int, leaders: list[int], token:
     mark = output / f".node-{token}-{rank}"
 
     def leave_mark() -> None:
-        try:
-            mark.touch()
-        except OSError as error:
-            raise UserError(f"--output_dir {output} cannot be written ({error.strerror}); name another folder.") from error
+        check_writable(output)
+        mark.touch()
 
     nodes.together(leave_mark if rank in leaders else lambda: None)
     # A name that nobody has asked for before: no cache of a network file system can deny it.

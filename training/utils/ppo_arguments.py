@@ -255,7 +255,9 @@ class PPOArguments(CommonArguments):
     save_steps: int = flag("Write a checkpoint every so many rollouts; 0 = only the result.", 50)
     logging_steps: int = flag("Print and record figures every so many rollouts.", 1)
     print_answers: bool = flag("Print a few prompts with answers and scores.", False)
-    print_answers_interval: int = flag("With --print_answers: every so many rollouts.", 1)
+    print_answers_interval: int = flag(
+        "Keep a few answers in samples.jsonl every so many rollouts, and with --print_answers print them.", 1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -62,18 +62,20 @@ class Run:
 
     @classmethod
     def start(cls, args) -> Run:
-        """Open the run of a step. Raises UserError for a device, dtype or output folder that cannot be used."""
+        """Open the run of a step. Raises UserError for a device, dtype or output folder that cannot be used, for the last two
+        on all nodes with the name of the one that is in trouble.
+        """
         started = time.monotonic()
         platform = detect_platform()
-        dtype = resolve_dtype(args.dtype, platform)
         rank, local_rank, world_size = join_process_group(platform)
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
         quiet_libraries()
         device = set_device(platform, local_rank)
         seed_everything(args.seed)
-        check_writable(Path(args.output_dir))
         nodes = meet(Path(args.output_dir), rank, local_rank, world_size)
+        dtype = nodes.together(lambda: resolve_dtype(args.dtype, platform))
+        nodes.together(lambda: check_writable(Path(args.output_dir)))
         metrics = Metrics(
             Path(args.output_dir),
             enabled=rank == 0,
@@ -180,7 +182,7 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
         # The shared-memory operator would be compiled here, half a minute that a machine without a compiler does not survive.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        minutes = int(os.environ.get("SANBU_TIMEOUT_MINUTES", "30"))
+        minutes = timeout_minutes()
         note = threading.Timer(60.0, lambda: print(waiting_note(), flush=True))
         note.daemon = True
         if heartbeat.several_nodes() and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -191,6 +193,14 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
         deepspeed.init_distributed(dist_backend=platform.backend, verbose=False, timeout=timeout)
         note.cancel()
     return dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size()
+
+
+def timeout_minutes() -> int:
+    """SANBU_TIMEOUT_MINUTES: how long a process waits for the others. Raises UserError unless it is a number from 1 up."""
+    said = os.environ.get("SANBU_TIMEOUT_MINUTES", "30").strip()
+    if not said.isdecimal() or int(said) < 1:
+        raise UserError(f"SANBU_TIMEOUT_MINUTES is {said!r}: expected a whole number of minutes, such as 30; correct or unset it.")
+    return int(said)
 
 
 def seed_everything(seed: int) -> None:

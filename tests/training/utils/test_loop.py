@@ -71,6 +71,12 @@ def test_token_budget_bounds_every_micro_batch():
             assert len(micro) * max(LENGTHS[n] for n in micro) <= 18
 
 
+def test_an_example_beyond_the_token_budget_is_told_before_the_first_step():
+    batches(max_tokens_per_device=max(LENGTHS))
+    with pytest.raises(UserError, match="--max_tokens_per_device 10 cannot hold the longest example, of 11 tokens"):
+        batches(max_tokens_per_device=10)
+
+
 def test_global_batch_size():
     args = SimpleNamespace(global_batch_size=0, gradient_accumulation_steps=3)
     assert global_batch_size(args, world_size=2, per_device=4) == 24
