@@ -1,8 +1,15 @@
 # Sourced by the launchers. `launch STEP RECIPE "$@"` starts a step (step1_sft, step2_reward, step3_ppo, step2_dpo) with a
 # recipe, whose path is relative to the root of the repository. scripts/launch.py builds the command; --dry-run prints it.
-# Paths given on the command line are relative to the working directory, as everywhere. PYTHON names another interpreter.
+# `run_module MODULE "$@"` runs any other module of the project. PYTHON names another interpreter.
+# Paths given on the command line are relative to the working directory, as everywhere.
 launch() {
-    local root python recipe=$2
+    local recipe=$2
+    [[ $recipe = /* ]] || recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/$recipe || return
+    run_module scripts.launch "$1" "$recipe" "${@:3}"
+}
+
+run_module() {
+    local root python
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return
     if [[ -n ${PYTHON:-} ]]; then
         python=$PYTHON
@@ -14,7 +21,7 @@ launch() {
             return 2
         }
     fi
-    [[ $recipe = /* ]] || recipe=$root/$recipe
-    # exec: signals reach the launcher itself, and its exit code is the script's.
-    PYTHONSAFEPATH=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m scripts.launch "$1" "$recipe" "${@:3}"
+    # exec: signals reach the program itself, and its exit code is the script's. Safe path: a models.py in the working
+    # directory is not taken for ours.
+    PYTHONSAFEPATH=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m "$@"
 }

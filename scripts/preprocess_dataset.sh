@@ -3,7 +3,7 @@
 #   bash scripts/preprocess_dataset.sh [--model_name_or_path FOLDER] [--data_path …] [--cache_dir …] [any flag of step 1]
 # The cache belongs to model, data and lengths: give here what you give to training. The last of two equal flags wins.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m scripts.preprocess_dataset \
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+run_module scripts.preprocess_dataset \
     --model_name_or_path THUDM/chatglm2-6b --data_path AdvertiseGen --data_split 1,0,0 \
     --max_source_length 64 --max_target_length 128 "$@"

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -110,3 +111,33 @@ def test_the_dry_run_of_the_dcu_is_readable(shown):
     assert "platform dcu_z100l: one node with 8 Hygon DCU Z100L" in text
     command = text[text.rindex("\n\n") :].strip().splitlines()
     assert all(line.count(" --") <= 1 for line in command) and command[-1].split()[0] == "--output_dir"
+
+
+OTHERS = {
+    "scripts/preprocess_dataset.sh": "scripts.preprocess_dataset",
+    "training/step1_sft/training_scripts/run_ptuning_chatglm2-6b.sh": "training.step1_sft.main",
+    "training/step1_sft/training_scripts/run_ptuning_chatglm-6b.sh": "training.step1_sft.main",
+    "training/step1_sft/training_scripts/run_finetune_chatglm2-6b.sh": "deepspeed.launcher.runner",
+    "training/step1_sft/evaluation_scripts/evaluate_finetune_chatglm2-6b.sh": "training.step1_sft.evaluate",
+    "training/step1_sft/evaluation_scripts/run_prompt.sh": "training.step1_sft.prompt_eval",
+    "training/step2_reward/evaluation_scripts/run_eval.sh": "training.step2_reward.rw_eval",
+}
+
+
+@pytest.mark.parametrize("script", OTHERS)
+def test_the_other_scripts_find_their_python_as_the_launchers_do(script, tmp_path):
+    """Where there is only python3; and the working directory is no place to import from."""
+    for tool in ("bash", "dirname"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    shown = '#!/bin/sh\necho "$PYTHONSAFEPATH" "$PYTHONPATH" "$@"\n'
+    for name in ("python3", "mine"):
+        (tmp_path / name).write_text(shown.replace("echo", f"echo {name}"))
+        (tmp_path / name).chmod(0o755)
+    # VIRTUAL_ENV: an environment is active, so a .venv of the repository is not taken.
+    env = {"PATH": str(tmp_path), "VIRTUAL_ENV": "/active"}
+    for more, name in (({}, "python3"), ({"PYTHON": str(tmp_path / "mine")}, "mine")):
+        done = subprocess.run(
+            ["bash", str(REPOSITORY / script), "a b", "c"], cwd=tmp_path, env=env | more, capture_output=True, text=True
+        )
+        assert done.stdout.split()[:5] == [name, "1", str(REPOSITORY), "-m", OTHERS[script]], done.stderr
+        assert "a b" in done.stdout

@@ -7,6 +7,6 @@ if [ $# -lt 2 ]; then
 fi
 baseline=$1 finetuned=$2
 shift 2
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m training.step1_sft.prompt_eval \
+source "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/launch.sh"
+run_module training.step1_sft.prompt_eval \
     --model_name_or_path_baseline "$baseline" --model_name_or_path_finetune "$finetuned" "$@"

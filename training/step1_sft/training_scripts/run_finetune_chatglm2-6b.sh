@@ -4,8 +4,8 @@
 # AdvertiseGen: a folder with train.json and dev.json ({"content", "summary"} a line). The last of two equal flags wins.
 # NUM_GPUS=2 takes fewer cards, MASTER_PORT another port; without a card: DS_ACCELERATOR=cpu NUM_GPUS=1 … --dtype fp32.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec deepspeed \
+source "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/launch.sh"
+run_module deepspeed.launcher.runner \
     ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} --master_port "${MASTER_PORT:-$((20000 + RANDOM % 10000))}" \
     --module training.step1_sft.main \
     --model_name_or_path THUDM/chatglm2-6b --data_path AdvertiseGen --data_split 1,0,0 \

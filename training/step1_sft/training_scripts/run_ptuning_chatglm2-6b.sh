@@ -3,8 +3,8 @@
 #   bash run_ptuning_chatglm2-6b.sh [--model_name_or_path FOLDER] [--data_path AdvertiseGen] [any flag of step 1]
 # AdvertiseGen: a folder with train.json and dev.json ({"content", "summary"} a line). The last of two equal flags wins.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m training.step1_sft.main \
+source "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/launch.sh"
+run_module training.step1_sft.main \
     --model_name_or_path THUDM/chatglm2-6b --data_path AdvertiseGen --data_split 1,0,0 \
     --output_dir output/adgen-chatglm2-6b-pt-128-2e-2 \
     --pre_seq_len 128 --quantization_bit 4 \

@@ -7,5 +7,5 @@ if [ $# -lt 1 ]; then
 fi
 model=$1
 shift
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m training.step2_reward.rw_eval --model_name_or_path "$model" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/launch.sh"
+run_module training.step2_reward.rw_eval --model_name_or_path "$model" "$@"
