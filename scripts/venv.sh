@@ -25,6 +25,11 @@ find_python() {
 prepare_venv() {
     local python stamp=".venv/.installed-$1" wanted
     if ! supported .venv/bin/python pip; then
+        if [[ -n "$(ls -A .venv 2>/dev/null || true)" ]] && ! compgen -G ".venv/.installed-*" >/dev/null; then
+            echo "error: .venv was not made by this script and has no Python 3.10 to 3.13 with pip (uv venv puts none in);" \
+                "give it pip (uv venv --seed, python -m ensurepip), or move it away, and run the same command again." >&2
+            exit 2
+        fi
         python=$(find_python)
         echo "Making .venv with $("$python" --version)"
         "$python" -m venv --clear .venv

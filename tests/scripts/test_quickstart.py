@@ -126,6 +126,16 @@ def test_environment_whose_python_is_gone_is_made_anew(clone):
     assert clone.run("scripts/quickstart.sh")[1][0] == "-m venv --clear .venv"
 
 
+def test_an_environment_of_somebody_elses_is_left_alone(clone):
+    """`uv venv` makes one without pip."""
+    (clone.root / ".venv/bin").mkdir(parents=True)
+    (clone.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
+    (clone.root / ".venv/bin/python").chmod(0o755)
+    code, calls, said = clone.run("scripts/quickstart.sh")
+    assert (code, calls) == (2, []) and (clone.root / ".venv/bin/python").read_text().startswith("#!/bin/sh")
+    assert said.startswith("error: .venv was not made by this script") and said.count("\n") == 1
+
+
 def test_lint_errors_stop_the_tests(clone):
     code, calls, _ = clone.run("scripts/test.sh", FAKE_FAILS="ruff")
     assert code == 7 and calls[-1] == "-m ruff check ."
