@@ -464,10 +464,12 @@ def chat(job: Job) -> list[Document]:
         return []
     last = SECTIONS[job.steps()[-1]]
     folder = job.folder("sft" if last == "reward" else last)
+    # With /dev/dri a container sees every card of the host, so no other pod may be given one of them.
+    cards = job.platform.devices if "/dev/dri" in job.host_paths else 1
     main = container(
         job, "chat", [*job.vendor_env, "python", f"{CODE}/chat.py", "--path", folder],
         stdin=True, tty=True, env=environment(job),
-        resources=resources(job, 1, min(64, max(2, job.memory_gib // job.processes)), 4 if job.resource else 1),
+        resources=resources(job, cards, min(64, max(2, job.memory_gib // job.processes)), 4 if job.resource else 1),
     )  # fmt: skip
     pod = helper_pod(job, main, "Always", devices=True)
     return [deployment(job, "chat", {**pod, "initContainers": [waiting(job, [folder])]})]

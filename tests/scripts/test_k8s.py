@@ -12,6 +12,7 @@ import yaml
 
 from errors import UserError
 from scripts import k8s, pod
+from scripts import k8s_render as render_parts
 from scripts.k8s_checks import problems
 from scripts.k8s_fields import SPECS, TEMPLATE
 from scripts.k8s_memory import host_gib
@@ -449,3 +450,13 @@ def test_the_two_guides_name_the_same_commands_and_they_are_understood(repositor
             assert len(objects) == 3 and {word.split("/")[1] for word in objects} <= names
         for file in [word for word in line.split() if word.endswith(".Dockerfile")]:
             assert (repository / file).is_file()
+
+
+@pytest.mark.parametrize(
+    "recipe, resource, wanted", [("dcu_z100l/chatglm-6b", "hygon.com/dcu", "8"), ("single_node/opt-1.3b", "nvidia.com/gpu", "1")]
+)
+def test_whoever_sees_all_cards_asks_for_all(recipe, resource, wanted):
+    """/dev/dri shows every card of the host: with one asked for, two dialogues and a training would meet on card 0."""
+    (chat,) = render_parts.chat(job("pytorchjob", recipe))
+    asked = chat["spec"]["template"]["spec"]["containers"][0]["resources"]
+    assert asked["requests"][resource] == asked["limits"][resource] == wanted
