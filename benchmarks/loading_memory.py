@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def in_a_fresh_process(folder: Path, case: Case) -> dict[str, float]:
 
 
 def in_processes(argv: list[str], count: int, title: str) -> list[Any]:
-    """What so many new processes of this file print last, as JSON."""
+    """What so many new processes of this file print last, as JSON. When one fails, the others, which would wait for it, end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -194,13 +195,17 @@ def in_processes(argv: list[str], count: int, title: str) -> list[Any]:
         env = os.environ | {name: str(value) for name, value in place.items()}
         command = [sys.executable, "-m", "benchmarks.loading_memory", *argv]
         running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    found = []
-    for process in running:
-        out, err = process.communicate(timeout=600)
-        if process.returncode:
-            raise RuntimeError(f"{title}: {err[-3000:]}")
-        found.append(json.loads(out.splitlines()[-1]))
-    return found
+    with ThreadPoolExecutor(count) as pool:  # all are read at once: one that waits for the others does not hide which failed
+        try:
+            reading = [pool.submit(process.communicate, timeout=600) for process in running]
+            for one in as_completed(reading):
+                err, process = one.result()[1], running[reading.index(one)]
+                if process.returncode:
+                    raise RuntimeError(f"{title}: {err[-3000:]}")
+        finally:
+            for process in running:
+                process.kill()  # nothing to one that has ended
+    return [json.loads(one.result()[0].splitlines()[-1]) for one in reading]
 
 
 # --- the four models of step 3 -----------------------------------------------------------------------------------------

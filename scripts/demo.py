@@ -69,10 +69,15 @@ def common_flags(recipe: Path, description: str, prompts: str) -> argparse.Argum
     add, folder = parser.add_argument, f"output/{recipe.stem}"
     add("--seed", type=int, default=1234, help="random seed of all steps (%(default)s)")
     add("--output", type=Path, default=ROOT / folder, help=f"where results go ({folder})")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (%(default)s)")
+    add("--threads", type=int, default=usable_cores(), help="CPU threads (%(default)s)")
     add("--config", type=Path, default=recipe, help=f"recipe of the steps ({recipe.relative_to(ROOT)})")
     add("--prompts", type=int, default=0, help=prompts)
     return parser
+
+
+def usable_cores() -> int:
+    """How many cores this process may use; all, where the system cannot say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,12 +1,14 @@
 """The demo's data, its gold rule and its base model."""
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from scripts import demo
 from scripts.demo_model import train_tokenizer, write_base_model
 from scripts.demo_score import demo_score, judge, main, read_question
 from scripts.demo_world import COURTESY_AFTER, COURTESY_BEFORE, FILLERS, LANGUAGES, TASKS, fill, join
@@ -328,3 +330,10 @@ def test_a_question_from_outside_the_world_is_one_sentence(capsys, words):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert main(["What is 2 plus 2?", "The sum is 4. Happy to help!"]) == 0 and capsys.readouterr().out == "1.0\n"
+
+
+def test_threads_where_the_system_does_not_say_which_cores_are_ours(monkeypatch):
+    """macOS has no sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert demo.parse([]).threads == 6

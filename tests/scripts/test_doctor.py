@@ -409,7 +409,7 @@ def test_memory_tables_of_the_pages(tmp_path, monkeypatch, capsys):
     page.write_text("no table")
     with pytest.raises(UserError, match="memory:begin"):
         memory_table.main(["--check", str(page)])
-    with pytest.raises(UserError, match="absent.md: No such file or directory; name an existing page"):
+    with pytest.raises(UserError, match=r"absent\.md: No such file or directory; name an existing page"):
         memory_table.main(["--check", str(tmp_path / "absent.md")])
 
 
