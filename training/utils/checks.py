@@ -59,6 +59,7 @@ def validate(args: Any) -> None:
         models = {"actor_": args.actor_zero_stage, "critic_": args.critic_zero_stage}
     else:
         models = {"": args.zero_stage}
+    check_schedule(args)
     check_stage(args.deepspeed_config, models)
     if args.dtype != "auto":
         check_precision(args.deepspeed_config, args.dtype)
@@ -67,6 +68,11 @@ def validate(args: Any) -> None:
     for prefix in models:
         check_lora(args, prefix)
         check_prefix(args, prefix)
+
+
+# Of the critic alone: the reward model, which the critic's flags load too, is never trained.
+CRITIC_ALONE = ("critic_warmup_rollouts", "whiten_rewards", "lam", "cliprange_value", "critic_dropout",
+                "critic_gradient_checkpointing")  # fmt: skip
 
 
 def check_ranges(args: Any) -> None:
@@ -149,6 +155,15 @@ def check_lengths(args: SFTArguments) -> None:
         )
 
 
+def check_schedule(args: CommonArguments) -> None:
+    """A constant rate has no warm-up."""
+    if args.lr_scheduler_type == "constant" and args.num_warmup_steps not in (0, type(args).num_warmup_steps):
+        raise UserError(
+            f"--num_warmup_steps {args.num_warmup_steps} has no effect with --lr_scheduler_type constant; take "
+            "constant_with_warmup, or drop it."
+        )
+
+
 def check_sampling(args: EvaluateArguments) -> None:
     """Flags about sampling need --do_sample."""
     idle = {one.name: one.default for one in fields(args)}
@@ -196,6 +211,10 @@ def check_lora(args: CommonArguments, prefix: str) -> None:
                 f"--only_optimize_lora false with --{prefix}lora_dim: adapters freeze the model's own weights; "
                 "drop one of the two flags."
             )
+        if not getattr(args, f"{prefix}lora_alpha"):
+            raise UserError(
+                f"--{prefix}lora_alpha 0 multiplies the adapters by 0, and nothing is learned; drop it, and it is twice the rank."
+            )
         return
     idle = {one.name: one.default for one in fields(args)} | {f"{prefix}lora_alpha": 0.0}   # None became 2 x 0
     for name in (f"{prefix}lora_learning_rate", f"{prefix}lora_alpha", f"{prefix}lora_dropout"):
@@ -241,6 +260,10 @@ def check_around(args: PPOArguments) -> None:
     for name in ("unsupervised_dataset_config_name", "unsupervised_text_column"):
         if getattr(args, name) and not args.unsupervised_dataset_name:
             raise UserError(f"--{name} has no effect without --unsupervised_dataset_name; name the data set, or drop it.")
+    if not args.unsupervised_dataset_name and args.unsup_coef not in (0, type(args).unsup_coef):
+        raise UserError(
+            f"--unsup_coef {args.unsup_coef} has no effect without --unsupervised_dataset_name; name the data set, or drop it."
+        )
 
 
 def check_rollouts(args: PPOArguments) -> None:
@@ -338,9 +361,17 @@ def check_objective(args: PPOArguments) -> None:
             f"{args.num_return_sequences} leaves nothing to compare; give 2 or more, such as 4."
         )
     if not args.has_critic:
-        for name in ("critic_warmup_rollouts", "whiten_rewards"):
-            if getattr(args, name):
-                raise UserError(f"--{name} with --advantage {args.advantage}: it belongs to --advantage gae; drop it.")
+        # A quantised reward model needs to know that the critic over it would have adapters.
+        adapters = () if args.quantization_bit and args.reward_model else ("critic_lora_dim", "critic_pre_seq_len")
+        for name in (*CRITIC_ALONE, *adapters):
+            idle = getattr(type(args), name)
+            if getattr(args, name) != idle:
+                raise UserError(
+                    f"--{name} with --advantage {args.advantage}: it belongs to --advantage gae; drop it, or give "
+                    f"--{name} {str(idle).lower()} where a recipe says otherwise."
+                )
+    if not args.kl_target and args.kl_horizon != type(args).kl_horizon:
+        raise UserError(f"--kl_horizon {args.kl_horizon:g} has no effect without --kl_target; give it too, or drop it.")
     if args.kl_target and not args.kl_coef:
         raise UserError(
             f"--kl_target {args.kl_target} moves --kl_coef by factors, and 0 stays 0; give it a start such as 0.05."

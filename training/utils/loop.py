@@ -109,9 +109,17 @@ def evaluation_batches(dataset, collate: Collate, run: Run, per_device: int, lim
 
 
 def global_batch_size(args, world_size: int, per_device: int) -> int:
-    """Examples of one optimizer step over all processes. Raises UserError if the number of processes does not divide it."""
+    """Examples of one optimizer step over all processes. Raises UserError if the number of processes does not divide it, or
+    if --gradient_accumulation_steps says something else.
+    """
+    accumulated = per_device * args.gradient_accumulation_steps * world_size
     if not args.global_batch_size:
-        return per_device * args.gradient_accumulation_steps * world_size
+        return accumulated
+    if args.gradient_accumulation_steps > 1 and accumulated != args.global_batch_size:
+        raise UserError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} makes a batch of {accumulated} over {world_size} "
+            f"processes, --global_batch_size is {args.global_batch_size}; drop one of the two (1 step is as good as not given)."
+        )
     if args.global_batch_size % world_size:
         raise UserError(
             f"--global_batch_size {args.global_batch_size} cannot be shared by {world_size} processes; "

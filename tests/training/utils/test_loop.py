@@ -80,7 +80,12 @@ def test_an_example_beyond_the_token_budget_is_told_before_the_first_step():
 def test_global_batch_size():
     args = SimpleNamespace(global_batch_size=0, gradient_accumulation_steps=3)
     assert global_batch_size(args, world_size=2, per_device=4) == 24
-    args.global_batch_size = 10
+    args.global_batch_size = 24
+    assert global_batch_size(args, world_size=2, per_device=4) == 24
+    args.global_batch_size = 48
+    with pytest.raises(UserError, match="--gradient_accumulation_steps 3 makes a batch of 24 over 2 processes"):
+        global_batch_size(args, world_size=2, per_device=4)
+    args.global_batch_size, args.gradient_accumulation_steps = 10, 1
     assert global_batch_size(args, world_size=5, per_device=4) == 10
     with pytest.raises(UserError, match=r"--global_batch_size 10 .* 4 processes; take a multiple of 4, such as 12"):
         global_batch_size(args, world_size=4, per_device=4)
