@@ -70,9 +70,9 @@ def validate(args: Any) -> None:
         check_prefix(args, prefix)
 
 
-# Of the critic alone: the reward model, which the critic's flags load too, is never trained.
-CRITIC_ALONE = ("critic_warmup_rollouts", "whiten_rewards", "lam", "cliprange_value", "critic_dropout",
-                "critic_gradient_checkpointing")  # fmt: skip
+# Of the critic alone. Its memory flags (LoRA, checkpointing) are not here: most recipes have them, and --advantage grpo is to
+# work with every recipe.
+CRITIC_ALONE = ("critic_warmup_rollouts", "whiten_rewards", "lam", "cliprange_value", "critic_dropout")
 
 
 def check_ranges(args: Any) -> None:
@@ -361,9 +361,7 @@ def check_objective(args: PPOArguments) -> None:
             f"{args.num_return_sequences} leaves nothing to compare; give 2 or more, such as 4."
         )
     if not args.has_critic:
-        # A quantised reward model needs to know that the critic over it would have adapters.
-        adapters = () if args.quantization_bit and args.reward_model else ("critic_lora_dim", "critic_pre_seq_len")
-        for name in (*CRITIC_ALONE, *adapters):
+        for name in CRITIC_ALONE:
             idle = getattr(type(args), name)
             if getattr(args, name) != idle:
                 raise UserError(

@@ -26,6 +26,7 @@ from training.utils.arguments import (
 )
 from training.utils.former_flags import NOT_YET, RETIRED, former_flags
 from training.utils.parsing import FlagParser, flag_names, main_entry, parse
+from training.utils.recipe_files import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ALL = (*STEPS, PromptEvalArguments, EvaluateArguments, RewardEvalArguments)
@@ -292,8 +293,7 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
         (PPOArguments, ["--unsup_coef", "1"], "--unsup_coef 1.0 has no effect without --unsupervised_dataset_name"),
         (PPOArguments, ["--kl_horizon", "50"], "--kl_horizon 50 has no effect without --kl_target"),
         *((PPOArguments, ["--advantage", "reinforce++", *words], f"{words[0]} with --advantage reinforce++: it belongs to")
-          for words in (["--lam", "0.9"], ["--cliprange_value", "0.1"], ["--critic_dropout", "0.1"],
-                        ["--critic_gradient_checkpointing"], ["--critic_lora_dim", "8"], ["--critic_pre_seq_len", "8"])),
+          for words in (["--lam", "0.9"], ["--cliprange_value", "0.1"], ["--critic_dropout", "0.1"])),
         (SFTArguments, ["--deepspeed_config", "STAGE_3"], "STAGE_3: \"stage\" 3 contradicts --zero_stage 0"),
         (PPOArguments, ["--deepspeed_config", "STAGE_3", "--actor_zero_stage", "3"],
          "STAGE_3: \"stage\" 3 contradicts --critic_zero_stage 0"),
@@ -322,12 +322,23 @@ def test_missing_flags_are_named(args_class):
         ["--lr_scheduler_type", "constant"],   # its default of 10 warm-up steps was not asked for
         ["--unsup_coef", "0"],
         ["--advantage", "reinforce++", "--critic_zero_stage", "3", "--gamma", "0.9"],   # the reward model's; rewards to come
-        ["--advantage", "reinforce++", "--critic_lora_dim", "8", "--quantization_bit", "8"],   # so is its base
+        ["--advantage", "reinforce++", "--critic_lora_dim", "8", "--critic_gradient_checkpointing"],   # as recipes have them
         ["--kl_target", "6", "--kl_horizon", "50"],
     ],
 )
-def test_what_has_an_effect_is_accepted(words):
+def test_what_has_an_effect_or_stands_in_most_recipes_is_accepted(words):
     parse(PPOArguments, NEEDED[PPOArguments] + words)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "reinforce++"])
+def test_every_recipe_goes_with_an_advantage_that_has_no_critic(advantage):
+    """As the README says: no flag of a recipe has to be taken back first."""
+    tried = 0
+    for path in sorted(Path("configs").glob("*/*.yaml")):
+        if "ppo" in load_recipe(str(path)):
+            parse(PPOArguments, ["--config", str(path), "--advantage", advantage, "--num_return_sequences", "4"])
+            tried += 1
+    assert tried > 20
 
 
 def test_sft_only_data_needs_no_share():
