@@ -181,7 +181,7 @@ def summary_section(file: Path) -> str:
 
 def answer_section(file: Path, rows: int = 24) -> str:
     """Answers before and after PPO side by side, the prompts evenly taken from all."""
-    answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    answers = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     shown = answers[:: max(1, len(answers) // rows)][:rows]
     cells = [
         (escape(row["prompt"].strip()), escape(row["before"]), score(row["gold_before"]), escape(row["after"]),
@@ -201,7 +201,7 @@ def score(value: float) -> str:
 
 def sample_section(file: Path, rows: int = 8) -> str:
     """The last held-out answers that PPO wrote down itself, with the reward model's score."""
-    samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    samples = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     last = max((sample["step"] for sample in samples), default=0)
     cells = [
         (escape(row["prompt"].strip()), escape(row["answer"]), format_figure(row["score"]))

@@ -114,7 +114,7 @@ def test_a_step_alone_shows_its_own_samples(tmp_path):
     write_lines(tmp_path / "x" / "metrics.jsonl", [{"step": 1, "train/actor_loss": 0.1}])
     sample = {"part": "eval", "prompt": "Human: hi", "score": 0.5}
     write_lines(
-        tmp_path / "x" / "samples.jsonl", [sample | {"step": 1, "answer": "old"}, sample | {"step": 2, "answer": "new"}]
+        tmp_path / "x" / "samples.jsonl", [sample | {"step": 1, "answer": "old"}, sample | {"step": 2, "answer": "new\u2028er"}]
     )
     write_report(tmp_path / "x", tmp_path / "sub" / "page.html")
     page = (tmp_path / "sub" / "page.html").read_text()

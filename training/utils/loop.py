@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,11 +102,15 @@ def load_micro_batches(dataset, examples: Sequence[int], plan: list[list[int]], 
 def evaluation_batches(dataset, collate: Collate, run: Run, per_device: int, limit: int = 0) -> Iterator[Any]:
     """Every example of a held-out set exactly once over all processes; equally many micro-batches on each.
 
-    limit > 0 takes that many micro-batches of every process at most (--eval_iters).
+    limit > 0 (--eval_iters) takes no more examples than fill that many micro-batches of every process: always the same ones,
+    drawn by lot, as the first of a plan are the longest.
     """
-    plan = plan_micro_batches(list(dataset["length"]), run.world_size, per_device, None)[run.rank]
-    for positions in plan[:limit] if limit else plan:
-        yield load_micro_batches(dataset, range(len(dataset)), [positions], collate, run.device)[0]
+    lengths, examples = list(dataset["length"]), list(range(len(dataset)))
+    if limit:
+        random.Random("evaluation").shuffle(examples)
+        examples = examples[: limit * per_device * run.world_size]
+    for positions in plan_micro_batches([lengths[one] for one in examples], run.world_size, per_device, None)[run.rank]:
+        yield load_micro_batches(dataset, examples, [positions], collate, run.device)[0]
 
 
 def global_batch_size(args, world_size: int, per_device: int) -> int:

@@ -69,7 +69,7 @@ class Metrics:
 
 def read_metrics(path: Path, name: str) -> list[tuple[int, float]]:
     """All (step, value) pairs of one key, such as ``train/loss``, from a metrics.jsonl."""
-    records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
+    records = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
     return [(record["step"], record[name]) for record in records if name in record]
 
 

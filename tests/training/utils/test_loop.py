@@ -103,6 +103,24 @@ def test_evaluation_takes_every_example_once(world_size):
     assert sorted(found) == list(range(11)) and len(set(counts)) == 1
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_limited_evaluation_takes_a_fair_sample(world_size):
+    """Of 400 examples the mean length of 40 lies near that of all; longest first, it was the longest that were taken."""
+    lengths = [10 + place % 100 for place in range(400)]
+    rows = [{"number": place, "length": length} for place, length in enumerate(lengths)]
+    dataset, found = Dataset.from_list(rows), []
+    for rank in range(world_size):
+        run = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+        mine = list(evaluation_batches(dataset, collate, run, per_device=40 // world_size // 2, limit=2))
+        assert len(mine) == 2
+        found += [n for micro in mine for n in micro]
+    assert len(set(found)) == len(found) == 40
+    mean = sum(lengths[n] for n in found) / 40
+    assert abs(mean - sum(lengths) / 400) < 3 * 29 / 40**0.5   # three standard errors of a mean of 40
+    taken = evaluation_batches(dataset, collate, SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu")), 20, 2)
+    assert sorted(n for micro in taken for n in micro) == sorted(found), "the same examples, however many processes share them"
+
+
 def test_due():
     assert [step for step in range(1, 10) if due(step, 3)] == [3, 6, 9]
     assert not any(due(step, 0) for step in range(10))
