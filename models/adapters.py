@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
-from models.factory import FAMILIES, check_tokenizer, new_draft, publish, settle_special_ids
+from models.factory import FAMILIES, check_tokenizer, settle_special_ids
 from models.heads import SCALAR_HEADS, base_model, score_name
 from models.prefix import PREFIX_FILE, base_of, has_prefix, peft_config_to_save, prefix_tensors
+from models.publishing import new_draft, publish
 from models.quantization import QuantizedLinear
 from models.shared_trunk import frozen_change
 
@@ -171,20 +172,20 @@ def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, train
     settle_special_ids(network, tokenizer, template)
     network.config.architectures = [type(network).__name__]
     tensors = prefix_tensors(model, trained)
-    draft = new_draft(folder)
-    network.config.save_pretrained(draft)
-    if network.can_generate():
-        network.generation_config.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    template.save(draft)
-    if isinstance(model, PeftModel):
-        save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
-        peft_config_to_save(model).save_pretrained(draft)
-        found = load_file(draft / "adapter_model.safetensors")
-    else:
-        torch.save(tensors, draft / PREFIX_FILE)
-        found = torch.load(draft / PREFIX_FILE, map_location="cpu", weights_only=True)
-    if found.keys() != tensors.keys() or not all(torch.equal(found[name], tensors[name]) for name in tensors):
-        raise OSError(f"{draft}: the prefix reads back differently; the disk or the file system is at fault")
-    check_tokenizer(draft, tokenizer)
+    with new_draft(folder) as draft:
+        network.config.save_pretrained(draft)
+        if network.can_generate():
+            network.generation_config.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        template.save(draft)
+        if isinstance(model, PeftModel):
+            save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+            peft_config_to_save(model).save_pretrained(draft)
+            found = load_file(draft / "adapter_model.safetensors")
+        else:
+            torch.save(tensors, draft / PREFIX_FILE)
+            found = torch.load(draft / PREFIX_FILE, map_location="cpu", weights_only=True)
+        if found.keys() != tensors.keys() or not all(torch.equal(found[name], tensors[name]) for name in tensors):
+            raise OSError(f"{draft}: the prefix reads back differently; the disk or the file system is at fault")
+        check_tokenizer(draft, tokenizer)
     publish(draft, folder)

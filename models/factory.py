@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +29,13 @@ from models.heads import base_model, score_name, start_head
 from models.prefix import (
     BASE_FIELD,
     OWN,
-    PREFIX_FILE,
     PrefixPlan,
     add_prefix,
     base_named_in,
     check_prefix,
     plan_prefix,
 )
+from models.publishing import new_draft, publish
 from models.quantization import config_of, model_bits, plain_state_dict, quantize_linears
 from models.weight_files import WEIGHTS, check_weights
 from models.zero3 import zero3_loading
@@ -412,17 +411,17 @@ def save_model(
         if aliases.get(name) not in state_dict
     }
     settle_special_ids(network, tokenizer, template)
-    draft = new_draft(folder)
-    # Newer transformers write in rank 0 only; nodes that share no disk have a process each that calls this.
-    network.should_save_on_this_rank = lambda is_main_process: True
-    try:
-        with config_of(network.config, state_dict, model_bits(network)):
-            network.save_pretrained(draft, state_dict=dict(state_dict))
-    finally:
-        del network.should_save_on_this_rank
-    tokenizer.save_pretrained(draft)
-    template.save(draft)
-    check_saved(draft, state_dict, tokenizer)
+    with new_draft(folder) as draft:
+        # Newer transformers write in rank 0 only; nodes that share no disk have a process each that calls this.
+        network.should_save_on_this_rank = lambda is_main_process: True
+        try:
+            with config_of(network.config, state_dict, model_bits(network)):
+                network.save_pretrained(draft, state_dict=dict(state_dict))
+        finally:
+            del network.should_save_on_this_rank
+        tokenizer.save_pretrained(draft)
+        template.save(draft)
+        check_saved(draft, state_dict, tokenizer)
     publish(draft, folder)
 
 
@@ -469,33 +468,3 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     sample = "Hello 你好\n"
     if AutoTokenizer.from_pretrained(folder)(sample).input_ids != tokenizer(sample).input_ids:
         raise OSError(f"{folder}: the tokenizer reads back differently")
-
-
-def new_draft(folder: Path) -> Path:
-    """An empty hidden folder in ``folder`` for what publish moves; what an interrupted save left there is removed.
-
-    In the folder, not beside it: the folder may be "." or on a disk of its own, and its parent may be another user's.
-    """
-    draft = folder / ".draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    return draft
-
-
-def publish(draft: Path, folder: Path) -> None:
-    """Move the files of ``draft`` into ``folder``, which may hold other things (metrics, checkpoints of the run);
-    config.json goes last. All files get its permissions: safetensors makes files that only their owner may read.
-    """
-    mode = (draft / "config.json").stat().st_mode
-    for file in (path for path in draft.rglob("*") if path.is_file()):
-        file.chmod(mode)
-    (folder / "config.json").unlink(missing_ok=True)  # from here on the old checkpoint does not count
-    for old in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*"), *folder.glob("adapter_*")]:
-        old.unlink()
-    (folder / PREFIX_FILE).unlink(missing_ok=True)
-    for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
-        target = folder / file.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        file.replace(target)
-    draft.rmdir()

@@ -23,10 +23,9 @@ from models.factory import (
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
-    new_draft,
-    publish,
     save_model,
 )
+from models.publishing import new_draft, publish
 from tests.tiny import FAMILIES, SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
 
 
@@ -174,6 +173,7 @@ def test_interrupted_save_leaves_the_old_checkpoint_or_none(gpt2, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):  # before anything is moved: the old one is whole
         save_model(model, tokenizer, Broken(), out)
     assert same_weights(load_causal_lm(out, dtype=torch.float32), model)
+    assert not list(out.glob(".*"))  # weights that nobody will read take no room
 
     move = Path.replace
 
@@ -204,7 +204,7 @@ def test_a_disk_that_lies_is_noticed(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "save_pretrained", lose_a_tensor)
     with pytest.raises(OSError, match="read back"):
         save_model(model, tokenizer, PlayTemplate(), tmp_path / "out")
-    assert not [file for file in (tmp_path / "out").iterdir() if file.name != ".draft"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_empty_tensors_are_not_published(gpt2, tmp_path):
@@ -213,7 +213,7 @@ def test_empty_tensors_are_not_published(gpt2, tmp_path):
     empty = {name: torch.empty(0) for name in model.state_dict()}
     with pytest.raises(OSError, match="are empty"):
         save_model(model, tokenizer, PlayTemplate(), tmp_path / "out", empty)
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_draft_lies_in_the_folder(gpt2, tmp_path, monkeypatch):
@@ -233,12 +233,12 @@ def test_the_draft_lies_in_the_folder(gpt2, tmp_path, monkeypatch):
 
 def test_published_folders_can_be_entered(tmp_path):
     """Files get the mode of config.json, which has no x bit; a folder with it could not be listed."""
-    draft = new_draft(tmp_path)
-    (draft / "config.json").write_text("{}")
-    (draft / "config.json").chmod(0o644)
-    (draft / "parts").mkdir(mode=0o755)
-    (draft / "parts" / "one").write_text("1")
-    (draft / "parts" / "one").chmod(0o600)
+    with new_draft(tmp_path) as draft:
+        (draft / "config.json").write_text("{}")
+        (draft / "config.json").chmod(0o644)
+        (draft / "parts").mkdir(mode=0o755)
+        (draft / "parts" / "one").write_text("1")
+        (draft / "parts" / "one").chmod(0o600)
     publish(draft, tmp_path)
     assert (tmp_path / "parts").stat().st_mode & 0o100
     assert (tmp_path / "parts" / "one").stat().st_mode & 0o777 == 0o644
