@@ -48,16 +48,16 @@ def container_free(root: Path = Path("/sys/fs/cgroup")) -> float:
     limit = container_limit(root)
     if limit is None:
         return math.inf
-    for taken, figures, cached in (
-        ("memory.current", "memory.stat", "inactive_file"),
-        ("memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-    ):
+    for taken, figures, version in (
+        ("memory.current", "memory.stat", ""), ("memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+    ):  # fmt: skip
         try:
             used = float((root / taken).read_text())
             stat = dict(line.split() for line in (root / figures).read_text().splitlines())
         except (OSError, ValueError):   # the other version's, or a kernel that does not say
             continue
-        return max(limit - used + float(stat.get(cached, 0)), 0.0)
+        cached = sum(float(stat.get(f"{version}{kind}_file", 0)) for kind in ("active", "inactive"))
+        return max(limit - used + cached, 0.0)
     return limit
 
 

@@ -28,7 +28,7 @@ def test_a_container_has_what_its_limit_leaves(tmp_path):
     (tmp_path / "memory.max").write_text("1000\n")
     assert container_free(tmp_path) == 1000
     (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 200\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nactive_file 50\ninactive_file 150\n")
     assert container_free(tmp_path) == 500
 
     old = tmp_path / "version1"
