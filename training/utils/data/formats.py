@@ -6,6 +6,7 @@ assistant turns. In data that has only prompts, "chosen" is "".
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,6 +25,8 @@ OUR_NAMES = (
 )  # fmt: skip
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
 ANSWER_LIKE = ("answer", "answers", "completion", "output", "target", "reply", "label", "text", "summary")
+
+LARGEST_MARGIN = 3e38  # of float32, as margins are kept
 
 
 class BadRecord(Exception):
@@ -58,11 +61,16 @@ def items(value: Any, field: str) -> list:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise BadRecord(f'field "{field}" starts like a list, but is invalid JSON ({error.msg})') from error
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+    if is_columns(value):
         return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
     if not isinstance(value, list):
         raise BadRecord(f'field "{field}" is {_kind(value)}, expected a list')
     return value
+
+
+def is_columns(value: Any) -> bool:
+    """Whether a value is Arrow's way to hold a list of messages: {"role": [...], "content": [...]}."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(column, list) for column in value.values())
 
 
 def message(value: Any, field: str) -> Message:
@@ -70,7 +78,7 @@ def message(value: Any, field: str) -> Message:
     if not isinstance(value, dict):
         raise BadRecord(f'field "{field}" holds {_kind(value)}, expected {{"role": "user", "content": "…"}}')
     role = value.get("role", value.get("from"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRecord(f'field "{field}" has the role {role!r}, expected one of {", ".join(sorted(ROLES))}')
     content = next((value[name] for name in ("content", "value", "text") if value.get(name) is not None), None)
     if isinstance(content, list):  # [{"type": "text", "text": "…"}]
@@ -111,18 +119,19 @@ def prompt_messages(
     value: Any, field: str = "prompt", user: str = "Human", assistant: str = "Assistant"
 ) -> list[Message]:
     """A prompt: a text with or without role marks, or a list of messages."""
-    if isinstance(value, list):
-        return [message(item, field) for item in value]
+    if isinstance(value, list) or is_columns(value):
+        return [message(item, field) for item in items(value, field)]
     value = text(value, field)
     return split_turns(value, user, assistant) or [{"role": "user", "content": value}]
 
 
 def answer(value: Any, field: str) -> str:
     """An answer: a text, one message, or messages of which the last is the answer."""
-    if isinstance(value, list):
-        if not value:
+    if isinstance(value, list) or is_columns(value):
+        turns = items(value, field)
+        if not turns:
             raise Skip("an empty answer")
-        value = value[-1]
+        value = turns[-1]
     return message(value, field)["content"] if isinstance(value, dict) else text(value, field)
 
 
@@ -131,12 +140,23 @@ def user_turn(content: str) -> list[Message]:
 
 
 def tidy(messages: Iterable[Message]) -> list[Message]:
-    """Empty turns out, neighbours of one role joined, nothing but a system message before the first user turn."""
+    """Neighbours of one role joined, nothing but a system message before the first user turn, the open end cut off.
+
+    Skip where another turn is empty: without it the turns around it would be taken for one.
+    """
+    turns = list(messages)
+    for role in ("assistant", "user"):  # the open "Assistant:" of a prompt, and a question that was not asked
+        if turns and turns[-1]["role"] == role and not turns[-1]["content"]:
+            turns.pop()
     tidied: list[Message] = []
     asked = False
-    for turn in messages:
-        if not turn["content"] or (turn["role"] == "assistant" and not asked):
+    for turn in turns:
+        if not asked and (turn["role"] == "assistant" or not turn["content"]):
             continue
+        if not turn["content"] and turn["role"] == "system":
+            continue
+        if not turn["content"]:
+            raise Skip("an empty turn")
         asked = asked or turn["role"] == "user"
         if tidied and tidied[-1]["role"] == turn["role"]:
             tidied[-1] = {"role": turn["role"], "content": tidied[-1]["content"] + "\n\n" + turn["content"]}
@@ -159,9 +179,12 @@ def _margin(value: Any) -> float | None:
     if value is None or value == "":
         return None
     try:
-        return float(value)
+        margin = float(value)
     except (TypeError, ValueError) as error:
         raise BadRecord(f'field "margin" is {value!r}, expected a number') from error
+    if not math.isfinite(margin) or abs(margin) > LARGEST_MARGIN:  # one of them would make the loss of all NaN
+        raise BadRecord(f'field "margin" is {value!r}, expected a finite number')
+    return margin
 
 
 def prompt_only(messages: list[Message]) -> Record:
@@ -207,14 +230,23 @@ def _pair(messages: list[Message], row: Fields) -> list[Record]:
     return [record(messages, answer(row["chosen"], "chosen"), worse, row.get("margin"))]
 
 
+def _pair_after_messages(row: Fields) -> list[Record]:
+    """Where the messages end with an answer they are the chosen dialogue once more (ultrafeedback_binarized)."""
+    messages = _turns(row, "messages")
+    if messages and messages[-1]["role"] == "assistant" and row.get("prompt"):
+        messages = history(row) + prompt_messages(row["prompt"])
+    return _pair(messages, row)
+
+
 def _whole_dialogues(row: Fields) -> list[Record]:
     """hh-rlhf: two dialogues, equal but for the last answer."""
     found = []
     for field in ("chosen", "rejected"):
         value = row[field]
-        turns = [message(item, field) for item in value] if isinstance(value, list) else None
-        turns = turns or split_turns(text(value, field), answered=True)
-        if turns is None:
+        whole = isinstance(value, list) or is_columns(value)
+        turns = [message(item, field) for item in items(value, field)] if whole else None
+        turns = turns if whole else split_turns(text(value, field), answered=True)
+        if not turns:
             if isinstance(value, str) and value.strip() and not split_turns(value):
                 raise BadRecord(
                     f'no field "prompt", and "{field}" is not a whole dialogue ("\\n\\nHuman: …\\n\\nAssistant: …")'
@@ -270,7 +302,10 @@ def _mkqa_english(row: Fields) -> list[Record]:
 
 def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
     """A question of MKQA and the first of its answers in a language; many questions have none."""
-    answers = items((row["answers"] or {}).get(language), "answers")
+    languages = row["answers"] or {}
+    answers = items(languages.get(language), "answers") if isinstance(languages, dict) else None
+    if answers is None or (answers and not isinstance(answers[0], dict)):
+        raise BadRecord('field "answers" is not of the form {"en": [{"text": "…"}]}')
     reply = answers[0].get("text") if answers else None
     if not reply or not question:
         raise Skip("no answer in this language")
@@ -280,7 +315,7 @@ def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
 # (fields that a row must have, how it becomes records); the first that fits is taken.
 FORMATS: tuple[tuple[tuple[str, ...], Callable[[Fields], list[Record]]], ...] = (
     (("conversations", "chosen", "rejected"), lambda row: _pair(_turns(row, "conversations"), row)),
-    (("messages", "chosen", "rejected"), lambda row: _pair(_turns(row, "messages"), row)),
+    (("messages", "chosen", "rejected"), _pair_after_messages),
     (("context", "chosen", "rejected"), lambda row: _pair(prompt_messages(row["context"], "context"), row)),
     (("instruction", "chosen", "rejected"), lambda row: _pair(instruction(row), row)),
     (("prompt", "chosen", "rejected"), lambda row: _pair(history(row) + prompt_messages(row["prompt"]), row)),
@@ -300,9 +335,18 @@ FORMATS: tuple[tuple[tuple[str, ...], Callable[[Fields], list[Record]]], ...] = 
 SPELLED_OUT = (("prompt", "response"), ("instruction", "output"))
 
 
-def recognise(fields: Iterable[str]) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]]] | None:
-    """The first of FORMATS whose fields are all there; None when none fits or the answer's field cannot be told."""
-    fields = set(fields)
+def recognise(row: Fields) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]]] | None:
+    """The first of FORMATS whose fields a row has; None when none fits or the answer's field cannot be told.
+
+    A field that is null says nothing where the others make a format (Parquet with a column for each format). Beside a
+    prompt alone it does: the answer is missing, and the set must not become prompts for it.
+    """
+    found = _recognise(name for name, value in row.items() if value is not None)
+    return _recognise(row) if found is None or found[0] == ("prompt",) else found
+
+
+def _recognise(names: Iterable[str]) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]]] | None:
+    fields = set(names)
     found = next((entry for entry in FORMATS if fields.issuperset(entry[0])), None)
     if found and found[0] == ("prompt",) and fields.intersection(ANSWER_LIKE):
         return None

@@ -34,11 +34,14 @@ class NamedSet:
 
 
 def _rlhf_reward(row: Fields) -> list[Record]:
-    """yitingxie: the prompt lacks its "Assistant:", which opens the answers instead."""
-    prompt = text(row["prompt"], "prompt")
-    prompt = prompt if prompt.endswith("Assistant:") else prompt + "\n\nAssistant:"
-    better, worse = (text(row[field], field).split("Assistant:")[-1].strip() for field in ("chosen", "rejected"))
-    return [record(prompt_messages(prompt), better, worse)]
+    """yitingxie: the prompt lacks its "Assistant:", which opens the answers instead, some behind the whole prompt.
+
+    Only that one mark goes: an answer may quote a dialogue.
+    """
+    prompt = text(row["prompt"], "prompt").removesuffix("Assistant:").rstrip()
+    answers = (text(row[field], field).removeprefix(prompt) for field in ("chosen", "rejected"))
+    better, worse = (answer.strip().removeprefix("Assistant:").strip() for answer in answers)
+    return [record(prompt_messages(prompt + "\n\nAssistant:"), better, worse)]
 
 
 def _webgpt(row: Fields) -> list[Record]:

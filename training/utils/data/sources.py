@@ -42,6 +42,7 @@ FEATURES = Features(
 EVAL_SPLITS = ("eval", "evaluation", "validation", "valid", "val", "dev", "test")
 WRITE_BATCH = 500
 MISSING = object()
+REPEATED = "a turn of a history that is there already"
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,13 @@ def cache_folder(cache_dir: str | None = None) -> Path:
 def open_source(path: str) -> Source:
     """Finds out what a path is. UserError when there is no such thing."""
     named = find_named_set(path)
-    if named and named.names[0] == "local/jsonfile":
-        return _local_jsonfile(path, named)
     local = Path(path).expanduser()
     if local.is_file():
         return Source(path, {"train": [_file_part(local)]}, named)
     if local.is_dir():
         return Source(path, _folder_parts(local), named)
-    if named and named.local:
-        return _local_form(path, named)
+    if named and named.local and not data_suffix(local):  # a file that is meant and missing is an error
+        return _local_jsonfile(path, named) if named.names[0] == "local/jsonfile" else _local_form(path, named)
     if _looks_local(path):
         raise UserError(_missing_file(path, local, named))
     for downloaded in map(download_folder, (path, *(named.names if named else ()))):
@@ -284,7 +283,9 @@ def _dataset_rows(dataset: Dataset) -> Iterator[Row]:
 
 
 def _hash_dataset(dataset: Dataset) -> str:
-    return _hash_files([Path(file["filename"]) for file in dataset.cache_files])
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    # Kept in memory (HF_DATASETS_IN_MEMORY_MAX_SIZE) it names no files, and all sets would be one.
+    return _hash_files(files) if files else f"in memory {dataset._fingerprint}"
 
 
 def _hash_files(files: list[Path]) -> str:
@@ -354,12 +355,12 @@ def _records(
 ) -> Iterator[Record]:
     """The records of one part. The first row decides the format, and every later row must have its fields."""
     needed: tuple[str, ...] = ()
-    once = False
+    earlier = ""
     convert: Callable[[Fields], list[Record]] | None = None
-    seen: set[bytes] = set()
+    seen: dict[bytes, bool] = {}
     for where, row in part.rows():
         if convert is None:
-            needed, convert, once = _format_of(row, named, columns, f"{part.label}, {where}", notes)
+            needed, convert, earlier = _format_of(row, named, columns, f"{part.label}, {where}", notes)
         for field in needed:
             if _field(row, field) is None:
                 found = ", ".join(name for name, value in row.items() if value is not None)
@@ -378,22 +379,36 @@ def _records(
             if named is None or convert is not named.rule:
                 raise
             raise UserError(f"{part.label}, {where}: not of the form of {named.names[0]} ({error!r}).") from error
-        yield from _unseen(records, seen) if once else records
+        if not earlier:
+            yield from records
+            continue
+        yield from _once(records, _field(row, earlier, MISSING) is not MISSING, seen, skipped)
 
 
-def _unseen(records: list[Record], seen: set[bytes]) -> Iterator[Record]:
+def _once(
+    records: list[Record], spelled_out: bool, seen: dict[bytes, bool], skipped: Counter[str]
+) -> Iterator[Record]:
+    """Without the turns that are there already. Equal rows that have no field of a history stay: somebody repeated them.
+
+    spelled_out: the row has such a field. seen: the turns so far, and whether one of such a row was among them.
+    """
     for record in records:
         told = json.dumps([record["messages"], record["chosen"], record["rejected"]])
         digest = hashlib.blake2b(told.encode(), digest_size=12).digest()
-        if digest not in seen:
-            seen.add(digest)
+        before = seen.get(digest)
+        seen[digest] = spelled_out or before is True
+        if before or (spelled_out and before is not None):
+            skipped[REPEATED] += 1
+        else:
             yield record
 
 
 def _format_of(
     row: Fields, named: NamedSet | None, columns: dict[str, str] | None, place: str, notes: list[str]
-) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]], bool]:
-    """The fields that every row needs (names in the data), how a row becomes records, and whether these count once."""
+) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]], str]:
+    """The fields that every row needs (names in the data), how a row becomes records, and the field of a history whose
+    turns count once, "" for none.
+    """
     missing = [theirs for theirs in (columns or {}).values() if _field(row, theirs, MISSING) is MISSING]
     if columns and not missing:
         return _mapped(columns)
@@ -404,15 +419,15 @@ def _format_of(
     if columns:
         notes.append(f"{place}: without the fields of --columns, so read by its own fields")
     if ruled and all(field in row for field in named.fields):
-        return (), named.rule, False
+        return (), named.rule, ""
     if ruled:
         notes.append(f"{place}: without the fields of {named.names[0]} ({', '.join(named.fields)}), so read by its own")
     if found is None:
         raise UserError(_unknown_fields(row, place))
-    return *found, "history" in row and found[0] in SPELLED_OUT
+    return *found, "history" if found[0] in SPELLED_OUT else ""
 
 
-def _mapped(columns: dict[str, str]) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]], bool]:
+def _mapped(columns: dict[str, str]) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]], str]:
     """--columns: the named fields alone, under our names, in the format that these make."""
     unknown = [ours for ours in columns if ours not in formats.OUR_NAMES]
     if unknown:
@@ -426,8 +441,8 @@ def _mapped(columns: dict[str, str]) -> tuple[tuple[str, ...], Callable[[Fields]
         )
     names, convert = found
     needed = tuple(columns[name] for name in names)
-    once = "history" in columns and names in SPELLED_OUT
-    return needed, lambda row: convert({ours: _field(row, theirs) for ours, theirs in columns.items()}), once
+    earlier = columns.get("history", "") if names in SPELLED_OUT else ""
+    return needed, lambda row: convert({ours: _field(row, theirs) for ours, theirs in columns.items()}), earlier
 
 
 def _field(row: Fields, name: str, default: Any = None) -> Any:

@@ -13,6 +13,7 @@ from training.utils.data.named_sets import NAMED_SETS
 
 # ---------------------------------------------------------------------------------------------------- formats
 
+COLUMNS = {"role": ["user", "assistant"], "content": ["Hi", "A"]}
 FORMATS = {
     "pairs, hh prompt": (
         {"prompt": HH, "response": " A.", "chosen": " A.", "rejected": " B."},
@@ -41,6 +42,26 @@ FORMATS = {
     "pairs of messages": (
         {"prompt": turns("Hi"), "chosen": turns("Hi", "A"), "rejected": turns("Hi", "B")},
         [rec(turns("Hi"), "A", "B")],
+    ),
+    "pairs with the chosen dialogue once more, as messages": (
+        {"prompt": "Hi", "chosen": turns("Hi", "A"), "rejected": turns("Hi", "B"), "messages": turns("Hi", "A")},
+        [rec(turns("Hi"), "A", "B")],
+    ),
+    "pairs after messages, with a prompt beside": (
+        {"prompt": "Hi", "chosen": "A", "rejected": "B", "messages": turns("Q1", "A1", "Hi")},
+        [rec(turns("Q1", "A1", "Hi"), "A", "B")],
+    ),
+    "pairs of messages in columns": (
+        {"prompt": "Hi", "chosen": COLUMNS, "rejected": {"role": ["assistant"], "content": ["B"]}},
+        [rec(turns("Hi"), "A", "B")],
+    ),
+    "whole dialogues in columns": (
+        {"chosen": COLUMNS, "rejected": {"role": ["user", "assistant"], "content": ["Hi", "B"]}},
+        [rec(turns("Hi"), "A", "B")],
+    ),
+    "null in the columns of another format": (
+        {"messages": turns("Q", "A"), "prompt": None, "chosen": None, "rejected": None},
+        [rec(turns("Q"), "A")],
     ),
     "whole dialogues": ({"chosen": HH + " A.", "rejected": HH + " B."}, [rec(HH_TURNS, "A.", "B.")]),
     "whole dialogues as messages": (
@@ -135,6 +156,32 @@ def test_turns_of_a_history_count_once(load, tmp_path):
     renamed = [{"q": row["prompt"], "a": row["response"], "past": row["history"]} for row in rows]
     columns = {"prompt": "q", "response": "a", "history": "past"}
     assert load(write_lines(tmp_path / "c.jsonl", renamed), columns=columns)["train"] == expected
+
+
+def test_turns_of_a_history_count_once_also_where_the_first_row_has_none(load, tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [
+        {"prompt": "Q1", "response": "A1"},
+        {"prompt": "Q2", "response": "A2", "history": [["Q1", "A1"]]},
+    ]
+    expected = [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")]
+    for name, order in (("a.jsonl", rows), ("b.jsonl", rows[::-1])):
+        assert load(write_lines(tmp_path / name, order))["train"] == expected
+        assert "2 records; left out 1 with a turn of a history that is there already" in caplog.text
+        caplog.clear()
+    repeated = load(write_lines(tmp_path / "c.jsonl", rows[:1] * 3))["train"]
+    assert repeated == expected[:1] * 3  # nobody's history: repeated on purpose
+
+
+def test_an_empty_turn_does_not_fuse_its_neighbours(load, tmp_path, caplog):
+    caplog.set_level("INFO")
+    good = {"messages": turns("Q1", "A1", "Q2", "A2")}
+    rows = [good, {"messages": turns("Q1", "A1", "", "A2")}, {"messages": turns("Q1", "", "Q2", "A2")}]
+    expected = [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")]
+    assert load(write_lines(tmp_path / "a.jsonl", rows))["train"] == expected
+    assert "2 records; left out 2 with an empty turn" in caplog.text
+    rows = [{"prompt": "Q", "response": "A"}, {"prompt": "Q2", "response": "A2", "history": [["Q1", ""]]}]
+    assert load(write_lines(tmp_path / "b.jsonl", rows))["train"] == [rec(turns("Q"), "A")]
 
 
 def test_useless_records_are_left_out(load, tmp_path, caplog):

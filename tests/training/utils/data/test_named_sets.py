@@ -148,6 +148,26 @@ def test_local_jsonfile(load, tmp_path, monkeypatch):
     assert load("local/jsonfile") == {"train": PAIR_RECORDS, "eval": PAIR_RECORDS[:1]}
 
 
+def test_a_file_of_the_name_of_a_local_set_is_read_itself(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/train.json", "data/Smart/Q_A.json"):
+        write_lines(tmp_path / name, PAIRS)
+    for name in ("x/local/jsonfile.json", "x/Smart/Q_A.json"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            load(name)
+        assert load(write_lines(tmp_path / name, PAIRS[:1])) == {"train": PAIR_RECORDS[:1]}
+
+
+def test_an_answer_that_quotes_a_dialogue_stays_whole(load, tmp_path):
+    quoting = "A\n\nHuman: B?\n\nAssistant: C"
+    rows = [
+        {"prompt": "\n\nHuman: Hi\n\n", "chosen": f"Assistant: {quoting}", "rejected": "Assistant: D"},
+        {"prompt": "Human: Hi", "chosen": f"Human: Hi\n\nAssistant: {quoting}", "rejected": "D"},
+    ]
+    records = load(write_lines(tmp_path / "rlhf-reward-datasets.jsonl", rows))["train"]
+    assert records == [rec(turns("Hi"), quoting, "D")] * 2
+
+
 def test_smart_qa_is_a_file_and_never_its_own_test_set(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"Smart/Q_A\.json"):

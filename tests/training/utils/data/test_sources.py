@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
@@ -190,6 +191,11 @@ BAD = {
     ),
     "string.jsonl": ('{"messages": "hello"}\n', 'field "messages" is a str, expected a list'),
     "history.jsonl": ('{"prompt": "a", "response": "b", "history": [["x"]]}\n', "not a pair .question, answer"),
+    "nan.jsonl": (GOOD[:-1] + ', "margin": NaN}\n', 'field "margin" is nan, expected a finite number'),
+    "large.jsonl": (GOOD[:-1] + ', "margin": 1e39}\n', "expected a finite number"),
+    "odd_role.jsonl": ('{"messages": [{"role": ["user"], "content": "Q"}]}\n', r"has the role \['user'\]"),
+    "mkqa.jsonl": ('{"query": "q", "queries": {"en": "q"}, "answers": ["a"]}\n', 'field "answers" is not of the form'),
+    "unanswered.jsonl": ('{"prompt": "Q", "response": null}\n', 'no field "response"'),
     "margin.jsonl": (GOOD[:-1] + ', "margin": "much"}\n', "field \"margin\" is 'much', expected a number"),
     "short.csv": ("prompt,response\na,b\nc\n", "short.csv, line 3: fewer cells than the 2 columns"),
     "long.csv": ("prompt,response\na,b,c\n", "long.csv, line 2: more cells than the 2 columns"),
@@ -206,6 +212,16 @@ def test_bad_file(name, load, tmp_path):
     with pytest.raises(UserError, match=message):
         load(tmp_path / name)
     assert not list((tmp_path / "cache").rglob("*.arrow"))  # nothing half-written is left
+
+
+def test_sets_in_memory_are_told_apart(load, tmp_path, monkeypatch):
+    """HF_DATASETS_IN_MEMORY_MAX_SIZE: such a set names no files."""
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 1 << 30)
+    for name, rows in (("one", PAIRS), ("two", PAIRS[:1])):
+        Dataset.from_list(rows).save_to_disk(str(tmp_path / name))
+    assert load(tmp_path / "one") == {"train": PAIR_RECORDS}
+    assert load(tmp_path / "two") == {"train": PAIR_RECORDS[:1]}
+    assert content_key(str(tmp_path / "one")) == content_key(str(tmp_path / "one"))
 
 
 def test_bad_bytes(load, tmp_path):
