@@ -92,6 +92,26 @@ def opening_question(messages: list[dict[str, str]]) -> str:
     return " ".join(next((turn["content"] for turn in messages if turn["role"] == "user"), "").split())
 
 
+def question_of(messages: list[dict[str, str]]) -> str:
+    """A short stand-in for the opening question."""
+    return _digest(opening_question(messages))
+
+
+def held_out_questions(held_out: Dataset, others: list[Dataset]) -> set[str]:
+    """Opening questions (question_of) that a set holds out, which no other set may train on either.
+
+    Not those that make up more than a fifth, for they are a fixed instruction: a fifth of the split that came with the
+    set, or, where a hash held a few records out, of these and of the ``others``.
+    """
+    if len(held_out) == 0:
+        return set()
+    found = {question_of(row["messages"]) for row in _rows(held_out, ["messages"])}
+    lot = [held_out, *others]
+    counts = Counter(question_of(row["messages"]) for part in lot for row in _rows(part, ["messages"]))
+    most = max(CONSTANT_COUNT - 1, CONSTANT_SHARE * counts.total())
+    return {question for question in found if counts[question] <= most}
+
+
 def _rows(dataset: Dataset, columns: list[str]) -> Iterator[dict]:
     for batch in dataset.select_columns(columns).iter(batch_size=500):
         yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))

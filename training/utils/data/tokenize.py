@@ -31,7 +31,7 @@ from errors import UserError
 from models.templates import Template
 from training.utils.data import splits
 from training.utils.data.sources import cache_folder, content_key, load_records
-from training.utils.data.splits import opening_question, select_phase
+from training.utils.data.splits import held_out_questions, question_of, select_phase
 
 logger = logging.getLogger("sanbu")
 
@@ -368,7 +368,9 @@ def write_parts(folder: Path, task: Task, sets: list[Selected]) -> dict[str, Cou
     """Write train.arrow and eval.arrow batch by batch. Raises UserError if a set is of no use to the step."""
     totals = {part: Counts() for part in PARTS}
     schema = pyarrow.schema(list(SCHEMAS[task.phase].items()))
-    held_out = [held_out_questions(one.eval) if one.own_eval and len(sets) > 1 else set() for one in sets]
+    held_out = [set() for _ in sets]
+    if len(sets) > 1:
+        held_out = [held_out_questions(one.eval, [] if one.own_eval else [one.train]) for one in sets]
     with ExitStack() as stack:
         writers = {}
         for part in PARTS:
@@ -377,30 +379,19 @@ def write_parts(folder: Path, task: Task, sets: list[Selected]) -> dict[str, Cou
             # Without any batch at all, an empty part would not open.
             writers[part].write_batch(pyarrow.RecordBatch.from_pylist([], schema=schema))
         for place, one in enumerate(sets):
-            # Sets that come with a held-out split may share questions with other sets, rm-static with full-hh-rlhf.
+            # Sets may share questions, rm-static with full-hh-rlhf, and a split of its own knows nothing of the hash.
             taken = set().union(*(questions for other, questions in enumerate(held_out) if other != place))
             for part, records in (("eval", one.eval), ("train", one.train)):
                 counts = Counts()
                 for batch in batches(records):
                     counts.records += len(batch)
                     if part == "train" and taken:
-                        batch = drop(batch, lambda one, taken=taken: question_of(one) in taken, HELD_OUT, counts)
+                        batch = drop(batch, lambda one, taken=taken: question_of(one["messages"]) in taken, HELD_OUT, counts)
                     rows = tokenise(batch, task, counts)
                     writers[part].write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
                 totals[part].add(counts)
             check_usable(one.path, task.phase, counts)
     return totals
-
-
-def held_out_questions(held_out: Dataset) -> set[bytes]:
-    """Opening questions of a held-out split; not those that hold a fifth of it, for they are a fixed instruction."""
-    counts = Counter(question_of(record) for batch in batches(held_out) for record in batch)
-    return {question for question, count in counts.items() if count < 10 or count <= 0.2 * len(held_out)}
-
-
-def question_of(record: Record) -> bytes:
-    """A short stand-in for the opening question."""
-    return hashlib.blake2b(opening_question(record["messages"]).encode(), digest_size=16).digest()
 
 
 def open_cache(folder: Path, wish: str | None = None) -> PhaseData | None:
@@ -483,7 +474,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Hash of all that decides how a tokenizer cuts text: the files that it saves, special tokens, chat template."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     told = [type(tokenizer).__name__, special, tokenizer.chat_template, sorted(tokenizer.get_added_vocab().items())]
-    told.append(getattr(tokenizer, "chatglm_version", None))  # ChatGLM2 and ChatGLM3 have the same vocabulary file
+    # ChatGLM2 and ChatGLM3 have the same vocabulary file; ChatGLM-6B's other settings are in no file of its own.
+    settings = ("chatglm_version", "do_lower_case", "remove_space", "encode_special_tokens")
+    told.append([getattr(tokenizer, name, None) for name in settings])
     digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -257,6 +257,28 @@ def test_a_question_that_one_set_holds_out_is_not_trained_on_from_another(tmp_pa
     assert len(data.train) == 20 + 15
 
 
+def test_a_question_held_out_by_its_hash_is_not_trained_on_from_a_set_with_its_own_split(tmp_path, llama):
+    """The hash does not hold out records of a set that came with a split."""
+    folder = tmp_path / "own_split"
+    folder.mkdir()
+    write(folder / "train.jsonl", pairs(100))
+    write(folder / "test.jsonl", pairs(5, offset=500))
+    other = write(tmp_path / "other.jsonl", pairs(100))
+    data = run([str(folder), other], 3, llama, eval_fraction=0.3)
+    held_out = len(data.eval) - 5
+    assert held_out > 15
+    assert not questions(data.train, llama) & questions(data.eval, llama)
+    assert data.report["train"]["dropped"] == {"question held out in another set": held_out}
+    assert len(data.train) == 100 - held_out + 100 - held_out
+
+
+def test_a_fixed_instruction_in_two_sets_is_trained_on_although_some_records_are_held_out(tmp_path, llama):
+    rows = [{"prompt": "Tell a joke.", "response": f"Joke {n}."} for n in range(60)]
+    paths = [write(tmp_path / f"{place}.jsonl", rows[place::2]) for place in (0, 1)]
+    data = run(paths, 1, llama, eval_fraction=0.1)
+    assert 0 < len(data.eval) < 10 and len(data.train) == 60 - len(data.eval)
+
+
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
