@@ -34,7 +34,8 @@ class Template:
     """How prompts and answers are written.
 
     kind: "chat_template", the tokenizer's own; "human_assistant", "\\n\\nHuman: ...\\n\\nAssistant: ..."; or a
-    generation of ChatGLM, where what a text says never becomes a control token.
+    generation of ChatGLM. A text that spells a special token ("</s>") never becomes it, but in the prompts of a chat
+    template, which writes its own marks and the texts, earlier answers too, into one string.
     stop_token_ids: every token that ends an answer. The first is the end token that encode_answer appends.
     prefix_ids: tokens that open every text (bos, ChatGLM2's [gMASK] sop); kept when a prompt is cut.
     suffix_ids: tokens that end every prompt (ChatGLM-6B's [gMASK] <sop>); used by ChatGLM only.
@@ -79,7 +80,8 @@ class Template:
             texts = [render_chat(tokenizer, dialogue) + self.prompt_suffix for dialogue in dialogues]
             return encode_texts(tokenizer, texts)
         pieces = [human_assistant_pieces(dialogue) for dialogue in dialogues]
-        blocks = iter(encode_texts(tokenizer, [piece for dialogue in pieces for piece in dialogue[0::2]]))
+        texts = [piece for dialogue in pieces for piece in dialogue[0::2]]  # MARKS are plain text too
+        blocks = iter(encode_texts(tokenizer, texts, literal=True))
         answers = iter(self.encode_answers(tokenizer, [piece for dialogue in pieces for piece in dialogue[1::2]]))
         encoded = []
         for dialogue in pieces:
@@ -93,14 +95,14 @@ class Template:
             return [[*ids, self.end_token_id] for ids in CHATGLM[self.kind].encode_answers(tokenizer, answers)]
         texts = [self.answer_prefix + answer + self.answer_suffix for answer in answers]
         if not self.anchor:
-            return [[*ids, self.end_token_id] for ids in encode_texts(tokenizer, texts)]
+            return [[*ids, self.end_token_id] for ids in encode_texts(tokenizer, texts, literal=True)]
         anchor = encode_texts(tokenizer, [self.anchor])[0]
-        encoded = encode_texts(tokenizer, [self.anchor + text for text in texts])
+        encoded = encode_texts(tokenizer, [self.anchor + text for text in texts], literal=True)
         for row, ids in enumerate(encoded):
             if ids[: len(anchor)] == anchor:
                 encoded[row] = ids[len(anchor) :]
             else:  # anchor and text grew together into one token
-                encoded[row] = encode_texts(tokenizer, [texts[row]])[0]
+                encoded[row] = encode_texts(tokenizer, [texts[row]], literal=True)[0]
         return [[*ids, self.end_token_id] for ids in encoded]
 
     def decode_answer(self, tokenizer: Any, ids: Sequence[int]) -> str:
@@ -278,11 +280,13 @@ def name_of(tokenizer: Any) -> str:
     return tokenizer.name_or_path or type(tokenizer).__name__
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each text, nothing added."""
+def encode_texts(tokenizer: Any, texts: Sequence[str], *, literal: bool = False) -> list[list[int]]:
+    """Tokens of each text, nothing added. literal: a text that spells a special token ("</s>") does not become it."""
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=literal
+    )["input_ids"]
 
 
 def opening_ids(tokenizer: Any) -> list[int]:

@@ -44,7 +44,7 @@ def sentencepiece_like(chat: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    alphabet = sorted(set("".join(TEXT + list(ANSWERS) + ["[INST]\n\n?+=<|>#_"])) - {" "})
+    alphabet = sorted(set("".join(TEXT + list(ANSWERS) + ["[INST]\n\n?+=<|>#_/"])) - {" "})
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", *bytes_], initial_alphabet=alphabet, show_progress=False
@@ -119,6 +119,27 @@ def test_it_reads_back_as_it_was_saved(tokenizer, tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert load_template(tmp_path, again) == template
     assert template.encode_prompt(again, ASK) == template.encode_prompt(tokenizer, ASK)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_text_that_spells_a_special_token_does_not_become_it(name):
+    """An answer would end in its middle, and a prompt of the Human/Assistant form hold an end that nobody wrote."""
+    tokenizer = TOKENIZERS[name]()
+    template = load_template(None, tokenizer)
+    for special in tokenizer.all_special_tokens:
+        text = f"The mark {special} ends it."
+        ids = template.encode_answer(tokenizer, text)
+        assert set(ids[:-1]).isdisjoint(tokenizer.all_special_ids)
+        assert template.decode_answer(tokenizer, ids) == text
+        assert template.encode_answers(tokenizer, ["x", text])[1] == ids
+        if template.kind == "human_assistant":
+            prompt = template.encode_prompt(tokenizer, [{"role": "user", "content": text}])
+            assert set(prompt[len(template.prefix_ids) :]).isdisjoint(tokenizer.all_special_ids)
+            later = [*ASK, {"role": "assistant", "content": text}, *ASK]
+            joined = template.encode_prompt(tokenizer, ASK) + ids
+            assert template.encode_prompt(tokenizer, later)[: len(joined)] == joined
+        else:  # the template's own marks stay what they are
+            assert set(template.encode_prompt(tokenizer, ASK)) & set(tokenizer.all_special_ids)
 
 
 # --- what exactly is written ------------------------------------------------------------------------------------------

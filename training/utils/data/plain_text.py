@@ -191,4 +191,4 @@ def encode(full: list[str], tokenizer: Any, template: Template) -> list[list[int
     """Tokens of each text: what opens a text (bos, where the model has it), the text, the end token."""
     if template.kind in CHATGLM:
         return [[*ids, template.end_token_id] for ids in tokenizer.encode_plain(full)]
-    return [[*template.prefix_ids, *ids, template.end_token_id] for ids in encode_texts(tokenizer, full)]
+    return [[*template.prefix_ids, *ids, template.end_token_id] for ids in encode_texts(tokenizer, full, literal=True)]

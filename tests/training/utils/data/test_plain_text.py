@@ -56,6 +56,11 @@ def test_blocks_are_the_texts_one_behind_the_other_cut_without_the_tail(tmp_path
     assert said in caplog.text
 
 
+def test_a_text_that_spells_the_end_token_does_not_end_there(tmp_path):
+    data, tokenizer, _ = prepare(jsonl(tmp_path / "a.jsonl", [{"text": "a </s> b " * 20}]), tmp_path)
+    assert len(data.train) and tokenizer.eos_token_id not in chain.from_iterable(data.train["input_ids"])
+
+
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_blocks_of_chatglm_open_with_its_marks_which_are_never_learned(tmp_path, shared_dir, generation):
     folder = tmp_path / generation
