@@ -51,7 +51,7 @@ class Answer:
 def main(args: EvaluateArguments) -> None:
     """Answer, score, write, print. Raises UserError for wrong input, most of it before the model is loaded."""
     quiet_libraries()
-    check_libraries()
+    check_libraries(args.cache_dir)
     platform = detect_platform()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     rank, local_rank, processes = join_process_group(platform) if several else (0, 0, 1)

@@ -93,7 +93,8 @@ def read_prompts(args: PromptEvalArguments) -> list[list[dict[str, str]]]:
         raise UserError("--prompts and --data_path both give prompts; leave one of them out.")
     if args.prompts:
         try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+            # Only a line break ends a prompt; splitlines would also cut at U+2028, which stands in copied texts.
+            lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {args.prompts} cannot be read ({error}); name a UTF-8 text file.") from error
         texts = [line.strip() for line in lines if line.strip()]

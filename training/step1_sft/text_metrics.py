@@ -16,8 +16,8 @@ from training.utils.data.sources import cache_folder
 METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 
 
-def check_libraries() -> None:
-    """Raise UserError unless the libraries behind the figures are installed."""
+def check_libraries(cache_dir: str | None = None) -> None:
+    """Raise UserError unless the libraries behind the figures are installed and can keep their dictionary in the cache."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # jieba's and nltk's own, about older names and escapes
@@ -29,8 +29,13 @@ def check_libraries() -> None:
             f"BLEU and ROUGE need a package that is missing ({error}); pip install jieba rouge-chinese nltk."
         ) from error
     jieba.setLogLevel(logging.WARNING)
-    folder = cache_folder()   # its dictionary is kept as a marshal file, which must not lie in the shared /tmp
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder(cache_dir)   # its dictionary is kept as a marshal file, which must not lie in the shared /tmp
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder} cannot be written ({error.strerror}); name another with --cache_dir or SANBU_CACHE."
+        ) from error
     jieba.dt.tmp_dir = str(folder)
 
 

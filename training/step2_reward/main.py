@@ -56,11 +56,7 @@ def main(args: RewardArguments) -> None:
         )
         run.metrics.log(step, figures, prefix="eval")
         if run.is_main:
-            print(
-                f"step {step}: held-out accuracy {figures['accuracy']:.4f} over {figures['pairs']:.0f} pairs, "
-                f"chosen {figures['chosen']:.3f}, rejected {figures['rejected']:.3f}",
-                flush=True,
-            )
+            print(evaluation_line(step, figures, held_out is data.eval), flush=True)
         return figures
 
     if start == 0:
@@ -105,6 +101,14 @@ def pair_scores(engine, micro: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
     scores = last_token_scores(engine(micro.input_ids, micro.attention_mask), micro.attention_mask)
     chosen, rejected = scores.chunk(2)
     return chosen, rejected
+
+
+def evaluation_line(step: int, figures: dict[str, float], held_out: bool) -> str:
+    """What an evaluation found, and of which pairs: accuracy on training pairs says nothing about others."""
+    return (
+        f"step {step}: {'held-out' if held_out else 'training'} accuracy {figures['accuracy']:.4f} over "
+        f"{figures['pairs']:.0f} pairs, chosen {figures['chosen']:.3f}, rejected {figures['rejected']:.3f}"
+    )
 
 
 @torch.no_grad()

@@ -78,6 +78,8 @@ def test_prompts_of_a_file_and_of_a_data_set(tmp_path, monkeypatch):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n  two \n", encoding="utf-8")
     assert [prompt[-1]["content"] for prompt in read_prompts(arguments(prompts=str(file)))] == ["one", "two"]
+    file.write_bytes("first\r\nsec\u2028ond\r\n".encode("utf-8-sig"))
+    assert [prompt[-1]["content"] for prompt in read_prompts(arguments(prompts=str(file)))] == ["first", "sec\u2028ond"]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"q": f"question {n}", "a": "answer"}) + "\n" for n in range(9)))
     found = read_prompts(arguments(data_path=[str(data)], columns="prompt=q,response=a", num_prompts=4))

@@ -78,6 +78,16 @@ def test_a_missing_library_is_named(monkeypatch):
         check_libraries()
 
 
+def test_the_dictionary_is_kept_where_cache_dir_says(tmp_path):
+    import jieba
+
+    check_libraries(str(tmp_path / "named"))
+    assert jieba.dt.tmp_dir == str(tmp_path / "named") and (tmp_path / "named").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*--cache_dir"):
+        check_libraries(str(tmp_path / "file" / "inside"))
+
+
 def test_jieba_says_nothing_and_keeps_its_dictionary_in_the_cache_folder(tmp_path, monkeypatch, capfd):
     import jieba
 

@@ -12,6 +12,7 @@ from models.factory import load_scalar_model, load_tokenizer, save_model
 from models.templates import load_template
 from tests.launching import environment, start, succeed
 from tests.tiny import tiny_checkpoint
+from training.step2_reward.main import evaluation_line
 from training.step2_reward.rw_eval import PAIRS, encode_pairs, read_pairs, summary
 from training.utils.arguments import RewardEvalArguments
 
@@ -104,6 +105,19 @@ def test_pairs_come_from_the_held_out_part_and_need_a_rejected_answer(tmp_path, 
     answers.write_text('{"prompt": "p", "response": "r"}\n')
     with pytest.raises(UserError, match="no record has a rejected answer"):
         read_pairs(RewardEvalArguments(model_name_or_path="m", data_path=[str(answers)]))
+
+
+def test_an_evaluation_says_of_which_pairs_it_is():
+    figures = {"accuracy": 0.75, "pairs": 8.0, "chosen": 1.0, "rejected": -1.0}
+    line = "step 3: {} accuracy 0.7500 over 8 pairs, chosen 1.000, rejected -1.000"
+    assert evaluation_line(3, figures, held_out=True) == line.format("held-out")
+    assert evaluation_line(3, figures, held_out=False) == line.format("training")
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_model_is_loaded(tmp_path):
+    done = start(MODULE, ["--model_name_or_path", str(tmp_path / "no_model"), "--output", str(tmp_path / "missing/x.json")])
+    assert done.returncode == 2
+    assert "x.json cannot be written" in done.stderr.splitlines()[-1]
 
 
 def test_a_language_model_is_refused(language_model):
