@@ -144,24 +144,25 @@ def tidy(messages: Iterable[Message]) -> list[Message]:
 
     Skip where another turn is empty: without it the turns around it would be taken for one.
     """
-    turns = list(messages)
+    turns: list[Message] = []
+    for turn in messages:
+        if turns and turns[-1]["role"] == turn["role"]:
+            both = (turns[-1]["content"], turn["content"])
+            turns[-1] = {"role": turn["role"], "content": "\n\n".join(filter(None, both))}
+        elif turn["content"] or turn["role"] != "system":
+            turns.append(dict(turn))
     for role in ("assistant", "user"):  # the open "Assistant:" of a prompt, and a question that was not asked
         if turns and turns[-1]["role"] == role and not turns[-1]["content"]:
             turns.pop()
     tidied: list[Message] = []
     asked = False
     for turn in turns:
-        if not asked and (turn["role"] == "assistant" or not turn["content"]):
-            continue
-        if not turn["content"] and turn["role"] == "system":
+        asked = asked or (turn["role"] == "user" and bool(turn["content"]))
+        if not asked and turn["role"] != "system":
             continue
         if not turn["content"]:
             raise Skip("an empty turn")
-        asked = asked or turn["role"] == "user"
-        if tidied and tidied[-1]["role"] == turn["role"]:
-            tidied[-1] = {"role": turn["role"], "content": tidied[-1]["content"] + "\n\n" + turn["content"]}
-        else:
-            tidied.append(dict(turn))
+        tidied.append(turn)
     return tidied
 
 

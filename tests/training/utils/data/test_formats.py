@@ -106,6 +106,10 @@ FORMATS = {
         {"prompt": "Q2", "response": "A2", "history": [["Q1", "A1"]]},
         [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")],
     ),
+    "ChatGLM history and an open Assistant:": (
+        {"prompt": "Human: Q2\n\nAssistant:", "response": "A2", "history": [["Q1", "A1"]]},
+        [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")],
+    ),
     "prompt and chosen": ({"prompt": "Q", "chosen": "A"}, [rec(turns("Q"), "A")]),
     "messages": (
         {"messages": turns("system: S", "Q1", "A1", "Q2", "A2")},
