@@ -4,7 +4,7 @@
     python -m scripts.smollm2_model output/smollm2/base
 
 The file holds 4-bit integers (Q4_1); they are written out as float32, 538 MB. Weights, tokenizer, chat template and our template
-are written beside the folder and take its place once they read back, so a folder of that name is whole.
+are written into a hidden folder in it and moved once they read back, config.json last, so a folder with that file is whole.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def test_converted_checkpoint_is_the_file_s_model(package, tmp_path):
 
 
 def test_an_interrupted_conversion_leaves_no_folder(package, tmp_path, monkeypatch):
-    """It breaks after everything is written beside the folder; the next conversion is whole."""
+    """It breaks after everything is written, before it is moved; the next conversion is whole."""
     from models import factory
 
     def broken(*_):

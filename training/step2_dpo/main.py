@@ -74,8 +74,8 @@ def main(args: DPOArguments) -> None:
         run.metrics.log(step, figures, prefix="eval")
         if run.is_main:
             print(
-                f"step {step}: held-out accuracy {figures['accuracy']:.4f} over {figures['pairs']:.0f} pairs, implicit "
-                f"rewards {figures['chosen']:.3f} (chosen) and {figures['rejected']:.3f} (rejected)",
+                f"step {step}: {'held-out' if held_out is data.eval else 'training'} accuracy {figures['accuracy']:.4f} over "
+                f"{figures['pairs']:.0f} pairs, implicit rewards {figures['chosen']:.3f} (chosen) and {figures['rejected']:.3f} (rejected)",
                 flush=True,
             )
 
