@@ -73,11 +73,11 @@ def main(args: DPOArguments) -> None:
         figures = evaluate_pairs(engine, micro_batches, compare, args.label_smoothing, run)
         run.metrics.log(step, figures, prefix="eval")
         if run.is_main:
+            kind = "held-out" if held_out is data.eval else "training"
             print(
-                f"step {step}: {'held-out' if held_out is data.eval else 'training'} accuracy {figures['accuracy']:.4f} over "
-                f"{figures['pairs']:.0f} pairs, implicit rewards {figures['chosen']:.3f} (chosen) and {figures['rejected']:.3f} (rejected)",
-                flush=True,
-            )
+                f"step {step}: {kind} accuracy {figures['accuracy']:.4f} over {figures['pairs']:.0f} pairs, implicit rewards "
+                f"{figures['chosen']:.3f} (chosen) and {figures['rejected']:.3f} (rejected)", flush=True,
+            )  # fmt: skip
 
     if start == 0:
         evaluate(0)
