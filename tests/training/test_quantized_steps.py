@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from models.factory import load_scalar_model, load_tokenizer, save_model
+from models.templates import load_template
 from tests.launching import logged, start, succeed, write_pairs
 from tests.models.test_zero3 import tiny_integers
 from tests.tiny import tiny_checkpoint
@@ -19,7 +21,10 @@ COMMON = ["--dtype", "fp32", "--seed", "7", "--logging_steps", "1", "--data_spli
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
     write_pairs(folder / "pairs.jsonl", 120)
-    tiny_checkpoint(folder / "base", "llama")
+    base = tiny_checkpoint(folder / "base", "llama")
+    tokenizer = load_tokenizer(base)
+    reward = load_scalar_model(base, dtype=torch.float32, seed=5)
+    save_model(reward, tokenizer, load_template(base, tokenizer), folder / "reward")
     return folder
 
 
@@ -32,7 +37,7 @@ def sft_flags(base, output, processes=1, **more):
 
 
 def ppo_flags(base, output, processes):
-    models = ["--actor_model_name_or_path", str(base / "base"), "--critic_model_name_or_path", str(base / "base")]
+    models = ["--actor_model_name_or_path", str(base / "base"), "--critic_model_name_or_path", str(base / "reward")]
     batch = ["--per_device_generation_batch_size", str(8 // processes), "--eval_prompts", "4", "--max_steps", "2"]
     batch += ["--per_device_training_batch_size", str(8 // processes), "--num_warmup_steps", "0"]
     sizes = ["--max_prompt_seq_len", "48", "--max_answer_seq_len", "8", "--quantization_bit", "8"]

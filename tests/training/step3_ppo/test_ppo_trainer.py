@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, sa
 from models.templates import load_template
 from tests.tiny import tiny_checkpoint
 from training.step3_ppo.experience import Experience
+from training.step3_ppo.main import main
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import PromptBatches, row_seed, row_seeds, score_rollout
@@ -41,14 +43,19 @@ def folders(tmp_path_factory):
         dist.destroy_process_group()
 
 
-def build(folders, output, *flags: str, pad_is_end: bool = False) -> DeepSpeedPPOTrainer:
-    """A trainer in this process."""
-    args = parse(PPOArguments, [
+def build_args(folders, output, *flags: str) -> PPOArguments:
+    """What a run in this process is asked for; its data file does not exist."""
+    return parse(PPOArguments, [
         "--actor_model_name_or_path", str(folders[0]), "--critic_model_name_or_path", str(folders[1]), "--dtype", "fp32",
         "--data_path", "unused.jsonl", "--output_dir", str(output), "--max_answer_seq_len", "7", "--num_warmup_steps", "0",
         "--per_device_generation_batch_size", "6", "--per_device_training_batch_size", "6",
         "--actor_learning_rate", "1e-3", "--critic_learning_rate", "1e-3", *flags,
     ])  # fmt: skip
+
+
+def build(folders, output, *flags: str, pad_is_end: bool = False) -> DeepSpeedPPOTrainer:
+    """A trainer in this process."""
+    args = build_args(folders, output, *flags)
     tokenizer = load_tokenizer(folders[0])
     if pad_is_end:
         tokenizer.pad_token = tokenizer.eos_token
@@ -275,14 +282,18 @@ def test_weights_that_are_not_finite_stop_the_run_with_a_sentence(folders, tmp_p
         trainer.generate_experience(prompts(trainer), 1)
 
 
-@pytest.mark.parametrize(("places", "flags", "words"), [
-    ((0, 0), (), "critic_model_name_or_path .* is no reward model .LlamaForCausalLM"),
-    ((1, 1), (), "actor_model_name_or_path .* is a reward model"),
-    ((1, 0), (), "actor_model_name_or_path .* is a reward model"),
+@pytest.mark.parametrize(("actor", "reward", "words"), [
+    (0, 0, "critic_model_name_or_path .* is no reward model .LlamaForCausalLM"),
+    (1, 1, "actor_model_name_or_path .* is a reward model"),
+    (1, None, "actor_model_name_or_path .* is a reward model"),
 ])  # fmt: skip
-def test_a_model_of_the_other_kind_is_refused(folders, tmp_path, places, flags, words):
+def test_a_model_of_the_other_kind_is_refused_before_the_data_are_read(folders, tmp_path, actor, reward, words):
+    args = build_args(folders, tmp_path)
+    args.actor_model_name_or_path, args.critic_model_name_or_path = str(folders[actor]), str(folders[reward or 0])
+    args.reward_model = reward is not None
+    args.reward_function = [] if args.reward_model else [f"{Path(__file__).parents[3] / 'scripts/demo_score.py'}:reward"]
     with pytest.raises(UserError, match=words):
-        build([folders[place] for place in places], tmp_path, *flags)
+        main(args)
 
 
 def test_a_critic_may_start_from_a_language_model(folders, tmp_path):
