@@ -284,11 +284,16 @@ def is_done(step: Step) -> bool:
 
 
 def choose(steps: list[Step], force: bool) -> list[Step]:
-    """The steps that are not done, or whose inputs are made anew; says which ones are skipped."""
+    """The steps that are not done, or whose inputs are made anew; says which ones are skipped.
+
+    With new inputs a step begins anew, --resume or not: a checkpoint of it belongs to the old ones.
+    """
     chosen: list[Step] = []
     for step in steps:
         renewed = [needed for needed in step.needs if needed in {other.number for other in chosen}]
-        if force or renewed or not is_done(step):
+        if renewed:
+            chosen.append(replace(step, flags=[flag for flag in step.flags if flag != "--resume"]))
+        elif force or not is_done(step):
             chosen.append(step)
         else:
             print(f"{step.title} is done: {step.folder} (--force runs it again)", flush=True)

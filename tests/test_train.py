@@ -169,6 +169,14 @@ def test_other_nodes_are_told_the_platforms_environment(tmp_path, monkeypatch):
     assert told["PYTHONPATH"].split(os.pathsep)[0] == str(train.ROOT)
 
 
+def test_a_step_whose_inputs_are_made_anew_does_not_resume_on_the_old_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = train.plan(train.parse(["--resume"]))
+    assert [train.choose([step], force=False)[0].flags.count("--resume") for step in steps] == [1, 1, 1]  # what was cut short
+    both = {step.section: step.flags.count("--resume") for step in train.choose(steps, force=False)}
+    assert both == {"sft": 1, "reward": 1, "ppo": 0}  # PPO's checkpoint, if there is one, is of models that are replaced now
+
+
 def test_a_recipe_is_found_by_the_models_name(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "ROOT", tmp_path)
     (tmp_path / "configs/single_node").mkdir(parents=True)
