@@ -187,7 +187,7 @@ def test_a_closed_terminal_lets_the_step_save_first(driven, folder):
     os.kill(process.pid, signal.SIGHUP)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGHUP)
-    out, error = process.communicate(timeout=30)
+    out, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGHUP and "saving" in out and "--resume continues" in error
 
 
@@ -195,7 +195,7 @@ def test_under_nohup_a_closed_terminal_is_nothing(driven):
     process = driven("nohup", "time.sleep(1); print('through', flush=True)", "nohup")
     assert any(line == "started\n" for line in process.stdout)
     os.kill(process.pid, signal.SIGHUP)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert "through" in out and process.returncode == 1   # it left no sanbu_done.json
 
 
@@ -240,7 +240,7 @@ def test_a_signal_reaches_the_step_through_the_script(repository, folder, number
             if line == "started\n":
                 break
         os.kill(process.pid, number)   # this process alone, not its group
-        out, error = process.communicate(timeout=30)
+        out, error = process.communicate(timeout=120)
     finally:
         process.kill()
         process.wait()

@@ -18,7 +18,7 @@ from training.step3_ppo.evaluation import HeldOut, sample_table, write_samples
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, minibatch_size
 from training.step3_ppo.pretraining_mix import PretrainingMix
-from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine, check_kinds
+from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import PromptBatches
 from training.step3_ppo.scoring import Rewards, kept_on_failure
 from training.utils.arguments import PPOArguments
@@ -42,7 +42,6 @@ def main(args: PPOArguments) -> None:
             model, args.max_prompt_seq_len + args.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len =",
             **args.prefix_options(role),
         )  # fmt: skip
-    check_kinds(args.actor_model_name_or_path, args.critic_model_name_or_path if rewards.with_model else None)
     check_run_fits(args, run)
     tokenizer = load_tokenizer(args.actor_model_name_or_path)
     template = load_template(args.actor_model_name_or_path, tokenizer)

@@ -72,6 +72,7 @@ class DeepSpeedRLHFEngine:
         if args.has_critic or self.rewards.with_model:
             models["critic"] = critic_model_name_or_path
             check_same_tokenizer(tokenizer, load_tokenizer(critic_model_name_or_path), tuple(models.values()))
+        check_kinds(actor_model_name_or_path, critic_model_name_or_path if self.rewards.with_model else None)
         self.adapted: dict[str, bool] = {}  # whether the trained model of a role is a frozen base and something small over it
         for role, path in models.items():
             prefixed = gets_prefix(path, Path(args.output_dir) / role, **args.prefix_options(role))

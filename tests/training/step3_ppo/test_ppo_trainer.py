@@ -15,7 +15,6 @@ from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, sa
 from models.templates import load_template
 from tests.tiny import tiny_checkpoint
 from training.step3_ppo.experience import Experience
-from training.step3_ppo.main import main
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import PromptBatches, row_seed, row_seeds, score_rollout
@@ -287,13 +286,11 @@ def test_weights_that_are_not_finite_stop_the_run_with_a_sentence(folders, tmp_p
     (1, 1, "actor_model_name_or_path .* is a reward model"),
     (1, None, "actor_model_name_or_path .* is a reward model"),
 ])  # fmt: skip
-def test_a_model_of_the_other_kind_is_refused_before_the_data_are_read(folders, tmp_path, actor, reward, words):
-    args = build_args(folders, tmp_path)
-    args.actor_model_name_or_path, args.critic_model_name_or_path = str(folders[actor]), str(folders[reward or 0])
-    args.reward_model = reward is not None
-    args.reward_function = [] if args.reward_model else [f"{Path(__file__).parents[3] / 'scripts/demo_score.py'}:reward"]
+def test_a_model_of_the_other_kind_is_refused(folders, tmp_path, actor, reward, words):
+    rule = f"{Path(__file__).parents[3] / 'scripts/demo_score.py'}:reward"
+    flags = ("--reward_model", "false", "--reward_function", rule) if reward is None else ()
     with pytest.raises(UserError, match=words):
-        main(args)
+        build((folders[actor], folders[reward or 0]), tmp_path, *flags)
 
 
 def test_a_critic_may_start_from_a_language_model(folders, tmp_path):

@@ -1,14 +1,12 @@
 """Tokenised data: what is cut and dropped is known, and the cache is built once, never stale, never half."""
 
 import json
-import random
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -17,7 +15,7 @@ from errors import UserError
 from models.templates import load_template
 from tests.tiny import tiny_tokenizer
 from training.utils.data import tokenize
-from training.utils.data.tokenize import BATCH, prepare, prepare_phase, report_lines, tokenizer_digest
+from training.utils.data.tokenize import BATCH, prepare, report_lines, tokenizer_digest
 
 
 @pytest.fixture(autouse=True)
@@ -483,38 +481,6 @@ def test_reading_while_another_process_rebuilds(tmp_path, llama):
     while rebuilding.is_alive():
         assert data.train.to_list() == good
     rebuilding.join()
-
-
-# --- with a step's flags ----------------------------------------------------------------------------------------------
-
-
-def test_prepare_phase_reads_a_step_s_flags(tmp_path, llama, caplog):
-    path = write(tmp_path / "data.jsonl", [{"question": f"q{n}", "answer": f"a{n}"} for n in range(40)])
-    args = SimpleNamespace(
-        data_path=[path], data_split="1,0,0", column_map={"prompt": "question", "chosen": "answer"}, seed=3, eval_fraction=0.2,
-        cache_dir=str(tmp_path / "mine"), rebuild_cache=False, max_seq_len=32, sft_only_data_path=[], max_source_length=None,
-        max_target_length=None,
-    )  # fmt: skip
-    with caplog.at_level("INFO", logger="sanbu"):
-        data = prepare_phase(args, 1, llama, load_template(None, llama))
-    assert len(data.train) + len(data.eval) == 40
-    assert f"train: {len(data.train)} of {len(data.train)} records" in caplog.text
-    assert (tmp_path / "mine" / "tokens").is_dir()
-
-
-def test_real_preference_data_goes_through_all_phases(shared_dir, tokenizer):
-    for name in ("preference_en/rm_static_en_train.jsonl.gz", "preference_zh/rm_static_zh_train.jsonl.gz"):
-        path, template = str(shared_dir / "data" / name), load_template(None, tokenizer)
-        for phase, column in ((1, "input_ids"), (2, "chosen_ids"), (3, "prompt_ids")):
-            data = run(path, phase, tokenizer, split="2,4,4", eval_fraction=0.05, max_seq_len=512)
-            for part, dataset in (("train", data.train), ("eval", data.eval)):
-                counts = data.report[part]
-                assert counts["records"] == counts["kept"] + sum(counts["dropped"].values())
-                assert len(dataset) == counts["kept"] > 0
-                assert sum(dataset["length"]) == counts["tokens"]
-            for row in random.Random(0).sample(data.train.to_list(), 50):
-                assert len(row[column]) <= 512
-                assert phase == 3 or row[column][-1] == template.end_token_id
 
 
 def test_fingerprints_follow_the_tokens(tmp_path, llama):
