@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, told
-from scripts import launch as one_step
-from scripts.commands import Environment, Options, build_command, build_environment
-from scripts.platforms import load_platforms, platform_named
-from scripts.processes import Interrupted, exit_code, explain, run_step
-from training.utils.metrics import format_seconds
-from training.utils.surroundings import DONE, check_writable
+from scripts.launch import __main__ as one_step
+from scripts.launch.commands import Environment, Options, build_command, build_environment
+from scripts.launch.platforms import load_platforms, platform_named
+from scripts.launch.processes import Interrupted, exit_code, explain, run_step
+from training.utils.run.environment import DONE, check_writable
+from training.utils.run.metrics import format_seconds
 
 ROOT = Path(__file__).resolve().parent
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")  # stand for facebook/opt-SIZE
@@ -303,7 +303,7 @@ def choose(steps: list[Step], force: bool) -> list[Step]:
 def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
     """UserError for what would end a later step after hours: missing models, two tokenizers; no device, no hostfile."""
     from models.device import detect_platform
-    from models.factory import check_same_tokenizer, load_tokenizer
+    from models.load import check_same_tokenizer, load_tokenizer
 
     running = {step.number for step in chosen}
     for step in chosen:

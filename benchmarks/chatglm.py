@@ -92,7 +92,7 @@ def generate_tokens(folder: Path, dtype: str, args: argparse.Namespace) -> dict[
 
     from inference.engine import generate
     from models.device import attention_implementation, detect_platform, peak_memory_gb, resolve_dtype, set_device
-    from models.factory import load_causal_lm, load_tokenizer
+    from models.load import load_causal_lm, load_tokenizer
     from models.templates import load_template
 
     platform = detect_platform()

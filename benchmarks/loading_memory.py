@@ -75,9 +75,9 @@ def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabula
     import torch
     from safetensors.torch import save_file
 
+    from models.adapters.quantization import quantize_linears
     from models.chatglm.configuration import ChatGLMConfig
     from models.chatglm.modeling import ChatGLMForConditionalGeneration
-    from models.quantization import quantize_linears
 
     config = ChatGLMConfig(
         vocab_size=vocabulary, hidden_size=width, num_layers=layers, num_attention_heads=width // 64,
@@ -148,7 +148,7 @@ def measure(folder: Path, case: Case) -> dict[str, float]:
     """Load once to have everything imported and every pool grown, on a model of one layer; then load and watch."""
     import torch
 
-    from models.factory import load_causal_lm
+    from models.load import load_causal_lm
 
     options = {"dtype": getattr(torch, case.dtype), "quantization_bit": case.bits}
     if case.processes:
@@ -221,11 +221,11 @@ STEP3 = [
 
 def measure_step3(folder: Path, dtype: str, stage: str, more: list[str]) -> list[dict[str, float]]:
     """For each model in the order of reading: own memory that stays, and the most above it while it is read."""
-    from models.factory import load_tokenizer
+    from models.load import load_tokenizer
     from training.step3_ppo import rlhf_engine
-    from training.utils.arguments import PPOArguments
-    from training.utils.parsing import parse
-    from training.utils.run import Run
+    from training.utils.flags.parse import parse
+    from training.utils.flags.steps import PPOArguments
+    from training.utils.run.process_group import Run
 
     found: list[dict[str, float]] = []
 
@@ -259,7 +259,8 @@ def write_step3(folder: Path, width: int, layers: int) -> float:
     """An actor and a reward model, float32, and small ones to warm up with; bytes of the actor's weights."""
     import torch
 
-    from models.factory import load_scalar_model, load_tokenizer, save_model
+    from models.load import load_scalar_model, load_tokenizer
+    from models.save import save_model
     from models.templates import load_template
     from tests.tiny import tiny_checkpoint
 

@@ -203,7 +203,7 @@ def prepare(task: Task, folder: Path, args: argparse.Namespace) -> None:
         write_sentiment_data(data, args.shared)
     python = [sys.executable, "-m"]
     if not (folder / "base/config.json").is_file():
-        base = ["scripts.demo_model", folder / "base", "--seed", 1234, "--data_dir", data]
+        base = ["scripts.demo.model", folder / "base", "--seed", 1234, "--data_dir", data]
         run_side_by_side([([*python, *base], folder / "base.log")], args)
     common = ["--config", RECIPE, "--seed", 1234]
     if not (folder / "sft/sanbu_done.json").is_file():
@@ -224,7 +224,7 @@ def prepare_smoke(task: Task, folder: Path, args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from scripts.demo_model import write_base_model
+    from scripts.demo.model import write_base_model
 
     if (folder / "reward/config.json").is_file():
         return

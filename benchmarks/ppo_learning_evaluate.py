@@ -27,7 +27,7 @@ class Sampler:
     """
 
     def __init__(self, sft: Path, answer_tokens: int) -> None:
-        from models.factory import load_tokenizer
+        from models.load import load_tokenizer
         from models.templates import load_template
 
         self.tokenizer = load_tokenizer(sft)
@@ -39,8 +39,8 @@ class Sampler:
         """The policy in a folder, in float32, ready for answers()."""
         import torch
 
-        from models.factory import load_causal_lm
         from models.heads import TokenLogProbs
+        from models.load import load_causal_lm
 
         return TokenLogProbs(load_causal_lm(folder, dtype=torch.float32)).eval()
 

@@ -17,9 +17,9 @@ from training.step3_ppo import main as step3
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer
 from training.step3_ppo.rollout import PromptBatches
-from training.utils.arguments import PPOArguments
 from training.utils.data.batching import PromptBatch
-from training.utils.parsing import main_entry
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import PPOArguments
 
 LOGGED = ("score", "kl", "length", "eos_rate", "first_ratio_deviation", "clip_share", "approx_kl", "explained_variance")
 

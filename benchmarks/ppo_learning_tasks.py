@@ -1,6 +1,6 @@
 """The two tasks of benchmarks/ppo_learning.py: data, gold score, and the SFT and reward models that all trainings start from.
 
-demo       the closed world of scripts/demo_world.py; gold is the rule in scripts/demo_score.py
+demo       the closed world of scripts/demo/world.py; gold is the rule in scripts/demo/score.py
 sentiment  real text: go on with the first words of a film review (../shared/data/sentiment); gold is a fixed list of words
 
 In both, PPO sees a reward model alone, never the gold score. It learned from pairs that the gold score ordered.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from scripts.demo_score import demo_score
+from scripts.demo.score import demo_score
 
 ROOT = Path(__file__).resolve().parents[1]
 REVIEWS = Path("data/sentiment/reviews_en.jsonl")

@@ -32,7 +32,7 @@ def write_models(folder: Path, vocabulary: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from scripts.demo_model import write_base_model
+    from scripts.demo.model import write_base_model
 
     write_base_model(folder / "sft", data_dir=data_folder(TASK, folder))
     torch.manual_seed(0)

@@ -30,9 +30,10 @@ def write_models(folder: Path, width: int, layers: int, vocabulary: int, rank: i
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    from models.adapters import add_lora, merged_state_dict, save_adapter
-    from models.factory import load_scalar_model, save_model
+    from models.adapters.lora import add_lora, merged_state_dict, save_adapter
     from models.heads import base_model
+    from models.load import load_scalar_model
+    from models.save import save_model
     from models.templates import load_template
 
     tokens = ["<s>", "</s>", *(f"w{number}" for number in range(98))]
@@ -58,11 +59,11 @@ def write_models(folder: Path, width: int, layers: int, vocabulary: int, rank: i
 
 def measure(folder: Path, mode: str, rank: int) -> dict[str, float]:
     """Build the models of step 3 in this process and look."""
-    from models.factory import load_tokenizer
+    from models.load import load_tokenizer
     from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-    from training.utils.arguments import PPOArguments
-    from training.utils.parsing import parse
-    from training.utils.run import Run
+    from training.utils.flags.parse import parse
+    from training.utils.flags.steps import PPOArguments
+    from training.utils.run.process_group import Run
 
     args = parse(PPOArguments, [
         "--actor_model_name_or_path", str(folder / "actor"), "--critic_model_name_or_path", str(folder / "reward"),

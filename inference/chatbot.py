@@ -151,7 +151,7 @@ def chat_folder(path: str) -> Path:
 def load_chatbot(path: str, sampling: Sampling, system: str | None = None, dtype: str = "auto") -> Chatbot:
     """Tokenizer, template and model of a folder, on this machine's device. UserError for what is wrong with it."""
     from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
-    from models.factory import load_causal_lm, load_tokenizer
+    from models.load import load_causal_lm, load_tokenizer
     from models.templates import load_template
 
     folder = chat_folder(path)

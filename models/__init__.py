@@ -1,5 +1,5 @@
 """Networks, templates, adapters and devices: what travels with a checkpoint, nothing about training."""
 
-from models.registration import register
+from models.chatglm.registration import register
 
 register()

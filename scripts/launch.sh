@@ -1,5 +1,5 @@
 # Sourced by the launchers. `launch STEP RECIPE "$@"` starts a step (step1_sft, step2_reward, step3_ppo, step2_dpo) with a
-# recipe, whose path is relative to the root of the repository. scripts/launch.py builds the command; --dry-run prints it.
+# recipe, whose path is relative to the root of the repository. scripts/launch/__main__.py builds the command; --dry-run prints it.
 # `run_module MODULE "$@"` runs any other module of the project. PYTHON names another interpreter.
 # Paths given on the command line are relative to the working directory, as everywhere.
 launch() {

@@ -13,12 +13,12 @@ import logging
 import sys
 from pathlib import Path
 
-from models.factory import load_tokenizer
+from models.load import load_tokenizer
 from models.templates import load_template
-from training.utils.arguments import STEPS, CommonArguments
 from training.utils.data.tokenize import prepare_phase
-from training.utils.parsing import main_entry
-from training.utils.run import quiet_libraries
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import STEPS, CommonArguments
+from training.utils.run.process_group import quiet_libraries
 
 
 def preprocess(args: CommonArguments) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, told
-from training.utils.metrics import format_figure, format_seconds, read_metrics
+from training.utils.run.metrics import format_figure, format_seconds, read_metrics
 
 TITLES = {
     "sft": "Step 1: supervised fine-tuning", "reward": "Step 2: reward model", "ppo": "Step 3: PPO", "dpo": "DPO",

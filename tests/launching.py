@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.utils.surroundings import free_port
+from training.utils.run.environment import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What a process group in the tests' own process leaves in the environment; its port stays taken.

@@ -31,8 +31,8 @@ def main(file: str) -> None:
     """What each process does."""
     import torch.distributed as dist
 
-    from training.utils import arguments
-    from training.utils.parsing import parse
+    from training.utils.flags import steps as arguments
+    from training.utils.flags.parse import parse
 
     leave, dist.destroy_process_group = dist.destroy_process_group, lambda *_: None
     for module, flags in json.loads(Path(file).read_text()):

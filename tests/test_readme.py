@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import train
-from scripts import flags_table
+from scripts.docs import flags_table
 from tests.launching import environment
-from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments, RewardArguments, SFTArguments
 
 READMES = ["README.md", "README_zh.md"]
 CLASSES = {"step1_sft": SFTArguments, "step2_reward": RewardArguments, "step3_ppo": PPOArguments}

@@ -16,7 +16,7 @@ import yaml
 from tests.launching import environment, logged, write_pairs
 from tests.tiny import tiny_checkpoint
 from tests.two_nodes import TwoNodes, launcher, machine_room, ssh_servers, until
-from training.utils.checkpoint import whole_checkpoints
+from training.utils.engine.checkpoint import whole_checkpoints
 
 pytestmark = pytest.mark.distributed
 

@@ -13,8 +13,8 @@ import pytest
 import train
 from errors import UserError
 from tests.tiny import tiny_checkpoint
-from training.utils.arguments import DPOArguments, PPOArguments, RewardArguments, SFTArguments
-from training.utils.parsing import parse as parse_step
+from training.utils.flags.parse import parse as parse_step
+from training.utils.flags.steps import DPOArguments, PPOArguments, RewardArguments, SFTArguments
 
 ARGUMENTS = {1: SFTArguments, 2: RewardArguments, 3: PPOArguments}
 DPO = {1: SFTArguments, 2: DPOArguments}

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from tests.launching import environment
-from training.utils.surroundings import free_port
+from training.utils.run.environment import free_port
 
 PATIENCE = 300  # seconds for a run of two tiny nodes on a machine that does much else
 

@@ -27,8 +27,9 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
+from models.adapters.quantization import replace_with_quantized
 from models.chatglm.configuration import ChatGLMConfig
-from models.layers import (
+from models.chatglm.layers import (
     ChatGLMPreTrainedModel,
     PrefixEncoder,
     attend,
@@ -39,7 +40,6 @@ from models.layers import (
     last_real_token,
     visibility_bias,
 )
-from models.quantization import replace_with_quantized
 
 # The residual is multiplied by sqrt(2 * 28) in every ChatGLM-6B, whatever its number of layers: the original's blocks
 # never learn how many there are.

@@ -23,8 +23,8 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from models.chatglm2.configuration import ChatGLM2Config
-from models.layers import (
+from models.adapters.quantization import replace_with_quantized
+from models.chatglm.layers import (
     ChatGLMPreTrainedModel,
     PrefixEncoder,
     attend,
@@ -35,7 +35,7 @@ from models.layers import (
     last_real_token,
     visibility_bias,
 )
-from models.quantization import replace_with_quantized
+from models.chatglm2.configuration import ChatGLM2Config
 
 
 class RotaryEmbedding(nn.Module):

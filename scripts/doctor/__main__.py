@@ -19,10 +19,10 @@ from dataclasses import asdict
 from typing import Any
 
 from errors import UserError, told
-from scripts.commands import LAUNCHERS
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, probe, worst
-from scripts.hostfile import read_hostfile
-from scripts.platforms import load_platforms
+from scripts.launch.commands import LAUNCHERS
+from scripts.launch.hostfile import read_hostfile
+from scripts.launch.platforms import load_platforms
 
 WORDS = {OK: "ok", WARN: "WARN", FAIL: "FAIL", SKIP: "skipped"}
 
@@ -61,9 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def situation_of(args: argparse.Namespace) -> tuple[Situation, list[Check]]:
     """What is asked for, and what is wrong with how it is asked. UserError for an unknown recipe or platform."""
-    from scripts.launch import build_parser as launch_parser
-    from scripts.launch import find_recipe, options_of, read_recipe
-    from scripts.platforms import platform_named
+    from scripts.launch.__main__ import build_parser as launch_parser
+    from scripts.launch.__main__ import find_recipe, options_of, read_recipe
+    from scripts.launch.platforms import platform_named
 
     situation = Situation(dict(os.environ), args.timeout)
     if not 0 < args.timeout < 3600:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from errors import UserError
-from scripts.commands import FORWARDED, NOT_FORWARDED, build_environment
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation
-from scripts.platforms import variable_reasons
+from scripts.launch.commands import FORWARDED, NOT_FORWARDED, build_environment
+from scripts.launch.platforms import variable_reasons
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
 INTERFACES = {"nccl": ("NCCL_SOCKET_IFNAME",), "hccl": ("HCCL_SOCKET_IFNAME",), "gloo": ()}

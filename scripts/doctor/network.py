@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from scripts.commands import DEFAULT_HOSTFILE, DEFAULT_PORT, master_address
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Output, Situation, run_tool
-from scripts.hostfile import is_loopback, read_hostfile, resolved
+from scripts.launch.commands import DEFAULT_HOSTFILE, DEFAULT_PORT, master_address
+from scripts.launch.hostfile import is_loopback, read_hostfile, resolved
 
 HCCL_PORTS = range(60000, 60032)  # HCCL_IF_BASE_PORT moves them
 CLOCKS_APART = 30  # seconds

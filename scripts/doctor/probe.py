@@ -107,7 +107,7 @@ def all_reduce(backend: str, seconds: float) -> dict[str, Any]:
 
 
 def build(name: str) -> dict[str, Any]:
-    """Build and step one of DeepSpeed's optimizers, as training/utils/zero.py would: cpu_adam or fused_adam."""
+    """Build and step one of DeepSpeed's optimizers, as training/utils/engine/zero.py would: cpu_adam or fused_adam."""
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -121,17 +121,17 @@ def build(name: str) -> dict[str, Any]:
 
 
 def memory(path: str, where: dict[str, Any]) -> dict[str, Any]:
-    """What each section of a recipe takes on a machine (the fields of Machine, dtype, attention), by training/utils/planning.py.
+    """What each section of a recipe takes on a machine (the fields of Machine, dtype, attention), by training/utils/memory/fit.py.
 
     Models of earlier steps, which do not exist yet, are planned as what those steps start from.
     """
     from models.device import DTYPES
-    from scripts.plan import config_of
-    from training.utils.arguments import STEPS
-    from training.utils.memory import Machine
-    from training.utils.parsing import parse
-    from training.utils.planning import StepMemory, refusal
-    from training.utils.recipe_files import load_recipe
+    from scripts.plan.__main__ import config_of
+    from training.utils.flags.parse import parse
+    from training.utils.flags.recipe import load_recipe
+    from training.utils.flags.steps import STEPS
+    from training.utils.memory.arithmetic import Machine
+    from training.utils.memory.fit import StepMemory, refusal
 
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("sanbu").setLevel(logging.ERROR)  # what replaces a former flag is said by the step

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripts.commands import Options
-from scripts.platforms import ROOT, Platform
+from scripts.launch.commands import Options
+from scripts.launch.platforms import ROOT, Platform
 
 OK, WARN, FAIL, SKIP = "ok", "warn", "fail", "skip"
 MARK = "SANBU-PROBE "  # begins the line of a probe's output that is its answer

@@ -11,7 +11,7 @@ import re
 from packaging.version import InvalidVersion, Version
 
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation
-from scripts.platforms import ROOT
+from scripts.launch.platforms import ROOT
 
 # DTK -> the oldest driver that any row of the vendor's table for Z100 and Z100L names with it
 DTK_DRIVER = {

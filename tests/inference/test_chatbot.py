@@ -16,7 +16,8 @@ import torch
 
 from errors import UserError
 from inference.chatbot import Chatbot, Sampling, chat_folder, context_length, load_chatbot, main, parse
-from models.factory import load_scalar_model, load_tokenizer, save_model
+from models.load import load_scalar_model, load_tokenizer
+from models.save import save_model
 from models.templates import load_template
 from tests.launching import REPOSITORY, environment
 from tests.tiny import tiny_checkpoint

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import inference.engine
 from inference.cache import RowsCache
 from inference.engine import generate, generate_many
-from models.factory import load_causal_lm
+from models.load import load_causal_lm
 from tests.models.test_chatglm import TINY, tiny
 from tests.models.test_chatglm import prompts as chatglm_prompts
 from tests.tiny import FAMILIES, tiny_checkpoint

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from inference.engine import generate, generate_many
 from inference.sampling import StopStrings, draw, occurring, penalised
 from inference.streaming import TextStream
-from models.factory import load_tokenizer
+from models.load import load_tokenizer
 from models.templates import load_template
 from tests.tiny import tiny_checkpoint
 from tests.tiny_chatglm import GENERATIONS, copy_tokenizer

@@ -6,9 +6,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from errors import UserError
-from models.adapters import adapter_disabled, add_lora, lora_targets, merged_state_dict, save_adapter
-from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from models.adapters.lora import adapter_disabled, add_lora, lora_targets, merged_state_dict, save_adapter
 from models.heads import TokenLogProbs, TokenScores, last_token_scores
+from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.save import save_model
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 # counted by hand from the published networks: linear layers in one block

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from errors import UserError
 from models.chatglm.configuration import ChatGLMConfig
+from models.chatglm.layers import attend, next_token_loss, visibility_bias
 from models.chatglm2.configuration import ChatGLM2Config
-from models.layers import attend, next_token_loss, visibility_bias
 from tests.models import golden
 
 FAMILIES = golden.FAMILIES
@@ -343,7 +343,7 @@ def test_attention_against_a_loop(implementation, queries, groups):
 
 def test_loss_against_cross_entropy(monkeypatch):
     """In chunks of three rows, value and gradient; no label at all gives 0."""
-    monkeypatch.setattr("models.layers.CHUNK_LOGITS", 3 * 11)
+    monkeypatch.setattr("models.chatglm.layers.CHUNK_LOGITS", 3 * 11)
     logits = torch.randn(2, 9, 11, requires_grad=True)
     labels = torch.randint(0, 11, (2, 9)).masked_fill(torch.rand(2, 9) < 0.4, -100)
     loss = next_token_loss(logits, labels)
@@ -370,7 +370,7 @@ class LargestFloat32(TorchDispatchMode):
 @pytest.mark.parametrize("family", TINY)
 def test_no_float32_copy_of_the_logits(family, monkeypatch):
     """Forward, loss and backward of a bf16 model; chunks of 4 rows of 600 x 2 x 24 logits."""
-    monkeypatch.setattr("models.layers.CHUNK_LOGITS", 4 * 512)
+    monkeypatch.setattr("models.chatglm.layers.CHUNK_LOGITS", 4 * 512)
     model = tiny(family).to(torch.bfloat16).train()
     ids = torch.tensor(prompts(family, [8, 8], answer=30))
     with LargestFloat32() as seen:

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from inference.engine import generate
-from models.adapters import adapter_disabled, add_lora, merged_state_dict
-from models.factory import load_causal_lm, load_tokenizer, save_model
+from models.adapters.lora import adapter_disabled, add_lora, merged_state_dict
 from models.heads import TokenLogProbs, TokenScores, last_token_scores
+from models.load import load_causal_lm, load_tokenizer
+from models.save import save_model
 from models.templates import load_template
 from tests.models.test_chatglm import TINY, padded, prompts, tiny
 from tests.tiny_chatglm import tiny_chatglm

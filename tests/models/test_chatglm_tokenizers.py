@@ -15,7 +15,7 @@ from errors import UserError
 from models.chatglm.auto_tokenizer import ChatGLMTokenizer
 from models.chatglm.configuration import ChatGLMConfig
 from models.chatglm2.configuration import ChatGLM2Config
-from models.factory import load_tokenizer
+from models.load import load_tokenizer
 from tests.models.chatglm_folders import GENERATIONS, change_json, golden, tokenizer_folder
 
 LENGTHS = {"chatglm": 130344, "chatglm2": 64794, "chatglm3": 64798}

@@ -16,16 +16,9 @@ from transformers import (
 )
 
 from errors import UserError
-from models.factory import (
-    check_checkpoint,
-    check_context_length,
-    check_same_tokenizer,
-    load_causal_lm,
-    load_scalar_model,
-    load_tokenizer,
-    save_model,
-)
-from models.publishing import new_draft, publish
+from models.checkpoint_folder import check_checkpoint
+from models.load import check_context_length, check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
+from models.save import new_draft, publish, save_model
 from tests.tiny import FAMILIES, SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from models.adapters import add_lora
-from models.factory import load_causal_lm, load_scalar_model
+from models.adapters.lora import add_lora
 from models.heads import TokenLogProbs, TokenScores, chunk_log_probs, last_token_scores
+from models.load import load_causal_lm, load_scalar_model
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 # OPT-350m: embeddings narrower than the hidden states, layer norm after attention

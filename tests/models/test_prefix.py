@@ -10,16 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from errors import UserError
 from inference.engine import generate
-from models.adapters import add_lora, save_prefix
-from models.factory import (
-    check_context_length,
-    gets_prefix,
-    load_causal_lm,
-    load_scalar_model,
-    load_tokenizer,
-    save_model,
-)
+from models.adapters.lora import add_lora, save_prefix
 from models.heads import TokenLogProbs, TokenScores, position_ids_for, prefix_length, score_layer
+from models.load import check_context_length, gets_prefix, load_causal_lm, load_scalar_model, load_tokenizer
+from models.save import save_model
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 LENGTH = 5

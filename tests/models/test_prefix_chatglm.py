@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from errors import UserError
 from inference.engine import generate
-from models.adapters import save_prefix
-from models.factory import check_context_length, load_causal_lm, load_scalar_model, load_tokenizer
+from models.adapters.lora import save_prefix
 from models.heads import TokenLogProbs, TokenScores, score_layer
+from models.load import check_context_length, load_causal_lm, load_scalar_model, load_tokenizer
 from tests.models.golden import golden
 from tests.models.test_prefix import Template, shake, trained
 from tests.tiny_chatglm import tiny_chatglm
@@ -100,7 +100,7 @@ class _NoTokenizer:
 @pytest.fixture(autouse=True)
 def no_tokenizer_to_check(monkeypatch):
     """Read tokenizers back, but for the one that is none."""
-    from models import adapters
+    from models.adapters.lora import lora as adapters
 
     check = adapters.check_tokenizer
     monkeypatch.setattr(

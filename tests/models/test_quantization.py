@@ -10,10 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
-from models.adapters import add_lora, merged_state_dict, save_adapter
-from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
-from models.heads import TokenLogProbs, TokenScores
-from models.quantization import (
+from models.adapters.lora import add_lora, merged_state_dict, save_adapter
+from models.adapters.quantization import (
     QuantizedLinear,
     block_linears,
     config_of,
@@ -24,6 +22,9 @@ from models.quantization import (
     quantized_layers,
     replace_with_quantized,
 )
+from models.heads import TokenLogProbs, TokenScores
+from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.save import save_model
 from tests.models.test_adapters import LAYERS_PER_BLOCK, shake, tokens
 from tests.models.zero3_worker import Stops
 from tests.tiny import FAMILIES, tiny_checkpoint

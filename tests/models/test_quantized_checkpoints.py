@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from errors import UserError
-from models.adapters import add_lora, merged_state_dict
-from models.factory import check_checkpoint, check_quantized_base, load_causal_lm, load_scalar_model, save_model
+from models.adapters.lora import add_lora, merged_state_dict
+from models.adapters.quantization import QuantizedLinear, model_bits, quantized_layers
+from models.checkpoint_folder import check_checkpoint
 from models.heads import TokenLogProbs, score_layer
-from models.quantization import QuantizedLinear, model_bits, quantized_layers
+from models.load import check_quantized_base, load_causal_lm, load_scalar_model
+from models.save import save_model
 from tests.models.test_adapters import shake
 from tests.models.test_quantization import plain_loop_quantize
 from tests.models.zero3_worker import Stops

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
-from models.adapters import add_lora, merged_state_dict, save_adapter
-from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from models.adapters.lora import add_lora, merged_state_dict, save_adapter
+from models.adapters.quantization import quantized_layers
+from models.adapters.shared_trunk import SharedTrunk, check_scorer
 from models.heads import TokenLogProbs, TokenScores, base_model
-from models.quantization import quantized_layers
-from models.shared_trunk import SharedTrunk, check_scorer
+from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.save import save_model
 from models.templates import load_template
 from tests.models.test_adapters import shake, tokens
 from tests.tiny import FAMILIES, tiny_checkpoint

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
-from models import factory
-from models.factory import check_checkpoint, load_causal_lm
+from models import load as factory
+from models.checkpoint_folder import check_checkpoint
+from models.load import load_causal_lm
 from models.weight_files import tensor_names
 from tests.tiny import tiny_checkpoint
 

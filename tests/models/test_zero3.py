@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from models.adapters import merged_state_dict
+from models.adapters.lora import merged_state_dict
+from models.adapters.quantization import quantize_linears
 from models.chatglm2.configuration import ChatGLM2Config
 from models.chatglm2.modeling import ChatGLMForConditionalGeneration
 from models.heads import base_model
-from models.quantization import quantize_linears
 from tests.launching import succeed
 from tests.models.zero3_worker import CASES, LEARNING_RATE, STEPS, batch, load
 from tests.tiny import tiny_checkpoint

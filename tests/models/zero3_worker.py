@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.adapters import add_lora, merged_state_dict
-from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from models.adapters.lora import add_lora, merged_state_dict
 from models.heads import TokenLogProbs, TokenScores, last_token_scores
+from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.save import save_model
 
 STEPS = 3
 LEARNING_RATE = 0.003

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from scripts.platforms import load_platforms
-from scripts.recipes_table import recipe_files
+from scripts.docs.recipes_table import recipe_files
+from scripts.launch.platforms import load_platforms
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = [path.relative_to(REPOSITORY) for name in load_platforms() for path in sorted(recipe_files(name))]

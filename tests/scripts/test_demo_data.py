@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts import demo
-from scripts.demo_model import train_tokenizer, write_base_model
-from scripts.demo_score import demo_score, judge, main, read_question
-from scripts.demo_world import COURTESY_AFTER, COURTESY_BEFORE, FILLERS, LANGUAGES, TASKS, fill, join
-from scripts.make_demo_data import RAMBLING_UNITS, render, write_demo_data
+from scripts.demo import __main__ as demo
+from scripts.demo.make_data import RAMBLING_UNITS, render, write_demo_data
+from scripts.demo.model import train_tokenizer, write_base_model
+from scripts.demo.score import demo_score, judge, main, read_question
+from scripts.demo.world import COURTESY_AFTER, COURTESY_BEFORE, FILLERS, LANGUAGES, TASKS, fill, join
 
 KINDS = ("sft", "pairs", "prompts")
 MAX_ANSWER_TOKENS = 24

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.k8s_render import CODE, WORK
-from scripts.platforms import load_platforms
+from scripts.kubernetes.render import CODE, WORK
+from scripts.launch.platforms import load_platforms
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "docker"
 NAMES = ["cuda", "dcu", "ascend"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
-from scripts import memory_table, plan
+from scripts.docs import memory_table
 from scripts.doctor import __main__ as doctor
 from scripts.doctor import machine
 from scripts.doctor.result import MARK, Check, Output, Situation, run_tool, worst
@@ -26,8 +26,9 @@ from scripts.doctor.software import (
     check_torch_build,
 )
 from scripts.doctor.versions import check_packages
-from scripts.platforms import platform_named
-from training.utils.surroundings import free_port
+from scripts.launch.platforms import platform_named
+from scripts.plan import __main__ as plan
+from training.utils.run.environment import free_port
 
 NVIDIA = "0, NVIDIA A100-SXM4-80GB, 535.104.05, 81920, 3\n1, NVIDIA A100-SXM4-80GB, 535.104.05, 81920, 3\n"
 ROCM = "============ System Management Interface ============\nDriver version: 6.2.26\n=====================================\n"

@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from scripts.commands import Options
 from scripts.doctor import network
 from scripts.doctor.environment import (
     check_env_file,
@@ -18,7 +17,8 @@ from scripts.doctor.environment import (
 )
 from scripts.doctor.network import check_address, check_hostfile, check_hosts, check_ports
 from scripts.doctor.result import Situation
-from scripts.platforms import load_platforms, platform_named
+from scripts.launch.commands import Options
+from scripts.launch.platforms import load_platforms, platform_named
 
 VERSIONS = {"torch": "2.4.0", "deepspeed": "0.14.4", "transformers": "5.0.0"}
 

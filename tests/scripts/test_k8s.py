@@ -11,13 +11,14 @@ import pytest
 import yaml
 
 from errors import UserError
-from scripts import k8s, pod
-from scripts import k8s_render as render_parts
-from scripts.k8s_checks import problems
-from scripts.k8s_fields import SPECS, TEMPLATE
-from scripts.k8s_memory import host_gib
-from scripts.k8s_render import quantity
-from scripts.platforms import load_platforms
+from scripts.kubernetes import __main__ as k8s
+from scripts.kubernetes import pod
+from scripts.kubernetes import render as render_parts
+from scripts.kubernetes.checks import problems
+from scripts.kubernetes.fields import SPECS, TEMPLATE
+from scripts.kubernetes.memory import host_gib
+from scripts.kubernetes.render import quantity
+from scripts.launch.platforms import load_platforms
 
 FULL = {"PyTorchJob": "pytorchjob-v1", "TrainJob": "trainjob-v1alpha1", "MPIJob": "mpijob-v2beta1"}
 

@@ -1,4 +1,4 @@
-"""scripts/launch.py: the commands it makes, read back by DeepSpeed's, torchrun's and our own parsers; its refusals; real runs."""
+"""scripts/launch: the commands it makes, read back by DeepSpeed's, torchrun's and our own parsers; its refusals; real runs."""
 
 import contextlib
 import importlib.util
@@ -16,11 +16,11 @@ from deepspeed.launcher.multinode_runner import OpenMPIRunner, PDSHRunner
 from torch.distributed.run import get_args_parser
 
 from errors import UserError
-from scripts import commands
-from scripts.launch import LAUNCH_KEYS, check_machine, env_file, main, passed_on, prepare, shown
-from scripts.platforms import load_platforms
-from training.utils.arguments import PPOArguments, SFTArguments
-from training.utils.parsing import parse as parse_step
+from scripts.launch import commands
+from scripts.launch.__main__ import LAUNCH_KEYS, check_machine, env_file, main, passed_on, prepare, shown
+from scripts.launch.platforms import load_platforms
+from training.utils.flags.parse import parse as parse_step
+from training.utils.flags.steps import PPOArguments, SFTArguments
 
 RECIPE = """
 launch: {{platform: {platform}{more}}}

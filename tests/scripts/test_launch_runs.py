@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
-from scripts import launch as launching
-from scripts.launch import prepare
-from scripts.processes import exit_code
+from scripts.launch import __main__ as launching
+from scripts.launch.__main__ import prepare
+from scripts.launch.processes import exit_code
 from tests.launching import environment, logged, write_pairs
 from tests.tiny import tiny_checkpoint
 

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from scripts.platforms import load_platforms, platform_named
+from scripts.launch.platforms import load_platforms, platform_named
 from tests.scripts.recipes import RECIPES, REPOSITORY, name_of
-from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments, RewardArguments, SFTArguments
 
 STEPS = {"step1_sft": SFTArguments, "step2_reward": RewardArguments, "step3_ppo": PPOArguments}
 LAUNCHERS = [

@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import models  # noqa: F401  (registers ChatGLM)
 from errors import UserError
-from models.adapters import add_lora
-from models.footprint import Footprint
-from scripts.plan import config_of, known_models, main
+from models.adapters.lora import add_lora
+from scripts.plan.__main__ import config_of, known_models, main
 from tests.launching import REPOSITORY, environment
 from tests.tiny import tiny_checkpoint
-from training.utils.arguments import PPOArguments, SFTArguments
-from training.utils.memory import GIB, Machine, Plan, Setting, engine_memory, pinned
-from training.utils.planning import StepMemory, check_fits
+from training.utils.flags.steps import PPOArguments, SFTArguments
+from training.utils.memory.arithmetic import GIB, Machine, Plan, Setting, engine_memory, pinned
+from training.utils.memory.fit import StepMemory, check_fits
+from training.utils.memory.footprint import Footprint
 
 # By hand: 12 h^2 + 13 h a block; 50272 tokens, 2048 + 2 positions, one norm.
 OPT_66B = 64 * (12 * 9216**2 + 13 * 9216) + (50272 + 2050 + 2) * 9216
@@ -171,10 +171,10 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_and_force_starts_it(ll
 
 def test_a_step_refuses_before_it_reads_weights(llama, tmp_path):
     code = (
-        "import training.utils.planning as p, training.utils.memory as m, sys;"
+        "import training.utils.memory.fit as p, training.utils.memory.arithmetic as m, sys;"
         "p.this_machine = lambda run: m.Machine(1, 1, 0.0, 1e6, accelerator=False);"
-        "from training.step1_sft.main import main; from training.utils.arguments import SFTArguments;"
-        "from training.utils.parsing import main_entry; main_entry(main, SFTArguments)"
+        "from training.step1_sft.main import main; from training.utils.flags.steps import SFTArguments;"
+        "from training.utils.flags.parse import main_entry; main_entry(main, SFTArguments)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "--model_name_or_path", llama, "--output_dir", str(tmp_path / "out"), "--data_path", "none"],

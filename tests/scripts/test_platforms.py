@@ -7,10 +7,10 @@ import pytest
 
 from errors import UserError
 from models.device import PLATFORMS, chip_dtypes
-from scripts import platforms
-from scripts.platforms import load_platforms, platform_named, variable_reasons
-from training.utils.arguments import SFTArguments
-from training.utils.parsing import flag_names
+from scripts.launch import platforms
+from scripts.launch.platforms import load_platforms, platform_named, variable_reasons
+from training.utils.flags.parse import flag_names
+from training.utils.flags.steps import SFTArguments
 
 # platform -> what models/device.py calls this kind of machine, and its chip
 KINDS = {
@@ -63,13 +63,13 @@ def test_a_misspelt_key_is_found(monkeypatch):
 
 def test_launcher_flags_are_no_flags_of_a_step():
     """Else one of the two could not be given."""
-    from scripts.launch import build_parser
+    from scripts.launch.__main__ import build_parser
 
     ours = {option[2:].replace("-", "_") for option in build_parser()._option_string_actions if option.startswith("--")}
     assert not (ours - {"help"}) & flag_names(SFTArguments)
 
 
-@pytest.mark.parametrize("module", ["scripts.platforms", "scripts.launch", "scripts.commands", "train"])
+@pytest.mark.parametrize("module", ["scripts.launch.platforms", "scripts.launch", "scripts.launch.commands", "train"])
 def test_reading_and_planning_need_no_torch(repository, module):
     program = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=repository).returncode == 0

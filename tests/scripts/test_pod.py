@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts import k8s, pod
-from training.utils.surroundings import DONE
+from scripts.kubernetes import __main__ as k8s
+from scripts.kubernetes import pod
+from training.utils.run.environment import DONE
 
 RECIPE = {
     "sft": {"model_name_or_path": "facebook/opt-125m", "output_dir": "out/sft"},
@@ -52,7 +53,7 @@ def work(tmp_path, monkeypatch) -> Path:
 
 
 def run(*steps: str, more: tuple[str, ...] = ()) -> int:
-    """scripts.pod run with our launcher; $NODE is filled in as $OMPI_COMM_WORLD_RANK is in an MPIJob."""
+    """scripts.kubernetes.pod run with our launcher; $NODE is filled in as $OMPI_COMM_WORLD_RANK is in an MPIJob."""
     words = ["run", "--recipe", "recipe.yaml", "--patience", "0.2", *more, "--step", *steps]
     return pod.main([*words, "--", sys.executable, "launcher.py", "--node=$NODE"])
 

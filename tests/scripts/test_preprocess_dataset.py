@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from models.factory import load_tokenizer
+from models.load import load_tokenizer
 from models.templates import load_template
 from scripts import preprocess_dataset
 from tests.tiny import tiny_checkpoint
-from training.utils.arguments import SFTArguments
 from training.utils.data import tokenize
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import SFTArguments
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 from errors import UserError
-from scripts import demo
-from scripts.demo_score import demo_score
+from scripts.demo import __main__ as demo
+from scripts.demo.score import demo_score
 from tests.launching import REPOSITORY
 
 if sys.version_info >= (3, 11):
@@ -284,8 +284,8 @@ def test_wrong_flags_are_refused_before_anything_is_removed(tmp_path, capsys):
 
 
 def test_kl_is_the_sum_over_the_answer_alone(tmp_path):
-    from models.factory import load_causal_lm, load_tokenizer
     from models.heads import TokenLogProbs
+    from models.load import load_causal_lm, load_tokenizer
     from models.templates import load_template
     from tests.tiny import tiny_checkpoint
 

@@ -8,11 +8,11 @@ from functools import lru_cache
 import pytest
 import yaml
 
-from scripts import recipes_table
-from scripts.platforms import load_platforms, platform_named
+from scripts.docs import recipes_table
+from scripts.launch.platforms import load_platforms, platform_named
 from tests.scripts.recipes import MODELS, RECIPES, REPOSITORY, name_of
-from training.utils.arguments import STEPS
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import STEPS
 
 PUBLISHED = [path for path in RECIPES if path.stem != "demo"]
 recipes = pytest.mark.parametrize("path", RECIPES, ids=name_of)

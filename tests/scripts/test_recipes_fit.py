@@ -6,14 +6,14 @@ import pytest
 import yaml
 
 from models.device import DTYPES
-from models.footprint import Footprint, Peak
-from scripts.plan import build_parser, config_of, source_of, step_arguments
-from scripts.platforms import Platform, platform_named
+from scripts.launch.platforms import Platform, platform_named
+from scripts.plan.__main__ import build_parser, config_of, source_of, step_arguments
 from tests.scripts.recipes import RECIPES, REPOSITORY, name_of
-from training.utils import planning
-from training.utils.arguments import STEPS
-from training.utils.memory import GIB, Machine, Plan
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import STEPS
+from training.utils.memory import fit as planning
+from training.utils.memory.arithmetic import GIB, Machine, Plan
+from training.utils.memory.footprint import Footprint, Peak
 
 FOOTPRINTS: dict[tuple, Footprint] = {}   # recipes share most of them
 

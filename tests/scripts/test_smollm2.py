@@ -14,15 +14,15 @@ import torch
 from transformers import LlamaConfig
 
 from errors import UserError
-from scripts import smollm2, smollm2_data, smollm2_model, smollm2_prompts
-from scripts.smollm2_score import vader, vader_score
+from scripts.demo import smollm2, smollm2_data, smollm2_model, smollm2_prompts
+from scripts.demo.smollm2_score import vader, vader_score
 from tests.launching import REPOSITORY
 from tests.scripts.smollm2_package import SIZE, merges_of, weights, write_package
 from tests.tiny import tiny_tokenizer
-from training.utils.arguments import PPOArguments
-from training.utils.memory import Machine
-from training.utils.parsing import parse
-from training.utils.planning import StepMemory
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments
+from training.utils.memory.arithmetic import Machine
+from training.utils.memory.fit import StepMemory
 
 # --- the gold score. Words' weights are those of VADER's published lexicon; a sum s becomes s / sqrt(s^2 + 15).
 
@@ -128,7 +128,7 @@ def package(tmp_path, monkeypatch) -> Path:
 def test_converted_checkpoint_is_the_file_s_model(package, tmp_path):
     from safetensors.torch import load_file
 
-    from models.factory import load_causal_lm, load_tokenizer
+    from models.load import load_causal_lm, load_tokenizer
     from models.templates import load_template
 
     assert smollm2_model.packaged_gguf() == package
@@ -168,7 +168,7 @@ def test_converted_checkpoint_is_the_file_s_model(package, tmp_path):
 
 def test_an_interrupted_conversion_leaves_no_folder(package, tmp_path, monkeypatch):
     """It breaks after everything is written, before it is moved; the next conversion is whole."""
-    from models import factory
+    from models import save as factory
 
     def broken(*_):
         raise KeyboardInterrupt
@@ -198,7 +198,7 @@ def test_what_is_wrong_with_the_package_is_one_sentence(package, monkeypatch):
 def test_pad_equal_to_end_from_sft_to_ppo(package, tmp_path):
     """The end token is learned and is an action though it is the pad id; padding is neither."""
     from inference.engine import Generation, generate_many
-    from models.factory import load_causal_lm, load_tokenizer
+    from models.load import load_causal_lm, load_tokenizer
     from models.templates import load_template
     from training.step3_ppo.experience import Experience
     from training.utils.data.batching import collate_sft, pad_left
@@ -262,7 +262,7 @@ class Steps:
                 folder = Path(words[words.index("--output_dir") + 1])
                 (folder / "checkpoints" / "step-00000008").mkdir(parents=True, exist_ok=True)
             raise SystemExit(7)
-        if words[0] == "scripts.smollm2_model":
+        if words[0] == "scripts.demo.smollm2_model":
             Path(words[1]).mkdir(parents=True)
             (Path(words[1]) / "config.json").write_text("{}")
         if words[0].startswith("training"):
@@ -377,7 +377,7 @@ def test_recipe_agrees_with_the_data(steps):
     """PPO's answers are as long as those that the SFT model and the reward model learned from; both scores are weighed."""
     ppo = smollm2.read_recipe(smollm2.RECIPE)["ppo"]
     assert ppo["max_answer_seq_len"] == smollm2_data.LONGEST
-    assert ppo["reward_function"] == ["scripts/smollm2_score.py:vader"] and ppo["reward_weights"].count(",") == 1
+    assert ppo["reward_function"] == ["scripts/demo/smollm2_score.py:vader"] and ppo["reward_weights"].count(",") == 1
     for section in smollm2.read_recipe(smollm2.RECIPE).values():
         assert section["output_dir"].startswith("output/smollm2/")
 

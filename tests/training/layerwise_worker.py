@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 
 from inference.engine import generate_many
-from models.adapters import add_lora
-from models.factory import load_causal_lm
+from models.adapters.lora import add_lora
 from models.heads import TokenLogProbs, base_model
+from models.load import load_causal_lm
 from tests.models.test_chatglm import TINY
 from tests.models.test_chatglm import prompts as chatglm_prompts
-from training.utils.arguments import SFTArguments
-from training.utils.generation_weights import layerwise
-from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_engine, build_frozen, optimizer_step, whole_model
+from training.utils.engine.generation_weights import layerwise
+from training.utils.engine.zero import EngineOptions, build_engine, build_frozen, optimizer_step, whole_model
+from training.utils.flags.steps import SFTArguments
+from training.utils.run.process_group import Run
 
 LENGTHS = ((5, 2, 9, 1, 7), (4, 3))  # prompts of each process: not equally many
 STOPS = range(8, 90)

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from models.adapters import add_lora
+from models.adapters.lora import add_lora
+from models.adapters.quantization import quantize_linears
+from models.chatglm.registration import chatglm_config_class
 from models.device import has_accelerator, peak_memory_gb, reset_peak_memory
-from models.footprint import Ledger
 from models.heads import TokenLogProbs, TokenScores
-from models.quantization import quantize_linears
-from models.registration import chatglm_config_class
-from training.utils.arguments import SFTArguments
-from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_engine, optimizer_step
+from training.utils.engine.zero import EngineOptions, build_engine, optimizer_step
+from training.utils.flags.steps import SFTArguments
+from training.utils.memory.footprint import Ledger
+from training.utils.run.process_group import Run
 
 
 def tensors() -> list[torch.Tensor]:

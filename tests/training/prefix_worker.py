@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from models.factory import load_causal_lm
 from models.heads import TokenLogProbs
-from training.utils.arguments import SFTArguments
-from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_engine, optimizer_step, trained_weights, whole_model
+from models.load import load_causal_lm
+from training.utils.engine.zero import EngineOptions, build_engine, optimizer_step, trained_weights, whole_model
+from training.utils.flags.steps import SFTArguments
+from training.utils.run.process_group import Run
 
 STAGES = (0, 1, 2, 3)
 

@@ -12,8 +12,8 @@ import training.step3_ppo.main as ppo
 import training.step3_ppo.rlhf_engine as rlhf_engine
 from tests.launching import start, write_pairs
 from tests.tiny import tiny_checkpoint
-from training.utils.arguments import PPOArguments, RewardArguments, SFTArguments
-from training.utils.parsing import main_entry
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import PPOArguments, RewardArguments, SFTArguments
 
 STEPS = {"sft": (sft, SFTArguments), "reward": (reward, RewardArguments), "ppo": (ppo, PPOArguments)}
 

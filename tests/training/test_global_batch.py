@@ -6,8 +6,8 @@ Processes are played one after the other in this one; the two-process runs of te
 import pytest
 import torch
 
-from models.factory import load_causal_lm, load_scalar_model
 from models.heads import TokenLogProbs, TokenScores, last_token_scores
+from models.load import load_causal_lm, load_scalar_model
 from tests.tiny import tiny_checkpoint
 from training.step3_ppo.objectives import policy_loss, value_loss
 from training.utils.data.batching import collate_pairs, collate_sft, plan_micro_batches

@@ -8,11 +8,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import models  # noqa: F401  (registers ChatGLM)
 from inference.cache import rows_cache
-from models.footprint import Footprint
 from models.heads import TokenLogProbs
 from tests.launching import succeed
 from tests.training.memory_worker import config_of
-from training.utils.memory import Job, Machine, Network, Setting, engine_memory, plan
+from training.utils.memory.arithmetic import Job, Machine, Network, Setting, engine_memory, plan
+from training.utils.memory.footprint import Footprint
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 5,

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from inference.chatbot import main as chat
-from models.factory import load_causal_lm, load_scalar_model
 from models.heads import prefix_length, score_layer
+from models.load import load_causal_lm, load_scalar_model
 from tests.launching import logged, write_pairs
 from tests.several import run_several
 from tests.tiny import tiny_checkpoint
 from training.step1_sft.prompt_eval import main as prompt_eval
 from training.step2_reward.rw_eval import main as rw_eval
-from training.utils.arguments import PromptEvalArguments, RewardEvalArguments
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PromptEvalArguments, RewardEvalArguments
 
 pytestmark = pytest.mark.distributed
 

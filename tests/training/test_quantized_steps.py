@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.factory import load_scalar_model, load_tokenizer, save_model
+from models.load import load_scalar_model, load_tokenizer
+from models.save import save_model
 from models.templates import load_template
 from tests.launching import logged, start, succeed, write_pairs
 from tests.models.test_zero3 import tiny_integers

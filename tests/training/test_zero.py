@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from training.utils.deepspeed_file import check_precision, check_stage, read_deepspeed_config
-from training.utils.zero import (
+from training.utils.engine.zero import (
     build_optimizer,
     copy_structure,
     fill,
@@ -18,6 +17,7 @@ from training.utils.zero import (
     merge,
     warmup_steps,
 )
+from training.utils.flags.deepspeed_file import check_precision, check_stage, read_deepspeed_config
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -23,18 +23,19 @@ import torch.distributed as dist
 from errors import UserError
 from inference.chatbot import context_length
 from inference.engine import generate
+from models.checkpoint_folder import resolve_checkpoint
 from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
-from models.factory import load_causal_lm, load_tokenizer, resolve_checkpoint
 from models.heads import prefix_length
+from models.load import load_causal_lm, load_tokenizer
 from models.templates import Template, load_template
 from training.step1_sft.text_metrics import METRICS, check_libraries, mean_scores
-from training.utils.arguments import EvaluateArguments
 from training.utils.data.batching import pad_left
 from training.utils.data.sources import load_records
 from training.utils.data.tokenize import cut_prompt
-from training.utils.metrics import format_seconds
-from training.utils.parsing import main_entry
-from training.utils.run import check_writable, join_process_group, quiet_libraries
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import EvaluateArguments
+from training.utils.run.metrics import format_seconds
+from training.utils.run.process_group import check_writable, join_process_group, quiet_libraries
 
 PREDICTIONS, FIGURES = "generated_predictions.txt", "metrics.json"
 

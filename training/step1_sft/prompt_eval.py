@@ -18,15 +18,16 @@ from pathlib import Path
 from errors import UserError
 from inference.chatbot import context_length
 from inference.engine import generate_many
+from models.checkpoint_folder import resolve_checkpoint
 from models.device import attention_implementation, detect_platform, empty_cache, resolve_dtype, set_device
-from models.factory import load_causal_lm, load_tokenizer, resolve_checkpoint
 from models.heads import prefix_length
+from models.load import load_causal_lm, load_tokenizer
 from models.templates import load_template
-from training.utils.arguments import PromptEvalArguments
 from training.utils.data.sources import load_records
 from training.utils.data.tokenize import cut_prompt
-from training.utils.parsing import main_entry
-from training.utils.run import quiet_libraries
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import PromptEvalArguments
+from training.utils.run.process_group import quiet_libraries
 
 BATCH = 16  # answers in work at once
 

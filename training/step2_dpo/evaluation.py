@@ -9,7 +9,7 @@ from torch import Tensor
 
 from training.utils.data.batching import AnswerPairBatch
 from training.utils.loss import dpo_loss, pair_accuracy
-from training.utils.run import Run
+from training.utils.run.process_group import Run
 
 NAMES = ("loss", "accuracy", "chosen", "rejected", "chosen_log_prob", "rejected_log_prob")
 

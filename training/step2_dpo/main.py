@@ -11,28 +11,22 @@ from functools import partial
 
 from torch import Tensor
 
-from models.factory import (
-    check_context_length,
-    check_quantized_base,
-    check_same_tokenizer,
-    load_causal_lm,
-    load_tokenizer,
-)
 from models.heads import TokenLogProbs
+from models.load import check_context_length, check_quantized_base, check_same_tokenizer, load_causal_lm, load_tokenizer
 from models.templates import load_template
 from training.step2_dpo.evaluation import PairSums, evaluate_pairs
 from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
-from training.utils.arguments import DPOArguments
-from training.utils.checkpoint import Checkpoint, export, fingerprint
 from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs
 from training.utils.data.tokenize import prepare_phase
-from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
+from training.utils.engine.trained_model import check_trained_model, trained_engine
+from training.utils.engine.zero import optimizer_figures, optimizer_step
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import DPOArguments
 from training.utils.loss import dpo_loss, implicit_rewards
-from training.utils.parsing import main_entry
-from training.utils.planning import check_run_fits
-from training.utils.run import Run
-from training.utils.trained_model import check_trained_model, trained_engine
-from training.utils.zero import optimizer_figures, optimizer_step
+from training.utils.memory.fit import check_run_fits
+from training.utils.run.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.adapters import adapter_disabled
-from models.factory import load_causal_lm
+from models.adapters.lora import adapter_disabled
 from models.heads import TokenLogProbs
+from models.load import load_causal_lm
 from training.utils.data.batching import AnswerPairBatch
-from training.utils.loading import read_in_turn
+from training.utils.engine.loading import read_in_turn
+from training.utils.engine.zero import EngineOptions, build_frozen, get_eval_ds_config
 from training.utils.loss import sequence_log_probs
-from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_frozen, get_eval_ds_config
+from training.utils.run.process_group import Run
 
 
 def load_reference(args, tokenizer, run: Run) -> nn.Module | None:

@@ -11,20 +11,20 @@ from functools import partial
 
 import torch
 
-from models.factory import load_scalar_model, load_tokenizer
 from models.heads import TokenScores, last_token_scores
+from models.load import load_scalar_model, load_tokenizer
 from models.templates import load_template
-from training.utils.arguments import RewardArguments
-from training.utils.checkpoint import Checkpoint, export, fingerprint
 from training.utils.data.batching import PairBatch, collate_pairs
 from training.utils.data.tokenize import prepare_phase
-from training.utils.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
+from training.utils.engine.trained_model import check_trained_model, trained_engine
+from training.utils.engine.zero import optimizer_figures, optimizer_step
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import RewardArguments
 from training.utils.loss import bradley_terry_loss, pair_accuracy
-from training.utils.parsing import main_entry
-from training.utils.planning import check_run_fits
-from training.utils.run import Run
-from training.utils.trained_model import check_trained_model, trained_engine
-from training.utils.zero import optimizer_figures, optimizer_step
+from training.utils.memory.fit import check_run_fits
+from training.utils.run.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
 

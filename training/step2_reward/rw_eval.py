@@ -16,18 +16,19 @@ from typing import Any
 import torch
 
 from errors import UserError
+from models.checkpoint_folder import resolve_checkpoint
 from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
-from models.factory import load_scalar_model, load_tokenizer, resolve_checkpoint
 from models.files import SCALAR, architecture
 from models.heads import TokenScores, last_token_scores
+from models.load import load_scalar_model, load_tokenizer
 from models.templates import Template, load_template
-from training.utils.arguments import RewardEvalArguments
 from training.utils.data.batching import pad_right
 from training.utils.data.sources import load_records
 from training.utils.data.tokenize import Counts, Task, fit
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import RewardEvalArguments
 from training.utils.loss import pair_accuracy
-from training.utils.parsing import main_entry
-from training.utils.run import quiet_libraries
+from training.utils.run.process_group import quiet_libraries
 
 SHOWN = 6  # pairs that are printed
 

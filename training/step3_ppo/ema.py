@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UserError
-from training.utils.run import Run
-from training.utils.zero import plain_masters
+from training.utils.engine.zero import plain_masters
+from training.utils.run.process_group import Run
 
 
 @dataclass

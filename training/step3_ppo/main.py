@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from errors import UserError
-from models.factory import check_context_length, load_tokenizer
+from models.load import check_context_length, load_tokenizer
 from models.templates import load_template
 from training.step3_ppo.evaluation import HeldOut, sample_table, write_samples
 from training.step3_ppo.experience import Experience
@@ -21,13 +21,13 @@ from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import PromptBatches
 from training.step3_ppo.scoring import Rewards, kept_on_failure
-from training.utils.arguments import PPOArguments
-from training.utils.checkpoint import Checkpoint, export, fingerprint
 from training.utils.data.tokenize import prepare_phase
-from training.utils.loop import Progress, due
-from training.utils.parsing import main_entry
-from training.utils.planning import check_run_fits
-from training.utils.run import Run
+from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import PPOArguments
+from training.utils.memory.fit import check_run_fits
+from training.utils.run.loop import Progress, due
+from training.utils.run.process_group import Run
 
 # On the progress line; all figures go to metrics.jsonl.
 SHOWN = ("score", "kl", "length", "eos_rate", "actor_loss", "critic_loss")

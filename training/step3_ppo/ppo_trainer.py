@@ -40,7 +40,7 @@ from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import roll_out, score_rollout
 from training.utils.data.batching import PromptBatch, plan_micro_batches
-from training.utils.zero import accumulate, optimizer_figures, optimizer_step, step_together
+from training.utils.engine.zero import accumulate, optimizer_figures, optimizer_step, step_together
 
 logger = logging.getLogger("sanbu")
 

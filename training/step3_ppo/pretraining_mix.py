@@ -12,9 +12,9 @@ from torch import Tensor
 from training.utils.data.batching import SFTBatch, collate_sft, plan_micro_batches
 from training.utils.data.plain_text import prepare_blocks
 from training.utils.data.tokenize import PhaseData
-from training.utils.loop import load_micro_batches
 from training.utils.loss import sft_loss
-from training.utils.run import Run
+from training.utils.run.loop import load_micro_batches
+from training.utils.run.process_group import Run
 
 
 class PretrainingMix:

@@ -9,26 +9,26 @@ from typing import Any
 from torch import Tensor
 
 from errors import UserError
-from models.adapters import add_lora
-from models.factory import (
+from models.adapters.lora import add_lora
+from models.adapters.shared_trunk import SharedTrunk, check_scorer
+from models.checkpoint_folder import resolve_checkpoint
+from models.files import SCALAR, architecture
+from models.heads import TokenLogProbs, TokenScores
+from models.load import (
     check_quantized_base,
     check_same_tokenizer,
     gets_prefix,
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
-    resolve_checkpoint,
 )
-from models.files import SCALAR, architecture
-from models.heads import TokenLogProbs, TokenScores
-from models.shared_trunk import SharedTrunk, check_scorer
 from models.templates import load_template
 from training.step3_ppo.ema import MovingAverage
 from training.step3_ppo.experience import JoinedRows
 from training.step3_ppo.scoring import Rewards
-from training.utils.loading import read_in_turn
-from training.utils.run import Run
-from training.utils.zero import EngineOptions, build_engine, build_frozen, get_eval_ds_config
+from training.utils.engine.loading import read_in_turn
+from training.utils.engine.zero import EngineOptions, build_engine, build_frozen, get_eval_ds_config
+from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
 
@@ -43,7 +43,7 @@ class DeepSpeedRLHFEngine:
                  has none
     reward       the reward model, frozen; None with --reward_model false
 
-    With --memory_mode shared the weights are in memory once, in ref: the others compute with them (models/shared_trunk.py).
+    With --memory_mode shared the weights are in memory once, in ref; the others use them (models/adapters/shared_trunk.py).
 
     actor_ema is the moving average of the actor's weights; None without --enable_ema.
     rewards is what scores the answers: the reward model, and functions and endpoints beside it or in its place.

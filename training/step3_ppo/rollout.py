@@ -17,8 +17,8 @@ from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.scoring import score_answers
 from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch, plan_micro_batches
-from training.utils.generation_weights import generation_model
-from training.utils.run import Run
+from training.utils.engine.generation_weights import generation_model
+from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
 

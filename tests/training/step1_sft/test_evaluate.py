@@ -8,15 +8,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from errors import UserError
-from models.factory import load_tokenizer
+from models.load import load_tokenizer
 from models.templates import load_template
 from tests.launching import succeed
 from tests.tiny import tiny_checkpoint
 from tests.training.step1_sft import hand_metrics
 from training.step1_sft import evaluate, text_metrics
 from training.step1_sft.evaluate import Answer, summary
-from training.utils.arguments import EvaluateArguments
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import EvaluateArguments
 
 MODULE = "training.step1_sft.evaluate"
 ROWS = [

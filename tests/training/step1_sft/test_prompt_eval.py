@@ -7,12 +7,12 @@ import unicodedata
 import pytest
 
 from errors import UserError
-from models.factory import load_tokenizer
+from models.load import load_tokenizer
 from models.templates import load_template
 from tests.launching import environment, start, succeed
 from tests.tiny import tiny_checkpoint
 from training.step1_sft.prompt_eval import PROMPTS, Answer, cut_prompt, read_prompts, side_by_side, summary, wrapped
-from training.utils.arguments import PromptEvalArguments
+from training.utils.flags.steps import PromptEvalArguments
 
 MODULE = "training.step1_sft.prompt_eval"
 

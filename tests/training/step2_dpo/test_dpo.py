@@ -10,15 +10,15 @@ import torch.distributed as dist
 
 import training.step2_dpo.main as dpo
 import training.step2_dpo.reference as reference_room
-from models.adapters import add_lora
-from models.factory import load_causal_lm
+from models.adapters.lora import add_lora
 from models.heads import TokenLogProbs
+from models.load import load_causal_lm
 from tests.launching import write_pairs
 from tests.tiny import tiny_checkpoint
-from training.utils.arguments import DPOArguments
 from training.utils.data.batching import collate_answer_pairs, plan_micro_batches
+from training.utils.flags.parse import main_entry, parse
+from training.utils.flags.steps import DPOArguments
 from training.utils.loss import dpo_loss, implicit_rewards
-from training.utils.parsing import main_entry, parse
 
 BETA = 0.5
 ROWS = [

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from errors import UserError
-from models.factory import load_scalar_model, load_tokenizer, save_model
+from models.load import load_scalar_model, load_tokenizer
+from models.save import save_model
 from models.templates import load_template
 from tests.launching import environment, start, succeed
 from tests.tiny import tiny_checkpoint
 from training.step2_reward.main import evaluation_line
 from training.step2_reward.rw_eval import PAIRS, encode_pairs, read_pairs, summary
-from training.utils.arguments import RewardEvalArguments
+from training.utils.flags.steps import RewardEvalArguments
 
 MODULE = "training.step2_reward.rw_eval"
 

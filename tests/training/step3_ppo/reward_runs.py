@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from models.factory import load_scalar_model, load_tokenizer, save_model
+from models.load import load_scalar_model, load_tokenizer
+from models.save import save_model
 from models.templates import load_template
 from tests.launching import write_pairs
 from tests.tiny import tiny_checkpoint

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
-from models.factory import load_scalar_model, load_tokenizer, save_model
+from models.load import load_scalar_model, load_tokenizer
+from models.save import save_model
 from models.templates import load_template
 from tests.tiny import tiny_checkpoint
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer
 from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.utils.arguments import PPOArguments
 from training.utils.data.batching import collate_prompts
-from training.utils.parsing import parse
-from training.utils.run import Run
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments
+from training.utils.run.process_group import Run
 
 
 def write_models(folder: Path) -> tuple[Path, Path]:

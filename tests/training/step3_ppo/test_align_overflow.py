@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-import training.utils.run
+import training.utils.run.process_group
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
-from training.utils.zero import trained_weights
+from training.utils.engine.zero import trained_weights
 
 pytestmark = pytest.mark.ppo
 OTHER = {"actor": "critic", "critic": "actor"}
@@ -28,7 +28,7 @@ def models(tmp_path_factory):
 def half(models, tmp_path, monkeypatch):
     """Builds trainers in fp16."""
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
-    monkeypatch.setattr(training.utils.run, "resolve_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr(training.utils.run.process_group, "resolve_dtype", lambda *_: torch.float16)
 
     def trainer(stage: int, *flags: str):
         return build(

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 
 from errors import UserError
-from models.factory import load_causal_lm
+from models.load import load_causal_lm
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
-from training.utils.arguments import PPOArguments
-from training.utils.checkpoint import Checkpoint, export
-from training.utils.parsing import parse
-from training.utils.zero import trained_weights
+from training.utils.engine.checkpoint import Checkpoint, export
+from training.utils.engine.zero import trained_weights
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments
 
 pytestmark = pytest.mark.ppo
 DECAY = 0.8

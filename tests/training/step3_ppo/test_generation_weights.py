@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig
 
 from inference.cache import RowsCache
-from models.factory import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm, load_tokenizer
 from tests.tiny import FAMILIES, tiny_checkpoint
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
-from training.utils import generation_weights
-from training.utils.generation_weights import cache_bytes, choice
-from training.utils.loading import makes_copy, read_in_turn
+from training.utils.engine import generation_weights
+from training.utils.engine.generation_weights import cache_bytes, choice
+from training.utils.engine.loading import makes_copy, read_in_turn
 
 pytestmark = pytest.mark.ppo
 

@@ -15,8 +15,8 @@ from tests.several import run_several
 from tests.tiny import tiny_checkpoint
 from tests.training.step3_ppo.small_ppo import build, rollout
 from training.step3_ppo.evaluation import HeldOut
-from training.utils.arguments import PPOArguments
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments
 
 pytestmark = pytest.mark.ppo
 NAMES = ("train/score", "train/actor_loss", "train/critic_loss", "train/kl", "train/value")

@@ -11,17 +11,18 @@ import torch.distributed as dist
 
 from errors import UserError
 from inference.engine import Generation
-from models.factory import load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.save import save_model
 from models.templates import load_template
 from tests.tiny import tiny_checkpoint
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import PromptBatches, row_seed, row_seeds, score_rollout
-from training.utils.arguments import PPOArguments
 from training.utils.data.batching import collate_prompts
-from training.utils.parsing import parse
-from training.utils.run import Run
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments
+from training.utils.run.process_group import Run
 
 pytestmark = pytest.mark.ppo
 MEAN, STD = 0.3, 1.7
@@ -287,7 +288,7 @@ def test_weights_that_are_not_finite_stop_the_run_with_a_sentence(folders, tmp_p
     (1, None, "actor_model_name_or_path .* is a reward model"),
 ])  # fmt: skip
 def test_a_model_of_the_other_kind_is_refused(folders, tmp_path, actor, reward, words):
-    rule = f"{Path(__file__).parents[3] / 'scripts/demo_score.py'}:reward"
+    rule = f"{Path(__file__).parents[3] / 'scripts/demo/score.py'}:reward"
     flags = ("--reward_model", "false", "--reward_function", rule) if reward is None else ()
     with pytest.raises(UserError, match=words):
         build((folders[actor], folders[reward or 0]), tmp_path, *flags)

@@ -9,12 +9,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from errors import UserError
-from models.factory import load_causal_lm
+from models.load import load_causal_lm
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
 from training.step3_ppo.pretraining_mix import PretrainingMix
-from training.utils.arguments import PPOArguments
 from training.utils.data.tokenize import PhaseData
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments
 
 pytestmark = pytest.mark.ppo
 COEF = 3.7

@@ -9,17 +9,17 @@ import torch.distributed as dist
 
 import training.step3_ppo.main as ppo
 import training.step3_ppo.rlhf_engine as rlhf_engine
-from models.factory import load_scalar_model, load_tokenizer
-from scripts.demo_score import demo_score
+from models.load import load_scalar_model, load_tokenizer
+from scripts.demo.score import demo_score
 from tests.launching import REPOSITORY, logged
 from tests.training.step3_ppo.reward_runs import MEAN, STD, by_function, flags, score_server, write_all
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.scoring import RewardError
-from training.utils.arguments import PPOArguments
 from training.utils.data.batching import collate_prompts
-from training.utils.parsing import parse
-from training.utils.run import Run
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments
+from training.utils.run.process_group import Run
 
 pytestmark = pytest.mark.ppo
 
@@ -194,7 +194,7 @@ def test_the_rule_of_the_demo_scores_the_demos_prompts(folders, tmp_path):
     data = REPOSITORY / "data/demo/prompts_train.jsonl"
     run(
         folders, tmp_path, "--data_path", str(data), "--max_prompt_seq_len", "200", "--reward_model", "false",
-        "--reward_function", f"{REPOSITORY / 'scripts/demo_score.py'}:reward", "--per_device_generation_batch_size", "32",
+        "--reward_function", f"{REPOSITORY / 'scripts/demo/score.py'}:reward", "--per_device_generation_batch_size", "32",
         "--max_steps", "1", critic="base",
     )  # fmt: skip
     rows = samples(tmp_path, 0)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from errors import UserError
-from scripts.demo_score import demo_score
+from scripts.demo.score import demo_score
 from tests.launching import REPOSITORY
 from tests.training.step3_ppo.reward_runs import score_server
 from training.step3_ppo.scoring import RewardEndpoint, RewardError, RewardFunction, Rewards, shortened
-from training.utils.arguments import PPOArguments
-from training.utils.parsing import parse
-from training.utils.surroundings import free_port
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments
+from training.utils.run.environment import free_port
 
 pytestmark = pytest.mark.ppo
 PROMPTS = ["\n\nHuman: What is 2 plus 2?\n\nAssistant:", "\n\nHuman: Hi!\n\nAssistant:", "third"]
@@ -118,7 +118,7 @@ def test_a_function_may_keep_state_and_use_dataclasses(tmp_path):
 
 
 def test_the_rule_of_the_demo_is_a_reward_function():
-    rule = RewardFunction(f"{REPOSITORY / 'scripts/demo_score.py'}:reward")
+    rule = RewardFunction(f"{REPOSITORY / 'scripts/demo/score.py'}:reward")
     prompts = [PROMPTS[0]] * 3
     answers = ["The sum is 4. Happy to help!", "The sum is 5.", "I do not know."]
     found = rule(prompts, answers)
@@ -237,7 +237,7 @@ def test_names_and_means_of_the_sources():
 
 ACTOR = ["--actor_model_name_or_path", "a", "--output_dir", "o"]
 BOTH = [*ACTOR, "--critic_model_name_or_path", "c"]
-RULE = ["--reward_function", str(REPOSITORY / "scripts/demo_score.py") + ":reward"]
+RULE = ["--reward_function", str(REPOSITORY / "scripts/demo/score.py") + ":reward"]
 SERVER = ["--reward_endpoint", "http://127.0.0.1:1/x"]
 
 

@@ -20,9 +20,9 @@ from training.step3_ppo import rollout as rollout_module
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import assign_advantages
 from training.step3_ppo.rollout import score_rollout
-from training.utils.arguments import PPOArguments
 from training.utils.data.batching import collate_prompts
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PPOArguments
 
 pytestmark = pytest.mark.ppo
 GROUPS = ("--num_return_sequences", "3", "--per_device_training_batch_size", "12")

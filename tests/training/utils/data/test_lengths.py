@@ -7,12 +7,12 @@ import pytest
 
 from models.templates import load_template
 from tests.tiny import tiny_tokenizer
-from training.utils.arguments import SFTArguments
 from training.utils.data import tokenize
 from training.utils.data.formats import user_turn
 from training.utils.data.sources import load_records
 from training.utils.data.tokenize import Counts, Task, fit, prepare
-from training.utils.parsing import parse
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import SFTArguments
 
 BASE = ["--model_name_or_path", "m", "--output_dir", "o"]
 

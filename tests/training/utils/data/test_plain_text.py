@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from errors import UserError
-from models.factory import load_tokenizer
+from models.load import load_tokenizer
 from models.templates import load_template
 from tests.tiny import TEXT, tiny_tokenizer
 from tests.tiny_chatglm import GENERATIONS, copy_tokenizer

@@ -7,7 +7,7 @@ import pytest
 
 import models.templates
 from errors import UserError
-from models.factory import load_tokenizer
+from models.load import load_tokenizer
 from models.templates import load_template
 from tests.models.chatglm_folders import GENERATIONS, tokenizer_folder
 from training.utils.data import tokenize

@@ -1,0 +1,1 @@
+"""LoRA, prefixes, the shared trunk, quantised bases."""

@@ -1,0 +1,191 @@
+"""LoRA through peft: which layers, what is trained, the model without it (the reference), saved alone and merged; and a
+prefix (models/adapters/prefix.py) saved alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from errors import UserError
+from models.adapters.prefix import PREFIX_FILE, base_of, has_prefix, peft_config_to_save, prefix_tensors
+from models.adapters.quantization import QuantizedLinear
+from models.adapters.shared_trunk import frozen_change
+from models.families import FAMILIES
+from models.heads import SCALAR_HEADS, base_model, score_name
+from models.save import check_tokenizer, new_draft, publish, settle_special_ids
+
+_NAME = "default"  # peft can hold several adapters; we use one
+
+
+def add_lora(
+    model: PreTrainedModel, dim: int, alpha: float, dropout: float = 0.0, module_name: str = "auto"
+) -> PeftModel:
+    """Put LoRA (Hu et al. 2021, arXiv 2106.09685) into the model: W x + alpha/dim · B A x, B = 0 at the start.
+
+    module_name: "auto" for all linear layers of attention and MLP, or parts of module names separated by commas; a
+    layer is adapted when its name contains one of them ("decoder.layers.", "q_proj,v_proj"). The output matrix and the
+    scalar head never are. Trained are the adapter and, if the model has one, the scalar head; all else is frozen. The
+    adapter has the model's dtype: DeepSpeed, which casts whole modules, keeps float32 masters of what is trained.
+    UserError if no layer matches.
+    """
+    if has_prefix(model):
+        raise UserError("this model has a prefix (P-Tuning), beside which adapters are not trained; drop --lora_dim.")
+    names = lora_targets(model, module_name)
+    head = score_name(model)
+    config = LoraConfig(
+        r=dim,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        # published adapters list short names; they say the same for "auto"
+        target_modules=list(FAMILIES[model.config.model_type].lora_targets) if module_name == "auto" else names,
+        fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        modules_to_save=[head] if head else None,
+    )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), QuantizedLinear):
+            layer.lora_A.to(model.dtype)  # peft takes the dtype of the weight, and these are integers
+            layer.lora_B.to(model.dtype)
+    return adapted
+
+
+def lora_targets(model: PreTrainedModel, module_name: str = "auto") -> list[str]:
+    """The full names of the linear layers (GPT-2's Conv1D included) that module_name selects."""
+    layers = linear_layers(model)
+    if module_name == "auto":
+        return [name for name in layers if name.rsplit(".", 1)[-1] in FAMILIES[model.config.model_type].lora_targets]
+    chosen = [name for name in layers if is_named(name, module_name)]
+    if not chosen:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        raise UserError(
+            f"--lora_module_name {module_name} matches no linear layer of this {model.config.model_type} model; "
+            f"its layers are named like {layers[0]}, the kinds are {', '.join(kinds)}. Use part of a name, or auto."
+        )
+    return chosen
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """The names of all layers that an adapter can be put on."""
+    heads = (model.get_output_embeddings(), *(getattr(model, name, None) for name in SCALAR_HEADS))
+    return [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer not in heads]
+
+
+def is_named(layer: str, module_name: str) -> bool:
+    """Whether a layer's name contains one of the parts of names."""
+    return any(part in layer for part in (text.strip() for text in module_name.split(",")) if part)
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes as if there were no adapter: the reference of PPO without a second copy of the
+    weights.
+    """
+    if has_prefix(model):
+        raise ValueError("a prefix stands outside the network; heads.base_model(model) computes without peft's")
+    with model.disable_adapter():
+        yield
+
+
+def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of the plain model with the adapter added in: W + alpha/dim · B A, summed in float32, in W's dtype.
+
+    state_dict: whole tensors named as in model.state_dict(), where the module's own are split (ZeRO-3). Returns the
+    names of the plain model; the module is not changed. What a shared trunk's reward model adds is in them. Quantised
+    layers become floats in the model's dtype. A model without an adapter gives its own weights, integers as they are.
+    """
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    if not isinstance(model, PeftModel):
+        return state_dict
+    prefix = "base_model.model."
+    merged = {}
+    for name, tensor in state_dict.items():
+        plain = name.removeprefix(prefix)
+        if ".lora_" in plain or ".original_module." in plain:
+            continue
+        merged[plain.replace(".base_layer.", ".").replace(f".modules_to_save.{_NAME}.", ".")] = tensor
+    for name, layer in model.get_base_model().named_modules():
+        adapted = isinstance(layer, LoraLayer)
+        base = layer.get_base_layer() if adapted else layer
+        integers = isinstance(base, QuantizedLinear) and f"{name}.weight_scale" in merged
+        frozen = frozen_change(base) if f"{name}.weight" in merged else None
+        if not adapted and not integers and frozen is None:
+            continue
+        weight = merged[f"{name}.weight"]
+        dtype = model.get_base_model().dtype if integers else weight.dtype
+        if integers:  # floats in host memory: where the integers are, there may be no room
+            weight = base.plain_weight(weight.cpu(), merged.pop(f"{name}.weight_scale").cpu(), torch.float32)
+        changes = [] if frozen is None else [frozen.matrix()]
+        if adapted:
+            down = state_dict[f"{prefix}{name}.lora_A.{_NAME}.weight"].float()
+            up = state_dict[f"{prefix}{name}.lora_B.{_NAME}.weight"].float()
+            changes.append(layer.scaling[_NAME] * (up @ down))
+        for change in changes:
+            change = change.to(weight.device)
+            as_stored = change.T if isinstance(base, Conv1D) or (integers and base.transposed) else change
+            weight = weight.float() + as_stored
+        merged[f"{name}.weight"] = weight.to(dtype)
+    return merged
+
+
+def save_adapter(model: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> bool:
+    """Write the adapter alone (and the trained scalar head) into the folder, in the format that
+    PeftModel.from_pretrained opens.
+
+    state_dict as in merged_state_dict. Returns False, and writes nothing, for a model without an adapter.
+    """
+    if not isinstance(model, PeftModel):
+        return False
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    draft = folder / "adapter_model.safetensors.tmp"
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft, metadata={"format": "pt"}
+    )
+    draft.replace(folder / "adapter_model.safetensors")
+    model.peft_config[_NAME].save_pretrained(folder)
+    return True
+
+
+def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, trained: dict[str, Tensor]) -> None:
+    """Write a folder with the prefix alone (and the trained scalar head), config, tokenizer and template; one process.
+
+    trained: every trained parameter, whole, named as in model.named_parameters(). The config (ChatGLM) or peft's
+    adapter_config.json names the model that the prefix belongs to; load_causal_lm and load_scalar_model open both, and
+    peft opens its own format. As in save_model everything is read back before it is moved to its place. UserError if
+    the folder is that model's own, whose weights would go.
+    """
+    network, folder = base_model(model), Path(folder)
+    if Path(base_of(model)).is_dir() and Path(base_of(model)).resolve() == folder.resolve():
+        raise UserError(f"--output_dir: {folder} holds the model that the prefix belongs to; give another folder.")
+    settle_special_ids(network, tokenizer, template)
+    network.config.architectures = [type(network).__name__]
+    tensors = prefix_tensors(model, trained)
+    with new_draft(folder) as draft:
+        network.config.save_pretrained(draft)
+        if network.can_generate():
+            network.generation_config.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        template.save(draft)
+        if isinstance(model, PeftModel):
+            save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+            peft_config_to_save(model).save_pretrained(draft)
+            found = load_file(draft / "adapter_model.safetensors")
+        else:
+            torch.save(tensors, draft / PREFIX_FILE)
+            found = torch.load(draft / PREFIX_FILE, map_location="cpu", weights_only=True)
+        if found.keys() != tensors.keys() or not all(torch.equal(found[name], tensors[name]) for name in tensors):
+            raise OSError(f"{draft}: the prefix reads back differently; the disk or the file system is at fault")
+        check_tokenizer(draft, tokenizer)
+    publish(draft, folder)

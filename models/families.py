@@ -1,0 +1,33 @@
+"""The families of networks that Sanbu trains; a new family of transformers is a row here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families: the linear layers that LoRA adapts, and whether positions come from a table of
+    fixed length.
+    """
+
+    lora_targets: tuple[str, ...]
+    learned_positions: bool = False
+
+
+_GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_FUSED_GATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+_FUSED_QKV = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+FAMILIES = {
+    "opt": Family(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), learned_positions=True),
+    "bloom": Family(_FUSED_QKV),
+    "llama": Family(_GATED),
+    "mistral": Family(_GATED),
+    "qwen2": Family(_GATED),
+    "qwen3": Family(_GATED),
+    "gpt2": Family(("c_attn", "c_proj", "c_fc"), learned_positions=True),
+    "gpt_neox": Family(_FUSED_QKV),
+    "chatglm": Family(("query_key_value",)),
+    "glm": Family(_FUSED_GATE),
+    "glm4": Family(_FUSED_GATE),
+}

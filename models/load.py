@@ -1,0 +1,287 @@
+"""From a checkpoint's folder to tokenizer and network."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from errors import UserError
+from models.adapters.prefix import (
+    OWN,
+    PrefixPlan,
+    add_prefix,
+    check_prefix,
+    plan_prefix,
+)
+from models.adapters.quantization import quantize_linears
+from models.chatglm.auto_tokenizer import ChatGLMTokenizer
+from models.checkpoint_folder import check_checkpoint, resolve_checkpoint
+from models.families import FAMILIES
+from models.files import first_line, read_json
+from models.heads import score_name, start_head
+from models.zero3 import zero3_loading
+
+logger = logging.getLogger("sanbu")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "ice_text.model")
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. Without a pad token, pad is the end token: masks come from lengths, so it is never
+    mistaken. ChatGLM's are our own, whatever code lies in the folder. UserError if it is missing or damaged.
+    """
+    folder = resolve_checkpoint(path)
+    config = read_json(folder / "config.json", path)
+    chatglm = config.get("model_type") == "chatglm"
+    needed = "tokenizer.model" if "padded_vocab_size" in config else "ice_text.model"
+    if chatglm and not (folder / needed).is_file():
+        raise UserError(f"model {path} has no {needed}, ChatGLM's vocabulary; copy it from the published checkpoint.")
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty tokenizer
+        raise UserError(
+            f"model {path} has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy the whole checkpoint."
+        )
+    try:
+        tokenizer = (ChatGLMTokenizer if chatglm else AutoTokenizer).from_pretrained(folder)
+    except UserError:
+        raise
+    except Exception as error:  # by family: OSError, ValueError, KeyError, TypeError, the Rust library's plain Exception
+        raise UserError(
+            f"model {path} has no tokenizer that loads ({first_line(error)}); copy its tokenizer files again."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of {path} has neither a pad nor an end token; set eos_token in tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def load_causal_lm(
+    path: str | Path, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, **options
+) -> PreTrainedModel | PeftModel:
+    """The language model of a checkpoint, for SFT, actor and reference.
+
+    dropout: every dropout of the config, None keeps the checkpoint's. options: gradient_checkpointing=False;
+    zero3_config=None, a DeepSpeed config with stage 3, splits the weights over the processes while they are read;
+    tokenizer=None, one with more ids than the embedding has rows enlarges it (it never shrinks); quantization_bit=0,
+    with 4 or 8 the blocks' linear layers become integers, for LoRA or P-Tuning. With integers, made so or stored so,
+    zero3_config has no effect: what remains to be split is split when the engine is built.
+
+    P-Tuning: pre_seq_len=0, with N a new prefix of N places is put before every text and all else is frozen;
+    prefix_projection=False; ptuning_checkpoint=None, a folder whose saved prefix is taken instead; seed=0, of a new one.
+    A folder that holds a prefix alone is opened together with the model that it names. ChatGLM's networks have prefixes
+    of their own; any other model comes back inside a PeftModel.
+    """
+    model, missing, plan = _load(AutoModelForCausalLM, path, dtype, attn, dropout, **options)
+    own = {name for name in missing if name.startswith(OWN)}
+    if missing - own:
+        raise UserError(
+            f"model {path} lacks the weights {', '.join(sorted(missing)[:3])}; it is no causal language model."
+        )
+    if plan is None:
+        return model
+    if plan.saved is not None and plan.saved.head:
+        raise UserError(f"model {path} is a reward model (a scalar head was trained with its prefix), no language model.")
+    return add_prefix(model, plan, fresh=bool(own))
+
+
+def load_scalar_model(
+    path: str | Path, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, seed: int = 0, **options
+) -> PreTrainedModel | PeftModel:
+    """A network with one score per position, for reward model and critic. options as in load_causal_lm.
+
+    From a reward checkpoint the head is kept, and in the config what step 2 measured (reward_mean, reward_std). From a
+    language model the head is new (heads.start_head). With a prefix, the head is trained too.
+    """
+    model, missing, plan = _load(
+        AutoModelForSequenceClassification, path, dtype, attn, dropout, num_labels=1, seed=seed, **options
+    )
+    own = {name for name in missing if name.startswith(OWN)}
+    head = {name for name in missing if name.startswith(f"{score_name(model)}.")}
+    if missing - own - head:
+        raise UserError(f"model {path} lacks the weights {', '.join(sorted(missing)[:3])}; copy the checkpoint again.")
+    if head:
+        start_head(getattr(model, score_name(model)), seed)
+    model.config.problem_type = "regression"
+    return model if plan is None else add_prefix(model, plan, fresh=bool(own))
+
+
+def _load(
+    auto_class: type,
+    path: str | Path,
+    dtype: torch.dtype,
+    attn: str,
+    dropout: float | None,
+    *,
+    gradient_checkpointing: bool = False,
+    zero3_config: dict | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization_bit: int = 0,
+    pre_seq_len: int = 0,
+    prefix_projection: bool = False,
+    ptuning_checkpoint: str | None = None,
+    seed: int = 0,
+    **config_fields,
+) -> tuple[PreTrainedModel, set[str], PrefixPlan | None]:
+    """The model in training mode, the names of the weights that the checkpoint did not have, and the prefix to give it."""
+    folder, named = check_checkpoint(path), resolve_checkpoint(path)
+    plan = plan_prefix(
+        path, named, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection, ptuning_checkpoint=ptuning_checkpoint,
+        seed=seed,
+    )  # fmt: skip
+    config = AutoConfig.from_pretrained(named, **config_fields)
+    if plan is not None:
+        check_prefix(plan, config, gradient_checkpointing)
+        if hasattr(config, "pre_seq_len"):
+            config.pre_seq_len, config.prefix_projection = plan.length, plan.projection
+            config.quantization_bit = AutoConfig.from_pretrained(folder).quantization_bit
+    set_dropout(config, dropout)
+    network = auto_class._model_mapping[type(config)]
+    if attn == "sdpa" and not network._supports_sdpa:
+        logger.info("%s has no sdpa attention; eager is used.", network.__name__)
+        attn = "eager"
+    # Integers stay whole on every process. In transformers 5.0 buffers were not read while weights were split.
+    whole = quantization_bit or getattr(config, "quantization_bit", 0)
+    with zero3_loading(None if whole else zero3_config):
+        try:
+            model, info = auto_class.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
+            )
+        except RuntimeError as error:
+            if "unexpected EOF" in str(error):  # a pickle from before torch 1.6 shows its length only now
+                raise UserError(
+                    f"a weight file of {path} is truncated ({first_line(error)}); copy the checkpoint again."
+                ) from error
+            if "mismatch" not in str(error).lower():
+                raise
+            raise UserError(
+                f"the weights of {path} do not have the shapes that its config.json says ({first_line(error)})."
+            ) from error
+        if tokenizer is not None:
+            fit_embeddings(model, tokenizer, frozen=plan is not None)
+    if quantization_bit:
+        quantize_linears(model, quantization_bit)  # what the checkpoint itself quantises stays as it is
+    # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be
+    # learned.
+    model.get_input_embeddings().padding_idx = None
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model, set(info["missing_keys"]), plan
+
+
+def set_dropout(config: PretrainedConfig, value: float | None) -> None:
+    """Set every dropout probability of a config (dropout, attention_dropout, resid_pdrop, …); None leaves them.
+
+    layerdrop is 0 always: with ZeRO-3, processes that skip different layers wait for each other for ever.
+    """
+    for name, now in config.to_dict().items():
+        if "layerdrop" in name:
+            setattr(config, name, 0.0)
+        elif (
+            value is not None
+            and re.search(r"drop(out)?$", name)
+            and isinstance(now, (int, float))
+            and not isinstance(now, bool)
+        ):
+            setattr(config, name, float(value))
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, frozen: bool = False) -> None:
+    """Enlarge the embedding when the tokenizer has more ids than it has rows. Spare rows stay: BLOOM has them by
+    design. UserError if the embedding is frozen: new rows would stay random, and P-Tuning saves none of them.
+    """
+    weight = model.get_input_embeddings().weight
+    rows = getattr(weight, "ds_shape", weight.shape)[0]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows and frozen:
+        raise UserError(
+            f"the tokenizer has {needed} ids, the embedding {rows} rows: P-Tuning freezes the embedding and cannot enlarge "
+            "it; train all weights first, or take the tokenizer that belongs to the model."
+        )
+    if needed > rows:
+        logger.info("the embedding grows from %d to %d rows, for the tokenizer's new tokens.", rows, needed)
+        model.resize_token_embeddings(needed)
+
+
+def check_context_length(path: str | Path, length: int, flag: str, **prefix) -> None:
+    """UserError if a model with a table of positions (OPT, GPT-2) is asked for more tokens than its table has.
+
+    prefix: pre_seq_len and the rest as in load_causal_lm; what is wrong with them is a UserError too. The places of a
+    prefix that peft holds count: tokens stand behind it.
+    """
+    config = AutoConfig.from_pretrained(check_checkpoint(path))
+    plan = plan_prefix(path, resolve_checkpoint(path), **prefix)
+    taken = 0 if plan is None or hasattr(config, "pre_seq_len") else plan.length
+    limit = getattr(config, "max_position_embeddings", None)
+    if FAMILIES[config.model_type].learned_positions and limit is not None and length + taken > limit:
+        behind = f" behind a prefix of {taken}" if taken else ""
+        raise UserError(
+            f"{flag} {length}{behind} is more than the {limit} positions of the {config.model_type} model {path}; "
+            f"lower it to {limit - taken}."
+        )
+
+
+def gets_prefix(path: str | Path, output: str | Path, **prefix) -> bool:
+    """Whether the model will have a prefix, from its folder or from prefix (pre_seq_len and the rest, as in
+    load_causal_lm); all its other weights are frozen then. UserError for what is wrong with them, and if the folder for
+    the output is that of the model which a saved prefix would need.
+    """
+    plan = plan_prefix(path, resolve_checkpoint(path), **prefix)
+    if plan is not None and plan.base == str(Path(output).expanduser().resolve()):
+        raise UserError(f"--output_dir: {output} holds the model that the prefix belongs to; give another folder.")
+    return plan is not None
+
+
+def check_quantized_base(path: str | Path, quantization_bit: int, adapters: bool) -> None:
+    """UserError if the base cannot be trained so: integers only under adapters (LoRA, P-Tuning), and quantised once.
+
+    quantization_bit: the flag. adapters: whether --lora_dim or --pre_seq_len is given.
+    """
+    folder = check_checkpoint(path)
+    stored = read_json(folder / "config.json", path).get("quantization_bit") or 0
+    if stored and not adapters:
+        raise UserError(
+            f"the weights of {path} are {stored}-bit integers, which cannot be trained; train an adapter over them with "
+            "--lora_dim or --pre_seq_len, or start from the checkpoint in half precision."
+        )
+    if stored and quantization_bit not in (0, stored):
+        raise UserError(
+            f"--quantization_bit {quantization_bit}: the weights of {path} are {stored}-bit integers already; drop the "
+            "flag, or start from the checkpoint in half precision."
+        )
+
+
+def check_same_tokenizer(
+    first: PreTrainedTokenizerBase,
+    second: PreTrainedTokenizerBase,
+    names: tuple[str, str],
+    advice: str = "train the reward model from a model with the actor's tokenizer",
+) -> None:
+    """UserError unless both give every token the same id: the reward model reads the ids that the actor writes."""
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    if ours != theirs:
+        differing = sum(1 for token, number in ours.items() if theirs.get(token) != number)
+        raise UserError(
+            f"The tokenizers of {names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)} tokens) differ in "
+            f"{differing} tokens; {advice}."
+        )

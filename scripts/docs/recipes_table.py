@@ -1,0 +1,96 @@
+"""What each recipe of configs/ does, as Markdown tables made from the files; keeps docs/recipes.md in step with them.
+
+    python -m scripts.recipes_table                                        print, in English
+    python -m scripts.recipes_table --write docs/recipes*.md             put them between the markers
+    python -m scripts.recipes_table --check docs/recipes*.md             exit code 1 if a file holds other tables
+
+A file whose name ends in _zh.md gets Chinese words.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from errors import told
+from scripts.docs.marked_tables import fill_pages
+from scripts.launch.platforms import ROOT, load_platforms
+from training.utils.flags.recipe import load_recipe
+
+BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
+WORDS = {
+    "en": {
+        "model": "model", "sft": "step 1", "reward": "step 2", "ppo": "step 3", "dpo": "DPO", "full": "full", "bits": "{} bits",
+        "host": "Adam on the host", "shared": "one copy", "actor": "actor", "critic": "critic",
+    },
+    "zh": {
+        "model": "模型", "sft": "第一步", "reward": "第二步", "ppo": "第三步", "dpo": "DPO", "full": "全参数", "bits": "{} 位",
+        "host": "Adam 在主机内存", "shared": "共用一份", "actor": "actor", "critic": "critic",
+    },
+}  # fmt: skip
+
+
+OF_A_SCRIPT = {"smollm2"}  # recipes that one script runs (scripts/demo/smollm2.py), which makes their model and data first
+
+
+def recipe_files(platform: str) -> list[Path]:
+    """The recipes of a platform that anybody can start: the demo first, then by family and size."""
+
+    def order(path: Path) -> tuple[bool, list[Any]]:
+        name = re.sub(r"^([a-z]+)-", r"\g<1>1-", path.stem)  # chatglm-6b before chatglm2-6b
+        parts = re.split(r"(\d+(?:\.\d+)?)", name)
+        return path.stem != "demo", [float(part) if index % 2 else part for index, part in enumerate(parts)]
+
+    found = [path for path in (ROOT / "configs" / platform).glob("*.yaml") if path.stem not in OF_A_SCRIPT]
+    return sorted(found, key=order)
+
+
+def method(flags: dict[str, Any], words: dict[str, str], prefix: str = "") -> str:
+    """How one model is trained, such as "LoRA 64, 4 bits, ZeRO-2"."""
+    rank = flags.get(f"{prefix}lora_dim")
+    parts = [f"LoRA {rank}" if rank else words["full"]]
+    if rank and flags.get("quantization_bit"):
+        parts.append(words["bits"].format(flags["quantization_bit"]))
+    stage = flags.get(f"{prefix}zero_stage", 0)
+    if stage:
+        parts.append(f"ZeRO-{stage}")
+        if flags.get("offload") or flags.get("offload_optimizer"):
+            parts.append(words["host"])
+    return ", ".join(parts)
+
+
+def cell(section: str, flags: dict[str, Any] | None, words: dict[str, str]) -> str:
+    """The table's word for a section of a recipe; a dash where it has none."""
+    if flags is None:
+        return "–"
+    if section != "ppo":
+        return method(flags, words)
+    actor, critic = method(flags, words, "actor_"), method(flags, words, "critic_")
+    if flags.get("memory_mode") == "shared":
+        return f"{actor}, {words['shared']}"
+    return actor if actor == critic else f"{words['actor']}: {actor}; {words['critic']}: {critic}"
+
+
+def document(language: str = "en") -> str:
+    """One table a platform."""
+    words, sections = WORDS[language], ("sft", "reward", "ppo", "dpo")
+    tables = []
+    for name in load_platforms():
+        lines = [f"`{name}`", "", f"| {words['model']} | {' | '.join(words[section] for section in sections)} |", "|---" * 5 + "|"]
+        for path in recipe_files(name):
+            recipe = load_recipe(str(path))
+            cells = [cell(section, recipe.get(section), words) for section in sections]
+            lines.append(f"| [{path.stem}](../configs/{name}/{path.name}) | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+@told
+def main(argv: list[str] | None = None) -> int:
+    """Print, write or check; returns the exit code."""
+    return fill_pages(argv, "recipes", "scripts.docs.recipes_table", (BEGIN, END), document)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

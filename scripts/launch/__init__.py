@@ -1,0 +1,1 @@
+"""Start one step on this machine, on several nodes or under a scheduler."""

@@ -1,0 +1,181 @@
+"""Run a command to its end: its output to terminal and log, signals passed on, and a few words when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from training.utils.run.environment import DONE
+from training.utils.run.metrics import format_seconds
+
+HINTS = (
+    (
+        r"out of memory|OutOfMemoryError|Cannot allocate memory|can't allocate memory|bad_alloc",
+        "the memory was not enough: lower --per_device_train_batch_size (step 3: --per_device_generation_batch_size "
+        "and --per_device_training_batch_size) and raise --gradient_accumulation_steps; --gradient_checkpointing; a "
+        "higher --actor-zero-stage or --reward-zero-stage; --offload; --lora_dim 128; lower --max_seq_len; more cards",
+    ),
+    (
+        r"return code = -9|exitcode: -9",
+        "a process was killed from outside (signal 9), mostly because the memory of the host was full: fewer processes "
+        "(--num-gpus), no --offload, smaller batches",
+    ),
+    (r"No space left on device", "the disk is full: free space, or name another --output-dir"),
+    (r"Address already in use|EADDRINUSE", "another program listens on the port of the run: start the command again"),
+    (
+        r"timed out after \d+ms while trying to connect|waiting for clients",
+        "not all nodes have come: start the command on each, with the same --master_addr and --master_port, and let the "
+        "firewalls pass them",
+    ),
+    (r"No module named", "a package is missing: pip install -r requirements.txt"),
+    (
+        r"Permission denied \(publickey|not reachable via ssh|launcher '\w+' not installed",
+        "several nodes need pdsh, and ssh without a password from this host to every host of the hostfile",
+    ),
+)
+
+
+class Interrupted(Exception):
+    """Ctrl-C, SIGTERM or a terminal that was closed; the argument is the signal's number."""
+
+
+def run_step(command: list[str], env: dict[str, str], log: Path, patience: float = 60.0) -> tuple[int, list[str]]:
+    """Run a command in a process group of its own; what it prints goes to the terminal and to the log as it comes.
+
+    Returns its exit code and the last lines it printed. On Ctrl-C, SIGTERM or SIGHUP the group is asked to end (a step
+    then saves a checkpoint), killed after ``patience`` seconds, and Interrupted is raised. Nothing else is touched.
+    """
+    say("", end="")  # what stands in the buffer comes before what the command prints
+    with log.open("ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        tail = bytearray()
+
+        def show(chunk: bytes) -> None:
+            file.write(chunk)
+            file.flush()
+            say(chunk)
+            tail.extend(chunk)
+            del tail[:-65536]
+
+        with signals_raise():
+            try:
+                drain(process, show, deadline=None)
+            except Interrupted:
+                signal_group(process, signal.SIGTERM)
+                with contextlib.suppress(Interrupted):  # a second Ctrl-C does not wait
+                    drain(process, show, deadline=time.monotonic() + patience)
+                raise
+            finally:
+                signal_group(process, signal.SIGKILL)  # not reaped yet, so the number is still this group's
+                process.wait()
+                process.stdout.close()
+    return process.returncode, tail.decode(errors="replace").splitlines()
+
+
+def say(words: str | bytes, end: str = "\n", stream: TextIO | None = None) -> None:
+    """Print at once. When nobody is left to read it (``| head``, a terminal that was closed), go on without a word: a run
+    is worth more than its output, which is in its log.
+    """
+    stream = stream or sys.stdout
+    try:
+        if isinstance(words, bytes):
+            stream.buffer.write(words)
+        else:
+            stream.write(words + end)
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # a stream without a descriptor
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def drain(process: subprocess.Popen, show: Callable[[bytes], None], deadline: float | None) -> None:
+    """Pass on what the group prints until nobody is left who could; stragglers get five seconds after the launcher."""
+    while True:
+        ready, _, _ = select.select([process.stdout], [], [], 0.5)
+        if ready:
+            chunk = os.read(process.stdout.fileno(), 65536)
+            if not chunk:
+                # Output may be closed while the launcher still tidies up.
+                while not has_ended(process) and (deadline is None or time.monotonic() < deadline):
+                    time.sleep(0.05)
+                return
+            show(chunk)
+        if deadline is None and has_ended(process):
+            deadline = time.monotonic() + 5.0
+        if deadline is not None and time.monotonic() > deadline:
+            return
+
+
+def has_ended(process: subprocess.Popen) -> bool:
+    """Whether the process has ended, without reaping it: until then its number cannot pass to another group."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def signal_group(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to the process group of a child that has not been reaped."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when only zombies are left
+        os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def signals_raise():
+    """Inside, SIGINT, SIGTERM and, unless nohup has it ignored, SIGHUP raise Interrupted."""
+
+    def stop(number: int, _frame: Any) -> None:
+        if number == signal.SIGHUP:  # the system and the shell both send it: the second is no order to hurry
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_code(code: int, lines: list[str]) -> int:
+    """What a shell would say: 128 + signal for a killed child; under torchrun, which ends with 1 whatever its children
+    ended with, the code of the process that failed first, as its report names it.
+    """
+    if code < 0:
+        return 128 - code
+    reported = re.findall(r"^\s*exitcode\s*:\s*(-?\d+)", "\n".join(lines), re.MULTILINE)
+    if code == 1 and reported:
+        first = int(reported[-1])  # the root cause stands last
+        return 128 - first if first < 0 else first
+    return code
+
+
+def explain(title: str, code: int, lines: list[str], seconds: float, log: Path) -> str:
+    """What to say about a step that failed: where, its own last error, hints, the log."""
+    said = [match[1] for line in lines if (match := re.search(r"(?:^|: )error: (.+)", line))]
+    text = "\n".join(lines)
+    report = [f"error: {title} ended with exit code {code} after {format_seconds(seconds)}."]
+    if said:
+        report.append(f"  it said: {said[-1]}")
+    else:
+        raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+        report += [f"  it said: {raised[-1]}"] if raised else []
+        report += [f"  hint: {hint}." for pattern, hint in HINTS if re.search(pattern, text, re.IGNORECASE)]
+    if code == 0:
+        report.append(f"  it did not write {DONE}, so it did not come to its end.")
+    return "\n".join([*report, f"  all it printed: {log}"])

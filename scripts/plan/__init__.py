@@ -1,0 +1,1 @@
+"""Which settings of a step fit a machine."""

@@ -1,0 +1,39 @@
+"""Ranks that OpenMPI gives are those that torch and DeepSpeed read; other launchers' are left alone. Memory of a container."""
+
+import math
+
+from training.utils.run.environment import adopt_mpi_ranks, container_free
+
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}  # fmt: skip
+
+
+def test_a_process_of_mpirun_knows_its_rank():
+    environ = dict(MPI)
+    adopt_mpi_ranks(environ)
+    assert environ == MPI | {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
+
+
+def test_what_another_launcher_said_stands():
+    for environ in ({"RANK": "2", **MPI}, {}):
+        before = dict(environ)
+        adopt_mpi_ranks(environ)
+        assert environ == before
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path):
+    """The host's free memory says nothing about it; a run that took it as its own was killed."""
+    assert container_free(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert container_free(tmp_path) == 1000
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nactive_file 50\ninactive_file 150\n")
+    assert container_free(tmp_path) == 500
+
+    old = tmp_path / "version1"
+    (old / "memory").mkdir(parents=True)
+    (old / "memory" / "memory.limit_in_bytes").write_text("1000")
+    (old / "memory" / "memory.usage_in_bytes").write_text("900")
+    (old / "memory" / "memory.stat").write_text("cache 10\ntotal_inactive_file 10\n")
+    assert container_free(old) == 110

@@ -1,0 +1,70 @@
+"""The start of a run: its process group, and what is wrong on one of several nodes."""
+
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from errors import UserError
+from tests.launching import REPOSITORY, environment
+from training.utils.run import process_group as run
+from training.utils.run.nodes import Nodes, keeps_disk
+from training.utils.run.process_group import timeout_minutes
+
+JOIN = """
+from models.device import PLATFORMS
+from training.utils.run.process_group import join_process_group
+
+print(join_process_group(PLATFORMS["cpu"]))
+"""
+
+
+def test_a_run_of_one_process_needs_no_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        group["MASTER_PORT"] = str(taken.getsockname()[1])   # as of another run that the shell still describes
+        for described in (group, {}):
+            command, env = [sys.executable, "-c", JOIN], environment(**described)
+            done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
+            assert done.stdout.splitlines()[-1:] == ["(0, 0, 1)"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("said", ["abc", "0", "-5", "1.5", ""])
+def test_a_waiting_time_that_is_none_is_told(monkeypatch, said):
+    monkeypatch.setenv("SANBU_TIMEOUT_MINUTES", said)
+    with pytest.raises(UserError, match=f"SANBU_TIMEOUT_MINUTES is '{said}': expected a whole number of minutes"):
+        timeout_minutes()
+    monkeypatch.setenv("SANBU_TIMEOUT_MINUTES", "45")
+    assert timeout_minutes() == 45
+
+
+@pytest.mark.parametrize("trouble", ["resolve_dtype", "check_writable"])
+def test_the_trouble_of_one_node_ends_all_with_its_name(tmp_path, monkeypatch, trouble):
+    """Found before the nodes meet, it would leave the others waiting for this one."""
+
+    def fail(*_) -> None:
+        raise UserError("this one cannot")
+
+    class Two(Nodes):
+        def gather(self, value):
+            return [value, None]
+
+    met = []
+    monkeypatch.setattr(run, "join_process_group", lambda platform: (0, 0, 1))
+    monkeypatch.setattr(run, "set_device", lambda *_: "cpu")
+    monkeypatch.setattr(run, "meet", lambda *_: met.append(True) or Two(["node 0 (a)", "node 1 (b)"], several=True))
+    monkeypatch.setattr(run, trouble, fail)
+    args = SimpleNamespace(output_dir=str(tmp_path), dtype="fp32", seed=1)
+    with pytest.raises(UserError, match=r"^node 0 \(a\): this one cannot"):
+        run.Run.start(args)
+    assert met
+
+
+def test_the_folder_is_made_before_nodes_look_for_each_others_marks(tmp_path):
+    nodes = Nodes(["node 0 (a)"])
+    assert keeps_disk(nodes, tmp_path / "new" / "out", 0, [0], "token")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output_dir .* cannot be written"):
+        keeps_disk(nodes, tmp_path / "file" / "out", 0, [0], "token")

@@ -1,0 +1,1 @@
+"""DeepSpeed: configurations, the optimizer step, whole weights, checkpoints."""

@@ -1,0 +1,413 @@
+"""Checks that need nothing but the flags: ranges, combinations, the form of the texts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from errors import UserError
+from training.utils.flags.deepspeed_file import check_precision, check_stage
+from training.utils.flags.steps import CommonArguments, DPOArguments, EvaluateArguments, PPOArguments, SFTArguments
+
+logger = logging.getLogger("sanbu")
+
+# What a number must satisfy, by the flag's name without actor_ or critic_. Comparisons are False for NaN.
+AT_LEAST_ONE = {
+    "num_train_epochs", "gradient_accumulation_steps", "logging_steps", "zero_hpz_partition_size", "generation_batches",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "per_device_generation_batch_size",
+    "per_device_training_batch_size", "ppo_epochs", "max_prompt_seq_len", "max_answer_seq_len", "max_new_tokens",
+    "print_answers_interval", "num_return_sequences", "num_prompts", "max_source_length",
+}  # fmt: skip
+POSITIVE = {
+    "temperature", "adam_epsilon", "cliprange", "cliprange_low", "cliprange_high", "cliprange_value", "kl_horizon",
+    "beta", "reward_timeout",
+}  # fmt: skip
+BELOW_ONE = {"eval_fraction", "dropout", "lora_dropout", "adam_beta1", "adam_beta2", "ema_decay"}
+UP_TO_ONE = {"gamma", "lam"}
+FREE = {"local_rank"}
+ZERO_PLUS_PLUS = (
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights",
+)  # fmt: skip
+
+
+def validate(args: Any) -> None:
+    """Raise UserError for a value out of range or flags that contradict each other."""
+    check_ranges(args)
+    check_columns(args)
+    check_output(args)
+    if isinstance(args, EvaluateArguments):
+        check_sampling(args)
+    if not isinstance(args, CommonArguments):
+        return
+    check_data(args)
+    if isinstance(args, SFTArguments):
+        check_lengths(args)
+    if isinstance(args, DPOArguments):
+        check_reference(args)
+    if isinstance(args, PPOArguments):
+        check_rollouts(args)
+        check_rewards(args)
+        check_around(args)
+        check_objective(args)
+        check_memory_mode(args)
+        models = {"actor_": args.actor_zero_stage, "critic_": args.critic_zero_stage}
+    else:
+        models = {"": args.zero_stage}
+    check_schedule(args)
+    check_stage(args.deepspeed_config, models)
+    if args.dtype != "auto":
+        check_precision(args.deepspeed_config, args.dtype)
+    check_memory(args, models)
+    check_quantization(args, models)
+    for prefix in models:
+        check_lora(args, prefix)
+        check_prefix(args, prefix)
+
+
+# Of the critic alone. Its memory flags (LoRA, checkpointing) are not here: most recipes have them, and --advantage grpo is to
+# work with every recipe.
+CRITIC_ALONE = ("critic_warmup_rollouts", "whiten_rewards", "lam", "cliprange_value", "critic_dropout")
+
+
+def check_ranges(args: Any) -> None:
+    """Every number within its range, every number finite."""
+    for one in fields(args):
+        value = getattr(args, one.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        name = one.name.removeprefix("actor_").removeprefix("critic_")
+        if name in FREE:
+            continue
+        if not math.isfinite(value):
+            wrong = "must be finite"
+        elif name in AT_LEAST_ONE and value < 1:
+            wrong = "must be 1 or more"
+        elif name in POSITIVE and value <= 0:
+            wrong = "must be more than 0"
+        elif name in BELOW_ONE and not 0 <= value < 1:
+            wrong = "must be 0 or more and less than 1"
+        elif name in UP_TO_ONE and not 0 <= value <= 1:
+            wrong = "must lie between 0 and 1"
+        elif name == "top_p" and not 0 < value <= 1:
+            wrong = "must be more than 0 and at most 1"
+        elif name == "label_smoothing" and not 0 <= value < 0.5:
+            wrong = "must be 0 or more and less than 0.5, where a pair says nothing any more"
+        elif name == "max_seq_len" and value < 2:
+            wrong = "must be 2 or more: a prompt and the end token"
+        elif name == "max_target_length" and value < 2:
+            wrong = "must be 2 or more: a word and the end token"
+        elif value < 0:
+            wrong = "must not be negative"
+        else:
+            continue
+        raise UserError(f"--{one.name} {value}: {wrong}.")
+
+
+def check_columns(args: Any) -> None:
+    """--columns can be read."""
+    pairs = [pair.split("=") for pair in (args.columns or "").split(",") if args.columns]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
+        raise UserError(f"--columns {args.columns}: expected our_name=name_in_the_file,…, each name of ours once.")
+
+
+def check_output(args: Any) -> None:
+    """--output of an evaluation can be written: better said before the models answer than after."""
+    if not getattr(args, "output", None):
+        return
+    output = Path(args.output)
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise UserError(f"--output {output} cannot be written; name a file in an existing folder of yours.")
+
+
+def check_data(args: CommonArguments) -> None:
+    """--data_path and --data_split can be read, and this step gets a share; --deepspeed_config exists."""
+    if not all(args.data_path):
+        raise UserError("--data_path holds an empty name; give names of data sets or paths of files.")
+    try:
+        shares = [float(share) for share in args.data_split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):
+        raise UserError(f"--data_split {args.data_split}: expected three shares for steps 1, 2 and 3, such as 2,4,4.")
+    if shares[args.phase - 1] == 0 and not getattr(args, "sft_only_data_path", None):
+        raise UserError(f"--data_split {args.data_split} leaves nothing for {args.title}; raise its share.")
+    if args.deepspeed_config and not Path(args.deepspeed_config).is_file():
+        raise UserError(f"--deepspeed_config {args.deepspeed_config}: no such file; name a JSON of DeepSpeed keys.")
+
+
+def check_lengths(args: SFTArguments) -> None:
+    """The limits of prompt and answer come together, and say the same as --max_seq_len where that is given too."""
+    apart = {"max_source_length": args.max_source_length, "max_target_length": args.max_target_length}
+    absent = [name for name, value in apart.items() if value is None]
+    if len(absent) == 1:
+        (given,) = apart.keys() - set(absent)
+        raise UserError(f"--{given} needs --{absent[0]} too; to limit both together give --max_seq_len alone.")
+    if not absent and args.max_seq_len != sum(apart.values()):
+        raise UserError(
+            f"--max_seq_len {args.max_seq_len} is not --max_source_length + --max_target_length "
+            f"= {sum(apart.values())}; drop it, the two say enough."
+        )
+
+
+def check_schedule(args: CommonArguments) -> None:
+    """A constant rate has no warm-up."""
+    if args.lr_scheduler_type == "constant" and args.num_warmup_steps not in (0, type(args).num_warmup_steps):
+        raise UserError(
+            f"--num_warmup_steps {args.num_warmup_steps} has no effect with --lr_scheduler_type constant; take "
+            "constant_with_warmup, or drop it."
+        )
+
+
+def check_sampling(args: EvaluateArguments) -> None:
+    """Flags about sampling need --do_sample."""
+    idle = {one.name: one.default for one in fields(args)}
+    for name in ("temperature", "top_p", "top_k"):
+        if not args.do_sample and getattr(args, name) != idle[name]:
+            raise UserError(f"--{name} has no effect on greedy answers; add --do_sample, or drop it.")
+
+
+def check_memory(args: CommonArguments, stages: dict[str, int]) -> None:
+    """Offload and ZeRO++ need the ZeRO stage that they work in."""
+    highest = max(3 if stage == "auto" else stage for stage in stages.values())
+    named = " or ".join(f"--{prefix}zero_stage" for prefix in stages)
+    for name in ("offload", "offload_optimizer"):
+        if getattr(args, name) and highest < 1:
+            raise UserError(f"--{name} needs {named} 1, 2 or 3: with stage 0 DeepSpeed offloads nothing.")
+    for name in needing_stage_3(args):
+        if highest < 3:
+            raise UserError(f"--{name} needs {named} 3.")
+    if args.optimizer == "fused_adam" and (args.offload or args.offload_optimizer):
+        raise UserError("--optimizer fused_adam works on the card, --offload moves its states to the host; use auto.")
+
+
+def needing_stage_3(args: CommonArguments) -> list[str]:
+    """The flags given that do nothing below ZeRO-3: offloaded parameters and ZeRO++."""
+    given = {name: getattr(args, name) for name in ("offload_param", *ZERO_PLUS_PLUS)}
+    return [name for name, value in given.items() if (value if isinstance(value, bool) else value > 1)]
+
+
+def check_quantization(args: CommonArguments, models: dict[str, int]) -> None:
+    """Integers cannot be trained: a quantised base needs adapters over it."""
+    names = ("lora_dim", "pre_seq_len", "ptuning_checkpoint")
+    adapters = [f"{prefix}{name}" for prefix in models for name in names]
+    if args.quantization_bit and not any(getattr(args, name) for name in adapters):
+        raise UserError(
+            f"--quantization_bit {args.quantization_bit} freezes the weights; give --{' or --'.join(adapters)} something "
+            "to train over them, or drop it."
+        )
+
+
+def check_lora(args: CommonArguments, prefix: str) -> None:
+    """Flags about adapters need adapters; adapters freeze everything else."""
+    if getattr(args, f"{prefix}lora_dim"):
+        if not args.only_optimize_lora:
+            raise UserError(
+                f"--only_optimize_lora false with --{prefix}lora_dim: adapters freeze the model's own weights; "
+                "drop one of the two flags."
+            )
+        if not getattr(args, f"{prefix}lora_alpha"):
+            raise UserError(
+                f"--{prefix}lora_alpha 0 multiplies the adapters by 0, and nothing is learned; drop it, and it is twice the rank."
+            )
+        return
+    idle = {one.name: one.default for one in fields(args)} | {f"{prefix}lora_alpha": 0.0}   # None became 2 x 0
+    for name in (f"{prefix}lora_learning_rate", f"{prefix}lora_alpha", f"{prefix}lora_dropout"):
+        if name in idle and getattr(args, name) != idle[name]:
+            raise UserError(f"--{name} has no effect without --{prefix}lora_dim; give a rank such as 16, or drop it.")
+
+
+def check_reference(args: DPOArguments) -> None:
+    """Under LoRA the reference has no copy that could go anywhere."""
+    if args.offload_reference_model and args.lora_dim and not args.ref_model_name_or_path:
+        raise UserError(
+            "--offload_reference_model has no effect with --lora_dim: the reference is the trained model without its "
+            "adapter, not a copy; drop one of the two."
+        )
+
+
+def check_prefix(args: CommonArguments, prefix: str) -> None:
+    """P-Tuning beside nothing else that trains, from a folder that is there."""
+    tuned = next((name for name in ("pre_seq_len", "ptuning_checkpoint") if getattr(args, prefix + name)), None)
+    if tuned is None:
+        if getattr(args, f"{prefix}prefix_projection"):
+            raise UserError(f"--{prefix}prefix_projection has no effect without --{prefix}pre_seq_len; give a length.")
+        return
+    if getattr(args, f"{prefix}lora_dim"):
+        raise UserError(
+            f"--{prefix}{tuned} and --{prefix}lora_dim: a prefix and adapters are not trained together; drop one of the two."
+        )
+    folder = getattr(args, f"{prefix}ptuning_checkpoint")
+    if folder and not Path(folder).expanduser().is_dir():
+        raise UserError(f"--{prefix}ptuning_checkpoint {folder}: no such folder; name one that P-Tuning saved.")
+    rate = f"{prefix}learning_rate"
+    if getattr(args, rate) == next(one.default for one in fields(args) if one.name == rate):
+        logger.warning(
+            "--%s is at its default of %g, which suits whole weights; a prefix learns at rates like 1e-3 to 2e-2.",
+            rate, getattr(args, rate),
+        )  # fmt: skip
+
+
+def check_around(args: PPOArguments) -> None:
+    """Flags about the moving average and the mixture need them."""
+    if not args.enable_ema and args.ema_decay != type(args).ema_decay:
+        raise UserError(f"--ema_decay {args.ema_decay} has no effect without --enable_ema; give it too, or drop it.")
+    for name in ("unsupervised_dataset_config_name", "unsupervised_text_column"):
+        if getattr(args, name) and not args.unsupervised_dataset_name:
+            raise UserError(f"--{name} has no effect without --unsupervised_dataset_name; name the data set, or drop it.")
+    if not args.unsupervised_dataset_name and args.unsup_coef not in (0, type(args).unsup_coef):
+        raise UserError(
+            f"--unsup_coef {args.unsup_coef} has no effect without --unsupervised_dataset_name; name the data set, or drop it."
+        )
+
+
+def check_rollouts(args: PPOArguments) -> None:
+    """Batches fit together. A minibatch larger than a rollout is said, not refused: published launchers have it."""
+    longest = args.max_prompt_seq_len + args.max_answer_seq_len
+    if 0 < args.max_tokens_per_device < longest:
+        raise UserError(
+            f"--max_tokens_per_device {args.max_tokens_per_device} cannot hold one example of --max_prompt_seq_len + "
+            f"--max_answer_seq_len = {longest} tokens; raise it to {longest} or more."
+        )
+    if not all(args.stop_strings):
+        raise UserError("--stop_strings holds an empty text, which stands at the beginning of every answer; drop it.")
+    if args.generation_weights == "layerwise" and args.actor_zero_stage not in (3, "auto"):
+        logger.warning(
+            "--generation_weights layerwise has no effect with --actor_zero_stage %d: every process has whole weights.",
+            args.actor_zero_stage,
+        )
+    rollout = args.answers_at_once * args.generation_batches
+    minibatch = args.per_device_training_batch_size * args.gradient_accumulation_steps
+    if minibatch > rollout:
+        logger.warning(
+            "A minibatch of %d answers a process (per_device_training_batch_size x gradient_accumulation_steps) is "
+            "more than the %d of a rollout: each rollout is one optimizer step. --generation_batches %d would fill it.",
+            minibatch, rollout, math.ceil(minibatch / args.answers_at_once),
+        )  # fmt: skip
+
+
+def check_rewards(args: PPOArguments) -> None:
+    """Something scores the answers, from files and addresses that can be read; the models that the flags ask for are named."""
+    outside = {"reward_function": args.reward_function, "reward_endpoint": args.reward_endpoint}
+    if not args.reward_model and not any(outside.values()):
+        raise UserError("--reward_model false leaves nothing to score with; give --reward_function or --reward_endpoint.")
+    if not args.critic_model_name_or_path and args.reward_model:
+        raise UserError(
+            f"{args.title} needs --critic_model_name_or_path: the reward model, which step 2 trains. Without one give "
+            "--reward_function or --reward_endpoint, and --reward_model false."
+        )
+    if not args.critic_model_name_or_path and args.has_critic:
+        raise UserError(
+            f"{args.title} needs --critic_model_name_or_path with --advantage gae: the critic starts from it; name a reward "
+            "model, or the SFT model, or take --advantage grpo, rloo or reinforce++, which have no critic."
+        )
+    for name in ("critic_lora_dim", "critic_pre_seq_len", "critic_ptuning_checkpoint"):
+        if not args.critic_model_name_or_path and getattr(args, name):
+            raise UserError(f"--{name} has no effect without --critic_model_name_or_path; name the model, or drop it.")
+    for spec in args.reward_function:
+        file, _, name = spec.rpartition(":")
+        if not name.isidentifier() or not file.endswith(".py"):
+            raise UserError(f"--reward_function {spec}: expected FILE.py:NAME, a file and a function in it.")
+        if not Path(file).expanduser().is_file():
+            raise UserError(f"--reward_function {spec}: no file {file}; name an existing Python file.")
+    for url in args.reward_endpoint:
+        if not is_web_address(url):
+            raise UserError(f"--reward_endpoint {url}: expected an address such as http://127.0.0.1:8000/score.")
+    check_reward_weights(args)
+    if not args.reward_model and args.offload_reward_model:
+        raise UserError("--offload_reward_model has no effect with --reward_model false; drop one of the two.")
+    for name in ("reward_timeout", "reward_retries"):
+        if not args.reward_endpoint and getattr(args, name) != getattr(type(args), name):
+            raise UserError(f"--{name} has no effect without --reward_endpoint; give one, or drop it.")
+
+
+def check_reward_weights(args: PPOArguments) -> None:
+    """One finite number for each source, and not all of them 0."""
+    if args.reward_weights is None:
+        return
+    names = ["reward model"] * args.reward_model + args.reward_function + args.reward_endpoint
+    try:
+        weights = args.reward_weight_list
+    except ValueError:
+        weights = []
+    if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+        raise UserError(
+            f"--reward_weights {args.reward_weights}: expected {len(names)} numbers with commas, in this order: "
+            f"{', '.join(names)}."
+        )
+    if not any(weights):
+        raise UserError(f"--reward_weights {args.reward_weights}: every score would be 0; give a source another weight.")
+
+
+def is_web_address(url: str) -> bool:
+    """Whether a text is a whole address of http or https."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url == "".join(url.split())
+    except ValueError:   # a port that is no number, brackets that do not close
+        return False
+
+
+def check_objective(args: PPOArguments) -> None:
+    """Flags of the objective that contradict each other, or that would change nothing."""
+    if args.advantage in ("grpo", "rloo") and args.num_return_sequences < 2:
+        raise UserError(
+            f"--advantage {args.advantage} compares the answers to one prompt with each other, and --num_return_sequences "
+            f"{args.num_return_sequences} leaves nothing to compare; give 2 or more, such as 4."
+        )
+    if not args.has_critic:
+        for name in CRITIC_ALONE:
+            idle = getattr(type(args), name)
+            if getattr(args, name) != idle:
+                raise UserError(
+                    f"--{name} with --advantage {args.advantage}: it belongs to --advantage gae; drop it, or give "
+                    f"--{name} {str(idle).lower()} where a recipe says otherwise."
+                )
+    if not args.kl_target and args.kl_horizon != type(args).kl_horizon:
+        raise UserError(f"--kl_horizon {args.kl_horizon:g} has no effect without --kl_target; give it too, or drop it.")
+    if args.kl_target and not args.kl_coef:
+        raise UserError(
+            f"--kl_target {args.kl_target} moves --kl_coef by factors, and 0 stays 0; give it a start such as 0.05."
+        )
+    if args.dual_clip and args.dual_clip <= 1:
+        raise UserError(f"--dual_clip {args.dual_clip}: must be more than 1, such as 3, or 0 for none.")
+    if args.sampler_correction and args.sampler_correction <= 1:
+        raise UserError(f"--sampler_correction {args.sampler_correction}: must be more than 1, such as 2, or 0 for none.")
+    if bool(args.overlong_penalty) != bool(args.overlong_tokens):
+        given, absent = ("penalty", "tokens") if args.overlong_penalty else ("tokens", "penalty")
+        raise UserError(f"--overlong_{given} has no effect without --overlong_{absent}; give both, or neither.")
+    if args.overlong_tokens > args.max_answer_seq_len:
+        raise UserError(
+            f"--overlong_tokens {args.overlong_tokens} is more than --max_answer_seq_len {args.max_answer_seq_len}, the "
+            "limit that it counts back from; lower it."
+        )
+
+
+def check_memory_mode(args: PPOArguments) -> None:
+    """A shared trunk is frozen, whole and on the device; what is trained are adapters over it."""
+    if args.memory_mode != "shared":
+        return
+    trained = {"actor": True, "critic": args.has_critic}
+    for role in (role for role in trained if trained[role]):
+        if not getattr(args, f"{role}_lora_dim"):
+            raise UserError(
+                f"--memory_mode shared trains adapters over frozen weights, and --{role}_lora_dim is 0; give a rank such as 16, "
+                "or take --memory_mode separate."
+            )
+    for name in ("offload_reference_model", "offload_reward_model"):
+        if getattr(args, name):
+            raise UserError(f"--{name} contradicts --memory_mode shared: there is no such copy; drop one of the two flags.")
+    for name in ("critic_pre_seq_len", "critic_ptuning_checkpoint"):
+        if getattr(args, name):
+            raise UserError(f"--{name} with --memory_mode shared: a prefix has no place there; take --memory_mode separate.")
+    stages = args.actor_zero_stage, args.critic_zero_stage
+    if "critic" in args.models and 3 in stages and stages[0] != stages[1]:
+        raise UserError(
+            f"--actor_zero_stage {stages[0]} and --critic_zero_stage {stages[1]} with --memory_mode shared: the one trunk is split "
+            "over the processes by stage 3, or whole; give 3 to both, or to none."
+        )

@@ -1,0 +1,383 @@
+"""What a network holds in memory while it computes, found on the meta device: no weight is read, nothing is computed.
+
+The network is built as a run builds it, but with one and with two blocks; its own forward and backward run over tensors
+without content, and every tensor that comes and goes is counted. What a further block adds is the difference of the two.
+Left out is what a kernel takes for itself while it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from models.adapters.lora import add_lora, is_named, linear_layers
+from models.adapters.prefix import PrefixPlan, add_prefix
+from models.adapters.quantization import QuantizedLinear, quantize_linears
+from models.heads import CHUNK_LOGITS, TokenLogProbs, TokenScores, base_model
+from models.load import set_dropout
+
+# Parameters of fewer elements stay whole on every process under ZeRO-3 (training/utils/engine/zero.py).
+SMALL = 10_000
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Counts of elements. trained and frozen are of parameters in the model's dtype, small_… those of them that have fewer
+    than SMALL elements; largest: of the largest module; integers: bytes of quantised layers with their scales, which
+    ZeRO never splits.
+    """
+
+    trained: int
+    frozen: int
+    small_trained: int
+    small_frozen: int
+    largest: int
+    integers: int
+
+    @property
+    def total(self) -> int:
+        """All parameters, quantised ones not counted."""
+        return self.trained + self.frozen
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes at once beside weights and finished gradients. logits: what of them the output matrix takes, where
+    that is when the most is needed.
+    """
+
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.activations + self.logits
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of every tensor that is made inside. Where code asks for a tensor's value, the answer is true."""
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        """known: tensors that do not count."""
+        super().__init__()
+        self.known: set[int] = set()
+        self.live: dict[int, int] = {}
+        for tensor in known:
+            storage = tensor.untyped_storage()
+            self.known.add(storage._cdata)
+            weakref.finalize(storage, self.known.discard, storage._cdata)  # another may stand at its address then
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True
+        result = function(*args, **(kwargs or {}))
+        # Autograd adds up gradients in place, but not while anybody looks on; what it adds then is freed at once.
+        sums = function is torch.ops.aten.add.Tensor and not torch.is_grad_enabled()
+        in_place = sums and torch._C._current_graph_task_id() != -1
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.add(tensor, lasting=not in_place)
+        return result
+
+    def add(self, tensor: Tensor, lasting: bool = True) -> None:
+        """Count a tensor's storage, once, until it is freed; not lasting: its peak counts from the next one on."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.live or key in self.known:
+            return
+        self.live[key] = storage.nbytes()
+        self.now += self.live[key]
+        if lasting:
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.remove, key)
+
+    def remove(self, key: int) -> None:
+        """The storage is gone, or counts elsewhere."""
+        self.now -= self.live.pop(key, 0)
+
+    def take_peak(self) -> int:
+        """The peak since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what the fused kernels keep (no scores); on the meta device torch would choose the plain one."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        context = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, context, sums, *(() if mask is None else (mask,)))
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors[:3]
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Inside, scaled_dot_product_attention only says what it would keep."""
+
+    def stand_in(query, key, value, attn_mask=None, *_, **__) -> Tensor:
+        return _Attention.apply(query, key, value, attn_mask)
+
+    plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, stand_in
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """Inside, torch says of every device that autocast is off; of meta, which transformers asks for, 2.4 only raises."""
+    known, torch.is_autocast_enabled = torch.is_autocast_enabled, lambda *_: False
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = known
+
+
+class Footprint:
+    """One model of a run: its weights, and what its passes hold. scalar: a score head in place of the language model's.
+
+    lora_dim, lora_module_name, pre_seq_len, prefix_projection, quantization_bit as in the flags of the steps.
+    frozen: nothing is trained, whatever the adapters.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        dtype: torch.dtype,
+        scalar: bool = False,
+        attn: str = "sdpa",
+        lora_dim: int = 0,
+        lora_module_name: str = "auto",
+        pre_seq_len: int = 0,
+        prefix_projection: bool = False,
+        quantization_bit: int = 0,
+        gradient_checkpointing: bool = False,
+        frozen: bool = False,
+    ) -> None:
+        self.config, self.dtype, self.scalar, self.frozen = config, dtype, scalar, frozen
+        self.attn = "eager" if attn == "eager" else "sdpa"
+        self.lora = (lora_dim, lora_module_name)
+        self.prefix = PrefixPlan(pre_seq_len, prefix_projection, "", None, 0) if pre_seq_len else None
+        self.quantization_bit, self.gradient_checkpointing = quantization_bit, gradient_checkpointing
+        self.blocks: int = config.num_hidden_layers
+        self.adapted, self.first_adapted = self.blocks, 0  # blocks with adapters, and the number of the first: _few_names
+        self._models: dict[int, nn.Module] = {}
+        self._found: dict[tuple, Any] = {}
+
+    def model(self, blocks: int) -> nn.Module:
+        """The network on the meta device with so many blocks, under the head of the steps."""
+        if blocks in self._models:
+            return self._models[blocks]
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = blocks
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:blocks]
+        set_dropout(config, 0.0)
+        if self.prefix is not None and hasattr(config, "pre_seq_len"):
+            config.pre_seq_len, config.prefix_projection = self.prefix.length, self.prefix.projection
+        if self.scalar:
+            config.num_labels = 1
+        auto = AutoModelForSequenceClassification if self.scalar else AutoModelForCausalLM
+        attn = self.attn if auto._model_mapping[type(config)]._supports_sdpa else "eager"
+        # A ledger here too: code that looks at weights gets an answer.
+        with torch.device("meta"), Ledger(), torch.random.fork_rng(devices=[]):
+            model = auto.from_config(config, dtype=self.dtype, attn_implementation=attn)
+            if self.quantization_bit:
+                quantize_linears(model, self.quantization_bit)
+            model.get_input_embeddings().padding_idx = None
+            if self.gradient_checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if self.prefix is not None:
+                model = add_prefix(model, self.prefix, fresh=False)
+            if self.lora[0]:
+                model = add_lora(model, dim=self.lora[0], alpha=1.0, module_name=self._few_names(model, blocks))
+        for parameter in model.parameters():  # as build_engine does
+            parameter.data = parameter.data.to(self.dtype)
+        if self.frozen:
+            model.requires_grad_(False)
+        self._models[blocks] = (TokenScores if self.scalar else TokenLogProbs)(model)
+        return self._models[blocks]
+
+    def _few_names(self, model: nn.Module, blocks: int) -> str:
+        """--lora_module_name for a network of fewer blocks; notes which blocks of the whole one it names.
+
+        One that names blocks by their number ("layers.18.") may name none of these few: here every block gets what any gets.
+        """
+        module_name = self.lora[1]
+        if module_name == "auto":
+            return module_name
+        names, numbers = [], set()
+        for layer in linear_layers(model):
+            head, in_first_block, tail = layer.partition(".0.")
+            if not in_first_block:  # of another block, or of none
+                names += [layer] if is_named(layer, module_name) and not re.search(r"\.\d+\.", layer) else []
+            elif named := [block for block in range(self.blocks) if is_named(f"{head}.{block}.{tail}", module_name)]:
+                names += [f"{head}.{block}.{tail}" for block in range(blocks)]
+                numbers |= set(named)
+        if numbers:
+            self.adapted, self.first_adapted = len(numbers), min(numbers)
+        return ",".join(names) or module_name
+
+    def _each(self, one: Any, two: Any, blocks: int | None = None) -> int:
+        """From one and two blocks to all of them, or to so many."""
+        return int(one + (two - one) * ((blocks or self.blocks) - 1))
+
+    @property
+    def weights(self) -> Weights:
+        """Of the whole network."""
+        one, two = (counted(self.model(blocks)) for blocks in (1, 2))
+        of = {"trained": self.adapted, "small_trained": self.adapted}
+        counts = {name: self._each(getattr(one, name), getattr(two, name), of.get(name)) for name in vars(one)}
+        return Weights(**counts | {"largest": two.largest})
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output matrix."""
+        return self.config.vocab_size
+
+    def training(self, batch: int, length: int, keep: int | None = None) -> Peak:
+        """Forward and backward of a micro-batch [batch, length]; keep: log-probabilities of so many last tokens (all)."""
+        key = ("training", batch, length, keep)
+        if key not in self._found:
+            two = self._point(2, batch, length, keep)
+            more = self.blocks - self.first_adapted - 2  # what lies below the first adapter needs no backward pass
+            further = (two.held - self._point(1, batch, length, keep, backward=False, graph=True).held) * more
+            held, head, inside = (int(size + further) for size in (two.held, two.head, two.inside))
+            most = max(head, inside, int(two.behind))
+            logits = max(0, head - held) if head == most and not self.scalar else 0
+            self._found[key] = Peak(most - logits, logits)
+        return self._found[key]
+
+    def forward(self, batch: int, length: int, keep: int | None = None) -> Peak:
+        """The same without a backward pass."""
+        key = ("forward", batch, length, keep)
+        if key not in self._found:
+            found = self._point(2, batch, length, keep, backward=False)
+            logits = 0 if self.scalar else int(found.head - found.held)
+            self._found[key] = Peak(int(found.head) - logits, logits)
+        return self._found[key]
+
+    def _point(
+        self, blocks: int, batch: int, length: int, keep: int | None, backward: bool = True, graph: bool | None = None
+    ) -> SimpleNamespace:
+        """What _passes finds. From some chunks of logits on, more rows change it in proportion: two batches say the rest."""
+        places = (keep or length) * self.vocabulary
+        small = batch if self.scalar else math.ceil(2 * CHUNK_LOGITS / places)
+        measured = [batch] if batch <= 2 * small else [small, 2 * small]
+        points = []
+        for rows in measured:
+            key = (blocks, rows, length, keep, backward, graph)
+            if key not in self._found:
+                self._found[key] = self._passes(blocks, rows, length, keep, backward, backward if graph is None else graph)
+            points.append(self._found[key])
+        if len(points) == 1:
+            return points[0]
+        first, second = map(vars, points)
+        steps = (batch - small) / small
+        return SimpleNamespace(**{name: first[name] + (second[name] - first[name]) * steps for name in first})
+
+    def _passes(
+        self, blocks: int, batch: int, length: int, keep: int | None, backward: bool, graph: bool
+    ) -> SimpleNamespace:
+        """held: bytes when the head begins; head, inside, behind: peaks before the head's gradient is there, while the
+        blocks' backward runs, and from the embedding's gradient on. graph: what a backward pass needs is kept.
+        """
+        model = self.model(blocks).train(graph)
+        found = SimpleNamespace(held=0, head=0, inside=0, behind=0)
+        ledger = Ledger(list(model.parameters()) + list(model.buffers()))
+        hooks = []
+
+        def at_head(_: nn.Module, inputs: tuple) -> None:
+            found.held = ledger.now
+            if inputs[0].requires_grad:
+                hooks.append(inputs[0].register_hook(lambda gradient: setattr(found, "head", ledger.take_peak())))
+
+        def at_embedding(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                hooks.append(output.register_hook(lambda gradient: setattr(found, "inside", ledger.take_peak())))
+
+        def finished(parameter: nn.Parameter) -> None:
+            ledger.remove(parameter.grad.untyped_storage()._cdata)
+
+        hooks.append(model.project.register_forward_pre_hook(at_head))
+        hooks.append(base_model(model.model).get_input_embeddings().register_forward_hook(at_embedding))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        hooks += [parameter.register_post_accumulate_grad_hook(finished) for parameter in trained]
+        fused = fused_attention() if self.attn == "sdpa" else nullcontext()
+        arguments = {} if self.scalar else {"keep": keep}
+        try:
+            with ledger, fused, autocast_off(), torch.device("meta"), torch.set_grad_enabled(graph):
+                ids, mask = (torch.ones(batch, length, dtype=torch.long) for _ in range(2))
+                output = model(ids, mask, **arguments)
+                if backward:
+                    output.sum().backward()
+                last = ledger.take_peak()
+                del output
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in trained:
+                parameter.grad = None
+        if not backward or not found.head:
+            found.head = last
+        elif not found.inside:  # a frozen embedding has no gradient
+            found.inside = last
+        else:
+            found.behind = last
+        return found
+
+    def cache(self, batch: int, length: int) -> int:
+        """Bytes of the keys and values of all blocks."""
+        if "cache" not in self._found:
+            decoder = base_model(self.model(1).model).base_model
+            decoder.eval()  # with gradient checkpointing nothing is cached while training
+            with Ledger(), fused_attention(), autocast_off(), torch.device("meta"), torch.no_grad():
+                ids, mask = (torch.ones(1, 16, dtype=torch.long) for _ in range(2))
+                layers = decoder(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values.layers
+            tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+            columns = tensors[0].shape[-2]
+            self._found["cache"] = sum(tensor.nbytes for tensor in tensors) / columns
+        return int(self._found["cache"] * self.blocks * batch * length)
+
+
+def counted(model: nn.Module) -> Weights:
+    """The counts of a network as it is."""
+    parameters = list(model.parameters())
+    modules = [sum(one.numel() for one in module.parameters(recurse=False)) for module in model.modules()]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+    def elements(trained: bool, limit: float = float("inf")) -> int:
+        return sum(one.numel() for one in parameters if one.requires_grad == trained and one.numel() < limit)
+
+    return Weights(
+        trained=elements(True),
+        frozen=elements(False),
+        small_trained=elements(True, SMALL),
+        small_frozen=elements(False, SMALL),
+        largest=max(modules),
+        integers=sum(layer.weight.nbytes + layer.weight_scale.nbytes for layer in layers),
+    )

@@ -1,0 +1,1 @@
+"""One run: its process group and nodes, its loop, its metrics."""

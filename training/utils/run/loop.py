@@ -1,0 +1,164 @@
+"""Which examples make which optimizer step, on which process, in which micro-batch - and when something is due."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from errors import UserError
+from training.utils.data.batching import plan_epoch, plan_micro_batches
+from training.utils.run.metrics import progress_line
+from training.utils.run.process_group import Run
+
+Collate = Callable[[list[dict[str, Any]], list[bool]], Any]  # rows and which of them are real -> a batch on the CPU
+
+
+@dataclass
+class GlobalBatch:
+    """What one optimizer step trains on, as one process sees it.
+
+    step counts from 1 over the whole run; micro_batches are this process's share; denominator is the number of targets
+    (tokens, pairs) of all processes together; tokens the number of real tokens of all processes.
+    """
+
+    step: int
+    epoch: int
+    micro_batches: list[Any]
+    denominator: float
+    tokens: int
+    ends_epoch: bool
+
+
+class GlobalBatches:
+    """All global batches of a run. The order follows from the seed and the step alone, whatever the number of processes.
+
+    targets: how many targets (tokens, pairs) each example adds to the denominator of its global batch.
+    """
+
+    def __init__(self, dataset, targets: Sequence[float], collate: Collate, run: Run, args, *, per_device: int) -> None:
+        self.dataset, self.collate, self.run, self.args = dataset, collate, run, args
+        self.lengths = list(dataset["length"])
+        self.padded = list(dataset["padded_length"]) if "padded_length" in dataset.column_names else self.lengths
+        self.targets = list(targets)
+        check_token_budget(self.padded, args.max_tokens_per_device)
+        self.batch_size = global_batch_size(args, run.world_size, per_device)
+        self.per_device = per_device
+        self.steps_per_epoch = math.ceil(len(self.lengths) / self.batch_size)
+        self.total_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
+
+    def after(self, step: int) -> Iterator[GlobalBatch]:
+        """The global batches that follow the given number of finished steps."""
+        while step < self.total_steps:
+            epoch = step // self.steps_per_epoch
+            plan = plan_epoch(self.padded, self.batch_size, seed=self.args.seed, epoch=epoch)
+            for position in range(step % self.steps_per_epoch, self.steps_per_epoch):
+                step += 1
+                yield self._batch(step, epoch, plan[position], ends_epoch=position == self.steps_per_epoch - 1)
+                if step == self.total_steps:
+                    return
+
+    def _batch(self, step: int, epoch: int, examples: list[int], ends_epoch: bool) -> GlobalBatch:
+        lengths = [self.padded[example] for example in examples]
+        budget = self.args.max_tokens_per_device or None
+        plan = plan_micro_batches(lengths, self.run.world_size, None if budget else self.per_device, budget)
+        return GlobalBatch(
+            step=step,
+            epoch=epoch,
+            micro_batches=load_micro_batches(
+                self.dataset, examples, plan[self.run.rank], self.collate, self.run.device
+            ),
+            denominator=float(sum(self.targets[example] for example in examples)),
+            tokens=sum(self.lengths[example] for example in examples),
+            ends_epoch=ends_epoch,
+        )
+
+
+def check_token_budget(lengths: Sequence[int], budget: int) -> None:
+    """UserError if an example alone exceeds --max_tokens_per_device (0 = none): said before the first step, not in the middle.
+
+    lengths: tokens that each example takes in a micro-batch.
+    """
+    longest = max(lengths, default=0)
+    if 0 < budget < longest:
+        raise UserError(
+            f"--max_tokens_per_device {budget} cannot hold the longest example, of {longest} tokens (a pair counts twice its "
+            "longer answer); raise it, or lower --max_seq_len."
+        )
+
+
+def load_micro_batches(dataset, examples: Sequence[int], plan: list[list[int]], collate: Collate, device) -> list[Any]:
+    """Collate a plan of positions into examples; -1 is a filler that takes the place of an example without weight."""
+    batches = []
+    for positions in plan:
+        rows = [dataset[int(examples[max(position, 0)])] for position in positions]
+        batches.append(collate(rows, [position >= 0 for position in positions]).to(device))
+    return batches
+
+
+def evaluation_batches(dataset, collate: Collate, run: Run, per_device: int, limit: int = 0) -> Iterator[Any]:
+    """Every example of a held-out set exactly once over all processes; equally many micro-batches on each.
+
+    limit > 0 (--eval_iters) takes no more examples than fill that many micro-batches of every process: always the same ones,
+    drawn by lot, as the first of a plan are the longest.
+    """
+    lengths, examples = list(dataset["length"]), list(range(len(dataset)))
+    if limit:
+        random.Random("evaluation").shuffle(examples)
+        examples = examples[: limit * per_device * run.world_size]
+    for positions in plan_micro_batches([lengths[one] for one in examples], run.world_size, per_device, None)[run.rank]:
+        yield load_micro_batches(dataset, examples, [positions], collate, run.device)[0]
+
+
+def global_batch_size(args, world_size: int, per_device: int) -> int:
+    """Examples of one optimizer step over all processes. Raises UserError if the number of processes does not divide it, or
+    if --gradient_accumulation_steps says something else.
+    """
+    accumulated = per_device * args.gradient_accumulation_steps * world_size
+    if not args.global_batch_size:
+        return accumulated
+    if args.gradient_accumulation_steps > 1 and accumulated != args.global_batch_size:
+        raise UserError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} makes a batch of {accumulated} over {world_size} "
+            f"processes, --global_batch_size is {args.global_batch_size}; drop one of the two (1 step is as good as not given)."
+        )
+    if args.global_batch_size % world_size:
+        raise UserError(
+            f"--global_batch_size {args.global_batch_size} cannot be shared by {world_size} processes; "
+            f"take a multiple of {world_size}, such as {math.ceil(args.global_batch_size / world_size) * world_size}."
+        )
+    return args.global_batch_size
+
+
+def due(step: int, every: int) -> bool:
+    """True at every n-th step; never for 0."""
+    return every > 0 and step % every == 0
+
+
+class Progress:
+    """Speed and time left since the start or the resume; prints the one progress line of a run."""
+
+    def __init__(self, run: Run, total: int, done: int) -> None:
+        self.run, self.total, self.start = run, total, done
+        self.started = self.last = time.monotonic()
+        self.tokens = 0
+
+    def count(self, tokens: int) -> None:
+        """Add the real tokens of a finished step."""
+        self.tokens += tokens
+
+    def report(self, step: int, values: dict[str, float], every: int, shown: Sequence[str] = ()) -> None:
+        """Write the values and the speed since the last report, when due: all to metrics, ``shown`` (or all) as one line."""
+        if not (due(step, every) or step == self.total):
+            return
+        now = time.monotonic()
+        values = values | {"tokens_per_second": self.tokens / max(now - self.last, 1e-9)}
+        self.last, self.tokens = now, 0
+        self.run.metrics.log(step, values)
+        if self.run.is_main:
+            line = {name: values[name] for name in shown or values} | {"tokens/s": values["tokens_per_second"]}
+            line.pop("tokens_per_second", None)
+            print(progress_line(step, self.total, line, now - self.started, step - self.start), flush=True)

@@ -1,0 +1,222 @@
+"""One process of a run: device, process group, seed, output folder, metrics, and the wish to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+from models.device import (
+    Platform,
+    attention_implementation,
+    detect_platform,
+    peak_memory_gb,
+    resolve_dtype,
+    seed_device,
+    set_device,
+)
+from training.utils.run import heartbeat
+from training.utils.run.environment import DONE, check_writable
+from training.utils.run.metrics import Metrics, format_seconds
+from training.utils.run.nodes import Nodes, meet, waiting_note
+
+logger = logging.getLogger("sanbu")
+
+
+@dataclass
+class Run:
+    """What a step needs to know about the process it runs in.
+
+    rank counts over all processes, local_rank over those of this node. Only the process with rank 0 prints and writes metrics.
+    """
+
+    args: object
+    platform: Platform
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    rank: int
+    local_rank: int
+    world_size: int
+    metrics: Metrics
+    nodes: Nodes = field(default_factory=Nodes)
+    stop_signals: list[int] = field(default_factory=list)
+    stopping: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def start(cls, args) -> Run:
+        """Open the run of a step. Raises UserError for a device, dtype or output folder that cannot be used, for the last two
+        on all nodes with the name of the one that is in trouble.
+        """
+        started = time.monotonic()
+        platform = detect_platform()
+        rank, local_rank, world_size = join_process_group(platform)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+        quiet_libraries()
+        device = set_device(platform, local_rank)
+        seed_everything(args.seed)
+        nodes = meet(Path(args.output_dir), rank, local_rank, world_size)
+        dtype = nodes.together(lambda: resolve_dtype(args.dtype, platform))
+        nodes.together(lambda: check_writable(Path(args.output_dir)))
+        metrics = Metrics(
+            Path(args.output_dir),
+            enabled=rank == 0,
+            tensorboard=args.tensorboard_path if args.enable_tensorboard else None,
+        )
+        attention = attention_implementation(args.attn_implementation, platform)
+        run = cls(args, platform, device, dtype, attention, rank, local_rank, world_size, metrics, nodes, started=started)
+        for name in ("SIGTERM", "SIGUSR1"):  # what Slurm and Kubernetes send before they kill
+            signal.signal(getattr(signal, name), lambda number, _: run.stop_signals.append(number))
+        if platform.name == "cpu" and rank == 0:
+            logger.info("CPU: DeepSpeed's compiled operators are not used; gloo and torch's own AdamW do their work.")
+        return run
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums of the values over all processes, in float64."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            # Accelerators without float64 collectives exist (NPU): there float32 has to do.
+            on_device = total.to(self.device, torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32)
+            dist.all_reduce(on_device)
+            total = on_device.double().cpu()
+        return total.tolist()
+
+    def maximum(self, value: float) -> float:
+        """The largest of the values over all processes."""
+        largest = torch.tensor([value], dtype=torch.float32, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.item()
+
+    def agree(self, loss: float) -> float:
+        """The loss of the global batch from every process's share, and whether anyone was asked to stop (``stopping``).
+
+        Raises UserError, on all processes alike and before the weights move, if the loss is not finite.
+        """
+        total, stops = self.sum(loss, len(self.stop_signals))
+        if not math.isfinite(total):
+            raise UserError(
+                f"The loss became {total}; the weights were not changed by this step and the newest whole checkpoint under "
+                f"{self.args.output_dir}/checkpoints is kept. Lower the learning rate or check the data, then --resume."
+            )
+        self.stopping = stops > 0
+        return total
+
+    @contextmanager
+    def in_turn(self, needed: bool = True) -> Iterator[None]:
+        """With ``needed`` (the same on all processes) one process of each node at a time is inside; all must come."""
+        turns = int(self.maximum(self.local_rank + 1)) if needed and self.world_size > 1 else 0
+        for _ in range(min(self.local_rank, turns)):
+            dist.barrier()
+        yield
+        for _ in range(self.local_rank, turns):
+            dist.barrier()
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def leave(self, step: int) -> None:
+        """End the process after a signal, once the checkpoint is written. Raises SystemExit(143), as SIGTERM itself would."""
+        if self.is_main:
+            print(f"Stopped by a signal after step {step}; the same command with --resume continues.", flush=True)
+        self.close()
+        raise SystemExit(143)
+
+    def finish(self) -> None:
+        """Mark the output folder as done (train.py skips it then) and close."""
+        if self.nodes.keeps_disk:
+            done = {"flags": asdict(self.args), "seconds": round(time.monotonic() - self.started, 1)}
+            done["peak_memory_gb"] = round(peak_memory_gb(), 3)
+            path = Path(self.args.output_dir) / DONE
+            path.write_text(json.dumps(done, indent=1, default=str), encoding="utf-8")
+        if self.is_main:
+            print(f"Saved to {self.args.output_dir} after {format_seconds(done['seconds'])}.", flush=True)
+        if self.local_rank == 0 and "SANBU_NODE_DONE" in os.environ:   # scripts/launch on a node without rank 0 waits for it
+            Path(os.environ["SANBU_NODE_DONE"]).touch()
+        self.close()
+
+    def close(self) -> None:
+        """Close the metrics and leave the process group together; a group left alone ends in an abort at exit."""
+        self.metrics.close()
+        if dist.is_initialized():
+            self.barrier()
+            heartbeat.stop()
+            dist.destroy_process_group()
+
+
+def join_process_group(platform: Platform) -> tuple[int, int, int]:
+    """Join the group that the launcher (deepspeed, torchrun, srun) describes in the environment, or open one of one process.
+
+    A group of one meets nobody, so it takes no port that could be in use. Returns rank, local rank and number of processes.
+    """
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    if platform.name == "cpu":
+        # The shared-memory operator would be compiled here, half a minute that a machine without a compiler does not survive.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        minutes = timeout_minutes()
+        note = threading.Timer(60.0, lambda: print(waiting_note(), flush=True))
+        note.daemon = True
+        if heartbeat.several_nodes() and os.environ.get("LOCAL_RANK", "0") == "0":
+            note.start()
+        timeout = timedelta(minutes=minutes)
+        if os.environ.get("WORLD_SIZE") == "1":
+            dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=platform.backend, verbose=False, timeout=timeout)
+        note.cancel()
+    return dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size()
+
+
+def timeout_minutes() -> int:
+    """SANBU_TIMEOUT_MINUTES: how long a process waits for the others. Raises UserError unless it is a number from 1 up."""
+    said = os.environ.get("SANBU_TIMEOUT_MINUTES", "30").strip()
+    if not said.isdecimal() or int(said) < 1:
+        raise UserError(f"SANBU_TIMEOUT_MINUTES is {said!r}: expected a whole number of minutes, such as 30; correct or unset it.")
+    return int(said)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch. Equal on all processes: parameters start equal; sampling in rollouts has seeds of its own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    seed_device(seed)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries to warnings: a run's own lines must not drown."""
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")   # DeepSpeed calls older names
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("DeepSpeed", "deepspeed", "peft", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
