@@ -212,3 +212,9 @@ class SupervisedArguments(CommonArguments):
         super().__post_init__()
         if self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.lora_dim
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The checkpoints that are read, by role: "model", and for DPO a "reference" of its own."""
+        reference = getattr(self, "ref_model_name_or_path", None)
+        return {"model": self.model_name_or_path} | ({"reference": reference} if reference else {})

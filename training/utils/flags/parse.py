@@ -17,18 +17,15 @@ from typing import Any, NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 from errors import UserError
+from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
 from training.utils.flags.former import former_flags
 from training.utils.flags.recipe import SECTIONS, load_recipe
 from training.utils.flags.steps import (
     STEPS,
-    DPOArguments,
     EvaluateArguments,
-    PPOArguments,
     PromptEvalArguments,
-    RewardArguments,
     RewardEvalArguments,
-    SFTArguments,
 )
 from training.utils.run import heartbeat
 from training.utils.run.environment import adopt_mpi_ranks
@@ -37,11 +34,7 @@ logger = logging.getLogger("sanbu")
 
 Args = TypeVar("Args")
 NOT_GIVEN = object()
-MODULES = {
-    SFTArguments: "training.step1_sft.main",
-    RewardArguments: "training.step2_reward.main",
-    PPOArguments: "training.step3_ppo.main",
-    DPOArguments: "training.step2_dpo.main",
+MODULES = {step.arguments_class: step.module for step in ALL_STEPS} | {
     PromptEvalArguments: "training.step1_sft.prompt_eval",
     EvaluateArguments: "training.step1_sft.evaluate",
     RewardEvalArguments: "training.step2_reward.rw_eval",

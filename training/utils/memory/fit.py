@@ -274,9 +274,7 @@ class StepMemory:
 
 def step_memory(args: Any, dtype: torch.dtype, attn: str) -> StepMemory:
     """From a step's flags alone: the configs come from the folders that they name."""
-    paths = {**getattr(args, "models", {})} or {"model": args.model_name_or_path}
-    if getattr(args, "ref_model_name_or_path", None):
-        paths["reference"] = args.ref_model_name_or_path
+    paths = args.models
     configs = {role: AutoConfig.from_pretrained(check_checkpoint(path)) for role, path in paths.items()}
     prefixed = []
     for role, path in paths.items():
