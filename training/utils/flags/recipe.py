@@ -25,7 +25,7 @@ class Recipe:
         """Read a recipe with at least one step's section. Raise UserError for a file that is none."""
         content = load_recipe(path)
         if not set(STEP_SECTIONS) & content.keys():
-            raise UserError(f"{path}: no section of a step; a recipe has launch and {', '.join(STEP_SECTIONS)}, with flags in each.")
+            raise UserError(f"{path}: no section of a step; expected launch and {', '.join(STEP_SECTIONS)} with flags.")
         return cls(path, content)
 
     @property
