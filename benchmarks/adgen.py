@@ -77,7 +77,7 @@ def evaluate(model: str, to: str, args: argparse.Namespace) -> tuple[dict, bytes
         "--max_source_length", "64", "--max_target_length", "64", "--num_examples", str(args.num_examples),
         "--per_device_eval_batch_size", str(args.batch),
     ]  # fmt: skip
-    run("training.step1_sft.evaluate", flags, args)
+    run("training.evaluate.bleu_rouge", flags, args)
     figures = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return figures, (folder / "generated_predictions.txt").read_bytes()
 

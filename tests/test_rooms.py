@@ -14,6 +14,7 @@ DOORS = {
     "training.step2_reward": {"models", "inference", "training.utils"},
     "training.step2_dpo": {"models", "inference", "training.utils"},
     "training.step3_ppo": {"models", "inference", "training.utils"},
+    "training.evaluate": {"models", "inference", "training.utils"},
     "scripts": {"models", "inference", "training"},
 }
 ROOMS = ("models", "inference", "training", "scripts")

@@ -118,9 +118,9 @@ OTHERS = {
     "training/step1_sft/training_scripts/run_ptuning_chatglm2-6b.sh": "training.step1_sft.main",
     "training/step1_sft/training_scripts/run_ptuning_chatglm-6b.sh": "training.step1_sft.main",
     "training/step1_sft/training_scripts/run_finetune_chatglm2-6b.sh": "deepspeed.launcher.runner",
-    "training/step1_sft/evaluation_scripts/evaluate_finetune_chatglm2-6b.sh": "training.step1_sft.evaluate",
-    "training/step1_sft/evaluation_scripts/run_prompt.sh": "training.step1_sft.prompt_eval",
-    "training/step2_reward/evaluation_scripts/run_eval.sh": "training.step2_reward.rw_eval",
+    "training/step1_sft/evaluation_scripts/evaluate_finetune_chatglm2-6b.sh": "training.evaluate.bleu_rouge",
+    "training/step1_sft/evaluation_scripts/run_prompt.sh": "training.evaluate.side_by_side",
+    "training/step2_reward/evaluation_scripts/run_eval.sh": "training.evaluate.reward_scores",
 }
 
 

@@ -14,8 +14,8 @@ from models.load import load_causal_lm, load_scalar_model
 from tests.launching import logged, write_pairs
 from tests.several import run_several
 from tests.tiny import tiny_checkpoint
-from training.step1_sft.prompt_eval import main as prompt_eval
-from training.step2_reward.rw_eval import main as rw_eval
+from training.evaluate.reward_scores import main as rw_eval
+from training.evaluate.side_by_side import main as prompt_eval
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PromptEvalArguments, RewardEvalArguments
 

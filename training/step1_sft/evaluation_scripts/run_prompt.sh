@@ -8,5 +8,5 @@ fi
 baseline=$1 finetuned=$2
 shift 2
 source "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/launch.sh"
-run_module training.step1_sft.prompt_eval \
+run_module training.evaluate.side_by_side \
     --model_name_or_path_baseline "$baseline" --model_name_or_path_finetune "$finetuned" "$@"

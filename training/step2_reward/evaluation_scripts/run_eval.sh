@@ -8,4 +8,4 @@ fi
 model=$1
 shift
 source "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/launch.sh"
-run_module training.step2_reward.rw_eval --model_name_or_path "$model" "$@"
+run_module training.evaluate.reward_scores --model_name_or_path "$model" "$@"

@@ -35,9 +35,9 @@ logger = logging.getLogger("sanbu")
 Args = TypeVar("Args")
 NOT_GIVEN = object()
 MODULES = {step.arguments_class: step.module for step in ALL_STEPS} | {
-    PromptEvalArguments: "training.step1_sft.prompt_eval",
-    EvaluateArguments: "training.step1_sft.evaluate",
-    RewardEvalArguments: "training.step2_reward.rw_eval",
+    PromptEvalArguments: "training.evaluate.side_by_side",
+    EvaluateArguments: "training.evaluate.bleu_rouge",
+    RewardEvalArguments: "training.evaluate.reward_scores",
 }
 LAUNCHER_FLAGS = {
     "num_gpus", "num_nodes", "master_port", "master_addr", "hostfile", "include", "exclude", "module", "nproc_per_node",

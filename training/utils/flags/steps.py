@@ -64,7 +64,7 @@ class RewardArguments(SupervisedArguments):
 
 @dataclass(kw_only=True)
 class PromptEvalArguments:
-    """step1_sft/prompt_eval.py: the answers of two models side by side."""
+    """evaluate/side_by_side.py: the answers of two models side by side."""
 
     section: ClassVar[str] = "prompt_eval"
     title: ClassVar[str] = "prompt_eval"
@@ -90,7 +90,7 @@ class PromptEvalArguments:
 
 @dataclass(kw_only=True)
 class EvaluateArguments:
-    """step1_sft/evaluate.py: answers to the prompts of a data set, scored against the written ones."""
+    """evaluate/bleu_rouge.py: answers to the prompts of a data set, scored against the written ones."""
 
     section: ClassVar[str] = "evaluate"
     title: ClassVar[str] = "evaluate"
@@ -138,7 +138,7 @@ class EvaluateArguments:
 
 @dataclass(kw_only=True)
 class RewardEvalArguments:
-    """step2_reward/rw_eval.py: scores of good and bad answers."""
+    """evaluate/reward_scores.py: scores of good and bad answers."""
 
     section: ClassVar[str] = "rw_eval"
     title: ClassVar[str] = "rw_eval"

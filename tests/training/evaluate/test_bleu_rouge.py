@@ -1,24 +1,20 @@
-"""evaluate: the answers are the model's own, the figures are theirs, and both are the same each time."""
+"""BLEU and ROUGE: the answers are the model's own, the metrics are theirs, and both are the same each time."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from errors import UserError
 from models.load import load_tokenizer
 from models.templates import load_template
 from tests.launching import succeed
-from tests.tiny import tiny_checkpoint
-from tests.training.step1_sft import hand_metrics
-from training.step1_sft import evaluate, text_metrics
-from training.step1_sft.evaluate import Answer, summary
+from tests.training.evaluate import hand_metrics
+from training.evaluate import bleu_rouge, text_metrics
+from training.evaluate.common import Answer
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import EvaluateArguments
 
-MODULE = "training.step1_sft.evaluate"
 ROWS = [
     {"content": "类型#裙*颜色#黑色", "summary": "黑色的裙子，今天天气很好。"},
     {"content": "类型#裤*版型#宽松*图案#线条" * 3, "summary": "宽松的裤子。"},
@@ -26,11 +22,6 @@ ROWS = [
     {"content": "Hello", "summary": "Mix flour and water, wait an hour."},
     {"content": "类型#上衣", "summary": "上衣"},
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "llama", "llama")
 
 
 @pytest.fixture
@@ -41,12 +32,12 @@ def data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def run(model, data, tmp_path):
-    """Evaluates in this process; returns the predictions and the figures."""
+def run(llama, data, tmp_path):
+    """Evaluates in this process; returns the predictions and the metrics."""
 
     def start(*words: str, to: str = "out") -> tuple[list[dict], dict]:
-        flags = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(tmp_path / to), *words]
-        evaluate.main(parse(EvaluateArguments, flags))
+        flags = ["--model_name_or_path", str(llama), "--data_path", str(data), "--output_dir", str(tmp_path / to), *words]
+        bleu_rouge.main(parse(EvaluateArguments, flags))
         return read(tmp_path / to)
 
     return start
@@ -57,30 +48,28 @@ def read(folder: Path) -> tuple[list[dict], dict]:
     return [json.loads(line) for line in lines], json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
-def test_greedy_answers_and_figures_equal_the_slow_way(run, model, tmp_path, capsys):
-    """transformers' generate on each prompt alone, without padding; figures by plain loops."""
-    rows, figures = run("--max_target_length", "10", "--per_device_eval_batch_size", "2")
-    tokenizer = load_tokenizer(model)
-    template = load_template(model, tokenizer)
-    network = AutoModelForCausalLM.from_pretrained(model).eval()
+def test_greedy_answers_and_metrics_equal_the_slow_way(run, llama, slow_answers, tmp_path, capsys):
+    """transformers' generate on each prompt alone; metrics by plain loops."""
+    rows, metrics = run("--max_target_length", "10", "--per_device_eval_batch_size", "2")
+    slow = slow_answers(llama)
     expected, lengths, ended = [], [], 0
     for row, record in zip(rows, ROWS, strict=True):
-        ids = torch.tensor([template.encode_prompt(tokenizer, [{"role": "user", "content": record["content"]}])])
-        made = network.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=list(template.stop_token_ids),
-                                pad_token_id=tokenizer.pad_token_id)[0, ids.shape[1] :].tolist()  # fmt: skip
-        assert row["predict"] == template.decode_answer(tokenizer, made)
-        label = tokenizer.decode(template.encode_answer(tokenizer, record["summary"])[:10], skip_special_tokens=True)
+        text, length, by_itself = slow(record["content"], 10)
+        assert row["predict"] == text
+        label = slow.tokenizer.decode(
+            slow.template.encode_answer(slow.tokenizer, record["summary"])[:10], skip_special_tokens=True
+        )
         assert row["labels"] == label.strip()
         expected.append(hand_metrics.scores(row["labels"], row["predict"], text_metrics.words))
-        lengths.append(len(made))
-        ended += made[-1] in template.stop_token_ids
+        lengths.append(length)
+        ended += by_itself
     for name in text_metrics.METRICS:
-        assert figures[name] == pytest.approx(sum(one[name] for one in expected) / 5, abs=1e-4)
-    assert (figures["examples"], figures["mean_tokens"], figures["ended"]) == (5, sum(lengths) / 5, ended / 5)
-    assert figures["flags"]["max_target_length"] == 10
+        assert metrics[name] == pytest.approx(sum(one[name] for one in expected) / 5, abs=1e-4)
+    assert (metrics["examples"], metrics["mean_tokens"], metrics["ended"]) == (5, sum(lengths) / 5, ended / 5)
+    assert metrics["flags"]["max_target_length"] == 10
     shown = capsys.readouterr().out
-    assert f"| {figures['bleu-4']:.4f} |" in shown and "| BLEU-4 | ROUGE-1 | ROUGE-2 | ROUGE-L |" in shown
-    assert "黑色" in (tmp_path / "out/generated_predictions.txt").read_text(encoding="utf-8")   # letters, not escapes
+    assert f"| {metrics['bleu-4']:.4f} |" in shown and "| BLEU-4 | ROUGE-1 | ROUGE-2 | ROUGE-L |" in shown
+    assert "黑色" in (tmp_path / "out/generated_predictions.txt").read_text(encoding="utf-8")  # letters, not escapes
 
 
 def test_labels_are_cut_where_answers_must_end_unless_asked(run):
@@ -91,16 +80,15 @@ def test_labels_are_cut_where_answers_must_end_unless_asked(run):
 
 
 @pytest.mark.distributed
-def test_two_runs_agree_whatever_the_number_of_processes(run, model, data, tmp_path):
+def test_two_processes_answer_as_one(run, llama, data, tmp_path):
     words = ["--max_target_length", "8", "--per_device_eval_batch_size", "2"]
     first = run(*words)
-    assert run(*words) == first
-    flags = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(tmp_path / "two"), *words]
-    shown = succeed(MODULE, flags, processes=2)
+    flags = ["--model_name_or_path", str(llama), "--data_path", str(data), "--output_dir", str(tmp_path / "two"), *words]
+    shown = succeed("training.step1_sft.evaluate", flags, processes=2)  # by its former name
     assert shown.count("BLEU-4") == 1
-    rows, figures = read(tmp_path / "two")
-    del figures["flags"], first[1]["flags"]
-    assert (rows, figures) == first
+    rows, metrics = read(tmp_path / "two")
+    del metrics["flags"], first[1]["flags"]
+    assert (rows, metrics) == first
 
 
 def test_sampled_answers_follow_the_seed_not_the_batch(run):
@@ -111,23 +99,23 @@ def test_sampled_answers_follow_the_seed_not_the_batch(run):
     assert first == again != other
 
 
-def test_a_long_prompt_loses_its_oldest_part(run, model, monkeypatch):
+def test_a_long_prompt_loses_its_oldest_part(run, llama, monkeypatch):
     seen = []
-    real = evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", lambda *given, **how: seen.append(given[1].tolist()) or real(*given, **how))
+    real = bleu_rouge.generate
+    monkeypatch.setattr(bleu_rouge, "generate", lambda *given, **how: seen.append(given[1].tolist()) or real(*given, **how))
     run("--max_source_length", "20", "--max_target_length", "2", "--num_examples", "2")
-    tokenizer = load_tokenizer(model)
-    ids = load_template(model, tokenizer).encode_prompt(tokenizer, [{"role": "user", "content": ROWS[1]["content"]}])
+    tokenizer = load_tokenizer(llama)
+    ids = load_template(llama, tokenizer).encode_prompt(tokenizer, [{"role": "user", "content": ROWS[1]["content"]}])
     assert [1, *ids[-19:]] in seen[0]
 
 
 def test_empty_answers_count_and_are_counted():
     text_metrics.check_libraries()
     answers = [Answer("黑色的裙子", 4, True), Answer("", 1, True), Answer("裙", 7, False), Answer("", 2, True)]
-    figures = summary(["黑色的裙子"] * 4, answers)
+    metrics = bleu_rouge.summary(["黑色的裙子"] * 4, answers)
     alone = text_metrics.score("黑色的裙子", "裙")
-    assert figures["bleu-4"] == pytest.approx((100 + alone["bleu-4"]) / 4)
-    assert (figures["mean_tokens"], figures["ended"], figures["empty"]) == (3.5, 0.75, 2)
+    assert metrics["bleu-4"] == pytest.approx((100 + alone["bleu-4"]) / 4)
+    assert (metrics["mean_tokens"], metrics["ended"], metrics["empty"]) == (3.5, 0.75, 2)
 
 
 def test_the_former_command_line_means_the_same(caplog):
@@ -140,8 +128,8 @@ def test_the_former_command_line_means_the_same(caplog):
     assert (args.data_path, args.column_map) == (["AdvertiseGen/dev.json"], {"prompt": "content", "response": "summary"})
     assert (args.max_source_length, args.max_target_length, args.per_device_eval_batch_size) == (64, 64, 1)
     assert (args.ptuning_checkpoint, args.quantization_bit, args.dtype, args.do_sample) == ("p", 4, "fp16", False)
-    said = [record.getMessage().split(":")[0] for record in caplog.records]
-    assert len(said) == len(set(said)) and "--pre_seq_len" in said and "--do_predict" not in said
+    warned = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert len(warned) == len(set(warned)) and "--pre_seq_len" in warned and "--do_predict" not in warned
     caplog.clear()
     args = parse(EvaluateArguments, [*words.split(), "--num_beams", "4", "--max_predict_samples", "7"])
     assert args.num_examples == 7
@@ -152,16 +140,16 @@ def test_the_former_command_line_means_the_same(caplog):
     ("words", "sentence"),
     [
         (["--max_target_length", "4000"], "--max_target_length 4000 leaves no room for a prompt in the 256 tokens"),
-        (["--model_name_or_path", "/tmp"], "has no config.json"),
-        (["--output_dir", "/proc/nothing"], "--output_dir /proc/nothing cannot be written"),
-        (["--data_path", "{prompts}"], "prompts without answers, so that there is nothing to compare with"),
-        (["--data_path", "/nowhere/dev.json"], "no such file or folder"),
+        (["--model_name_or_path", "{folder}"], "has no config.json"),
+        (["--output_dir", "{folder}/prompts.jsonl/out"], "prompts.jsonl/out cannot be written"),
+        (["--data_path", "{folder}/prompts.jsonl"], "prompts without answers, so that there is nothing to compare with"),
+        (["--data_path", "{folder}/missing.json"], "no such file or folder"),
         (["--columns", "prompt=content,response=a"], '--columns names "a", which is not there'),
-        (["--ptuning_checkpoint", "/nowhere"], "--ptuning_checkpoint /nowhere: no such folder"),
+        (["--ptuning_checkpoint", "{folder}/missing"], "missing: no such folder"),
     ],
 )
 def test_wrong_input_is_one_sentence(run, tmp_path, words, sentence):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
     with pytest.raises(UserError) as caught:
-        run(*(word.format(prompts=tmp_path / "prompts.jsonl") for word in words))
+        run(*(word.format(folder=tmp_path) for word in words))
     assert sentence in str(caught.value) and "\n" not in str(caught.value)

@@ -1,6 +1,6 @@
 """BLEU-4 and ROUGE as ChatGLM's predecessors count them on Chinese text, by the libraries that they use.
 
-Every figure is that of one answer against one written answer, times 100; a set's figure is the mean over its answers.
+Every metric compares one answer with one written answer, times 100; a data set's metric is the mean over its answers.
 The libraries are imported where they are called: only the evaluation needs them.
 """
 
@@ -17,10 +17,10 @@ METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 
 
 def check_libraries(cache_dir: str | None = None) -> None:
-    """Raise UserError unless the libraries behind the figures are installed and can keep their dictionary in the cache."""
+    """Raise UserError unless the libraries behind the metrics are installed and can keep their dictionary in the cache."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # jieba's and nltk's own, about older names and escapes
+            warnings.simplefilter("ignore")  # jieba's and nltk's own, about older names and escapes
             import jieba
             import nltk.translate.bleu_score  # noqa: F401
             import rouge_chinese  # noqa: F401
@@ -29,7 +29,7 @@ def check_libraries(cache_dir: str | None = None) -> None:
             f"BLEU and ROUGE need a package that is missing ({error}); pip install jieba rouge-chinese nltk."
         ) from error
     jieba.setLogLevel(logging.WARNING)
-    folder = cache_folder(cache_dir)   # its dictionary is kept as a marshal file, which must not lie in the shared /tmp
+    folder = cache_folder(cache_dir)  # its dictionary is kept as a marshal file, which must not lie in the shared /tmp
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -40,15 +40,16 @@ def check_libraries(cache_dir: str | None = None) -> None:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text as jieba cuts it; spaces and punctuation are words too."""
+    """Return the words of a text as jieba cuts it; spaces and punctuation are words too."""
     import jieba
 
     return jieba.lcut(text)
 
 
 def bleu_4(label: str, predict: str) -> float:
-    """Sentence BLEU (Papineni et al. 2002) over characters, up to four of them, with NIST's smoothing of counts that are
-    zero (Chen and Cherry 2014, method 3), 0 to 100.
+    """Return sentence BLEU (Papineni et al. 2002), 0 to 100, over sequences of up to four characters.
+
+    Counts that are zero get NIST's smoothing (Chen and Cherry 2014, method 3).
     """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
@@ -56,7 +57,7 @@ def bleu_4(label: str, predict: str) -> float:
 
 
 def rouge(label: str, predict: str) -> dict[str, float]:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) over jieba's words, 0 to 100.
+    """Return F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) over jieba's words, 0 to 100.
 
     rouge_chinese counts each different n-gram once; its ROUGE-L is the longest common subsequence of the whole texts.
     """
@@ -67,13 +68,13 @@ def rouge(label: str, predict: str) -> dict[str, float]:
 
 
 def score(label: str, predict: str) -> dict[str, float]:
-    """The figures (METRICS) of one answer. A blank answer has 0 in all; rouge_chinese would raise."""
+    """Return the METRICS of one answer. A blank answer has 0 in all; rouge_chinese would raise."""
     if not label.strip() or not predict.strip():
         return dict.fromkeys(METRICS, 0.0)
     return {"bleu-4": bleu_4(label, predict)} | rouge(label, predict)
 
 
 def mean_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Means of the figures over (label, predict) pairs, of which there must be one at least."""
+    """Return the means of METRICS over (label, predict) pairs, of which there must be one at least."""
     scores = [score(label, predict) for label, predict in pairs]
     return {name: sum(one[name] for one in scores) / len(scores) for name in METRICS}

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from errors import UserError
-from tests.training.step1_sft import hand_metrics
-from training.step1_sft import text_metrics
-from training.step1_sft.text_metrics import bleu_4, check_libraries, mean_scores, rouge, score, words
+from tests.training.evaluate import hand_metrics
+from training.evaluate import text_metrics
+from training.evaluate.text_metrics import bleu_4, check_libraries, mean_scores, rouge, score, words
 
 LABEL = "这款连衣裙的颜色很漂亮，适合夏天穿。"
 PREDICT = "简约的连衣裙，颜色很好看。夏天穿很漂亮！"

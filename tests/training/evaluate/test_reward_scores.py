@@ -1,0 +1,126 @@
+"""Reward scores: which texts are scored, and what is counted."""
+
+import json
+import statistics
+import subprocess
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from errors import UserError
+from models.load import load_scalar_model, load_tokenizer
+from models.save import save_model
+from models.templates import load_template
+from tests.launching import environment, start
+from training.evaluate.common import BUILT_IN
+from training.evaluate.reward_scores import encode_pairs, main, read_pairs, summary
+from training.step2_reward.main import evaluation_line
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import RewardEvalArguments
+
+PAIRS = BUILT_IN["pairs"]
+
+
+@pytest.fixture(scope="module")
+def reward_model(llama, tmp_path_factory):
+    """A tiny reward model, saved as step 2 saves it."""
+    folder = tmp_path_factory.mktemp("reward")
+    tokenizer = load_tokenizer(llama)
+    save_model(load_scalar_model(llama, dtype=torch.float32, seed=3), tokenizer, load_template(llama, tokenizer), folder)
+    return folder
+
+
+def run(model, output, *words: str) -> dict:
+    main(parse(RewardEvalArguments, ["--model_name_or_path", str(model), "--output", str(output), *words]))
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def test_builtin_pairs_score_as_transformers_scores_them(reward_model, tmp_path, capsys):
+    """The slow way: each text alone through AutoModelForSequenceClassification, no padding anywhere."""
+    found = run(reward_model, tmp_path / "scores.json")
+    assert [row["chosen"] for row in found["pairs"]] == [pair["chosen"] for pair in PAIRS]
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+    tokenizer = load_tokenizer(reward_model)
+    template = load_template(reward_model, tokenizer)
+    wins = 0.0
+    for row, pair in zip(found["pairs"], PAIRS, strict=True):
+        prompt = template.encode_prompt(tokenizer, [{"role": "user", "content": pair["prompt"]}])
+        expected = []
+        for answer in (pair["chosen"], pair["rejected"]):
+            with torch.no_grad():
+                ids = torch.tensor([prompt + template.encode_answer(tokenizer, answer)])
+                expected.append(float(model.score(model.model(input_ids=ids).last_hidden_state[0, -1])))
+        assert [row["chosen_score"], row["rejected_score"]] == pytest.approx(expected, abs=1e-4)
+        wins += expected[0] > expected[1]
+    assert found["summary"]["accuracy"] == pytest.approx(wins / len(PAIRS))
+    assert f"accuracy {wins / len(PAIRS):.4f} over {len(PAIRS)} pairs" in capsys.readouterr().out
+
+
+def test_batch_size_changes_no_score(reward_model, tmp_path):
+    one, many = (
+        [
+            row["chosen_score"]
+            for row in run(reward_model, tmp_path / size, "--max_seq_len", "48", "--per_device_eval_batch_size", size)["pairs"]
+        ]
+        for size in ("1", "16")
+    )
+    assert one == pytest.approx(many, abs=1e-4)
+
+
+@pytest.mark.fast
+def test_summary_by_hand():
+    metrics = summary([(2.0, 1.0), (0.0, 3.0), (1.0, 1.0), (5.0, 0.0)])
+    assert metrics["accuracy"] == 2.5 / 4
+    assert (metrics["chosen_mean"], metrics["rejected_mean"], metrics["mean"]) == (2.0, 1.25, 1.625)
+    assert metrics["margin_mean"] == 0.75
+    assert metrics["margin_std"] == pytest.approx(statistics.pstdev([1, -3, 0, 5]))
+
+
+def test_long_prompts_lose_their_beginning_and_answers_keep_their_end(llama):
+    tokenizer = load_tokenizer(llama)
+    template = load_template(llama, tokenizer)
+    messages = [{"role": "user", "content": "once upon a time " * 30}]
+    pair = {"messages": messages, "chosen": "yes", "rejected": "no, never"}
+    good, bad = encode_pairs([pair], tokenizer, template, 24)
+    assert max(len(good), len(bad)) == 24 and good[0] == tokenizer.bos_token_id
+    assert good[-1] == bad[-1] == template.stop_token_ids[0]
+    assert template.decode_answer(tokenizer, bad).endswith("no, never")
+
+
+def test_pairs_come_from_the_held_out_part_and_need_a_rejected_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("SANBU_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    data.mkdir()
+    for part in ("train", "test"):
+        rows = [{"prompt": f"{part} {n}", "chosen": "good", "rejected": "bad"} for n in range(5)]
+        (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = RewardEvalArguments(model_name_or_path="m", data_path=[str(data)], num_pairs=3)
+    assert [pair["messages"][-1]["content"] for pair in read_pairs(args)] == ["test 0", "test 1", "test 2"]
+
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"prompt": "p", "response": "r"}\n')
+    with pytest.raises(UserError, match="no record has a rejected answer"):
+        read_pairs(RewardEvalArguments(model_name_or_path="m", data_path=[str(answers)]))
+
+
+def test_an_evaluation_says_of_which_pairs_it_is():
+    metrics = {"accuracy": 0.75, "pairs": 8.0, "chosen": 1.0, "rejected": -1.0}
+    line = "step 3: {} accuracy 0.7500 over 8 pairs, chosen 1.000, rejected -1.000"
+    assert evaluation_line(3, metrics, held_out=True) == line.format("held-out")
+    assert evaluation_line(3, metrics, held_out=False) == line.format("training")
+
+
+def test_wrong_input_is_said_before_the_model_is_loaded(llama, tmp_path):
+    with pytest.raises(UserError, match=r"x\.json cannot be written"):
+        run(tmp_path / "no_model", tmp_path / "missing/x.json")
+    with pytest.raises(UserError, match=r"is no reward model \(LlamaForCausalLM\)"):
+        run(llama, tmp_path / "x.json", "--num_padding_at_beginning", "1")
+
+
+def test_the_former_module_and_the_script_end_with_a_sentence(repository, tmp_path):
+    done = start("training.step2_reward.rw_eval", ["--model_name_or_path", str(tmp_path / "missing")])
+    assert done.returncode == 2 and "missing" in done.stderr.splitlines()[-1]
+    script = repository / "training/step2_reward/evaluation_scripts/run_eval.sh"
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "usage" in done.stderr

@@ -1,0 +1,143 @@
+"""Two models side by side: which prompts are asked, what is answered, how the answers stand on a terminal."""
+
+import json
+import subprocess
+import unicodedata
+
+import pytest
+
+from errors import UserError
+from models.load import load_tokenizer
+from models.templates import load_template
+from tests.launching import environment, start
+from training.evaluate.common import BUILT_IN, Answer, lengths
+from training.evaluate.side_by_side import main, read_prompts, side_by_side, wrapped
+from training.utils.data.tokenize import cut_prompt
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import PromptEvalArguments
+
+
+@pytest.fixture
+def run(llama, qwen2, tmp_path):
+    """Evaluates in this process; returns what was written."""
+
+    def ask(*words: str) -> dict:
+        output = tmp_path / "answers.json"
+        models = ["--model_name_or_path_baseline", str(llama), "--model_name_or_path_finetune", str(qwen2)]
+        main(parse(PromptEvalArguments, [*models, "--output", str(output), *words]))
+        return json.loads(output.read_text(encoding="utf-8"))
+
+    return ask
+
+
+def read(**changes) -> list[str]:
+    args = PromptEvalArguments(model_name_or_path_baseline="a", model_name_or_path_finetune="b", **changes)
+    return [prompt[-1]["content"] for prompt in read_prompts(args)]
+
+
+def test_greedy_answers_in_a_batch_equal_transformers_own_one_by_one(run, llama, qwen2, slow_answers, capsys):
+    published = ["--num_beams", "1", "--num_beam_groups", "1", "--top_k", "4", "--penalty_alpha", "0.6", "--add_eot_token"]
+    found = run(*published, "--language", "Chinese", "--max_new_tokens", "6")
+    shown = capsys.readouterr().out
+    questions = BUILT_IN["prompts"]["Chinese"]
+    assert [row["prompt"][-1]["content"] for row in found["prompts"]] == questions
+    for name, folder in (("baseline", llama), ("finetuned", qwen2)):
+        slow = slow_answers(folder)
+        for question, row in zip(questions, found["prompts"], strict=True):
+            (answer,) = row[name]
+            assert (answer["text"], answer["tokens"], answer["ended"]) == slow(question, 6)
+        assert f"{name:10}" in shown
+    assert questions[0] in shown.replace("\n", "")
+
+
+def test_several_answers_are_sampled_and_repeatable(run):
+    first, again, other = (
+        [
+            [answer["text"] for answer in row["baseline"]]
+            for row in run("--num_return_sequences", "3", "--max_new_tokens", "8", "--seed", seed)["prompts"]
+        ]
+        for seed in "112"
+    )
+    assert first == again != other
+    assert all(len(row) == 3 for row in first) and any(len(set(row)) > 1 for row in first)
+
+
+def test_six_prompts_of_each_language():
+    assert all(len(set(prompts)) == 6 for prompts in BUILT_IN["prompts"].values())
+    names = {character: unicodedata.name(character) for text in BUILT_IN["prompts"]["Japanese"] for character in text}
+    assert any("HIRAGANA" in name for name in names.values())
+
+
+def test_prompts_of_a_file_and_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("SANBU_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\n  two \n", encoding="utf-8")
+    assert read(prompts=str(file)) == ["one", "two"]
+    file.write_bytes("first\r\nsec\u2028ond\r\n".encode("utf-8-sig"))
+    assert read(prompts=str(file)) == ["first", "sec\u2028ond"]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"q": f"question {n}", "a": "answer"}) + "\n" for n in range(9)))
+    assert read(data_path=[str(data)], columns="prompt=q,response=a", num_prompts=4) == [f"question {n}" for n in range(4)]
+    with pytest.raises(UserError, match="leave one of them out"):
+        read(prompts=str(file), data_path=[str(data)])
+    file.write_text("\n")
+    with pytest.raises(UserError, match="is empty"):
+        read(prompts=str(file))
+    with pytest.raises(UserError, match="cannot be read"):
+        read(prompts=str(tmp_path / "missing.txt"))
+
+
+def test_a_long_prompt_loses_its_oldest_part(llama):
+    tokenizer = load_tokenizer(llama)
+    template = load_template(llama, tokenizer)
+    ids = template.encode_prompt(tokenizer, [{"role": "user", "content": "word " * 50 + "the end"}])
+    cut = cut_prompt(ids, 20, template)
+    assert len(cut) == 20 and cut[0] == tokenizer.bos_token_id and cut[1:] == ids[-19:]
+    assert cut_prompt(ids, len(ids), template) == ids
+
+
+@pytest.mark.fast
+def test_columns_stand_straight_whatever_the_script():
+    """Width as a terminal shows it: two columns for a Chinese character."""
+    lines = side_by_side("天空是蓝色的，因为阳光被散射。\nshort", "because sunlight scatters in the air above us", 21)
+    for line in lines:
+        left = line.split(" | ")[0]
+        assert sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in left) == 21
+    assert "".join(line.split(" | ")[0].rstrip() for line in lines[:2]) == "天空是蓝色的，因为阳光被散射。"
+
+
+@pytest.mark.fast
+def test_wrapping_breaks_at_spaces_and_loses_no_word():
+    text = "a sentence of several words, and a-word-that-is-longer-than-the-line-itself follows"
+    lines = wrapped(text, 20)
+    assert all(len(line) <= 20 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert "words," in " ".join(lines).split()
+    assert wrapped("", 20) == [""]
+
+
+@pytest.mark.fast
+def test_lengths_by_hand():
+    answers = [Answer("x", 4, True), Answer("y", 8, False), Answer("z", 3, True), Answer("", 1, True)]
+    assert lengths(answers) == {"mean_tokens": 4.0, "ended": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--max_new_tokens", "4000"], "leaves no room for a prompt"),
+        (["--output", "{folder}/missing/all.json"], "cannot be written"),
+        (["--langauge", "Chinese"], "did you mean --language"),
+    ],
+)
+def test_wrong_input_is_one_sentence(run, tmp_path, words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(*(word.format(folder=tmp_path) for word in words))
+
+
+def test_the_former_module_and_the_script_end_with_a_sentence(repository, tmp_path):
+    done = start("training.step1_sft.prompt_eval", ["--langauge", "Chinese"])
+    assert done.returncode == 2 and "did you mean --language" in done.stderr.splitlines()[-1]
+    script = repository / "training/step1_sft/evaluation_scripts/run_prompt.sh"
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "usage" in done.stderr

@@ -1,0 +1,160 @@
+"""Compare a model's answers with the written ones: BLEU-4 and ROUGE, as ChatGLM's ptuning counted on ADGEN.
+
+    python -m training.evaluate.bleu_rouge --model_name_or_path output/sft --data_path AdvertiseGen/dev.json \\
+        --output_dir output/evaluation
+    deepspeed --module training.evaluate.bleu_rouge …       # the same answers, shared out to all cards
+
+Answers are greedy unless --do_sample is given, so that two runs agree. Writes generated_predictions.txt (one
+{"labels", "predict"} a line, in the order of the data) and metrics.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from errors import UserError
+from inference.engine import generate
+from models.checkpoint_folder import resolve_checkpoint
+from models.device import detect_platform
+from models.templates import Template
+from training.evaluate.common import Answer, Answerer, held_out, lengths, write_json
+from training.evaluate.text_metrics import METRICS, check_libraries, mean_scores
+from training.utils.data.batching import pad_left
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import EvaluateArguments
+from training.utils.run.metrics import format_seconds
+from training.utils.run.process_group import check_writable, join_process_group, quiet_libraries
+
+PREDICTIONS, METRICS_FILE = "generated_predictions.txt", "metrics.json"
+REPORT_SECONDS = 30  # between two lines of progress
+
+
+def main(args: EvaluateArguments) -> None:
+    """Answer, score, write, print. Raises UserError for wrong input, most of it before the model is loaded."""
+    quiet_libraries()
+    check_libraries(args.cache_dir)
+    platform = detect_platform()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    rank, local_rank, processes = join_process_group(platform) if several else (0, 0, 1)
+    check_writable(Path(args.output_dir))
+    folder = resolve_checkpoint(args.model_name_or_path)
+    records = read_records(args)
+    adapter = {"ptuning_checkpoint": args.ptuning_checkpoint, "quantization_bit": args.quantization_bit}
+    answerer = Answerer.load(folder, args.dtype, args.attn_implementation, local_rank, platform, **adapter)
+    label_length = args.max_target_length if args.truncate_labels else None
+    labels = encode_labels(records, answerer.tokenizer, answerer.template, label_length)
+    prompts = answerer.encode(
+        [record["messages"] for record in records],
+        args.max_target_length,
+        "--max_target_length",
+        args.model_name_or_path,
+        longest=args.max_source_length,
+    )
+    started = time.monotonic()
+    answers = answer(answerer, prompts, args, rank, processes)
+    if rank == 0:
+        metrics = {"examples": len(answers), **summary(labels, answers)}
+        write(Path(args.output_dir), labels, answers, metrics | {"flags": asdict(args)})
+        print(table(metrics))
+        print(f"{len(answers)} answers in {format_seconds(time.monotonic() - started)}; see {args.output_dir}.", flush=True)
+    if several:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def read_records(args: EvaluateArguments) -> list[dict[str, Any]]:
+    """Return records with "messages" and "chosen": the first --num_examples held-out ones of each data set."""
+    records: list[dict[str, Any]] = []
+    for path in args.data_path:
+        found = held_out(path, args.column_map, args.cache_dir)
+        number = min(args.num_examples or len(found), len(found))
+        rows = found.select(range(number)).to_list()
+        if not all(row["chosen"] for row in rows):
+            raise UserError(
+                f"{path}: prompts without answers, so that there is nothing to compare with; give every record an answer, "
+                "or look at the model's own with training.evaluate.side_by_side."
+            )
+        records += rows
+    return records
+
+
+def encode_labels(records: list[dict[str, Any]], tokenizer: Any, template: Template, longest: int | None) -> list[str]:
+    """Return the written answers as the model could have written them, cut to their first ``longest`` tokens.
+
+    They pass through its tokenizer, which may know only one form of a punctuation mark.
+    """
+    encoded = template.encode_answers(tokenizer, [record["chosen"] for record in records])
+    return [template.decode_answer(tokenizer, ids[:longest]) for ids in encoded]
+
+
+def answer(
+    answerer: Answerer, prompts: list[list[int]], args: EvaluateArguments, rank: int = 0, processes: int = 1
+) -> list[Answer]:
+    """Return the answers in the order of the prompts, on every process.
+
+    Batches hold prompts of like length and are the same for every number of processes, which take them in turn:
+    so the answers are the same too.
+    """
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    size = args.per_device_eval_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    pad_token_id = answerer.tokenizer.pad_token_id
+    answers: dict[int, Answer] = {}
+    reported = time.monotonic()
+    for done, numbers in enumerate(batches[rank::processes], 1):
+        ids, mask = pad_left([prompts[number] for number in numbers], pad_token_id)
+        generation = generate(
+            answerer.model,
+            ids.to(answerer.device),
+            mask.to(answerer.device),
+            max_new_tokens=args.max_target_length,
+            stop_token_ids=answerer.template.stop_token_ids,
+            pad_token_id=pad_token_id,
+            greedy=not args.do_sample,
+            temperature=args.temperature if args.do_sample else 1.0,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            row_seeds=[args.seed + number for number in numbers],
+        )
+        answers |= zip(numbers, answerer.decode(generation), strict=True)
+        if rank == 0 and time.monotonic() - reported > REPORT_SECONDS:
+            reported = time.monotonic()
+            print(f"answered {min(done * processes * size, len(prompts))} of {len(prompts)}", flush=True)
+    if processes > 1:
+        gathered: list[dict[int, Answer]] = [{}] * processes
+        dist.all_gather_object(gathered, answers)
+        answers = {number: one for each in gathered for number, one in each.items()}
+    return [answers[number] for number in range(len(prompts))]
+
+
+def summary(labels: list[str], answers: list[Answer]) -> dict[str, float]:
+    """Return the means of METRICS, the mean length in tokens, the share that ended, and the number of empty answers."""
+    scores = mean_scores([(label, one.text) for label, one in zip(labels, answers, strict=True)])
+    return scores | lengths(answers) | {"empty": sum(not one.text for one in answers)}
+
+
+def write(folder: Path, labels: list[str], answers: list[Answer], metrics: dict[str, Any]) -> None:
+    """Write generated_predictions.txt and metrics.json into the folder."""
+    rows = ({"labels": label, "predict": one.text} for label, one in zip(labels, answers, strict=True))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / PREDICTIONS).write_text(lines, encoding="utf-8")
+    write_json(folder / METRICS_FILE, metrics)
+
+
+def table(metrics: dict[str, float]) -> str:
+    """Return the metrics as a Markdown table of one row."""
+    cells = {name.upper(): f"{metrics[name]:.4f}" for name in METRICS}
+    cells |= {"mean tokens": f"{metrics['mean_tokens']:.1f}", "ended": f"{metrics['ended']:.1%}"}
+    cells |= {"empty": str(metrics["empty"]), "examples": str(metrics["examples"])}
+    return "\n".join(f"| {' | '.join(row)} |" for row in (cells, ["---"] * len(cells), cells.values()))
+
+
+if __name__ == "__main__":
+    main_entry(main, EvaluateArguments)

@@ -1,0 +1,131 @@
+"""Score good and bad answers with a reward model, and count how often the good one wins.
+
+    python -m training.evaluate.reward_scores --model_name_or_path output/reward-models/350m
+    python -m training.evaluate.reward_scores --model_name_or_path output/reward-models/350m --data_path pairs.jsonl
+
+Scores have no unit of their own; only their differences on the same prompt mean something.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import UserError
+from models.checkpoint_folder import resolve_checkpoint
+from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
+from models.files import SCALAR, architecture
+from models.heads import TokenScores, last_token_scores
+from models.load import load_scalar_model, load_tokenizer
+from models.templates import Template, load_template
+from training.evaluate.common import BUILT_IN, held_out, write_json
+from training.utils.data.batching import pad_right
+from training.utils.data.tokenize import Counts, Task, fit
+from training.utils.flags.parse import main_entry
+from training.utils.flags.steps import RewardEvalArguments
+from training.utils.loss import pair_accuracy
+from training.utils.run.process_group import quiet_libraries
+
+SHOWN = 6  # pairs that are printed
+
+
+def main(args: RewardEvalArguments) -> None:
+    """Score the pairs, print some and the metrics over all, write them where --output says."""
+    quiet_libraries()
+    folder = check_reward_model(args.model_name_or_path)
+    pairs = read_pairs(args)
+    tokenizer = load_tokenizer(folder)
+    template = load_template(folder, tokenizer)
+    platform = detect_platform()
+    device = set_device(platform, 0)
+    attention = attention_implementation(args.attn_implementation, platform)
+    model = load_scalar_model(folder, dtype=resolve_dtype(args.dtype, platform), attn=attention)
+    scorer = TokenScores(model).to(device).eval()
+    rows = encode_pairs(pairs, tokenizer, template, args.max_seq_len)
+    scores = score_pairs(scorer, rows, tokenizer.pad_token_id, 2 * args.per_device_eval_batch_size, device)
+    metrics = summary(scores)
+    for pair, (chosen, rejected) in list(zip(pairs, scores, strict=True))[:SHOWN]:
+        print(f"\n{pair['messages'][-1]['content']}")
+        print(f"  {chosen:8.3f}  {pair['chosen']}\n  {rejected:8.3f}  {pair['rejected']}")
+    print(
+        f"\naccuracy {metrics['accuracy']:.4f} over {metrics['pairs']} pairs; scores {metrics['chosen_mean']:.3f} "
+        f"(good) and {metrics['rejected_mean']:.3f} (bad), their difference {metrics['margin_mean']:.3f} +- "
+        f"{metrics['margin_std']:.3f}"
+    )
+    if args.output:
+        rows = [pair | {"chosen_score": a, "rejected_score": b} for pair, (a, b) in zip(pairs, scores, strict=True)]
+        write_json(args.output, {"model": args.model_name_or_path, "summary": metrics, "pairs": rows})
+
+
+def check_reward_model(path: str) -> Path:
+    """Return the folder of a reward model or a critic. Raise UserError for a language model: its head would be random."""
+    folder = resolve_checkpoint(path)
+    found = architecture(folder, path)
+    if not found.endswith(SCALAR):
+        raise UserError(f"--model_name_or_path {path} is no reward model ({found}); step 2 trains one.")
+    return folder
+
+
+def read_pairs(args: RewardEvalArguments) -> list[dict[str, Any]]:
+    """Return records with a chosen and a rejected answer: the held-out ones of --data_path, or the built-in ones."""
+    if not args.data_path:
+        return [
+            {"messages": [{"role": "user", "content": pair["prompt"]}], "chosen": pair["chosen"], "rejected": pair["rejected"]}
+            for pair in BUILT_IN["pairs"]
+        ]
+    pairs: list[dict[str, Any]] = []
+    for path in args.data_path:
+        records = held_out(path, args.column_map)
+        usable = [row for row, rejected in enumerate(records["rejected"]) if rejected is not None]
+        if not usable:
+            raise UserError(f"--data_path {path}: no record has a rejected answer; rw_eval compares good and bad ones.")
+        pairs += records.select(usable[: args.num_pairs or None]).to_list()
+    return pairs
+
+
+def encode_pairs(pairs: list[dict[str, Any]], tokenizer: Any, template: Template, limit: int) -> list[list[int]]:
+    """Return token ids of all chosen answers behind their prompts, then of all rejected ones, cut as in training."""
+    prompts = template.encode_prompts(tokenizer, [pair["messages"] for pair in pairs])
+    answers = [template.encode_answers(tokenizer, [pair[kind] for pair in pairs]) for kind in ("chosen", "rejected")]
+    task = Task(2, tokenizer, template, limit)
+    cut = [fit(prompt, pair, task, Counts()) for prompt, *pair in zip(prompts, *answers, strict=True)]
+    return [prompt + good for prompt, good, _ in cut] + [prompt + bad for prompt, _, bad in cut]
+
+
+@torch.no_grad()
+def score_pairs(
+    scorer: TokenScores, rows: list[list[int]], pad_token_id: int, batch_size: int, device: torch.device
+) -> list[tuple[float, float]]:
+    """Return (chosen, rejected) scores of each pair of encode_pairs; texts of like length are scored together."""
+    scores = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        ids, mask = (tensor.to(device) for tensor in pad_right([rows[row] for row in batch], pad_token_id))
+        for row, score in zip(batch, last_token_scores(scorer(ids, mask), mask).tolist(), strict=True):
+            scores[row] = score
+    half = len(rows) // 2
+    return list(zip(scores[:half], scores[half:], strict=True))
+
+
+def summary(scores: list[tuple[float, float]]) -> dict[str, float]:
+    """Return the accuracy (a tie counts one half), means and population standard deviations over the pairs."""
+    chosen, rejected = zip(*scores, strict=True)
+    margins = [good - bad for good, bad in scores]
+    return {
+        "pairs": len(scores),
+        "accuracy": float(pair_accuracy(torch.tensor(chosen), torch.tensor(rejected))) / len(scores),
+        "chosen_mean": statistics.fmean(chosen),
+        "rejected_mean": statistics.fmean(rejected),
+        "mean": statistics.fmean(chosen + rejected),
+        "std": statistics.pstdev(chosen + rejected),
+        "margin_mean": statistics.fmean(margins),
+        "margin_std": statistics.pstdev(margins),
+    }
+
+
+if __name__ == "__main__":
+    main_entry(main, RewardEvalArguments)
