@@ -1,3 +1,8 @@
 """The demo's gold rule under its former path: --reward_function scripts/demo_score.py:reward (scripts/demo/score.py)."""
 
-from scripts.demo.score import reward  # noqa: F401
+import sys
+
+from scripts.demo.score import main, reward  # noqa: F401
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

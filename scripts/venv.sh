@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and test.sh, in the root of the repository: the virtual environment .venv, made and filled when needed.
 
-# supported PYTHON MODULES: whether it is a Python of ours that has the modules. A version manager's python3.12 may stand in the
+# supported PYTHON MODULES: succeed for a Python of a supported version that has the modules. A version manager's python3.12 may stand in the
 # path without a Python behind it, so it is run, not only looked up.
 supported() {
     "$1" -c "import sys, $2; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1
@@ -35,26 +35,32 @@ prepare_venv() {
         "$python" -m venv --clear .venv
     fi
     wanted=$(cat requirements.txt "$1" | sha256sum)
-    if [[ "$(cat "$stamp" 2>/dev/null || true)" == "$wanted" ]]; then
-        return
+    if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]]; then
+        install "$1" "a few minutes"
+        echo "$wanted" >"$stamp"
     fi
-    echo "Installing the packages of $1 into .venv (once; this takes a few minutes)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
-    echo "$wanted" >"$stamp"
 }
 
 # add_packages FILE: .venv also holds exactly what FILE lists, and not what those packages list in turn (--no-deps).
 add_packages() {
     local stamp=".venv/.installed-$1" wanted
     wanted=$(sha256sum <"$1")
-    if [[ "$(cat "$stamp" 2>/dev/null || true)" == "$wanted" ]]; then
+    if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]]; then
+        install "$1" "about 100 MB" --no-deps
+        echo "$wanted" >"$stamp"
+    fi
+}
+
+# install FILE COST [PIP FLAGS]: what pip prints goes to a log, so that the terminal shows one line.
+install() {
+    local log=".venv/install-${1%.txt}.log"
+    printf 'Installing the packages of %s into .venv (once; %s) ... ' "$1" "$2"
+    if .venv/bin/python -m pip install --disable-pip-version-check "${@:3}" -r "$1" >"$log" 2>&1; then
+        echo "done in $SECONDS s"
         return
     fi
-    echo "Installing the packages of $1 into .venv (once; about 100 MB)"
-    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r "$1"; then
-        echo "error: the packages of $1 could not be installed (pip's reason stands above); with network, or with their" \
-            "wheels in a folder and PIP_FIND_LINKS=FOLDER PIP_NO_INDEX=1, run the same command again." >&2
-        exit 2
-    fi
-    echo "$wanted" >"$stamp"
+    echo "failed"
+    echo "error: the packages of $1 could not be installed; pip's reason is in $PWD/$log. With network, or with their wheels in" \
+        "a folder and PIP_FIND_LINKS=FOLDER PIP_NO_INDEX=1, run the same command again." >&2
+    exit 2
 }

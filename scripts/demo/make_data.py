@@ -1,4 +1,4 @@
-"""Write the demo's data: seeded dialogues, preference pairs and prompts of the closed world in demo_world.py.
+"""Write the demo's data: seeded dialogues, preference pairs and prompts of the closed world in world.yaml.
 
     python -m scripts.make_demo_data [--output data/demo] [--seed 0]
 
@@ -43,7 +43,7 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Quality:
-    """The three axes on which answers differ."""
+    """The three axes on which answers differ: right, polite, brief."""
 
     right: bool
     polite: bool
@@ -51,27 +51,27 @@ class Quality:
 
     @property
     def score(self) -> float:
-        """What the gold rule gives an answer of this quality."""
+        """The gold score of an answer of this quality."""
         return 0.5 * self.right + 0.25 * self.polite + 0.25 * self.brief
 
 
 def user(content: str) -> dict[str, str]:
-    """A user message."""
+    """Return a user message."""
     return {"role": "user", "content": content}
 
 
 def assistant(content: str) -> dict[str, str]:
-    """An assistant message."""
+    """Return an assistant message."""
     return {"role": "assistant", "content": content}
 
 
 def draw_quality(rng: Random, rates: dict[str, float] = RATES) -> Quality:
-    """The quality of an answer to imitate."""
+    """Draw the quality of an answer to imitate."""
     return Quality(**{axis: rng.random() < rate for axis, rate in rates.items()})
 
 
 def draw_prompt(rng: Random) -> Messages:
-    """A dialogue that ends in a question: one turn, two questions, or a question about what was said before."""
+    """Draw a dialogue that ends in a question: one turn, two questions, or a question about what was said before."""
     language = rng.choice(LANGUAGES)
     shape = rng.random()
     if shape < 0.55:
@@ -89,18 +89,18 @@ def draw_prompt(rng: Random) -> Messages:
 
 
 def ask(rng: Random, language: str, task: str) -> str:
-    """A question with an opening."""
+    """Draw a question with an opening."""
     return join([rng.choice(OPENINGS[language]), question(rng, language, task)], language)
 
 
 def question(rng: Random, language: str, task: str) -> str:
-    """A question of a task, in one of its forms."""
+    """Draw a question of a task, in one of its forms."""
     known = TASKS[language][task]
     return fill(rng.choice(known.questions), x=rng.choice(list(known.facts)) if known.facts else "")
 
 
 def write_answer(rng: Random, prompt: Messages, quality: Quality) -> str:
-    """An answer of the given quality to the last message."""
+    """Write an answer of the given quality to the last message."""
     asked = read_question(prompt)
     language = asked.language
     sentences = [answer_sentence(rng, prompt, quality.right)]
@@ -118,7 +118,7 @@ def write_answer(rng: Random, prompt: Messages, quality: Quality) -> str:
 
 
 def answer_sentence(rng: Random, prompt: Messages, right: bool) -> str:
-    """One sentence with the true answer, or with one of the usual mistakes."""
+    """Write one sentence with the true answer, or with one of the usual mistakes."""
     asked = read_question(prompt)
     task = TASKS[asked.language][asked.task]
     mistake = rng.choice(task.mistakes)
@@ -126,7 +126,7 @@ def answer_sentence(rng: Random, prompt: Messages, right: bool) -> str:
 
 
 def write_defect(rng: Random, prompt: Messages) -> str:
-    """An answer that fails in a way of its own: two answers, none, one of another task, or the same courtesy twice."""
+    """Write an answer that fails in a way of its own: two answers, none, one of another task, or the same courtesy twice."""
     language = read_question(prompt).language
     asked = TASKS[language][read_question(prompt).task]
     courtesy = rng.choice(COURTESY_BEFORE[language] + COURTESY_AFTER[language])
@@ -138,12 +138,12 @@ def write_defect(rng: Random, prompt: Messages) -> str:
 
 
 def count_units(text: str) -> int:
-    """Words, numbers, Chinese characters and sentence ends: about the tokens of the demo's tokenizer."""
+    """Count words, numbers, Chinese characters and sentence ends: about the tokens of the demo's tokenizer."""
     return len(UNIT.findall(text.lower())) + sum(text.count(mark) for mark in ".!?。！？")
 
 
 def draw_pair(rng: Random, prompt: Messages) -> tuple[str, str]:
-    """(chosen, rejected): answers that differ in one to three axes, the one with the higher gold score first."""
+    """Draw (chosen, rejected): answers that differ in one to three axes, the one with the higher gold score first."""
     if rng.random() < DEFECTS:
         rejected = write_defect(rng, prompt)
         floor = demo_score(prompt, rejected)
@@ -162,23 +162,23 @@ def draw_pair(rng: Random, prompt: Messages) -> tuple[str, str]:
 
 
 def draw_until(rng: Random, accept: Callable[[Quality], bool]) -> Quality:
-    """The first quality drawn that is accepted."""
+    """Draw qualities until one is accepted."""
     return next(quality for quality in iter(lambda: draw_quality(rng), None) if accept(quality))
 
 
 def render(prompt: Messages) -> str:
-    """The prompt as hh-rlhf writes it."""
+    """Return the prompt as hh-rlhf writes it."""
     names = {"user": "Human", "assistant": "Assistant"}
     return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt) + "\n\nAssistant:"
 
 
 def is_held_out(prompt: Messages) -> bool:
-    """Whether a prompt belongs to the held-out part: decided by its first user message alone."""
+    """Return True for a prompt of the held-out part, decided by its first user message alone."""
     return int(hashlib.sha256(prompt[0]["content"].encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
 def prompts(rng: Random, held_out: bool) -> Iterator[Messages]:
-    """Endless prompts of one part, each only once."""
+    """Yield endless prompts of one part, each only once."""
     seen = set()
     while True:
         prompt = draw_prompt(rng)
@@ -188,7 +188,7 @@ def prompts(rng: Random, held_out: bool) -> Iterator[Messages]:
 
 
 def make_records(kind: str, count: int, rng: Random, held_out: bool) -> Iterator[dict]:
-    """`count` records of one file: dialogues (sft), preference pairs (pairs) or prompts."""
+    """Yield `count` records of one file: dialogues (sft), preference pairs (pairs) or prompts."""
     for _, prompt in zip(range(count), prompts(rng, held_out), strict=False):
         if kind == "sft":
             yield {"messages": [*prompt, assistant(write_answer(rng, prompt, draw_quality(rng)))]}

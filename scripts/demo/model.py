@@ -1,6 +1,6 @@
 """The demo's base model: a tokenizer trained on the shipped text and a small LLaMA with random weights.
 
-    python -m scripts.demo_model output/demo/base [--seed 0] [--data_dir data/demo]
+    python -m scripts.demo.model output/demo/base [--seed 0] [--data_dir data/demo]
 
 The tokenizer is a byte-level BPE: any text can be written with it. It has no chat template, so the three steps render dialogues
 as "\\n\\nHuman: ...\\n\\nAssistant:".
@@ -19,7 +19,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY_SIZE = 1536
 MAX_LENGTH = 256
 
-# What merges never cross: a role mark is one token instead of eight; a Chinese character stays one token, so that a fact met in a
+# Merges never cross these: a role mark is one token instead of eight; a Chinese character stays one token, so that a fact met in a
 # new sentence is cut as it was in the old one; so does a digit.
 CHINESE = r"\u3400-\u9fff"
 WORD = Regex(
@@ -28,7 +28,7 @@ WORD = Regex(
 
 
 def read_texts(data_dir: Path) -> Iterator[str]:
-    """Every text of the training files, rendered."""
+    """Yield every text of the training files, rendered."""
     for file in sorted(data_dir.glob("*_train.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
@@ -42,8 +42,9 @@ def read_texts(data_dir: Path) -> Iterator[str]:
 def train_tokenizer(
     data_dir: Path, vocabulary_size: int = VOCABULARY_SIZE, pad_is_eos: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocabulary_size` ids; begin, end and padding are three different tokens, or with
-    pad_is_eos two, as in many published checkpoints.
+    """Train a byte-level BPE of at most `vocabulary_size` ids.
+
+    Begin, end and padding are three different tokens, or with pad_is_eos two, as in many published checkpoints.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -58,13 +59,16 @@ def train_tokenizer(
     )
     tokenizer.train_from_iterator(read_texts(data_dir), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS if pad_is_eos else PAD,
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS if pad_is_eos else PAD,
         model_max_length=MAX_LENGTH,
-    )  # fmt: skip
+    )
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A LLaMA small enough to learn the demo's world in a minute on two CPU cores."""
+    """Return a LLaMA small enough to learn the demo's world in a minute on two CPU cores."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,

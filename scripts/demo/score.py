@@ -1,4 +1,4 @@
-"""The gold rule of the demo: how good an answer is, in [0, 1]. It measures; the demo itself never trains on it.
+"""The gold rule of the demo: a score of an answer in [0, 1]. It measures; the demo itself never trains on it.
 
     score = 0.5 right + 0.25 polite + 0.25 brief,   and 0 where no answer is offered at all
 
@@ -6,7 +6,7 @@ right   one sentence gives the true answer in a form of the demo's world, and no
 polite  one sentence is a courtesy, in the language of the question;
 brief   the text ends with a full stop, nothing is said twice, and every sentence is the answer or a courtesy.
 
-    python -m scripts.demo_score "What is 2 plus 2?" "The sum is 4. Happy to help!"
+    python -m scripts.demo.score "What is 2 plus 2?" "The sum is 4. Happy to help!"
 
 Step 3 can train against it directly: --reward_function scripts/demo/score.py:reward --reward_model false.
 """
@@ -31,7 +31,7 @@ UNIT = re.compile(r"[a-z]+|\d+|[\u4e00-\u9fff]")
 
 @dataclass(frozen=True)
 class Question:
-    """What a prompt asks: its task, what it is about ("" for memory), the true answer (None: the user never said it)."""
+    """A question: its task, its subject ("" for memory), the true answer (None: the user never said it)."""
 
     language: str
     task: str
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The three parts of the score, and whether the response offers any answer."""
+    """The three parts of the score; answered is False where the text offers no answer at all."""
 
     answered: bool
     right: bool
@@ -54,24 +54,24 @@ class Verdict:
         return 0.5 * self.right + 0.25 * self.polite + 0.25 * self.brief if self.answered else 0.0
 
 
-def demo_score(prompt: str | Sequence[Mapping[str, str]], response: str) -> float:
-    """How good `response` is as an answer to `prompt` (rendered text or a list of messages), in [0, 1].
+def demo_score(prompt: str | Sequence[Mapping[str, str]], answer: str) -> float:
+    """Score `answer` to `prompt` (rendered text or a list of messages) in [0, 1].
 
     Raises ValueError if the prompt asks nothing that the demo's world knows.
     """
-    return judge(prompt, response).score
+    return judge(prompt, answer).score
 
 
 def reward(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """demo_score of each answer, for --reward_function of step 3."""
+    """Return demo_score of each answer, for --reward_function of step 3."""
     return [demo_score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def judge(prompt: str | Sequence[Mapping[str, str]], response: str) -> Verdict:
-    """The parts of the score of one response; text after the end of the answer is ignored."""
+def judge(prompt: str | Sequence[Mapping[str, str]], answer: str) -> Verdict:
+    """Return the parts of the score of one answer; text after its end is ignored."""
     question = read_question(prompt)
     expected = _bare(question.expected or "")
-    text = END_OF_ANSWER.split(response.lstrip(), maxsplit=1)[0].strip()
+    text = END_OF_ANSWER.split(answer.lstrip(), maxsplit=1)[0].strip()
     sentences = [_bare(sentence) for sentence in SENTENCE.findall(text)]
 
     answers = _answers(question.language, question.task)
@@ -93,23 +93,26 @@ def judge(prompt: str | Sequence[Mapping[str, str]], response: str) -> Verdict:
 
 
 def read_question(prompt: str | Sequence[Mapping[str, str]]) -> Question:
-    """What the last user message asks, and the true answer, which a memory task finds in what the user said before."""
-    said = [message["content"] for message in _messages(prompt) if message["role"] == "user"]
+    """Return the question of the last user message with its true answer.
+
+    A memory task finds the answer in what the user said before. Raises ValueError for any other question.
+    """
+    asked = [message["content"] for message in _messages(prompt) if message["role"] == "user"]
     for language, tasks in TASKS.items():
         for name, task in tasks.items():
-            match = _questions(language, name).search(said[-1]) if said else None
+            match = _questions(language, name).search(asked[-1]) if asked else None
             if match is None:
                 continue
             if not task.statements:
                 subject = _same(_found(match), task.facts)
                 return Question(language, name, subject, task.facts[subject])
-            told = [_found(match) for match in _statements(language, name).finditer("\n".join(said))]
-            return Question(language, name, "", _same(told[-1], task.values) if told else None)
-    raise ValueError(f"not a question of the demo's world: {said[-1] if said else prompt!r}")
+            values = [_found(match) for match in _statements(language, name).finditer("\n".join(asked))]
+            return Question(language, name, "", _same(values[-1], task.values) if values else None)
+    raise ValueError(f"not a question of the demo's world: {asked[-1] if asked else prompt!r}")
 
 
 def _messages(prompt: str | Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Messages of rendered text; text without a "Human:" is one user message."""
+    """Return the messages of rendered text; text without a "Human:" is one user message."""
     if not isinstance(prompt, str):
         return list(prompt)
     parts = TURN.split(MARKS.sub("", prompt))
@@ -120,28 +123,28 @@ def _messages(prompt: str | Sequence[Mapping[str, str]]) -> list[Mapping[str, st
 
 
 def _bare(text: str) -> str:
-    """Lower case, single spaces, no full stop at the end."""
+    """Return the text in lower case, with single spaces, without a full stop at the end."""
     return " ".join(text.lower().split()).rstrip(FULL_STOPS + " ")
 
 
 def _found(match: re.Match[str]) -> str:
-    """What filled the blank of the form that matched."""
+    """Return the text that filled the blank of the form that matched."""
     return next((group for group in match.groups() if group is not None), "")
 
 
 def _same(text: str, known: Iterable[str]) -> str:
-    """The member of `known` that equals `text` whatever its case."""
+    """Return the member of `known` that equals `text` whatever its case."""
     return next(member for member in known if member.lower() == text.lower())
 
 
 def _any(words: Iterable[str]) -> str:
-    """Pattern of any of the words, longest first; Latin words and numbers only as whole words."""
+    """Return a pattern of any of the words, longest first; Latin words and numbers only as whole words."""
     longest_first = sorted(words, key=len, reverse=True)
     return "|".join(rf"(?<![A-Za-z0-9]){w}(?![A-Za-z0-9])" if w.isascii() else w for w in longest_first)
 
 
 def _pattern(forms: Iterable[str], blank: str, words: Iterable[str]) -> re.Pattern[str]:
-    """Pattern of any of the forms, each with a group where {blank} stands that takes any of the words."""
+    """Return a pattern of any of the forms, each with a group where {blank} stands that takes any of the words."""
     hole = f"({_any(words)})"
     return re.compile("|".join(hole.join(map(re.escape, form.split(blank))) for form in forms), re.IGNORECASE)
 
@@ -158,14 +161,14 @@ def _statements(language: str, task: str) -> re.Pattern[str]:
 
 @cache
 def _answers(language: str, task: str) -> re.Pattern[str]:
-    """Any answer form, or the answer alone; one group holds the answer named."""
+    """Return a pattern of any answer form, or the answer alone; one group holds the answer named."""
     forms = [_bare(form) for form in (*TASKS[language][task].answers, "{y}")]
     return _pattern(forms, "{y}", TASKS[language][task].category)
 
 
 @cache
 def _category(language: str, task: str) -> re.Pattern[str]:
-    """Everything that could be named as an answer; any number where the answers are numbers."""
+    """Return a pattern of all that could be named as an answer; any number where the answers are numbers."""
     words = [word.lower() for word in TASKS[language][task].category]
     return re.compile(r"\d+" if words[0].isdigit() else _any(words))
 
@@ -176,7 +179,7 @@ def _courtesies(language: str) -> frozenset[str]:
 
 
 def _says_twice(text: str) -> bool:
-    """Whether two units (words, numbers, characters) in a row come back, or a word follows itself."""
+    """Return True if two units (words, numbers, characters) in a row come back, or a word follows itself."""
     units = UNIT.findall(text.lower())
     pairs = list(pairwise(units))
     return len(set(pairs)) < len(pairs) or any(a == b and a.isascii() for a, b in pairs)
@@ -186,7 +189,7 @@ def _says_twice(text: str) -> bool:
 def main(argv: Sequence[str]) -> int:
     """Print the score of an answer to a question; returns the exit code."""
     if len(argv) != 2:
-        raise UserError(f"give a question and an answer, not {len(argv)} words: python -m scripts.demo_score QUESTION ANSWER")
+        raise UserError(f"give a question and an answer, not {len(argv)} words: python -m scripts.demo.score QUESTION ANSWER")
     try:
         print(demo_score(*argv))
     except ValueError as error:

@@ -1,7 +1,7 @@
 """The data of the smollm2 preset: prompts of our own, answers by the models themselves, sampled with the rollout engine.
 
-    python -m scripts.smollm2_data sft output/smollm2/base output/smollm2/data
-    python -m scripts.smollm2_data pairs output/smollm2/sft output/smollm2/data
+    python -m scripts.demo.smollm2_data sft output/smollm2/base output/smollm2/data
+    python -m scripts.demo.smollm2_data pairs output/smollm2/sft output/smollm2/data
 
 sft    the first sentence of each answer of the pretrained model, sampled coolly; kept if it is whole and repeats nothing.
        The model learns from itself to be brief and to end; no answer is chosen for its tone.
@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from errors import UserError, told
 from scripts.demo.smollm2_prompts import prompts_of
 from scripts.demo.smollm2_score import games, load_analyzer, plain, vader_score
 
@@ -35,7 +36,7 @@ Messages = list[dict[str, str]]
 
 
 def write_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
-    """A JSONL file, under another name until it is whole."""
+    """Write a JSONL file, under another name until it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.tmp")
     draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
@@ -43,20 +44,20 @@ def write_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def write_prompts(folder: Path, seed: int) -> None:
-    """ppo.jsonl and heldout.jsonl."""
+    """Write ppo.jsonl and heldout.jsonl."""
     for part in ("ppo", "heldout"):
         write_lines(folder / f"{part}.jsonl", ({"messages": prompt} for prompt in prompts_of(part, seed)))
 
 
 def first_sentence(answer: str) -> str:
-    """The sentence that an answer begins with; "" if it is not whole, not plain text, or a game (too short, or repetitive)."""
+    """Return the first sentence of an answer; "" if it is not whole, not plain text, or a game (too short, or repetitive)."""
     found = SENTENCE.match(answer)
     sentence = found.group() if found and found.group().isascii() else ""
     return "" if games(plain(sentence), load_analyzer().lexicon) else sentence
 
 
 def sft_records(prompts: Sequence[Messages], answers: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """Dialogues to imitate. answers: (text, ended), one to each prompt."""
+    """Return dialogues to imitate. answers: (text, ended), one to each prompt."""
     return [
         {"messages": [*prompt, {"role": "assistant", "content": sentence}]}
         for prompt, (answer, _) in zip(prompts, answers, strict=True)
@@ -65,7 +66,7 @@ def sft_records(prompts: Sequence[Messages], answers: Sequence[tuple[str, bool]]
 
 
 def pair_records(prompts: Sequence[Messages], answers: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """Preference pairs by the gold score. answers: (text, ended), PAIR_ANSWERS to each prompt, one prompt after the other."""
+    """Return preference pairs by the gold score. answers: (text, ended), PAIR_ANSWERS to each prompt, prompt after prompt."""
     records = []
     for place, prompt in enumerate(prompts):
         texts = [text for text, _ in answers[place * PAIR_ANSWERS : (place + 1) * PAIR_ANSWERS] if text]
@@ -79,7 +80,7 @@ def pair_records(prompts: Sequence[Messages], answers: Sequence[tuple[str, bool]
 def sample(
     model_folder: Path, prompts: Sequence[Messages], each: int, seed: int, **sampling: float
 ) -> list[tuple[str, bool]]:
-    """(text, ended) of so many sampled answers to each prompt, those to one prompt together."""
+    """Sample `each` answers to each prompt; return (text, ended), those to one prompt together."""
     import torch
 
     from inference.engine import generate_many
@@ -94,16 +95,23 @@ def sample(
     template = load_template(model_folder, tokenizer)
     model = load_causal_lm(model_folder, dtype=torch.float32).to(device)
     found = generate_many(
-        model, template.encode_prompts(tokenizer, prompts), max_batch=BATCH, num_return_sequences=each,
-        row_seeds=[seed * 1_000_003 + row for row in range(len(prompts) * each)], max_new_tokens=LONGEST,
-        stop_token_ids=template.stop_token_ids, pad_token_id=tokenizer.pad_token_id, **sampling,
-    )  # fmt: skip
+        model,
+        template.encode_prompts(tokenizer, prompts),
+        max_batch=BATCH,
+        num_return_sequences=each,
+        row_seeds=[seed * 1_000_003 + row for row in range(len(prompts) * each)],
+        max_new_tokens=LONGEST,
+        stop_token_ids=template.stop_token_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
     rows = zip(found.sequences.tolist(), found.lengths.tolist(), found.ended.tolist(), strict=True)
     return [(template.decode_answer(tokenizer, tokens[:length]), ended) for tokens, length, ended in rows]
 
 
-def main() -> None:
-    """Command line."""
+@told
+def main() -> int:
+    """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("sft", "pairs"))
     parser.add_argument("model", type=Path, help="folder of the model that answers")
@@ -121,16 +129,13 @@ def main() -> None:
         records = pair_records(prompts, answers)
     mean = sum(vader_score(text) for text, _ in answers) / len(answers)
     ended = sum(ended for _, ended in answers) / len(answers)
-    said = f"{len(answers)} answers to {len(prompts)} prompts, gold score {mean:.3f}, {ended:.0%} ended"
+    counts = f"{len(answers)} answers to {len(prompts)} prompts, gold score {mean:.3f}, {ended:.0%} ended"
     if len(records) < LEAST_RECORDS:
-        print(
-            f"error: {args.model} gave {said}: {len(records)} of use, {LEAST_RECORDS} are needed; is it the right model?",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        raise SystemExit(2)
+        raise UserError(f"{args.model} gave {counts}: {len(records)} of use, {LEAST_RECORDS} are needed; is it the right model?")
     write_lines(args.folder / f"{args.part}.jsonl", records)
-    print(f"{said}: {len(records)} records in {args.folder / args.part}.jsonl", flush=True)
+    print(f"{counts}: {len(records)} records in {args.folder / args.part}.jsonl", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

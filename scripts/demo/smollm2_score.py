@@ -1,4 +1,4 @@
-"""The gold score of the smollm2 preset: how friendly an English answer sounds, by VADER's lexicon (Hutto and Gilbert, 2014).
+"""The gold score of the smollm2 preset: the friendliness of an English answer, by VADER's lexicon (Hutto and Gilbert, 2014).
 
     score = VADER's compound value of the answer, from -1 to 1; what games it counts at most 0:
 
@@ -7,7 +7,7 @@ lower case, without exclamation marks and emoticons, and each word that VADER kn
 is cut to 0 where the answer has fewer than MIN_WORDS or more than MAX_WORDS words, says three words in a row twice, or is a
 list of praise: more than a third of its words are VADER's.
 
-    python -m scripts.smollm2_score "The soup was warm and good."
+    python -m scripts.demo.smollm2_score "The soup was warm and good."
 
 Step 3 can show it without training on it: --reward_function scripts/demo/smollm2_score.py:vader --reward_weights 1,0.
 """
@@ -25,12 +25,12 @@ NOT_TEXT = re.compile(r"[^a-z0-9,.;:?' -]+")
 
 
 def vader(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """The score of each answer, for --reward_function of step 3; the prompts have no say."""
+    """Return the score of each answer, for --reward_function of step 3; the prompts have no say."""
     return [vader_score(answer) for answer in answers]
 
 
 def vader_score(answer: str) -> float:
-    """How friendly an answer sounds, in [-1, 1]; at most 0 where it games the lexicon."""
+    """Return the friendliness of an answer in [-1, 1]; at most 0 where it games the lexicon."""
     analyzer = load_analyzer()
     text = plain(answer)
     score = analyzer.polarity_scores(said_once(text, analyzer.lexicon))["compound"] if text else 0.0
@@ -38,14 +38,14 @@ def vader_score(answer: str) -> float:
 
 
 def plain(answer: str) -> str:
-    """The answer in lower case and without whatever VADER takes for emphasis: capitals, "!", emoticons, emoji."""
+    """Return the answer in lower case and without whatever VADER takes for emphasis: capitals, "!", emoticons, emoji."""
     text = answer.lower().replace("\u2019", "'").replace("!", ".")
     # Emoticons of allowed signs alone (":d", ":-p") stand for themselves; a colon before a letter is none of prose.
     return " ".join(re.sub(r"[:;][-']?(?=\S)", " ", NOT_TEXT.sub(" ", text)).split())
 
 
 def said_once(text: str, lexicon: Any) -> str:
-    """The text without the second and later occurrences of each word of the lexicon."""
+    """Return the text without the second and later occurrences of each word of the lexicon."""
     seen: set[str] = set()
 
     def keep(match: re.Match[str]) -> str:
@@ -60,7 +60,7 @@ def said_once(text: str, lexicon: Any) -> str:
 
 
 def games(text: str, lexicon: Any) -> bool:
-    """Whether a text is too short, too long, repeats three words in a row, or is a list of the lexicon's words."""
+    """Return True for a text that is too short, too long, repeats three words in a row, or lists the lexicon's words."""
     words = WORD.findall(text)
     triples = list(zip(words, words[1:], words[2:], strict=False))
     praise = sum(word in lexicon for word in words)
@@ -73,7 +73,7 @@ def games(text: str, lexicon: Any) -> bool:
 
 @cache
 def load_analyzer() -> Any:
-    """VADER's analyzer; reads its lexicon once."""
+    """Return VADER's analyzer; its lexicon is read once."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()

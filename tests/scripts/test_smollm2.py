@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from math import sqrt
@@ -14,7 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from errors import UserError
-from scripts.demo import smollm2, smollm2_data, smollm2_model, smollm2_prompts
+from scripts.demo import pipeline, smollm2, smollm2_data, smollm2_model, smollm2_prompts
 from scripts.demo.smollm2_score import vader, vader_score
 from tests.launching import REPOSITORY
 from tests.scripts.smollm2_package import SIZE, merges_of, weights, write_package
@@ -60,13 +59,9 @@ def test_gold_score_by_hand(answer, expected):
     assert vader_score(answer) == pytest.approx(expected, abs=1e-4)
 
 
-def test_games_do_not_hide_what_is_bad():
-    """The guard only takes away: a repeated complaint stays below 0."""
+def test_more_of_the_same_is_never_better_and_hides_nothing_bad():
     assert vader_score("Bad.") == pytest.approx(compound(BAD), abs=1e-4)
     assert vader_score("It was bad. It was bad.") == pytest.approx(compound(BAD), abs=1e-4)
-
-
-def test_more_of_the_same_is_never_better():
     once = "The garden was good and the soup warm."
     assert vader_score(f"{once} {once}") <= vader_score(once)
     assert vader(["a", "b"], [once, once.upper() + "!!"]) == [vader_score(once)] * 2
@@ -139,11 +134,14 @@ def test_converted_checkpoint_is_the_file_s_model(package, tmp_path):
     written, read = weights(len(vocabulary)), load_file(folder / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in read.values())
     names = {
-        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    }  # fmt: skip
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        **{f"ffn_{kind}": f"mlp.{kind}_proj" for kind in ("gate", "up", "down")},
+        **{f"attn_{kind[0]}": f"self_attn.{kind}_proj" for kind in ("q", "k", "v")},
+        "attn_output": "self_attn.o_proj",
+    }
     for name, array in written.items():
         *block, kind, _ = name.split(".")
         theirs = f"model.layers.{block[1]}.{names[kind]}.weight" if block else f"{names[kind]}.weight"
@@ -166,23 +164,6 @@ def test_converted_checkpoint_is_the_file_s_model(package, tmp_path):
     assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
 
 
-def test_an_interrupted_conversion_leaves_no_folder(package, tmp_path, monkeypatch):
-    """It breaks after everything is written, before it is moved; the next conversion is whole."""
-    from models import save as factory
-
-    def broken(*_):
-        raise KeyboardInterrupt
-
-    folder = tmp_path / "base"
-    with monkeypatch.context() as patch:
-        patch.setattr(factory, "check_saved", broken)
-        with pytest.raises(KeyboardInterrupt):
-            smollm2_model.convert(package, folder)
-    assert not folder.exists()
-    smollm2_model.convert(package, folder)
-    assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
-
-
 def test_what_is_wrong_with_the_package_is_one_sentence(package, monkeypatch):
     package.write_bytes(package.read_bytes()[:200])
     with pytest.raises(UserError, match=r"tiny\.gguf cannot be read as a GGUF model"):
@@ -193,55 +174,6 @@ def test_what_is_wrong_with_the_package_is_one_sentence(package, monkeypatch):
     monkeypatch.setattr(smollm2_model, "NEEDED", {"no_such_module": "no-such-package"})
     with pytest.raises(UserError, match=r"needs the package no-such-package; install with network: .* --no-deps"):
         smollm2_model.check_packages()
-
-
-def test_pad_equal_to_end_from_sft_to_ppo(package, tmp_path):
-    """The end token is learned and is an action though it is the pad id; padding is neither."""
-    from inference.engine import Generation, generate_many
-    from models.load import load_causal_lm, load_tokenizer
-    from models.templates import load_template
-    from training.step3_ppo.experience import Experience
-    from training.utils.data.batching import collate_sft, pad_left
-    from training.utils.data.tokenize import Counts, Task, answer_rows
-
-    folder = tmp_path / "base"
-    smollm2_model.convert(package, folder)
-    tokenizer = load_tokenizer(folder)
-    template = load_template(folder, tokenizer)
-    end = tokenizer.pad_token_id
-    prompts = [template.encode_prompt(tokenizer, messages) for messages in smollm2_prompts.prompts_of("ppo")[:2]]
-
-    task = Task(1, tokenizer, template, 256)
-    rows = answer_rows([{"chosen": "Bread."}, {"chosen": "The bread is warm, wait."}], prompts, task, Counts())
-    batch = collate_sft(rows, pad_id=end)
-    for row, ids, mask in zip(rows, batch.input_ids.tolist(), batch.loss_mask.tolist(), strict=True):
-        length, prompt = row["length"], row["prompt_length"]
-        assert ids[length - 1] == end and ids[length:] == [end] * (len(ids) - length)
-        assert mask == [False] * prompt + [True] * (length - prompt) + [False] * (len(ids) - length)
-        assert end in ids[:prompt]  # of earlier turns: no target
-    assert len({len(row["input_ids"]) for row in rows}) == 2  # so that one of them is padded
-
-    # The sampler stops at the end token, wherever it comes, and counts it; what stands behind is padding.
-    model = load_causal_lm(folder, dtype=torch.float32)
-    found = generate_many(
-        model, prompts * 8, max_batch=16, row_seeds=list(range(16)), max_new_tokens=40, pad_token_id=end, temperature=3.0,
-        stop_token_ids=[*template.stop_token_ids, *range(3, 60)],
-    )  # fmt: skip
-    assert bool(found.ended.any())
-    ids, mask = pad_left(prompts, end)
-    ends = Generation(
-        torch.tensor([[end, end, end], [70, 71, end]]), torch.tensor([1, 3]), torch.tensor([True, True]), torch.zeros(2, 3)
-    )
-    rollout = Experience.from_generation(ids, mask, ends, torch.arange(2), end)
-    assert rollout.action_mask.tolist() == [[True, False, False], [True, True, True]]
-    assert rollout.attention_mask.sum(1).tolist() == [len(prompts[0]) + 1, len(prompts[1]) + 3]
-    longer = Experience.from_generation(
-        *pad_left(prompts * 8, end), found, torch.arange(16), end
-    )
-    assert longer.action_mask.sum(1).tolist() == found.lengths.tolist()
-    for tokens, length, ended in zip(found.sequences.tolist(), found.lengths.tolist(), found.ended.tolist(), strict=True):
-        assert all(token == end for token in tokens[length:])
-        assert end not in tokens[: length - 1] and (ended or length == 40)
 
 
 # --- a run
@@ -285,14 +217,14 @@ ALL = ["smollm2_model", "smollm2_data", "step1_sft", "smollm2_data", "step2_rewa
 def steps(monkeypatch) -> Steps:
     """Nothing is trained or measured."""
     found = Steps()
-    figures = dict.fromkeys(
+    metrics = dict.fromkeys(
         ["gold_score_before", "gold_score_after", "gold_score_pretrained", "length_before", "length_after", "eos_rate", "kl"],
         0.5,
     )
-    monkeypatch.setattr(smollm2, "run_step", found)
+    monkeypatch.setattr(pipeline, "run_step", found)
     monkeypatch.setattr(smollm2, "check_packages", lambda: None)
-    monkeypatch.setattr(smollm2, "measure_preset", lambda args: {"figures": figures, "peak_memory_gb": 0.5})
-    monkeypatch.setattr(smollm2, "write_report", lambda *_: None)
+    monkeypatch.setattr(smollm2, "measure_preset", lambda args: {"metrics": metrics, "peak_memory_gb": 0.5})
+    monkeypatch.setattr(pipeline, "write_report", lambda *_: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return found
 
@@ -305,8 +237,8 @@ def test_finished_stages_are_not_done_again(steps, tmp_path):
     summary = run(tmp_path / "out")
     assert steps.modules() == ALL
     assert set(summary["seconds"]) == set(summary["cpu_seconds"]) == {
-        "convert", "sft data", "sft", "pairs", "reward", "ppo", "measure", "total",
-    }  # fmt: skip
+        *("convert", "sft data", "sft", "pairs", "reward", "ppo", "measure", "total"),
+    }
     assert run(tmp_path / "out") == summary and steps.modules() == []
 
 
@@ -342,7 +274,7 @@ def test_an_interrupted_run_goes_on(steps, tmp_path):
 
 def test_a_folder_with_somebody_s_results_is_not_touched(steps, tmp_path):
     (tmp_path / "sft").mkdir()
-    with pytest.raises(UserError, match="holds sft, which the preset did not make"):
+    with pytest.raises(UserError, match="holds sft, which the demo did not make"):
         run(tmp_path)
     assert (tmp_path / "sft").is_dir() and steps.calls == []
 
@@ -350,12 +282,12 @@ def test_a_folder_with_somebody_s_results_is_not_touched(steps, tmp_path):
 def test_a_recipe_without_a_section_is_one_sentence(steps, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sft: {}\n")
-    with pytest.raises(UserError, match="is no recipe with the sections sft, reward and ppo"):
+    with pytest.raises(UserError, match="no section reward; start from a copy of"):
         run(tmp_path / "out", "--config", str(recipe))
     assert not (tmp_path / "out").exists()
 
 
-def test_summary_says_what_the_preset_hopes_for(steps, tmp_path, capsys):
+def test_summary_names_the_targets_of_the_preset(steps, tmp_path, capsys):
     run(tmp_path / "out")
     printed = capsys.readouterr().out
     assert "VADER score of answers (-1 to 1)" in printed and "20 or less" in printed
@@ -364,7 +296,7 @@ def test_summary_says_what_the_preset_hopes_for(steps, tmp_path, capsys):
 
 def test_help_and_missing_packages_need_no_torch(tmp_path):
     """One sentence and exit code 2, before anything large is imported."""
-    code = "import sys; from scripts import smollm2, smollm2_model; smollm2_model.NEEDED = {'no_such': 'no-such'}\n"
+    code = "import sys; from scripts.demo import smollm2, smollm2_model; smollm2_model.NEEDED = {'no_such': 'no-such'}\n"
     code += "try: smollm2.main(['--output', sys.argv[1]])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "out")], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
@@ -382,29 +314,18 @@ def test_recipe_agrees_with_the_data(steps):
         assert section["output_dir"].startswith("output/smollm2/")
 
 
-def test_copy_of_the_package_needs_no_llama_cpp(package):
-    """The package's __init__ raises here, as it does in a place without llama_cpp; the file is found all the same."""
-    assert "raise" in (package.parent / "__init__.py").read_text()
-    assert smollm2_model.packaged_gguf().is_file()
-    shutil.rmtree(package.parent)
-    with pytest.raises(UserError, match="should bring one"):
-        smollm2_model.packaged_gguf()
-
-
-def test_parse_knows_its_flags(capsys):
-    with pytest.raises(SystemExit) as stop:
-        smollm2.parse(["--threads", "0"])
-    assert stop.value.code == 2 and "--threads must be 1 or more" in capsys.readouterr().err
-    assert smollm2.parse([]).output == REPOSITORY / "output/smollm2"
-
-
 def test_the_plan_knows_the_recipe_at_the_model_s_size():
     """What step 3 asks before it reads weights; adapters by hand: rank 16 on the seven matrices of the upper 12 of 30 blocks."""
     width, inner, values = 576, 1536, 192
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=width, intermediate_size=inner, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=49152,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
     args = parse(PPOArguments, ["--config", str(REPOSITORY / "configs/cpu/smollm2.yaml")])
     memory = StepMemory(args, {"actor": config, "critic": config}, dtype=torch.float32, attn="sdpa")
     sides = 2 * (width + width) + 2 * (width + values) + 3 * (width + inner)
