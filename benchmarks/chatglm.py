@@ -1,4 +1,4 @@
-"""A ChatGLM of the published size with random weights: LoRA fine-tuning and generation, tokens/s and peak memory.
+"""Measure a ChatGLM of the published size with random weights: LoRA fine-tuning and generation, tokens/s and peak memory.
 
     python -m benchmarks.chatglm --generation chatglm-6b --shared ../shared --dtypes fp16 bf16 --output output/chatglm-bench
     python -m benchmarks.chatglm --generation chatglm2-6b --shared ../shared --scale 0.01 --dtypes fp32 --steps 2   # smoke
@@ -17,11 +17,13 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.runs import as_flags, speed_and_memory
+
 SHARD_BYTES = 2 << 30
 
 
 def sizes(official: dict, scale: float) -> dict:
-    """The fields of a smaller config: width, inner width and depth shrink, heads keep their number."""
+    """Return the fields of a smaller config: width, inner width and depth shrink, heads keep their number."""
     if scale == 1.0:
         return {}
     heads = official["num_attention_heads"]
@@ -32,7 +34,7 @@ def sizes(official: dict, scale: float) -> dict:
 
 
 def write_checkpoint(folder: Path, generation: str, shared: Path, scale: float) -> int:
-    """Random float16 weights in safetensors shards, tensor by tensor; returns the number of parameters."""
+    """Write random float16 weights in safetensors shards, tensor by tensor; return the number of parameters."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,7 +50,7 @@ def write_checkpoint(folder: Path, generation: str, shared: Path, scale: float) 
         (folder / file.name).write_bytes(file.read_bytes())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    shard, size, number, places = {}, 0, 0, {}
+    shard, size, number, weight_map = {}, 0, 0, {}
     torch.manual_seed(0)
     parameters = dict(model.named_parameters())
     for position, (name, parameter) in enumerate(parameters.items()):
@@ -61,33 +63,38 @@ def write_checkpoint(folder: Path, generation: str, shared: Path, scale: float) 
             number += 1
             file = f"model-{number:05d}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(shard, file)
+            weight_map |= dict.fromkeys(shard, file)
             shard, size = {}, 0
-    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return sum(parameter.numel() for parameter in parameters.values())
 
 
 def fine_tune(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
-    """LoRA steps of step 1 over texts of one length: median tokens/s after two warm-up steps, peak memory."""
+    """Run LoRA steps of step 1 over texts of one length; return median tokens/s after two warm-up steps, peak memory."""
     data, output = args.output / "texts.jsonl", args.output / f"sft-{dtype}"
     rows = ({"prompt": f"问题{number}", "response": "好" * 4 * args.length} for number in range(args.batch * args.steps * 2))
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    command = [
-        sys.executable, "-m", "training.step1_sft.main", "--model_name_or_path", str(folder), "--data_path", str(data),
-        "--data_split", "1,0,0", "--output_dir", str(output), "--dtype", dtype, "--lora_dim", "8", "--gradient_checkpointing",
-        "--max_seq_len", str(args.length), "--per_device_train_batch_size", str(args.batch), "--max_steps", str(args.steps),
-        "--logging_steps", "1", "--eval_fraction", "0",
-    ]  # fmt: skip
-    subprocess.run(command, check=True)
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    speeds = [record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record]
-    done = json.loads((output / "sanbu_done.json").read_text(encoding="utf-8"))
-    return {"tokens_per_second": statistics.median(speeds[2:] or speeds), "peak_memory_gb": done["peak_memory_gb"]}
+    flags = {
+        "model_name_or_path": folder,
+        "data_path": data,
+        "data_split": "1,0,0",
+        "output_dir": output,
+        "dtype": dtype,
+        "lora_dim": 8,
+        "gradient_checkpointing": True,
+        "max_seq_len": args.length,
+        "per_device_train_batch_size": args.batch,
+        "max_steps": args.steps,
+        "logging_steps": 1,
+        "eval_fraction": 0,
+    }
+    subprocess.run([sys.executable, "-m", "training.step1_sft.main", *as_flags(flags)], check=True)
+    return speed_and_memory(output, warm_up=2)
 
 
 def generate_tokens(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
-    """Greedy answers of full length to a batch of prompts: new tokens/s, median of three, and peak memory."""
+    """Answer a batch of prompts greedily at full length; return new tokens/s, median of three, and peak memory."""
     import torch
 
     from inference.engine import generate
@@ -106,10 +113,8 @@ def generate_tokens(folder: Path, dtype: str, args: argparse.Namespace) -> dict[
     speeds = []
     for _ in range(4):
         started = time.perf_counter()
-        found = generate(
-            model, ids, torch.ones_like(ids), max_new_tokens=args.new_tokens, stop_token_ids=(), greedy=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        settings = {"max_new_tokens": args.new_tokens, "stop_token_ids": (), "pad_token_id": tokenizer.pad_token_id}
+        found = generate(model, ids, torch.ones_like(ids), greedy=True, **settings)
         speeds.append(int(found.lengths.sum()) / (time.perf_counter() - started))  # reading lengths waits for the device
     return {"tokens_per_second": statistics.median(speeds[1:]), "peak_memory_gb": peak_memory_gb()}
 
@@ -135,9 +140,10 @@ def main() -> None:
         return
     parameters = write_checkpoint(folder, args.generation, args.shared, args.scale)
     rows = [
-        f"{args.generation}, {parameters:,} parameters, batch {args.batch} x {args.length} tokens", "",
-        "| task | dtype | tokens/s | peak GB |", "|---|---|---|---|",
-    ]  # fmt: skip
+        f"{args.generation}, {parameters:,} parameters, batch {args.batch} x {args.length} tokens\n",
+        "| task | dtype | tokens/s | peak GB |",
+        "|---|---|---|---|",
+    ]
     for dtype in args.dtypes:
         found = fine_tune(folder, dtype, args)
         rows.append(f"| SFT, LoRA 8 | {dtype} | {found['tokens_per_second']:.0f} | {found['peak_memory_gb']:.2f} |")

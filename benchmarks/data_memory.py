@@ -1,4 +1,4 @@
-"""How much memory and time does it take to prepare 100,000 preference pairs for step 2?
+"""Measure memory and time of preparing 100,000 preference pairs for step 2.
 
     python -m benchmarks.data_memory [--pairs 100000] [--processes 2]
 
@@ -23,7 +23,7 @@ WORDS = 4000  # different words in the synthetic text
 
 
 def write_pairs(file: Path, count: int) -> None:
-    """Pairs with one to three earlier turns; lengths are log-normal, as in chat data."""
+    """Write pairs with one to three earlier turns; lengths are log-normal, as in chat data."""
     random = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = ["".join(random.choice(letters, size)) for size in random.integers(2, 10, WORDS)]
@@ -45,7 +45,7 @@ def write_pairs(file: Path, count: int) -> None:
 
 
 def write_tokenizer(folder: Path, file: Path) -> None:
-    """A byte-level BPE of 8000 tokens, trained on the first pairs."""
+    """Write a byte-level BPE of 8000 tokens, trained on the first pairs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +61,7 @@ def write_tokenizer(folder: Path, file: Path) -> None:
 
 
 def prepare_pairs(file: Path, tokenizer_folder: Path, cache: Path) -> dict[str, float]:
-    """Prepare the pairs in this process, read 1000 of them, and say what it took."""
+    """Prepare the pairs in this process, read 1000 of them, and return what it took."""
     from transformers import AutoTokenizer
 
     from models.templates import load_template
@@ -71,21 +71,25 @@ def prepare_pairs(file: Path, tokenizer_folder: Path, cache: Path) -> dict[str, 
     imported = peak_mb()
     started, cpu = time.monotonic(), time.process_time()
     data = prepare(
-        [str(file)], 2, tokenizer, load_template(None, tokenizer), max_seq_len=512, data_split="0,1,0",
-        eval_fraction=0.05, cache_dir=str(cache),
-    )  # fmt: skip
+        [str(file)],
+        2,
+        tokenizer,
+        load_template(None, tokenizer),
+        max_seq_len=512,
+        data_split="0,1,0",
+        eval_fraction=0.05,
+        cache_dir=str(cache),
+    )
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     rows = data.train[np.random.default_rng(0).integers(0, len(data.train), 1000).tolist()]
     assert max(map(len, rows["chosen_ids"])) <= 512
     counts = data.report["train"]
-    return {
-        "seconds": seconds, "cpu": cpu, "imported_mb": imported, "peak_mb": peak_mb(), "kept": counts["kept"],
-        "tokens": counts["tokens"],
-    }  # fmt: skip
+    took = {"seconds": seconds, "cpu": cpu, "imported_mb": imported, "peak_mb": peak_mb()}
+    return took | {name: counts[name] for name in ("kept", "tokens")}
 
 
 def peak_mb() -> float:
-    """Largest resident memory of this process so far, in MB (10^6 bytes). ru_maxrss is in KiB on Linux."""
+    """Return the largest resident memory of this process so far, in MB (10^6 bytes). ru_maxrss is in KiB on Linux."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 

@@ -1,4 +1,4 @@
-"""The rollout engine: what sharing a prompt's reading and replacing finished rows give, and transformers' generate beside it.
+"""Time the rollout engine beside transformers' generate: shared prompts, replaced rows, batches of like length.
 
     OMP_NUM_THREADS=1 python -m benchmarks.generation                          # both CPU shapes, about ten minutes
     python -m benchmarks.generation --shape chat --rounds 9 --max_batch 32
@@ -38,24 +38,35 @@ class Shape:
 
 
 def shapes() -> dict[str, Shape]:
-    """demo: that of scripts/quickstart.sh. chat: the yardstick of performance.md. opt-1.3b: DeepSpeed-Chat's."""
+    """Return shapes by name: that of scripts/quickstart.sh, a small chat model, DeepSpeed-Chat's OPT-1.3B."""
     demo = LlamaConfig(
-        vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=256, tie_word_embeddings=True,
-    )  # fmt: skip
-    chat = OPTConfig(
-        vocab_size=8192, hidden_size=256, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, word_embed_proj_dim=256,
-    )  # fmt: skip
-    large = OPTConfig(
-        vocab_size=50272, hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32,
-        max_position_embeddings=2048, word_embed_proj_dim=2048,
-    )  # fmt: skip
+        vocab_size=1024,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+
+    def opt(vocabulary: int, width: int, layers: int, heads: int, longest: int) -> OPTConfig:
+        return OPTConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            word_embed_proj_dim=width,
+            ffn_dim=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=longest,
+        )
+
+    chat, large = opt(8192, 256, 4, 4, 512), opt(50272, 2048, 24, 32, 2048)
     return {"demo": Shape(demo, 24, 12, 24), "chat": Shape(chat, 60, 24, 64), "opt-1.3b": Shape(large, 128, 128, 256)}
 
 
 def prompts_of(shape: Shape, count: int, seed: int = 0) -> list[list[int]]:
-    """Random tokens; lengths are log-normal (sigma 0.5) and at most three times the median."""
+    """Return random tokens; lengths are log-normal (sigma 0.5) and at most three times the median."""
     random = torch.Generator().manual_seed(seed)
     lengths = (torch.randn(count, generator=random) * 0.5).exp() * shape.prompt
     vocabulary = shape.config.vocab_size
@@ -66,7 +77,7 @@ def prompts_of(shape: Shape, count: int, seed: int = 0) -> list[list[int]]:
 
 
 def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask [batch, longest], padded on the left."""
+    """Return ids and mask [batch, longest], padded on the left."""
     width = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (width - len(row)) + row for row in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
@@ -74,7 +85,7 @@ def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tens
 
 
 def ways(model: nn.Module, shape: Shape, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Callable]:
-    """name -> a function that answers all rows and returns [number of tokens]."""
+    """Return name -> a function that answers all rows and returns the number of tokens."""
     stops = list(range(FIRST_STOP, FIRST_STOP + math.ceil(shape.config.vocab_size / shape.answer)))
     settings = {"max_new_tokens": shape.longest, "stop_token_ids": stops, "pad_token_id": PAD}
     device, each = model.device, args.answers
@@ -102,10 +113,10 @@ def ways(model: nn.Module, shape: Shape, prompts: list[list[int]], args: argpars
             total += int((made != PAD).sum())
         return total
 
-    def many(**changes) -> int:
+    def many() -> int:
         seeds = range(len(rows))
-        return tokens(generate_many(model, prompts, max_batch=args.max_batch, num_return_sequences=each, row_seeds=seeds,
-                                    **settings, **changes))  # fmt: skip
+        batching = {"max_batch": args.max_batch, "num_return_sequences": each, "row_seeds": seeds}
+        return tokens(generate_many(model, prompts, **batching, **settings))
 
     longest_first = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
     return {

@@ -1,17 +1,13 @@
-"""How much memory does it take to load a checkpoint, beside the weights themselves?
+"""Measure the memory that loading a checkpoint takes, beside the weights themselves.
 
     python -m benchmarks.loading_memory [--width 1024] [--layers 10] [--vocabulary 12000]
-    python -m benchmarks.loading_memory --step3 [--width 512] [--layers 8]
 
 Writes a random ChatGLM-shaped checkpoint of some hundred MB in a temporary folder (float16, shards), loads it through
-models.factory in a fresh process for each case, and prints what the process held at its peak above what it held before:
+models.load in a fresh process for each case, and prints what the process held at its peak above what it held before:
 memory of its own (anonymous pages), and with it the pages of the files it had mapped, which the system takes back when
 it needs them. Both are divided by the bytes of the weights as they were wanted. The limit is 1.3 for own memory; pickles
 of the kind that torch wrote before 1.6 (no ChatGLM release is one) cannot be mapped, and converting them to another dtype
 takes their own size on top. Linux only: the figures come from /proc/self/status.
-
-With --step3 two processes build the four models of PPO from a float32 checkpoint of LLaMA's form, and for each model both are
-asked what it took while it was read, above what stayed of it: own memory, both together.
 """
 
 from __future__ import annotations
@@ -71,7 +67,7 @@ CASES = [
 
 
 def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabulary: int) -> None:
-    """A random ChatGLM-6B of these sizes, float16, in four shards of this kind; lm_head is stored too, as in the release."""
+    """Write a random ChatGLM-6B of these sizes, float16, in four shards of this kind; lm_head is stored too, as in the release."""
     import torch
     from safetensors.torch import save_file
 
@@ -80,10 +76,17 @@ def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabula
     from models.chatglm.modeling import ChatGLMForConditionalGeneration
 
     config = ChatGLMConfig(
-        vocab_size=vocabulary, hidden_size=width, num_layers=layers, num_attention_heads=width // 64,
-        inner_hidden_size=4 * width, bos_token_id=vocabulary - 4, eos_token_id=vocabulary - 3,
-        gmask_token_id=vocabulary - 2, mask_token_id=vocabulary - 1, pad_token_id=3,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_layers=layers,
+        num_attention_heads=width // 64,
+        inner_hidden_size=4 * width,
+        bos_token_id=vocabulary - 4,
+        eos_token_id=vocabulary - 3,
+        gmask_token_id=vocabulary - 2,
+        mask_token_id=vocabulary - 1,
+        pad_token_id=3,
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     model = ChatGLMForConditionalGeneration(config)
@@ -95,24 +98,24 @@ def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabula
     config.save_pretrained(folder)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stem, ending = ("model", "safetensors") if files == "safetensors" else ("pytorch_model", "bin")
-    names, places = list(tensors), {}
+    names, weight_map = list(tensors), {}
     for number in range(SHARDS):
         mine = names[number * len(names) // SHARDS : (number + 1) * len(names) // SHARDS]
         file = f"{stem}-{number + 1:05d}-of-{SHARDS:05d}.{ending}"
-        places |= dict.fromkeys(mine, file)
+        weight_map |= dict.fromkeys(mine, file)
         content = {name: tensors[name] for name in mine}
         if ending == "safetensors":
             save_file(content, folder / file, metadata={"format": "pt"})
         else:
             torch.save(content, folder / file, _use_new_zipfile_serialization=files != "old pickles")
-    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
 
 
 class Peak:
-    """Inside, a thread watches this process; then own, total: the most bytes above those before, without and with files."""
+    """Watch this process from a thread; afterwards own and total are the most bytes above those before, without and with files."""
 
     def __enter__(self) -> Peak:
         self.before = held()
@@ -139,7 +142,7 @@ class Peak:
 
 
 def held() -> tuple[int, int]:
-    """Bytes of this process in memory: its own pages, and pages of mapped files."""
+    """Return the bytes of this process in memory: its own pages, and pages of mapped files."""
     found = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return tuple(int(found[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
 
@@ -173,7 +176,7 @@ def measure(folder: Path, case: Case) -> dict[str, float]:
 
 
 def in_a_fresh_process(folder: Path, case: Case) -> dict[str, float]:
-    """``measure`` in new processes; of several the largest figures."""
+    """Run ``measure`` in new processes; of several return the largest metrics."""
     argv = ["--folder", str(folder), "--dtype", case.dtype, "--bits", str(case.bits)]
     argv += ["--processes", str(case.processes), "--files", case.files]
     found = in_processes(argv, max(case.processes, 1), case.name)
@@ -181,18 +184,18 @@ def in_a_fresh_process(folder: Path, case: Case) -> dict[str, float]:
 
 
 def in_processes(argv: list[str], count: int, title: str) -> list[Any]:
-    """What so many new processes of this file print last, as JSON. When one fails, the others, which would wait for it, end."""
+    """Run this file in so many new processes; return what each prints last, as JSON. When one fails, all end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = []
     for rank in range(count):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-        place |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
         # At the width of a 6B model every matrix is above 32 MB, and malloc gives such blocks back at once. Smaller ones
         # it keeps for later; said so, it gives these back too.
-        place["MALLOC_MMAP_THRESHOLD_"] = 2**20
-        env = os.environ | {name: str(value) for name, value in place.items()}
+        variables["MALLOC_MMAP_THRESHOLD_"] = 2**20
+        env = os.environ | {name: str(value) for name, value in variables.items()}
         command = [sys.executable, "-m", "benchmarks.loading_memory", *argv]
         running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     with ThreadPoolExecutor(count) as pool:  # all are read at once: one that waits for the others does not hide which failed
@@ -208,92 +211,8 @@ def in_processes(argv: list[str], count: int, title: str) -> list[Any]:
     return [json.loads(one.result()[0].splitlines()[-1]) for one in reading]
 
 
-# --- the four models of step 3 -----------------------------------------------------------------------------------------
-
-STEP3 = [
-    ("ZeRO 0, fp32", "fp32", "0", []),
-    ("ZeRO 0, bf16", "bf16", "0", []),
-    ("ZeRO 0, bf16, frozen models offloaded", "bf16", "0", ["--offload_reference_model", "--offload_reward_model"]),
-    ("ZeRO 3, fp32", "fp32", "3", []),
-    ("ZeRO 3, bf16", "bf16", "3", []),
-]
-
-
-def measure_step3(folder: Path, dtype: str, stage: str, more: list[str]) -> list[dict[str, float]]:
-    """For each model in the order of reading: own memory that stays, and the most above it while it is read."""
-    from models.load import load_tokenizer
-    from training.step3_ppo import rlhf_engine
-    from training.utils.flags.parse import parse
-    from training.utils.flags.steps import PPOArguments
-    from training.utils.run.process_group import Run
-
-    found: list[dict[str, float]] = []
-
-    def watched(load):
-        def read(*given, **settings):
-            before = held()[0]
-            with Peak() as peak:
-                model = load(*given, **settings)
-            kept = held()[0] - before
-            found.append({"kept": kept, "above": max(peak.own - kept, 0)})
-            return model
-
-        return read
-
-    for name in ("load_causal_lm", "load_scalar_model"):
-        setattr(rlhf_engine, name, watched(getattr(rlhf_engine, name)))
-    for kind in (" warm", ""):
-        actor, reward = str(folder / f"actor{kind}"), str(folder / f"reward{kind}")
-        args = parse(PPOArguments, [
-            "--actor_model_name_or_path", actor, "--critic_model_name_or_path", reward, "--data_path", "none.jsonl",
-            "--output_dir", str(folder / "out"), "--dtype", dtype, "--actor_zero_stage", stage, "--critic_zero_stage", stage, *more,
-        ])  # fmt: skip
-        engine = rlhf_engine.DeepSpeedRLHFEngine(actor, reward, load_tokenizer(actor), 10, args, run=Run.start(args))
-        if kind:
-            found.clear()
-            del engine
-    return found
-
-
-def write_step3(folder: Path, width: int, layers: int) -> float:
-    """An actor and a reward model, float32, and small ones to warm up with; bytes of the actor's weights."""
-    import torch
-
-    from models.load import load_scalar_model, load_tokenizer
-    from models.save import save_model
-    from models.templates import load_template
-    from tests.tiny import tiny_checkpoint
-
-    heads = width // 64
-    size = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "head_dim": 64}
-    size |= {"num_attention_heads": heads, "num_key_value_heads": heads}
-    for kind, changes in ((" warm", {}), ("", size)):
-        actor = tiny_checkpoint(folder / f"actor{kind}", "llama", **changes)
-        tokenizer = load_tokenizer(actor)
-        model = load_scalar_model(actor, dtype=torch.float32)
-        save_model(model, tokenizer, load_template(actor, tokenizer), folder / f"reward{kind}")
-    return (folder / "actor" / "model.safetensors").stat().st_size
-
-
-def step3(width: int, layers: int) -> None:
-    """Two fresh processes for each row of STEP3; prints a table."""
-    with tempfile.TemporaryDirectory() as name:
-        whole = write_step3(Path(name), width, layers)
-        print(f"four models of {whole / 1e6:.0f} MB in float32, two processes; MB of own memory, both together, in the order "
-              "reference, reward model, actor, critic", flush=True)  # fmt: skip
-        print("| step 3 | stays | most above it while reading |\n|---|---|---|", flush=True)
-        for title, dtype, stage, more in STEP3:
-            argv = ["--folder", name, "--dtype", dtype, "--step3", "--stage", stage, *(["--offload"] if more else [])]
-            processes = in_processes(argv, 2, title)
-            sums = [
-                [sum(one[place][what] for one in processes) / 1e6 for place in range(4)] for what in ("kept", "above")
-            ]
-            print(f"| {title} | {' + '.join(f'{value:.0f}' for value in sums[0])} | "
-                  f"{', '.join(f'{value:.0f}' for value in sums[1])} |", flush=True)  # fmt: skip
-
-
 def write_cases(folder: Path, kinds: set[str], width: int, layers: int, vocabulary: int) -> None:
-    """The checkpoints that the cases need, in processes of their own, and a small one of each kind to warm up with."""
+    """Write the checkpoints that the cases need, in processes of their own, and a small one of each kind to warm up with."""
     for kind in sorted(kinds):
         for name, size in ((kind, (width, layers, vocabulary)), (f"{kind} warm", (64, 1, 1000))):
             argv = [sys.executable, "-m", "benchmarks.loading_memory", "--write", str(folder / name), "--files", kind]
@@ -306,18 +225,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("width", 1024), ("layers", 10), ("vocabulary", 12000), ("bits", 0), ("processes", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name in ("folder", "write", "files", "dtype", "stage"):
+    for name in ("folder", "write", "files", "dtype"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    parser.add_argument("--step3", action="store_true", help="the four models of step 3 instead")
-    parser.add_argument("--offload", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.step3 and args.folder:
-        offload = next(more for *_, more in STEP3 if more) if args.offload else []
-        print("\n" + json.dumps(measure_step3(Path(args.folder), args.dtype, args.stage, offload)))
-        return
-    if args.step3:
-        step3(args.width, args.layers)
-        return
     if args.write:
         write_checkpoint(Path(args.write), args.files, args.width, args.layers, args.vocabulary)
         return

@@ -1,17 +1,19 @@
-"""How well and how fast PPO learns: gold score against KL and against time, for every --advantage and for TRL's PPO.
+"""How well and how fast PPO learns on the demo's task: every --advantage, and TRL's PPO.
 
     python -m benchmarks.ppo_learning --trl-python ../trl/bin/python --output output/ppo_learning
-    python -m benchmarks.ppo_learning --smoke --output /tmp/smoke            # seconds; shows that it runs, measures nothing
+    python -m benchmarks.ppo_learning --smoke --output output/smoke            # seconds; shows that it runs, measures nothing
 
---trl-python is an interpreter with trl==1.12.0, torch and transformers; without it TRL is left out. A task's SFT and reward
-model are trained once and shared by all methods and seeds. Then runs go in pairs side by side, seed by seed, ours with gae
-beside TRL's, so that whatever else the machine does slows both; as many answers, the same reward model, the same prompts in the
-same order (gae and TRL), the same rates and optimizer (benchmarks/ppo_learning_trl.py says what had to be set for that). Copies
-of the policies are judged afterwards by one judge (benchmarks/ppo_learning_evaluate.py); their writing is not on the clock. They
-stay in the output folder, 8 MB each.
+--trl-python is an interpreter with trl==1.12.0, torch and transformers; without it TRL is left out. The demo's SFT and reward
+model are trained once and shared by all methods and seeds. gae and TRL run side by side, so that whatever else the machine does
+slows both, with the same prompts in the same order, the same rates and optimizer. One judge answers held-out prompts with every
+policy. Training without imports and loading is on the clock. Writes results.jsonl, a line a run, and prints a table.
 
-results.jsonl in the output folder grows by a line a judged copy; the same command goes on where it was cut, also with more tasks,
-methods or seeds. Other settings need another --output: settings.json there says with which the folder was begun.
+TRL is set other than by its defaults as follows, because:
+- float32, no gradient checkpointing, fused AdamW, one forward for the whole rollout: the fastest that TRL has on a CPU;
+- gradient_accumulation_steps 1, for with more of them TRL takes fewer optimizer steps than num_mini_batches says;
+- an optimizer with two groups, so that policy and critic learn with the same rates as ours, on the same straight line down;
+- our prompts in our order, in place of TRL's own shuffle;
+- scores (and values) in units of the reward model's spread, which ours subtracts and divides by: TRL has no such option.
 """
 
 from __future__ import annotations
@@ -20,30 +22,25 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ppo_learning_clock import read_clock, snapshot_folder
-from benchmarks.ppo_learning_report import TRL, curves, draw, final_table, summary, trl_table
-from benchmarks.ppo_learning_tasks import (
-    ROOT,
-    TASK_FIELDS,
-    TASK_SETTINGS,
-    TASKS,
-    Task,
-    data_folder,
-    read_jsonl,
-    write_sentiment_data,
-)
+from benchmarks.runs import as_flags
 from errors import UserError, told
 
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE, DATA = ROOT / "configs/cpu/demo.yaml", ROOT / "data/demo"
 METHODS = ("gae", "grpo", "rloo", "reinforce++")
 GROUPED = ("grpo", "rloo")  # these compare answers to the same prompt
-RECIPE = ROOT / "configs/cpu/demo.yaml"
+TRL = "trl"
+ANSWER_TOKENS = 24
+JUDGE_SEED, JUDGE_BATCH = 10**9, 240
 
 
 @dataclass(frozen=True)
@@ -51,49 +48,245 @@ class Budget:
     """What both sides get; rates fall on a straight line to 0, clip ranges are 0.2, lambda is 0.95."""
 
     rollouts: int = 12
-    rollout_size: int = 64   # answers
+    rollout_size: int = 64  # answers
     minibatch: int = 16
     epochs: int = 1
-    answers_per_prompt: int = 4   # grpo and rloo, with that many fewer prompts
+    answers_per_prompt: int = 4  # grpo and rloo, with that many fewer prompts
     actor_learning_rate: float = 5e-4
     critic_learning_rate: float = 1e-3
     kl_coef: float = 0.1
     adam_beta2: float = 0.95
-    vf_coef: float = 0.1   # TRL's default; with Adam and no gradient clipping it matters little
-    micro_batch_tokens: int = 512   # of ours, like beside like; TRL is fastest with the whole minibatch at once
-    copies: int = 3   # of the policy, evenly over the rollouts
-
-    @property
-    def snapshots(self) -> list[int]:
-        """After which rollouts."""
-        return sorted({max(1, round(self.rollouts * part / self.copies)) for part in range(1, self.copies + 1)})
+    vf_coef: float = 0.1  # TRL's default; with Adam and no gradient clipping it matters little
+    micro_batch_tokens: int = 512  # of ours, like beside like; TRL is fastest with the whole minibatch at once
 
 
-SMOKE = Budget(rollouts=2, rollout_size=8, minibatch=4, answers_per_prompt=2, copies=2)
+SMOKE = Budget(rollouts=2, rollout_size=8, minibatch=4, answers_per_prompt=2)
+
+
+# --- one training, in a process of its own --------------------------------------------------------------------------------
+
+
+def train_ours(settings: dict[str, Any]) -> None:
+    """Run step 3, the loop that users run; time is counted from the first rollout to the end of the last update."""
+    from training.step3_ppo import main as step3
+    from training.utils.flags.parse import parse
+    from training.utils.flags.steps import PPOArguments
+
+    clock: list[tuple[float, float]] = []
+
+    class TimedTrainer(step3.DeepSpeedPPOTrainer):
+        def generate_experience(self, *given):
+            clock.append(now())
+            return super().generate_experience(*given)
+
+        def train_rlhf(self, *given):
+            metrics = super().train_rlhf(*given)
+            clock.append(now())
+            return metrics
+
+    class WrittenPrompts(step3.PromptBatches):
+        def __init__(self, *given) -> None:
+            super().__init__(*given)
+            if settings.get("prompts"):
+                write_prompts(self, Path(settings["prompts"]))
+
+    step3.DeepSpeedPPOTrainer, step3.PromptBatches = TimedTrainer, WrittenPrompts
+    step3.main(parse(PPOArguments, settings["flags"]))
+    write_time(settings, clock[0], clock[-1])
+
+
+def now() -> tuple[float, float]:
+    """Return seconds, and seconds of CPU of this process with all its threads."""
+    return time.perf_counter(), time.process_time()
+
+
+def write_time(settings: dict[str, Any], start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Write time.json into the run's folder."""
+    seconds, cpu = (after - before for before, after in zip(start, end, strict=True))
+    (Path(settings["output"]) / "time.json").write_text(json.dumps({"seconds": seconds, "cpu_seconds": cpu}))
+
+
+def write_prompts(prompts: Any, file: Path) -> None:
+    """Write [rollout][row] -> token ids as JSON; the file is there only once it is whole."""
+    rows = [
+        [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+        for _, batch in prompts.after(0)
+    ]
+    draft = file.with_suffix(".part")
+    draft.write_text(json.dumps(rows), encoding="utf-8")
+    draft.rename(file)
+
+
+def train_trl(settings: dict[str, Any]) -> None:
+    """Train with TRL's PPOTrainer. Runs under an interpreter that has trl and of ours only what is imported above."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import torch
+    from datasets import Dataset
+    from torch import nn
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    class Normalised(nn.Module):
+        """A score head whose scores have mean 0 and spread 1, by the statistics that step 2 stored."""
+
+        def __init__(self, head: nn.Module) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return (self.head(hidden) - settings["reward_mean"]) / settings["reward_std"]
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *given, **more) -> None:
+            self.start = now()
+
+    prompts = Path(settings["prompts"])
+    until = time.monotonic() + 900  # ours, which runs beside, writes them
+    while not prompts.is_file() and time.monotonic() < until:
+        time.sleep(0.5)
+    rows = [row for rollout in json.loads(prompts.read_text(encoding="utf-8")) for row in rollout]
+    budget = Budget(**settings["budget"])
+    size, minibatches = budget.rollout_size, budget.rollout_size // budget.minibatch
+    tokenizer = AutoTokenizer.from_pretrained(settings["sft"], padding_side="left")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(settings["sft"], dtype=torch.float32) for _ in range(2))
+    reward, critic = (
+        AutoModelForSequenceClassification.from_pretrained(settings["reward"], num_labels=1, dtype=torch.float32)
+        for _ in range(2)
+    )
+    for model in (reward, critic):
+        model.score = Normalised(model.score)
+    rates = {policy: budget.actor_learning_rate, critic: budget.critic_learning_rate}
+    groups = [{"params": list(model.parameters()), "lr": rate} for model, rate in rates.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, budget.adam_beta2), eps=1e-8, weight_decay=0.0, fused=True)
+    # TRL moves the rates once a rollout, ours at every optimizer step: the mean of ours over the rollout.
+    steps = budget.epochs * minibatches
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda update: max(0.0, 1 - (update * steps + (steps - 1) / 2) / (budget.rollouts * steps))
+    )
+    config = PPOConfig(
+        output_dir=settings["output"],
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=settings["seed"],
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=1,
+        num_mini_batches=minibatches,
+        num_ppo_epochs=budget.epochs,
+        total_episodes=size * budget.rollouts,
+        response_length=ANSWER_TOKENS,
+        local_rollout_forward_batch_size=size,
+        temperature=1.0,
+        kl_coef=budget.kl_coef,
+        kl_estimator="k1",
+        cliprange=0.2,
+        cliprange_value=0.2,
+        vf_coef=budget.vf_coef,
+        gamma=1.0,
+        lam=0.95,
+        whiten_rewards=False,
+        missing_eos_penalty=1.0,
+        stop_token="eos",
+        num_sample_generations=0,
+    )
+    clock = Clock()
+    dataset = Dataset.from_dict({"input_ids": rows})
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=critic,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(min(8, len(dataset)))),
+        optimizers=(optimizer, schedule),
+        callbacks=[clock],
+    )
+    trainer.dataloader = DataLoader(dataset, batch_size=size, shuffle=False, collate_fn=trainer.data_collator)
+    trainer.train()
+    write_time(settings, clock.start, now())
+    trainer.model.policy.save_pretrained(Path(settings["output"]) / "step3/actor")
+
+
+# --- the judge ------------------------------------------------------------------------------------------------------------
+
+
+def judge(sft: Path, actor: Path, answers: int, limit: int) -> dict[str, float]:
+    """Return means over sampled answers to each held-out prompt: gold, kl (nats), length (tokens), ended; gold's standard error.
+
+    The random numbers are the same for every policy. limit: number of prompts, 0 = all.
+    """
+    from models.load import load_tokenizer
+    from models.templates import load_template
+    from scripts.demo.measure import answer, load_policy
+    from scripts.demo.score import demo_score
+    from training.utils.data.sources import load_records
+
+    tokenizer = load_tokenizer(sft)
+    template = load_template(sft, tokenizer)
+    reference, policy = load_policy(sft), load_policy(actor)
+    prompts = list(load_records(str(DATA / "prompts_heldout.jsonl"))["train"]["messages"])[: limit or None]
+    dialogues = [prompt for _ in range(answers) for prompt in prompts]
+    rows = []
+    for start in range(0, len(dialogues), JUDGE_BATCH):
+        chunk = dialogues[start : start + JUDGE_BATCH]
+        seeds = range(JUDGE_SEED + start, JUDGE_SEED + start + len(chunk))
+        rows += answer(policy, reference, chunk, list(seeds), tokenizer, template, ANSWER_TOKENS)
+    gold = [demo_score(dialogue, row["text"]) for dialogue, row in zip(dialogues, rows, strict=True)]
+    means = {name: statistics.fmean(row[name] for row in rows) for name in ("kl", "length", "ended")}
+    error = statistics.stdev(gold) / len(gold) ** 0.5 if len(gold) > 1 else 0.0
+    return {"gold": statistics.fmean(gold), "gold_se": error, **means}
+
+
+# --- all trainings --------------------------------------------------------------------------------------------------------
 
 
 @told
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    benchmark(parse(argv))
+    args = parse(argv)
+    if args.run:
+        settings = json.loads(args.run.read_text(encoding="utf-8"))
+        (train_trl if settings["method"] == TRL else train_ours)(settings)
+        return 0
+    if args.trl_python is None:
+        print("TRL is left out: --trl-python names no interpreter that has trl 1.12.0.", flush=True)
+    else:
+        check_trl(args.trl_python)
+    if (args.output / "results.jsonl").is_file():
+        raise UserError(f"--output {args.output} holds the results of an earlier run; name another folder.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    (prepare_smoke if args.smoke else prepare)(args)
+    points: list[dict[str, Any]] = []
+    for group in groups(args):
+        for seed in args.seeds:
+            points += train_and_judge(seed, group, args)
+    lines = table(points)
+    (args.output / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Every field of Budget is one."""
+    """Parse the flags. Every field of Budget is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--trl-python", type=Path, help="interpreter that has trl 1.12.0; without it TRL is left out")
     parser.add_argument("--output", type=Path, default=ROOT / "output/ppo_learning")
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the reference data")
     parser.add_argument("--together", type=int, default=2, help="processes at a time (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process (%(default)s)")
     parser.add_argument("--answers", type=int, default=4, help="answers to each held-out prompt (%(default)s)")
     parser.add_argument("--limit", type=int, default=0, help="judge on so many held-out prompts; 0 = all")
-    parser.add_argument("--images", type=Path, help="where the drawings go; default: the output folder")
-    parser.add_argument("--smoke", action="store_true", help="a random model, one run, seconds")
+    parser.add_argument("--smoke", action="store_true", help="random models, one run, seconds")
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # the settings of one training, in its own process
     for name, default in asdict(Budget()).items():
         parser.add_argument(f"--{name}", type=type(default), help=f"({default})")
     args = parser.parse_args(argv)
@@ -101,94 +294,43 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.trl_python and "gae" not in args.methods:
         parser.error("--trl-python: TRL gets the prompts that gae gets; have gae among --methods")
     if args.smoke:
-        args.tasks, args.methods, args.seeds = ["demo"], ["gae"], args.seeds[:1]
-        args.answers, args.limit, args.together = 1, args.limit or 4, 1
+        args.methods, args.seeds, args.answers, args.limit = ["gae"], args.seeds[:1], 1, args.limit or 4
     given = {name: getattr(args, name) for name in asdict(Budget()) if getattr(args, name) is not None}
     args.budget = Budget(**(asdict(SMOKE if args.smoke else Budget()) | given))
     return args
 
 
-def benchmark(args: argparse.Namespace) -> None:
-    """Prepare the tasks, train, judge, print and draw."""
-    if args.trl_python is None:
-        print("TRL is left out: --trl-python names no interpreter that has trl 1.12.0.", flush=True)
-    else:
-        check_trl(args.trl_python)
-    args.output.mkdir(parents=True, exist_ok=True)
-    keep_settings(args)
-    for name in args.tasks:
-        (prepare_smoke if args.smoke else prepare)(TASKS[name], args.output / name, args)
-    for group in groups(args):
-        for seed in args.seeds:
-            for name in args.tasks:
-                train_and_judge(TASKS[name], seed, group, args)
-                report(args, quiet=True)
-    report(args)
-
-
-def keep_settings(args: argparse.Namespace) -> None:
-    """settings.json in the output folder, written at the first run. UserError if the folder was begun with others: its
-    curves would mix two experiments, or old results would pass for those of the new flags.
-    """
-    file = args.output / "settings.json"
-    settings = asdict(args.budget) | {"answers": args.answers, "limit": args.limit, "smoke": args.smoke} | TASK_SETTINGS
-    settings |= {f"{task.name} {name}": getattr(task, name) for task in TASKS.values() for name in TASK_FIELDS}
-    if file.is_file():
-        try:
-            begun = json.loads(file.read_text(encoding="utf-8"))
-            other = [name for name in settings if begun.get(name) != settings[name]]
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{file} cannot be read ({error}); name another --output.") from error
-        if other:
-            raise UserError(
-                f"{args.output} was begun with {', '.join(f'{name} {begun.get(name)}' for name in other)}, now it is "
-                f"{', '.join(str(settings[name]) for name in other)}; name another --output, or give the same settings."
-            )
-    elif (args.output / "results.jsonl").is_file():
-        raise UserError(f"{args.output} holds results without settings.json, so of unknown settings; name another --output.")
-    file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
 def check_trl(python: Path) -> None:
     """Raise UserError unless the interpreter has trl 1.12."""
-    ask = "import trl, transformers; print(trl.__version__)"
     try:
-        found = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=False)
-        said = found.stdout.strip() if found.returncode == 0 else (found.stderr.strip().splitlines() or ["no output"])[-1]
+        command = [python, "-c", "import trl, transformers; print(trl.__version__)"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        version = done.stdout.strip() if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no output"])[-1]
     except OSError as error:
-        said = error.strerror
-    if not said.startswith("1.12."):
+        version = error.strerror
+    if not version.startswith("1.12."):
         raise UserError(
-            f"--trl-python {python}: trl 1.12.0 is expected there, the last release but its successors' PPO is gone; found: "
-            f"{said}. Make an environment with trl==1.12.0, or leave the flag out."
+            f"--trl-python {python}: trl 1.12.0 is expected there, the last release that has PPO; found: {version}. Make an "
+            "environment with trl==1.12.0, or leave the flag out."
         )
 
 
 def groups(args: argparse.Namespace) -> list[list[str]]:
-    """Which methods run side by side: ours with a critic beside TRL's, the others by two."""
-    methods = list(args.methods)
-    first = [method for method in methods if method == "gae"] + [TRL] * (args.trl_python is not None)
-    rest = [method for method in methods if method != "gae"]
-    size = max(args.together, 1)
-    return [
-        part[place : place + size] for part in (first, rest) for place in range(0, len(part), size)
-    ]
+    """Return which methods run side by side: ours with a critic beside TRL's, the others by --together."""
+    first = [method for method in args.methods if method == "gae"] + [TRL] * (args.trl_python is not None)
+    rest = [method for method in args.methods if method != "gae"]
+    return [part[at : at + args.together] for part in (first, rest) for at in range(0, len(part), args.together)]
 
 
 def run_side_by_side(commands: Sequence[tuple[Sequence[object], Path]], args: argparse.Namespace) -> None:
-    """Run (command, log file) at the same time. Raises UserError with the end of the log of the first that fails."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(args.threads), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-        "SANBU_CACHE": str(args.output / "cache"),
-    }  # fmt: skip
+    """Run (command, log file) at the same time. Raise UserError with the end of the log of the first that fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "SANBU_CACHE": str(args.output / "cache")}
     running = []
     for command, log in commands:
-        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as file:
-            given = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": subprocess.STDOUT}
-            child = subprocess.Popen(list(map(str, command)), **given)
-        running.append((child, log))
+            words = list(map(str, command))
+            running.append((subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT), log))
     codes = [child.wait() for child, _ in running]
     for code, (_, log) in zip(codes, running, strict=True):
         if code:
@@ -196,155 +338,111 @@ def run_side_by_side(commands: Sequence[tuple[Sequence[object], Path]], args: ar
             raise UserError(f"{log}: exit code {code}, {last!r}.")
 
 
-def prepare(task: Task, folder: Path, args: argparse.Namespace) -> None:
-    """The task's data, SFT and reward model, unless they are there already."""
-    data = data_folder(task, folder)
-    if task.name == "sentiment" and not (data / "prompts_heldout.jsonl").is_file():
-        write_sentiment_data(data, args.shared)
-    python = [sys.executable, "-m"]
-    if not (folder / "base/config.json").is_file():
-        base = ["scripts.demo.model", folder / "base", "--seed", 1234, "--data_dir", data]
-        run_side_by_side([([*python, *base], folder / "base.log")], args)
+def prepare(args: argparse.Namespace) -> None:
+    """Train the demo's SFT and reward model, unless they are there already."""
+    base, sft, reward = (args.output / name for name in ("base", "sft", "reward"))
     common = ["--config", RECIPE, "--seed", 1234]
-    if not (folder / "sft/sanbu_done.json").is_file():
-        sft = ["--model_name_or_path", folder / "base", "--data_path", data / "sft_train.jsonl"]
-        sft += ["--output_dir", folder / "sft", "--num_train_epochs", task.sft_epochs]
-        run_side_by_side([([*python, "training.step1_sft.main", *common, *sft], folder / "sft.log")], args)
-    if not (data / "pairs_train.jsonl").is_file():
-        pairs = ["benchmarks.ppo_learning_tasks", data, folder / "sft"]
-        run_side_by_side([([*python, *pairs], folder / "pairs.log")], args)
-    if not (folder / "reward/sanbu_done.json").is_file():
-        reward = ["--model_name_or_path", folder / "sft", "--data_path", data / "pairs_train.jsonl"]
-        reward += ["--output_dir", folder / "reward", "--num_train_epochs", task.reward_epochs]
-        run_side_by_side([([*python, "training.step2_reward.main", *common, *reward], folder / "reward.log")], args)
+    stages = [
+        (base / "config.json", ["scripts.demo.model", base, "--seed", 1234]),
+        (sft / "sanbu_done.json", ["training.step1_sft.main", *common, "--model_name_or_path", base, "--output_dir", sft]),
+        (reward / "sanbu_done.json", ["training.step2_reward.main", *common, "--model_name_or_path", sft, "--output_dir", reward]),
+    ]
+    for done, command in stages:
+        if not done.is_file():
+            run_side_by_side([([sys.executable, "-m", *command], args.output / f"{done.parent.name}.log")], args)
 
 
-def prepare_smoke(task: Task, folder: Path, args: argparse.Namespace) -> None:
-    """Random weights in place of both models: what they say means nothing."""
+def prepare_smoke(args: argparse.Namespace) -> None:
+    """Write random weights in place of both models: what they say means nothing."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from scripts.demo.model import write_base_model
 
-    if (folder / "reward/config.json").is_file():
-        return
-    write_base_model(folder / "sft", data_dir=data_folder(task, folder))
+    write_base_model(args.output / "sft", data_dir=DATA)
     torch.manual_seed(0)
-    reward = AutoModelForSequenceClassification.from_pretrained(folder / "sft", num_labels=1)
-    reward.save_pretrained(folder / "reward")
-    AutoTokenizer.from_pretrained(folder / "sft").save_pretrained(folder / "reward")
+    reward = AutoModelForSequenceClassification.from_pretrained(args.output / "sft", num_labels=1)
+    reward.save_pretrained(args.output / "reward")
+    AutoTokenizer.from_pretrained(args.output / "sft").save_pretrained(args.output / "reward")
 
 
-def flags_of_ours(task: Task, method: str, seed: int, run: Path, args: argparse.Namespace) -> list[str]:
-    """Step 3's command line."""
-    budget, folder = args.budget, args.output / task.name
+def flags_of_ours(method: str, seed: int, run: Path, args: argparse.Namespace) -> list[str]:
+    """Return step 3's command line."""
+    budget = args.budget
     answers = budget.answers_per_prompt if method in GROUPED else 1
     flags = {
-        "actor_model_name_or_path": folder / "sft", "critic_model_name_or_path": folder / "reward", "output_dir": run / "step3",
-        "data_path": data_folder(task, folder) / "prompts_train.jsonl", "data_split": "0,0,1", "dtype": "fp32",
-        "max_prompt_seq_len": 64, "max_answer_seq_len": task.answer_tokens, "max_steps": budget.rollouts,
-        "per_device_generation_batch_size": budget.rollout_size // answers, "num_return_sequences": answers,
-        "per_device_training_batch_size": budget.minibatch, "max_tokens_per_device": budget.micro_batch_tokens,
-        "ppo_epochs": budget.epochs, "advantage": method,
-        "actor_learning_rate": budget.actor_learning_rate, "critic_learning_rate": budget.critic_learning_rate,
-        "lr_scheduler_type": "linear", "num_warmup_steps": 0, "adam_beta2": budget.adam_beta2, "kl_coef": budget.kl_coef,
-        "eval_prompts": 0, "save_steps": 0, "seed": seed,
-    }  # fmt: skip
-    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        "actor_model_name_or_path": args.output / "sft",
+        "critic_model_name_or_path": args.output / "reward",
+        "output_dir": run / "step3",
+        "data_path": DATA / "prompts_train.jsonl",
+        "data_split": "0,0,1",
+        "dtype": "fp32",
+        "max_prompt_seq_len": 64,
+        "max_answer_seq_len": ANSWER_TOKENS,
+        "max_steps": budget.rollouts,
+        "per_device_generation_batch_size": budget.rollout_size // answers,
+        "num_return_sequences": answers,
+        "per_device_training_batch_size": budget.minibatch,
+        "max_tokens_per_device": budget.micro_batch_tokens,
+        "ppo_epochs": budget.epochs,
+        "advantage": method,
+        "actor_learning_rate": budget.actor_learning_rate,
+        "critic_learning_rate": budget.critic_learning_rate,
+        "lr_scheduler_type": "linear",
+        "num_warmup_steps": 0,
+        "adam_beta2": budget.adam_beta2,
+        "kl_coef": budget.kl_coef,
+        "eval_prompts": 0,
+        "save_steps": 0,
+        "seed": seed,
+    }
+    return as_flags(flags)
 
 
-def command(task: Task, method: str, seed: int, run: Path, args: argparse.Namespace) -> list[object]:
-    """The training as a command; its settings lie beside its results."""
-    folder = args.output / task.name
-    settings: dict[str, Any] = {"output": str(run), "snapshots": args.budget.snapshots, "seed": seed}
+def command(method: str, seed: int, run: Path, args: argparse.Namespace) -> list[object]:
+    """Return one training as a command; its settings lie in its folder, which is emptied first."""
+    sft, reward = args.output / "sft", args.output / "reward"
+    settings: dict[str, Any] = {"method": method, "seed": seed, "output": str(run)}
     if method in ("gae", TRL):
-        settings["prompts"] = str(prompts_file(task, seed, args))
+        settings["prompts"] = str(args.output / f"prompts-{seed}.json")
     if method == TRL:
-        reward = json.loads((folder / "reward/config.json").read_text(encoding="utf-8"))
-        settings |= asdict(args.budget) | {
-            "sft": str(folder / "sft"), "reward": str(folder / "reward"), "max_answer_seq_len": task.answer_tokens,
-            "reward_mean": reward.get("reward_mean", 0.0), "reward_std": max(reward.get("reward_std", 1.0), 1e-6),
-        }  # fmt: skip
-        start = [args.trl_python, "-m", "benchmarks.ppo_learning_trl"]
+        stored = json.loads((reward / "config.json").read_text(encoding="utf-8"))
+        settings |= {"sft": str(sft), "reward": str(reward), "budget": asdict(args.budget)}
+        settings |= {"reward_mean": stored.get("reward_mean", 0.0), "reward_std": max(stored.get("reward_std", 1.0), 1e-6)}
     else:
-        settings["flags"] = flags_of_ours(task, method, seed, run, args)
-        start = [sys.executable, "-m", "benchmarks.ppo_learning_ours"]
-    return [*start, write_settings(run, settings)]
-
-
-def write_settings(run: Path, settings: dict[str, Any]) -> Path:
-    """settings.json in the run's folder, which is emptied first."""
+        settings["flags"] = flags_of_ours(method, seed, run, args)
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     (run / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return run / "settings.json"
+    return [args.trl_python if method == TRL else sys.executable, "-m", "benchmarks.ppo_learning", "--run", run / "settings.json"]
 
 
-def prompts_file(task: Task, seed: int, args: argparse.Namespace) -> Path:
-    """The prompts of every rollout of ours with gae, in order; TRL gets the same. The run of gae writes it."""
-    budget = args.budget
-    return args.output / task.name / f"prompts-{budget.rollouts}x{budget.rollout_size}-{seed}.json"
-
-
-def train_and_judge(task: Task, seed: int, group: Sequence[str], args: argparse.Namespace) -> None:
-    """Run a group side by side, then judge its copies, again side by side; what is in results.jsonl is not done again."""
-    results = args.output / "results.jsonl"
-    done = {(p["task"], p["method"], p["seed"], p["rollout"]) for p in (read_jsonl(results) if results.is_file() else [])}
-    wanted = [m for m in group if not all((task.name, m, seed, r) in done for r in args.budget.snapshots)]
-    runs = {method: args.output / task.name / f"{method}-{seed}" for method in wanted}
-    print(f"{task.name}, seed {seed}: {', '.join(wanted) or 'nothing to do'}", flush=True)
-    run_side_by_side([(command(task, method, seed, run, args), run / "log.txt") for method, run in runs.items()], args)
-    start = {"task": task.name, "method": "sft", "seed": 0, "rollout": 0, "seconds": 0.0, "cpu_seconds": 0.0}
-    folders = {} if (task.name, "sft", 0, 0) in done else {args.output / task.name / "sft": start}
+def train_and_judge(seed: int, methods: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the methods side by side, then judge their policies; return a row of results.jsonl for each."""
+    runs = {method: args.output / f"{method}-{seed}" for method in methods}
+    run_side_by_side([(command(method, seed, run, args), Path(f"{run}.log")) for method, run in runs.items()], args)
+    points = []
     for method, run in runs.items():
-        clock = read_clock(run)
-        for rollout in args.budget.snapshots:
-            point = {"task": task.name, "method": method, "seed": seed} | clock[rollout]
-            folders[snapshot_folder(run, rollout)] = point
-    shares = [list(folders)[place :: args.together] for place in range(args.together)]
-    logs = [args.output / task.name / f"judged-{place}.jsonl" for place in range(args.together)]
-    judges = [(judge_command(task, share, args), log) for share, log in zip(shares, logs, strict=True) if share]
-    run_side_by_side(judges, args)
-    judged = {folder: found for log in logs if log.is_file() for folder, found in judgements(log).items()}
-    for folder, point in folders.items():
-        point |= judged[str(folder)]
-        append(results, point)
-        print(
-            f"  {point['method']:11s} rollout {point['rollout']:3d}  gold {point['gold']:.3f}  KL {point['kl']:6.2f}  "
-            f"{point['seconds']:6.1f} s  CPU {point['cpu_seconds']:6.1f} s", flush=True,
-        )  # fmt: skip
+        times = json.loads((run / "time.json").read_text(encoding="utf-8"))
+        found = judge(args.output / "sft", run / "step3/actor", args.answers, args.limit)
+        points.append({"method": method, "seed": seed} | times | found)
+        with (args.output / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(points[-1]) + "\n")
+    return points
 
 
-def judge_command(task: Task, folders: Sequence[Path], args: argparse.Namespace) -> list[object]:
-    """The judge over saved policies."""
-    folder = args.output / task.name
-    judge = [sys.executable, "-m", "benchmarks.ppo_learning_evaluate", "--task", task.name, "--sft", folder / "sft"]
-    judge += ["--prompts", data_folder(task, folder) / "prompts_heldout.jsonl", "--limit", args.limit]
-    return [*judge, "--answers", args.answers, *folders]
-
-
-def judgements(log: Path) -> dict[str, dict[str, Any]]:
-    """The judge's lines in its log, by the folders they are about."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.startswith('{"folder"')]
-    return {line.pop("folder"): line for line in lines}
-
-
-def append(results: Path, point: dict[str, Any]) -> None:
-    """One line more."""
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(point, ensure_ascii=False) + "\n")
-
-
-def report(args: argparse.Namespace, quiet: bool = False) -> None:
-    """report.md and the drawings from what is in results.jsonl; printed too unless quiet."""
-    found = curves(read_jsonl(args.output / "results.jsonl"))
-    parts = [final_table(found), trl_table(found), summary(found)]
-    text = "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
-    (args.output / "report.md").write_text(text, encoding="utf-8")
-    if not quiet:
-        print(text)
-        for file in draw(found, args.images or args.output):
-            print(f"wrote {file}")
+def table(points: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the results as a Markdown table; "of TRL's" is the share of TRL's CPU seconds with the same seed."""
+    theirs = {point["seed"]: point["cpu_seconds"] for point in points if point["method"] == TRL}
+    lines = ["| seed | method | gold after ± SE | KL, nats | ended | tokens | CPU seconds | of TRL's |", "|" + "---|" * 8]
+    for point in sorted(points, key=lambda point: (point["seed"], point["method"])):
+        ours = point["method"] != TRL and point["seed"] in theirs
+        share = f"{point['cpu_seconds'] / theirs[point['seed']]:.2f}" if ours else ""
+        lines.append(
+            f"| {point['seed']} | {point['method']} | {point['gold']:.3f} ± {point['gold_se']:.3f} | {point['kl']:.2f} | "
+            f"{point['ended']:.3f} | {point['length']:.1f} | {point['cpu_seconds']:.1f} | {share} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":

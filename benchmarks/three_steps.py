@@ -1,4 +1,4 @@
-"""Speed, memory and losses of the three steps for one model shape, dtype by dtype and ZeRO stage by ZeRO stage.
+"""Measure speed, memory and losses of the three steps for one model shape, by dtype and ZeRO stage.
 
     python -m benchmarks.three_steps --shape opt-1.3b --dtypes fp32 bf16 fp16 --stages 0 2 3 --output output/bench
     python -m benchmarks.three_steps --shape tiny --dtypes fp32 --stages 0 --device cpu      # a smoke run
@@ -15,10 +15,11 @@ import argparse
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks.runs import as_flags, read_records, speed_and_memory
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -33,7 +34,7 @@ STEPS = {
 
 
 def write_checkpoint(folder: Path, shape: str, vocabulary: int) -> int:
-    """A random OPT checkpoint with a byte-level tokenizer; returns its number of parameters."""
+    """Write a random OPT checkpoint with a byte-level tokenizer; return its number of parameters."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -56,7 +57,7 @@ def write_checkpoint(folder: Path, shape: str, vocabulary: int) -> int:
 
 
 def write_pairs(file: Path, count: int, longest: int) -> None:
-    """Pairs whose texts have log-normal lengths (sigma 0.8), a byte a token."""
+    """Write pairs whose texts have log-normal lengths (sigma 0.8), a byte a token."""
     generator = random.Random(0)
 
     def text(limit: int) -> str:
@@ -72,24 +73,40 @@ def write_pairs(file: Path, count: int, longest: int) -> None:
 
 def flags(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: Path) -> list[str]:
     """The command line of one run."""
-    common = ["--data_path", str(folder / "pairs.jsonl"), "--data_split", "1,1,1", "--dtype", dtype]
-    common += ["--max_steps", str(args.steps), "--logging_steps", "1", "--output_dir", str(folder / f"{step}-{dtype}-{stage}")]
+    common = {
+        "data_path": folder / "pairs.jsonl",
+        "data_split": "1,1,1",
+        "dtype": dtype,
+        "max_steps": args.steps,
+        "logging_steps": 1,
+        "output_dir": folder / f"{step}-{dtype}-{stage}",
+    }
     if step == "ppo":
-        return [
-            *common, "--actor_model_name_or_path", str(folder / "base"), "--critic_model_name_or_path", str(folder / "base"),
-            "--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage), "--actor_gradient_checkpointing",
-            "--critic_gradient_checkpointing", "--per_device_generation_batch_size", str(args.batch),
-            "--per_device_training_batch_size", str(args.batch), "--eval_prompts", "0",
-            "--max_prompt_seq_len", str(args.length), "--max_answer_seq_len", str(args.length),
-        ]  # fmt: skip
-    return [
-        *common, "--model_name_or_path", str(folder / "base"), "--zero_stage", str(stage), "--learning_rate", "1e-5",
-        "--per_device_train_batch_size", str(args.batch), "--max_seq_len", str(2 * args.length), "--eval_iters", "1",
-    ]  # fmt: skip
+        roles = {
+            f"{role}_{name}": value
+            for role in ("actor", "critic")
+            for name, value in (
+                ("model_name_or_path", folder / "base"),
+                ("zero_stage", stage),
+                ("gradient_checkpointing", True),
+            )
+        }
+        batches = {"per_device_generation_batch_size": args.batch, "per_device_training_batch_size": args.batch}
+        lengths = {"max_prompt_seq_len": args.length, "max_answer_seq_len": args.length}
+        return as_flags(common | roles | batches | lengths | {"eval_prompts": 0})
+    own = {
+        "model_name_or_path": folder / "base",
+        "zero_stage": stage,
+        "learning_rate": 1e-5,
+        "per_device_train_batch_size": args.batch,
+        "max_seq_len": 2 * args.length,
+        "eval_iters": 1,
+    }
+    return as_flags(common | own)
 
 
 def measure(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Run one step; its losses, median tokens/s after three warm-up steps, and peak memory. A failure is a row too."""
+    """Run one step; return its losses, median tokens/s after three warm-up steps, and peak memory. A failure is a row too."""
     module, loss = STEPS[step]
     environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if args.device == "cpu" else {})
     done = subprocess.run(
@@ -98,13 +115,8 @@ def measure(step: str, dtype: str, stage: int, args: argparse.Namespace, folder:
     output = folder / f"{step}-{dtype}-{stage}"
     if done.returncode != 0:
         return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    speeds = [record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record]
-    return {
-        "losses": [record[loss] for record in records if loss in record],
-        "tokens_per_second": statistics.median(speeds[3:] or speeds),
-        "peak_memory_gb": json.loads((output / "sanbu_done.json").read_text(encoding="utf-8"))["peak_memory_gb"],
-    }
+    losses = [record[loss] for record in read_records(output) if loss in record]
+    return {"losses": losses, **speed_and_memory(output, warm_up=3)}
 
 
 def main() -> None:
