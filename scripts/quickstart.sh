@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first try: packages into .venv, then the demo model through SFT, reward model and PPO.
 #   bash scripts/quickstart.sh [--seed N] [--output output/demo] [--threads N]
-#   bash scripts/quickstart.sh --preset smollm2 [--seed N] [--output output/smollm2] [--threads N]     (docs/smollm2.md)
+#   bash scripts/quickstart.sh --preset smollm2 [--seed N] [--output output/smollm2] [--threads N]     (docs/en/smollm2.md)
 # The packages are fetched once; after that it runs without network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -4,7 +4,7 @@
 
 Writes base/ (the converted checkpoint), data/, sft/, reward/, ppo/, answers.jsonl, summary.json and report.html. An
 interrupted run goes on where it was with the same command; with a changed recipe it begins at the first step that differs.
-docs/smollm2.md tells what it does and what came out.
+docs/en/smollm2.md tells what it does and what came out.
 """
 
 from __future__ import annotations

@@ -32,6 +32,11 @@ def fill_pages(
     return 1 if stale else 0
 
 
+def language_of(path: Path) -> str:
+    """Return "zh" for a page under docs/zh or with a name on _zh, else "en"."""
+    return "zh" if path.stem.endswith("_zh") or "zh" in path.parent.parts else "en"
+
+
 def filled(path: Path, marks: tuple[str, str], document: Callable[[str], str]) -> tuple[str, str]:
     """The text of a file, and the same with fresh tables between the marks. Raises UserError without marks."""
     try:
@@ -42,4 +47,4 @@ def filled(path: Path, marks: tuple[str, str], document: Callable[[str], str]) -
     _, end, after = rest.partition(marks[1])
     if not begin or not end:
         raise UserError(f"{path}: no lines {marks[0]} and {marks[1]}; add both where the tables belong.")
-    return text, f"{before}{begin}\n\n{document('zh' if path.stem.endswith('_zh') else 'en')}\n\n{end}{after}"
+    return text, f"{before}{begin}\n\n{document(language_of(path))}\n\n{end}{after}"

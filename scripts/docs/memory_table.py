@@ -1,8 +1,8 @@
-"""What each recipe of configs/ takes, computed, as Markdown tables; keeps docs/hardware/ in step with recipes and plan.
+"""What each recipe of configs/ takes, computed, as Markdown tables; keeps docs/*/hardware/ in step with recipes and plan.
 
     python -m scripts.memory_table                               print the table of every platform
-    python -m scripts.memory_table --write docs/hardware/*.md    put them between the markers of these pages
-    python -m scripts.memory_table --check docs/hardware/*.md    exit code 1 if a page holds other tables
+    python -m scripts.memory_table --write docs/*/hardware/*.md    put them between the markers of these pages
+    python -m scripts.memory_table --check docs/*/hardware/*.md    exit code 1 if a page holds other tables
 
 A page has a line <!-- memory:begin PLATFORM --> for each table that it wants, and after it <!-- memory:end -->. Recipes are
 planned for the machine that configs/platforms.yaml describes; all of them take about a minute.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, told
+from scripts.docs.marked_tables import language_of
 from scripts.docs.recipes_table import recipe_files
 from scripts.doctor.machine import GIB
 from scripts.launch.platforms import ROOT, platform_named
@@ -77,7 +78,7 @@ def page_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name an existing page, such as docs/hardware/dcu.md.") from error
+        raise UserError(f"{path}: {error.strerror}; name an existing page, such as docs/en/hardware/dcu.md.") from error
 
 
 def filled(path: Path) -> tuple[str, str]:
@@ -85,7 +86,7 @@ def filled(path: Path) -> tuple[str, str]:
     text = page_text(path)
     if not TABLE.search(text):
         raise UserError(f"{path} has no lines <!-- memory:begin PLATFORM --> and <!-- memory:end -->; leave it out, or add them.")
-    language = "zh" if path.stem.endswith("_zh") else "en"
+    language = language_of(path)
     return text, TABLE.sub(lambda match: match[1] + table(match[2], language) + match[3], text)
 
 
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.write:
                 path.write_text(wanted, encoding="utf-8")
     if stale and args.check:
-        print(f"other tables are in {', '.join(stale)}: python -m scripts.memory_table --write docs/hardware/*.md", file=sys.stderr)
+        print(f"other tables are in {', '.join(stale)}: python -m scripts.memory_table --write docs/*/hardware/*.md", file=sys.stderr)
     return 1 if stale and args.check else 0
 
 

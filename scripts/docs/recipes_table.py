@@ -1,4 +1,4 @@
-"""What each recipe of configs/ does, as Markdown tables made from the files; keeps docs/recipes.md in step with them.
+"""What each recipe of configs/ does, as Markdown tables made from the files; keeps docs/en/recipes.md in step with them.
 
     python -m scripts.recipes_table                                        print, in English
     python -m scripts.recipes_table --write docs/recipes*.md             put them between the markers
@@ -81,7 +81,7 @@ def document(language: str = "en") -> str:
         for path in recipe_files(name):
             recipe = load_recipe(str(path))
             cells = [cell(section, recipe.get(section), words) for section in sections]
-            lines.append(f"| [{path.stem}](../configs/{name}/{path.name}) | {' | '.join(cells)} |")
+            lines.append(f"| [{path.stem}](../../configs/{name}/{path.name}) | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 

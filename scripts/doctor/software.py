@@ -250,7 +250,7 @@ def check_dtype(situation: Situation) -> list[Check]:
         checks.append(Check("dtype", "recipe", OK, ", ".join(f"{name}: {dtype}" for name, dtype in sections.items())))
     if found.get("first_ascend"):
         why = f"{found['chip']} is of the FIRST Ascend 910 generation: it has no infinity, overflow goes unseen by DeepSpeed"
-        todo = "in fp16 watch loss_scale: here the chip's overflow flag decides; if every step is skipped, see docs/launching.md"
+        todo = "in fp16 watch loss_scale: here the chip's overflow flag decides; if every step is skipped, see docs/en/launching.md"
         checks.append(Check("dtype", "overflow", WARN, why, todo))
     checks.append(Check("dtype", "attention", OK, f"--attn_implementation auto is {found['attention']} here"))
     return checks

@@ -5,7 +5,7 @@
     python -m scripts.k8s check DIR FILE…       # what a cluster would refuse, or take and not mean
     python -m scripts.k8s set [--check]         # write, or compare, the committed set under configs/kubernetes
 
-Kinds: deepspeedjob (TensorStack), pytorchjob and mpijob (Kubeflow), trainjob (Kubeflow Trainer 2). docs/kubernetes.md
+Kinds: deepspeedjob (TensorStack), pytorchjob and mpijob (Kubeflow), trainjob (Kubeflow Trainer 2). docs/en/kubernetes.md
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "configs" / "kubernetes"
 # What is committed: the nine training jobs and the dialogue of the first three sets have predecessors elsewhere
-# (docs/kubernetes.md); the rest shows every other kind and platform once.
+# (docs/en/kubernetes.md); the rest shows every other kind and platform once.
 SETS = (
     ("deepspeedjob", "single_gpu/opt-1.3b"),
     ("deepspeedjob", "single_node/opt-13b"),

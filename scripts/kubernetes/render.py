@@ -1,7 +1,7 @@
 """The documents of a set of manifests: claim, downloads, training of one step or of all, TensorBoard, a dialogue.
 
 Pure functions from a recipe and its settings to plain dictionaries; __main__.py writes them, checks.py
-looks at them. What each kind wants: docs/kubernetes.md.
+looks at them. What each kind wants: docs/en/kubernetes.md.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_sshd_takes_keys_that_the_mpi_operator_mounts_from_a_secret(name):
         assert setting in shell
 
 
-@pytest.mark.parametrize("place", ["configs/docker/dcu.Dockerfile", "docs/hardware/dcu.md", "docs/hardware/dcu_zh.md"])
+@pytest.mark.parametrize("place", ["configs/docker/dcu.Dockerfile", "docs/en/hardware/dcu.md", "docs/zh/hardware/dcu.md"])
 def test_the_deepspeed_of_the_dcu_imports(place, repository):
     """0.14.2 of the index wants a torch before 2.4; the vendor's, whose launcher is alike, a numpy before 2."""
     text = (repository / place).read_text(encoding="utf-8")

@@ -439,7 +439,7 @@ def test_the_whole_command(bin_dir, capsys, monkeypatch):
     assert f"{expected['card_total_gib']:.1f} of 30.0 GiB a card" in checks["memory: sft"]["why"]
     planned = [checks[f"memory: {section}"] for section in ("sft", "reward", "ppo", "dpo")]
     assert {check["state"] for check in planned} <= {"ok", "warn"}
-    for page in ("dcu.md", "dcu_zh.md"):  # python -m scripts.memory_table --write docs/hardware/*.md
-        text = (root / "docs/hardware" / page).read_text(encoding="utf-8")
+    for page in ("en", "zh"):  # python -m scripts.memory_table --write docs/*/hardware/*.md
+        text = (root / f"docs/{page}/hardware/dcu.md").read_text(encoding="utf-8")
         cells = next(line for line in text.splitlines() if line.startswith("| chatglm-6b |")).split("|")[2:6]
         assert [cell.split()[0] for cell in cells] == [check["why"].split()[1] for check in planned]

@@ -439,7 +439,7 @@ def test_quantities():
 
 
 def test_the_two_guides_name_the_same_commands_and_they_are_understood(repository):
-    texts = [(repository / "docs" / name).read_text(encoding="utf-8") for name in ("kubernetes.md", "kubernetes_zh.md")]
+    texts = [(repository / "docs" / name).read_text(encoding="utf-8") for name in ("en/kubernetes.md", "zh/kubernetes.md")]
     ours = ("python -m", "kubectl", "docker")
     english, chinese = ([line.split("#")[0].strip() for line in text.splitlines() if line.startswith(ours)] for text in texts)
     assert english == chinese and len(english) == 7

@@ -1,6 +1,6 @@
 """Where the reward of an answer comes from: the reward model, Python functions, HTTP endpoints, or a weighted sum of them.
 
-Order everywhere - flags, weights, columns of Experience.parts, the log: reward model, functions, endpoints. docs/rewards.md
+Order everywhere - flags, weights, columns of Experience.parts, the log: reward model, functions, endpoints. docs/en/rewards.md
 says the same to the reader who writes a function or a server.
 """
 

@@ -1,5 +1,5 @@
 """Details of PPO that no other file shows: half precision, optimizers, statistics of the reward model, what training leaves
-alone - and that docs/ppo.md names code and tests that exist.
+alone - and that docs/en/ppo.md names code and tests that exist.
 """
 
 import re
@@ -103,8 +103,8 @@ def test_item_41_optimizers_of_actor_and_critic(models, tmp_path):
 
 
 def test_the_documentation_names_what_exists(repository):
-    """docs/ppo.md: items 1 to 50 in order, each with a test; every test and every file it names is there."""
-    text = (repository / "docs" / "ppo.md").read_text(encoding="utf-8")
+    """docs/en/ppo.md: items 1 to 50 in order, each with a test; every test and every file it names is there."""
+    text = (repository / "docs" / "en/ppo.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \|(.*)\|$", text, flags=re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 51))
     sources: dict[str, str] = {}

@@ -284,7 +284,7 @@ def test_flags_that_fit_together():
 # --- the documentation ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["rewards.md", "rewards_zh.md"])
+@pytest.mark.parametrize("page", ["en/rewards.md", "zh/rewards.md"])
 def test_the_examples_of_the_documentation_run(tmp_path, page):
     text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
     polite, served = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

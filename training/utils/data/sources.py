@@ -472,5 +472,5 @@ def _unknown_fields(row: Fields, place: str) -> str:
     return (
         f"{place}: the fields {fields} are no known format (prompt/chosen/rejected, prompt/response, messages, "
         "conversations, instruction/output, content/summary, prompt); say which is which, for example "
-        "--columns prompt=question,response=answer (docs/own-data.md)."
+        "--columns prompt=question,response=answer (docs/en/own-data.md)."
     )

@@ -127,7 +127,7 @@ class CommonArguments:
         "JSON whose keys win over the DeepSpeed configuration made from the flags.", None,
         aliases=("deepscale_config",), metavar="FILE",
     )
-    force: bool = flag("Start although the run should need more memory than there is (docs/memory-plan.md).", False)
+    force: bool = flag("Start although the run should need more memory than there is (docs/en/memory-plan.md).", False)
     local_rank: int = flag("Set by the launcher.", -1)
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ RETIRED = (
     FormerFlag(
         ("inference_tp_size",), ("ppo",), 1,
         "each process generates alone; where whole weights do not fit a card, --generation_weights auto fetches them layer "
-        "by layer (docs/ppo.md says why not AutoTP)",
+        "by layer (docs/en/ppo.md says why not AutoTP)",
     ),
     FormerFlag(
         ("tp_gather_partition_size",), ("ppo",), 1, "nothing to set: weights are gathered one after the other",

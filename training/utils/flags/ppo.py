@@ -92,7 +92,7 @@ class PPOArguments(CommonArguments):
     )
     reward_function: list[str] = flag(
         "Python functions that score, each as FILE.py:NAME, called with a list of prompts and one of answers "
-        "(docs/rewards.md).",
+        "(docs/en/rewards.md).",
         [],
     )
     reward_endpoint: list[str] = flag(
@@ -190,7 +190,7 @@ class PPOArguments(CommonArguments):
     memory_mode: Literal["separate", "shared"] = flag(
         "separate: actor, reference, critic and reward model have weights of their own. shared: the actor's weights are in "
         "memory once, frozen, and the four are adapters and heads over them. It needs --actor_lora_dim, --critic_lora_dim, and "
-        "a reward model that step 2 trained with --lora_dim from the actor's folder (docs/memory-modes.md).",
+        "a reward model that step 2 trained with --lora_dim from the actor's folder (docs/en/memory-modes.md).",
         "separate",
     )
     offload_reference_model: bool = flag("Keep the reference in host memory.", False)

@@ -222,7 +222,7 @@ def test_half_an_emoji_does_not_stop_the_reading(load, tmp_path):
 # ---------------------------------------------------------------------------------------------------- docs
 
 
-@pytest.mark.parametrize("name", ["own-data.md", "own-data_zh.md"])
+@pytest.mark.parametrize("name", ["en/own-data.md", "zh/own-data.md"])
 def test_examples_of_the_docs_load(name, load, tmp_path, repository):
     """Every two-line example is read, and every named set and name for --columns is listed."""
     page = (repository / "docs" / name).read_text(encoding="utf-8")
@@ -238,8 +238,8 @@ def test_examples_of_the_docs_load(name, load, tmp_path, repository):
 
 
 def test_new_named_set_of_the_docs(load, tmp_path, monkeypatch, repository):
-    """The recipe of docs/own-data.md for a new named set, run as it stands there."""
-    page = (repository / "docs" / "own-data.md").read_text(encoding="utf-8")
+    """The recipe of docs/en/own-data.md for a new named set, run as it stands there."""
+    page = (repository / "docs" / "en/own-data.md").read_text(encoding="utf-8")
     function, row = re.search(r"```python\n(def .*?)\n\n(NamedSet.*?),\n```", page, flags=re.DOTALL).groups()
     names = dict(vars(named_sets))
     exec(function, names)

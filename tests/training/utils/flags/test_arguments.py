@@ -200,7 +200,7 @@ def test_former_names_mean_what_they_meant(args_class, words, field, value):
         (["--compute_fp32_loss"], ["--compute_fp32_loss: losses and log-probabilities are always float32."]),
         (["--inference_tp_size", "4"],
          ["--inference_tp_size: each process generates alone; where whole weights do not fit a card, --generation_weights "
-          "auto fetches them layer by layer (docs/ppo.md says why not AutoTP)."]),
+          "auto fetches them layer by layer (docs/en/ppo.md says why not AutoTP)."]),
         (["--actor_zero_stage", "3", "--unpin_actor_parameters"],
          ["--unpin_actor_parameters: now --generation_weights layerwise."]),
         (["--release_inference_cache", "--generation_weights", "layerwise"],
