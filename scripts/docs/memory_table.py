@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.write:
                 path.write_text(wanted, encoding="utf-8")
     if stale and args.check:
-        print(f"other tables are in {', '.join(stale)}: python -m scripts.memory_table --write docs/*/hardware/*.md", file=sys.stderr)
+        sentence = f"other tables are in {', '.join(stale)}: python -m scripts.memory_table --write docs/*/hardware/*.md"
+        print(sentence, file=sys.stderr)
     return 1 if stale and args.check else 0
 
 
