@@ -1,8 +1,8 @@
 """What each recipe of configs/ does, as Markdown tables made from the files; keeps docs/en/recipes.md in step with them.
 
     python -m scripts.recipes_table                                        print, in English
-    python -m scripts.recipes_table --write docs/recipes*.md             put them between the markers
-    python -m scripts.recipes_table --check docs/recipes*.md             exit code 1 if a file holds other tables
+    python -m scripts.recipes_table --write docs/*/recipes.md             put them between the markers
+    python -m scripts.recipes_table --check docs/*/recipes.md             exit code 1 if a file holds other tables
 
 A file whose name ends in _zh.md gets Chinese words.
 """
