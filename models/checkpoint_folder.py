@@ -1,22 +1,107 @@
-"""A checkpoint's folder before anything is loaded: where it is, and the sentences for what is wrong with it."""
+"""A checkpoint's folder before anything is loaded: what its files say, and the sentences for what is wrong with them."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from errors import UserError
-from models.adapters.prefix import (
-    BASE_FIELD,
-    base_named_in,
-)
+from models.adapters.prefix import BASE_FIELD, PrefixPlan, base_named_in, plan_prefix
 from models.families import FAMILIES
-from models.files import read_json
-from models.weight_files import WEIGHTS, check_weights
+from models.weight_files import WEIGHTS, check_weights, read_json
+
+SCALAR = "ForSequenceClassification"  # how the name of a reward model's or critic's class ends
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A folder, or the id of a model on the hub -> the folder with its files. UserError if there is none."""
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A checkpoint, looked at once: ``open_checkpoint`` makes it, checks and loaders share it.
+
+    path: as the user wrote it, for messages. folder: where its files are. content: its config.json.
+    """
+
+    path: str
+    folder: Path
+    content: dict[str, Any]
+
+    @cached_property
+    def weights(self) -> Path:
+        """The folder with the weights: this one, or for a folder with nothing but a prefix the prefix's model.
+
+        Raises UserError for an unsupported type and for weights that are missing, cut, or not what config.json says.
+        Reads headers only, the first time.
+        """
+        model_type = self.content.get("model_type")
+        if model_type not in FAMILIES:
+            raise UserError(
+                f"model {self.path} is of type {model_type!r}, which is not supported; supported: {', '.join(FAMILIES)}."
+            )
+        named = base_named_in(self.folder)
+        if named is None:
+            check_weights(self.folder, self.path, self.content.get("quantization_bit"))
+            return self.folder
+        file, base = named
+        try:
+            whole = open_checkpoint(base)
+            if base_named_in(whole.folder) is not None:
+                raise UserError("it holds a prefix itself, not a model")
+            return whole.weights
+        except UserError as error:
+            raise UserError(
+                f'{file}: "{BASE_FIELD}" names {base}, which does not open: {str(error).rstrip(".")}. Put the folder '
+                "there, or correct that field."
+            ) from error
+
+    @cached_property
+    def stored_bits(self) -> int:
+        """4 or 8 where the weights are integers, else 0."""
+        content = self.content if self.weights == self.folder else read_json(self.weights / "config.json", self.path)
+        return content.get("quantization_bit") or 0
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """The dtype of the weights as config.json names it: "float16", ...; None where it says nothing."""
+        return self.content.get("dtype") or self.content.get("torch_dtype")  # transformers before 5
+
+    @property
+    def architecture(self) -> str:
+        """The class of network that saved it: LlamaForCausalLM, ...; "no architecture named" if config.json names none."""
+        return str((self.content.get("architectures") or ["no architecture named"])[0])
+
+    @property
+    def gives_scores(self) -> bool:
+        """True for a reward model or a critic."""
+        return self.architecture.endswith(SCALAR)
+
+    def config(self, **fields: Any) -> Any:
+        """A config of the caller's own (transformers' PretrainedConfig), with some fields set."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder, **fields)
+
+    def prefix(self, **options: Any) -> PrefixPlan | None:
+        """The prefix that the model shall have: saved in the folder, or from options (pre_seq_len and the rest, as in
+        load_causal_lm); None for none. Raises UserError for options that contradict the folder.
+        """
+        return plan_prefix(self, **options)
+
+
+def open_checkpoint(path: str | Path | CheckpointFolder) -> CheckpointFolder:
+    """Look at a folder, or the id of a model on the hub; what was looked at already comes back as it is.
+
+    Raises UserError if there is no such model, or no readable config.json in it. Weights are not looked at yet.
+    """
+    if isinstance(path, CheckpointFolder):
+        return path
+    folder = find_folder(path)
+    return CheckpointFolder(str(path), folder, read_json(folder / "config.json", path))
+
+
+def find_folder(path: str | Path) -> Path:
+    """Return the folder with a model's files, from the hub where it is the id of a model there. UserError if there is none."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -28,40 +113,63 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
     files = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
     try:
-        found = Path(snapshot_download(str(path), allow_patterns=files))
-        if not any((found / name).exists() for name in WEIGHTS[:2]):
-            found = Path(snapshot_download(str(path), allow_patterns=[*files, "*.bin"]))
+        folder = Path(snapshot_download(str(path), allow_patterns=files))
+        if not any((folder / name).exists() for name in WEIGHTS[:2]):
+            folder = Path(snapshot_download(str(path), allow_patterns=[*files, "*.bin"]))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OSError, by version
         raise UserError(
             f"model {path} is no folder here, and the hub did not give it ({type(error).__name__}); where there is "
             f"network, run `hf download {path} --local-dir FOLDER` and pass FOLDER, or correct the name."
         ) from error
-    return found
-
-
-def check_checkpoint(path: str | Path) -> Path:
-    """The folder with the weights of a checkpoint that can be loaded; UserError says what is missing. Reads no weights,
-    only their headers. For a folder with nothing but a prefix it is the folder of the model that the prefix belongs to.
-    """
-    folder = resolve_checkpoint(path)
-    config = read_json(folder / "config.json", path)
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"model {path} is of type {model_type!r}, which is not supported; supported: {', '.join(FAMILIES)}."
-        )
-    named = base_named_in(folder)
-    if named is not None:
-        file, base = named
-        try:
-            whole = resolve_checkpoint(base)
-            if base_named_in(whole) is not None:
-                raise UserError("it holds a prefix itself, not a model")
-            return check_checkpoint(whole)
-        except UserError as error:
-            raise UserError(
-                f'{file}: "{BASE_FIELD}" names {base}, which does not open: {str(error).rstrip(".")}. Put the folder '
-                "there, or correct that field."
-            ) from error
-    check_weights(folder, path, config.get("quantization_bit"))
     return folder
+
+
+# --- checks of what the flags ask for -----------------------------------------------------------------------------------
+
+
+def check_context_length(path: str | Path | CheckpointFolder, length: int, flag: str, **prefix: Any) -> None:
+    """Raise UserError if a model with a table of positions (OPT, GPT-2) is asked for more tokens than its table has.
+
+    prefix: as in CheckpointFolder.prefix. The positions of a prefix that peft holds count: tokens stand behind it.
+    """
+    checkpoint = open_checkpoint(path)
+    config = open_checkpoint(checkpoint.weights).config()
+    plan = checkpoint.prefix(**prefix)
+    taken = 0 if plan is None or hasattr(config, "pre_seq_len") else plan.length
+    limit = getattr(config, "max_position_embeddings", None)
+    if FAMILIES[config.model_type].learned_positions and limit is not None and length + taken > limit:
+        behind = f" behind a prefix of {taken}" if taken else ""
+        raise UserError(
+            f"{flag} {length}{behind} is more than the {limit} positions of the {config.model_type} model "
+            f"{checkpoint.path}; lower it to {limit - taken}."
+        )
+
+
+def gets_prefix(path: str | Path | CheckpointFolder, output: str | Path, **prefix: Any) -> bool:
+    """Return True if the model will have a prefix (as in CheckpointFolder.prefix) and all its other weights are frozen.
+
+    Raises UserError also if the folder for the output is that of the model which a saved prefix would need.
+    """
+    plan = open_checkpoint(path).prefix(**prefix)
+    if plan is not None and plan.base == str(Path(output).expanduser().resolve()):
+        raise UserError(f"--output_dir: {output} holds the model that the prefix belongs to; give another folder.")
+    return plan is not None
+
+
+def check_quantized_base(path: str | Path | CheckpointFolder, quantization_bit: int, adapters: bool) -> None:
+    """Raise UserError if the base cannot be trained so: integers only under adapters (LoRA, P-Tuning), and quantised once.
+
+    quantization_bit: the flag. adapters: True with --lora_dim or --pre_seq_len.
+    """
+    checkpoint = open_checkpoint(path)
+    stored = checkpoint.stored_bits
+    if stored and not adapters:
+        raise UserError(
+            f"the weights of {checkpoint.path} are {stored}-bit integers, which cannot be trained; train an adapter over "
+            "them with --lora_dim or --pre_seq_len, or start from the checkpoint in half precision."
+        )
+    if stored and quantization_bit not in (0, stored):
+        raise UserError(
+            f"--quantization_bit {quantization_bit}: the weights of {checkpoint.path} are {stored}-bit integers already; "
+            "drop the flag, or start from the checkpoint in half precision."
+        )

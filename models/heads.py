@@ -220,9 +220,14 @@ def mask_with_prefix(model: nn.Module, attention_mask: Tensor) -> Tensor:
     return F.pad(attention_mask, (prefix_length(model), 0), value=1)
 
 
+def is_peft(model: nn.Module) -> bool:
+    """Return True for a PeftModel. Told by a method of its own, because importing peft takes seconds."""
+    return hasattr(model, "get_base_model")
+
+
 def base_model(model: nn.Module) -> nn.Module:
-    """The PreTrainedModel itself, without the PeftModel around it (LoRA layers sit inside it, a prefix does not)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Return the PreTrainedModel itself, without the PeftModel around it (LoRA layers sit inside it, a prefix does not)."""
+    return model.get_base_model() if is_peft(model) else model
 
 
 def score_name(model: nn.Module) -> str | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,20 +18,16 @@ from transformers import (
 )
 
 from errors import UserError
-from models.adapters.prefix import (
-    OWN,
-    PrefixPlan,
-    add_prefix,
-    check_prefix,
-    plan_prefix,
-)
+from models.adapters.prefix import OWN, PrefixPlan, add_prefix, check_prefix
 from models.adapters.quantization import quantize_linears
 from models.chatglm.auto_tokenizer import ChatGLMTokenizer
-from models.checkpoint_folder import check_checkpoint, resolve_checkpoint
-from models.families import FAMILIES
-from models.files import first_line, read_json
+from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.heads import score_name, start_head
+from models.weight_files import first_line
 from models.zero3 import zero3_loading
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger("sanbu")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "ice_text.model")
@@ -41,12 +36,12 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Without a pad token, pad is the end token: masks come from lengths, so it is never
+def load_tokenizer(path: str | Path | CheckpointFolder) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint. Without a pad token, pad is the end token: masks come from lengths, so it is never
     mistaken. ChatGLM's are our own, whatever code lies in the folder. UserError if it is missing or damaged.
     """
-    folder = resolve_checkpoint(path)
-    config = read_json(folder / "config.json", path)
+    checkpoint = open_checkpoint(path)
+    folder, config, path = checkpoint.folder, checkpoint.content, checkpoint.path
     chatglm = config.get("model_type") == "chatglm"
     needed = "tokenizer.model" if "padded_vocab_size" in config else "ice_text.model"
     if chatglm and not (folder / needed).is_file():
@@ -76,7 +71,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(
-    path: str | Path, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, **options
+    path: str | Path | CheckpointFolder, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, **options
 ) -> PreTrainedModel | PeftModel:
     """The language model of a checkpoint, for SFT, actor and reference.
 
@@ -105,7 +100,13 @@ def load_causal_lm(
 
 
 def load_scalar_model(
-    path: str | Path, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, seed: int = 0, **options
+    path: str | Path | CheckpointFolder,
+    *,
+    dtype: torch.dtype,
+    attn: str = "sdpa",
+    dropout: float | None = 0.0,
+    seed: int = 0,
+    **options,
 ) -> PreTrainedModel | PeftModel:
     """A network with one score per position, for reward model and critic. options as in load_causal_lm.
 
@@ -127,7 +128,7 @@ def load_scalar_model(
 
 def _load(
     auto_class: type,
-    path: str | Path,
+    path: str | Path | CheckpointFolder,
     dtype: torch.dtype,
     attn: str,
     dropout: float | None,
@@ -143,39 +144,24 @@ def _load(
     **config_fields,
 ) -> tuple[PreTrainedModel, set[str], PrefixPlan | None]:
     """The model in training mode, the names of the weights that the checkpoint did not have, and the prefix to give it."""
-    folder, named = check_checkpoint(path), resolve_checkpoint(path)
-    plan = plan_prefix(
-        path, named, pre_seq_len=pre_seq_len, prefix_projection=prefix_projection, ptuning_checkpoint=ptuning_checkpoint,
+    checkpoint = open_checkpoint(path)
+    bits = checkpoint.stored_bits  # weights that are missing or damaged end it here
+    plan = checkpoint.prefix(
+        pre_seq_len=pre_seq_len,
+        prefix_projection=prefix_projection,
+        ptuning_checkpoint=ptuning_checkpoint,
         seed=seed,
-    )  # fmt: skip
-    config = AutoConfig.from_pretrained(named, **config_fields)
+    )
+    config = checkpoint.config(**config_fields)
     if plan is not None:
         check_prefix(plan, config, gradient_checkpointing)
         if hasattr(config, "pre_seq_len"):
             config.pre_seq_len, config.prefix_projection = plan.length, plan.projection
-            config.quantization_bit = AutoConfig.from_pretrained(folder).quantization_bit
+            config.quantization_bit = bits
     set_dropout(config, dropout)
-    network = auto_class._model_mapping[type(config)]
-    if attn == "sdpa" and not network._supports_sdpa:
-        logger.info("%s has no sdpa attention; eager is used.", network.__name__)
-        attn = "eager"
     # Integers stay whole on every process. In transformers 5.0 buffers were not read while weights were split.
-    whole = quantization_bit or getattr(config, "quantization_bit", 0)
-    with zero3_loading(None if whole else zero3_config):
-        try:
-            model, info = auto_class.from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
-            )
-        except RuntimeError as error:
-            if "unexpected EOF" in str(error):  # a pickle from before torch 1.6 shows its length only now
-                raise UserError(
-                    f"a weight file of {path} is truncated ({first_line(error)}); copy the checkpoint again."
-                ) from error
-            if "mismatch" not in str(error).lower():
-                raise
-            raise UserError(
-                f"the weights of {path} do not have the shapes that its config.json says ({first_line(error)})."
-            ) from error
+    with zero3_loading(None if quantization_bit or bits else zero3_config):
+        model, missing = read_weights(auto_class, checkpoint, config, dtype, attn)
         if tokenizer is not None:
             fit_embeddings(model, tokenizer, frozen=plan is not None)
     if quantization_bit:
@@ -183,10 +169,39 @@ def _load(
     # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be
     # learned.
     model.get_input_embeddings().padding_idx = None
+    return ready_to_train(model, gradient_checkpointing), missing, plan
+
+
+def read_weights(
+    auto_class: type, checkpoint: CheckpointFolder, config: PretrainedConfig, dtype: torch.dtype, attn: str
+) -> tuple[PreTrainedModel, set[str]]:
+    """Build the network of a config with the weights of a checkpoint; also the names of those that it did not have."""
+    network = auto_class._model_mapping[type(config)]
+    if attn == "sdpa" and not network._supports_sdpa:
+        logger.info("%s has no sdpa attention; eager is used.", network.__name__)
+        attn = "eager"
+    try:
+        model, info = auto_class.from_pretrained(
+            checkpoint.weights, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
+        )
+    except RuntimeError as error:
+        if "unexpected EOF" in str(error):  # a pickle from before torch 1.6 shows its length only now
+            raise UserError(
+                f"a weight file of {checkpoint.path} is truncated ({first_line(error)}); copy the checkpoint again."
+            ) from error
+        if "mismatch" not in str(error).lower():
+            raise
+        raise UserError(
+            f"the weights of {checkpoint.path} do not have the shapes that its config.json says ({first_line(error)})."
+        ) from error
+    return model, set(info["missing_keys"])
+
+
+def ready_to_train(network: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    """Return the network in training mode, as the loaders give every model."""
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    return model, set(info["missing_keys"]), plan
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return network.train()
 
 
 def set_dropout(config: PretrainedConfig, value: float | None) -> None:
@@ -221,54 +236,6 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
     if needed > rows:
         logger.info("the embedding grows from %d to %d rows, for the tokenizer's new tokens.", rows, needed)
         model.resize_token_embeddings(needed)
-
-
-def check_context_length(path: str | Path, length: int, flag: str, **prefix) -> None:
-    """UserError if a model with a table of positions (OPT, GPT-2) is asked for more tokens than its table has.
-
-    prefix: pre_seq_len and the rest as in load_causal_lm; what is wrong with them is a UserError too. The places of a
-    prefix that peft holds count: tokens stand behind it.
-    """
-    config = AutoConfig.from_pretrained(check_checkpoint(path))
-    plan = plan_prefix(path, resolve_checkpoint(path), **prefix)
-    taken = 0 if plan is None or hasattr(config, "pre_seq_len") else plan.length
-    limit = getattr(config, "max_position_embeddings", None)
-    if FAMILIES[config.model_type].learned_positions and limit is not None and length + taken > limit:
-        behind = f" behind a prefix of {taken}" if taken else ""
-        raise UserError(
-            f"{flag} {length}{behind} is more than the {limit} positions of the {config.model_type} model {path}; "
-            f"lower it to {limit - taken}."
-        )
-
-
-def gets_prefix(path: str | Path, output: str | Path, **prefix) -> bool:
-    """Whether the model will have a prefix, from its folder or from prefix (pre_seq_len and the rest, as in
-    load_causal_lm); all its other weights are frozen then. UserError for what is wrong with them, and if the folder for
-    the output is that of the model which a saved prefix would need.
-    """
-    plan = plan_prefix(path, resolve_checkpoint(path), **prefix)
-    if plan is not None and plan.base == str(Path(output).expanduser().resolve()):
-        raise UserError(f"--output_dir: {output} holds the model that the prefix belongs to; give another folder.")
-    return plan is not None
-
-
-def check_quantized_base(path: str | Path, quantization_bit: int, adapters: bool) -> None:
-    """UserError if the base cannot be trained so: integers only under adapters (LoRA, P-Tuning), and quantised once.
-
-    quantization_bit: the flag. adapters: whether --lora_dim or --pre_seq_len is given.
-    """
-    folder = check_checkpoint(path)
-    stored = read_json(folder / "config.json", path).get("quantization_bit") or 0
-    if stored and not adapters:
-        raise UserError(
-            f"the weights of {path} are {stored}-bit integers, which cannot be trained; train an adapter over them with "
-            "--lora_dim or --pre_seq_len, or start from the checkpoint in half precision."
-        )
-    if stored and quantization_bit not in (0, stored):
-        raise UserError(
-            f"--quantization_bit {quantization_bit}: the weights of {path} are {stored}-bit integers already; drop the "
-            "flag, or start from the checkpoint in half precision."
-        )
 
 
 def check_same_tokenizer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from errors import UserError
 from models.chatglm import prompts as chatglm_prompts
 from models.chatglm2 import prompts as chatglm2_prompts
 from models.chatglm2 import role_prompts as chatglm3_prompts
+from models.checkpoint_folder import CheckpointFolder
 
 FILE_NAME = "sanbu_template.json"
 # The generations of ChatGLM, each with its own way to write a dialogue; also the chatglm_version of their tokenizers.
@@ -123,14 +124,15 @@ class Template:
         (Path(folder) / FILE_NAME).write_text(content + "\n", encoding="utf-8")
 
 
-def load_template(folder: str | Path | None, tokenizer: Any) -> Template:
-    """The template saved beside a checkpoint; where there is none, the one that suits the tokenizer.
+def load_template(folder: str | Path | CheckpointFolder | None, tokenizer: Any) -> Template:
+    """Return the template saved beside a checkpoint; where there is none, the one that suits the tokenizer.
 
     That is the form of its generation for ChatGLM; the tokenizer's own chat template; or else the Human/Assistant form
     with its end token. Raises UserError if the saved file is damaged or belongs to another tokenizer, or if the
     tokenizer has nothing to end an answer with.
     """
     version = getattr(tokenizer, "chatglm_version", None)
+    folder = folder.folder if isinstance(folder, CheckpointFolder) else folder
     file = None if folder is None else Path(folder).expanduser() / FILE_NAME
     if file is None or not file.is_file():
         if version is not None:
@@ -165,26 +167,6 @@ def load_template(folder: str | Path | None, tokenizer: Any) -> Template:
             "from the same checkpoint."
         )
     return template
-
-
-def add_end_token(tokenizer: Any, token: str, template: Template) -> Template:
-    """Make a token of its own end every answer (--add_eot_token, --eot_token).
-
-    Adds it to the tokenizer where it is new - the embedding must grow then - and returns the template that ends in it.
-    The tokens that stopped an answer before still do. Raises UserError for a chat template and for ChatGLM, which have
-    their own.
-    """
-    if template.kind != "human_assistant":
-        if tokenizer.convert_tokens_to_ids(token) == template.end_token_id:
-            return template
-        own = tokenizer.convert_ids_to_tokens(template.end_token_id)
-        raise UserError(
-            f"--add_eot_token: the tokenizer has a form of dialogue of its own, where answers end in {own!r}, not in {token!r}; "
-            "leave the flag out."
-        )
-    tokenizer.add_tokens([token], special_tokens=True)
-    end = tokenizer.convert_tokens_to_ids(token)
-    return replace(template, stop_token_ids=tuple(dict.fromkeys((end, *template.stop_token_ids))))
 
 
 def chatglm_template(tokenizer: Any) -> Template:

@@ -1,10 +1,11 @@
-"""The weight files of a checkpoint, looked at before anything is loaded: whole, named rightly, of the kind the config says.
+"""The files of a checkpoint before anything is loaded: JSON read, weights whole, named rightly, of the kind config.json says.
 
 Only headers are read: of a .safetensors its table, of a .bin the pickles that describe its tensors.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -16,7 +17,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from errors import UserError
-from models.files import first_line, read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # The layers that the int8 and int4 releases of ChatGLM quantise.
@@ -125,3 +125,26 @@ def check_scales(path: str | Path, names: set[str], quantization_bit: int | None
             f"weights ({len(lacking)} scales are missing): integers mean nothing without their scales. Copy the "
             "checkpoint again; if its weights are floating, set quantization_bit to 0 in config.json."
         )
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+def read_json(file: Path, path: str | Path) -> dict:
+    """The object in a JSON file of the checkpoint ``path``; UserError if it is missing or broken."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"model {path} has no {file.name}; an interrupted save or download leaves such a folder: make it again."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; copy the checkpoint again.")
+    return content
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, for a sentence of our own."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

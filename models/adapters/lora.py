@@ -7,13 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
@@ -21,8 +19,12 @@ from models.adapters.prefix import PREFIX_FILE, base_of, has_prefix, peft_config
 from models.adapters.quantization import QuantizedLinear
 from models.adapters.shared_trunk import frozen_change
 from models.families import FAMILIES
-from models.heads import SCALAR_HEADS, base_model, score_name
+from models.heads import SCALAR_HEADS, base_model, is_peft, score_name
 from models.save import check_tokenizer, new_draft, publish, settle_special_ids
+
+if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where there is an adapter
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 _NAME = "default"  # peft can hold several adapters; we use one
 
@@ -40,6 +42,9 @@ def add_lora(
     """
     if has_prefix(model):
         raise UserError("this model has a prefix (P-Tuning), beside which adapters are not trained; drop --lora_dim.")
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
     names = lora_targets(model, module_name)
     head = score_name(model)
     config = LoraConfig(
@@ -105,8 +110,10 @@ def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = N
     layers become floats in the model's dtype. A model without an adapter gives its own weights, integers as they are.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
-    if not isinstance(model, PeftModel):
+    if not is_peft(model):
         return state_dict
+    from peft.tuners.lora import LoraLayer
+
     prefix = "base_model.model."
     merged = {}
     for name, tensor in state_dict.items():
@@ -144,8 +151,10 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: dict[str, Ten
 
     state_dict as in merged_state_dict. Returns False, and writes nothing, for a model without an adapter.
     """
-    if not isinstance(model, PeftModel):
+    if not is_peft(model):
         return False
+    from peft import get_peft_model_state_dict
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
@@ -178,7 +187,7 @@ def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, train
             network.generation_config.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         template.save(draft)
-        if isinstance(model, PeftModel):
+        if is_peft(model):
             save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
             peft_config_to_save(model).save_pretrained(draft)
             found = load_file(draft / "adapter_model.safetensors")

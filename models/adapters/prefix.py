@@ -11,19 +11,23 @@ import copy
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from errors import UserError
-from models.files import first_line, read_json
-from models.heads import SCALAR_HEADS, base_model, prefix_length, score_name
-from models.weight_files import WEIGHTS
+from models.heads import SCALAR_HEADS, base_model, is_peft, prefix_length, score_name
+from models.weight_files import WEIGHTS, first_line, read_json
 from models.zero3 import gathered
+
+if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where there is an adapter
+    from peft import PeftModel, PrefixTuningConfig
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from models.checkpoint_folder import CheckpointFolder
 
 PREFIX_FILE = "prefix_only.bin"
 OFFICIAL_FILE = "pytorch_model.bin"  # what the original trainer calls it, in its folders checkpoint-N
@@ -128,52 +132,32 @@ def read_prefix(folder: Path) -> SavedPrefix:
 
 
 def plan_prefix(
-    path: str | Path,
-    folder: Path,
+    checkpoint: CheckpointFolder,
     *,
     pre_seq_len: int = 0,
     prefix_projection: bool = False,
     ptuning_checkpoint: str | Path | None = None,
     seed: int = 0,
 ) -> PrefixPlan | None:
-    """The prefix that the model ``path`` (its files are in ``folder``) shall have: the one in its folder, the one in
-    ptuning_checkpoint, or a new one of pre_seq_len places; None for none.
+    """Return the prefix that a model shall have: the one in its folder, the one in ptuning_checkpoint, or a new one of
+    pre_seq_len positions; None for none.
 
-    0 places and no projection mean "as saved". Raises UserError for two prefixes, and for numbers that differ from a saved
-    one's.
+    0 positions and no projection mean "as saved". Raises UserError for two prefixes, and for numbers that differ from a
+    saved one's.
     """
-    named = base_named_in(folder)
-    identity = str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else str(path)
-    if named is not None:
-        if ptuning_checkpoint:
-            raise UserError(
-                f"model {path} has a prefix already and --ptuning_checkpoint {ptuning_checkpoint} names another; drop the "
-                f"flag, or give {named[1]} as the model."
-            )
-        saved = read_prefix(folder)
-        config = read_json(folder / "config.json", path)
-        if saved.own and config.get("pre_seq_len") != saved.length:
-            raise UserError(
-                f"{folder / 'config.json'} says pre_seq_len {config.get('pre_seq_len')}, but the prefix in {saved.file} has "
-                f"{saved.length} places; copy the folder again."
-            )
-        base = named[1]
-    elif ptuning_checkpoint:
-        place = Path(ptuning_checkpoint).expanduser()
-        if not place.is_dir():
-            raise UserError(f"--ptuning_checkpoint {ptuning_checkpoint}: no such folder; name one that P-Tuning saved.")
-        saved, base = read_prefix(place), identity
-    else:
-        whole = read_json(folder / "config.json", path)  # a ChatGLM checkpoint may have a prefix among its weights
-        length = whole.get("pre_seq_len") or 0
+    base, saved = saved_prefix(checkpoint, ptuning_checkpoint)
+    if saved is None:
+        config = checkpoint.content  # a ChatGLM checkpoint may have a prefix among its weights
+        length = config.get("pre_seq_len") or 0
         if length and pre_seq_len not in (0, length):
             raise UserError(
-                f"--pre_seq_len {pre_seq_len}, but model {path} has a prefix of {length} places; give {length} or drop it."
+                f"--pre_seq_len {pre_seq_len}, but model {checkpoint.path} has a prefix of {length} places; give {length} or "
+                "drop it."
             )
         if not length and not pre_seq_len:
             return None
-        projection = bool(whole.get("prefix_projection")) if length else prefix_projection
-        return PrefixPlan(length or pre_seq_len, projection, identity, None, seed)
+        projection = bool(config.get("prefix_projection")) if length else prefix_projection
+        return PrefixPlan(length or pre_seq_len, projection, base, None, seed)
     if pre_seq_len not in (0, saved.length):
         raise UserError(
             f"--pre_seq_len {pre_seq_len}, but the prefix in {saved.file} has {saved.length} places; give "
@@ -185,6 +169,35 @@ def plan_prefix(
             f"{'with' if saved.projection else 'without'} a projection; {'add' if saved.projection else 'drop'} the flag."
         )
     return PrefixPlan(saved.length, saved.projection, base, saved, seed)
+
+
+def saved_prefix(checkpoint: CheckpointFolder, ptuning_checkpoint: str | Path | None) -> tuple[str, SavedPrefix | None]:
+    """Return the model that a prefix would belong to, and the prefix saved in its folder or in ptuning_checkpoint, if any.
+
+    Raises UserError if both hold one, and if config.json contradicts the file.
+    """
+    path, folder = checkpoint.path, checkpoint.folder
+    named = base_named_in(folder)
+    if named is None:
+        base = str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
+        if not ptuning_checkpoint:
+            return base, None
+        other = Path(ptuning_checkpoint).expanduser()
+        if not other.is_dir():
+            raise UserError(f"--ptuning_checkpoint {ptuning_checkpoint}: no such folder; name one that P-Tuning saved.")
+        return base, read_prefix(other)
+    if ptuning_checkpoint:
+        raise UserError(
+            f"model {path} has a prefix already and --ptuning_checkpoint {ptuning_checkpoint} names another; drop the "
+            f"flag, or give {named[1]} as the model."
+        )
+    saved, told = read_prefix(folder), checkpoint.content.get("pre_seq_len")
+    if saved.own and told != saved.length:
+        raise UserError(
+            f"{folder / 'config.json'} says pre_seq_len {told}, but the prefix in {saved.file} has {saved.length} places; "
+            "copy the folder again."
+        )
+    return named[1], saved
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -205,7 +218,7 @@ def base_of(model: nn.Module) -> str:
     """The folder or hub id of the model that a prefix belongs to."""
     return (
         model.peft_config[_NAME].base_model_name_or_path
-        if isinstance(model, PeftModel)
+        if is_peft(model)
         else getattr(model.config, BASE_FIELD)
     )
 
@@ -246,19 +259,23 @@ def add_prefix(model: PreTrainedModel, plan: PrefixPlan, fresh: bool = True) -> 
         if head:
             getattr(model, head).requires_grad_(True)
     else:
+        from peft import get_peft_model
+
         model = get_peft_model(model, _peft_config(model, plan), autocast_adapter_dtype=False)
         model.peft_config[_NAME].base_model_name_or_path = plan.base
         encoder = model.prompt_encoder[_NAME]
     if saved is not None:
         renamed = {name.removeprefix(OWN): tensor for name, tensor in saved.tensors.items()}
         copy_into(encoder, renamed if saved.own else {"embedding.weight": renamed["prompt_embeddings"]}, saved.file)
-    elif fresh or isinstance(model, PeftModel):
+    elif fresh or is_peft(model):
         _start(encoder, plan.seed)
     return model
 
 
 def _peft_config(model: PreTrainedModel, plan: PrefixPlan) -> PrefixTuningConfig:
     """peft's settings; the shape of keys and values is said outright, because peft guessed it in different ways."""
+    from peft import PrefixTuningConfig
+
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -312,7 +329,7 @@ def prefix_tensors(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Te
     values themselves with any projection computed (peft keeps none), and the head under peft's name. All float32.
     """
     trained = {name: tensor.detach().float().cpu().contiguous() for name, tensor in trained.items()}
-    if not isinstance(model, PeftModel):
+    if not is_peft(model):
         return trained
     encoder = {name.removeprefix(_PROMPT): tensor for name, tensor in trained.items() if name.startswith(_PROMPT)}
     prompts = encoder["embedding.weight"]

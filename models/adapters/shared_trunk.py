@@ -21,21 +21,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
 from models.adapters.quantization import QuantizedLinear
-from models.checkpoint_folder import check_checkpoint
-from models.files import first_line, read_json
+from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.heads import SCALAR_HEADS, score_name, start_head
-from models.load import set_dropout
-from models.weight_files import stored_rows
+from models.load import ready_to_train, set_dropout
+from models.weight_files import first_line, read_json, stored_rows
 from models.zero3 import gathered
 
 logger = logging.getLogger("sanbu")
@@ -85,7 +79,7 @@ class SharedTrunk:
         set_dropout(config, dropout)
         network = self._built(type(self.model), config)
         lend(self.model, network)
-        return ready(network, gradient_checkpointing)
+        return ready_to_train(network, gradient_checkpointing)
 
     def scalar_model(
         self, path: str, *, dropout: float | None = None, gradient_checkpointing: bool = False, seed: int = 0
@@ -111,7 +105,7 @@ class SharedTrunk:
         if not scorer.head:
             start_head(head, seed)
         config.problem_type = "regression"
-        return ready(network, gradient_checkpointing)
+        return ready_to_train(network, gradient_checkpointing)
 
     def _built(self, network_class: type, config: PretrainedConfig) -> PreTrainedModel:
         """A network without weights."""
@@ -133,13 +127,6 @@ def lend(owner: nn.Module, borrower: nn.Module) -> None:
         module._parameters.update(own._parameters.items())
         module._buffers.update(own._buffers.items())
         module._non_persistent_buffers_set = set(own._non_persistent_buffers_set)
-
-
-def ready(network: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
-    """In training mode, as the loaders return a model."""
-    if gradient_checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return network.train()
 
 
 # --- the frozen adapter -----------------------------------------------------------------------------------------------
@@ -165,24 +152,25 @@ def frozen_change(layer: nn.Module) -> Change | None:
 # --- reading a reward model ---------------------------------------------------------------------------------------------
 
 
-def check_scorer(path: str, name: str) -> None:
-    """UserError for a reward model that cannot be one over the model ``name``, as far as that shows without loading it."""
-    folder, base = check_checkpoint(path), check_checkpoint(name)
-    kinds = [read_json(one / "config.json", one).get("model_type") for one in (folder, base)]
+def check_scorer(path: str | CheckpointFolder, name: str | CheckpointFolder) -> None:
+    """Raise UserError for a reward model that cannot be one over the model ``name``, as far as that shows unloaded."""
+    reward, base = open_checkpoint(path), open_checkpoint(name)
+    kinds = [open_checkpoint(one.weights).content.get("model_type") for one in (reward, base)]
     if kinds[0] != kinds[1]:
-        raise other_base(path, name, f"it is of type {kinds[0]}, not {kinds[1]}")
-    has_head = any(set(tensor.split(".")) & set(SCALAR_HEADS) for tensor, _, _ in stored_rows(folder, 1))
-    if has_head and not (folder / ADAPTER / ADAPTER_FILE).is_file():
-        raise other_base(path, name, "there is none: all its weights were trained")
+        raise other_base(reward.path, base.path, f"it is of type {kinds[0]}, not {kinds[1]}")
+    has_head = any(set(tensor.split(".")) & set(SCALAR_HEADS) for tensor, _, _ in stored_rows(reward.weights, 1))
+    if has_head and not (reward.weights / ADAPTER / ADAPTER_FILE).is_file():
+        raise other_base(reward.path, base.path, "there is none: all its weights were trained")
 
 
-def read_scorer(path: str, trunk: PreTrainedModel, name: str) -> Scorer:
-    """What the reward model in the folder ``path`` has beside the trunk, on the trunk's device in its dtype.
+def read_scorer(path: str | CheckpointFolder, trunk: PreTrainedModel, name: str) -> Scorer:
+    """Return what the reward model in the folder ``path`` has beside the trunk, on the trunk's device in its dtype.
 
-    UserError unless its weights are those of the trunk (the model ``name``) with the adapter added.
+    Raises UserError unless its weights are those of the trunk (the model ``name``) with the adapter added.
     """
-    folder = check_checkpoint(path)
-    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    checkpoint = open_checkpoint(path)
+    path, folder = checkpoint.path, checkpoint.weights
+    config = open_checkpoint(folder).config(num_labels=1)
     if type(config) is not type(trunk.config):
         raise other_base(path, name, f"it is of type {config.model_type}, not {trunk.config.model_type}")
     file = folder / ADAPTER / ADAPTER_FILE

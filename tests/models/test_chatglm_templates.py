@@ -4,7 +4,7 @@ import pytest
 
 from errors import UserError
 from models.chatglm.auto_tokenizer import ChatGLMTokenizer
-from models.templates import CHATGLM, FILE_NAME, Template, add_end_token, load_template
+from models.templates import CHATGLM, FILE_NAME, Template, load_template
 from tests.models.chatglm_folders import GENERATIONS, change_json, golden, tokenizer_folder
 from tests.models.test_chatglm_tokenizers import NAMES
 from tests.tiny import tiny_tokenizer
@@ -242,11 +242,3 @@ def test_templates_saved_before_chatglm_was_supported_still_read(tmp_path):
     assert load_template(tmp_path, tokenizer) == template
     assert template.suffix_ids == () and template.frame_length == 0
     assert Template("human_assistant", (1,), prefix_ids=(7,)).frame_length == 0
-
-
-def test_an_end_token_of_its_own_is_refused(tokenizer, template):
-    own = {"chatglm": "<eop>", "chatglm2": "</s>", "chatglm3": "</s>"}[template.kind]
-    assert add_end_token(tokenizer, own, template) is template
-    with pytest.raises(UserError, match=own):
-        add_end_token(tokenizer, "<|end|>", template)
-    assert "<|end|>" not in tokenizer.get_vocab()

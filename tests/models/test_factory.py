@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from errors import UserError
-from models.checkpoint_folder import check_checkpoint
-from models.load import check_context_length, check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
+from models.checkpoint_folder import check_context_length, open_checkpoint
+from models.load import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import new_draft, publish, save_model
 from tests.tiny import FAMILIES, SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
 
@@ -181,7 +181,7 @@ def test_interrupted_save_leaves_the_old_checkpoint_or_none(gpt2, tmp_path, monk
     ):  # in the middle of the move: no config.json, so nothing takes it for a checkpoint
         save_model(model, tokenizer, PlayTemplate(), out)
     with pytest.raises(UserError, match=r"has no config\.json"):
-        check_checkpoint(out)
+        _ = open_checkpoint(out).weights
 
 
 def test_a_disk_that_lies_is_noticed(gpt2, tmp_path, monkeypatch):
@@ -293,26 +293,26 @@ def test_hub_id_without_network():
 
 def test_folder_without_config(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
-        check_checkpoint(tmp_path)
+        _ = open_checkpoint(tmp_path).weights
 
 
 def test_unsupported_type(gpt2):
     config = json.loads((gpt2 / "config.json").read_text())
     (gpt2 / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     with pytest.raises(UserError, match=r"'bert'.*opt, bloom, llama"):
-        check_checkpoint(gpt2)
+        _ = open_checkpoint(gpt2).weights
 
 
 def test_broken_config(gpt2):
     (gpt2 / "config.json").write_text('{"model_type": "gpt2"')
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        check_checkpoint(gpt2)
+        _ = open_checkpoint(gpt2).weights
 
 
 def test_missing_weights(gpt2):
     (gpt2 / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no weights.*model\.safetensors"):
-        check_checkpoint(gpt2)
+        _ = open_checkpoint(gpt2).weights
 
 
 def test_truncated_weights(gpt2):
@@ -322,7 +322,7 @@ def test_truncated_weights(gpt2):
         load_causal_lm(gpt2, dtype=torch.float32)
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
-        check_checkpoint(gpt2)
+        _ = open_checkpoint(gpt2).weights
 
 
 def test_missing_shard(gpt2):
@@ -330,7 +330,7 @@ def test_missing_shard(gpt2):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (gpt2 / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is missing"):
-        check_checkpoint(gpt2)
+        _ = open_checkpoint(gpt2).weights
 
 
 def test_a_reward_checkpoint_is_no_language_model(tmp_path):

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from errors import UserError
 from inference.engine import generate
 from models.adapters.lora import add_lora, save_prefix
+from models.checkpoint_folder import check_context_length, gets_prefix
 from models.heads import TokenLogProbs, TokenScores, position_ids_for, prefix_length, score_layer
-from models.load import check_context_length, gets_prefix, load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import save_model
 from tests.tiny import FAMILIES, tiny_checkpoint
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from errors import UserError
 from inference.engine import generate
 from models.adapters.lora import save_prefix
+from models.checkpoint_folder import check_context_length
 from models.heads import TokenLogProbs, TokenScores, score_layer
-from models.load import check_context_length, load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from tests.models.golden import golden
 from tests.models.test_prefix import Template, shake, trained
 from tests.tiny_chatglm import tiny_chatglm
@@ -100,7 +101,7 @@ class _NoTokenizer:
 @pytest.fixture(autouse=True)
 def no_tokenizer_to_check(monkeypatch):
     """Read tokenizers back, but for the one that is none."""
-    from models.adapters.lora import lora as adapters
+    from models.adapters import lora as adapters
 
     check = adapters.check_tokenizer
     monkeypatch.setattr(

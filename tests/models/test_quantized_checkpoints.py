@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from errors import UserError
 from models.adapters.lora import add_lora, merged_state_dict
 from models.adapters.quantization import QuantizedLinear, model_bits, quantized_layers
-from models.checkpoint_folder import check_checkpoint
+from models.checkpoint_folder import check_quantized_base, open_checkpoint
 from models.heads import TokenLogProbs, score_layer
-from models.load import check_quantized_base, load_causal_lm, load_scalar_model
+from models.load import load_causal_lm, load_scalar_model
 from models.save import save_model
 from tests.models.test_adapters import shake
 from tests.models.test_quantization import plain_loop_quantize
@@ -204,7 +204,7 @@ def test_integers_without_scales(copied):
 def test_integers_that_the_config_does_not_know_of(copied):
     set_config(copied[0], quantization_bit=0)
     with pytest.raises(UserError, match=r"integer weights .*no quantization_bit; copy"):
-        check_checkpoint(copied[0])
+        _ = open_checkpoint(copied[0]).weights
 
 
 @pytest.mark.parametrize("bits", [3, 16, "8", True])

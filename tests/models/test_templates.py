@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from errors import UserError
-from models.templates import FILE_NAME, add_end_token, load_template
+from models.templates import FILE_NAME, load_template
 from tests.tiny import FAMILIES, TEXT, tiny_tokenizer
 
 ASK = [{"role": "user", "content": "What is 2+2?"}]
@@ -267,23 +267,3 @@ def test_a_dialogue_that_the_chat_template_refuses_is_named():
 
 
 # --- --add_eot_token --------------------------------------------------------------------------------------------------
-
-
-def test_an_end_token_of_its_own_is_appended_and_stops():
-    """D10: --add_eot_token added a token that nothing ever wrote."""
-    tokenizer = tiny_tokenizer("llama")
-    size, eos = len(tokenizer), tokenizer.eos_token_id
-    template = add_end_token(tokenizer, "<|end|>", load_template(None, tokenizer))
-    assert len(tokenizer) == size + 1
-    assert template.stop_token_ids == (size, eos)
-    assert template.encode_answer(tokenizer, "Yes.")[-1] == size
-    assert template.decode_answer(tokenizer, template.encode_answer(tokenizer, "Yes.")) == "Yes."
-    assert add_end_token(tokenizer, "<|end|>", template) == template
-
-
-def test_a_chat_template_keeps_its_own_end_token():
-    tokenizer = tiny_tokenizer("qwen2")
-    template = load_template(None, tokenizer)
-    assert add_end_token(tokenizer, "<|im_end|>", template) is template
-    with pytest.raises(UserError, match=r"<\|im_end\|>"):
-        add_end_token(tokenizer, "<|end|>", template)

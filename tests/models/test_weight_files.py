@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import UserError
 from models import load as factory
-from models.checkpoint_folder import check_checkpoint
+from models.checkpoint_folder import open_checkpoint
 from models.load import load_causal_lm
 from models.weight_files import tensor_names
 from tests.tiny import tiny_checkpoint
@@ -93,7 +93,7 @@ def test_a_file_of_something_else(llama, tmp_path, content, nothing_loads):
     files, _ = shards_of(llama, tmp_path / "bin", "bin")
     files[0].write_bytes(content)
     with pytest.raises(UserError, match=rf"{files[0].name} (holds no weights|is damaged)"):
-        check_checkpoint(tmp_path / "bin")
+        _ = open_checkpoint(tmp_path / "bin").weights
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,4 +112,4 @@ def test_a_broken_index(llama, tmp_path, content, nothing_loads):
     _, index = shards_of(llama, tmp_path / "bin", "bin")
     index.write_text(content)
     with pytest.raises(UserError, match=rf"{index.name} .*copy the checkpoint again"):
-        check_checkpoint(tmp_path / "bin")
+        _ = open_checkpoint(tmp_path / "bin").weights

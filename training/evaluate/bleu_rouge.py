@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from errors import UserError
 from inference.engine import generate
-from models.checkpoint_folder import resolve_checkpoint
+from models.checkpoint_folder import open_checkpoint
 from models.device import detect_platform
 from models.templates import Template
 from training.evaluate.common import Answer, Answerer, held_out, lengths, write_json
@@ -44,10 +44,10 @@ def main(args: EvaluateArguments) -> None:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     rank, local_rank, processes = join_process_group(platform) if several else (0, 0, 1)
     check_writable(Path(args.output_dir))
-    folder = resolve_checkpoint(args.model_name_or_path)
+    checkpoint = open_checkpoint(args.model_name_or_path)
     records = read_records(args)
     adapter = {"ptuning_checkpoint": args.ptuning_checkpoint, "quantization_bit": args.quantization_bit}
-    answerer = Answerer.load(folder, args.dtype, args.attn_implementation, local_rank, platform, **adapter)
+    answerer = Answerer.load(checkpoint, args.dtype, args.attn_implementation, local_rank, platform, **adapter)
     label_length = args.max_target_length if args.truncate_labels else None
     labels = encode_labels(records, answerer.tokenizer, answerer.template, label_length)
     prompts = answerer.encode(

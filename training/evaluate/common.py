@@ -12,6 +12,7 @@ import torch
 from errors import UserError
 from inference.chatbot import context_length
 from inference.engine import Generation
+from models.checkpoint_folder import CheckpointFolder
 from models.device import Platform, attention_implementation, detect_platform, resolve_dtype, set_device
 from models.heads import prefix_length
 from models.load import load_causal_lm, load_tokenizer
@@ -42,18 +43,24 @@ class Answerer:
 
     @classmethod
     def load(
-        cls, folder: Path, dtype: str, attention: str, local_rank: int = 0, platform: Platform | None = None, **adapter: Any
+        cls,
+        checkpoint: CheckpointFolder,
+        dtype: str,
+        attention: str,
+        local_rank: int = 0,
+        platform: Platform | None = None,
+        **adapter: Any,
     ) -> Answerer:
         """Load a checkpoint for generation. dtype, attention: the flags; adapter: further arguments of load_causal_lm."""
         platform = platform or detect_platform()
         device = set_device(platform, local_rank)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(checkpoint)
         attention = attention_implementation(attention, platform)
-        model = load_causal_lm(folder, dtype=resolve_dtype(dtype, platform), attn=attention, **adapter)
-        return cls(model.to(device).eval(), tokenizer, load_template(folder, tokenizer), device)
+        model = load_causal_lm(checkpoint, dtype=resolve_dtype(dtype, platform), attn=attention, **adapter)
+        return cls(model.to(device).eval(), tokenizer, load_template(checkpoint, tokenizer), device)
 
     def encode(
-        self, prompts: list[list[dict[str, str]]], answer_length: int, flag: str, folder: Path | str, longest: int | None = None
+        self, prompts: list[list[dict[str, str]]], answer_length: int, flag: str, model: str, longest: int | None = None
     ) -> list[list[int]]:
         """Return the token ids of the prompts, cut at the beginning where they leave no room for answer_length tokens.
 
@@ -63,7 +70,7 @@ class Answerer:
         limit = context - answer_length
         if limit < 1:
             raise UserError(
-                f"{flag} {answer_length} leaves no room for a prompt in the {context} tokens that {folder} reads; lower it."
+                f"{flag} {answer_length} leaves no room for a prompt in the {context} tokens that {model} reads; lower it."
             )
         limit = min(limit, longest or limit)
         return [cut_prompt(ids, limit, self.template) for ids in self.template.encode_prompts(self.tokenizer, prompts)]

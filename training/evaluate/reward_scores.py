@@ -9,15 +9,13 @@ Scores have no unit of their own; only their differences on the same prompt mean
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from errors import UserError
-from models.checkpoint_folder import resolve_checkpoint
+from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
-from models.files import SCALAR, architecture
 from models.heads import TokenScores, last_token_scores
 from models.load import load_scalar_model, load_tokenizer
 from models.templates import Template, load_template
@@ -35,14 +33,14 @@ SHOWN = 6  # pairs that are printed
 def main(args: RewardEvalArguments) -> None:
     """Score the pairs, print some and the metrics over all, write them where --output says."""
     quiet_libraries()
-    folder = check_reward_model(args.model_name_or_path)
+    checkpoint = check_reward_model(args.model_name_or_path)
     pairs = read_pairs(args)
-    tokenizer = load_tokenizer(folder)
-    template = load_template(folder, tokenizer)
+    tokenizer = load_tokenizer(checkpoint)
+    template = load_template(checkpoint, tokenizer)
     platform = detect_platform()
     device = set_device(platform, 0)
     attention = attention_implementation(args.attn_implementation, platform)
-    model = load_scalar_model(folder, dtype=resolve_dtype(args.dtype, platform), attn=attention)
+    model = load_scalar_model(checkpoint, dtype=resolve_dtype(args.dtype, platform), attn=attention)
     scorer = TokenScores(model).to(device).eval()
     rows = encode_pairs(pairs, tokenizer, template, args.max_seq_len)
     scores = score_pairs(scorer, rows, tokenizer.pad_token_id, 2 * args.per_device_eval_batch_size, device)
@@ -60,13 +58,12 @@ def main(args: RewardEvalArguments) -> None:
         write_json(args.output, {"model": args.model_name_or_path, "summary": metrics, "pairs": rows})
 
 
-def check_reward_model(path: str) -> Path:
-    """Return the folder of a reward model or a critic. Raise UserError for a language model: its head would be random."""
-    folder = resolve_checkpoint(path)
-    found = architecture(folder, path)
-    if not found.endswith(SCALAR):
-        raise UserError(f"--model_name_or_path {path} is no reward model ({found}); step 2 trains one.")
-    return folder
+def check_reward_model(path: str) -> CheckpointFolder:
+    """Open the checkpoint of a reward model or a critic. Raise UserError for a language model: its head would be random."""
+    checkpoint = open_checkpoint(path)
+    if not checkpoint.gives_scores:
+        raise UserError(f"--model_name_or_path {path} is no reward model ({checkpoint.architecture}); step 2 trains one.")
+    return checkpoint
 
 
 def read_pairs(args: RewardEvalArguments) -> list[dict[str, Any]]:

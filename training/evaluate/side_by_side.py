@@ -15,7 +15,7 @@ from pathlib import Path
 
 from errors import UserError
 from inference.engine import generate_many
-from models.checkpoint_folder import resolve_checkpoint
+from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import empty_cache
 from training.evaluate.common import BUILT_IN, Answer, Answerer, held_out, lengths, write_json
 from training.utils.flags.parse import main_entry
@@ -30,8 +30,8 @@ def main(args: PromptEvalArguments) -> None:
     quiet_libraries()
     prompts = read_prompts(args)
     models = {"baseline": args.model_name_or_path_baseline, "finetuned": args.model_name_or_path_finetune}
-    folders = {name: resolve_checkpoint(path) for name, path in models.items()}  # both, before either is loaded
-    answers = {name: ask(folder, prompts, args) for name, folder in folders.items()}
+    checkpoints = {name: open_checkpoint(path) for name, path in models.items()}  # both, before either is loaded
+    answers = {name: ask(checkpoint, prompts, args) for name, checkpoint in checkpoints.items()}
     summary = {name: lengths([answer for row in rows for answer in row]) for name, rows in answers.items()}
     print_table(prompts, answers, models, shutil.get_terminal_size((120, 24)).columns)
     for name, values in summary.items():
@@ -68,10 +68,10 @@ def read_lines(file: str) -> list[str]:
     return texts
 
 
-def ask(folder: Path, prompts: list[list[dict[str, str]]], args: PromptEvalArguments) -> list[list[Answer]]:
+def ask(checkpoint: CheckpointFolder, prompts: list[list[dict[str, str]]], args: PromptEvalArguments) -> list[list[Answer]]:
     """Return one model's answers, --num_return_sequences to each prompt. The model is gone from memory afterwards."""
-    answerer = Answerer.load(folder, args.dtype, args.attn_implementation)
-    encoded = answerer.encode(prompts, args.max_new_tokens, "--max_new_tokens", folder)
+    answerer = Answerer.load(checkpoint, args.dtype, args.attn_implementation)
+    encoded = answerer.encode(prompts, args.max_new_tokens, "--max_new_tokens", checkpoint.path)
     each = args.num_return_sequences
     generation = generate_many(
         answerer.model,

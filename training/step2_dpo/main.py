@@ -11,8 +11,9 @@ from functools import partial
 
 from torch import Tensor
 
+from models.checkpoint_folder import check_context_length, check_quantized_base, open_checkpoint
 from models.heads import TokenLogProbs
-from models.load import check_context_length, check_quantized_base, check_same_tokenizer, load_causal_lm, load_tokenizer
+from models.load import check_same_tokenizer, load_causal_lm, load_tokenizer
 from models.templates import load_template
 from training.step2_dpo.evaluation import PairSums, evaluate_pairs
 from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
@@ -104,10 +105,11 @@ def check_models(args: DPOArguments, tokenizer) -> None:
     check_trained_model(args)
     other = args.ref_model_name_or_path
     if other:
-        check_context_length(other, args.max_seq_len, "--max_seq_len")
-        check_quantized_base(other, args.quantization_bit, adapters=True)
+        reference = open_checkpoint(other)
+        check_context_length(reference, args.max_seq_len, "--max_seq_len")
+        check_quantized_base(reference, args.quantization_bit, adapters=True)
         advice = "give a --ref_model_name_or_path with the tokenizer of the trained model"
-        check_same_tokenizer(tokenizer, load_tokenizer(other), (args.model_name_or_path, other), advice)
+        check_same_tokenizer(tokenizer, load_tokenizer(reference), (args.model_name_or_path, other), advice)
 
 
 if __name__ == "__main__":

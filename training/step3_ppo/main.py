@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from errors import UserError
-from models.load import check_context_length, load_tokenizer
+from models.checkpoint_folder import check_context_length
+from models.load import load_tokenizer
 from models.templates import load_template
 from training.step3_ppo.evaluation import HeldOut, sample_table, write_samples
 from training.step3_ppo.experience import Experience

@@ -11,17 +11,9 @@ from torch import Tensor
 from errors import UserError
 from models.adapters.lora import add_lora
 from models.adapters.shared_trunk import SharedTrunk, check_scorer
-from models.checkpoint_folder import resolve_checkpoint
-from models.files import SCALAR, architecture
+from models.checkpoint_folder import check_quantized_base, gets_prefix, open_checkpoint
 from models.heads import TokenLogProbs, TokenScores
-from models.load import (
-    check_quantized_base,
-    check_same_tokenizer,
-    gets_prefix,
-    load_causal_lm,
-    load_scalar_model,
-    load_tokenizer,
-)
+from models.load import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
 from models.templates import load_template
 from training.step3_ppo.ema import MovingAverage
 from training.step3_ppo.experience import JoinedRows
@@ -217,15 +209,15 @@ def check_kinds(actor: str, reward: str | None) -> None:
     """Raise UserError for a reward model in the actor's place, or a language model in the reward model's: one would lose its
     scores, the other get a random head, and PPO would learn from noise. A critic may start from a language model.
     """
-    if architecture(resolve_checkpoint(actor), actor).endswith(SCALAR):
+    if open_checkpoint(actor).gives_scores:
         raise UserError(f"--actor_model_name_or_path {actor} is a reward model; name the SFT model, which step 1 trains.")
     if reward is None:
         return
-    found = architecture(resolve_checkpoint(reward), reward)
-    if not found.endswith(SCALAR):
+    checkpoint = open_checkpoint(reward)
+    if not checkpoint.gives_scores:
         raise UserError(
-            f"--critic_model_name_or_path {reward} is no reward model ({found}); name one that step 2 trained, or score with "
-            "--reward_function or --reward_endpoint and --reward_model false."
+            f"--critic_model_name_or_path {reward} is no reward model ({checkpoint.architecture}); name one that step 2 "
+            "trained, or score with --reward_function or --reward_endpoint and --reward_model false."
         )
 
 

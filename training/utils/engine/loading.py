@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.checkpoint_folder import resolve_checkpoint
-from models.files import read_json
+from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from training.utils.run.process_group import Run
 
 
-def read_in_turn(load: Callable[..., nn.Module], path: str | Path, run: Run, settings: dict[str, Any]) -> nn.Module:
+def read_in_turn(
+    load: Callable[..., nn.Module], path: str | Path | CheckpointFolder, run: Run, settings: dict[str, Any]
+) -> nn.Module:
     """load(path, **settings), on the run's device where that is a card.
 
     Files of the wanted dtype are mapped: the processes of a node share their pages. In another dtype each process makes a
@@ -28,8 +29,6 @@ def read_in_turn(load: Callable[..., nn.Module], path: str | Path, run: Run, set
         return model.to(run.device) if copies else model
 
 
-def makes_copy(path: str | Path, dtype: torch.dtype, quantization_bit: int) -> bool:
+def makes_copy(path: str | Path | CheckpointFolder, dtype: torch.dtype, quantization_bit: int) -> bool:
     """Whether the weights of a checkpoint are computed anew while they are read, not mapped as they are."""
-    config = read_json(resolve_checkpoint(path) / "config.json", path)
-    stored = config.get("dtype") or config.get("torch_dtype")  # transformers before 5
-    return bool(quantization_bit) or stored != str(dtype).removeprefix("torch.")
+    return bool(quantization_bit) or open_checkpoint(path).stored_dtype != str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from models.adapters.lora import add_lora
-from models.load import check_context_length, check_quantized_base, gets_prefix
+from models.checkpoint_folder import check_context_length, check_quantized_base, gets_prefix, open_checkpoint
 from training.utils.engine.zero import EngineOptions, build_engine
 from training.utils.run.process_group import Run
 
@@ -16,9 +16,10 @@ from training.utils.run.process_group import Run
 def check_trained_model(args: Any) -> None:
     """UserError if --model_name_or_path cannot be trained as the flags ask; no weight is read."""
     prefix = args.prefix_options()
-    check_context_length(args.model_name_or_path, args.max_seq_len, "--max_seq_len", **prefix)
-    frozen = bool(args.lora_dim) or gets_prefix(args.model_name_or_path, args.output_dir, **prefix)
-    check_quantized_base(args.model_name_or_path, args.quantization_bit, adapters=frozen)
+    checkpoint = open_checkpoint(args.model_name_or_path)
+    check_context_length(checkpoint, args.max_seq_len, "--max_seq_len", **prefix)
+    frozen = bool(args.lora_dim) or gets_prefix(checkpoint, args.output_dir, **prefix)
+    check_quantized_base(checkpoint, args.quantization_bit, adapters=frozen)
 
 
 def trained_engine(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.device import has_accelerator
-from models.files import first_line
+from models.weight_files import first_line
 from training.utils.engine.half_precision import forgotten_loss_scale, gradient_norm, watch_saturation
 from training.utils.flags.deepspeed_file import read_deepspeed_config
 from training.utils.run.process_group import Run

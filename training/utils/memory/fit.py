@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from errors import UserError
-from models.checkpoint_folder import check_checkpoint
+from models.checkpoint_folder import gets_prefix, open_checkpoint
 from models.device import DTYPES, free_memory, has_accelerator
-from models.load import gets_prefix
 from training.utils.flags.checks import needing_stage_3
 from training.utils.flags.deepspeed_file import check_precision, read_deepspeed_config
 from training.utils.flags.steps import DPOArguments, PPOArguments, RewardArguments
@@ -274,14 +273,14 @@ class StepMemory:
 
 def step_memory(args: Any, dtype: torch.dtype, attn: str) -> StepMemory:
     """From a step's flags alone: the configs come from the folders that they name."""
-    paths = args.models
-    configs = {role: AutoConfig.from_pretrained(check_checkpoint(path)) for role, path in paths.items()}
+    checkpoints = {role: open_checkpoint(path) for role, path in args.models.items()}
+    configs = {role: open_checkpoint(checkpoint.weights).config() for role, checkpoint in checkpoints.items()}
     prefixed = []
-    for role, path in paths.items():
+    for role, checkpoint in checkpoints.items():
         if role == "reference":
             continue
         options = args.prefix_options("" if role == "model" else role)
-        if gets_prefix(path, args.output_dir, **options) and not options["pre_seq_len"]:
+        if gets_prefix(checkpoint, args.output_dir, **options) and not options["pre_seq_len"]:
             prefixed.append(role)
     return StepMemory(args, configs, dtype=dtype, attn=attn, prefixed=tuple(prefixed))
 
