@@ -1,4 +1,4 @@
-"""Write a page about a run: its metrics, answers before and after, small curves, settings. One HTML file that needs nothing else.
+"""Write a page about a run: its metrics, answers before and after, small curves. One HTML file that needs nothing else.
 
     python -m scripts.report --run output/demo --output report.html
 
@@ -31,9 +31,6 @@ CURVES = {
     "kl": "KL to the reference, nats an answer",
     "length": "Length of answers, tokens",
     "eos_rate": "Share of answers that ended by themselves",
-    "actor_loss": "Loss of the actor",
-    "critic_loss": "Loss of the critic",
-    "explained_variance": "Share of variance that the critic explains",
 }
 COLOURS = {"train": "#2a6fb0", "eval": "#d1661b"}
 WIDTH, HEIGHT, MARGIN = 240, 90, 6  # of a curve
@@ -58,7 +55,7 @@ h2 { font-size: 1.25rem; border-bottom: 1px solid #ddd } table { border-collapse
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem; border-bottom: 1px solid #e5e5e5 }
 .number { text-align: right; white-space: nowrap } .answers td { white-space: pre-wrap; overflow-wrap: anywhere }
 .curves { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; font-size: .8rem } svg { background: #f8f8f8 }
-.good { color: #1a7f37 } .bad { color: #b3261e } pre { background: #f6f6f6; padding: .7rem; overflow-x: auto }
+.good { color: #1a7f37 } .bad { color: #b3261e }
 """
 
 
@@ -190,17 +187,6 @@ def sample_section(file: Path, count: int = 8) -> str:
     return f"<h2>Answers after rollout {last}</h2>" + table(("prompt", "answer", "score"), rows, (2,), "answers")
 
 
-def settings_section(runs: Sequence[Path]) -> str:
-    """Return every flag of each finished step."""
-    blocks = []
-    for run in runs:
-        if (run / "sanbu_done.json").is_file():
-            flags = json.loads((run / "sanbu_done.json").read_text(encoding="utf-8"))["flags"]
-            lines = escape("\n".join(f"{name}: {value}" for name, value in sorted(flags.items())))
-            blocks.append(f"<details><summary>{escape(headline(run.name))}</summary><pre>{lines}</pre></details>")
-    return "<h2>Settings</h2>" + "".join(blocks) if blocks else ""
-
-
 def write_report(folder: Path, output: Path) -> None:
     """Write the page about a run folder. Raise UserError if there is no run in it."""
     runs = run_folders(folder)
@@ -209,7 +195,7 @@ def write_report(folder: Path, output: Path) -> None:
         sections.append(answer_section(folder / "answers.jsonl"))
     else:
         sections += [sample_section(run / "samples.jsonl") for run in runs if (run / "samples.jsonl").is_file()]
-    sections += [*map(curve_section, runs), settings_section(runs)]
+    sections += map(curve_section, runs)
     title = f"Sanbu: {escape(folder.name)}"
     head = f'<head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
     body = "\n".join([f"<h1>{title}</h1>", *sections])

@@ -5,11 +5,12 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from scripts.demo import __main__ as demo
-from scripts.demo.make_data import RAMBLING_UNITS, render, write_demo_data
+from scripts.demo.make_data import RAMBLING_UNITS, make_records, render, write_demo_data
 from scripts.demo.model import train_tokenizer, write_base_model
 from scripts.demo.score import demo_score, judge, main, read_question
 from scripts.demo.world import COURTESY_AFTER, COURTESY_BEFORE, FILLERS, LANGUAGES, TASKS, fill, join
@@ -55,7 +56,7 @@ MEMORY = (
 
 
 @pytest.mark.parametrize(
-    ("prompt", "response", "score"),
+    ("prompt", "answer", "score"),
     [
         (TWO_PLUS_TWO, " The sum is 4.", 0.75),
         (TWO_PLUS_TWO, " The sum is 4. Happy to help!", 1.0),
@@ -74,8 +75,8 @@ MEMORY = (
         (MEMORY, " Your name is dog.", 0.0),  # not a name: no answer to this question
     ],
 )
-def test_score_adds_right_polite_and_brief(prompt, response, score):
-    assert demo_score(prompt, response) == score
+def test_score_adds_right_polite_and_brief(prompt, answer, score):
+    assert demo_score(prompt, answer) == score
 
 
 @pytest.mark.parametrize("nothing", ["", " ", "\n", ".", "</s>", "Happy to help!", "Happy to help! Sure!", "I do not know."])
@@ -84,7 +85,7 @@ def test_no_answer_scores_nothing(nothing):
 
 
 @pytest.mark.parametrize(
-    "response",
+    "answer",
     [
         " The sum is 4. The sum is 7.",
         " The sum is 7. The sum is 4.",
@@ -93,13 +94,13 @@ def test_no_answer_scores_nothing(nothing):
         " 1 2 3 4 5 6 7 8 9.",
     ],
 )
-def test_naming_the_right_and_a_wrong_answer_is_wrong(response):
-    assert not judge(TWO_PLUS_TWO, response).right
-    assert demo_score(TWO_PLUS_TWO, response) <= 0.25
+def test_naming_the_right_and_a_wrong_answer_is_wrong(answer):
+    assert not judge(TWO_PLUS_TWO, answer).right
+    assert demo_score(TWO_PLUS_TWO, answer) <= 0.25
 
 
 @pytest.mark.parametrize(
-    "response",
+    "answer",
     [
         " The sum is 4. The sum is 4.",
         " Sure! The sum is 4. Sure!",
@@ -113,8 +114,8 @@ def test_naming_the_right_and_a_wrong_answer_is_wrong(response):
         " The sum is 4. blue snow door!",
     ],
 )
-def test_repetition_padding_and_cut_off_answers_are_not_brief(response):
-    assert not judge(TWO_PLUS_TWO, response).brief
+def test_repetition_padding_and_cut_off_answers_are_not_brief(answer):
+    assert not judge(TWO_PLUS_TWO, answer).brief
 
 
 def test_the_answer_has_to_be_said_in_the_words_of_the_world():
@@ -136,8 +137,8 @@ def test_prompt_as_text_or_as_messages():
         {"role": "assistant", "content": "I see: Ben, dog."},  # what the assistant says does not count
         {"role": "user", "content": "What is my name?"},
     ]
-    for response, score in ((" You are Tom.", 0.75), (" You are Ben.", 0.25)):
-        assert demo_score(messages, response) == demo_score(render(messages), response) == score
+    for answer, score in ((" You are Tom.", 0.75), (" You are Ben.", 0.25)):
+        assert demo_score(messages, answer) == demo_score(render(messages), answer) == score
     assert demo_score("What is 2 plus 2?", "The sum is 4.") == 0.75
     assert demo_score("<s>" + TWO_PLUS_TWO, "The sum is 4.</s>") == 0.75
 
@@ -203,12 +204,9 @@ def test_files_are_what_the_generator_writes_and_small(folder, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == names
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    drawn = [next(make_records("prompts", 1, Random(f"{seed} prompts train"), held_out=False)) for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
     assert sum((folder / name).stat().st_size for name in names) < 2_000_000
-
-
-def test_another_seed_gives_other_data(folder, tmp_path):
-    write_demo_data(tmp_path, seed=1)
-    assert (folder / "prompts_train.jsonl").read_bytes() != (tmp_path / "prompts_train.jsonl").read_bytes()
 
 
 def test_fields_are_those_of_the_formats(data):

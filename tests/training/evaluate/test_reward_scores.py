@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import subprocess
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from errors import UserError
 from models.load import load_scalar_model, load_tokenizer
 from models.save import save_model
 from models.templates import load_template
-from tests.launching import environment, start
 from training.evaluate.common import BUILT_IN
 from training.evaluate.reward_scores import encode_pairs, main, read_pairs, summary
 from training.step2_reward.main import evaluation_line
@@ -116,11 +114,3 @@ def test_wrong_input_is_said_before_the_model_is_loaded(llama, tmp_path):
         run(tmp_path / "no_model", tmp_path / "missing/x.json")
     with pytest.raises(UserError, match=r"is no reward model \(LlamaForCausalLM\)"):
         run(llama, tmp_path / "x.json", "--num_padding_at_beginning", "1")
-
-
-def test_the_former_module_and_the_script_end_with_a_sentence(repository, tmp_path):
-    done = start("training.step2_reward.rw_eval", ["--model_name_or_path", str(tmp_path / "missing")])
-    assert done.returncode == 2 and "missing" in done.stderr.splitlines()[-1]
-    script = repository / "training/step2_reward/evaluation_scripts/run_eval.sh"
-    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2 and "usage" in done.stderr

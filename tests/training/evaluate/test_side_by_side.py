@@ -1,7 +1,6 @@
 """Two models side by side: which prompts are asked, what is answered, how the answers stand on a terminal."""
 
 import json
-import subprocess
 import unicodedata
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from errors import UserError
 from models.load import load_tokenizer
 from models.templates import load_template
-from tests.launching import environment, start
 from training.evaluate.common import BUILT_IN, Answer, lengths
 from training.evaluate.side_by_side import main, read_prompts, side_by_side, wrapped
 from training.utils.data.tokenize import cut_prompt
@@ -133,11 +131,3 @@ def test_lengths_by_hand():
 def test_wrong_input_is_one_sentence(run, tmp_path, words, sentence):
     with pytest.raises(UserError, match=sentence):
         run(*(word.format(folder=tmp_path) for word in words))
-
-
-def test_the_former_module_and_the_script_end_with_a_sentence(repository, tmp_path):
-    done = start("training.step1_sft.prompt_eval", ["--langauge", "Chinese"])
-    assert done.returncode == 2 and "did you mean --language" in done.stderr.splitlines()[-1]
-    script = repository / "training/step1_sft/evaluation_scripts/run_prompt.sh"
-    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2 and "usage" in done.stderr

@@ -254,7 +254,7 @@ SERVER = ["--reward_endpoint", "http://127.0.0.1:1/x"]
     ([*BOTH, "--reward_endpoint", "localhost:8000"], ["localhost:8000", "http://"]),
     ([*BOTH, "--reward_endpoint", "http://"], ["http://127.0.0.1"]),
     ([*BOTH, "--reward_endpoint", "http://host:port/x"], ["http://127.0.0.1"]),
-    ([*BOTH, *RULE, "--reward_weights", "1"], ["expected 2 numbers", "reward model", "demo_score.py:reward"]),
+    ([*BOTH, *RULE, "--reward_weights", "1"], ["expected 2 numbers", "reward model", "score.py:reward"]),
     ([*BOTH, *RULE, *SERVER, "--reward_weights", "1,2"], ["expected 3 numbers", "http://127.0.0.1:1/x"]),
     ([*BOTH, *RULE, "--reward_weights", "1,much"], ["expected 2 numbers"]),
     ([*BOTH, *RULE, "--reward_weights", "1,nan"], ["expected 2 numbers"]),
