@@ -28,6 +28,7 @@ from scripts.launch import __main__ as one_step
 from scripts.launch.commands import Environment, Options, build_command, build_environment
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.launch.processes import Interrupted, exit_code, explain, run_step
+from training.utils.flags.recipe import recipe_file
 from training.utils.run.environment import DONE, check_writable
 from training.utils.run.metrics import format_seconds
 
@@ -178,7 +179,7 @@ def known_recipe(args: argparse.Namespace) -> str | None:
     if not name or "/" in name or name in OPT_SIZES or Path(name).exists():
         return None
     path = ROOT / "configs" / (args.deployment_type or "single_gpu") / f"{name}.yaml"
-    return str(path) if path.is_file() else None
+    return str(path) if recipe_file(path) else None
 
 
 def read_recipe(path: str) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from errors import UserError, told
 from scripts.docs.marked_tables import language_of
 from scripts.docs.recipes_table import recipe_files
 from scripts.doctor.machine import GIB
-from scripts.launch.platforms import ROOT, platform_named
+from scripts.launch.platforms import load_platforms, platform_named
 
 TABLE = re.compile(r"(<!-- memory:begin (\w+) -->\n).*?(<!-- memory:end -->)", re.S)
 SECTIONS = ("sft", "reward", "ppo", "dpo")
@@ -97,9 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", nargs="+", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     if not (args.write or args.check):
-        for path in sorted((ROOT / "configs").iterdir()):
-            if path.is_dir() and any(path.glob("*.yaml")):
-                print(f"{path.name}\n{table(path.name, 'en')}")
+        for platform in sorted(load_platforms()):
+            print(f"{platform}\n{table(platform, 'en')}")
         return 0
     stale = []
     for path in args.write or args.check:

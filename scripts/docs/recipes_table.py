@@ -16,7 +16,7 @@ from typing import Any
 from errors import told
 from scripts.docs.marked_tables import fill_pages
 from scripts.launch.platforms import ROOT, load_platforms
-from training.utils.flags.recipe import load_recipe
+from training.utils.flags.recipe import load_recipe, recipe_file, recipes_of
 
 BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 WORDS = {
@@ -31,19 +31,19 @@ WORDS = {
 }  # fmt: skip
 
 
-OF_A_SCRIPT = {"smollm2"}  # recipes that one script runs (scripts/demo/smollm2.py), which makes their model and data first
+# Not in the tables: the recipe of scripts/demo/smollm2.py, which makes its model and data first, and those of step 1 alone.
+LEFT_OUT = re.compile("smollm2|ptuning_.*|finetune_.*")
 
 
 def recipe_files(platform: str) -> list[Path]:
-    """The recipes of a platform that anybody can start: the demo first, then by family and size."""
+    """Return the recipes of a platform that anybody can start: the demo first, then by family and size."""
 
     def order(path: Path) -> tuple[bool, list[Any]]:
         name = re.sub(r"^([a-z]+)-", r"\g<1>1-", path.stem)  # chatglm-6b before chatglm2-6b
         parts = re.split(r"(\d+(?:\.\d+)?)", name)
         return path.stem != "demo", [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
-    found = [path for path in (ROOT / "configs" / platform).glob("*.yaml") if path.stem not in OF_A_SCRIPT]
-    return sorted(found, key=order)
+    return sorted((path for path in recipes_of(ROOT / "configs", platform) if not LEFT_OUT.fullmatch(path.stem)), key=order)
 
 
 def method(flags: dict[str, Any], words: dict[str, str], prefix: str = "") -> str:
@@ -81,7 +81,8 @@ def document(language: str = "en") -> str:
         for path in recipe_files(name):
             recipe = load_recipe(str(path))
             cells = [cell(section, recipe.get(section), words) for section in sections]
-            lines.append(f"| [{path.stem}](../../configs/{name}/{path.name}) | {' | '.join(cells)} |")
+            file, _ = recipe_file(path)
+            lines.append(f"| [{path.stem}](../../{file.relative_to(ROOT).as_posix()}) | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 

@@ -86,12 +86,13 @@ def make_job(args: argparse.Namespace) -> Job:
     from scripts.kubernetes.render import KINDS, LONGEST_NAME, Job, Settings, dns_name, quantity
     from scripts.launch.__main__ import find_recipe
     from scripts.launch.platforms import did_you_mean
+    from training.utils.flags.recipe import recipe_file
 
     if args.kind not in KINDS:
         raise UserError(f"--kind {args.kind} is unknown{did_you_mean(args.kind, KINDS)}; use one of {', '.join(KINDS)}.")
     names = set(Settings.__dataclass_fields__) - {"flags"}
     settings = {name: getattr(args, name) for name in names}
-    settings["recipe"] = args.recipe if Path(args.recipe).is_file() else str(find_recipe(args.recipe))
+    settings["recipe"] = args.recipe if recipe_file(args.recipe) else str(find_recipe(args.recipe))
     try:
         flags = tuple(shlex.split(args.flags))
     except ValueError as error:

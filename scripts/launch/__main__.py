@@ -43,7 +43,7 @@ from scripts.launch.commands import (
 )
 from scripts.launch.hostfile import is_loopback, resolved
 from scripts.launch.platforms import ROOT, did_you_mean, load_platforms, platform_named
-from training.utils.flags.recipe import load_recipe
+from training.utils.flags.recipe import load_recipe, recipe_file, recipes_of
 from training.utils.flags.steps import STEPS as ARGUMENTS
 from training.utils.run.environment import DONE, check_writable
 from training.utils.run.metrics import format_seconds
@@ -161,13 +161,13 @@ def section_of(step: str) -> str:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given as a path, or as PLATFORM/MODEL under configs. UserError that lists what exists."""
+    """Return the path of a recipe given as one, or as PLATFORM/MODEL under configs. Raise UserError that lists what exists."""
     for path in (Path(name), ROOT / name, ROOT / "configs" / f"{name}.yaml"):
-        if path.is_file():
+        if recipe_file(path):
             return path.resolve()
     platform, model = Path(name).parent.name, Path(name).name.removesuffix(".yaml")
     if platform in load_platforms():
-        models = sorted(path.stem for path in (ROOT / "configs" / platform).glob("*.yaml"))
+        models = [path.stem for path in recipes_of(ROOT / "configs", platform)]
         raise UserError(
             f"{name}: no recipe for {model!r} on {platform}{did_you_mean(model, models)}; there are {', '.join(models) or 'none'}."
         )

@@ -19,6 +19,7 @@ from scripts.kubernetes.fields import SPECS, TEMPLATE
 from scripts.kubernetes.memory import host_gib
 from scripts.kubernetes.render import quantity
 from scripts.launch.platforms import load_platforms
+from training.utils.flags.recipe import load_recipe
 
 FULL = {"PyTorchJob": "pytorchjob-v1", "TrainJob": "trainjob-v1alpha1", "MPIJob": "mpijob-v2beta1"}
 
@@ -415,10 +416,11 @@ def test_a_pod_with_too_little_memory_is_refused(capsys):
 
 def test_a_recipe_is_checked_before_a_pod_reads_it(tmp_path, capsys):
     recipe = tmp_path / "own.yaml"
-    recipe.write_text((k8s.ROOT / RECIPE).read_text().replace("max_seq_len", "max_seq_lenn", 1))
+    content = yaml.safe_dump(load_recipe(str(k8s.ROOT / RECIPE)), sort_keys=False)
+    recipe.write_text(content.replace("max_seq_len", "max_seq_lenn", 1))
     words = ["render", "--kind", "pytorchjob", "--recipe", str(recipe), "--recipe-in-pod", "/workspace/own.yaml"]
     assert k8s.main(words) == 2 and "did you mean --max_seq_len" in capsys.readouterr().err
-    recipe.write_text((k8s.ROOT / RECIPE).read_text())
+    recipe.write_text(content)
     assert k8s.main(words[:-2]) == 2 and "--recipe-in-pod" in capsys.readouterr().err
     assert k8s.main([*words, "--out", str(tmp_path / "out"), "--namespace", "team"]) == 0
     made = list(yaml.safe_load_all((tmp_path / "out/3-train.yaml").read_text()))

@@ -1,86 +1,73 @@
-"""The recipes of configs/: every section is read by its step's own parser, says what its platform needs and names the
-models of the steps before it; what their comments count is so.
-"""
+"""Every section of a recipe is read by its own step, fits its platform and names the models of the steps before it."""
 
 import re
-from functools import lru_cache
 
 import pytest
-import yaml
 
+from errors import UserError
 from scripts.docs import recipes_table
 from scripts.launch.platforms import load_platforms, platform_named
+from steps import SECTIONS, STEPS
 from tests.scripts.recipes import MODELS, RECIPES, REPOSITORY, name_of
 from training.utils.flags.parse import parse
-from training.utils.flags.steps import STEPS
+from training.utils.flags.recipe import load_recipe, recipe_file, recipes_of
 
+pytestmark = pytest.mark.fast
 PUBLISHED = [path for path in RECIPES if path.stem != "demo"]
-recipes = pytest.mark.parametrize("path", RECIPES, ids=name_of)
-published = pytest.mark.parametrize("path", PUBLISHED, ids=name_of)
+FILES = sorted({recipe_file(REPOSITORY / path)[0] for path in RECIPES})
 
 
-def content(path):
-    return yaml.safe_load((REPOSITORY / path).read_text(encoding="utf-8"))
-
-
-@lru_cache
 def parsed(path):
     """The arguments of all steps that a recipe gives, by section."""
-    return {step.section: parse(step, ["--config", str(REPOSITORY / path)]) for step in STEPS}
-
-
-def processes(path) -> int:
-    platform = platform_named(path.parent.name)
-    return platform.nodes * (content(path)["launch"].get("processes") or platform.devices)
+    return {step.section: parse(step.arguments_class, ["--config", str(REPOSITORY / path)]) for step in STEPS}
 
 
 def test_every_platform_and_every_model_has_recipes():
     by_platform = {name: {path.stem for path in PUBLISHED if path.parent.name == name} for name in load_platforms()}
-    assert all(models and models <= set(MODELS) for models in by_platform.values())
     assert by_platform["multi_node"] == by_platform["single_node"] == set(MODELS)
-    for name in ("single_gpu", "dcu_z100l", "ascend_910"):   # test_recipes_fit.py says why
+    for name in ("single_gpu", "dcu_z100l", "ascend_910"):  # test_recipes_fit.py says why
         assert by_platform[name] == set(MODELS) - {"opt-66b"}, name
     assert by_platform["cpu"] == {"opt-1.3b", "bloom-1b1", "qwen2.5-1.5b"}
+    assert len(PUBLISHED) == 55
 
 
-@recipes
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_every_section_is_read_by_its_step(path):
     """Unknown keys, values out of range and flags that contradict each other are errors there."""
-    found = content(path)
-    assert list(found) == ["launch", "sft", "reward", "ppo", "dpo"]
+    found, args = load_recipe(str(REPOSITORY / path)), parsed(path)
+    assert list(found) == ["launch", *SECTIONS]
     assert found["launch"]["platform"] == path.parent.name
     platform = platform_named(path.parent.name)
-    for section, args in parsed(path).items():
-        assert args.dtype == platform.dtype, section
-        assert args.attn_implementation in ("auto", platform.attention), section
-        assert args.gradient_accumulation_steps == found[section].get("gradient_accumulation_steps", 1)
-
-
-@recipes
-def test_steps_start_from_what_the_steps_before_write(path):
-    args = parsed(path)
+    for section, one in args.items():
+        assert one.dtype == platform.dtype, section
+        assert one.attn_implementation in ("auto", platform.attention), section
+        assert one.gradient_accumulation_steps == found[section].get("gradient_accumulation_steps", 1)
     sft, reward, ppo, dpo = (args[section] for section in ("sft", "reward", "ppo", "dpo"))
     assert len({one.output_dir for one in args.values()}) == 4
     assert ppo.actor_model_name_or_path == dpo.model_name_or_path == sft.output_dir
     assert ppo.critic_model_name_or_path == reward.output_dir
-    assert len({one.data_split for one in args.values()} - {"1,0,0", "0,1,0", "0,0,1"}) <= 1   # shares, or a file for each step
+    shares = {one.data_split for one in args.values()} - {"1,0,0", "0,1,0", "0,0,1"}
+    assert len(shares) <= 1  # shares, or a file for each step
+    if path.stem in MODELS:
+        check_models(path.stem, args)
+        check_batches(path, args)
+        check_learning_rates(found, args)
 
 
-@published
-def test_models_share_a_tokenizer(path):
-    args = parsed(path)
-    assert args["sft"].model_name_or_path == MODELS[path.stem]
-    shared = args["ppo"].memory_mode == "shared"   # the reward model is an adapter over the SFT model
-    small = path.stem.startswith("opt-") and not shared
+def check_models(name, args):
+    """Models share a tokenizer."""
+    assert args["sft"].model_name_or_path == MODELS[name]
+    shared = args["ppo"].memory_mode == "shared"  # the reward model is an adapter over the SFT model
+    small = name.startswith("opt-") and not shared
     assert args["reward"].model_name_or_path == ("facebook/opt-350m" if small else args["sft"].output_dir)
     assert not shared or args["reward"].lora_dim
-    assert {args[section].output_dir for section in args} == {f"output/{path.stem}/{section}" for section in args}
+    assert {args[section].output_dir for section in args} == {f"output/{name}/{section}" for section in args}
 
 
-@published
-def test_batches_divide(path):
-    """No process without work, no rollout with a rest that is a smaller minibatch."""
-    args, count = parsed(path), processes(path)
+def check_batches(path, args):
+    """No process is without work, and no rollout leaves a smaller minibatch; the comments count right."""
+    platform = platform_named(path.parent.name)
+    count = platform.nodes * platform.devices
     for section in ("sft", "reward", "dpo"):
         one = args[section]
         assert one.global_batch_size % (one.per_device_train_batch_size * count) == 0, section
@@ -88,37 +75,68 @@ def test_batches_divide(path):
     rollout = ppo.per_device_generation_batch_size * ppo.generation_batches * count
     minibatch = ppo.per_device_training_batch_size * ppo.gradient_accumulation_steps * count
     assert rollout % minibatch == 0
-    text = (REPOSITORY / path).read_text(encoding="utf-8")
-    said = re.findall(r"= (\d+) (prompts a rollout|answers a minibatch)", text)
+    text = text_for(path)
     expected = {"prompts a rollout": rollout, "answers a minibatch": minibatch}
-    assert said and all(int(number) == expected[what] for number, what in said)
-    steps = {"one optimizer step": 1} | {f"{number} optimizer steps": number for number in range(2, 20)}
-    (counted,) = re.findall(r"minibatch: (.+) a rollout", text)
-    assert steps[counted] == rollout // minibatch
+    counted = re.findall(r"(?:= |are |and )(\d+) (prompts a rollout|answers a minibatch)", text)
+    assert counted and all(int(number) == expected[what] for number, what in counted)
 
 
-@published
-def test_adapters_cover_what_the_optimizer_has_no_room_for(path):
-    """Learning rates stand beside the weights that they move; nothing is offloaded that does not exist."""
-    for section, args in parsed(path).items():
-        flags = content(path)[section]
+def text_for(path) -> str:
+    """The part of the file that counts a platform's rollouts: its block, or the comment above its alias."""
+    text = recipe_file(REPOSITORY / path)[0].read_text(encoding="utf-8")
+    shared, _, blocks = text.partition("\nplatforms:\n")
+    for block in re.split(r"\n\n", blocks):
+        if re.search(rf"^  {re.escape(path.parent.name)}:", block, re.MULTILINE):
+            lines = block.splitlines()
+            alias = re.fullmatch(r"  \w+: \*(\w+)", lines[-1])
+            counted = re.sub(r"\n  # ", " ", block)
+            if re.search(r"\d (prompts a rollout|answers a minibatch)", counted):
+                return counted
+            return text_for(path.parent.parent / alias[1] / path.name) if alias else shared
+    raise AssertionError(path)
+
+
+def check_learning_rates(found, args):
+    """Learning rates stand beside the weights that they move."""
+    for section, one in args.items():
         for prefix in ("actor_", "critic_") if section == "ppo" else ("",):
-            adapted = bool(getattr(args, f"{prefix}lora_dim"))
-            assert (f"{prefix}lora_learning_rate" in flags) == adapted, (section, prefix)
-            head = adapted and (section == "reward" or prefix == "critic_")   # the score head is no adapter
-            assert (f"{prefix}learning_rate" in flags) == (not adapted or head), (section, prefix)
+            adapted = bool(getattr(one, f"{prefix}lora_dim"))
+            assert (f"{prefix}lora_learning_rate" in found[section]) == adapted, (section, prefix)
+            head = adapted and (section == "reward" or prefix == "critic_")  # the score head is no adapter
+            assert (f"{prefix}learning_rate" in found[section]) == (not adapted or head), (section, prefix)
 
 
-@recipes
-def test_a_recipe_reads_well(path):
-    lines = (REPOSITORY / path).read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("# ") and len(lines) <= 100
-    assert max(map(len, lines)) <= 130
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_recipe_reads_well(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and max(map(len, lines)) <= 132
     assert all(line == line.rstrip() for line in lines)
-    named = re.findall(r"(?:bash|--config) ((?:training|configs)/\S+)", "\n".join(lines))
-    assert named and all((REPOSITORY / one).is_file() for one in named), named
+    named = re.findall(r"(?:bash|--config) ((?:training|configs)/[\w./-]+)", "\n".join(lines))
+    assert named and all((REPOSITORY / one).is_file() or recipe_file(REPOSITORY / one) for one in named), named
+
+
+def test_a_platform_changes_the_shared_sections(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("sft: {max_seq_len: 8, seed: 1}\nplatforms:\n  cpu:\n    sft: {seed: 2}\n    dpo: {beta: 1}\n  node: {}\n")
+    (tmp_path / "node").mkdir()
+    found = load_recipe(str(tmp_path / "cpu/mine.yaml"))
+    assert found == {"launch": {"platform": "cpu"}, "sft": {"max_seq_len": 8, "seed": 2}, "dpo": {"beta": 1}}
+    assert load_recipe(str(tmp_path / "node/mine.yaml"))["sft"]["seed"] == 1
+    assert recipes_of(tmp_path, "cpu") == [tmp_path / "cpu/mine.yaml"]
+    (tmp_path / "node/mine.yaml").write_text("sft: {seed: 3}\n")  # a file of one's own wins
+    assert load_recipe(str(tmp_path / "node/mine.yaml")) == {"sft": {"seed": 3}}
+    for path, words in (
+        ("mine.yaml", r"serves the platforms cpu, node; name one of them in the path: --config \S+cpu/mine.yaml"),
+        ("gpu/mine.yaml", "No such file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_recipe(str(tmp_path / path))
+    file.write_text("sft: {}\nplatforms:\n  cpu:\n    stf: {seed: 2}\n")
+    with pytest.raises(UserError, match=r"platforms, cpu: no section stf; did you mean sft\?"):
+        load_recipe(str(tmp_path / "cpu/mine.yaml"))
 
 
 @pytest.mark.parametrize("name", ["en/recipes.md", "zh/recipes.md"])
 def test_the_table_of_recipes_is_current(repository, name):
-    assert recipes_table.main(["--check", str(repository / "docs" / name)]) == 0
+    (page,) = [path for path in (repository / "docs").rglob("*.md") if path.name == name]
+    assert recipes_table.main(["--check", str(page)]) == 0

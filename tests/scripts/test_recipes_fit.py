@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from models.device import DTYPES
 from scripts.launch.platforms import Platform, platform_named
 from scripts.plan.__main__ import build_parser, config_of, source_of, step_arguments
 from tests.scripts.recipes import RECIPES, REPOSITORY, name_of
 from training.utils.flags.parse import parse
+from training.utils.flags.recipe import load_recipe
 from training.utils.flags.steps import STEPS
 from training.utils.memory import fit as planning
 from training.utils.memory.arithmetic import GIB, Machine, Plan
@@ -47,7 +47,7 @@ def machine_of(platform: Platform, launch: dict) -> Machine:
 
 def memory_of(path: Path, arguments: type) -> planning.StepMemory:
     """What a step of a recipe needs; the folders that its other steps write stand for what these start from."""
-    recipe = yaml.safe_load((REPOSITORY / path).read_text(encoding="utf-8"))
+    recipe = load_recipe(str(REPOSITORY / path))
     start = {recipe[step]["output_dir"]: recipe[step]["model_name_or_path"] for step in ("sft", "reward")}
     args = parse(arguments, ["--config", str(REPOSITORY / path)])
     models = dict(getattr(args, "models", {})) or {"model": args.model_name_or_path}
@@ -59,7 +59,7 @@ def memory_of(path: Path, arguments: type) -> planning.StepMemory:
 
 
 def planned(path: Path, arguments: type, platform: str) -> Plan:
-    launch = yaml.safe_load((REPOSITORY / path).read_text(encoding="utf-8"))["launch"]
+    launch = load_recipe(str(REPOSITORY / path))["launch"]
     memory = memory_of(path, arguments)
     return memory.plan(memory.setting, machine_of(platform_named(platform), launch))
 

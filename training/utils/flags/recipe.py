@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,63 @@ class Recipe:
 
 
 def load_recipe(path: str) -> dict[str, Any]:
-    """The content of a YAML recipe. UserError if it cannot be read or has another form than sections of flags."""
+    """Return the content of a YAML recipe: sections of flags, or flags alone.
+
+    A recipe may serve several platforms: shared sections, and under ``platforms`` the flags that each platform changes or
+    adds. FOLDER/PLATFORM/MODEL.yaml, where no such file exists, reads FOLDER/MODEL.yaml as PLATFORM does: the platform's
+    flags win over the shared ones, and launch.platform is PLATFORM. Raise UserError for a file that cannot be read or has
+    another form.
+    """
+    file, platform = recipe_file(path) or (Path(path), None)
+    content = _read_yaml(path, file)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected flags as `name: value`, or the sections {', '.join(SECTIONS)}.")
+    platforms = content.pop("platforms", None)
+    if platforms is None:
+        return _checked_sections(path, content)
+    if not isinstance(platforms, dict) or not all(isinstance(changes, dict) for changes in platforms.values()):
+        raise UserError(f"{path}: platforms must hold a platform's name with its sections, or {{}} where it changes nothing.")
+    if platform not in platforms:
+        example = Path(path).parent / next(iter(platforms), "PLATFORM") / Path(path).name
+        raise UserError(f"{path} serves the platforms {', '.join(platforms)}; name one of them in the path: --config {example}.")
+    shared = _checked_sections(path, content)
+    changes = _checked_sections(f"{path}, platforms, {platform}", {**platforms[platform]})
+    merged = {key: shared.get(key, {}) | changes.get(key, {}) for key in SECTIONS if key in shared or key in changes}
+    return {"launch": {}, **merged} | {"launch": {"platform": platform} | merged.get("launch", {})}
+
+
+def recipe_file(path: str | Path) -> tuple[Path, str | None] | None:
+    """Return the file that a recipe's path stands for, and the platform to read it for; None where there is none."""
+    path = Path(path)
+    if path.is_file():
+        return path, None
+    shared = path.parent.parent / path.name
+    if path.parent.name and shared.is_file() and path.parent.name in _platforms_of(shared):
+        return shared, path.parent.name
+    return None
+
+
+def recipes_of(folder: Path, platform: str) -> list[Path]:
+    """Return the paths FOLDER/PLATFORM/MODEL.yaml that load_recipe reads, sorted; not all of them are files of their own."""
+    shared = [folder / platform / file.name for file in folder.glob("*.yaml") if platform in _platforms_of(file)]
+    return sorted({*shared, *(folder / platform).glob("*.yaml")})
+
+
+def _platforms_of(file: Path) -> list[str]:
+    """The platforms that a file of recipes serves; found by their lines, because reading YAML takes a tenth of a second."""
+    try:
+        _, _, text = file.read_text(encoding="utf-8").partition("\nplatforms:")
+    except (OSError, UnicodeDecodeError):
+        return []
+    return re.findall(r"^  ([\w.-]+):", text, re.MULTILINE)
+
+
+def _read_yaml(path: str, file: Path) -> Any:
+    """The content of a YAML file; ``path`` is how the user named it."""
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; name an existing YAML file.") from error
     except UnicodeDecodeError as error:
@@ -79,16 +132,18 @@ def load_recipe(path: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected flags as `name: value`, or the sections {', '.join(SECTIONS)}.")
+
+
+def _checked_sections(path: str, content: dict[str, Any]) -> dict[str, Any]:
+    """The content with {} for an empty section. Raise UserError for an unknown section or one that holds no flags."""
+    checked = {}
     for key, value in content.items():
         nested = isinstance(value, dict) and key != "columns"
-        if key in SECTIONS and value is None:
-            content[key] = {}
-        elif key in SECTIONS and not nested:
+        if key in SECTIONS and value is not None and not nested:
             raise UserError(f"{path}: the section {key} must hold flags as `name: value`.")
-        elif key not in SECTIONS and (nested or set(SECTIONS) & content.keys()):
+        if key not in SECTIONS and (nested or set(SECTIONS) & content.keys()):
             near = difflib.get_close_matches(str(key), SECTIONS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(SECTIONS)}."
             raise UserError(f"{path}: no section {key}; {hint}")
-    return content
+        checked[key] = {} if key in SECTIONS and value is None else value
+    return checked

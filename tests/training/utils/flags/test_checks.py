@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
+from scripts.launch.platforms import load_platforms
 from tests.training.utils.flags.test_arguments import NEEDED
 from training.utils.flags.parse import parse
-from training.utils.flags.recipe import load_recipe
+from training.utils.flags.recipe import load_recipe, recipes_of
 from training.utils.flags.steps import PPOArguments, SFTArguments
 
 
@@ -57,7 +58,7 @@ def test_what_has_an_effect_or_stands_in_most_recipes_is_accepted(words):
 def test_every_recipe_goes_with_an_advantage_that_has_no_critic(advantage):
     """As the README says: no flag of a recipe has to be taken back first."""
     tried = 0
-    for path in sorted(Path("configs").glob("*/*.yaml")):
+    for path in (path for platform in load_platforms() for path in recipes_of(Path("configs"), platform)):
         if "ppo" in load_recipe(str(path)):
             parse(PPOArguments, ["--config", str(path), "--advantage", advantage, "--num_return_sequences", "4"])
             tried += 1
