@@ -136,7 +136,6 @@ def test_a_platform_changes_the_shared_sections(tmp_path):
         load_recipe(str(tmp_path / "cpu/mine.yaml"))
 
 
-@pytest.mark.parametrize("name", ["en/recipes.md", "zh/recipes.md"])
-def test_the_table_of_recipes_is_current(repository, name):
-    (page,) = [path for path in (repository / "docs").rglob("*.md") if path.name == name]
-    assert recipes_table.main(["--check", str(page)]) == 0
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_table_of_recipes_is_current(repository, language):
+    assert recipes_table.main(["--check", str(repository / "docs" / language / "recipes.md")]) == 0
