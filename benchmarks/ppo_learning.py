@@ -342,10 +342,14 @@ def prepare(args: argparse.Namespace) -> None:
     """Train the demo's SFT and reward model, unless they are there already."""
     base, sft, reward = (args.output / name for name in ("base", "sft", "reward"))
     common = ["--config", RECIPE, "--seed", 1234]
+
+    def models_of(start: Path, end: Path) -> list[object]:
+        return ["--model_name_or_path", start, "--output_dir", end]
+
     stages = [
         (base / "config.json", ["scripts.demo.model", base, "--seed", 1234]),
-        (sft / "sanbu_done.json", ["training.step1_sft.main", *common, "--model_name_or_path", base, "--output_dir", sft]),
-        (reward / "sanbu_done.json", ["training.step2_reward.main", *common, "--model_name_or_path", sft, "--output_dir", reward]),
+        (sft / "sanbu_done.json", ["training.step1_sft.main", *common, *models_of(base, sft), "--num_train_epochs", 4]),
+        (reward / "sanbu_done.json", ["training.step2_reward.main", *common, *models_of(sft, reward)]),
     ]
     for done, command in stages:
         if not done.is_file():
