@@ -1,1 +1,1 @@
-"""Measurements; figures go to RESULTS.md."""
+"""Measurements; results go to RESULTS.md."""

@@ -7,7 +7,7 @@ models.load in a fresh process for each case, and prints what the process held a
 memory of its own (anonymous pages), and with it the pages of the files it had mapped, which the system takes back when
 it needs them. Both are divided by the bytes of the weights as they were wanted. The limit is 1.3 for own memory; pickles
 of the kind that torch wrote before 1.6 (no ChatGLM release is one) cannot be mapped, and converting them to another dtype
-takes their own size on top. Linux only: the figures come from /proc/self/status.
+takes their own size on top. Linux only: the numbers come from /proc/self/status.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ JUDGE_SEED, JUDGE_BATCH = 10**9, 240
 
 @dataclass(frozen=True)
 class Budget:
-    """What both sides get; rates fall on a straight line to 0, clip ranges are 0.2, lambda is 0.95."""
+    """Settings of both sides; rates fall on a straight line to 0, clip ranges are 0.2, lambda is 0.95."""
 
     rollouts: int = 12
     rollout_size: int = 64  # answers

@@ -72,7 +72,7 @@ def write_pairs(file: Path, count: int, longest: int) -> None:
 
 
 def flags(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: Path) -> list[str]:
-    """The command line of one run."""
+    """Return the command line of one run."""
     common = {
         "data_path": folder / "pairs.jsonl",
         "data_split": "1,1,1",

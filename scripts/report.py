@@ -35,7 +35,7 @@ CURVES = {
 COLOURS = {"train": "#2a6fb0", "eval": "#d1661b"}
 WIDTH, HEIGHT, MARGIN = 240, 90, 6  # of a curve
 
-# What a preset calls its gold score, its targets (accuracy of the reward model, gold score, ended answers, KL), and a note.
+# preset -> name of its gold score, targets (accuracy of the reward model, gold score, ended answers, KL), and a note.
 PRESETS = {
     "demo": (
         "gold score of answers (0 to 1)",

@@ -1,1 +1,1 @@
-"""What a trained model answers: two models side by side, BLEU and ROUGE, reward scores."""
+"""Evaluate trained models: two models side by side, BLEU and ROUGE, reward scores."""

@@ -1,4 +1,4 @@
-"""What the evaluations share: built-in prompts, held-out records, a loaded model, its decoded answers, JSON output."""
+"""Shared by the evaluations: built-in prompts, held-out records, a loaded model, its decoded answers, JSON output."""
 
 from __future__ import annotations
 
