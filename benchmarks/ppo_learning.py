@@ -348,7 +348,7 @@ def prepare(args: argparse.Namespace) -> None:
 
     stages = [
         (base / "config.json", ["scripts.demo.model", base, "--seed", 1234]),
-        (sft / "sanbu_done.json", ["training.step1_sft.main", *common, *models_of(base, sft), "--num_train_epochs", 4]),
+        (sft / "sanbu_done.json", ["training.step1_sft.main", *common, *models_of(base, sft)]),
         (reward / "sanbu_done.json", ["training.step2_reward.main", *common, *models_of(sft, reward)]),
     ]
     for done, command in stages:

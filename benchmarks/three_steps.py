@@ -82,15 +82,10 @@ def flags(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: P
         "output_dir": folder / f"{step}-{dtype}-{stage}",
     }
     if step == "ppo":
-        roles = {
-            f"{role}_{name}": value
-            for role in ("actor", "critic")
-            for name, value in (
-                ("model_name_or_path", folder / "base"),
-                ("zero_stage", stage),
-                ("gradient_checkpointing", True),
-            )
-        }
+        models = {"actor": folder / "base", "critic": folder / f"reward-{dtype}-{stage}"}  # the reward step runs before
+        roles = {f"{role}_model_name_or_path": model for role, model in models.items()}
+        roles |= {f"{role}_zero_stage": stage for role in models}
+        roles |= {f"{role}_gradient_checkpointing": True for role in models}
         batches = {"per_device_generation_batch_size": args.batch, "per_device_training_batch_size": args.batch}
         lengths = {"max_prompt_seq_len": args.length, "max_answer_seq_len": args.length}
         return as_flags(common | roles | batches | lengths | {"eval_prompts": 0})
