@@ -73,7 +73,7 @@ def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabula
 
     from models.adapters.quantization import quantize_linears
     from models.chatglm.configuration import ChatGLMConfig
-    from models.chatglm.modeling import ChatGLMForConditionalGeneration
+    from models.chatglm.network import ChatGLMForConditionalGeneration
 
     config = ChatGLMConfig(
         vocab_size=vocabulary,

@@ -20,7 +20,7 @@ from transformers import (
 from errors import UserError
 from models.adapters.prefix import OWN, PrefixPlan, add_prefix, check_prefix
 from models.adapters.quantization import quantize_linears
-from models.chatglm.auto_tokenizer import ChatGLMTokenizer
+from models.chatglm.registration import ChatGLMTokenizer
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.heads import score_name, start_head
 from models.weight_files import first_line

@@ -16,14 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from models.chatglm import prompts as chatglm_prompts
-from models.chatglm2 import prompts as chatglm2_prompts
-from models.chatglm2 import role_prompts as chatglm3_prompts
+from models.chatglm.prompts import CHATGLM
 from models.checkpoint_folder import CheckpointFolder
 
 FILE_NAME = "sanbu_template.json"
-# The generations of ChatGLM, each with its own way to write a dialogue; also the chatglm_version of their tokenizers.
-CHATGLM = {"chatglm": chatglm_prompts, "chatglm2": chatglm2_prompts, "chatglm3": chatglm3_prompts}
 KINDS = ("chat_template", "human_assistant", *CHATGLM)
 MARKS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant:", "system": "\n\n"}
 
@@ -174,7 +170,7 @@ def chatglm_template(tokenizer: Any) -> Template:
     prompts = CHATGLM[tokenizer.chatglm_version]
     stops, opening, closing = (
         tuple(tokenizer.convert_tokens_to_ids(list(names)))
-        for names in (prompts.STOPS, prompts.OPENING, prompts.CLOSING)
+        for names in (prompts.stops, prompts.opening, prompts.closing)
     )
     return Template(kind=tokenizer.chatglm_version, stop_token_ids=stops, prefix_ids=opening, suffix_ids=closing)
 
@@ -307,7 +303,7 @@ def first_special(tokenizer: Any, text: str) -> tuple[str, int | None]:
 def code_files() -> list[Path]:
     """The files that decide what a dialogue's tokens are: this one, and ChatGLM's prompts and tokenizers."""
     here = Path(__file__)
-    found = [file for name in ("*prompts.py", "token*.py") for file in here.parent.glob(f"chatglm*/{name}")]
+    found = [file for name in ("prompts.py", "token*.py") for file in here.parent.glob(f"chatglm/{name}")]
     return [here, *sorted(found)]
 
 

@@ -1,28 +1,34 @@
-"""What the networks of both ChatGLM families are made of besides their own arithmetic: loading and starting values,
+"""What the networks of both ChatGLM families share: the pass through the blocks, language model and classifier around it,
 attention over a bias, the prefix of P-Tuning v2, and a loss that holds no float32 copy of the logits.
+
+network.py and network2.py add what a family does in its own way: blocks, positions, and who sees whom.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, initialization
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
 
-# Logits turned into float32 at a time in a loss: 2^25 are 128 MiB.
-CHUNK_LOGITS = 2**25
+from models.adapters.quantization import replace_with_quantized
+from models.heads import CHUNK_LOGITS
+
+# --- networks ---------------------------------------------------------------------------------------------------------
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
-    """Loading, saving, starting values, in either family."""
+    """Loading, saving, starting values."""
 
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -53,6 +59,210 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             initialization.copy_(module.inv_freq, module.frequencies())
         elif isinstance(module, PrefixEncoder):  # as wide as the original's, for which published rates are made
             initialization.normal_(module.embedding.weight, mean=0.0, std=1.0)
+
+
+class Trunk(ChatGLMPreTrainedModel):
+    """Embedding, blocks, final norm. With config.pre_seq_len all but the prefix encoder is frozen.
+
+    A family has: blocks, final_norm, positions(), rotation(), visible().
+    """
+
+    final_state_is_normed = True  # whether the last of hidden_states is last_hidden_state, or what the last block gave
+
+    def finish(self, prefix_input: int) -> None:
+        """End the constructor: integer layers, the prefix, starting values. prefix_input: width of a projected prefix."""
+        config = self.config
+        if config.quantization_bit:
+            replace_with_quantized(self.blocks, config.quantization_bit)
+        if config.pre_seq_len:
+            self.prefix_encoder = PrefixEncoder(
+                config.pre_seq_len,
+                prefix_width(config),
+                config.hidden_size,
+                prefix_input if config.prefix_projection else None,
+                config.prefix_dropout,
+            )
+        self.post_init()
+        freeze_all_but_prefix(self)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [batch, time] -> last_hidden_state [batch, time, width], after the final norm.
+
+        attention_mask: [batch, cached + time], 1 = real token. position_ids: see positions() of the family. The prefix
+        of P-Tuning counts in neither. hidden_states: embeddings, then what each block gives (final_state_is_normed).
+        """
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if self.training and self.blocks[0].gradient_checkpointing:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        stored = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = (config.pre_seq_len or 0) if hasattr(self, "prefix_encoder") else 0
+        cached = stored - length if stored else 0
+        position_ids = self.positions(input_ids, attention_mask, position_ids, cached, bool(stored))
+        hidden = self.get_input_embeddings()(input_ids)
+        bias = self.bias(input_ids, attention_mask, cached, length, hidden.dtype)
+        rotation = self.rotation(position_ids, hidden.dtype)
+        prefixes = [None] * len(self.blocks)
+        if length and not stored:
+            prefixes = self.prefix_encoder(len(input_ids), len(self.blocks), config.num_groups, hidden.dtype)
+        states, attentions = [hidden], []
+        for block, prefix in zip(self.blocks, prefixes, strict=True):
+            hidden, probs = block(hidden, rotation, bias, past_key_values=past_key_values, prefix=prefix)
+            states.append(hidden)
+            attentions.append(probs)
+        hidden = self.final_norm(hidden)
+        if self.final_state_is_normed:
+            states[-1] = hidden
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def bias(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prefix: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Return what is added to scores, [batch, 1, time, prefix + cached + time]; None where plain causality says it."""
+        visible = self.visible(input_ids, attention_mask, cached, prefix)
+        if visible is None:
+            return None
+        return visibility_bias(F.pad(visible.expand(len(input_ids), -1, -1, -1), (prefix, 0), value=True), dtype)
+
+
+class LanguageModel(ChatGLMPreTrainedModel, GenerationMixin):
+    """A trunk (self.transformer) and an output matrix."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As Trunk.forward -> logits [batch, time, vocab], or of the last logits_to_keep positions (0 = all).
+
+        labels [batch, time], -100 = none: the loss of each against the logits before it, a float32 mean.
+        """
+        kwargs.pop("return_dict", None)
+        output = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.get_output_embeddings()(output.last_hidden_state[:, kept])
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else next_token_loss(logits, labels),
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def cached_length(self, past_key_values: Cache | None) -> int:
+        """Return how many tokens are cached, without the prefix."""
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return max(0, cached - (self.config.pre_seq_len or 0))
+
+
+class Classifier(ChatGLMPreTrainedModel):
+    """A trunk (self.transformer) and a head (named HEAD) at the last real token. The head is always trained."""
+
+    HEAD: ClassVar[str]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """As Trunk.forward -> logits [batch, num_labels]; labels [batch], see classification_loss."""
+        kwargs.pop("return_dict", None)
+        output = self.transformer(input_ids, attention_mask, position_ids, **kwargs)
+        state = self.dropout(last_real_token(output.last_hidden_state, attention_mask))
+        logits = getattr(self, self.HEAD)(state)
+        return SequenceClassifierOutputWithPast(
+            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+class RotaryEmbedding(nn.Module):
+    """Frequencies 10000^(-2i/dim); rounded: to float16 first, as the original ChatGLM-6B rounds them.
+
+    The buffer is there for its name in checkpoints. What is computed with is made afresh in float32: a buffer follows
+    the casts of its module.
+    """
+
+    def __init__(self, dim: int, rounded: bool = False) -> None:
+        super().__init__()
+        self.dim, self.rounded = dim, rounded
+        self.register_buffer("inv_freq", self.frequencies())
+
+    def frequencies(self) -> Tensor:
+        """[dim / 2] float32."""
+        exact = 1.0 / 10000 ** (torch.arange(0, self.dim, 2, device="cpu").float() / self.dim)
+        return exact.half().float() if self.rounded else exact
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [batch, channels, time] -> cos and sin of the angles, [batch, channels, time, dim / 2]."""
+        angles = positions[..., None].float() * self.frequencies().to(positions.device)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class Attention(nn.Module):
+    """Attention of a layer. A family has split(), hidden states to query, key and value, and rotate()."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        cache: Cache | None,
+        prefix: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [batch, time, width]; rotation as RotaryEmbedding gives it; bias None on more than one token: causal."""
+        query, key, value = self.split(hidden)
+        query, key = self.rotate(query, *rotation), self.rotate(key, *rotation)
+        if prefix is not None:
+            key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        context, probs = attend(
+            query,
+            key,
+            value,
+            bias,
+            implementation=self.config._attn_implementation,
+            causal=hidden.shape[1] > 1,
+            dropout=getattr(self.config, "attention_dropout", 0.0) if self.training else 0.0,
+            guard=self.layer + 1.0,
+        )
+        return self.dense(context), probs
 
 
 def visibility_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,6 +326,15 @@ def causal_visibility(queries: int, keys: int, device: torch.device) -> Tensor:
     return places <= places[keys - queries :, None]
 
 
+# --- prefix -----------------------------------------------------------------------------------------------------------
+
+
+def prefix_width(config: Any) -> int:
+    """Return how many numbers a position of a prefix holds: keys and values of all layers and groups."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_layers * config.num_groups * head_dim
+
+
 class PrefixEncoder(nn.Module):
     """P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602): learned keys and values that stand before every text.
 
@@ -150,32 +369,7 @@ def freeze_all_but_prefix(model: nn.Module) -> None:
             parameter.requires_grad_("prefix_encoder." in name or name.startswith(("score.", "classifier_head.")))
 
 
-def language_model_output(
-    output: BaseModelOutputWithPast, head: nn.Linear, labels: Tensor | None, logits_to_keep: int | Tensor
-) -> CausalLMOutputWithPast:
-    """What a language model returns: logits of the kept places (an int n: the last n, 0 = all), and the loss of labels."""
-    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    logits = head(output.last_hidden_state[:, kept])
-    return CausalLMOutputWithPast(
-        loss=None if labels is None else next_token_loss(logits, labels),
-        logits=logits,
-        past_key_values=output.past_key_values,
-        hidden_states=output.hidden_states,
-        attentions=output.attentions,
-    )
-
-
-def classifier_output(
-    output: BaseModelOutputWithPast, logits: Tensor, labels: Tensor | None, problem_type: str | None
-) -> SequenceClassifierOutputWithPast:
-    """What a classifier returns: its logits [batch, num_labels], and the loss of labels [batch]."""
-    return SequenceClassifierOutputWithPast(
-        loss=None if labels is None else classification_loss(logits, labels, problem_type),
-        logits=logits,
-        past_key_values=output.past_key_values,
-        hidden_states=output.hidden_states,
-        attentions=output.attentions,
-    )
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,29 +1,55 @@
-"""How ChatGLM-6B writes a dialogue: the bare question, or numbered rounds "[Round i]\\n问：...\\n答：..." from 0.
+"""How the three generations of ChatGLM write a dialogue, and what they add when they show an answer.
 
-Every prompt ends in [gMASK] <sop>, behind which the network writes; an answer ends in <eop>. The published fine-tuning
-(P-Tuning) also has [gMASK] learn to be followed by <sop>; here <sop> is part of the prompt, and not learned.
+ChatGLM-6B    the bare question, or numbered rounds "[Round i]\\n问：...\\n答：..." from 0; every prompt ends in [gMASK] <sop>,
+              behind which the network writes; an answer ends in <eop>. The published fine-tuning (P-Tuning) also has
+              [gMASK] learn to be followed by <sop>; here <sop> is part of the prompt, and not learned.
+ChatGLM2-6B   [gMASK] sop, then rounds "[Round i]\\n\\n问：...\\n\\n答：..." from 1, a single question too. An answer ends in
+              </s> where it is learned; in the history it ends in "\\n\\n".
+ChatGLM3-6B   [gMASK] sop, then <|role|>, a line of metadata and the content of each message. Metadata is the name of a tool
+              where the assistant calls one ("metadata" of the message), else the line is empty: an answer begins with a
+              line break. It ends with </s> where it is learned; in the history the next role token ends it.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError
 
 Messages = Sequence[dict[str, Any]]
 
-OPENING: tuple[str, ...] = ()
-CLOSING = ("[gMASK]", "<sop>")
-STOPS = ("<eop>",)
 CJK = "[\u4e00-\u9fff]"
 BESIDE_CJK = re.compile(f"(?<={CJK})[,!:;?]|[,!:;?](?={CJK})")
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
+ROLES = ("system", "user", "assistant", "observation")  # of ChatGLM3
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A generation's form of dialogue.
+
+    opening, closing: tokens around every prompt. stops: tokens that end an answer, the first in training.
+    encode_dialogues: tokens of each dialogue up to where the answer begins, without opening and closing.
+    encode_answers: tokens of each answer, without the stop. clean_reply: a generated answer as the original shows it.
+    """
+
+    opening: tuple[str, ...]
+    closing: tuple[str, ...]
+    stops: tuple[str, ...]
+    encode_dialogues: Callable[[Any, Sequence[Messages]], list[list[int]]]
+    encode_answers: Callable[[Any, Sequence[str]], list[list[int]]]
+    clean_reply: Callable[[str], str]
+
+
+# --- numbered rounds: ChatGLM-6B and ChatGLM2-6B ----------------------------------------------------------------------
 
 
 def rounds(messages: Messages) -> tuple[list[tuple[str, str]], str]:
-    """[(question, answer), ...] of the earlier turns, and the last question.
+    """Return [(question, answer), ...] of the earlier turns, and the last question.
 
     There is no place for a system message: its text and a line break go in front of the question behind it. Questions
     that follow each other are joined by a line break. Raises UserError for other roles, and if no question is last.
@@ -44,28 +70,96 @@ def rounds(messages: Messages) -> tuple[list[tuple[str, str]], str]:
 
 
 def dialogue(messages: Messages) -> str:
-    """The text of a dialogue, up to where the answer begins."""
+    """Return the text of a dialogue with ChatGLM-6B, up to where the answer begins."""
     history, question = rounds(messages)
     if not history:
         return question
-    turns = [f"[Round {number}]\n问：{asked}\n答：{said}\n" for number, (asked, said) in enumerate(history)]
+    turns = [f"[Round {number}]\n问：{asked}\n答：{answer}\n" for number, (asked, answer) in enumerate(history)]
     return "".join(turns) + f"[Round {len(history)}]\n问：{question}\n答："
 
 
-def encode_dialogues(tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
-    """Tokens of each dialogue, without [gMASK] <sop>."""
+def dialogue2(messages: Messages) -> str:
+    """Return the text of a dialogue with ChatGLM2-6B, up to where the answer begins."""
+    history, question = rounds(messages)
+    turns = [f"[Round {number}]\n\n问：{asked}\n\n答：{answer}\n\n" for number, (asked, answer) in enumerate(history, 1)]
+    return "".join(turns) + f"[Round {len(history) + 1}]\n\n问：{question}\n\n答："
+
+
+def encode_rounds(tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
+    """Prompts.encode_dialogues of ChatGLM-6B."""
     return tokenizer.encode_plain([dialogue(messages) for messages in dialogues])
 
 
-def encode_answers(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
-    """Tokens of each answer, without <eop>."""
+def encode_rounds2(tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
+    """Prompts.encode_dialogues of ChatGLM2-6B."""
+    return tokenizer.encode_plain([dialogue2(messages) for messages in dialogues])
+
+
+def encode_plain_answers(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
+    """Prompts.encode_answers of ChatGLM-6B and ChatGLM2-6B."""
     return tokenizer.encode_plain(answers)
 
 
 def clean_reply(text: str) -> str:
-    """A generated answer as the original shows it.
+    """Return a generated answer with the date of training filled in, as the originals do."""
+    return text.strip().replace("[[训练时间]]", "2023年")
 
-    SentencePiece makes full-width punctuation ASCII; beside a Chinese character it becomes full-width again.
+
+def clean_punctuation(text: str) -> str:
+    """As clean_reply; punctuation that SentencePiece made ASCII becomes full-width again beside a Chinese character."""
+    return BESIDE_CJK.sub(lambda mark: mark[0].translate(FULL_WIDTH), clean_reply(text))
+
+
+# --- roles: ChatGLM3-6B -----------------------------------------------------------------------------------------------
+
+
+def heading_and_content(message: dict[str, Any]) -> tuple[str, str]:
+    """Return the two texts of a message. "tools" of a system message, a list of descriptions, stand behind its content."""
+    content = message["content"]
+    if message.get("tools"):
+        content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+    return f"{message.get('metadata') or ''}\n", content
+
+
+def encode_roles(tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
+    """Prompts.encode_dialogues of ChatGLM3-6B.
+
+    Raises UserError for roles that ChatGLM3 does not have, and if the assistant itself spoke last.
     """
-    text = text.strip().replace("[[训练时间]]", "2023年")
-    return BESIDE_CJK.sub(lambda mark: mark[0].translate(FULL_WIDTH), text)
+    for messages in dialogues:
+        odd = next((message["role"] for message in messages if message["role"] not in ROLES), None)
+        if odd is not None:
+            raise UserError(f"ChatGLM3's dialogues have no role {odd!r}; expected one of {', '.join(ROLES)}.")
+        if not messages or messages[-1]["role"] == "assistant":
+            raise UserError("a dialogue must end with a message that ChatGLM3 is to answer, not with its own.")
+    texts = [text for messages in dialogues for message in messages for text in heading_and_content(message)]
+    encoded = iter(tokenizer.encode_plain(texts))
+    rows = []
+    for messages in dialogues:
+        row: list[int] = []
+        for message in messages:
+            role = tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>")
+            row += [role, *next(encoded), *next(encoded)]
+        rows.append(row)
+    return rows
+
+
+def encode_answers_behind_heading(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
+    """Prompts.encode_answers of ChatGLM3-6B: each behind its empty line of metadata."""
+    heading, *encoded = tokenizer.encode_plain(["\n", *answers])
+    return [heading + ids for ids in encoded]
+
+
+# By the chatglm_version of their tokenizers.
+CHATGLM = {
+    "chatglm": Prompts((), ("[gMASK]", "<sop>"), ("<eop>",), encode_rounds, encode_plain_answers, clean_punctuation),
+    "chatglm2": Prompts(("[gMASK]", "sop"), (), ("</s>",), encode_rounds2, encode_plain_answers, clean_reply),
+    "chatglm3": Prompts(
+        ("[gMASK]", "sop"),
+        ("<|assistant|>",),
+        ("</s>", "<|user|>", "<|observation|>"),
+        encode_roles,
+        encode_answers_behind_heading,
+        clean_reply,
+    ),
+}

@@ -1,61 +1,69 @@
-"""Tells transformers' Auto classes about ChatGLM. `import models` does it; no remote code is asked for."""
+"""Tell transformers' Auto classes about ChatGLM. `import models` does it; no remote code is asked for."""
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, AutoTokenizer
 
 from errors import UserError
-from models.chatglm import modeling as chatglm
-from models.chatglm.auto_tokenizer import ChatGLMTokenizer
-from models.chatglm.configuration import ChatGLMConfig
-from models.chatglm2 import modeling as chatglm2
-from models.chatglm2.configuration import ChatGLM2Config
+from models.chatglm.configuration import AnyChatGLMConfig, ChatGLM2Config, ChatGLMConfig
+
+HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+BESIDE = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-class AnyChatGLMConfig(PretrainedConfig):
-    """Both families call themselves "chatglm": the fields of a config.json say which one it is."""
+class ChatGLMTokenizer:
+    """Opens the tokenizer of ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B; has no instances of its own.
 
-    model_type = "chatglm"
+    The published folders say ``"tokenizer_class": "ChatGLMTokenizer"`` in all three, and AutoTokenizer takes the
+    registered class of exactly that name.
+    """
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A ChatGLMConfig or a ChatGLM2Config. Raises UserError for the fields of neither."""
-        return chatglm_config_class(config_dict).from_dict(config_dict, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **options: Any) -> Any:
+        """Return the tokenizer in a folder or of a hub id: ice_text.model is ChatGLM-6B's, tokenizer.model that of 2 and 3.
 
+        options as for every tokenizer of transformers. Raises UserError if there is neither file, or a damaged one.
+        """
+        from transformers.utils import cached_file
 
-def chatglm_config_class(config: dict[str, Any]) -> type[PretrainedConfig]:
-    """Which class reads a config.json of type "chatglm". UserError for a release that is not known here."""
-    if "inner_hidden_size" in config:
-        if config.get("vocab_size") == 150528:
-            raise UserError(
-                "config.json says vocab_size 150528: a ChatGLM-6B from before 2023-04-06, with image tokens in its "
-                "vocabulary; use the release v1.1 (vocab_size 130528)."
-            )
-        return ChatGLMConfig
-    if "padded_vocab_size" in config and "ffn_hidden_size" in config:
-        return ChatGLM2Config
-    raise UserError(
-        'config.json has model_type "chatglm" and neither inner_hidden_size (ChatGLM-6B) nor padded_vocab_size and '
-        "ffn_hidden_size (ChatGLM2-6B, ChatGLM3-6B): a release that is not known here; use one of these three."
-    )
+        from models.chatglm import tokenizer, tokenizer2
+
+        path = str(pretrained_model_name_or_path)
+        where = {name: options[name] for name in HUB if name in options}
+        where["_raise_exceptions_for_missing_entries"] = False
+        for own_class in (tokenizer.ChatGLMTokenizer, tokenizer2.ChatGLMTokenizer):
+            file = cached_file(path, own_class.vocab_files_names["vocab_file"], **where)
+            if file is None:
+                continue
+            for name in BESIDE:  # from the hub into the same folder; the generation's class reads it from there
+                cached_file(path, name, **where)
+            kept = {name: value for name, value in options.items() if name not in HUB}
+            return own_class.from_pretrained(str(Path(file).parent), *inputs, **kept)
+        raise UserError(
+            f"model {path} has no vocabulary (ice_text.model for ChatGLM-6B, tokenizer.model for ChatGLM2-6B and "
+            "ChatGLM3-6B); copy the whole checkpoint."
+        )
 
 
 def register() -> None:
-    """Register configurations, networks and tokenizers. AutoModel gives the language model, as the published auto_map has it."""
+    """Register configurations and tokenizers. Networks follow with the first configuration."""
     AutoConfig.register("chatglm", AnyChatGLMConfig)
-    for config, network in ((ChatGLMConfig, chatglm), (ChatGLM2Config, chatglm2)):
-        for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
-            auto_class.register(config, network.ChatGLMForConditionalGeneration)
-        AutoModelForSequenceClassification.register(config, network.ChatGLMForSequenceClassification)
     # Not for the two classes: for a config that it knows, AutoTokenizer runs the folder's code under trust_remote_code=True.
     AutoTokenizer.register(AnyChatGLMConfig, ChatGLMTokenizer)
+
+
+@cache
+def register_networks() -> None:
+    """Register the networks, once. AutoModel gives the language model, as the published auto_map has it."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    from models.chatglm import network, network2
+
+    for config, own in ((ChatGLMConfig, network), (ChatGLM2Config, network2)):
+        for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+            auto_class.register(config, own.ChatGLMForConditionalGeneration)
+        AutoModelForSequenceClassification.register(config, own.ChatGLMForSequenceClassification)

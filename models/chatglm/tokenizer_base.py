@@ -38,6 +38,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     control: tuple[str, ...] = ()  # tokens whose ids follow the pieces
     literals: tuple[str, ...] = ()  # special tokens that calling the tokenizer finds in a text
     strips = True  # whether space around a literal is lost
+    always_masked = True  # whether a row has mask and positions also where no padding is asked for
 
     def __init__(self, vocab_file: str, **options: Any) -> None:
         self.sentence_pieces = load_pieces(vocab_file)
@@ -53,6 +54,14 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         added = options.get("added_tokens_decoder") or {}
         options["added_tokens_decoder"] = {at: token for at, token in added.items() if int(at) >= self.vocabulary_size}
         super().__init__(**options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **options: Any) -> Any:
+        """Return the tokenizer of a folder. Raises UserError for a damaged vocabulary or one of another model."""
+        folder = Path(str(pretrained_model_name_or_path)).expanduser()
+        if folder.is_dir():  # before transformers gets hold of the error and makes another of it
+            load_pieces(folder / cls.vocab_files_names["vocab_file"])
+        return super().from_pretrained(pretrained_model_name_or_path, *inputs, **cls.look_at(folder, options))
 
     # --- the vocabulary ---
 
@@ -182,24 +191,32 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         """Zeros: these networks have no token types."""
         return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
-    def pad_ids(
-        self, row: dict[str, Any], max_length: int | None, strategy: Any, multiple: int | None, side: str | None
-    ) -> tuple[int, str]:
-        """Pad input_ids and what transformers keeps beside them, in place; returns how many pads came to which side."""
-        length = len(row["input_ids"])
-        name = getattr(strategy, "value", strategy)
-        if name == "longest":
+    def _pad(
+        self,
+        encoded_inputs: Any,
+        max_length: int | None = None,
+        padding_strategy: Any = "do_not_pad",
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> Any:
+        """Pad one row, in place: input_ids, what transformers keeps beside them, mask and positions (pad_beside)."""
+        row, length = encoded_inputs, len(encoded_inputs["input_ids"])
+        strategy = getattr(padding_strategy, "value", padding_strategy)
+        if strategy == "longest":
             max_length = length
-        if max_length is not None and multiple:
-            max_length = -(-max_length // multiple) * multiple
-        side = side or self.padding_side
+        if max_length is not None and pad_to_multiple_of:
+            max_length = -(-max_length // pad_to_multiple_of) * pad_to_multiple_of
+        side = padding_side or self.padding_side
         if side not in ("left", "right"):
             raise ValueError(f"padding_side {side!r}: expected 'left' or 'right'")
-        missing = 0 if name == "do_not_pad" or max_length is None else max(0, max_length - length)
+        pads = 0 if strategy == "do_not_pad" or max_length is None else max(0, max_length - length)
         for key, value in (("input_ids", self.pad_token_id), ("token_type_ids", 0), ("special_tokens_mask", 1)):
             if key in row:
-                row[key] = beside(list(row[key]), [value] * missing, side)
-        return missing, side
+                row[key] = beside(list(row[key]), [value] * pads, side)
+        if strategy != "do_not_pad" or self.always_masked:
+            self.pad_beside(row, length, pads, side, return_attention_mask is not False)
+        return row
 
     # --- ids to text ---
 
@@ -294,3 +311,14 @@ def load_pieces(file: str | Path) -> sentencepiece.SentencePieceProcessor:
             "of the ChatGLM checkpoint again (GLM-4-9B's file of the same name is another format)."
         ) from error
     return pieces
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is none; UserError if it is broken."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy the checkpoint again.") from error
+    return content if isinstance(content, dict) else {}

@@ -99,7 +99,7 @@ def built(content: dict[str, Any]) -> Any:
     """A config from the fields of a config.json."""
     from transformers import AutoConfig
 
-    from models.chatglm.registration import chatglm_config_class
+    from models.chatglm.configuration import chatglm_config_class
 
     content = dict(content)
     kind = content.pop("model_type")

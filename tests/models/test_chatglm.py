@@ -8,9 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from errors import UserError
-from models.chatglm.configuration import ChatGLMConfig
+from models.chatglm.configuration import ChatGLM2Config, ChatGLMConfig
 from models.chatglm.layers import attend, next_token_loss, visibility_bias
-from models.chatglm2.configuration import ChatGLM2Config
 from tests.models import golden
 
 FAMILIES = golden.FAMILIES

@@ -3,7 +3,8 @@
 import pytest
 
 from errors import UserError
-from models.chatglm.auto_tokenizer import ChatGLMTokenizer
+from models.chatglm.prompts import dialogue, dialogue2
+from models.chatglm.registration import ChatGLMTokenizer
 from models.templates import CHATGLM, FILE_NAME, Template, load_template
 from tests.models.chatglm_folders import GENERATIONS, change_json, golden, tokenizer_folder
 from tests.models.test_chatglm_tokenizers import NAMES
@@ -62,9 +63,10 @@ def test_rounds_are_written_as_the_original_chat_writes_them(tokenizers, shared_
     template = load_template(None, tokenizer)
     dialogues = golden(shared_dir, version, "prompts")["dialogs"]
     assert any(case["history"] for case in dialogues)
+    dialogues_of = {"chatglm": dialogue, "chatglm2": dialogue2}
     for case in dialogues:
         messages = messages_of(case["history"], case["query"])
-        assert CHATGLM[version].dialogue(messages) == case["prompt"]
+        assert dialogues_of[version](messages) == case["prompt"]
         assert template.encode_prompt(tokenizer, messages) == case["input_ids"]
 
 

@@ -12,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errors import UserError
-from models.chatglm.auto_tokenizer import ChatGLMTokenizer
-from models.chatglm.configuration import ChatGLMConfig
-from models.chatglm2.configuration import ChatGLM2Config
+from models.chatglm.configuration import ChatGLM2Config, ChatGLMConfig
+from models.chatglm.registration import ChatGLMTokenizer
 from models.load import load_tokenizer
 from tests.models.chatglm_folders import GENERATIONS, change_json, golden, tokenizer_folder
 

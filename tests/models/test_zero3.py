@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from models.adapters.lora import merged_state_dict
 from models.adapters.quantization import quantize_linears
-from models.chatglm2.configuration import ChatGLM2Config
-from models.chatglm2.modeling import ChatGLMForConditionalGeneration
+from models.chatglm.configuration import ChatGLM2Config
+from models.chatglm.network2 import ChatGLMForConditionalGeneration
 from models.heads import base_model
 from tests.launching import succeed
 from tests.models.zero3_worker import CASES, LEARNING_RATE, STEPS, batch, load

@@ -13,32 +13,23 @@ Where the original differs, on purpose:
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
 
-from models.adapters.quantization import replace_with_quantized
 from models.chatglm.configuration import ChatGLMConfig
 from models.chatglm.layers import (
-    ChatGLMPreTrainedModel,
-    PrefixEncoder,
-    attend,
+    Attention,
+    Classifier,
+    LanguageModel,
+    RotaryEmbedding,
+    Trunk,
     causal_visibility,
-    classifier_output,
     freeze_all_but_prefix,
-    language_model_output,
-    last_real_token,
-    visibility_bias,
 )
 
 # The residual is multiplied by sqrt(2 * 28) in every ChatGLM-6B, whatever its number of layers: the original's blocks
@@ -46,36 +37,7 @@ from models.chatglm.layers import (
 RESIDUAL = math.sqrt(2 * 28)
 
 
-class RotaryEmbedding(nn.Module):
-    """Frequencies 10000^(-2i/dim), rounded to float16 first as the original rounds them.
-
-    The buffer is there for its name in checkpoints. What is computed with is made afresh in float32: a buffer follows
-    the casts of its module.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.register_buffer("inv_freq", self.frequencies())
-
-    def frequencies(self) -> Tensor:
-        """[dim / 2] float32."""
-        return (1.0 / 10000 ** (torch.arange(0, self.dim, 2, device="cpu").float() / self.dim)).half().float()
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [..., time] -> cos and sin [..., time, dim], angle i at places i and i + dim/2."""
-        angles = positions[..., None].float() * self.frequencies().to(positions.device)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + dim/2) of states [batch, heads, time, dim] by the angles of cos, sin [batch, time, dim]."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
-
-
-class SelfAttention(nn.Module):
+class SelfAttention(Attention):
     """Fused q, k, v per head; half of each head is rotated by the first position, half by the second."""
 
     def __init__(self, config: ChatGLMConfig, layer: int) -> None:
@@ -83,36 +45,25 @@ class SelfAttention(nn.Module):
         self.config, self.layer = config, layer
         self.heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.rotary_emb = RotaryEmbedding(self.head_dim // (2 if config.position_encoding_2d else 1))
+        self.rotary_emb = RotaryEmbedding(self.head_dim // (2 if config.position_encoding_2d else 1), rounded=True)
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        cache: Cache | None,
-        prefix: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden [batch, time, width]; rotation: cos and sin [batch, channels, time, dim]."""
+    def split(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """[batch, time, width] -> query, key, value [batch, heads, time, dim]."""
         batch, time, _ = hidden.shape
         fused = self.query_key_value(hidden).view(batch, time, self.heads, 3 * self.head_dim).transpose(1, 2)
-        query, key, value = fused.split(self.head_dim, dim=-1)
-        query, key = self.rotated(query, *rotation), self.rotated(key, *rotation)
-        if prefix is not None:
-            key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer)
-        context, probs = attend(
-            query, key, value, bias, implementation=self.config._attn_implementation, guard=self.layer + 1.0
-        )
-        return self.dense(context), probs
+        return fused.split(self.head_dim, dim=-1)
 
-    def rotated(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Each part of a head by the angles of its own channel."""
-        parts = states.chunk(cos.shape[1], dim=-1)
-        return torch.cat([rotate(part, cos[:, i], sin[:, i]) for i, part in enumerate(parts)], dim=-1)
+    @staticmethod
+    def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the pairs (i, i + size/2) in each part of a head by the angles of its own channel."""
+        turned = []
+        for channel, part in enumerate(states.chunk(cos.shape[1], dim=-1)):
+            first, second = part.chunk(2, dim=-1)
+            c, s = cos[:, channel : channel + 1], sin[:, channel : channel + 1]
+            turned += [first * c - second * s, second * c + first * s]
+        return torch.cat(turned, dim=-1)
 
 
 class MLP(nn.Module):
@@ -153,8 +104,8 @@ class Block(GradientCheckpointingLayer):
         return RESIDUAL * normed + self.mlp(normed), probs
 
 
-class ChatGLMModel(ChatGLMPreTrainedModel):
-    """Embedding, blocks, final norm. With config.pre_seq_len all but the prefix encoder is frozen."""
+class ChatGLMModel(Trunk):
+    """Embedding, blocks, final norm."""
 
     config_class = ChatGLMConfig
 
@@ -163,18 +114,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        if config.quantization_bit:
-            replace_with_quantized(self.layers, config.quantization_bit)
-        if config.pre_seq_len:
-            self.prefix_encoder = PrefixEncoder(
-                config.pre_seq_len,
-                2 * config.num_layers * config.hidden_size,
-                config.hidden_size,
-                config.hidden_size if config.prefix_projection else None,
-                config.prefix_dropout,
-            )
-        self.post_init()
-        freeze_all_but_prefix(self)
+        self.finish(prefix_input=config.hidden_size)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers."""
+        return self.layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last block."""
+        return self.final_layernorm
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The word embeddings."""
@@ -219,72 +169,37 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             first = (first - padding).clamp(min=0)
         return torch.stack([first, (places - context + 1).clamp(min=0)], dim=1)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """input_ids [batch, time] -> last_hidden_state [batch, time, width], after the final norm.
+    def positions(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cached: int, behind_cache: bool
+    ) -> Tensor:
+        """Return [batch, 2, time], those given or position_ids_for(); behind a cache they must be given.
 
-        attention_mask: [batch, cached + time], 1 = real token; or what the original tokenizer makes, bool
-        [batch, 1, time, cached + time], True = hidden. position_ids: [batch, 2, time]; needed when something is cached.
-        The prefix of P-Tuning counts in neither. On a cache all that is cached is visible and new tokens are causal.
-        hidden_states: embeddings, the blocks' outputs but the last one's, last_hidden_state. Raises ValueError for
-        position_ids that are missing or not these.
+        Raises ValueError for position_ids that are missing or not these.
         """
-        config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if self.training and self.layers[0].gradient_checkpointing:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        batch, time = input_ids.shape
-        stored = past_key_values.get_seq_length() if past_key_values is not None else 0
-        length = (config.pre_seq_len or 0) if hasattr(self, "prefix_encoder") else 0
-        cached = stored - length if stored else 0
+        (batch, time), channels = input_ids.shape, 2 if self.config.position_encoding_2d else 1
         if position_ids is None:
-            if stored:
+            if behind_cache:
                 raise ValueError("tokens behind a cache need position_ids [batch, 2, time]; see position_ids_for(room=…)")
             flat = attention_mask is not None and attention_mask.dim() == 2
             position_ids = self.position_ids_for(input_ids, attention_mask if flat else None)
-        channels = 2 if config.position_encoding_2d else 1
         if position_ids.shape[-1] != time or position_ids.numel() != batch * channels * time:
             raise ValueError(
                 f"position_ids are {list(position_ids.shape)}, expected [{batch}, {channels}, {time}]; leave them out and "
                 "the network computes them"
             )
-        hidden = self.word_embeddings(input_ids)
-        bias = self.bias(input_ids, attention_mask, cached, length, hidden.dtype)
-        rotation = self.layers[0].attention.rotary_emb(position_ids.view(batch, channels, time), hidden.dtype)
-        prefixes = [None] * len(self.layers)
-        if length and not stored:
-            prefixes = self.prefix_encoder(batch, len(self.layers), config.num_attention_heads, hidden.dtype)
-        states, attentions = [hidden], []
-        for block, prefix in zip(self.layers, prefixes, strict=True):
-            hidden, probs = block(hidden, rotation, bias, past_key_values=past_key_values, prefix=prefix)
-            states.append(hidden)
-            attentions.append(probs)
-        hidden = self.final_layernorm(hidden)
-        states[-1] = hidden
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-        )
+        return position_ids.view(batch, channels, time)
 
-    def bias(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prefix: int, dtype: torch.dtype
-    ) -> Tensor | None:
-        """What is added to scores, [batch, 1, time, prefix + cached + time]; None where everything is visible."""
-        batch, time = input_ids.shape
+    def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of the angles, the same in all layers."""
+        return self.layers[0].attention.rotary_emb(position_ids, dtype)
+
+    def visible(self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prefix: int) -> Tensor | None:
+        """Return who sees whom, bool [batch or 1, 1, time, cached + time]; None where everything is visible.
+
+        attention_mask may also be what the original tokenizer makes, bool [batch, 1, time, cached + time], True = hidden.
+        Else the context is visible to all of a row, what is cached too, and the rest is causal.
+        """
+        time = input_ids.shape[1]
         if attention_mask is not None and attention_mask.dim() == 4:
             visible = ~attention_mask.bool()
         elif time == 1 and attention_mask is None:
@@ -300,10 +215,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError(
                 f"attention_mask covers {visible.shape[-1]} tokens, but {cached} are cached and {time} are given"
             )
-        return visibility_bias(F.pad(visible.expand(batch, -1, -1, -1), (prefix, 0), value=True), dtype)
+        return visible
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(LanguageModel):
     """The language model; the output matrix is the embedding's."""
 
     config_class = ChatGLMConfig
@@ -323,27 +238,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the output matrix."""
         self.lm_head = value
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As ChatGLMModel.forward -> logits [batch, time, vocab], or of the last logits_to_keep places (0 = all).
-
-        labels [batch, time], -100 = none: the loss of each against the logits before it, a float32 mean.
-        """
-        kwargs.pop("return_dict", None)
-        output = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
-        )
-        return language_model_output(output, self.lm_head, labels, logits_to_keep)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate; attention_mask and position_ids may also be those of the original tokenizer.
@@ -368,8 +262,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The tokens that are not cached yet, with their positions; prompt_position_ids [batch, 2, prompt] if given."""
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        cached = max(0, cached - (self.config.pre_seq_len or 0))
+        cached = self.cached_length(past_key_values)
         if prompt_position_ids is None:
             positions = self.transformer.position_ids_for(input_ids, attention_mask)
         else:
@@ -387,10 +280,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         }
 
 
-class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
-    """A score at the last real token; there is no such class in the original. The head is always trained."""
+class ChatGLMForSequenceClassification(Classifier):
+    """A score at the last real token; there is no such class in the original."""
 
     config_class = ChatGLMConfig
+    HEAD: ClassVar[str] = "score"
     _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # noqa: RUF012
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -398,19 +292,6 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.num_labels = config.num_labels
         self.transformer = ChatGLMModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.dropout = nn.Identity()
         self.post_init()
         freeze_all_but_prefix(self)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
-        """As ChatGLMModel.forward -> logits [batch, num_labels]; labels [batch], see classification_loss."""
-        kwargs.pop("return_dict", None)
-        output = self.transformer(input_ids, attention_mask, position_ids, **kwargs)
-        logits = self.score(last_real_token(output.last_hidden_state, attention_mask))
-        return classifier_output(output, logits, labels, self.config.problem_type)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
-from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside, load_pieces
+from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside, read
 
 LONGEST_BLANK = 80  # the vocabulary has <|blank_2|> to <|blank_80|>
 BLANKS = re.compile(f" {{2,{LONGEST_BLANK}}}")
@@ -29,6 +28,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
 
     vocab_files_names = {"vocab_file": "ice_text.model"}  # noqa: RUF012
     chatglm_version = "chatglm"
+    always_masked = False
     literals = ("[MASK]", "<sop>", "<eop>", "<pad>", "<unk>")
 
     def __init__(
@@ -51,9 +51,13 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         self.gmask_token, self.end_token = str(named.pop("gmask_token")), str(named.pop("end_token"))
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
         usual = {
-            "bos_token": "<sop>", "eos_token": "<eop>", "pad_token": "<pad>", "unk_token": "<unk>",
-            "mask_token": "[MASK]", "clean_up_tokenization_spaces": True,
-        }  # fmt: skip
+            "bos_token": "<sop>",
+            "eos_token": "<eop>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "mask_token": "[MASK]",
+            "clean_up_tokenization_spaces": True,
+        }
         super().__init__(vocab_file, **(usual | {key: value for key, value in options.items() if value is not None}))
         lost = [token for token in NEEDED if token not in self.vocabulary]
         if lost:
@@ -63,13 +67,12 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **options: Any) -> ChatGLMTokenizer:
-        """The tokenizer of a folder. UserError for the old releases, whose ids are 20000 higher, and damaged files."""
-        folder = Path(str(pretrained_model_name_or_path)).expanduser()
-        if folder.is_dir():  # before transformers gets hold of the error and makes another of it
-            load_pieces(folder / cls.vocab_files_names["vocab_file"])
-            refuse_image_tokens(options.get("num_image_tokens", image_tokens(folder / CONFIG)), folder)
-        return super().from_pretrained(pretrained_model_name_or_path, *inputs, **options)
+    def look_at(cls, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+        """Raise UserError for the old releases, whose ids are 20000 higher."""
+        if folder.is_dir():
+            number = options.get("num_image_tokens", read(folder / CONFIG).get("num_image_tokens", 20000))
+            refuse_image_tokens(number, folder)
+        return options
 
     @property
     def gmask_token_id(self) -> int:
@@ -98,27 +101,15 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         ids = [*token_ids_0, self.gmask_token_id, vocabulary["<sop>"]]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, vocabulary["<eop>"]]
 
-    def _pad(
-        self,
-        encoded_inputs: Any,
-        max_length: int | None = None,
-        padding_strategy: Any = "do_not_pad",
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_attention_mask: bool | None = None,
-    ) -> Any:
-        """One row padded; with its mask and positions as soon as padding is asked for, as in the original."""
-        row, ids = encoded_inputs, list(encoded_inputs["input_ids"])
-        pads, side = self.pad_ids(row, max_length, padding_strategy, pad_to_multiple_of, padding_side)
-        if getattr(padding_strategy, "value", padding_strategy) == "do_not_pad":
-            return row
-        left, right = (pads, 0) if side == "left" else (0, pads)
-        if return_attention_mask is not False:
-            mask = np.asarray(row["attention_mask"], dtype=bool) if "attention_mask" in row else self.hidden(ids)
+    def pad_beside(self, row: dict[str, Any], length: int, pads: int, side: str, with_mask: bool) -> None:
+        """Mask and positions as soon as padding is asked for, as in the original."""
+        ids, (left, right) = list(row["input_ids"]), (pads, 0) if side == "left" else (0, pads)
+        real = ids[left : left + length]
+        if with_mask:
+            mask = np.asarray(row["attention_mask"], dtype=bool) if "attention_mask" in row else self.hidden(real)
             row["attention_mask"] = np.pad(mask, ((0, 0), (left, right), (left, right)), constant_values=True)
-        positions = row["position_ids"] if "position_ids" in row else self.positions(ids)
+        positions = row["position_ids"] if "position_ids" in row else self.positions(real)
         row["position_ids"] = [beside(list(channel), [0] * pads, side) for channel in positions]
-        return row
 
     def context_length(self, ids: list[int]) -> int:
         """Tokens before the first <sop>; all of them where there is none."""
@@ -156,16 +147,6 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         kept = super().saved_config(config)
         kept.pop("model_specific_special_tokens", None)
         return kept | own
-
-
-def image_tokens(config: Path) -> int:
-    """num_image_tokens of a tokenizer_config.json; the original's default, 20000, where it does not say."""
-    try:
-        return int(json.loads(config.read_text(encoding="utf-8")).get("num_image_tokens", 20000))
-    except FileNotFoundError:
-        return 20000
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{config} cannot be read ({error}); copy the checkpoint again.") from error
 
 
 def refuse_image_tokens(number: int, where: str | Path) -> None:

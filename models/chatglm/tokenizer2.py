@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside, load_pieces
+from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside, read
 
 logger = logging.getLogger("sanbu")
 
@@ -54,14 +53,9 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         super().__init__(vocab_file, **(USUAL | given | (changed_tokens or {})))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **options: Any) -> ChatGLMTokenizer:
-        """The tokenizer of a folder. UserError for a damaged tokenizer.model or one of another model."""
-        folder = Path(str(pretrained_model_name_or_path)).expanduser()
-        if folder.is_dir():  # before transformers gets hold of the error and makes another of it
-            load_pieces(folder / cls.vocab_files_names["vocab_file"])
-        if not options.get("chatglm_version"):
-            options["chatglm_version"] = find_version(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, *inputs, **options)
+    def look_at(cls, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+        """Find out which generation the folder is of."""
+        return options if options.get("chatglm_version") else options | {"chatglm_version": find_version(folder)}
 
     def get_command(self, token: str) -> int:
         """Id of a control token by its name; also <bos>, <eos> and <pad>. The original's method."""
@@ -82,22 +76,11 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         ids = [*self.get_prefix_tokens(), *token_ids_0]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.get_command("<eos>")]
 
-    def _pad(
-        self,
-        encoded_inputs: Any,
-        max_length: int | None = None,
-        padding_strategy: Any = "do_not_pad",
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_attention_mask: bool | None = None,
-    ) -> Any:
-        """One row padded, with attention_mask (1 = real) and position_ids (0 on pads), each [length]."""
-        row, length = encoded_inputs, len(encoded_inputs["input_ids"])
-        pads, side = self.pad_ids(row, max_length, padding_strategy, pad_to_multiple_of, padding_side)
+    def pad_beside(self, row: dict[str, Any], length: int, pads: int, side: str, with_mask: bool) -> None:
+        """attention_mask (1 = real) and position_ids (0 on pads), each [length], also where nothing is padded."""
         for key, usual in (("attention_mask", [1] * length), ("position_ids", list(range(length)))):
-            if key != "attention_mask" or return_attention_mask is not False:
+            if key != "attention_mask" or with_mask:
                 row[key] = beside(list(row.get(key, usual)), [0] * pads, side)
-        return row
 
     def _convert_id_to_token(self, index: int) -> str:
         name = super()._convert_id_to_token(index)
@@ -142,14 +125,3 @@ def find_version(folder: Path) -> str:
         return lengths[model["seq_length"]]
     logger.info("%s does not say whether it is ChatGLM2 or ChatGLM3; taken for ChatGLM2.", folder)
     return "chatglm2"
-
-
-def read(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is none; UserError if it is broken."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); copy the checkpoint again.") from error
-    return content if isinstance(content, dict) else {}

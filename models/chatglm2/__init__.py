@@ -1,1 +1,0 @@
-"""ChatGLM2-6B and ChatGLM3-6B: configuration, network, tokenizer."""
