@@ -1,8 +1,8 @@
-"""Print the flags of all steps as Markdown tables, made from the parsers; keeps README in step with them.
+"""Print the flags of all steps as Markdown tables, made from the parsers; keeps docs/flags.md in step with them.
 
     python -m scripts.flags_table                       print
-    python -m scripts.flags_table --write README.md     put them between <!-- flags:begin --> and <!-- flags:end -->
-    python -m scripts.flags_table --check README.md     exit code 1 if the file holds other tables
+    python -m scripts.flags_table --write docs/flags.md     put them between <!-- flags:begin --> and <!-- flags:end -->
+    python -m scripts.flags_table --check docs/flags.md     exit code 1 if the file holds other tables
 """
 
 from __future__ import annotations

@@ -66,12 +66,7 @@ def main(args: RewardArguments) -> None:
         def loss_of(micro: PairBatch, denominator=batch.denominator):
             chosen, rejected = pair_scores(engine, micro)
             return bradley_terry_loss(
-                chosen,
-                rejected,
-                micro.weight,
-                denominator,
-                margin=micro.margin,
-                center_coef=args.center_rewards_coefficient,
+                chosen, rejected, micro.weight, denominator, margin=micro.margin, center_coef=args.center_rewards_coefficient
             )
 
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
