@@ -8,7 +8,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,15 @@ from training.utils.run.process_group import Run
 logger = logging.getLogger("sanbu")
 
 MANIFEST = "checkpoint.json"
-# Flags that may differ between a run and its resumption. Most do not change what a step computes; LENGTH does, by the
-# learning rate of the steps to come, which is allowed and said.
-FREE_FLAGS = {
-    "output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "eval_interval", "eval_iters", "max_steps",
-    "num_train_epochs", "enable_tensorboard", "tensorboard_path", "print_answers", "print_answers_interval", "local_rank",
-    "rebuild_cache", "cache_dir", "config", "per_device_eval_batch_size", "eval_prompts", "force",
-    "reward_endpoint", "reward_timeout", "reward_retries",
-}  # fmt: skip
+# Of the flags with resume="free", which may differ between a run and its resumption: they change the learning rate of the
+# steps to come, which is allowed and said.
 LENGTH = ("max_steps", "num_train_epochs")
 
 
 def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
     """What must be equal for a resumed run to continue the same curve: flags, number of processes, content of the data."""
-    flags = {name: value for name, value in asdict(args).items() if name not in FREE_FLAGS}
+    free = {one.name for one in fields(args) if one.metadata["resume"] == "free"}
+    flags = {name: value for name, value in asdict(args).items() if name not in free}
     return {"world_size": run.world_size, "data": data, **flags}
 
 

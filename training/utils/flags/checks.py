@@ -16,20 +16,6 @@ from training.utils.flags.steps import CommonArguments, DPOArguments, EvaluateAr
 
 logger = logging.getLogger("sanbu")
 
-# What a number must satisfy, by the flag's name without actor_ or critic_. Comparisons are False for NaN.
-AT_LEAST_ONE = {
-    "num_train_epochs", "gradient_accumulation_steps", "logging_steps", "zero_hpz_partition_size", "generation_batches",
-    "per_device_train_batch_size", "per_device_eval_batch_size", "per_device_generation_batch_size",
-    "per_device_training_batch_size", "ppo_epochs", "max_prompt_seq_len", "max_answer_seq_len", "max_new_tokens",
-    "print_answers_interval", "num_return_sequences", "num_prompts", "max_source_length",
-}  # fmt: skip
-POSITIVE = {
-    "temperature", "adam_epsilon", "cliprange", "cliprange_low", "cliprange_high", "cliprange_value", "kl_horizon",
-    "beta", "reward_timeout",
-}  # fmt: skip
-BELOW_ONE = {"eval_fraction", "dropout", "lora_dropout", "adam_beta1", "adam_beta2", "ema_decay"}
-UP_TO_ONE = {"gamma", "lam"}
-FREE = {"local_rank"}
 ZERO_PLUS_PLUS = (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights",
@@ -76,37 +62,15 @@ CRITIC_ALONE = ("critic_warmup_rollouts", "whiten_rewards", "lam", "cliprange_va
 
 
 def check_ranges(args: Any) -> None:
-    """Every number within its range, every number finite."""
+    """Raise UserError for a number that is not finite or outside its flag's range."""
     for one in fields(args):
         value = getattr(args, one.name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        name = one.name.removeprefix("actor_").removeprefix("critic_")
-        if name in FREE:
-            continue
-        if not math.isfinite(value):
-            wrong = "must be finite"
-        elif name in AT_LEAST_ONE and value < 1:
-            wrong = "must be 1 or more"
-        elif name in POSITIVE and value <= 0:
-            wrong = "must be more than 0"
-        elif name in BELOW_ONE and not 0 <= value < 1:
-            wrong = "must be 0 or more and less than 1"
-        elif name in UP_TO_ONE and not 0 <= value <= 1:
-            wrong = "must lie between 0 and 1"
-        elif name == "top_p" and not 0 < value <= 1:
-            wrong = "must be more than 0 and at most 1"
-        elif name == "label_smoothing" and not 0 <= value < 0.5:
-            wrong = "must be 0 or more and less than 0.5, where a pair says nothing any more"
-        elif name == "max_seq_len" and value < 2:
-            wrong = "must be 2 or more: a prompt and the end token"
-        elif name == "max_target_length" and value < 2:
-            wrong = "must be 2 or more: a word and the end token"
-        elif value < 0:
-            wrong = "must not be negative"
-        else:
-            continue
-        raise UserError(f"--{one.name} {value}: {wrong}.")
+        within = one.metadata["within"]
+        if not math.isfinite(value) or not within.holds(value):
+            wrong = within.wrong if math.isfinite(value) else "must be finite"
+            raise UserError(f"--{one.name} {value}: {wrong}.")
 
 
 def check_columns(args: Any) -> None:

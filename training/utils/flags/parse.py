@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from errors import UserError
 from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
+from training.utils.flags.common import OURS
 from training.utils.flags.former import former_flags
 from training.utils.flags.recipe import SECTIONS, load_recipe
 from training.utils.flags.steps import (
@@ -77,6 +78,10 @@ class FlagParser(HfArgumentParser):
             options = {} if row.values else {"nargs": "?", "const": "true"}
             spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
             self.add_argument(*spellings, dest=f"former {name}", default=NOT_GIVEN, help=SUPPRESS, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> Action:
+        """Add an argument as argparse does, without the metadata that only this project reads."""
+        return super().add_argument(*names, **{key: value for key, value in options.items() if key not in OURS})
 
     def error(self, message: str) -> NoReturn:
         """argparse's complaint as a UserError, with one spelling of the flag."""

@@ -12,7 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from training.utils.flags.common import Attention, CommonArguments, Dtype, SupervisedArguments, flag
+from training.utils.flags.common import (
+    ABOVE_ZERO,
+    ANY,
+    ONE_OR_MORE,
+    SHARE,
+    Attention,
+    CommonArguments,
+    Dtype,
+    Range,
+    SupervisedArguments,
+    flag,
+)
 from training.utils.flags.dpo import DPOArguments
 from training.utils.flags.ppo import PPOArguments
 
@@ -25,26 +36,36 @@ class SFTArguments(SupervisedArguments):
     title: ClassVar[str] = "step 1 (SFT)"
     phase: ClassVar[int] = 1
 
-    sft_only_data_path: list[str] = flag("Data sets used whole in this step, outside --data_split.", [])
+    sft_only_data_path: list[str] = flag(
+        "Data sets used whole in this step, outside --data_split.", [],
+        zh="只在本步骤使用、不参与 --data_split 的数据集，全部使用。",
+    )
     max_source_length: int | None = flag(
         "With --max_target_length, instead of --max_seq_len, which becomes the sum: longest prompt in tokens. Longer "
         "ones lose their oldest part, where the earlier system cut off the question at the end.",
-        None,
+        None, within=ONE_OR_MORE,
+        zh="与 --max_target_length 一起代替 --max_seq_len（后者变为两者之和）：提示的最大 token 数。"
+        "超长时丢弃最旧的部分。",
     )
     max_target_length: int | None = flag(
         "Longest answer in tokens, end token included. Longer ones lose their tail, never the end token.", None,
+        within=Range("must be 2 or more: a word and the end token", least=2), common=True,
+        zh="回答的最大 token 数，含结束符。超长时截去尾部，从不丢弃结束符。",
     )
     loss_on: Literal["answer", "all"] = flag(
         "Learn the tokens of the answer, end token included, or those of the prompt too.", "answer",
+        zh="只学习回答的 token（含结束符），或连同提示一起学习。",
     )
     learning_rate: float = flag(
         "Highest learning rate. 1e-3 in the earlier systems, which suits adapters, not whole weights.", 2e-5,
+        common=True,
+        zh="最大学习率。",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         apart = (self.max_source_length, self.max_target_length)
-        if None not in apart and self.max_seq_len == type(self).max_seq_len:   # as good as not given
+        if None not in apart and self.max_seq_len == type(self).max_seq_len:  # as good as not given
             self.max_seq_len = sum(apart)
 
 
@@ -56,9 +77,13 @@ class RewardArguments(SupervisedArguments):
     title: ClassVar[str] = "step 2 (reward model)"
     phase: ClassVar[int] = 2
 
-    learning_rate: float = flag("Highest learning rate. 5e-5 in the earlier systems, for a 350M model.", 1e-5)
+    learning_rate: float = flag(
+        "Highest learning rate. 5e-5 in the earlier systems, for a 350M model.", 1e-5, common=True,
+        zh="最大学习率。",
+    )
     center_rewards_coefficient: float = flag(
         "Weight of (chosen + rejected)^2 in the loss, which keeps scores around zero.", 0.0,
+        zh="损失中 (chosen + rejected)^2 的权重，使分数保持在零附近。",
     )
 
 
@@ -69,21 +94,45 @@ class PromptEvalArguments:
     section: ClassVar[str] = "prompt_eval"
     title: ClassVar[str] = "prompt_eval"
 
-    model_name_or_path_baseline: str = flag("The model before training.")
-    model_name_or_path_finetune: str = flag("The model after training.")
-    max_new_tokens: int = flag("Longest answer in tokens.", 100)
-    num_return_sequences: int = flag("Answers to each prompt; one is greedy, more are sampled.", 1)
-    temperature: float = flag("Sampling temperature, where answers are sampled.", 1.0)
-    top_p: float = flag("Where answers are sampled: the likeliest tokens that hold this share of probability.", 1.0)
-    language: Literal["English", "Chinese", "Japanese"] = flag("Language of the built-in prompts.", "English")
-    data_path: list[str] = flag("Prompts of these data sets (their held-out part where they have one) instead.", [])
-    columns: str | None = flag("As in training.", None)
-    prompts: str | None = flag("Prompts of this text file, one a line, instead.", None, metavar="FILE")
-    num_prompts: int = flag("How many prompts of each data set.", 6)
-    output: str | None = flag("Also write prompts, answers and figures to this JSON file.", None, metavar="FILE")
-    seed: int = flag("Random seed.", 1234)
-    dtype: Dtype = flag("Type of the weights, as in training.", "auto")
-    attn_implementation: Attention = flag("Attention kernels, as in training.", "auto")
+    model_name_or_path_baseline: str = flag("The model before training.", common=True, zh="训练前的模型。")
+    model_name_or_path_finetune: str = flag("The model after training.", common=True, zh="训练后的模型。")
+    max_new_tokens: int = flag("Longest answer in tokens.", 100, within=ONE_OR_MORE, zh="回答的最大 token 数。")
+    num_return_sequences: int = flag(
+        "Answers to each prompt; one is greedy, more are sampled.", 1, within=ONE_OR_MORE,
+        zh="每个提示的回答数；一个为贪心解码，更多则采样。",
+    )
+    temperature: float = flag(
+        "Sampling temperature, where answers are sampled.", 1.0, within=ABOVE_ZERO,
+        zh="采样温度。",
+    )
+    top_p: float = flag(
+        "Where answers are sampled: the likeliest tokens that hold this share of probability.", 1.0, within=SHARE,
+        zh="从累计概率达到该比例的最可能 token 中采样；1 = 全部。",
+    )
+    language: Literal["English", "Chinese", "Japanese"] = flag(
+        "Language of the built-in prompts.", "English", common=True,
+        zh="内置提示的语言。",
+    )
+    data_path: list[str] = flag(
+        "Prompts of these data sets (their held-out part where they have one) instead.", [], common=True,
+        zh="改用这些数据集的提示（有留出部分时用留出部分）。",
+    )
+    columns: str | None = flag("As in training.", None, zh="同训练。")
+    prompts: str | None = flag(
+        "Prompts of this text file, one a line, instead.", None, metavar="FILE",
+        zh="改用该文本文件中的提示，每行一个。",
+    )
+    num_prompts: int = flag(
+        "How many prompts of each data set.", 6, within=ONE_OR_MORE, common=True,
+        zh="每个数据集取多少个提示。",
+    )
+    output: str | None = flag(
+        "Also write prompts, answers and figures to this JSON file.", None, metavar="FILE", common=True,
+        zh="同时把提示、回答和指标写入该 JSON 文件。",
+    )
+    seed: int = flag("Random seed.", 1234, zh="随机种子。")
+    dtype: Dtype = flag("Type of the weights, as in training.", "auto", common=True, zh="权重的数值类型，同训练。")
+    attn_implementation: Attention = flag("Attention kernels, as in training.", "auto", zh="注意力实现，同训练。")
 
     column_map = CommonArguments.column_map
 
@@ -95,43 +144,73 @@ class EvaluateArguments:
     section: ClassVar[str] = "evaluate"
     title: ClassVar[str] = "evaluate"
 
-    model_name_or_path: str = flag("The trained model.")
-    data_path: list[str] = flag("Data sets with prompts and answers; of a set with a held-out part only that.")
-    output_dir: str = flag("Folder for generated_predictions.txt and metrics.json.")
+    model_name_or_path: str = flag("The trained model.", common=True, zh="训练所得的模型。")
+    data_path: list[str] = flag(
+        "Data sets with prompts and answers; of a set with a held-out part only that.", common=True,
+        zh="含提示和回答的数据集；有留出部分时只用留出部分。",
+    )
+    output_dir: str = flag(
+        "Folder for generated_predictions.txt and metrics.json.", common=True,
+        zh="保存 generated_predictions.txt 和 metrics.json 的文件夹。",
+    )
     ptuning_checkpoint: str | None = flag(
         "Folder of a saved prefix to put before the model's texts; not needed where that folder is the model.", None,
         metavar="FOLDER",
+        zh="放在模型文本之前的已保存前缀的文件夹；该文件夹就是模型时不需要。",
     )
-    quantization_bit: Literal[0, 4, 8] = flag("Hold the linear layers in 4 or 8 bits; 0 = as they are.", 0)
-    columns: str | None = flag("As in training.", None)
-    cache_dir: str | None = flag("As in training.", None)
+    quantization_bit: Literal[0, 4, 8] = flag(
+        "Hold the linear layers in 4 or 8 bits; 0 = as they are.", 0, common=True,
+        zh="线性层以 4 或 8 位存放；0 = 保持原样。",
+    )
+    columns: str | None = flag("As in training.", None, zh="同训练。")
+    cache_dir: str | None = flag("As in training.", None, zh="同训练。")
     num_examples: int = flag(
         "How many records of each data set; 0 = all.", 0, aliases=("max_predict_samples", "max_eval_samples"),
+        common=True,
+        zh="每个数据集取多少条记录；0 = 全部。",
     )
     max_source_length: int | None = flag(
         "Longest prompt in tokens; longer ones lose their oldest part. None: what the model leaves room for.", None,
+        within=ONE_OR_MORE,
+        zh="提示的最大 token 数；超长时丢弃最旧的部分。缺省：模型留出的余地。",
     )
     max_target_length: int = flag(
         "Longest answer in tokens, end token included.", 128, aliases=("max_new_tokens", "val_max_target_length"),
+        within=Range("must be 2 or more: a word and the end token", least=2), common=True,
+        zh="回答的最大 token 数，含结束符。",
     )
     truncate_labels: bool = flag(
         "Compare with the first --max_target_length tokens of the written answer, as published figures do; false: with "
         "all of it.",
         True,
+        zh="与参考回答的前 --max_target_length 个 token 比较（已发布的指标如此）；false：与全文比较。",
     )
-    per_device_eval_batch_size: int = flag("Prompts that each process answers at once.", 16)
+    per_device_eval_batch_size: int = flag(
+        "Prompts that each process answers at once.", 16, within=ONE_OR_MORE,
+        zh="每个进程一次回答的提示数。",
+    )
     do_sample: bool = flag(
         "Sample, each record with a seed of its own. Off, answers are greedy and two runs agree; the earlier system "
         "sampled without saying its seed.",
         False,
+        zh="采样，每条记录有自己的种子。关闭时为贪心解码，两次运行结果相同。",
     )
-    temperature: float = flag("With --do_sample: sampling temperature.", 0.95)
-    top_p: float = flag("With --do_sample: the likeliest tokens that hold this share of probability.", 0.7)
-    top_k: int = flag("With --do_sample: so many likeliest tokens; 0 = all.", 0)
-    seed: int = flag("Random seed.", 1234)
-    dtype: Dtype = flag("Type of the weights, as in training.", "auto")
-    attn_implementation: Attention = flag("Attention kernels, as in training.", "auto")
-    local_rank: int = flag("Set by the launcher.", -1)
+    temperature: float = flag(
+        "With --do_sample: sampling temperature.", 0.95, within=ABOVE_ZERO,
+        zh="配合 --do_sample：采样温度。",
+    )
+    top_p: float = flag(
+        "With --do_sample: the likeliest tokens that hold this share of probability.", 0.7, within=SHARE,
+        zh="配合 --do_sample：从累计概率达到该比例的最可能 token 中采样。",
+    )
+    top_k: int = flag(
+        "With --do_sample: so many likeliest tokens; 0 = all.", 0,
+        zh="配合 --do_sample：从最可能的这么多个 token 中采样；0 = 全部。",
+    )
+    seed: int = flag("Random seed.", 1234, zh="随机种子。")
+    dtype: Dtype = flag("Type of the weights, as in training.", "auto", common=True, zh="权重的数值类型，同训练。")
+    attn_implementation: Attention = flag("Attention kernels, as in training.", "auto", zh="注意力实现，同训练。")
+    local_rank: int = flag("Set by the launcher.", -1, within=ANY, zh="由启动器设置。")
 
     column_map = CommonArguments.column_map
 
@@ -143,15 +222,28 @@ class RewardEvalArguments:
     section: ClassVar[str] = "rw_eval"
     title: ClassVar[str] = "rw_eval"
 
-    model_name_or_path: str = flag("The reward model.")
-    data_path: list[str] = flag("Pairs to score (held-out part where a set has one). None: a few built-in pairs.", [])
-    columns: str | None = flag("As in training.", None)
-    max_seq_len: int = flag("Longest prompt and answer in tokens, as in training.", 512)
-    num_pairs: int = flag("How many pairs of each data set; 0 = all.", 1000)
-    per_device_eval_batch_size: int = flag("Pairs scored at once.", 16)
-    output: str | None = flag("Also write scores and figures to this JSON file.", None, metavar="FILE")
-    dtype: Dtype = flag("Type of the weights, as in training.", "auto")
-    attn_implementation: Attention = flag("Attention kernels, as in training.", "auto")
+    model_name_or_path: str = flag("The reward model.", common=True, zh="奖励模型。")
+    data_path: list[str] = flag(
+        "Pairs to score (held-out part where a set has one). None: a few built-in pairs.", [], common=True,
+        zh="要打分的样本对（有留出部分时用留出部分）。缺省：若干内置样本对。",
+    )
+    columns: str | None = flag("As in training.", None, zh="同训练。")
+    max_seq_len: int = flag(
+        "Longest prompt and answer in tokens, as in training.", 512,
+        within=Range("must be 2 or more: a prompt and the end token", least=2), common=True,
+        zh="样本（提示加回答）的最大 token 数。超长时丢弃提示中最旧的部分，从不丢弃结束符。",
+    )
+    num_pairs: int = flag(
+        "How many pairs of each data set; 0 = all.", 1000, common=True,
+        zh="每个数据集取多少个样本对；0 = 全部。",
+    )
+    per_device_eval_batch_size: int = flag("Pairs scored at once.", 16, within=ONE_OR_MORE, zh="一次打分的样本对数。")
+    output: str | None = flag(
+        "Also write scores and figures to this JSON file.", None, metavar="FILE", common=True,
+        zh="同时把分数和指标写入该 JSON 文件。",
+    )
+    dtype: Dtype = flag("Type of the weights, as in training.", "auto", common=True, zh="权重的数值类型，同训练。")
+    attn_implementation: Attention = flag("Attention kernels, as in training.", "auto", zh="注意力实现，同训练。")
 
     column_map = CommonArguments.column_map
 
