@@ -91,7 +91,7 @@ def document() -> str:
 @told
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
-    return fill_pages(argv, "flags", "scripts.docs.flags_table", (BEGIN, END), lambda _: document())
+    return fill_pages(argv, "flags", "scripts.flags_table", (BEGIN, END), lambda _: document())
 
 
 if __name__ == "__main__":

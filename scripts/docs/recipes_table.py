@@ -90,7 +90,7 @@ def document(language: str = "en") -> str:
 @told
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
-    return fill_pages(argv, "recipes", "scripts.docs.recipes_table", (BEGIN, END), document)
+    return fill_pages(argv, "recipes", "scripts.recipes_table", (BEGIN, END), document)
 
 
 if __name__ == "__main__":
