@@ -38,7 +38,7 @@ class Shape:
 
 
 def shapes() -> dict[str, Shape]:
-    """Return shapes by name: that of scripts/quickstart.sh, a small chat model, DeepSpeed-Chat's OPT-1.3B."""
+    """Return shapes by name: about that of the demo, a small chat model, DeepSpeed-Chat's OPT-1.3B."""
     demo = LlamaConfig(
         vocab_size=1024,
         hidden_size=192,
