@@ -28,6 +28,7 @@ from scripts.launch import __main__ as one_step
 from scripts.launch.commands import Environment, Options, build_command, build_environment
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.launch.processes import Interrupted, exit_code, explain, run_step
+from steps import METHODS, SECTIONS, step_of
 from training.utils.flags.recipe import recipe_file
 from training.utils.run.environment import DONE, check_writable
 from training.utils.run.metrics import format_seconds
@@ -35,10 +36,6 @@ from training.utils.run.metrics import format_seconds
 ROOT = Path(__file__).resolve().parent
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")  # stand for facebook/opt-SIZE
 DEPLOYMENTS = tuple(load_platforms())
-METHODS = {"ppo": {1: "sft", 2: "reward", 3: "ppo"}, "dpo": {1: "sft", 2: "dpo"}}  # number of a step -> section
-TITLES = {"sft": "supervised fine-tuning", "reward": "reward model", "ppo": "PPO", "dpo": "DPO"}
-FOLDERS = {"sft": "actor-models", "reward": "reward-models", "ppo": "step3-models", "dpo": "dpo-models"}
-ROOMS = {"sft": "step1_sft", "reward": "step2_reward", "ppo": "step3_ppo", "dpo": "step2_dpo"}
 # Without a recipe, by the number of devices: batches, ZeRO and LoRA of the launchers that DeepSpeed-Chat published for such
 # deployments (1.3B on one card and on a node, 66B on several). PPO, DPO and LoRA keep our learning rates: theirs were for
 # greedy rollouts.
@@ -63,8 +60,10 @@ STARTING_FLAGS = {
         "--per_device_generation_batch_size 4 --per_device_training_batch_size 4",
         "dpo": "--zero_stage 3 --lora_dim 128 --gradient_checkpointing --per_device_train_batch_size 2",
     },
-    "cpu": dict.fromkeys(TITLES, ""),
+    "cpu": dict.fromkeys(SECTIONS, ""),
 }
+
+
 @dataclass
 class Step:
     """One step to run: where it writes, which folders of other steps it reads, and its own flags."""
@@ -78,7 +77,7 @@ class Step:
     @property
     def title(self) -> str:
         """Such as ``step 2 (reward model)``."""
-        return f"step {self.number} ({TITLES[self.section]})"
+        return f"step {self.number} ({step_of(self.section).title})"
 
 
 # --- what to run ------------------------------------------------------------------------------------------------------
@@ -102,7 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hostfile", help="multi_node: lines HOST slots=N (default: /job/hostfile)")
     add("--config", help="a recipe: YAML with sections launch, sft, reward, ppo; flags given here win over it")
     add("--data-path", nargs="+", help="data of all three steps: named sets, hub ids, files, folders")
-    for section, title in TITLES.items():
+    for section in SECTIONS:
+        title = step_of(section).title
         add(f"--{section}-flags", default="", help=f"more flags of the step that does {title}, as one quoted string")
     add("--resume", action="store_true", help="a step that was cut short continues from its newest whole checkpoint")
     add("--force", action="store_true", help="run steps that are done again")
@@ -120,7 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.error = refuse
     joined: list[str] = []
     for word in argv:
-        if joined and re.fullmatch(rf"--({'|'.join(TITLES)})-flags", joined[-1]):
+        if joined and re.fullmatch(rf"--({'|'.join(SECTIONS)})-flags", joined[-1]):
             joined[-1] += f"={word}"  # argparse would take "--sft-flags --offload" for a flag without its value
         else:
             name, *value = word.split("=", 1)
@@ -134,7 +134,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     if args.force and args.resume:
         raise UserError("--force runs a step from its beginning, --resume from its checkpoint; drop one of the two.")
-    for section in TITLES:
+    for section in SECTIONS:
         try:
             setattr(args, f"{section}_flags", shlex.split(getattr(args, f"{section}_flags")))
         except ValueError as error:
@@ -158,14 +158,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     args.num_gpus = args.num_gpus or launch.get("processes")
     args.hostfile = args.hostfile or launch.get("hostfile")
-    args.step = sorted(set(args.step or METHODS[args.method]))
+    args.step = sorted(set(args.step or numbered(args.method)))
     check_method(args)
     return args
 
 
+def numbered(method: str) -> dict[int, str]:
+    """Return the sections of a method by the number of their step."""
+    return {step_of(section).number: section for section in METHODS[method]}
+
+
 def check_method(args: argparse.Namespace) -> None:
     """UserError for steps and flags that the method does not have."""
-    if args.step[-1] not in METHODS[args.method]:
+    if args.step[-1] not in numbered(args.method):
         raise UserError("--step 3 with --method dpo: DPO takes the place of steps 2 and 3; it is --step 2.")
     others = {"ppo": ("dpo_flags",), "dpo": ("reward_model", "reward_zero_stage", "reward_flags", "ppo_flags")}
     for name in others[args.method]:
@@ -185,7 +190,7 @@ def known_recipe(args: argparse.Namespace) -> str | None:
 def read_recipe(path: str) -> dict[str, dict[str, Any]]:
     """The sections of a recipe. The steps check their own; here: has it any, and is its launch section ours?"""
     recipe = one_step.read_recipe(path)
-    if not set(TITLES) & recipe.keys():
+    if not set(SECTIONS) & recipe.keys():
         raise UserError(f"--config {path}: train.py needs sections launch, sft, reward and ppo, or dpo, with flags.")
     return recipe
 
@@ -197,16 +202,16 @@ def model_name(model: str) -> str:
 
 def plan(args: argparse.Namespace) -> list[Step]:
     """The steps to run with all their flags."""
-    sections = {section: args.recipe.get(section, {}) for section in TITLES}
+    sections = {section: args.recipe.get(section, {}) for section in SECTIONS}
     start = {}
     for section, given, default in (("sft", args.actor_model, "1.3b"), ("reward", args.reward_model, "350m")):
         model = given or sections[section].get("model_name_or_path") or default
         start[section] = f"facebook/opt-{model}" if model in OPT_SIZES else str(model)
     folders = {
-        section: Path(args.output_dir or "./output") / kind / model_name(start.get(section, start["sft"]))
+        section: Path(args.output_dir or "./output") / step_of(section).folder / model_name(start.get(section, start["sft"]))
         if args.output_dir or "output_dir" not in sections[section]
         else Path(sections[section]["output_dir"])
-        for section, kind in FOLDERS.items()
+        for section in SECTIONS
     }
     sft, reward = folders["sft"], folders["reward"]
     if not args.reward_model and start["reward"] == sections["sft"].get("output_dir"):
@@ -223,7 +228,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     }  # fmt: skip
     steps = []
     for number in args.step:
-        section = METHODS[args.method][number]
+        section = numbered(args.method)[number]
         starting = STARTING_FLAGS[platform_named(args.deployment_type).deployment][section].split()
         flags = ["--config", args.config] if args.config else starting
         for name, value in {**models[section], "--output_dir": str(folders[section])}.items():
@@ -258,7 +263,7 @@ def options(args: argparse.Namespace) -> Options:
 
 def launch_command(step: Step, args: argparse.Namespace) -> list[str]:
     """The launcher around a step."""
-    return build_command(options(args), f"training.{ROOMS[step.section]}.main", step.flags)
+    return build_command(options(args), step_of(step.section).module, step.flags)
 
 
 def environment(args: argparse.Namespace) -> Environment:
