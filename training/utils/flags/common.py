@@ -122,7 +122,7 @@ class CommonArguments:
         zh="遍历数据的轮数。",
     )
     max_steps: int = flag(
-        "Stop after so many optimizer steps (step 3: rollouts); 0 = when the epochs are done.", 0, resume="free",
+        "Stop after this many optimizer steps (step 3: rollouts); 0 = at the end of the epochs.", 0, resume="free",
         common=True,
         zh="训练这么多优化器步后停止（第三步按采样轮计）；0 = 跑完全部轮数。",
     )
@@ -140,20 +140,20 @@ class CommonArguments:
         zh="随机种子。各步骤应相同，否则数据会在步骤之间泄漏。",
     )
     logging_steps: int = flag(
-        "Print and record figures every so many optimizer steps.", 10, within=ONE_OR_MORE, resume="free",
+        "Print and record metrics every this many optimizer steps.", 10, within=ONE_OR_MORE, resume="free",
         zh="每隔多少个优化器步打印并记录指标。",
     )
     eval_interval: int = flag(
-        "Evaluate every so many optimizer steps; 0 = at the end of each epoch.", 0, resume="free", common=True,
+        "Evaluate every this many optimizer steps; 0 = at the end of each epoch.", 0, resume="free", common=True,
         zh="每隔多少个优化器步评估一次；0 = 每轮结束时。",
     )
     save_steps: int = flag(
-        "Write a checkpoint every so many optimizer steps; 0 = at the end of each epoch.", 0, resume="free",
+        "Write a checkpoint every this many optimizer steps; 0 = at the end of each epoch.", 0, resume="free",
         common=True,
         zh="每隔多少个优化器步写一个检查点；0 = 每轮结束时。",
     )
     save_total_limit: int = flag(
-        "Keep only the newest checkpoints, so many; 0 = all.", 2, resume="free",
+        "Keep this many of the newest checkpoints; 0 keeps all.", 2, resume="free",
         zh="只保留最新的这么多个检查点；0 = 全部保留。",
     )
     resume: str | None = flag(
@@ -306,7 +306,7 @@ class SupervisedArguments(CommonArguments):
         "0 = per_device_train_batch_size x gradient_accumulation_steps x 进程数。",
     )
     eval_iters: int = flag(
-        "Evaluate on at most so many micro-batches of each process; 0 = on all.", 0, resume="free",
+        "Evaluate on at most this many micro-batches of each process; 0 = on all.", 0, resume="free",
         zh="每个进程最多评估这么多个微批；0 = 全部。",
     )
     learning_rate: float = flag("Highest learning rate.", common=True, zh="最大学习率。")

@@ -17,7 +17,7 @@ class DPOArguments(SupervisedArguments):
     phase: ClassVar[int] = 2
 
     beta: float = flag(
-        "How dear it is to leave the reference: the implicit reward of an answer is beta x (its log-probability - the "
+        "Strength of the KL constraint to the reference: the implicit reward of an answer is beta x (its log-probability - the "
         "reference's).",
         0.1, within=ABOVE_ZERO, common=True,
         zh="对参考模型的 KL 约束强度：回答的隐式奖励为 beta x（其对数概率 - 参考模型的对数概率）。",

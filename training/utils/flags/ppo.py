@@ -81,7 +81,7 @@ class PPOArguments(CommonArguments):
         zh="从累计概率达到该比例的最可能 token 中采样；1 = 全部。",
     )
     top_k: int = flag(
-        "Sample from so many likeliest tokens; 0 = all.", 0,
+        "Sample from this many likeliest tokens; 0 = all.", 0,
         zh="从最可能的这么多个 token 中采样；0 = 全部。",
     )
 
@@ -197,7 +197,7 @@ class PPOArguments(CommonArguments):
 
     # advantages
     advantage: Literal["gae", "grpo", "rloo", "reinforce++"] = flag(
-        "How good a token was. gae: rewards to come against the critic's value; reinforce++: rewards to come against those "
+        "Estimate of a token's merit. gae: rewards to come against the critic's value; reinforce++: rewards to come against those "
         "of all answers; grpo, rloo: the answer's reward against those of the other answers to its prompt. Only gae has a "
         "critic.",
         "gae", common=True,
@@ -263,7 +263,7 @@ class PPOArguments(CommonArguments):
         zh="某个小批与采样策略的距离达到该值（每 token 的 nat）时，结束对该采样轮的训练；0 = 从不。",
     )
     critic_warmup_rollouts: int = flag(
-        "In the first rollouts, so many, only the critic learns.", 0,
+        "Train only the critic for this many rollouts.", 0,
         zh="最初这么多个采样轮只训练 critic。",
     )
 
@@ -427,15 +427,15 @@ class PPOArguments(CommonArguments):
         zh="每次评估回答的留出提示数；0 = 不评估。",
     )
     eval_interval: int = flag(
-        "Evaluate every so many rollouts; 0 = only before and after.", 50, resume="free", common=True,
+        "Evaluate every this many rollouts; 0 = only before and after.", 50, resume="free", common=True,
         zh="每隔多少个采样轮评估一次；0 = 只在训练前后。",
     )
     save_steps: int = flag(
-        "Write a checkpoint every so many rollouts; 0 = only the result.", 50, resume="free", common=True,
+        "Write a checkpoint every this many rollouts; 0 = only the result.", 50, resume="free", common=True,
         zh="每隔多少个采样轮写一个检查点；0 = 只保存结果。",
     )
     logging_steps: int = flag(
-        "Print and record figures every so many rollouts.", 1, within=ONE_OR_MORE, resume="free",
+        "Print and record metrics every this many rollouts.", 1, within=ONE_OR_MORE, resume="free",
         zh="每隔多少个采样轮打印并记录指标。",
     )
     print_answers: bool = flag(
