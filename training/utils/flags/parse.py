@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace
+from argparse import SUPPRESS, Action, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn, TypeVar
@@ -21,6 +21,7 @@ from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
 from training.utils.flags.common import OURS
 from training.utils.flags.former import former_flags
+from training.utils.flags.help import help_text, language_of_user, wanted_help
 from training.utils.flags.recipe import SECTIONS, load_recipe
 from training.utils.flags.steps import (
     STEPS,
@@ -45,28 +46,11 @@ LAUNCHER_FLAGS = {
 }  # fmt: skip
 
 
-class ShortHelp(ArgumentDefaultsHelpFormatter):
-    """One spelling of each flag, its choices or VALUE, and no default where there is none."""
-
-    def _format_action_invocation(self, action: Action) -> str:
-        choices = ("true", "false") if action.const is True else action.choices
-        value = action.metavar or "|".join(map(str, choices or ())) or "VALUE"
-        words = {0: "", "?": f" [{value}]", "+": f" {value} …"}.get(action.nargs, f" {value}")
-        return action.option_strings[0] + words
-
-    def _get_help_string(self, action: Action) -> str:
-        return action.help if action.default in (None, SUPPRESS, []) else super()._get_help_string(action)
-
-
 class FlagParser(HfArgumentParser):
     """The parser of one step: the dataclass's flags and, hidden from --help, the flags of earlier systems."""
 
     def __init__(self, args_class: type) -> None:
-        required = [one.name for one in fields(args_class) if is_required(one)]
-        usage = f"python -m {MODULES[args_class]} {' '.join(f'--{name} …' for name in required)} [flags]"
-        super().__init__(
-            args_class, usage=usage, description=args_class.__doc__, allow_abbrev=False, formatter_class=ShortHelp
-        )
+        super().__init__(args_class, add_help=False, allow_abbrev=False)
         self.args_class = args_class
         for action in self._actions:   # a recipe may give them; see parse
             if action.required:
@@ -193,12 +177,18 @@ def as_tokens(key: str, value: Any) -> list[str]:
 def parse(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
     """The flags of a step from a command line (default: this process's) and from the recipe that --config names.
 
-    Raises UserError for unknown or missing flags, values of a wrong type or out of range, and contradictions.
+    --help and --help all are answered here and end the process. Raises UserError for unknown or missing flags, values of a
+    wrong type or out of range, and contradictions.
     """
     if not is_main_process():
         logger.setLevel(logging.ERROR)   # one process says what all would say
+    tokens = sys.argv[1:] if argv is None else list(argv)
+    amount = wanted_help(tokens)
+    if amount:
+        print(help_text(args_class, MODULES[args_class], amount, language_of_user()))
+        raise SystemExit(0)
     parser = FlagParser(args_class)
-    given = parser.read(sys.argv[1:] if argv is None else argv)
+    given = parser.read(tokens)
     if given.get("config"):
         given = read_recipe(given["config"], parser) | given
     for one in fields(args_class):

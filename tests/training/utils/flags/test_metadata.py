@@ -5,7 +5,9 @@ from dataclasses import fields
 
 import pytest
 
+from errors import UserError
 from training.utils.flags.common import Range
+from training.utils.flags.parse import parse
 from training.utils.flags.steps import STEPS, EvaluateArguments, PromptEvalArguments, RewardEvalArguments
 
 pytestmark = pytest.mark.fast
@@ -40,3 +42,24 @@ def test_ranges(limits, inside, outside):
     within = Range("wrong", **limits)
     assert all(within.holds(value) for value in inside)
     assert not any(within.holds(value) for value in (*outside, float("nan")))
+
+
+@pytest.mark.parametrize("args_class", CLASSES)
+def test_help(args_class, monkeypatch, capsys):
+    """--help shows the common flags, --help all each of them, in the language of the user."""
+    for name, value in {"LC_ALL": "", "LC_MESSAGES": "", "LANG": "en_US.UTF-8"}.items():
+        monkeypatch.setenv(name, value)
+    shown = {}
+    for language in ("en_US.UTF-8", "zh_CN.UTF-8"):
+        monkeypatch.setenv("LANG", language)
+        for words in (["--help"], ["--help", "all"]):
+            with pytest.raises(SystemExit) as ended:
+                parse(args_class, words)
+            assert not ended.value.code
+            shown[language[:2], len(words)] = capsys.readouterr().out
+    for one in fields(args_class):
+        assert all((f"  --{one.name} " in shown[language, 1]) == one.metadata["common"] for language in ("en", "zh"))
+        assert all(f"  --{one.name} " in shown[language, 2] for language in ("en", "zh"))
+        assert one.metadata["zh"] in shown["zh", 2]
+    with pytest.raises(UserError, match="--help all"):
+        parse(args_class, ["--help", "everything"])
