@@ -141,7 +141,7 @@ def unknown_flag(token: str, parser: FlagParser) -> str:
         if elsewhere:
             return f"--{name} is a flag of {' and '.join(elsewhere)}, not of {title}."
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean --{near[0]}?" if near else "--help lists all flags."
+    hint = f"did you mean --{near[0]}?" if near else "--help all lists all flags."
     return f"--{name} is not a flag of {title}; {hint}"
 
 

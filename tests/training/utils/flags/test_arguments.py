@@ -15,7 +15,7 @@ from scripts.docs.flags_table import BEGIN, END
 from scripts.docs.flags_table import main as flags_table
 from training.utils.flags import parse as parsing
 from training.utils.flags.former import NOT_YET, RETIRED, former_flags
-from training.utils.flags.parse import FlagParser, flag_names, main_entry, parse
+from training.utils.flags.parse import flag_names, main_entry, parse
 from training.utils.flags.steps import (
     STEPS,
     DPOArguments,
@@ -234,7 +234,7 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
         (SFTArguments, ["--kl_coef", "1"], "--kl_coef is a flag of step 3 (PPO), not of step 1 (SFT)."),
         (RewardArguments, ["--label_smoothing", "0.1"], "--label_smoothing is a flag of DPO, not of step 2 (reward model)."),
         (SFTArguments, ["--num_gpus", "2"], "--num_gpus belongs to the launcher"),
-        (SFTArguments, ["--qqqq"], "--qqqq is not a flag of step 1 (SFT); --help lists all flags."),
+        (SFTArguments, ["--qqqq"], "--qqqq is not a flag of step 1 (SFT); --help all lists all flags."),
         (SFTArguments, ["stray"], "'stray' stands where a flag is expected"),
         (SFTArguments, ["--max_seq_len", "long"],
          "--max_seq_len: invalid int value: 'long'; --help says what it takes."),
@@ -410,7 +410,7 @@ def test_user_error_is_one_line_and_code_2(capsys):
     with pytest.raises(SystemExit) as caught:
         main_entry(lambda args: None, SFTArguments, ["--nonsense_flag"])
     assert caught.value.code == 2
-    sentence = "error: --nonsense_flag is not a flag of step 1 (SFT); --help lists all flags."
+    sentence = "error: --nonsense_flag is not a flag of step 1 (SFT); --help all lists all flags."
     assert capsys.readouterr().err.splitlines() == [sentence]
 
     def fails(args):
