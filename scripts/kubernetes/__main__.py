@@ -5,41 +5,35 @@
     python -m scripts.k8s check DIR FILE…       # what a cluster would refuse, or take and not mean
     python -m scripts.k8s set [--check]         # write, or compare, the committed set under configs/kubernetes
 
-Kinds: deepspeedjob (TensorStack), pytorchjob and mpijob (Kubeflow), trainjob (Kubeflow Trainer 2). docs/en/kubernetes.md
+Kinds: deepspeedjob (TensorStack), pytorchjob and mpijob (Kubeflow), trainjob (Kubeflow Trainer 2). docs/kubernetes.md
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from errors import UserError, told
 
-if TYPE_CHECKING:
-    from scripts.kubernetes.render import Document, Job
-
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "configs" / "kubernetes"
-# What is committed: the nine training jobs and the dialogue of the first three sets have predecessors elsewhere
-# (docs/en/kubernetes.md); the rest shows every other kind and platform once.
+STEPS = ("steps/step1_sft.yaml", "steps/step2_reward.yaml", "steps/step3_ppo.yaml")
+# The committed set. The nine training jobs and the dialogue have predecessors elsewhere (docs/kubernetes.md); the rest
+# shows every other kind and every platform with an accelerator once.
 SETS = (
-    ("deepspeedjob", "single_gpu/opt-1.3b"),
-    ("deepspeedjob", "single_node/opt-13b"),
-    ("deepspeedjob", "multi_node/opt-66b"),
-    ("deepspeedjob", "dcu_z100l/chatglm-6b"),
-    ("pytorchjob", "cpu/opt-1.3b"),
-    ("pytorchjob", "multi_node/llama-2-7b"),
-    ("pytorchjob", "ascend_910/chatglm2-6b"),
-    ("trainjob", "multi_node/opt-13b"),
-    ("mpijob", "multi_node/chatglm3-6b"),
+    ("deepspeedjob", "single_gpu/opt-1.3b", ("1-storage.yaml", "2-download.yaml", "5-chat.yaml", *STEPS)),
+    ("deepspeedjob", "single_node/opt-13b", STEPS),
+    ("deepspeedjob", "multi_node/opt-66b", STEPS),
+    ("deepspeedjob", "dcu_z100l/chatglm-6b", ("3-train.yaml",)),
+    ("pytorchjob", "ascend_910/chatglm2-6b", ("3-train.yaml",)),
+    ("trainjob", "multi_node/opt-13b", ("3-train.yaml",)),
+    ("mpijob", "multi_node/chatglm3-6b", ("3-train.yaml",)),
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """render, check and set with their flags."""
+    """Build the parser of render, check and set."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.k8s", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,197 +75,62 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_job(args: argparse.Namespace) -> Job:
-    """The job that the flags of `render` describe. UserError for a value that is none, or a recipe that the steps refuse."""
-    from scripts.kubernetes.render import KINDS, LONGEST_NAME, Job, Settings, dns_name, quantity
-    from scripts.launch.__main__ import find_recipe
-    from scripts.launch.platforms import did_you_mean
-    from training.utils.flags.recipe import recipe_file
-
-    if args.kind not in KINDS:
-        raise UserError(f"--kind {args.kind} is unknown{did_you_mean(args.kind, KINDS)}; use one of {', '.join(KINDS)}.")
-    names = set(Settings.__dataclass_fields__) - {"flags"}
-    settings = {name: getattr(args, name) for name in names}
-    settings["recipe"] = args.recipe if recipe_file(args.recipe) else str(find_recipe(args.recipe))
-    try:
-        flags = tuple(shlex.split(args.flags))
-    except ValueError as error:
-        raise UserError(f"--flags cannot be read ({error}); check its quotes.") from error
-    job = Job(Settings(**settings, flags=flags))
-    for flag in ("name", "pvc", "namespace"):
-        value = getattr(args, flag)
-        if value and (value != dns_name(value) or len(value) > LONGEST_NAME):
-            raise UserError(
-                f"--{flag} {value}: Kubernetes takes small letters, digits and dashes, here at most {LONGEST_NAME} of them, "
-                f"such as {dns_name(value)[:LONGEST_NAME]}."
-            )
-    if len(f"{job.name}-tensorboard") > LONGEST_NAME:
-        raise UserError(f"{job.name} is too long for a name that operators append to; give a shorter --name.")
-    for flag in ("memory", "shm", "pvc_size"):
-        if getattr(args, flag):
-            quantity(getattr(args, flag))
-    return job
-
-
-def parse_sections(job: Job, steps: list[str]) -> None:
-    """UserError for a recipe or --flags that a step's own parser would refuse in the pod."""
-    from scripts.kubernetes.pod import SECTIONS
-    from training.utils.flags.parse import parse
-    from training.utils.flags.steps import STEPS
-
-    classes = {step.section: step for step in STEPS}
-    for step in steps:
-        parse(classes[SECTIONS[step]], ["--config", job.settings.recipe, *job.settings.flags])
-
-
-def chosen_steps(job: Job, words: list[str]) -> list[str] | None:
-    """The steps that --step names, or None for the whole set."""
-    from scripts.kubernetes.pod import SECTIONS
+def chosen_steps(words: list[str]) -> list[str] | None:
+    """Return the steps that --step names, or None for the whole set. Raise UserError for an unknown one."""
+    from scripts.kubernetes.pod import STEP_OF
 
     if words == ["all"]:
         return None
     for word in words:
-        if word not in SECTIONS:
-            raise UserError(f"--step {word} is unknown; use {', '.join(SECTIONS)} or all.")
+        if word not in STEP_OF:
+            raise UserError(f"--step {word} is unknown; use {', '.join(STEP_OF)} or all.")
     return list(dict.fromkeys(words))
 
 
-def render(job: Job, steps: list[str] | None = None) -> dict[str, list[Document]]:
-    """File name -> documents. steps: only the job that runs them; None: everything, each step also as a job of its own."""
-    from scripts.kubernetes import render as parts
-    from scripts.kubernetes.kinds import training
-    from scripts.kubernetes.pod import SECTIONS
+def set_texts(parser: argparse.ArgumentParser) -> dict[Path, str]:
+    """Return path -> text of everything under configs/kubernetes."""
+    from scripts.kubernetes.render import make_job, render
 
-    def name_of(step: str) -> str:
-        return f"step{step}_{SECTIONS[step]}.yaml" if step.isdigit() else f"{step}.yaml"
-
-    if steps:
-        return {name_of(steps[0]) if len(steps) == 1 else "train.yaml": [training(job, steps)]}
-    files = {
-        "1-storage.yaml": parts.storage(job),
-        "2-download.yaml": parts.downloads(job),
-        "3-train.yaml": [training(job, job.steps())],
-        "4-tensorboard.yaml": parts.tensorboard(job),
-        "5-chat.yaml": parts.chat(job),
-    }
-    files |= {f"steps/{name_of(step)}": [training(job, [step])] for step in job.steps()}
-    return {name: documents for name, documents in files.items() if documents}
-
-
-def heading(job: Job, file: str) -> str:
-    """The comment at the top of a file: what it is, and what to know before it is applied."""
-    from scripts.kubernetes.kinds import title
-
-    step = file.removeprefix("steps/").partition("_")[0].removeprefix("step").removesuffix(".yaml")
-    what = {
-        "1-storage.yaml": "the claim for data, models, output and caches",
-        "2-download.yaml": "models and data sets of the hub to the claim (a token: secret huggingface, key token)",
-        "3-train.yaml": title(job.steps()) + "; a step that is done is skipped",
-        "train.yaml": "several steps in order",
-        "4-tensorboard.yaml": f"curves: kubectl port-forward service/{job.name}-tensorboard 6006:80",
-        "5-chat.yaml": f"a dialogue, on one card: kubectl attach -it deployment/{job.name}-chat",
-    }
-    told = what.get(file) or f"{title([step])} alone; not beside 3-train.yaml, which writes to the same folders"
-    return f"# {job.model}, {job.platform.title} ({job.settings.kind})\n# {told}\n"
-
-
-def to_yaml(documents: list[Document]) -> str:
-    """Documents as YAML without anchors; commands on one line."""
-    import yaml
-
-    from scripts.kubernetes.render import Words
-
-    class Dumper(yaml.SafeDumper):
-        """Writes every document in full."""
-
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-        def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-            return super().increase_indent(flow, False)
-
-    Dumper.add_representer(
-        Words, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-    )
-    return yaml.dump_all(documents, Dumper=Dumper, sort_keys=False, width=118, allow_unicode=True)
-
-
-def render_files(job: Job, steps: list[str] | None) -> dict[str, str]:
-    """File name -> text, after our own checks. UserError for what they find."""
-    from scripts.kubernetes.checks import problems
-
-    parse_sections(job, steps or job.steps())
-    files = render(job, steps)
-    for name, documents in files.items():
-        for document in documents:
-            if found := problems(document):
-                raise UserError(f"{name}, {document['kind']} {document['metadata']['name']}: {found[0]}")
-    return {name: heading(job, name) + to_yaml(documents) for name, documents in files.items()}
-
-
-def committed(arguments: argparse.ArgumentParser) -> dict[Path, str]:
-    """Path -> text of everything under configs/kubernetes."""
     found = {}
-    for kind, recipe in SETS:
+    for kind, recipe, names in SETS:
         path = ROOT / "configs" / f"{recipe}.yaml"
-        job = make_job(arguments.parse_args(["render", "--kind", kind, "--recipe", str(path)]))
-        for name, text in render_files(job, None).items():
-            found[COMMITTED / kind / recipe / name] = text
+        texts = render(make_job(parser.parse_args(["render", "--kind", kind, "--recipe", str(path)])))
+        found |= {COMMITTED / kind / recipe / name: texts[name] for name in names}
     return found
 
 
-def write_set(arguments: argparse.ArgumentParser, compare: bool) -> int:
-    """Write the committed set, or say which files differ; returns how many differ when comparing."""
-    wanted = committed(arguments)
-    there = set(COMMITTED.rglob("*.yaml"))
-    different = [path for path, text in wanted.items() if path not in there or path.read_text(encoding="utf-8") != text]
-    old = sorted(there - wanted.keys())
-    for path in [] if compare else different:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(wanted[path], encoding="utf-8")
-    for path in [*different, *old]:
-        said = "differs" if compare else "written"
-        print(f"{path.relative_to(ROOT)}: {said if path in wanted else 'belongs to no set; remove it'}")
-    print(f"{len(wanted)} files, {len(different)} {'differ' if compare else 'written'}")
-    return len(different) + len(old) if compare else 0
+def write_set(parser: argparse.ArgumentParser, compare: bool) -> int:
+    """Write the committed set and return 0; or list the files that differ and return 1 if there are any."""
+    wanted = set_texts(parser)
+    existing = {path: path.read_text(encoding="utf-8") for path in COMMITTED.rglob("*.yaml")}
+    different = [path for path, text in wanted.items() if existing.get(path) != text]
+    extra = sorted(existing.keys() - wanted.keys())
+    word = "differs" if compare else "written"
+    for path in different:
+        if not compare:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {word}")
+    for path in extra:
+        print(f"{path.relative_to(ROOT)}: belongs to no set; remove it")
+    print(f"{len(wanted)} files, {len(different)} {word}")
+    return int(compare and bool(different or extra))
 
 
-def check(paths: list[str]) -> int:
-    """Check files; prints what is wrong with them and returns 2, or says how many documents are right."""
-    from scripts.kubernetes.checks import check_file
+def render_command(args: argparse.Namespace) -> int:
+    """Render to the terminal or to files. Raise UserError for a recipe or a value that would fail in the cluster."""
+    from scripts.kubernetes.check import check_memory
+    from scripts.kubernetes.pod import STEP_OF
+    from scripts.kubernetes.render import make_job, render
+    from training.utils.flags.parse import parse
 
-    files: list[Path] = []
-    for path in map(Path, paths):
-        files += sorted(path.rglob("*.y*ml")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{', '.join(paths)}: no .yaml files there; name manifests or folders with some.")
-    right, wrong = 0, []
-    for file in files:
-        documents, found = check_file(file)
-        right += documents
-        wrong += found
-    for sentence in wrong:
-        print(f"error: {sentence}", file=sys.stderr)
-    print(f"{right} documents in {len(files)} files, {len(wrong)} problems")
-    return 2 if wrong else 0
-
-
-@told
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a committed set that differs, 2 for wrong input."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.command == "check":
-        return check(args.paths)
-    if args.command == "set":
-        return 1 if write_set(parser, args.check) else 0
-    from scripts.kubernetes.memory import check_memory
-
-    job = make_job(args)
-    steps = chosen_steps(job, args.step)
-    files = render_files(job, steps)
-    check_memory(job, steps or job.steps())
-    if steps is None and "5-chat.yaml" not in files:
+    job, choices = make_job(args), chosen_steps(args.step)
+    steps = [STEP_OF[choice] for choice in choices] if choices else job.steps
+    files = render(job, choices)
+    for step in steps:  # a pod would hear of a wrong flag only after it got its cards
+        parse(step.arguments_class, ["--config", job.recipe.path, *job.flags])
+        check_memory(job, step)
+    if choices is None and "5-chat.yaml" not in files:
         print(f"# no 5-chat.yaml: {job.model} does not fit on one card, and chat.py uses one", file=sys.stderr)
     if not args.out:  # single steps are left out beside the job that runs them all
         print("---\n".join(text for name, text in files.items() if not name.startswith("steps/")), end="")
@@ -285,6 +144,40 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--out {args.out}: {error.strerror}; name a folder where you may create files.") from error
         print(path)
     return 0
+
+
+def check_command(paths: list[str]) -> int:
+    """Check files, print one line a problem, and return 2 if there are any. Raise UserError for files that cannot be read."""
+    from scripts.kubernetes.check import check_text
+
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += sorted(path.rglob("*.y*ml")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{', '.join(paths)}: no .yaml files there; name manifests or folders with some.")
+    documents, wrong = 0, []
+    for file in files:
+        try:
+            number, found = check_text(file.read_text(encoding="utf-8"), str(file))
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}; name a manifest or a folder with some.") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not a UTF-8 text file.") from error
+        documents, wrong = documents + number, wrong + found
+    for sentence in wrong:
+        print(f"error: {sentence}", file=sys.stderr)
+    print(f"{documents} documents in {len(files)} files, {len(wrong)} problems")
+    return 2 if wrong else 0
+
+
+@told
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code: 0, 1 for a committed set that differs, 2 for wrong input."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command == "check":
+        return check_command(args.paths)
+    return write_set(parser, args.check) if args.command == "set" else render_command(args)
 
 
 if __name__ == "__main__":

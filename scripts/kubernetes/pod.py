@@ -1,4 +1,4 @@
-"""What the pods of a Kubernetes job run: steps in order, each after the one it builds on; a wait; the downloads.
+"""The commands that the pods of a Kubernetes job run: steps in order, a wait for an earlier step, the downloads.
 
     python -m scripts.pod run --recipe configs/cpu/demo.yaml --step 1 2 3 --workdir /workspace -- torchrun -m
     python -m scripts.pod wait --folder output/sft --minutes 30
@@ -23,49 +23,25 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, told
-from training.utils.flags.recipe import load_recipe
+from steps import STEPS
+from training.utils.flags.recipe import Recipe
 from training.utils.run.environment import DONE
 
-SECTIONS = {"1": "sft", "2": "reward", "3": "ppo", "dpo": "dpo"}  # what --step says -> section of the recipe
-MODULES = {
-    "sft": "training.step1_sft.main",
-    "reward": "training.step2_reward.main",
-    "ppo": "training.step3_ppo.main",
-    "dpo": "training.step2_dpo.main",
-}
+STEP_OF = {step.choice: step for step in STEPS}
 USUAL_FLAGS = ["--resume", "--enable_tensorboard"]  # without a checkpoint --resume starts at the beginning
 PATIENCE = 120.0  # seconds until a file that another node wrote is seen: NFS keeps "no such file" for a minute
 NOT_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "*.tflite", "*.gguf"]  # other programs' copies of a model
 
 
-def read_recipe(path: str) -> dict[str, dict[str, Any]]:
-    """The sections of a recipe. UserError for what cannot be read or has no sections."""
-    content = load_recipe(path)
-    if not set(SECTIONS.values()) & content.keys():
-        raise UserError(f"{path}: expected sections launch, sft, reward, ppo with flags in each.")
-    return content
-
-
-def output_folder(recipe: dict[str, dict[str, Any]], section: str, path: str) -> str:
-    """Where a step writes. UserError if the recipe lacks the step or does not say."""
-    if section not in recipe:
-        raise UserError(f"{path} has no section {section}; choose another --step, or add the section.")
-    if not recipe[section].get("output_dir"):
-        raise UserError(f"{path}, {section}: no output_dir; the steps of a job find each other's models by it, so give one.")
-    return str(recipe[section]["output_dir"])
-
-
-def former_folders(recipe: dict[str, dict[str, Any]], section: str) -> list[str]:
-    """Folders of other steps that a step reads its models from, in the order of the steps."""
-    models = {str(value) for key, value in recipe[section].items() if key.endswith("model_name_or_path")}
-    others = [recipe.get(other, {}).get("output_dir") for other in SECTIONS.values() if other != section]
-    return [str(folder) for folder in others if folder is not None and str(folder) in models]
+def former_folders(recipe: Recipe, section: str) -> list[str]:
+    """Return the folders of other steps that a step reads its models from, in the order of the steps."""
+    return [recipe.output(other) for other in recipe.needs(section)]
 
 
 def wait_for(folders: list[str], seconds: float, pause: float = 10.0) -> None:
-    """Return when every folder has its marker. UserError with what is missing after the time is over."""
+    """Return when every folder has its marker. Raise UserError with the missing ones when the time is over."""
     deadline = time.monotonic() + seconds
-    said = False
+    announced = False
     while missing := [folder for folder in folders if not (Path(folder) / DONE).is_file()]:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -73,25 +49,25 @@ def wait_for(folders: list[str], seconds: float, pause: float = 10.0) -> None:
                 f"{' and '.join(missing)}: no {DONE} after {seconds / 60:g} minutes, so the step that writes there has not "
                 "ended; start this one when it has, or run all steps in one job (3-train.yaml)."
             )
-        if not said:
+        if not announced:
             print(f"waiting for {DONE} in {', '.join(missing)}, at most {seconds / 60:g} minutes", flush=True)
-            said = True
+            announced = True
         time.sleep(min(pause, left))
 
 
 def launch(command: list[str]) -> int:
-    """Run a command to its end and return its exit code, 128 + N for signal N, also one that this pod got.
+    """Run a command to its end. Return its exit code, or 128 + N for signal N, also for a signal that this pod got.
 
     SIGTERM and SIGINT are passed on: process 1 of a container has no default action for them, so the step would never
     hear that it must end.
     """
-    asked: list[int] = []
+    received: list[int] = []
     process: subprocess.Popen | None = None
 
     def pass_on(number: int, _frame: Any) -> None:
-        asked.append(number)
+        received.append(number)
         if process is not None:
-            tell(process, number)
+            signal_step(process, number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -99,84 +75,76 @@ def launch(command: list[str]) -> int:
             process = subprocess.Popen(command)
         except OSError as error:
             raise UserError(f"{command[0]}: {error.strerror}; the image lacks it, or it is not on PATH.") from error
-        for number in asked:
-            tell(process, number)
+        for number in received:
+            signal_step(process, number)
         code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked:
-        return 128 + asked[-1]  # whatever the launcher makes of it; and no further step begins
+    if received:
+        return 128 + received[-1]  # whatever the launcher makes of it; and no further step begins
     return 128 - code if code < 0 else code
 
 
-def tell(launcher: subprocess.Popen, number: int) -> None:
-    """Send a signal to the processes of the step, or to the launcher where it has none here.
+def signal_step(launcher: subprocess.Popen, number: int) -> None:
+    """Send a signal to the step's own processes, or to the launcher where it has none here.
 
     Launchers kill their processes 30 seconds after a signal of their own, too soon for the checkpoint of a large model.
     """
     import psutil
 
-    told, below = False, []
+    def is_rank(process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error, OSError):
+            return "LOCAL_RANK" in process.environ()
+        return False
+
+    delivered, below = False, []
     with contextlib.suppress(psutil.Error):
         below = psutil.Process(launcher.pid).children(recursive=True)
     ranks = {process.pid for process in below if is_rank(process)}
     for process in below:
-        with contextlib.suppress(psutil.Error):  # one that has just ended must not keep the word from the others
+        with contextlib.suppress(psutil.Error):  # one that has just ended must not keep the signal from the others
             if process.pid in ranks and process.ppid() not in ranks:  # data workers inherit the variables of their rank
                 process.send_signal(number)
-                told = True
-    if not told and launcher.poll() is None:
+                delivered = True
+    if not delivered and launcher.poll() is None:
         launcher.send_signal(number)
 
 
-def is_rank(process: Any) -> bool:
-    """Whether a launcher has given the process a LOCAL_RANK."""
-    import psutil
-
-    try:
-        return "LOCAL_RANK" in process.environ()
-    except (psutil.Error, OSError):
-        return False
-
-
-def run(args: argparse.Namespace) -> int:
-    """The steps in order; returns the first exit code that is not 0."""
-    recipe = read_recipe(args.recipe)
-    for step in args.step:
-        section = SECTIONS[step]
-        folder = Path(output_folder(recipe, section, args.recipe))
-        if (folder / DONE).is_file():
-            print(f"step {step} ({section}) is done: {folder} (remove {folder / DONE} to run it again)", flush=True)
+def run(args: argparse.Namespace, launcher: list[str]) -> int:
+    """Run the steps in order. Return the first exit code that is not 0."""
+    recipe = Recipe.read(args.recipe)
+    for step in (STEP_OF[choice] for choice in args.step):
+        marker = Path(recipe.output(step.section)) / DONE
+        label = f"step {step.choice} ({step.section})"
+        if marker.is_file():
+            print(f"{label} is done: {marker.parent} (remove {marker} to run it again)", flush=True)
             continue
-        wait_for(former_folders(recipe, section), args.wait_minutes * 60)
-        launcher = [os.path.expandvars(word) for word in args.launcher]
-        flags = shlex.split(args.flags)
-        command = [*launcher, MODULES[section], "--config", args.recipe, *USUAL_FLAGS, *flags]
-        print(f"step {step} ({section}) -> {folder}\n{shlex.join(command)}", flush=True)
+        wait_for(former_folders(recipe, step.section), args.wait_minutes * 60)
+        words = [os.path.expandvars(word) for word in launcher]
+        command = [*words, step.module, "--config", args.recipe, *USUAL_FLAGS, *shlex.split(args.flags)]
+        print(f"{label} -> {marker.parent}\n{shlex.join(command)}", flush=True)
         code = launch(command)
         if code:
-            print(f"error: step {step} ({section}) ended with exit code {code}.", file=sys.stderr, flush=True)
+            print(f"error: {label} ended with exit code {code}.", file=sys.stderr, flush=True)
             return code
         deadline = time.monotonic() + args.patience
-        while not (folder / DONE).is_file():
-            if time.monotonic() > deadline:
-                # DeepSpeed's launcher ends with 0 when a signal has killed its child.
-                told = f"error: step {step} ({section}) did not write {folder / DONE}, so it did not come to its end."
-                print(told, file=sys.stderr, flush=True)
+        while not marker.is_file():
+            if time.monotonic() > deadline:  # DeepSpeed's launcher ends with 0 when a signal has killed its child
+                print(f"error: {label} did not write {marker}, so it did not come to its end.", file=sys.stderr, flush=True)
                 return 1
             time.sleep(1)
     return 0
 
 
-def download(args: argparse.Namespace) -> int:
-    """Models into the hub's cache (HF_HOME) and data sets into datasets/; what is there already is not fetched again."""
+def download(models: list[str], datasets: list[str]) -> int:
+    """Fetch models into the hub's cache (HF_HOME) and data sets into datasets/; leave what is there already."""
     from huggingface_hub import snapshot_download
 
     from scripts import download_dataset
     from training.utils.data.sources import download_folder
 
-    for model in args.model:
+    for model in models:
         try:
             folder = snapshot_download(model, ignore_patterns=NOT_WEIGHTS)
         except Exception as error:  # whatever the hub client raises becomes one sentence with its own words in it
@@ -185,7 +153,7 @@ def download(args: argparse.Namespace) -> int:
                 "model that asks for an agreement, the token in HF_TOKEN."
             ) from error
         print(f"{model}: {folder}", flush=True)
-    for name in args.dataset:
+    for name in datasets:
         if download_folder(name).is_dir():
             print(f"{name}: {download_folder(name)} is there already", flush=True)
         else:
@@ -194,21 +162,21 @@ def download(args: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """run, wait and download with their flags."""
+    """Build the parser of run, wait and download."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.pod", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|wait|download")
-    one = commands.add_parser("run", help="steps of a recipe, in order")
+    one = commands.add_parser("run", help="run steps of a recipe, in order")
     one.add_argument("--recipe", required=True, help="YAML with sections sft, reward, ppo")
-    one.add_argument("--step", nargs="+", required=True, choices=tuple(SECTIONS), help="steps, in this order")
+    one.add_argument("--step", nargs="+", required=True, choices=tuple(STEP_OF), help="steps, in this order")
     one.add_argument("--wait-minutes", type=float, default=0, help="how long the step before may still take (default: 0)")
     one.add_argument("--flags", default="", help="more flags of the steps, as one quoted string")
     one.add_argument("--patience", type=float, default=PATIENCE, help=argparse.SUPPRESS)
-    one = commands.add_parser("wait", help=f"until the folders have their {DONE}")
+    one = commands.add_parser("wait", help=f"wait until the folders have their {DONE}")
     one.add_argument("--folder", nargs="+", required=True, help="output folders of steps")
-    one.add_argument("--minutes", type=float, default=0, help="at most so long (default: look once)")
-    one = commands.add_parser("download", help="models and data sets of the hub")
+    one.add_argument("--minutes", type=float, default=0, help="wait at most this long (default: look once)")
+    one = commands.add_parser("download", help="fetch models and data sets of the hub")
     one.add_argument("--model", nargs="+", default=[], help="hub ids")
     one.add_argument("--dataset", nargs="+", default=[], help="named sets, hub ids, or ID:CONFIG")
     for one in commands.choices.values():
@@ -218,11 +186,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 @told
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for wrong input or a wait without end, that of a step that failed."""
+    """Return the exit code: 0, 2 for wrong input or a wait without end, that of a step that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    args = build_parser().parse_args(words[:cut])
-    args.launcher = words[cut + 1 :]
+    args, launcher = build_parser().parse_args(words[:cut]), words[cut + 1 :]
     if args.workdir:
         try:
             os.chdir(args.workdir)
@@ -232,10 +199,10 @@ def main(argv: list[str] | None = None) -> int:
         wait_for(args.folder, args.minutes * 60)
         return 0
     if args.command == "download":
-        return download(args)
-    if not args.launcher:
+        return download(args.model, args.dataset)
+    if not launcher:
         raise UserError("run needs a launcher after --, such as: -- torchrun -m")
-    return run(args)
+    return run(args, launcher)
 
 
 if __name__ == "__main__":
