@@ -5,7 +5,7 @@
     python -m scripts.k8s check DIR FILE…       # what a cluster would refuse, or take and not mean
     python -m scripts.k8s set [--check]         # write, or compare, the committed set under configs/kubernetes
 
-Kinds: deepspeedjob (TensorStack), pytorchjob and mpijob (Kubeflow), trainjob (Kubeflow Trainer 2). docs/kubernetes.md
+Kinds: deepspeedjob (TensorStack), pytorchjob and mpijob (Kubeflow), trainjob (Kubeflow Trainer 2). docs/en/kubernetes.md
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from errors import UserError, told
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "configs" / "kubernetes"
 STEPS = ("steps/step1_sft.yaml", "steps/step2_reward.yaml", "steps/step3_ppo.yaml")
-# The committed set. The nine training jobs and the dialogue have predecessors elsewhere (docs/kubernetes.md); the rest
+# The committed set. The nine training jobs and the dialogue have predecessors elsewhere (docs/en/kubernetes.md); the rest
 # shows every other kind and every platform with an accelerator once.
 SETS = (
     ("deepspeedjob", "single_gpu/opt-1.3b", ("1-storage.yaml", "2-download.yaml", "5-chat.yaml", *STEPS)),

@@ -1,7 +1,7 @@
 """From a recipe and the flags of `render` to the values of the templates, and to the text of each file.
 
 templates/ holds one template a kind of job, one for each document around the training, and pod.yaml.j2 with what they
-share. docs/kubernetes.md says what the kinds want.
+share. docs/en/kubernetes.md says what the kinds want.
 """
 
 from __future__ import annotations
