@@ -107,7 +107,7 @@ def all_reduce(backend: str, seconds: float) -> dict[str, Any]:
 
 
 def build(name: str) -> dict[str, Any]:
-    """Build and step one of DeepSpeed's optimizers, as training/utils/engine/zero.py would: cpu_adam or fused_adam."""
+    """Build and step one of DeepSpeed's optimizers, as training/utils/engine/build.py would: cpu_adam or fused_adam."""
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 

@@ -14,8 +14,10 @@ from models.heads import TokenLogProbs, base_model
 from models.load import load_causal_lm
 from tests.models.test_chatglm import TINY
 from tests.models.test_chatglm import prompts as chatglm_prompts
-from training.utils.engine.generation_weights import layerwise
-from training.utils.engine.zero import EngineOptions, build_engine, build_frozen, optimizer_step, whole_model
+from training.utils.engine.build import build_engine, build_frozen
+from training.utils.engine.configs import EngineOptions
+from training.utils.engine.step import optimizer_step
+from training.utils.engine.weights import layerwise, whole_model
 from training.utils.flags.steps import SFTArguments
 from training.utils.run.process_group import Run
 

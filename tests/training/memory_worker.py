@@ -17,7 +17,9 @@ from models.adapters.quantization import quantize_linears
 from models.chatglm.configuration import chatglm_config_class
 from models.device import has_accelerator, peak_memory_gb, reset_peak_memory
 from models.heads import TokenLogProbs, TokenScores
-from training.utils.engine.zero import EngineOptions, build_engine, optimizer_step
+from training.utils.engine.build import build_engine
+from training.utils.engine.configs import EngineOptions
+from training.utils.engine.step import optimizer_step
 from training.utils.flags.steps import SFTArguments
 from training.utils.memory.footprint import Ledger
 from training.utils.run.process_group import Run

@@ -7,7 +7,10 @@ import torch
 
 from models.heads import TokenLogProbs
 from models.load import load_causal_lm
-from training.utils.engine.zero import EngineOptions, build_engine, optimizer_step, trained_weights, whole_model
+from training.utils.engine.build import build_engine
+from training.utils.engine.configs import EngineOptions
+from training.utils.engine.step import optimizer_step
+from training.utils.engine.weights import trained_weights, whole_model
 from training.utils.flags.steps import SFTArguments
 from training.utils.run.process_group import Run
 

@@ -8,15 +8,9 @@ import torch
 from torch import nn
 
 from errors import UserError
-from training.utils.engine.zero import (
-    build_optimizer,
-    copy_structure,
-    fill,
-    get_eval_ds_config,
-    get_train_ds_config,
-    merge,
-    warmup_steps,
-)
+from training.utils.engine.build import build_optimizer, warmup_steps
+from training.utils.engine.configs import get_eval_ds_config, get_train_ds_config, merge
+from training.utils.engine.weights import copy_structure, fill
 from training.utils.flags.deepspeed_file import check_precision, check_stage, read_deepspeed_config
 
 

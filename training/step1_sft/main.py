@@ -16,9 +16,9 @@ from models.load import load_causal_lm, load_tokenizer
 from models.templates import load_template
 from training.utils.data.batching import SFTBatch, collate_sft
 from training.utils.data.tokenize import prepare_phase
+from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
-from training.utils.engine.trained_model import check_trained_model, trained_engine
-from training.utils.engine.zero import optimizer_figures, optimizer_step
+from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import SFTArguments
 from training.utils.loss import sft_loss
@@ -47,13 +47,13 @@ def main(args: SFTArguments) -> None:
     def evaluate(step: int) -> None:
         if len(data.eval) == 0:
             return
-        figures = perplexity(
+        metrics = perplexity(
             engine, evaluation_batches(data.eval, collate, run, args.per_device_eval_batch_size, args.eval_iters), run
         )
-        run.metrics.log(step, figures, prefix="eval")
+        run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
             print(
-                f"step {step}: held-out perplexity {figures['perplexity']:.3f} over {figures['tokens']:.0f} tokens",
+                f"step {step}: held-out perplexity {metrics['perplexity']:.3f} over {metrics['tokens']:.0f} tokens",
                 flush=True,
             )
 
@@ -68,7 +68,7 @@ def main(args: SFTArguments) -> None:
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
         progress.count(batch.tokens)
         progress.report(
-            batch.step, {"loss": loss, "epoch": batch.epoch} | optimizer_figures(engine), args.logging_steps
+            batch.step, {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine), args.logging_steps
         )
         last = batch.step == batches.total_steps
         if last or due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval):

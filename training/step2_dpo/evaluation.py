@@ -15,7 +15,7 @@ NAMES = ("loss", "accuracy", "chosen", "rejected", "chosen_log_prob", "rejected_
 
 
 class PairSums:
-    """Sums over the pairs that this process has seen; ``means`` gives the figures of all processes."""
+    """Sums over the pairs that this process has seen; ``means`` gives the metrics of all processes."""
 
     def __init__(self, label_smoothing: float) -> None:
         self.label_smoothing = label_smoothing
@@ -54,7 +54,7 @@ def evaluate_pairs(
     label_smoothing: float,
     run: Run,
 ) -> dict[str, float]:
-    """The figures (PairSums.means) of all pairs of all processes. compare: micro-batch -> implicit rewards, log_probs."""
+    """The metrics (PairSums.means) of all pairs of all processes. compare: micro-batch -> implicit rewards, log_probs."""
     engine.eval()
     sums = PairSums(label_smoothing)
     for micro in micro_batches:

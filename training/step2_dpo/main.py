@@ -19,9 +19,9 @@ from training.step2_dpo.evaluation import PairSums, evaluate_pairs
 from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
 from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs
 from training.utils.data.tokenize import prepare_phase
+from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
-from training.utils.engine.trained_model import check_trained_model, trained_engine
-from training.utils.engine.zero import optimizer_figures, optimizer_step
+from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import DPOArguments
 from training.utils.loss import dpo_loss, implicit_rewards
@@ -31,7 +31,7 @@ from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
 
-# On the progress line; all figures go to metrics.jsonl.
+# On the progress line; all metrics go to metrics.jsonl.
 SHOWN = ("loss", "accuracy", "margin", "chosen", "rejected", "lr")
 
 
@@ -54,7 +54,7 @@ def main(args: DPOArguments) -> None:
     progress = Progress(run, batches.total_steps, start)
     held_out = data.eval
     if len(held_out) == 0:
-        logger.warning("No pair was held out (see --eval_fraction): the figures of evaluation are those of training pairs.")
+        logger.warning("No pair was held out (see --eval_fraction): the metrics of evaluation are those of training pairs.")
         held_out = data.train
 
     def compare(micro: AnswerPairBatch) -> tuple[Tensor, Tensor]:
@@ -65,13 +65,13 @@ def main(args: DPOArguments) -> None:
 
     def evaluate(step: int) -> None:
         micro_batches = evaluation_batches(held_out, collate, run, args.per_device_eval_batch_size, args.eval_iters)
-        figures = evaluate_pairs(engine, micro_batches, compare, args.label_smoothing, run)
-        run.metrics.log(step, figures, prefix="eval")
+        metrics = evaluate_pairs(engine, micro_batches, compare, args.label_smoothing, run)
+        run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
             kind = "held-out" if held_out is data.eval else "training"
             print(
-                f"step {step}: {kind} accuracy {figures['accuracy']:.4f} over {figures['pairs']:.0f} pairs, implicit rewards "
-                f"{figures['chosen']:.3f} (chosen) and {figures['rejected']:.3f} (rejected)", flush=True,
+                f"step {step}: {kind} accuracy {metrics['accuracy']:.4f} over {metrics['pairs']:.0f} pairs, implicit rewards "
+                f"{metrics['chosen']:.3f} (chosen) and {metrics['rejected']:.3f} (rejected)", flush=True,
             )  # fmt: skip
 
     if start == 0:
@@ -86,8 +86,8 @@ def main(args: DPOArguments) -> None:
 
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
         progress.count(batch.tokens)
-        figures = sums.means(run) | {"loss": loss, "epoch": batch.epoch} | optimizer_figures(engine)
-        progress.report(batch.step, figures, args.logging_steps, shown=SHOWN)
+        metrics = sums.means(run) | {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine)
+        progress.report(batch.step, metrics, args.logging_steps, shown=SHOWN)
         last = batch.step == batches.total_steps
         if last or due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval):
             evaluate(batch.step)

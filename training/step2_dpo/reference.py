@@ -9,8 +9,8 @@ from models.adapters.lora import adapter_disabled
 from models.heads import TokenLogProbs
 from models.load import load_causal_lm
 from training.utils.data.batching import AnswerPairBatch
-from training.utils.engine.loading import read_in_turn
-from training.utils.engine.zero import EngineOptions, build_frozen, get_eval_ds_config
+from training.utils.engine.build import build_frozen, read_in_turn
+from training.utils.engine.configs import EngineOptions, get_eval_ds_config
 from training.utils.loss import sequence_log_probs
 from training.utils.run.process_group import Run
 

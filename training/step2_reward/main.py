@@ -16,9 +16,9 @@ from models.load import load_scalar_model, load_tokenizer
 from models.templates import load_template
 from training.utils.data.batching import PairBatch, collate_pairs
 from training.utils.data.tokenize import prepare_phase
+from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
-from training.utils.engine.trained_model import check_trained_model, trained_engine
-from training.utils.engine.zero import optimizer_figures, optimizer_step
+from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import RewardArguments
 from training.utils.loss import bradley_terry_loss, pair_accuracy
@@ -51,13 +51,13 @@ def main(args: RewardArguments) -> None:
         held_out = data.train
 
     def evaluate(step: int) -> dict[str, float]:
-        figures = score_statistics(
+        metrics = score_statistics(
             engine, evaluation_batches(held_out, collate, run, args.per_device_eval_batch_size, args.eval_iters), run
         )
-        run.metrics.log(step, figures, prefix="eval")
+        run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
-            print(evaluation_line(step, figures, held_out is data.eval), flush=True)
-        return figures
+            print(evaluation_line(step, metrics, held_out is data.eval), flush=True)
+        return metrics
 
     if start == 0:
         evaluate(0)
@@ -72,7 +72,7 @@ def main(args: RewardArguments) -> None:
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
         progress.count(batch.tokens)
         progress.report(
-            batch.step, {"loss": loss, "epoch": batch.epoch} | optimizer_figures(engine), args.logging_steps
+            batch.step, {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine), args.logging_steps
         )
         last = batch.step == batches.total_steps
         if not last and (due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval)):
@@ -82,11 +82,11 @@ def main(args: RewardArguments) -> None:
         if run.stopping:
             run.leave(batch.step)
 
-    figures = evaluate(batches.total_steps)
+    metrics = evaluate(batches.total_steps)
     # Step 3 subtracts and divides by these statistics: scores of a reward model have no unit of their own.
     export(
         engine, tokenizer, template, args.output_dir, run,
-        reward_mean=figures["mean"], reward_std=figures["std"], reward_accuracy=figures["accuracy"],
+        reward_mean=metrics["mean"], reward_std=metrics["std"], reward_accuracy=metrics["accuracy"],
     )  # fmt: skip
     run.finish()
 
@@ -98,11 +98,11 @@ def pair_scores(engine, micro: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen, rejected
 
 
-def evaluation_line(step: int, figures: dict[str, float], held_out: bool) -> str:
+def evaluation_line(step: int, metrics: dict[str, float], held_out: bool) -> str:
     """What an evaluation found, and of which pairs: accuracy on training pairs says nothing about others."""
     return (
-        f"step {step}: {'held-out' if held_out else 'training'} accuracy {figures['accuracy']:.4f} over "
-        f"{figures['pairs']:.0f} pairs, chosen {figures['chosen']:.3f}, rejected {figures['rejected']:.3f}"
+        f"step {step}: {'held-out' if held_out else 'training'} accuracy {metrics['accuracy']:.4f} over "
+        f"{metrics['pairs']:.0f} pairs, chosen {metrics['chosen']:.3f}, rejected {metrics['rejected']:.3f}"
     )
 
 

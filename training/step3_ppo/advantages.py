@@ -1,6 +1,6 @@
 """How good a token was, as pure functions of tensors: with a critic (GAE), or by comparing answers. Everything is float32.
 
-Shapes and masks as in objectives.py: [batch, time] over the response. Give every function the whole rollout of all processes.
+Shapes and masks as in objectives.py: [batch, time] over the answer. Give every function the whole rollout of all processes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from training.step3_ppo.objectives import masked_mean
 
 @torch.no_grad()
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) over responses:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) over answers:
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    returns_t = A_t + V_t
 
     rewards, values, mask [batch, time]; values[:, t] is the critic's before token t. The value after the last valid token
-    is 0, whether the response ended or was cut off. A hole in the mask is passed over: t+1 is the next valid token.
+    is 0, whether the answer ended or was cut off. A hole in the mask is passed over: t+1 is the next valid token.
     Returns advantages and returns, [batch, time], 0 outside the mask.
     """
     mask = mask.bool()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UserError
-from training.utils.engine.zero import plain_masters
+from training.utils.engine.deepspeed_internals import in_shared_buffer, master_fragment, plain_masters
 from training.utils.run.process_group import Run
 
 
@@ -101,10 +101,9 @@ class MovingAverage:
             if hasattr(parameter, "ds_id"):
                 source = deepspeed.utils.safe_get_local_fp32_param(parameter).detach()
                 parts[name] = Part(source, source.numel() * dist.get_rank(parameter.ds_process_group))
-            elif hasattr(parameter, "_hp_mapping"):
-                mapping = parameter._hp_mapping
-                if mapping is not None:
-                    parts[name] = Part(mapping.get_hp_fragment().detach(), mapping.lp_fragment_address.start)
+            elif in_shared_buffer(parameter):
+                if fragment := master_fragment(parameter):
+                    parts[name] = Part(*fragment)
             else:
                 flat = masters.get(id(parameter), parameter).detach().flatten()
                 first, last = (flat.numel() * rank // self.run.world_size for rank in (self.run.rank, self.run.rank + 1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.step3_ppo.rollout import roll_out, score_rollout
+from training.step3_ppo.rollout import complete_experience, roll_out
 from training.step3_ppo.scoring import score_answers, texts
 from training.utils.data.batching import collate_prompts
 
@@ -43,7 +43,7 @@ class HeldOut:
         """Sample answers, score and log them; {} without prompts. All processes call it.
 
         Returns means over prompts: score, each source's own where there are several, reference_score, win_rate, kl (nats a
-        response), length (tokens), eos_rate. Raises RewardError if a source of reward fails.
+        answer), length (tokens), eos_rate. Raises RewardError if a source of reward fails.
         """
         if self.count == 0:
             return {}
@@ -53,24 +53,24 @@ class HeldOut:
             score_answers(engine, answers, self.args)
             self.reference = answers.scores, texts(answers.select(range(min(SAMPLES, self.count))), engine)[1]
         experience = self._answers()
-        score_rollout(engine, experience, self.args)
+        complete_experience(engine, experience, self.args)
         reference_scores, reference_answers = self.reference
         kl = (experience.old_log_probs - experience.ref_log_probs).where(experience.action_mask.bool(), 0.0).sum(1)
-        figures = {
+        metrics = {
             "score": float(experience.scores.mean()),
-            **engine.rewards.figures(experience),
+            **engine.rewards.metrics(experience),
             "reference_score": float(reference_scores.mean()),
             "win_rate": win_rate(experience.scores, reference_scores),
             "kl": float(kl.mean()),
-            "length": float(experience.response_lengths.float().mean()),
+            "length": float(experience.answer_lengths.float().mean()),
             "eos_rate": float(experience.ended.float().mean()),
             "prompts": self.count,
         }
-        run.metrics.log(step, figures, prefix="eval")
+        run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
             print(
-                f"step {step}: held-out score {figures['score']:.3f}, win rate {figures['win_rate']:.2f} against the SFT model, "
-                f"KL {figures['kl']:.2f} nats, length {figures['length']:.1f}, ended {figures['eos_rate']:.2f} over "
+                f"step {step}: held-out score {metrics['score']:.3f}, win rate {metrics['win_rate']:.2f} against the SFT model, "
+                f"KL {metrics['kl']:.2f} nats, length {metrics['length']:.1f}, ended {metrics['eos_rate']:.2f} over "
                 f"{self.count} prompts", flush=True
             )  # fmt: skip
             beside = [
@@ -78,7 +78,7 @@ class HeldOut:
                 for answer, score in zip(reference_answers, reference_scores.tolist(), strict=False)
             ]
             write_samples(experience, engine, step, "eval", rows=SAMPLES, beside=beside)
-        return figures
+        return metrics
 
     def _answers(self, policy=None) -> Experience:
         """Each prompt with one answer, once, in the order of the data; not scored yet."""
@@ -107,8 +107,8 @@ def sample_table(experience: Experience, engine: DeepSpeedRLHFEngine, rows: int)
             "prompt": prompt,
             "answer": answer,
             "score": round(float(shown.scores[row]), 4),
-            **{name: round(value, 4) for name, value in engine.rewards.figures(shown.select([row])).items()},
-            "length": int(shown.response_lengths[row]),
+            **{name: round(value, 4) for name, value in engine.rewards.metrics(shown.select([row])).items()},
+            "length": int(shown.answer_lengths[row]),
             "ended": bool(shown.ended[row]),
         })  # fmt: skip
     return table

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.engine import Generation
-from training.step3_ppo.objectives import response_mask
+from training.step3_ppo.objectives import answer_mask
 
 WHOLE = ("input_ids", "attention_mask")  # [rows, prompt + answer]
 ACTIONS = ("action_mask", "log_probs", "old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")
@@ -51,7 +51,7 @@ class Experience:
     input_ids: Tensor  # [rows, prompt + answer] int64
     attention_mask: Tensor  # [rows, prompt + answer] int64, from lengths
     action_mask: Tensor  # [rows, answer] bool, from lengths, the end token included
-    response_lengths: Tensor  # [rows] int64, the end token included
+    answer_lengths: Tensor  # [rows] int64, the end token included
     ended: Tensor  # [rows] bool: the answer ends in a stop token, it was not cut off
     index: Tensor  # [rows] int64, which example of the data set
     group: Tensor  # [rows] int64, which prompt of the rollout: equal for the answers to be compared with each other
@@ -66,7 +66,7 @@ class Experience:
     returns: Tensor | None = None  # [rows, answer]
     pad_id: int = 0  # fills input_ids where rows of different widths come together; no mask is made from it
     sampler_gap: float | None = None  # largest |old_log_probs - log_probs| of the rollout; None: not looked at
-    figures: dict[str, float] = field(default_factory=dict)  # what the log shows of the rollout
+    metrics: dict[str, float] = field(default_factory=dict)  # what the log shows of the rollout
 
     @classmethod
     def from_generation(
@@ -81,12 +81,12 @@ class Experience:
         """prompt_ids, prompt_mask: [rows, prompt], left-padded; index, group [rows]; without a group, the answers to one
         example are one. The answers' masks come from their lengths.
         """
-        actions = response_mask(generation.lengths, generation.sequences.shape[1])
+        actions = answer_mask(generation.lengths, generation.sequences.shape[1])
         return cls(
             input_ids=torch.cat([prompt_ids, generation.sequences], dim=1),
             attention_mask=torch.cat([prompt_mask.long(), actions.long()], dim=1),
             action_mask=actions,
-            response_lengths=generation.lengths,
+            answer_lengths=generation.lengths,
             ended=generation.ended,
             index=index,
             group=index.clone() if group is None else group,
@@ -107,7 +107,7 @@ class Experience:
         return self.attention_mask.sum(dim=1).tolist()
 
     def select(self, rows: Sequence[int] | Tensor) -> Experience:
-        """These rows in this order, in new memory; the widths stay, figures are dropped."""
+        """These rows in this order, in new memory; the widths stay, metrics are dropped."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
         return self._map(lambda name, tensor: tensor[rows])
 
@@ -115,7 +115,7 @@ class Experience:
         """The same rows, no wider than their longest prompt and their longest answer (of one column at least)."""
         prompt, answer = self.prompt_width, self.action_mask.shape[1]
         spare_left = prompt - int(self.attention_mask[:, :prompt].sum(dim=1).max())
-        spare_right = answer - max(1, int(self.response_lengths.max()))
+        spare_right = answer - max(1, int(self.answer_lengths.max()))
         return self._fit(prompt - spare_left, answer - spare_right)
 
     def joined(self) -> JoinedRows:
@@ -125,7 +125,7 @@ class Experience:
         longest = int(lengths.max())
         order = (~real).int().argsort(dim=1, stable=True)[:, :longest]  # real tokens first
         columns = torch.arange(longest, device=real.device)
-        starts = lengths - self.response_lengths[:, None]
+        starts = lengths - self.answer_lengths[:, None]
         places = starts + torch.arange(self.action_mask.shape[1], device=real.device)
         return JoinedRows(
             input_ids=self.input_ids.gather(1, order),
@@ -159,7 +159,7 @@ class Experience:
         """A copy with change(name, tensor) for every tensor that is there."""
         tensors = {part.name: getattr(self, part.name) for part in fields(self)}
         tensors = {name: change(name, tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-        return replace(self, figures={}, **tensors)
+        return replace(self, metrics={}, **tensors)
 
     def _fit(self, prompt: int, answer: int) -> Experience:
         """Cut or pad to these widths; cut columns must be padding."""

@@ -1,4 +1,4 @@
-"""Is the run well? From the figures of a rollout to sentences that say what is wrong and what to try."""
+"""Is the run well? From the metrics of a rollout to sentences that say what is wrong and what to try."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Health:
         """Go on from state_dict()."""
         self.warned, self.recent, self.best_eos_rate = state["warned"], state["recent"], state["best_eos_rate"]
 
-    def check(self, rollout: int, figures: dict[str, float]) -> list[str]:
-        """rollout counts from 1; figures are those of a rollout and its update, absent ones are not judged. Returns one
+    def check(self, rollout: int, metrics: dict[str, float]) -> list[str]:
+        """rollout counts from 1; metrics are those of a rollout and its update, absent ones are not judged. Returns one
         sentence a symptom, each at most every 50 rollouts.
         """
         for name, values in self.recent.items():
-            if name in figures:
-                self.recent[name] = [*values, figures[name]][-WINDOW:]
+            if name in metrics:
+                self.recent[name] = [*values, metrics[name]][-WINDOW:]
         eos_rate = self._trend("eos_rate")
         if eos_rate is not None:
             self.best_eos_rate = max(self.best_eos_rate, eos_rate)
         sentences = []
         for kind, symptom in SYMPTOMS.items():
-            sentence = symptom(self, rollout, figures)
+            sentence = symptom(self, rollout, metrics)
             if sentence and rollout - self.warned.get(kind, -SILENCE) >= SILENCE:
                 self.warned[kind] = rollout
                 sentences.append(sentence)
@@ -53,8 +53,8 @@ class Health:
         values = self.recent[name]
         return sum(values) / WINDOW if len(values) == WINDOW else None
 
-    def _ratio(self, rollout: int, figures: dict[str, float]) -> str | None:
-        deviation, limit = figures.get("first_ratio_deviation", 0.0), RATIO[self.half]
+    def _ratio(self, rollout: int, metrics: dict[str, float]) -> str | None:
+        deviation, limit = metrics.get("first_ratio_deviation", 0.0), RATIO[self.half]
         if not deviation > limit:
             return None
         return (
@@ -62,8 +62,8 @@ class Health:
             f"(rounding explains {limit:g}): the update scores answers differently from the rollout. Is --actor_dropout 0?"
         )
 
-    def _clipping(self, rollout: int, figures: dict[str, float]) -> str | None:
-        share = figures.get("clip_share", 0.0)
+    def _clipping(self, rollout: int, metrics: dict[str, float]) -> str | None:
+        share = metrics.get("clip_share", 0.0)
         if not share > CLIPPED:
             return None
         return (
@@ -71,7 +71,7 @@ class Health:
             "--actor_learning_rate or --ppo_epochs, or set --max_approx_kl."
         )
 
-    def _negative_kl(self, rollout: int, figures: dict[str, float]) -> str | None:
+    def _negative_kl(self, rollout: int, metrics: dict[str, float]) -> str | None:
         mean, values = self._trend("kl"), self.recent["kl"]
         # k1 may be negative by chance; twice the standard error of the ten is more than chance.
         if mean is None or mean + 2 * (sum((x - mean) ** 2 for x in values) / (WINDOW - 1) / WINDOW) ** 0.5 >= 0:
@@ -81,7 +81,7 @@ class Health:
             "answers are not drawn from the probabilities that are compared. Are --top_p, --top_k off, is the reference right?"
         )
 
-    def _critic(self, rollout: int, figures: dict[str, float]) -> str | None:
+    def _critic(self, rollout: int, metrics: dict[str, float]) -> str | None:
         mean = self._trend("explained_variance")
         if mean is None or rollout <= WINDOW or mean >= 0:
             return None
@@ -90,7 +90,7 @@ class Health:
             "raise --critic_learning_rate, or give it a start with --critic_warmup_rollouts."
         )
 
-    def _endings(self, rollout: int, figures: dict[str, float]) -> str | None:
+    def _endings(self, rollout: int, metrics: dict[str, float]) -> str | None:
         rate, best = self._trend("eos_rate"), self.best_eos_rate
         if rate is None or not rate < best / 2:
             return None
@@ -99,8 +99,8 @@ class Health:
             "--missing_eos_penalty or --max_answer_seq_len, or look at the samples."
         )
 
-    def _saturation(self, rollout: int, figures: dict[str, float]) -> str | None:
-        share = figures.get("score_clipped_share", 0.0)
+    def _saturation(self, rollout: int, metrics: dict[str, float]) -> str | None:
+        share = metrics.get("score_clipped_share", 0.0)
         if not share > SATURATED:
             return None
         return (

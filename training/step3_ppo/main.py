@@ -30,7 +30,7 @@ from training.utils.memory.fit import check_run_fits
 from training.utils.run.loop import Progress, due
 from training.utils.run.process_group import Run
 
-# On the progress line; all figures go to metrics.jsonl.
+# On the progress line; all metrics go to metrics.jsonl.
 SHOWN = ("score", "kl", "length", "eos_rate", "actor_loss", "critic_loss")
 
 
@@ -77,12 +77,12 @@ def main(args: PPOArguments) -> None:
         with kept_on_failure(checkpoint.save, rollout - 1):
             experience = trainer.generate_experience(batch, rollout)
         generated = time.monotonic()
-        figures = trainer.train_rlhf(experience, rollout)
+        metrics = trainer.train_rlhf(experience, rollout)
         seconds = {"rollout_seconds": generated - clock, "update_seconds": time.monotonic() - generated}
         progress.count(int(experience.attention_mask.sum()))
-        figures = experience.figures | figures | seconds
-        shown = [name for name in SHOWN if name in figures]   # without a critic, or while it warms up, some are not there
-        progress.report(rollout, figures, args.logging_steps, shown=shown)
+        metrics = experience.metrics | metrics | seconds
+        shown = [name for name in SHOWN if name in metrics]   # without a critic, or while it warms up, some are not there
+        progress.report(rollout, metrics, args.logging_steps, shown=shown)
         show_answers(experience, engine, args, rollout)
         last = rollout == prompts.total
         if last or due(rollout, args.eval_interval):

@@ -1,6 +1,6 @@
 """The arithmetic of PPO as pure functions of tensors: KL, rewards, losses (advantages.py has the rest). All is float32.
 
-Shapes: [batch, time] over the response, column 0 its first token. ``mask`` is true on response tokens, the end token
+Shapes: [batch, time] over the answer, column 0 its first token. ``mask`` is true on answer tokens, the end token
 included, and false after them. What stands outside the mask never counts, NaN included: it is replaced by ``where``, since
 NaN times 0 is NaN.
 
@@ -24,7 +24,7 @@ MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: a ratio beyond that is no information, an
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def response_mask(lengths: Tensor, width: int) -> Tensor:
+def answer_mask(lengths: Tensor, width: int) -> Tensor:
     """lengths [batch], the end token counted -> bool [batch, width], true on the first lengths[i] columns of row i."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
@@ -153,7 +153,7 @@ def normalize_scores(scores: Tensor, mean: float, std: float, clip: float) -> tu
 
 
 def missing_end_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
-    """Take ``penalty`` off the score of every response that did not end in a stop token, whatever its length.
+    """Take ``penalty`` off the score of every answer that did not end in a stop token, whatever its length.
 
     scores [batch], ended [batch] bool -> [batch].
     """
@@ -161,7 +161,7 @@ def missing_end_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor
 
 
 def overlong_penalty(scores: Tensor, lengths: Tensor, limit: int, tokens: int, penalty: float) -> Tensor:
-    """Take up to ``penalty`` off the score of a long response (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 13):
+    """Take up to ``penalty`` off the score of a long answer (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 13):
 
         penalty * clip((length - (limit - tokens)) / tokens, 0, 1)
 
@@ -233,7 +233,7 @@ def policy_loss(
         beyond = (advantages < 0) & (losses > most)
         losses, clipped = losses.where(~beyond, most), clipped | beyond
     with torch.no_grad():
-        figures = torch.stack([
+        metrics = torch.stack([
             ratio.where(mask, 0.0).sum(),
             clipped.sum().float(),
             kl_k2(log_ratio, torch.zeros_like(log_ratio)).sum(),
@@ -241,7 +241,7 @@ def policy_loss(
             torch.cat([(ratio - 1.0).abs().flatten(), ratio.new_zeros(1)]).max(),  # of no tokens at all: 0
         ]).tolist()  # fmt: skip
     names = ("ratio", "clip_share", "approx_kl", "approx_kl_k3", "ratio_deviation")
-    return aggregate(losses, mask, denominator, reduction), dict(zip(names, figures, strict=True))
+    return aggregate(losses, mask, denominator, reduction), dict(zip(names, metrics, strict=True))
 
 
 def value_loss(

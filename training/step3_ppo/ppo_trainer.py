@@ -38,9 +38,9 @@ from training.step3_ppo.objectives import (
 )
 from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.step3_ppo.rollout import roll_out, score_rollout
+from training.step3_ppo.rollout import complete_experience, roll_out
 from training.utils.data.batching import PromptBatch, plan_micro_batches
-from training.utils.engine.zero import accumulate, optimizer_figures, optimizer_step, step_together
+from training.utils.engine.step import accumulate, optimizer_metrics, optimizer_step, step_together
 
 logger = logging.getLogger("sanbu")
 
@@ -81,14 +81,14 @@ class DeepSpeedPPOTrainer:
         rollout counts from 1 and seeds the sampling.
         """
         experience = roll_out(self.engine, batch, self.args, rollout, self.args.num_return_sequences)
-        score_rollout(self.engine, experience, self.args, rollout)
+        complete_experience(self.engine, experience, self.args, rollout)
         assign_advantages(experience, self.engine, self.args, self.kl_coef)
         return experience
 
     def train_rlhf(self, experience: Experience, rollout: int = 1) -> dict[str, float]:
         """Train actor and critic for --ppo_epochs over the rollout, the critic alone during its warm-up.
 
-        Returns the figures of the update, means over its minibatches, and moves the KL coefficient for the next rollout.
+        Returns the metrics of the update, means over its minibatches, and moves the KL coefficient for the next rollout.
         """
         args, run = self.args, self.run
         actor_learns = rollout > args.critic_warmup_rollouts
@@ -103,26 +103,26 @@ class DeepSpeedPPOTrainer:
         sums: dict[str, float] = defaultdict(float)
         update: dict[str, float] = {"optimizer_steps": 0}
         for rows in plan:
-            figures = self._train_minibatch(experience.select(rows), actor_learns)
-            deviation = figures.pop("ratio_deviation", None)
+            metrics = self._train_minibatch(experience.select(rows), actor_learns)
+            deviation = metrics.pop("ratio_deviation", None)
             if update["optimizer_steps"] == 0 and deviation is not None:
                 update["first_ratio_deviation"] = run.maximum(deviation)
             update["optimizer_steps"] += 1
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 sums[name] += value
-            # The figure is a sum over all processes: all of them leave together.
-            if args.max_approx_kl and figures.get("approx_kl", 0.0) > args.max_approx_kl:
+            # The metric is a sum over all processes: all of them leave together.
+            if args.max_approx_kl and metrics.get("approx_kl", 0.0) > args.max_approx_kl:
                 break
         update |= {name: value / update["optimizer_steps"] for name, value in sums.items()}
         if args.kl_target and actor_learns:
-            kl = experience.figures["kl"]
+            kl = experience.metrics["kl"]
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.kl_target, len(experience), args.kl_horizon)
-        for warning in self.health.check(rollout, experience.figures | update):
+        for warning in self.health.check(rollout, experience.metrics | update):
             logger.warning("rollout %d: %s", rollout, warning)
         return update
 
     def _train_minibatch(self, minibatch: Experience, actor_learns: bool) -> dict[str, float]:
-        """One optimizer step of the critic, where there is one, and of the actor, where it learns. Returns figures over all
+        """One optimizer step of the critic, where there is one, and of the actor, where it learns. Returns metrics over all
         processes, but for ratio_deviation, which is this one's.
         """
         args, run = self.args, self.run
@@ -132,11 +132,11 @@ class DeepSpeedPPOTrainer:
         found: list[dict[str, float]] = []
 
         def actor_loss(micro: Experience) -> Tensor:
-            loss, figures = self._actor_loss(micro, denominator)
-            found.append(figures)
+            loss, metrics = self._actor_loss(micro, denominator)
+            found.append(metrics)
             return loss
 
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         learning = [self.engine.actor] if actor_learns else []
         learning += [self.engine.critic] if self.engine.critic is not None else []
         aligned = args.align_overflow and len(learning) == 2
@@ -145,27 +145,27 @@ class DeepSpeedPPOTrainer:
             joint = micro_batches, actor_loss
             if self.mixture:
                 joint = self.mixture.join(self.engine.actor, micro_batches, actor_loss, self.actor_steps)
-            figures["actor_loss"] = train(self.engine.actor, *joint, run)
+            metrics["actor_loss"] = train(self.engine.actor, *joint, run)
             self.actor_steps += 1
             if self.mixture:
-                figures["text_loss"] = self.mixture.loss()
-                figures["actor_loss"] -= args.unsup_coef * figures["text_loss"]
+                metrics["text_loss"] = self.mixture.loss()
+                metrics["actor_loss"] -= args.unsup_coef * metrics["text_loss"]
             names = [name for name in found[0] if name != "ratio_deviation"]
             totals = run.sum(*(sum(one[name] for one in found) for name in names))
-            figures |= {name: total / tokens for name, total in zip(names, totals, strict=True)}
-            figures["ratio_deviation"] = max(one["ratio_deviation"] for one in found)
+            metrics |= {name: total / tokens for name, total in zip(names, totals, strict=True)}
+            metrics["ratio_deviation"] = max(one["ratio_deviation"] for one in found)
         if self.engine.critic is not None:
             critic_loss = lambda micro: self._critic_loss(micro, denominator)  # noqa: E731
-            figures["critic_loss"] = train(self.engine.critic, micro_batches, critic_loss, run)
+            metrics["critic_loss"] = train(self.engine.critic, micro_batches, critic_loss, run)
         if aligned:
             step_together(learning)
         if actor_learns:
-            figures |= named("actor", optimizer_figures(self.engine.actor))
+            metrics |= named("actor", optimizer_metrics(self.engine.actor))
             if self.engine.actor_ema:
                 self.engine.actor_ema.update()
         if self.engine.critic is not None:
-            figures |= named("critic", optimizer_figures(self.engine.critic))
-        return figures
+            metrics |= named("critic", optimizer_metrics(self.engine.critic))
+        return metrics
 
     def _actor_loss(self, micro: Experience, denominator: float) -> tuple[Tensor, dict[str, float]]:
         """The policy loss of a micro-batch with the KL penalty and the entropy bonus that the flags add; sums over its tokens."""
@@ -173,7 +173,7 @@ class DeepSpeedPPOTrainer:
         bonus = args.entropy_coef > 0
         outputs = self.engine.answer_log_probs(self.engine.actor, micro.joined(), with_entropy=bonus)
         log_probs, entropy = outputs if bonus else (outputs, None)
-        loss, figures = policy_loss(
+        loss, metrics = policy_loss(
             log_probs,
             micro.old_log_probs,
             micro.advantages,
@@ -190,11 +190,11 @@ class DeepSpeedPPOTrainer:
             )
             loss = loss + self.kl_coef * penalty
             estimate, _ = kl_estimate(log_probs.detach(), micro.ref_log_probs, mask, args.kl_estimator, args.kl_clip)
-            figures |= {"kl_per_token": float(estimate.sum()), "kl_clipped_share": float(cut)}
+            metrics |= {"kl_per_token": float(estimate.sum()), "kl_clipped_share": float(cut)}
         if entropy is not None:
             loss = loss - args.entropy_coef * aggregate(entropy, mask, denominator, args.loss_reduction)
-            figures["entropy"] = float(masked_sum(entropy.detach(), mask))
-        return loss, figures
+            metrics["entropy"] = float(masked_sum(entropy.detach(), mask))
+        return loss, metrics
 
     def _critic_loss(self, micro: Experience, denominator: float) -> Tensor:
         """The clipped value loss of a micro-batch."""
@@ -227,9 +227,9 @@ def minibatch_size(args, world_size: int) -> int:
     return args.per_device_training_batch_size * args.gradient_accumulation_steps * world_size
 
 
-def named(role: str, figures: dict[str, float]) -> dict[str, float]:
+def named(role: str, metrics: dict[str, float]) -> dict[str, float]:
     """lr -> actor_lr."""
-    return {f"{role}_{name}": value for name, value in figures.items()}
+    return {f"{role}_{name}": value for name, value in metrics.items()}
 
 
 def assign_advantages(
@@ -237,14 +237,14 @@ def assign_advantages(
 ) -> None:
     """Rewards (score at the end, KL penalty on every token if it belongs there), then advantages over the whole rollout.
 
-    Sets rewards and advantages, with a critic returns too, and the figures that the log shows. kl_coef: where it is not
+    Sets rewards and advantages, with a critic returns too, and the metrics that the log shows. kl_coef: where it is not
     --kl_coef any more.
     """
     mask = experience.action_mask
     coef = args.kl_coef if kl_coef is None else kl_coef
     scores, _ = normalize_scores(experience.scores, *engine.score_unit, clip=0.0)
     scores = missing_end_penalty(scores, experience.ended, args.missing_eos_penalty)
-    lengths = experience.response_lengths
+    lengths = experience.answer_lengths
     scores = overlong_penalty(scores, lengths, args.max_answer_seq_len, args.overlong_tokens, args.overlong_penalty)
     scores, clipped = normalize_scores(scores, 0.0, 1.0, args.clip_reward_value)
     policies = (experience.old_log_probs, experience.ref_log_probs, mask)
@@ -252,9 +252,9 @@ def assign_advantages(
     rewards = shaped_rewards(scores, *policies, in_reward, args.kl_estimator, args.kl_clip)
     total = rewards.sum(1).mean()
     experience.rewards = whiten(rewards, mask, keep_mean=True) if args.whiten_rewards else rewards
-    experience.figures = {
+    experience.metrics = {
         "score": float(experience.scores.mean()),
-        **engine.rewards.figures(experience),
+        **engine.rewards.metrics(experience),
         "reward": float(total),
         "score_clipped_share": float(clipped),
         "kl": float(kl_estimate(*policies)[0].sum(1).mean()),
@@ -263,26 +263,26 @@ def assign_advantages(
         "eos_rate": float(experience.ended.float().mean()),
     }
     if experience.sampler_gap is not None:
-        experience.figures["sampler_gap"] = experience.sampler_gap
+        experience.metrics["sampler_gap"] = experience.sampler_gap
     if in_reward and args.kl_clip:
         cut = kl_estimate(*policies, args.kl_estimator, args.kl_clip)[1]
-        experience.figures["kl_clipped_share"] = float(cut / mask.sum().clamp(min=1))
+        experience.metrics["kl_clipped_share"] = float(cut / mask.sum().clamp(min=1))
     estimate_advantages(experience, args)
 
 
 def estimate_advantages(experience: Experience, args) -> None:
-    """From rewards to advantages (and returns) by the method of --advantage, with its figures."""
-    rewards, mask, figures = experience.rewards, experience.action_mask, experience.figures
+    """From rewards to advantages (and returns) by the method of --advantage, with its metrics."""
+    rewards, mask, metrics = experience.rewards, experience.action_mask, experience.metrics
     if args.advantage == "gae":
         advantages, experience.returns = gae(rewards, experience.values, mask, args.gamma, args.lam)
-        figures["value"] = float(masked_mean(experience.values, mask))
-        figures["explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
+        metrics["value"] = float(masked_mean(experience.values, mask))
+        metrics["explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
     elif args.advantage == "reinforce++":
         advantages = rewards_to_come(rewards, mask, args.gamma)
     else:
         advantages = {"grpo": grpo, "rloo": rloo}[args.advantage](rewards, mask, experience.group)
-        figures["equal_groups"] = float(equal_groups(rewards, mask, experience.group))
-    figures["advantage"] = float(masked_mean(advantages, mask))
+        metrics["equal_groups"] = float(equal_groups(rewards, mask, experience.group))
+    metrics["advantage"] = float(masked_mean(advantages, mask))
     if args.whiten_advantages and args.advantage in ("gae", "reinforce++"):
         advantages = whiten(advantages, mask)
     if args.sampler_correction:

@@ -18,8 +18,8 @@ from models.templates import load_template
 from training.step3_ppo.ema import MovingAverage
 from training.step3_ppo.experience import JoinedRows
 from training.step3_ppo.scoring import Rewards
-from training.utils.engine.loading import read_in_turn
-from training.utils.engine.zero import EngineOptions, build_engine, build_frozen, get_eval_ds_config
+from training.utils.engine.build import build_engine, build_frozen, read_in_turn
+from training.utils.engine.configs import EngineOptions, get_eval_ds_config
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")

@@ -17,7 +17,7 @@ from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.scoring import score_answers
 from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch, plan_micro_batches
-from training.utils.engine.generation_weights import generation_model
+from training.utils.engine.weights import generation_model
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -143,7 +143,7 @@ def warn_of_sampler(gap: float, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args, rollout: int = 1) -> None:
+def complete_experience(engine: DeepSpeedRLHFEngine, experience: Experience, args, rollout: int = 1) -> None:
     """Fill in old_log_probs, ref_log_probs, values (normalised; None without a critic), and parts and scores
     (score_answers) of every row.
 
@@ -155,10 +155,10 @@ def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args, rol
     engine.eval()
     may_reuse = rollout > 1 and args.old_log_probs == "auto" and not args.sampler_correction
     if may_reuse and engine.sampler_trusted and engine.checked_sampler:
-        score(engine, experience, args, {"ref_log_probs": engine.ref})
+        forward_policies(engine, experience, args, {"ref_log_probs": engine.ref})
         experience.old_log_probs = experience.log_probs
     else:
-        score(engine, experience, args, {"old_log_probs": engine.actor, "ref_log_probs": engine.ref})
+        forward_policies(engine, experience, args, {"old_log_probs": engine.actor, "ref_log_probs": engine.ref})
         # The weights changed nowhere in between: only rounding may separate the sampler from the training forward.
         gap = (experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max()
         experience.sampler_gap = float(gap)
@@ -172,7 +172,7 @@ def score_rollout(engine: DeepSpeedRLHFEngine, experience: Experience, args, rol
     score_answers(engine, experience, args)
 
 
-def score(engine: DeepSpeedRLHFEngine, experience: Experience, args, policies: dict[str, Any]) -> None:
+def forward_policies(engine: DeepSpeedRLHFEngine, experience: Experience, args, policies: dict[str, Any]) -> None:
     """Fill in the log-probabilities of policies (field -> model), and the critic's values."""
     run = engine.run
     count, width = experience.action_mask.shape

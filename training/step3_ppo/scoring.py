@@ -234,7 +234,7 @@ class Rewards:
             parts = torch.cat([(parts[:, :1] - mean) / std, parts[:, 1:]], dim=1)
         return parts @ torch.tensor(self.weights, dtype=parts.dtype, device=parts.device)
 
-    def figures(self, experience: Experience) -> dict[str, float]:
+    def metrics(self, experience: Experience) -> dict[str, float]:
         """The mean of every source, for the log; nothing where there is only one."""
         if len(self.names) < 2:
             return {}

@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 import training.utils.run.process_group
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
-from training.utils.engine.zero import trained_weights
+from training.utils.engine.weights import trained_weights
 
 pytestmark = pytest.mark.ppo
 OTHER = {"actor": "critic", "critic": "actor"}

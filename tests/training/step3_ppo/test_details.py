@@ -33,9 +33,9 @@ def test_items_34_45_in_half_precision(models, tmp_path):
     """bf16 may round the first ratio and the first KL, no more: old and new come from the same kernels."""
     trainer = build(models, tmp_path, "--dtype", "bf16")
     experience = rollout(trainer, 1)
-    assert abs(experience.figures["kl"]) < 1e-3
-    figures = trainer.train_rlhf(experience, 1)
-    assert figures["first_ratio_deviation"] < 1e-2 and figures["clip_share"] == 0.0
+    assert abs(experience.metrics["kl"]) < 1e-3
+    metrics = trainer.train_rlhf(experience, 1)
+    assert metrics["first_ratio_deviation"] < 1e-2 and metrics["clip_share"] == 0.0
 
 
 def test_training_changes_nothing_in_the_rollout(models, tmp_path):
@@ -52,7 +52,7 @@ def test_training_changes_nothing_in_the_rollout(models, tmp_path):
 
 
 def test_item_6_prompt_tokens_count_nowhere(models, tmp_path):
-    """Every field of a rollout but the ids and their mask is as wide as the answers; figures come from these alone."""
+    """Every field of a rollout but the ids and their mask is as wide as the answers; metrics come from these alone."""
     trainer = build(models, tmp_path)
     trainer.train_rlhf(rollout(trainer, 1), 1)
     experience = rollout(trainer, 2)
@@ -61,12 +61,12 @@ def test_item_6_prompt_tokens_count_nowhere(models, tmp_path):
         if value.dim() == 2 and name not in ("input_ids", "attention_mask", "parts"):
             assert value.shape[1] == width, name
             assert name == "log_probs" or (value[~experience.action_mask] == 0).all(), name
-    assert int(experience.action_mask.sum()) == int(experience.response_lengths.sum())
+    assert int(experience.action_mask.sum()) == int(experience.answer_lengths.sum())
     kl = sum(
         float(experience.old_log_probs[row, t] - experience.ref_log_probs[row, t])
-        for row, length in enumerate(experience.response_lengths.tolist()) for t in range(length)
+        for row, length in enumerate(experience.answer_lengths.tolist()) for t in range(length)
     )  # fmt: skip
-    assert experience.figures["kl"] == pytest.approx(kl / len(experience), abs=1e-5)
+    assert experience.metrics["kl"] == pytest.approx(kl / len(experience), abs=1e-5)
 
 
 def test_item_18_scores_are_normalised_by_what_the_reward_model_stores(models, tmp_path):

@@ -10,7 +10,7 @@ from errors import UserError
 from models.load import load_causal_lm
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
 from training.utils.engine.checkpoint import Checkpoint, export
-from training.utils.engine.zero import trained_weights
+from training.utils.engine.weights import trained_weights
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
 

@@ -12,9 +12,9 @@ from inference.cache import RowsCache
 from models.load import load_causal_lm, load_tokenizer
 from tests.tiny import FAMILIES, tiny_checkpoint
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
-from training.utils.engine import generation_weights
-from training.utils.engine.generation_weights import cache_bytes, choice
-from training.utils.engine.loading import makes_copy, read_in_turn
+from training.utils.engine import weights
+from training.utils.engine.build import makes_copy, read_in_turn
+from training.utils.engine.weights import cache_bytes, choice
 
 pytestmark = pytest.mark.ppo
 
@@ -27,15 +27,15 @@ def models(tmp_path_factory):
 def test_a_rollout_is_the_same_with_split_weights(models, tmp_path, monkeypatch):
     """Tokens, log-probabilities and, after an update each, the next rollout's; released memory changes nothing."""
     released = []
-    monkeypatch.setattr(generation_weights, "empty_cache", lambda: released.append(1))
+    monkeypatch.setattr(weights, "empty_cache", lambda: released.append(1))
     found = []
     for kind in ("gathered", "layerwise"):
         more = ["--release_inference_cache"] if kind == "layerwise" else []
         flags = ["--actor_zero_stage", "3", "--generation_weights", kind, *more]
         trainer = build(models, tmp_path / kind, *flags)
         first = rollout(trainer, 1)
-        figures = trainer.train_rlhf(first, 1)
-        found.append((first, figures, rollout(trainer, 2)))
+        metrics = trainer.train_rlhf(first, 1)
+        found.append((first, metrics, rollout(trainer, 2)))
         assert trainer.engine.actor.generation_weights == kind
     for one, other in ((found[0][0], found[1][0]), (found[0][2], found[1][2])):
         assert torch.equal(one.input_ids, other.input_ids)
@@ -84,7 +84,7 @@ def test_what_auto_takes_and_what_it_says(free, asked, others, expected, tmp_pat
     tiny_checkpoint(tmp_path, "llama")  # a token's keys and values: 2 layers x 2 x 2 heads x 8 x 4 bytes = 256
     engine = stand_in(AutoConfig.from_pretrained(tmp_path))
     run = SimpleNamespace(dtype=torch.float32, maximum=lambda value: max(value, others))
-    monkeypatch.setattr(generation_weights, "free_memory", lambda: free)
+    monkeypatch.setattr(weights, "free_memory", lambda: free)
     said = []
     monkeypatch.setattr(logging.getLogger("sanbu"), "info", lambda text, *values: said.append(text % values))
     args = SimpleNamespace(generation_weights=asked)

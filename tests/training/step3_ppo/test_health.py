@@ -11,7 +11,7 @@ WELL = {
     "first_ratio_deviation": 1e-5, "clip_share": 0.1, "kl": 0.4, "explained_variance": 0.3, "eos_rate": 0.9,
     "score_clipped_share": 0.01,
 }  # fmt: skip
-# figure, its sick value, rollouts until it is said, words of the sentence
+# metric, its sick value, rollouts until it is said, words of the sentence
 SICK = [
     ("first_ratio_deviation", 2e-3, 1, "first minibatch"),
     ("clip_share", 0.31, 1, "31% of the tokens were clipped"),
@@ -67,12 +67,12 @@ def test_endings_are_compared_with_the_best():
 
 def test_memory_survives_a_resume():
     """Item 50: cut in two at any rollout, the same sentences at the same rollouts; the state is JSON."""
-    figures = [WELL | {"kl": -0.1, "clip_share": 0.5, "eos_rate": 0.9 if rollout < 20 else 0.1} for rollout in range(1, 80)]
+    metrics = [WELL | {"kl": -0.1, "clip_share": 0.5, "eos_rate": 0.9 if rollout < 20 else 0.1} for rollout in range(1, 80)]
     whole = Health()
-    expected = [whole.check(rollout, one) for rollout, one in enumerate(figures, 1)]
+    expected = [whole.check(rollout, one) for rollout, one in enumerate(metrics, 1)]
     for cut in (1, 9, 30):
         health, found = Health(), []
-        for rollout, one in enumerate(figures, 1):
+        for rollout, one in enumerate(metrics, 1):
             found.append(health.check(rollout, one))
             if rollout == cut:
                 state = json.loads(json.dumps(health.state_dict()))

@@ -89,18 +89,18 @@ def runs(models, tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", TWOS)
 def test_ten_steps_on_two_processes_are_those_of_one(runs, name):
-    for figure in NAMES:
-        found, expected = logged(runs / name, figure), logged(runs / TWOS[name][0], figure)
-        assert len(found) == STEPS and found == pytest.approx(expected, abs=1e-4), figure
+    for metric in NAMES:
+        found, expected = logged(runs / name, metric), logged(runs / TWOS[name][0], metric)
+        assert len(found) == STEPS and found == pytest.approx(expected, abs=1e-4), metric
     kl = logged(runs / name, "train/kl")
     assert kl[0] == pytest.approx(0.0, abs=1e-6) and max(map(abs, kl)) > 1e-2, "the actor learned"
 
 
 @pytest.mark.distributed
 def test_ten_steps_over_one_trunk_are_those_of_four_models(runs):
-    for figure in (*NAMES, "eval/score", "eval/reference_score", "eval/win_rate"):
-        found, expected = logged(runs / "shared", figure), logged(runs / "lora", figure)
-        assert found and found == pytest.approx(expected, abs=1e-4), figure
+    for metric in (*NAMES, "eval/score", "eval/reference_score", "eval/win_rate"):
+        found, expected = logged(runs / "shared", metric), logged(runs / "lora", metric)
+        assert found and found == pytest.approx(expected, abs=1e-4), metric
 
 
 @pytest.mark.distributed
@@ -121,9 +121,9 @@ def test_what_is_saved_is_what_four_models_save(runs, name, role):
 
 @pytest.mark.distributed
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs):
-    for figure in (*NAMES, "eval/score"):
-        found, whole = logged(runs / "resumed", figure), logged(runs / "shared", figure)
-        assert found and found == whole[-len(found) :], figure
+    for metric in (*NAMES, "eval/score"):
+        found, whole = logged(runs / "resumed", metric), logged(runs / "shared", metric)
+        assert found and found == whole[-len(found) :], metric
     for role in ("actor", "critic", "actor_ema"):
         found, whole = (load_file(runs / name / role / "model.safetensors") for name in ("resumed", "shared"))
         assert all(torch.equal(found[key], tensor) for key, tensor in whole.items()), role
@@ -152,7 +152,7 @@ def test_the_engines_hold_the_trunk_once_and_leave_it_as_it_was(models, tmp_path
     experience = rollout(trainer, 1)
     for number in (1, 2):
         trainer.train_rlhf(rollout(trainer, number), number)
-    assert rollout(trainer, 3).figures["kl"] != experience.figures["kl"], "the actor learned"
+    assert rollout(trainer, 3).metrics["kl"] != experience.metrics["kl"], "the actor learned"
     assert all(torch.equal(tensor, trunk[name]) for name, tensor in engine.ref.state_dict().items())
     networks = [engine.ref, engine.reward, engine.actor.module, engine.critic.module]
     everything = held(*networks)

@@ -11,6 +11,7 @@ from torch import Tensor
 from models.heads import chunk_log_probs
 from training.step3_ppo.advantages import explained_variance, gae, whiten
 from training.step3_ppo.objectives import (
+    answer_mask,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -19,7 +20,6 @@ from training.step3_ppo.objectives import (
     missing_end_penalty,
     normalize_scores,
     policy_loss,
-    response_mask,
     shaped_rewards,
     value_loss,
 )
@@ -33,7 +33,7 @@ def random_batch(seed: int = 0, rows: int = 5, width: int = 7) -> dict[str, Tens
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, width + 1, (rows,), generator=random)
     lengths[0], lengths[1] = width, 1
-    mask = response_mask(lengths, width)
+    mask = answer_mask(lengths, width)
     names = ("log_probs", "old_log_probs", "ref_log_probs", "values", "old_values", "rewards", "advantages", "returns")
     batch = {name: torch.randn(rows, width, generator=random).masked_fill(~mask, NAN) for name in names}
     return batch | {"mask": mask, "lengths": lengths, "scores": torch.randn(rows, generator=random)}
@@ -60,8 +60,8 @@ def losses(batch: dict[str, Tensor], denominator: float, **changes: Tensor) -> t
 
 
 def test_mask_from_lengths():
-    """Items 4, 5: true on as many columns as the response has tokens, the end token among them; no token id is asked."""
-    mask = response_mask(torch.tensor([3, 0, 1]), 4)
+    """Items 4, 5: true on as many columns as the answer has tokens, the end token among them; no token id is asked."""
+    mask = answer_mask(torch.tensor([3, 0, 1]), 4)
     assert mask.tolist() == [[True, True, True, False], [False] * 4, [True, False, False, False]]
 
 
@@ -77,7 +77,7 @@ def test_masked_sum_and_mean_by_hand():
 
 def test_the_end_token_gets_a_gradient():
     """Item 5: stopping is an action; the token after it is not."""
-    mask = response_mask(torch.tensor([3]), 5)
+    mask = answer_mask(torch.tensor([3]), 5)
     log_probs = torch.zeros(1, 5, requires_grad=True)
     policy_loss(log_probs, torch.zeros(1, 5), torch.ones(1, 5), mask, 3.0)[0].backward()
     assert log_probs.grad[0].tolist() == pytest.approx([-1 / 3, -1 / 3, -1 / 3, 0.0, 0.0])
@@ -101,14 +101,14 @@ def test_nothing_outside_the_mask_leaks_in():
 
 
 def test_rows_and_batches_without_a_token_count_nothing():
-    """Item 7: a row without a response changes neither sum nor denominator; a batch of nothing is 0, with gradient 0."""
+    """Item 7: a row without a answer changes neither sum nor denominator; a batch of nothing is 0, with gradient 0."""
     batch = random_batch()
     empty = torch.zeros_like(batch["mask"])
     leaf = batch["log_probs"].clone().requires_grad_()
-    loss, figures = policy_loss(leaf, batch["old_log_probs"], batch["advantages"], empty, 0)
+    loss, metrics = policy_loss(leaf, batch["old_log_probs"], batch["advantages"], empty, 0)
     loss.backward()
     assert loss.item() == 0.0 and (leaf.grad == 0).all()
-    assert set(figures.values()) == {0.0}
+    assert set(metrics.values()) == {0.0}
     assert value_loss(batch["values"], batch["old_values"], batch["returns"], empty, torch.tensor(0)).item() == 0.0
     rewards = shaped_rewards(batch["scores"], batch["log_probs"], batch["ref_log_probs"], empty, 0.1)
     assert (rewards == 0).all()
@@ -186,7 +186,7 @@ def test_the_clip_does_not_touch_the_kl_penalty():
 
 
 def test_missing_end_is_penalised_once():
-    """Item 19: by how the response ended, not by its length."""
+    """Item 19: by how the answer ended, not by its length."""
     scores = missing_end_penalty(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.75)
     assert scores.tolist() == [1.0, 0.25]
 
@@ -248,7 +248,7 @@ def test_gae_at_its_limits():
 @given(st.integers(0, 2**31), st.lists(st.booleans(), min_size=1, max_size=9))
 @settings(max_examples=60, deadline=None)
 def test_masked_columns_may_be_deleted(seed, holes):
-    """Item 24: also inside a response (the output of a tool) a masked column changes no advantage."""
+    """Item 24: also inside a answer (the output of a tool) a masked column changes no advantage."""
     random = torch.Generator().manual_seed(seed)
     keep = torch.tensor(holes)
     rewards, values = torch.randn(2, 1, len(holes), generator=random)
@@ -324,22 +324,22 @@ def test_where_the_gradient_is_zero(advantage, ratio, dual_clip):
     clip also for A < 0 and rho > c), else -A rho; the clip share counts exactly these tokens."""
     log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     tensors = (torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1))
-    loss, figures = policy_loss(log_probs, *tensors, 1.0, clip_low=0.2, clip_high=0.28, dual_clip=dual_clip)
+    loss, metrics = policy_loss(log_probs, *tensors, 1.0, clip_low=0.2, clip_high=0.28, dual_clip=dual_clip)
     loss.backward()
     beyond = (advantage > 0 and ratio > 1.28) or (advantage < 0 and ratio < 0.8)
     beyond = beyond or (dual_clip is not None and advantage < 0 and ratio > dual_clip)
     assert log_probs.grad.item() == pytest.approx(0.0 if beyond else -advantage * ratio, rel=1e-5)
-    assert figures["clip_share"] == float(beyond)
+    assert metrics["clip_share"] == float(beyond)
     assert loss.item() <= (math.inf if dual_clip is None or advantage >= 0 else -dual_clip * advantage + 1e-6)
 
 
 def test_a_far_ratio_stays_finite():
     """Item 29: the log-ratio is clamped to +-20 before exp, which would overflow at 89."""
     log_probs = torch.tensor([[200.0, -200.0]], requires_grad=True)
-    loss, figures = policy_loss(log_probs, torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2), 1.0)
+    loss, metrics = policy_loss(log_probs, torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2), 1.0)
     loss.backward()
     assert loss.item() == pytest.approx(math.exp(20.0), rel=1e-5)
-    assert log_probs.grad.isfinite().all() and all(math.isfinite(value) for value in figures.values())
+    assert log_probs.grad.isfinite().all() and all(math.isfinite(value) for value in metrics.values())
 
 
 def test_the_first_pass_over_fresh_experience():
@@ -347,10 +347,10 @@ def test_the_first_pass_over_fresh_experience():
     batch = random_batch()
     count = float(batch["lengths"].sum())
     leaf = batch["old_log_probs"].clone().requires_grad_()
-    loss, figures = policy_loss(leaf, batch["old_log_probs"], batch["advantages"], batch["mask"], count)
+    loss, metrics = policy_loss(leaf, batch["old_log_probs"], batch["advantages"], batch["mask"], count)
     loss.backward()
     nothing = {"clip_share": 0.0, "approx_kl": 0.0, "approx_kl_k3": 0.0, "ratio_deviation": 0.0}
-    assert figures == {"ratio": count} | nothing
+    assert metrics == {"ratio": count} | nothing
     expected = torch.where(batch["mask"], -batch["advantages"] / count, 0.0)
     torch.testing.assert_close(leaf.grad, expected)
 
@@ -359,11 +359,11 @@ def test_figures_of_the_update_by_a_plain_loop():
     """Item 39: ratio and approximate KL (k2, k3) are summed over valid tokens only."""
     batch = random_batch(2)
     steps = [float(batch["log_probs"][i] - batch["old_log_probs"][i]) for i in valid(batch["lengths"])]
-    _, figures = policy_loss(batch["log_probs"], batch["old_log_probs"], batch["advantages"], batch["mask"], 1.0)
-    assert figures["ratio"] == pytest.approx(sum(map(math.exp, steps)), rel=1e-5)
-    assert figures["approx_kl"] == pytest.approx(sum(s * s / 2 for s in steps), rel=1e-5)
-    assert figures["approx_kl_k3"] == pytest.approx(sum(math.exp(s) - 1 - s for s in steps), rel=1e-5)
-    assert figures["ratio_deviation"] == pytest.approx(max(abs(math.exp(s) - 1) for s in steps), rel=1e-5)
+    _, metrics = policy_loss(batch["log_probs"], batch["old_log_probs"], batch["advantages"], batch["mask"], 1.0)
+    assert metrics["ratio"] == pytest.approx(sum(map(math.exp, steps)), rel=1e-5)
+    assert metrics["approx_kl"] == pytest.approx(sum(s * s / 2 for s in steps), rel=1e-5)
+    assert metrics["approx_kl_k3"] == pytest.approx(sum(math.exp(s) - 1 - s for s in steps), rel=1e-5)
+    assert metrics["ratio_deviation"] == pytest.approx(max(abs(math.exp(s) - 1) for s in steps), rel=1e-5)
 
 
 def test_k3_of_the_update_estimates_the_divergence_from_the_old_policy():
@@ -429,7 +429,7 @@ def test_any_split_gives_the_same_gradient(cuts, seed):
 
 def test_short_answers_do_not_weigh_more():
     """Item 33: every token counts the same. A mean of the means of the two rows would be (1 + 0) / 2."""
-    mask = response_mask(torch.tensor([1, 4]), 4)
+    mask = answer_mask(torch.tensor([1, 4]), 4)
     advantages = torch.tensor([[-1.0, 0, 0, 0], [0, 0, 0, 0]])
     loss, _ = policy_loss(torch.zeros(2, 4), torch.zeros(2, 4), advantages, mask, 5)
     assert loss.item() == pytest.approx(1 / 5)
@@ -441,7 +441,7 @@ def test_entropy_is_masked_and_shares_the_denominator():
     _, entropy = chunk_log_probs(hidden, torch.zeros(6, dtype=torch.long), weight, None, with_entropy=True)
     probs = hidden.softmax(-1)
     torch.testing.assert_close(entropy, -(probs * probs.log()).sum(-1))
-    grid, mask = entropy.view(2, 3).clone(), response_mask(torch.tensor([2, 1]), 3)
+    grid, mask = entropy.view(2, 3).clone(), answer_mask(torch.tensor([2, 1]), 3)
     grid[1, 2] = NAN
     by_hand = float(entropy[0] + entropy[1] + entropy[3]) / 3
     assert masked_mean(grid, mask).item() == pytest.approx(by_hand, rel=1e-5)

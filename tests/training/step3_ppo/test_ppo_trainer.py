@@ -18,7 +18,7 @@ from tests.tiny import tiny_checkpoint
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.step3_ppo.rollout import PromptBatches, row_seed, row_seeds, score_rollout
+from training.step3_ppo.rollout import PromptBatches, complete_experience, row_seed, row_seeds
 from training.utils.data.batching import collate_prompts
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
@@ -90,7 +90,7 @@ def ragged_experience(trainer, extra_left: int = 0, extra_right: int = 0) -> Exp
 def scored(trainer, **padding) -> Experience:
     """The hand-written rollout with all fields."""
     experience = ragged_experience(trainer, **padding)
-    score_rollout(trainer.engine, experience, trainer.args)
+    complete_experience(trainer.engine, experience, trainer.args)
     assign_advantages(experience, trainer.engine, trainer.args)
     return experience
 
@@ -103,13 +103,13 @@ def test_item_34_45_first_ratio_is_1_and_the_actor_starts_as_its_reference(folde
     trainer = build(folders, tmp_path)
     experience = trainer.generate_experience(prompts(trainer), 1)
     assert torch.equal(experience.old_log_probs, experience.ref_log_probs)
-    assert experience.figures["kl"] == 0.0
+    assert experience.metrics["kl"] == 0.0
     assert experience.sampler_gap < 1e-5
-    figures = trainer.train_rlhf(experience, 1)
-    assert figures["first_ratio_deviation"] < 1e-5
-    assert figures["clip_share"] == 0.0 and figures["approx_kl"] < 1e-9
+    metrics = trainer.train_rlhf(experience, 1)
+    assert metrics["first_ratio_deviation"] < 1e-5
+    assert metrics["clip_share"] == 0.0 and metrics["approx_kl"] < 1e-9
     again = trainer.generate_experience(prompts(trainer), 2)
-    assert again.figures["kl"] != 0.0, "the step above must have moved the actor away from its reference"
+    assert again.metrics["kl"] != 0.0, "the step above must have moved the actor away from its reference"
 
 
 def test_learning_rate_0_changes_nothing(folders, tmp_path):
@@ -117,13 +117,13 @@ def test_learning_rate_0_changes_nothing(folders, tmp_path):
                     "--per_device_training_batch_size", "2")  # fmt: skip
     before = weights(trainer.engine.actor), weights(trainer.engine.critic)
     experience = trainer.generate_experience(prompts(trainer), 1)
-    figures = trainer.train_rlhf(experience, 1)
+    metrics = trainer.train_rlhf(experience, 1)
     for old, engine in zip(before, (trainer.engine.actor, trainer.engine.critic), strict=True):
         assert all(torch.equal(old[name], now) for name, now in weights(engine).items())
     assert (
-        figures["clip_share"] == 0.0
-        and figures["approx_kl"] < 1e-9
-        and figures["ratio"] == pytest.approx(1.0, abs=1e-5)
+        metrics["clip_share"] == 0.0
+        and metrics["approx_kl"] < 1e-9
+        and metrics["ratio"] == pytest.approx(1.0, abs=1e-5)
     )
 
 
@@ -141,7 +141,7 @@ def test_items_1_21_25_values_come_before_their_token_and_the_score_from_the_las
         with torch.no_grad():
             log_probs = actor(input_ids=ids).logits.log_softmax(-1)[0]
             score = float(reward(input_ids=ids).logits)
-            for t in range(int(experience.response_lengths[row])):
+            for t in range(int(experience.answer_lengths[row])):
                 before = ids[:, : start + t]
                 value = (float(reward(input_ids=before).logits) - MEAN) / STD
                 assert float(experience.values[row, t]) == pytest.approx(value, abs=1e-5)
@@ -159,7 +159,7 @@ def test_items_1_21_25_values_come_before_their_token_and_the_score_from_the_las
 def _raw_advantages(experience: Experience) -> torch.Tensor:
     """The double sum of gamma = 1, lambda = 0.95, written out."""
     found = torch.zeros_like(experience.rewards)
-    for row, length in enumerate(experience.response_lengths.tolist()):
+    for row, length in enumerate(experience.answer_lengths.tolist()):
         values = [*experience.values[row, :length].tolist(), 0.0]
         rewards = experience.rewards[row, :length].tolist()
         deltas = [rewards[t] + values[t + 1] - values[t] for t in range(length)]
@@ -176,8 +176,8 @@ def test_item_3_padding_changes_nothing(folders, tmp_path, padding):
     for name in ("old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns"):
         torch.testing.assert_close(getattr(second, name)[:, :width], getattr(first, name), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(second.scores, first.scores, atol=1e-5, rtol=1e-5)
-    figures = [trainer.train_rlhf(experience) for trainer, experience in ((plain, first), (padded, second))]
-    assert figures[1]["actor_loss"] == pytest.approx(figures[0]["actor_loss"], abs=1e-5)
+    metrics = [trainer.train_rlhf(experience) for trainer, experience in ((plain, first), (padded, second))]
+    assert metrics[1]["actor_loss"] == pytest.approx(metrics[0]["actor_loss"], abs=1e-5)
     for name, value in weights(plain.engine.actor).items():
         torch.testing.assert_close(weights(padded.engine.actor)[name], value, atol=1e-5, rtol=1e-4)
 
@@ -209,7 +209,7 @@ def test_item_5_a_better_than_average_end_becomes_likelier(folders, tmp_path):
     experience.advantages[1, 2] = 1.0  # the end token of the second answer, and nothing else
     trainer.train_rlhf(experience)
     after = replace(experience)
-    score_rollout(trainer.engine, after, trainer.args)
+    complete_experience(trainer.engine, after, trainer.args)
     assert float(after.old_log_probs[1, 2]) > float(scored(build(folders, tmp_path / "new")).old_log_probs[1, 2])
 
 
@@ -306,11 +306,11 @@ def test_item_14_kl_penalty_uses_the_policy_that_sampled(folders, tmp_path):
     trainer = build(folders, tmp_path, "--kl_coef", "0.5")
     trainer.train_rlhf(trainer.generate_experience(prompts(trainer), 1), 1)
     experience = trainer.generate_experience(prompts(trainer), 2)
-    for row, length in enumerate(experience.response_lengths.tolist()):
+    for row, length in enumerate(experience.answer_lengths.tolist()):
         ended = bool(experience.ended[row])
         total = (float(experience.scores[row]) - MEAN) / STD - (0.0 if ended else 1.0)
         total -= 0.5 * sum(
             float(experience.log_probs[row, t] - experience.ref_log_probs[row, t]) for t in range(length)
         )
         assert float(experience.rewards[row].sum()) == pytest.approx(total, abs=1e-4)
-    assert not math.isclose(experience.figures["kl"], 0.0)
+    assert not math.isclose(experience.metrics["kl"], 0.0)

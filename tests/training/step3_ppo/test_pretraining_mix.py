@@ -41,7 +41,7 @@ def mixed(models, tmp_path, text, *flags):
 
 
 def gradients(trainer, experience, monkeypatch) -> tuple[list[dict], dict]:
-    """What stands in the actor's gradients each time it is about to step, and the figures of the update."""
+    """What stands in the actor's gradients each time it is about to step, and the metrics of the update."""
     actor, found, step = trainer.engine.actor, [], trainer.engine.actor.step
 
     def before_step():
@@ -60,7 +60,7 @@ def test_item_40_gradient_is_that_of_ppo_plus_coef_times_that_of_the_text_in_one
     trainer = mixed(models, tmp_path / "mixed", text, *cut)
     experience = rollout(plain, 1)
     alone, before = gradients(plain, experience, monkeypatch)
-    joint, figures = gradients(trainer, experience, monkeypatch)
+    joint, metrics = gradients(trainer, experience, monkeypatch)
     assert len(alone) == len(joint) == 1, "one optimizer step each"
 
     model = load_causal_lm(models[0], dtype=torch.float32)
@@ -70,8 +70,8 @@ def test_item_40_gradient_is_that_of_ppo_plus_coef_times_that_of_the_text_in_one
     loss.backward()
     for name, weight in model.named_parameters():
         torch.testing.assert_close(joint[0][name], alone[0][name] + COEF * weight.grad, atol=2e-6, rtol=1e-4)
-    assert figures["text_loss"] == pytest.approx(loss.item(), abs=1e-5)
-    assert figures["actor_loss"] == pytest.approx(before["actor_loss"], abs=1e-5)
+    assert metrics["text_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["actor_loss"] == pytest.approx(before["actor_loss"], abs=1e-5)
     assert "text_loss" not in before
 
 

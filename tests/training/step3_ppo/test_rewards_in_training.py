@@ -86,7 +86,7 @@ def test_sources_see_the_texts_and_the_sum_is_as_by_hand(folders, tmp_path):
         score -= 0.0 if bool(experience.ended[row]) else 1.0
         assert float(experience.rewards[row].sum()) == pytest.approx(max(-1.5, min(1.5, score)), abs=1e-5)
     for place, name in enumerate(("score_model", "score_length", "score_question")):
-        assert experience.figures[name] == pytest.approx(float(experience.parts[:, place].mean()))
+        assert experience.metrics[name] == pytest.approx(float(experience.parts[:, place].mean()))
 
 
 def test_items_17_18_one_source_more_leaves_the_reward_models_own_scores_alone(folders, tmp_path):

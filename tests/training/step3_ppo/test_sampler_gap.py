@@ -58,14 +58,14 @@ def test_later_rollouts_take_the_sampler_s_log_probs_and_a_resumed_run_does_as_w
         assert (len(calls), len(plain_calls)) == (1, number), "the first rollout is looked at, and no other"
         torch.testing.assert_close(found.old_log_probs, expected.old_log_probs, atol=1e-5, rtol=0)
         assert torch.equal(found.old_log_probs, found.log_probs if number > 1 else expected.old_log_probs)
-        assert ("sampler_gap" in found.figures) is (number == 1)
+        assert ("sampler_gap" in found.metrics) is (number == 1)
         assert trainer.train_rlhf(found, number)["first_ratio_deviation"] < 1e-5
         plain.train_rlhf(expected, number)
     resumed = build(models, tmp_path / "resumed")
     resumed.load_state_dict(json.loads(json.dumps(trainer.state_dict())))
     calls = forwards(resumed)
     again = rollout(resumed, 4)
-    assert len(calls) == 1 and "sampler_gap" in again.figures, "a process looks once"
+    assert len(calls) == 1 and "sampler_gap" in again.metrics, "a process looks once"
     assert torch.equal(again.old_log_probs, again.log_probs)
 
 

@@ -229,8 +229,8 @@ def test_names_and_means_of_the_sources():
     several = rewards(True, ["f", "g"], [])
     assert several.names == ["model", "endpoint", "endpoint_2"] and not several.model_alone
     experience = SimpleNamespace(parts=torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 8.0]]))
-    assert several.figures(experience) == {"score_model": 2.0, "score_endpoint": 3.0, "score_endpoint_2": 5.5}
-    assert rewards(True, [], []).model_alone and rewards(True, [], []).figures(experience) == {}
+    assert several.metrics(experience) == {"score_model": 2.0, "score_endpoint": 3.0, "score_endpoint_2": 5.5}
+    assert rewards(True, [], []).model_alone and rewards(True, [], []).metrics(experience) == {}
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tests.training.step3_ppo.small_ppo import build, rollout, write_models
 from training.step3_ppo import rollout as rollout_module
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import assign_advantages
-from training.step3_ppo.rollout import score_rollout
+from training.step3_ppo.rollout import complete_experience
 from training.utils.data.batching import collate_prompts
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
@@ -55,7 +55,7 @@ def hand_written(trainer) -> Experience:
     experience = Experience.from_generation(
         batch.input_ids, batch.attention_mask, generation, batch.index, tokenizer.pad_token_id
     )
-    score_rollout(trainer.engine, experience, trainer.args)
+    complete_experience(trainer.engine, experience, trainer.args)
     return experience
 
 
@@ -83,10 +83,10 @@ def test_item_28_without_a_critic(models, tmp_path, method):
         assert experience.advantages[mask].mean().item() == pytest.approx(0.0, abs=1e-5)
         assert experience.advantages[mask].var(unbiased=False).item() == pytest.approx(1.0, rel=1e-3)
     before = weights(engine.actor)
-    figures = experience.figures | trainer.train_rlhf(experience, 1)
+    metrics = experience.metrics | trainer.train_rlhf(experience, 1)
     assert not equal(before, engine.actor)
-    assert not {"critic_loss", "critic_lr", "value", "explained_variance"} & figures.keys()
-    assert figures["first_ratio_deviation"] < 1e-5
+    assert not {"critic_loss", "critic_lr", "value", "explained_variance"} & metrics.keys()
+    assert metrics["first_ratio_deviation"] < 1e-5
 
 
 def test_item_28_answers_to_one_prompt_differ_and_begin_with_the_answer_of_a_rollout_of_one(models, tmp_path):
@@ -117,18 +117,18 @@ def test_item_13_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_
     before = divergence(experience)
     assert before > 1e-3
     experience.advantages = torch.zeros_like(experience.advantages)  # nothing but the penalty
-    figures = trainer.train_rlhf(experience, 2)
-    assert figures["kl_per_token"] > 0 and figures["kl_clipped_share"] == 0.0
+    metrics = trainer.train_rlhf(experience, 2)
+    assert metrics["kl_per_token"] > 0 and metrics["kl_clipped_share"] == 0.0
     after = replace(experience)
-    score_rollout(trainer.engine, after, trainer.args)
+    complete_experience(trainer.engine, after, trainer.args)
     assert divergence(after) < before / 2
 
 
 def test_item_12_what_the_clip_cuts_is_logged(models, tmp_path):
     trainer = build(models, tmp_path, "--kl_estimator", "k2", "--kl_clip", "1e-6", "--ppo_epochs", "2")
-    assert rollout(trainer, 1).figures["kl_clipped_share"] == 0.0
+    assert rollout(trainer, 1).metrics["kl_clipped_share"] == 0.0
     trainer.train_rlhf(rollout(trainer, 1), 1)
-    assert rollout(trainer, 2).figures["kl_clipped_share"] > 0.5
+    assert rollout(trainer, 2).metrics["kl_clipped_share"] > 0.5
 
 
 def test_item_38_the_bonus_raises_the_entropy(models, tmp_path):
@@ -146,9 +146,9 @@ def test_item_38_the_bonus_raises_the_entropy(models, tmp_path):
         return float(-(probs * probs.log()).sum(-1)[experience.action_mask].mean())
 
     before = entropy()
-    figures = trainer.train_rlhf(experience, 1)
+    metrics = trainer.train_rlhf(experience, 1)
     assert entropy() > before
-    assert before - 0.01 < figures["entropy"] < entropy() + 0.01
+    assert before - 0.01 < metrics["entropy"] < entropy() + 0.01
 
 
 def test_items_17_19_22_penalties_and_whitening_of_rewards(models, tmp_path):
@@ -169,7 +169,7 @@ def test_items_17_19_22_penalties_and_whitening_of_rewards(models, tmp_path):
     mask = whitened.action_mask
     assert whitened.rewards[mask].var(unbiased=False).item() == pytest.approx(1.0, rel=1e-4)
     assert whitened.rewards[mask].mean().item() == pytest.approx(experiences[0].rewards[mask].mean().item(), rel=1e-4)
-    assert whitened.figures["reward"] == experiences[0].figures["reward"], "the log shows rewards as they are"
+    assert whitened.metrics["reward"] == experiences[0].metrics["reward"], "the log shows rewards as they are"
 
 
 def test_item_49_the_sampler_s_weights_reach_the_advantages(models, tmp_path):
@@ -189,11 +189,11 @@ def test_item_41_only_the_critic_learns_during_its_warm_up(models, tmp_path):
     trainer = build(models, tmp_path, "--old_log_probs", "forward", "--critic_warmup_rollouts", "2", "--kl_target", "1")
     actor, critic = weights(trainer.engine.actor), weights(trainer.engine.critic)
     for number in (1, 2):
-        figures = trainer.train_rlhf(rollout(trainer, number), number)
+        metrics = trainer.train_rlhf(rollout(trainer, number), number)
         assert equal(actor, trainer.engine.actor) and not equal(critic, trainer.engine.critic)
-        assert "actor_loss" not in figures and "critic_loss" in figures
+        assert "actor_loss" not in metrics and "critic_loss" in metrics
         assert trainer.kl_coef == trainer.args.kl_coef, "a KL that cannot move says nothing about the coefficient"
-    assert rollout(trainer, 3).figures["kl"] == 0.0
+    assert rollout(trainer, 3).metrics["kl"] == 0.0
     trainer.train_rlhf(rollout(trainer, 3), 3)
     assert not equal(actor, trainer.engine.actor)
 
@@ -211,10 +211,10 @@ def test_epochs_end_where_the_policy_has_moved_far_enough(models, tmp_path):
 def test_items_16_50_the_coefficient_moves_after_its_use_and_is_state(models, tmp_path):
     trainer = build(models, tmp_path, "--kl_target", "0.5", "--kl_horizon", "40", "--kl_coef", "0.2")
     experience = rollout(trainer, 1)
-    assert experience.figures["kl"] == 0.0 and experience.figures["kl_coef"] == 0.2
+    assert experience.metrics["kl"] == 0.0 and experience.metrics["kl_coef"] == 0.2
     trainer.train_rlhf(experience, 1)
     assert trainer.kl_coef == pytest.approx(0.2 * (1 - 0.2 * 4 / 40))  # 4 answers, error at its bound
-    assert rollout(trainer, 2).figures["kl_coef"] == trainer.kl_coef
+    assert rollout(trainer, 2).metrics["kl_coef"] == trainer.kl_coef
     other = build(models, tmp_path / "other", "--kl_target", "0.5")
     other.load_state_dict(json.loads(json.dumps(trainer.state_dict())))
     assert other.kl_coef == trainer.kl_coef and other.state_dict() == trainer.state_dict()
@@ -228,8 +228,8 @@ def test_item_33_micro_batches_do_not_change_the_step(models, tmp_path, reductio
         flags = ("--per_device_training_batch_size", str(size), "--gradient_accumulation_steps", str(pieces))
         trainer = build(models, tmp_path / str(size), "--loss_reduction", reduction, "--entropy_coef", "0.01", "--kl_in",
                         "loss", "--actor_learning_rate", "1e-4", *flags)  # fmt: skip
-        figures = trainer.train_rlhf(rollout(trainer, 1), 1)
-        found.append((figures["actor_loss"], figures["critic_loss"]))
+        metrics = trainer.train_rlhf(rollout(trainer, 1), 1)
+        found.append((metrics["actor_loss"], metrics["critic_loss"]))
     assert found[1] == pytest.approx(found[0], abs=1e-5) and found[2] == pytest.approx(found[0], abs=1e-5)
 
 

@@ -22,7 +22,8 @@ from models.adapters.prefix import has_prefix
 from models.device import rng_state, set_rng_state
 from models.heads import base_model
 from models.save import save_model
-from training.utils.engine.zero import trained_weights, whole_model
+from training.utils.engine.deepspeed_internals import save_on_every_disk
+from training.utils.engine.weights import trained_weights, whole_model
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -103,7 +104,7 @@ class Checkpoint:
     state is tensors, numbers and text. The position in the data is the step itself. Nodes that do not share a disk have a
     folder each, with what their own processes need, and resume from the newest step that all of them have whole.
 
-    What lies there of another run is moved into ``checkpoints/earlier-1``, with its figures; nothing of it is removed.
+    What lies there of another run is moved into ``checkpoints/earlier-1``, with its metrics; nothing of it is removed.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Checkpoint:
         self.run.barrier()
         for name, engine in self.engines.items():
             if self.run.nodes.keeps_disk:
-                engine.save_non_zero_checkpoint = True   # DeepSpeed: rank 0 alone would save what is equal on all, below ZeRO-3
+                save_on_every_disk(engine)
             engine.save_checkpoint(str(partial / name), tag="state", save_latest=False)
         torch.save(generator_states(), partial / f"generators-{self.run.rank}.pt")
         for name, part in self.parts.items():
@@ -167,7 +168,7 @@ class Checkpoint:
         if folder is None:
             if wanted:
                 logger.info("--resume: no whole checkpoint under %s; the run starts at its beginning.", self.folder)
-            self._set_aside(None, figures=True)
+            self._set_aside(None, metrics=True)
             return 0, {}
         manifest = self.run.nodes.together(lambda: self._checked(folder))
         for name, engine in self.engines.items():
@@ -181,28 +182,28 @@ class Checkpoint:
         states = torch.load(folder / f"generators-{self.run.rank}.pt", weights_only=True)
         set_generator_states(states)
         own = folder.resolve().parent == self.folder.resolve()
-        self._set_aside(manifest["step"] if own else None, figures=not own and any(self.folder.glob("step-*")))
+        self._set_aside(manifest["step"] if own else None, metrics=not own and any(self.folder.glob("step-*")))
         self.run.metrics.rewind(manifest["step"])
         self._warn_of_length(manifest.get("length", {}))
         logger.info("Resumed from %s after %d steps.", folder, manifest["step"])
         return manifest["step"], manifest["extra"]
 
-    def _set_aside(self, after: int | None, figures: bool) -> None:
+    def _set_aside(self, after: int | None, metrics: bool) -> None:
         """Move checkpoints out of the way that are of later steps than this run has done, or all (after=None): they would
         be taken for this run's own, and --save_total_limit would remove those in their place. All processes call it.
 
-        figures: metrics.jsonl and samples.jsonl too. What was half-written is removed. UserError if the disk refuses.
+        metrics: metrics.jsonl and samples.jsonl too. What was half-written is removed. UserError if the disk refuses.
         """
         if self.run.nodes.keeps_disk:
             for partial in self.folder.glob(".writing-*"):
                 shutil.rmtree(partial, ignore_errors=True)
-        self.run.nodes.together(lambda: self._move_aside(after, figures) if self.run.nodes.keeps_disk else None)
+        self.run.nodes.together(lambda: self._move_aside(after, metrics) if self.run.nodes.keeps_disk else None)
         self.run.barrier()
 
-    def _move_aside(self, after: int | None, figures: bool) -> None:
+    def _move_aside(self, after: int | None, metrics: bool) -> None:
         """What _set_aside moves, on this process's disk."""
         files = [file for file in sorted(self.folder.glob("step-*")) if after is None or file.name > step_name(after)]
-        files += self.run.metrics.files() if figures else []
+        files += self.run.metrics.files() if metrics else []
         if not files:
             return
         numbers = [one.name.removeprefix("earlier-") for one in self.folder.glob("earlier-*")]

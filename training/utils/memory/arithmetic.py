@@ -1,7 +1,7 @@
 """The memory of a run: pure arithmetic from counts of weights and what a pass holds (footprint.py), the setting,
 and the machine. Bytes everywhere; a GiB is 2^30.
 
-How DeepSpeed holds an engine follows training/utils/engine/zero.py and DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py.
+How DeepSpeed holds an engine follows training/utils/engine/configs.py and DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py.
 With T trained and F frozen weights of e bytes on n processes:
 
     stage   card, always                                    while gradients are made             in the step

@@ -29,7 +29,7 @@ from models.adapters.quantization import QuantizedLinear, quantize_linears
 from models.heads import CHUNK_LOGITS, TokenLogProbs, TokenScores, base_model
 from models.load import set_dropout
 
-# Parameters of fewer elements stay whole on every process under ZeRO-3 (training/utils/engine/zero.py).
+# Parameters of fewer elements stay whole on every process under ZeRO-3 (training/utils/engine/configs.py).
 SMALL = 10_000
 
 

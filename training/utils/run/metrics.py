@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl, TensorBoard and one progress line."""
+"""Where metrics go: metrics.jsonl, TensorBoard and one progress line."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def read_metrics(path: Path, name: str) -> list[tuple[int, float]]:
 def progress_line(step: int, total: int, values: dict[str, float], seconds: float, done: int) -> str:
     """``step 12/300  loss 2.310  tokens/s 1234  left 1:23`` - seconds and done count since the start or the resume."""
     left = seconds / max(done, 1) * (total - step)
-    figures = "  ".join(f"{name} {format_figure(value)}" for name, value in values.items())
-    return f"step {step}/{total}  {figures}  left {format_seconds(left)}"
+    metrics = "  ".join(f"{name} {format_figure(value)}" for name, value in values.items())
+    return f"step {step}/{total}  {metrics}  left {format_seconds(left)}"
 
 
 def format_figure(value: float) -> str:
-    """A figure in few characters."""
+    """A metric in few characters."""
     if isinstance(value, int) or not math.isfinite(value):
         return str(value)
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

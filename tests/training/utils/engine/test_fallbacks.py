@@ -7,8 +7,9 @@ import deepspeed.ops.adam
 import pytest
 import torch
 
-from training.utils.engine import zero
-from training.utils.engine.zero import EngineOptions, build_optimizer
+from training.utils.engine import build
+from training.utils.engine.build import build_optimizer
+from training.utils.engine.configs import EngineOptions
 
 OPTIONS = EngineOptions(
     zero_stage=1, offload_optimizer=False, offload_param=False, learning_rate=0.1, lora_learning_rate=0.1, weight_decay=0.0,
@@ -41,7 +42,7 @@ def groups():
 def test_an_operator_that_cannot_be_built_gives_way_to_torch(monkeypatch, caplog, groups, wanted, accelerator, offload, tried):
     for name in ("DeepSpeedCPUAdam", "FusedAdam"):
         monkeypatch.setattr(deepspeed.ops.adam, name, Broken)
-    monkeypatch.setattr(zero, "has_accelerator", lambda: accelerator)
+    monkeypatch.setattr(build, "has_accelerator", lambda: accelerator)
     with caplog.at_level(logging.WARNING, logger="sanbu"):
         optimizer = build_optimizer(groups, dataclasses.replace(OPTIONS, optimizer=wanted, offload_optimizer=offload))
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]

@@ -10,15 +10,11 @@ from deepspeed.accelerator import get_accelerator
 
 from models.device import PLATFORMS
 from training.utils.engine import half_precision
-from training.utils.engine.zero import (
-    EngineOptions,
-    accumulate,
-    as_if_overflowed,
-    build_engine,
-    has_overflow,
-    optimizer_figures,
-    trained_weights,
-)
+from training.utils.engine.build import build_engine
+from training.utils.engine.configs import EngineOptions
+from training.utils.engine.deepspeed_internals import as_if_overflowed, has_overflow
+from training.utils.engine.step import accumulate, optimizer_metrics
+from training.utils.engine.weights import trained_weights
 from training.utils.run.process_group import join_process_group
 
 LARGEST = torch.finfo(torch.float16).max
@@ -125,7 +121,7 @@ def test_small_gradients_move_the_weights_as_in_float32(half, monkeypatch, stage
         optimizer.zero_grad()
         (exact(torch.ones(2, 4)).mean() * factor).backward()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in exact.parameters()])
-        assert optimizer_figures(engine)["grad_norm"] == pytest.approx(norm.item(), rel=0.02)
+        assert optimizer_metrics(engine)["grad_norm"] == pytest.approx(norm.item(), rel=0.02)
         optimizer.step()
     for name, weight in trained_weights(engine, engine.module).items():
         torch.testing.assert_close(weight, exact.get_parameter(name), rtol=0.02, atol=2e-3)
