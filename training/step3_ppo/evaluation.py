@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.step3_ppo.rollout import complete_experience, roll_out
+from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out
 from training.step3_ppo.scoring import score_answers, texts
 from training.utils.data.batching import collate_prompts
 
@@ -28,8 +28,8 @@ class HeldOut:
     actor that has learned nothing gives the same answers. After --resume they come out as before.
     """
 
-    def __init__(self, engine: DeepSpeedRLHFEngine, dataset, args) -> None:
-        self.engine, self.args = engine, args
+    def __init__(self, engine: DeepSpeedRLHFEngine, dataset, args, sampler: SamplerState) -> None:
+        self.engine, self.args, self.sampler = engine, args, sampler
         self.count = min(args.eval_prompts, len(dataset))
         self.reference: tuple[Tensor, list[str]] | None = None  # scores of all its answers, and the first ones as text
         if self.count:
@@ -53,7 +53,7 @@ class HeldOut:
             score_answers(engine, answers, self.args)
             self.reference = answers.scores, texts(answers.select(range(min(SAMPLES, self.count))), engine)[1]
         experience = self._answers()
-        complete_experience(engine, experience, self.args)
+        complete_experience(engine, experience, self.args, self.sampler)
         reference_scores, reference_answers = self.reference
         kl = (experience.old_log_probs - experience.ref_log_probs).where(experience.action_mask.bool(), 0.0).sum(1)
         metrics = {
@@ -82,7 +82,7 @@ class HeldOut:
 
     def _answers(self, policy=None) -> Experience:
         """Each prompt with one answer, once, in the order of the data; not scored yet."""
-        found = roll_out(self.engine, self.prompts, self.args, HELD_OUT, policy=policy)
+        found = roll_out(self.engine, self.prompts, self.args, HELD_OUT, sampler=self.sampler, policy=policy)
         first = {int(example): row for row, example in reversed(list(enumerate(found.index.tolist())))}
         return found.select([first[example] for example in sorted(first)])
 

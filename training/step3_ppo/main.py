@@ -19,7 +19,7 @@ from training.step3_ppo.evaluation import HeldOut, sample_table, write_samples
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, minibatch_size
 from training.step3_ppo.pretraining_mix import PretrainingMix
-from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
+from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine, check_models
 from training.step3_ppo.rollout import PromptBatches
 from training.step3_ppo.scoring import Rewards, kept_on_failure
 from training.utils.data.tokenize import prepare_phase
@@ -57,6 +57,7 @@ def main(args: PPOArguments) -> None:
             "actor would never learn; lower it."
         )
     mixture = PretrainingMix.of(args, run, tokenizer, template, minibatch_size(args, run.world_size))
+    check_models(args, rewards, tokenizer)
 
     engine = DeepSpeedRLHFEngine(
         args.actor_model_name_or_path, args.critic_model_name_or_path, tokenizer,
@@ -67,7 +68,7 @@ def main(args: PPOArguments) -> None:
     parts = {"trainer": trainer} | ({"actor_ema": engine.actor_ema} if engine.actor_ema else {})
     checkpoint = Checkpoint(run, engine.trained, fingerprint(args, run, content), parts)
     start, _ = checkpoint.resume()
-    held_out = HeldOut(engine, data.eval, args)
+    held_out = HeldOut(engine, data.eval, args, trainer.sampler)
     progress = Progress(run, prompts.total, start)
     if start == 0:
         held_out.evaluate(step=0)

@@ -38,7 +38,7 @@ from training.step3_ppo.objectives import (
 )
 from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.step3_ppo.rollout import complete_experience, roll_out
+from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out
 from training.utils.data.batching import PromptBatch, plan_micro_batches
 from training.utils.engine.step import accumulate, optimizer_metrics, optimizer_step, step_together
 
@@ -60,28 +60,30 @@ class DeepSpeedPPOTrainer:
         self.run = rlhf_engine.run
         self.kl_coef = args.kl_coef
         self.actor_steps = 0  # optimizer steps so far: where the mixture's text goes on
+        self.sampler = SamplerState()
         self.health = Health(half=self.run.dtype != torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, as JSON."""
         return {
             "kl_coef": self.kl_coef, "actor_steps": self.actor_steps, "health": self.health.state_dict(),
-            "sampler_trusted": self.engine.sampler_trusted,
+            "sampler_trusted": self.sampler.trusted,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from state_dict()."""
         self.kl_coef, self.actor_steps = state["kl_coef"], state["actor_steps"]
         self.health.load_state_dict(state["health"])
-        self.engine.sampler_trusted = state.get("sampler_trusted")
+        self.sampler.trusted = state.get("sampler_trusted")
 
     def generate_experience(self, batch: PromptBatch, rollout: int = 1) -> Experience:
         """Sample answers to this process's prompts, score them with all models, and assign advantages.
 
         rollout counts from 1 and seeds the sampling.
         """
-        experience = roll_out(self.engine, batch, self.args, rollout, self.args.num_return_sequences)
-        complete_experience(self.engine, experience, self.args, rollout)
+        answers = self.args.num_return_sequences
+        experience = roll_out(self.engine, batch, self.args, rollout, answers, sampler=self.sampler)
+        complete_experience(self.engine, experience, self.args, self.sampler, rollout)
         assign_advantages(experience, self.engine, self.args, self.kl_coef)
         return experience
 

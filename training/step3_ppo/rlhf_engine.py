@@ -60,27 +60,9 @@ class DeepSpeedRLHFEngine:
         self.run = run or Run.start(args)
         self.tokenizer = tokenizer
         self.template = load_template(actor_model_name_or_path, tokenizer)
-        models = {"actor": actor_model_name_or_path}
-        if args.has_critic or self.rewards.with_model:
-            models["critic"] = critic_model_name_or_path
-            check_same_tokenizer(tokenizer, load_tokenizer(critic_model_name_or_path), tuple(models.values()))
-        check_kinds(actor_model_name_or_path, critic_model_name_or_path if self.rewards.with_model else None)
-        self.adapted: dict[str, bool] = {}  # whether the trained model of a role is a frozen base and something small over it
-        for role, path in models.items():
-            prefixed = gets_prefix(path, Path(args.output_dir) / role, **args.prefix_options(role))
-            if prefixed and args.memory_mode == "shared":
-                raise UserError(
-                    f"--memory_mode shared: {path} has a prefix (P-Tuning), which cannot be shared; take --memory_mode separate."
-                )
-            self.adapted[role] = prefixed or bool(getattr(args, f"{role}_lora_dim"))
-            check_quantized_base(path, self._quantization_bit(role), adapters=self.adapted[role])
-        if args.memory_mode == "shared" and "critic" in models:
-            check_scorer(models["critic"], models["actor"])
+        # role -> whether the trained model is a frozen base and something small over it
+        self.adapted = adapted_roles(args, learning_models(args, self.rewards))
         self.total_iters = {"actor": actor_total_iters or num_total_iters, "critic": num_total_iters}
-        self.warned_of_filter = False
-        self.checked_sampler = False  # log-probabilities against the training forward's, once a process
-        self.sampler_trusted: bool | None = None  # they were equal at the start of the run; None: not known yet
-
         self.trunk: SharedTrunk | None = None
         reference = self._causal_lm(actor_model_name_or_path, **self._on_host(args.offload_reference_model))
         self.ref = self._frozen(TokenLogProbs(reference), args.actor_zero_stage, args.offload_reference_model)
@@ -203,6 +185,41 @@ class DeepSpeedRLHFEngine:
         for model in (self.actor, self.critic, self.ref, self.reward):
             if model is not None:
                 model.eval()
+
+
+def learning_models(args, rewards: Rewards) -> dict[str, str]:
+    """Return role -> path of the models that the run reads; no critic where nothing needs one."""
+    models = {"actor": args.actor_model_name_or_path}
+    if args.has_critic or rewards.with_model:
+        models["critic"] = args.critic_model_name_or_path
+    return models
+
+
+def adapted_roles(args, models: dict[str, str]) -> dict[str, bool]:
+    """Return for each role whether its trained model is a frozen base and something small over it: LoRA or a prefix."""
+    return {
+        role: bool(getattr(args, f"{role}_lora_dim"))
+        or gets_prefix(path, Path(args.output_dir) / role, **args.prefix_options(role))
+        for role, path in models.items()
+    }
+
+
+def check_models(args, rewards: Rewards, tokenizer) -> None:
+    """Raise UserError if the models cannot play the parts that the flags give them. Reads no weights of 16 or 32 bits."""
+    models = learning_models(args, rewards)
+    if "critic" in models:
+        check_same_tokenizer(tokenizer, load_tokenizer(models["critic"]), tuple(models.values()))
+    check_kinds(models["actor"], models["critic"] if rewards.with_model else None)
+    for role, path in models.items():
+        prefixed = gets_prefix(path, Path(args.output_dir) / role, **args.prefix_options(role))
+        if prefixed and args.memory_mode == "shared":
+            raise UserError(
+                f"--memory_mode shared: {path} has a prefix (P-Tuning), which cannot be shared; take --memory_mode separate."
+            )
+        adapted = prefixed or bool(getattr(args, f"{role}_lora_dim"))
+        check_quantized_base(path, args.quantization_bit if adapted else 0, adapters=adapted)
+    if args.memory_mode == "shared" and "critic" in models:
+        check_scorer(models["critic"], models["actor"])
 
 
 def check_kinds(actor: str, reward: str | None) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,19 @@ logger = logging.getLogger("sanbu")
 # Largest |log p(sampler) - log p(training forward)| of a rollout, in nats, that rounding explains.
 SAMPLER_GAP, SAMPLER_GAP_HALF = 1e-3, 5e-2
 TRUSTED_GAP = 1e-4  # up to here one may stand for the other
+
+
+@dataclass
+class SamplerState:
+    """What a run knows of its sampler; the trainer owns it and keeps ``trusted`` in its checkpoints.
+
+    trusted: at the start of the run the sampler's log-probabilities were those of the training forward; None: not known yet.
+    checked: this process has compared them. warned_of_filter: it has told that top-p or top-k leaves tokens out.
+    """
+
+    trusted: bool | None = None
+    checked: bool = False
+    warned_of_filter: bool = False
 
 
 class PromptBatches:
@@ -87,7 +101,14 @@ def row_seeds(seed: int, rollout: int, prompts: PromptBatch, answers: int) -> li
 
 
 def roll_out(
-    engine: DeepSpeedRLHFEngine, prompts: PromptBatch, args, rollout: int, answers: int = 1, *, policy=None
+    engine: DeepSpeedRLHFEngine,
+    prompts: PromptBatch,
+    args,
+    rollout: int,
+    answers: int = 1,
+    *,
+    sampler: SamplerState,
+    policy=None,
 ) -> Experience:
     """Sample so many answers to each of this process's prompts; returns the rows of all processes, not scored yet. The
     answers to one prompt stand together and have one number in ``group``.
@@ -113,8 +134,8 @@ def roll_out(
             pad_token_id=engine.tokenizer.pad_token_id, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
             stop_strings=args.stop_strings, tokenizer=engine.tokenizer,
         )  # fmt: skip
-    if generation.filtered and not engine.warned_of_filter:
-        engine.warned_of_filter = True
+    if generation.filtered and not sampler.warned_of_filter:
+        sampler.warned_of_filter = True
         logger.warning(
             "--top_p or --top_k leaves tokens out: answers are not drawn from the distribution that PPO's ratios are "
             "about; take them off for training."
@@ -143,7 +164,9 @@ def warn_of_sampler(gap: float, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def complete_experience(engine: DeepSpeedRLHFEngine, experience: Experience, args, rollout: int = 1) -> None:
+def complete_experience(
+    engine: DeepSpeedRLHFEngine, experience: Experience, args, sampler: SamplerState, rollout: int = 1
+) -> None:
     """Fill in old_log_probs, ref_log_probs, values (normalised; None without a critic), and parts and scores
     (score_answers) of every row.
 
@@ -154,7 +177,7 @@ def complete_experience(engine: DeepSpeedRLHFEngine, experience: Experience, arg
     """
     engine.eval()
     may_reuse = rollout > 1 and args.old_log_probs == "auto" and not args.sampler_correction
-    if may_reuse and engine.sampler_trusted and engine.checked_sampler:
+    if may_reuse and sampler.trusted and sampler.checked:
         forward_policies(engine, experience, args, {"ref_log_probs": engine.ref})
         experience.old_log_probs = experience.log_probs
     else:
@@ -162,12 +185,12 @@ def complete_experience(engine: DeepSpeedRLHFEngine, experience: Experience, arg
         # The weights changed nowhere in between: only rounding may separate the sampler from the training forward.
         gap = (experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max()
         experience.sampler_gap = float(gap)
-        if not engine.checked_sampler:
-            engine.checked_sampler = True
+        if not sampler.checked:
+            sampler.checked = True
             warn_of_sampler(experience.sampler_gap, engine.run.dtype)
-        if engine.sampler_trusted is None:
-            engine.sampler_trusted = experience.sampler_gap <= TRUSTED_GAP and engine.run.dtype == torch.float32
-        if may_reuse and engine.sampler_trusted:
+        if sampler.trusted is None:
+            sampler.trusted = experience.sampler_gap <= TRUSTED_GAP and engine.run.dtype == torch.float32
+        if may_reuse and sampler.trusted:
             experience.old_log_probs = experience.log_probs
     score_answers(engine, experience, args)
 

@@ -12,7 +12,8 @@ from models.templates import load_template
 from tests.tiny import tiny_checkpoint
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer
 from training.step3_ppo.pretraining_mix import PretrainingMix
-from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
+from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine, check_models
+from training.step3_ppo.scoring import Rewards
 from training.utils.data.batching import collate_prompts
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
@@ -41,6 +42,7 @@ def build(models: tuple[Path, Path], output: Path, *flags: str) -> DeepSpeedPPOT
     run = Run.start(args)
     size = args.per_device_training_batch_size * args.gradient_accumulation_steps
     mixture = PretrainingMix.of(args, run, tokenizer, load_template(models[0], tokenizer), size)
+    check_models(args, Rewards(args), tokenizer)
     engine = DeepSpeedRLHFEngine(str(models[0]), str(models[1]), tokenizer, 10, args, run=run)
     return DeepSpeedPPOTrainer(engine, args, mixture)
 

@@ -169,7 +169,7 @@ def test_the_reference_answers_without_any_adapter(models, tmp_path):
     """Held-out answers of the reference are the same before and after the actor learned, and the actor's are not."""
     trainer = build(models, tmp_path, *SHARED, "--actor_lora_learning_rate", "3e-2", "--eval_prompts", "4")
     dataset = [{"prompt_ids": [20 + row, 30, 40], "length": 3} for row in range(4)]
-    held_out = HeldOut(trainer.engine, dataset, trainer.args)
+    held_out = HeldOut(trainer.engine, dataset, trainer.args, trainer.sampler)
     before = held_out._answers(trainer.engine.ref)
     assert torch.equal(before.input_ids, held_out._answers().input_ids), "B = 0: the actor starts as the reference"
     for number in range(1, 4):

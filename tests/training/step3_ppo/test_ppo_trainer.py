@@ -17,8 +17,9 @@ from models.templates import load_template
 from tests.tiny import tiny_checkpoint
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages
-from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
+from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine, check_models
 from training.step3_ppo.rollout import PromptBatches, complete_experience, row_seed, row_seeds
+from training.step3_ppo.scoring import Rewards
 from training.utils.data.batching import collate_prompts
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
@@ -59,7 +60,9 @@ def build(folders, output, *flags: str, pad_is_end: bool = False) -> DeepSpeedPP
     tokenizer = load_tokenizer(folders[0])
     if pad_is_end:
         tokenizer.pad_token = tokenizer.eos_token
-    engine = DeepSpeedRLHFEngine(str(folders[0]), str(folders[1]), tokenizer, 10, args, run=Run.start(args))
+    run = Run.start(args)
+    check_models(args, Rewards(args), tokenizer)
+    engine = DeepSpeedRLHFEngine(str(folders[0]), str(folders[1]), tokenizer, 10, args, run=run)
     return DeepSpeedPPOTrainer(engine, args)
 
 
@@ -90,7 +93,7 @@ def ragged_experience(trainer, extra_left: int = 0, extra_right: int = 0) -> Exp
 def scored(trainer, **padding) -> Experience:
     """The hand-written rollout with all fields."""
     experience = ragged_experience(trainer, **padding)
-    complete_experience(trainer.engine, experience, trainer.args)
+    complete_experience(trainer.engine, experience, trainer.args, trainer.sampler)
     assign_advantages(experience, trainer.engine, trainer.args)
     return experience
 
@@ -209,7 +212,7 @@ def test_item_5_a_better_than_average_end_becomes_likelier(folders, tmp_path):
     experience.advantages[1, 2] = 1.0  # the end token of the second answer, and nothing else
     trainer.train_rlhf(experience)
     after = replace(experience)
-    complete_experience(trainer.engine, after, trainer.args)
+    complete_experience(trainer.engine, after, trainer.args, trainer.sampler)
     assert float(after.old_log_probs[1, 2]) > float(scored(build(folders, tmp_path / "new")).old_log_probs[1, 2])
 
 

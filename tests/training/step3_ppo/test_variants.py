@@ -55,7 +55,7 @@ def hand_written(trainer) -> Experience:
     experience = Experience.from_generation(
         batch.input_ids, batch.attention_mask, generation, batch.index, tokenizer.pad_token_id
     )
-    complete_experience(trainer.engine, experience, trainer.args)
+    complete_experience(trainer.engine, experience, trainer.args, trainer.sampler)
     return experience
 
 
@@ -120,7 +120,7 @@ def test_item_13_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_
     metrics = trainer.train_rlhf(experience, 2)
     assert metrics["kl_per_token"] > 0 and metrics["kl_clipped_share"] == 0.0
     after = replace(experience)
-    complete_experience(trainer.engine, after, trainer.args)
+    complete_experience(trainer.engine, after, trainer.args, trainer.sampler)
     assert divergence(after) < before / 2
 
 
