@@ -1,4 +1,4 @@
-"""How good is the actor on prompts that it never trained on: score, length, KL, and how often it beats the SFT model."""
+"""Evaluate the actor on held-out prompts: score, length, KL, and how often it beats the SFT model."""
 
 from __future__ import annotations
 

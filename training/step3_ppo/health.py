@@ -1,4 +1,4 @@
-"""Is the run well? From the metrics of a rollout to sentences that say what is wrong and what to try."""
+"""Detect unhealthy PPO metrics; return one warning per symptom, with what to try."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SATURATED = 0.5
 
 
 class Health:
-    """Remembers the last rollouts; ``check`` returns the warnings that are due. half: the models compute in 16 bits."""
+    """Remember the last rollouts; ``check`` returns the warnings that are due. half: the models compute in 16 bits."""
 
     def __init__(self, half: bool = False) -> None:
         self.half = half
@@ -31,8 +31,9 @@ class Health:
         self.warned, self.recent, self.best_eos_rate = state["warned"], state["recent"], state["best_eos_rate"]
 
     def check(self, rollout: int, metrics: dict[str, float]) -> list[str]:
-        """rollout counts from 1; metrics are those of a rollout and its update, absent ones are not judged. Returns one
-        sentence a symptom, each at most every 50 rollouts.
+        """Return one sentence per symptom. Repeat each warning at most once per 50 rollouts.
+
+        rollout counts from 1; metrics are those of a rollout and its update, absent ones are not judged.
         """
         for name, values in self.recent.items():
             if name in metrics:

@@ -35,7 +35,7 @@ LENGTH = ("max_steps", "num_train_epochs")
 
 
 def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
-    """What must be equal for a resumed run to continue the same curve: flags, number of processes, content of the data."""
+    """Return what must be equal for a resumed run to continue the same curve: flags, number of processes, data."""
     free = {one.name for one in fields(args) if one.metadata["resume"] == "free"}
     flags = {name: value for name, value in asdict(args).items() if name not in free}
     return {"world_size": run.world_size, "data": data, **flags}
@@ -83,7 +83,7 @@ def export(
 
 @contextmanager
 def stand_in(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """The model with other values for some parameters, in their own dtype and place; its own come back at the end."""
+    """Temporarily replace some parameters of the model, in their own dtype and on their own device."""
     parameters = dict(model.named_parameters())
     own = {name: parameters[name].data for name in weights}
     try:

@@ -57,7 +57,7 @@ def step_together(engines: Sequence[Any]) -> None:
             engine.step()
 
 
-def optimizer_figures(engine) -> dict[str, float]:
+def optimizer_metrics(engine) -> dict[str, float]:
     """Learning rate, and the norm of the last global gradient before clipping.
 
     Under ZeRO-0 in float32 the engine does not know the norm; it is left out then.

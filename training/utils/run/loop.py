@@ -1,4 +1,4 @@
-"""Which examples make which optimizer step, on which process, in which micro-batch - and when something is due."""
+"""Assign examples to optimizer steps, processes and micro-batches; report progress."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class GlobalBatches:
 
 
 def check_token_budget(lengths: Sequence[int], budget: int) -> None:
-    """UserError if an example alone exceeds --max_tokens_per_device (0 = none): said before the first step, not in the middle.
+    """Raise UserError if a single example exceeds --max_tokens_per_device (0 = no limit). Called before training starts.
 
     lengths: tokens that each example takes in a micro-batch.
     """

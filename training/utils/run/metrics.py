@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard and one progress line."""
+"""Write metrics to metrics.jsonl, to TensorBoard and into one progress line."""
 
 from __future__ import annotations
 
