@@ -144,7 +144,7 @@ def test_codes_behind_torchrun_are_those_of_the_process_that_failed_first():
 
 
 DRIVER = """
-    import sys, scripts.launch as launching
+    import sys, scripts.launch.__main__ as launching
     from dataclasses import replace
     prepare = launching.prepare
     program = "import signal, sys, time\\ndef stop(*_): time.sleep(0.5); print('saving', flush=True); sys.exit(143)\\n"
@@ -215,7 +215,7 @@ def test_output_that_nobody_reads_any_more_does_not_end_the_step(driven, folder)
 def test_a_signal_reaches_the_step_through_the_script(repository, folder, number):
     """The script, not a shell around it, is what Slurm and Kubernetes send their signal to."""
     driver = """
-        import sys, scripts.launch as launching
+        import sys, scripts.launch.__main__ as launching
         from dataclasses import replace
         prepare = launching.prepare
         program = "import signal, sys, time\\ndef stop(*_): print('saving', flush=True); sys.exit(143)\\n"

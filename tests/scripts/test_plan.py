@@ -256,7 +256,7 @@ def test_the_check_is_quick_and_leaves_random_numbers_alone(llama):
 
 
 def test_help_needs_no_torch():
-    code = "import sys, scripts.plan; sys.argv = ['plan', '--help']\ntry: scripts.plan.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys\nfrom scripts.plan.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     done = subprocess.run(
         [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], cwd=REPOSITORY, env=environment(),
         capture_output=True, text=True, timeout=100,
