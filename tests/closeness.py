@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-# Float32 sums in another order. Measured on golden cases: up to 1.6e-6 (AVX2, generic kernels, AVX-512 with AMX).
+# Float32 sums in another order. Measured on golden cases: up to 2.2e-6 with AVX2, 2.7e-6 with generic kernels.
 ROUNDING = 2e-5
 
 
