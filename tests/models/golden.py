@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, logging
 
 import models  # noqa: F401  (registers the networks)
+from tests.closeness import gap
 
 FAMILIES = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b")
 FOLDERS = ("tiny", "tiny-prefix", "tiny-prefix-proj")
@@ -58,17 +59,6 @@ def real_tokens(given: dict[str, Tensor]) -> Tensor:
     if mask is None:
         return torch.ones_like(given["input_ids"], dtype=torch.bool)
     return ~mask[:, 0, -1].bool() if mask.dim() == 4 else mask.bool()
-
-
-def gap(ours: Tensor, theirs: Tensor, real: Tensor | None = None) -> float:
-    """Largest difference, relative to the largest value where that is above 1 (states before a norm reach 30).
-
-    real [batch, time] limits it to real tokens of [batch, time, ...].
-    """
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    theirs = theirs.float()
-    difference = (ours.detach().float() - theirs).abs()
-    return float(difference[real].max() if real is not None else difference.max()) / max(1.0, float(theirs.abs().max()))
 
 
 def compare(root: Path, family: str, folder: str, case: str, attention: str = "sdpa") -> dict[str, float]:

@@ -10,6 +10,7 @@ from models.adapters.lora import adapter_disabled, add_lora, lora_targets, merge
 from models.heads import TokenLogProbs, TokenScores, last_token_scores
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import save_model
+from tests.closeness import assert_close
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 # counted by hand from the published networks: linear layers in one block
@@ -81,12 +82,12 @@ def test_merged_equals_adapted_and_opens_with_transformers(checkpoint, tmp_path)
     save_model(model, load_tokenizer(folder), Stops(), tmp_path / "merged", merged_state_dict(model))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        torch.testing.assert_close(TokenLogProbs(merged)(ids, mask), adapted, atol=1e-5, rtol=0)
+        assert_close(TokenLogProbs(merged)(ids, mask), adapted)
     theirs = model.merge_and_unload().state_dict()  # peft's own merge
     ours = merged.state_dict()
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
+        assert_close(ours[name], theirs[name])
 
 
 class Stops:
@@ -128,8 +129,8 @@ def test_scalar_adapter_merged_and_alone(checkpoint, tmp_path):
     base = load_scalar_model(folder, dtype=torch.float32, seed=6)  # another head; the adapter brings its own
     opened = PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
-        torch.testing.assert_close(TokenScores(merged)(ids, mask), scores, atol=1e-5, rtol=0)
-        torch.testing.assert_close(TokenScores(opened)(ids, mask), scores, atol=1e-5, rtol=0)
+        assert_close(TokenScores(merged)(ids, mask), scores)
+        assert_close(TokenScores(opened)(ids, mask), scores)
         assert last_token_scores(scores, mask).shape == (2,)
 
 

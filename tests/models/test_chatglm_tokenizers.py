@@ -15,6 +15,7 @@ from errors import UserError
 from models.chatglm.configuration import ChatGLM2Config, ChatGLMConfig
 from models.chatglm.registration import ChatGLMTokenizer
 from models.load import load_tokenizer
+from tests.closeness import assert_close
 from tests.models.chatglm_folders import GENERATIONS, change_json, golden, tokenizer_folder
 
 LENGTHS = {"chatglm": 130344, "chatglm2": 64794, "chatglm3": 64798}
@@ -221,8 +222,8 @@ def test_what_it_returns_can_be_generated_from(tokenizer, version):
 
     together = logits(texts, True)
     for place, text in enumerate(texts):
-        assert torch.allclose(logits(text, True)[0], together[place], atol=1e-5)
-        assert torch.allclose(logits(text, False)[0], together[place], atol=1e-5)
+        assert_close(logits(text, True)[0], together[place])
+        assert_close(logits(text, False)[0], together[place])
         assert (together[place] - together[place - 1]).abs().max() > 0.01
 
 

@@ -19,6 +19,7 @@ from errors import UserError
 from models.checkpoint_folder import check_context_length, open_checkpoint
 from models.load import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import new_draft, publish, save_model
+from tests.closeness import assert_close
 from tests.tiny import FAMILIES, SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
 
 
@@ -246,7 +247,7 @@ def test_pad_is_eos_where_there_is_none_and_scoring_by_transformers_stays_right(
     ids = torch.tensor([[9, 30, 41, 0]])  # ends in the end token, which is also the pad token
     with torch.no_grad():
         hidden = model.transformer(ids).last_hidden_state[0, -1]
-        torch.testing.assert_close(opened(ids).logits[0], model.score(hidden), atol=1e-5, rtol=0)
+        assert_close(opened(ids).logits[0], model.score(hidden))
 
 
 def test_more_tokens_than_rows_grow_the_embedding(gpt2):

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from models.adapters.lora import add_lora
 from models.heads import TokenLogProbs, TokenScores, chunk_log_probs, last_token_scores
 from models.load import load_causal_lm, load_scalar_model
+from tests.closeness import assert_close
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 # OPT-350m: embeddings narrower than the hidden states, layer norm after attention
@@ -61,10 +62,10 @@ def test_log_probs_and_gradients_equal_the_plain_form(checkpoint):
         ours.zero_grad()
         log_probs = TokenLogProbs(ours, chunk_logits=chunk)(ids, mask)
         assert log_probs.dtype == torch.float32
-        torch.testing.assert_close(log_probs, plain, atol=1e-5, rtol=0)
+        assert_close(log_probs, plain)
         (log_probs * weights).sum().backward()
         for name, parameter in ours.named_parameters():
-            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+            assert_close(parameter.grad, expected[name], 1e-4)
 
 
 @pytest.mark.ppo
@@ -77,10 +78,10 @@ def test_padding_changes_nothing(checkpoint):
         assert (last_token_scores(expected_scores, mask) == expected_scores[:, -1]).all()
         for left, right in ((3, 0), (0, 3), (2, 5)):
             padded = pad(ids, mask, left, right, value=11)
-            torch.testing.assert_close(log_probs(*padded)[:, left : left + 8], expected, atol=1e-5, rtol=0)
+            assert_close(log_probs(*padded)[:, left : left + 8], expected)
             found = scores(*padded)
-            torch.testing.assert_close(found[:, left : left + 9], expected_scores, atol=1e-5, rtol=0)
-            torch.testing.assert_close(last_token_scores(found, padded[1]), expected_scores[:, -1], atol=1e-5, rtol=0)
+            assert_close(found[:, left : left + 9], expected_scores)
+            assert_close(last_token_scores(found, padded[1]), expected_scores[:, -1])
 
 
 def test_ragged_rows_equal_rows_alone(checkpoint):
@@ -94,7 +95,7 @@ def test_ragged_rows_equal_rows_alone(checkpoint):
         batch = model(ids, mask)
         for row, length in enumerate(lengths):
             alone = model(ids[row : row + 1, :length], mask[row : row + 1, :length])
-            torch.testing.assert_close(batch[row : row + 1, : length - 1], alone, atol=1e-5, rtol=0)
+            assert_close(batch[row : row + 1, : length - 1], alone)
 
 
 def test_scores_equal_transformers_own(checkpoint):
@@ -104,7 +105,7 @@ def test_scores_equal_transformers_own(checkpoint):
     with torch.no_grad():
         expected = scalar(ids, attention_mask=mask).logits
         found = last_token_scores(TokenScores(scalar)(ids, mask), mask)
-    torch.testing.assert_close(found[:, None], expected, atol=1e-5, rtol=0)
+    assert_close(found[:, None], expected)
 
 
 def test_target_mask_gives_the_same_numbers_and_zeros(gpt2):
@@ -113,14 +114,14 @@ def test_target_mask_gives_the_same_numbers_and_zeros(gpt2):
     targets = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.4
     full = model(ids, mask)
     found = model(ids, mask, target_mask=targets)
-    torch.testing.assert_close(found, full.where(targets[:, 1:], 0.0), atol=1e-6, rtol=0)
+    assert_close(found, full.where(targets[:, 1:], 0.0))
     torch.testing.assert_close(model(ids, mask, target_mask=targets[:, 1:]), found)  # without its useless first column
     found.sum().backward()
     masked = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model(ids, mask).where(targets[:, 1:], 0.0).sum().backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(masked[name], parameter.grad, atol=1e-5, rtol=1e-4)
+        assert_close(masked[name], parameter.grad, 1e-4)
 
 
 def test_no_target_at_all_still_has_a_backward(gpt2):
@@ -136,9 +137,9 @@ def test_keep_temperature_and_entropy(gpt2):
     ids, mask = tokens()
     with torch.no_grad():
         log_probs, entropy = TokenLogProbs(model, 408 * 2)(ids, mask, keep=3, temperature=0.7, with_entropy=True)
-        torch.testing.assert_close(log_probs, plain_log_probs(model, ids, 0.7)[:, -3:], atol=1e-5, rtol=0)
+        assert_close(log_probs, plain_log_probs(model, ids, 0.7)[:, -3:])
         p = (model(ids).logits[:, -4:-1] / 0.7).softmax(-1)
-    torch.testing.assert_close(entropy, -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
+    assert_close(entropy, -(p * p.log()).sum(-1))
     with pytest.raises(ValueError, match="keep=9"):
         TokenLogProbs(model)(ids, mask, keep=9)
 
@@ -210,7 +211,7 @@ def test_gradient_checkpointing_changes_no_gradient(checkpoint):
         model(ids, mask).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, again in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, again, atol=1e-6, rtol=1e-5)
+        assert_close(plain, again)
 
 
 def test_heads_work_around_an_adapter(checkpoint):
@@ -256,7 +257,7 @@ def test_one_forward_for_pairs_equals_two(gpt2):
     with torch.no_grad():
         both = last_token_scores(model(ids, mask), mask)
         halves = [last_token_scores(model(i, m), m) for i, m in zip(ids.chunk(2), mask.chunk(2), strict=True)]
-    torch.testing.assert_close(both, torch.cat(halves), atol=1e-5, rtol=0)
+    assert_close(both, torch.cat(halves))
 
 
 def test_state_dict_has_every_weight_once(checkpoint):

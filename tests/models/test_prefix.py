@@ -15,6 +15,7 @@ from models.checkpoint_folder import check_context_length, gets_prefix
 from models.heads import TokenLogProbs, TokenScores, position_ids_for, prefix_length, score_layer
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import save_model
+from tests.closeness import assert_close
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 LENGTH = 5
@@ -89,11 +90,11 @@ def test_log_probs_scores_and_gradients_equal_pefts_own(folder_of, family, proje
     assert all("prompt_encoder" in name and grad.abs().sum() > 0 for name, grad in gradients.items())
     model.zero_grad()
     found = TokenLogProbs(model)(ids, mask)
-    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=0)
+    assert_close(found[real], expected[real])
     found[real].sum().backward()
     for name, parameter in model.named_parameters():
         if name in gradients:
-            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-3)
+            assert_close(parameter.grad, gradients[name], 1e-3)
         else:
             assert parameter.grad is None, name
     without = TokenLogProbs(model.get_base_model())(ids, mask)
@@ -103,7 +104,7 @@ def test_log_probs_scores_and_gradients_equal_pefts_own(folder_of, family, proje
     scalar.get_base_model().config.pad_token_id = None  # transformers then reads the last token
     with torch.no_grad():
         expected = scalar(input_ids=ids[:1], attention_mask=mask[:1]).logits
-        torch.testing.assert_close(TokenScores(scalar)(ids[:1], mask[:1])[:, -1:], expected, atol=1e-5, rtol=0)
+        assert_close(TokenScores(scalar)(ids[:1], mask[:1])[:, -1:], expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,10 +130,10 @@ def test_greedy_answers_equal_pefts_own_and_padding_changes_nothing(folder_of, f
         size = int(alone.lengths[0])
         assert int(together.lengths[row]) == size
         assert together.sequences[row, :size].tolist() == alone.sequences[0, :size].tolist()
-        torch.testing.assert_close(together.log_probs[row, :size], alone.log_probs[0, :size], atol=1e-4, rtol=0)
+        assert_close(together.log_probs[row, :size], alone.log_probs[0, :size], 1e-4)
         whole = torch.cat([ids[row, 6 - length :], alone.sequences[0, :size]])[None]
         again = TokenLogProbs(model)(whole, torch.ones_like(whole), keep=size)
-        torch.testing.assert_close(alone.log_probs[:, :size], again.detach(), atol=1e-4, rtol=0)
+        assert_close(alone.log_probs[:, :size], again.detach(), 1e-4)
 
 
 def test_positions_begin_behind_the_prefix(folder_of):
@@ -197,10 +198,10 @@ def test_saved_alone_and_opened_again(folder_of, family, projection, tmp_path):
     assert prompts.dtype == torch.float32 and prompts.shape[0] == LENGTH
 
     for again in (load(folder), load(base, ptuning_checkpoint=folder), load(folder, pre_seq_len=LENGTH)):
-        torch.testing.assert_close(TokenLogProbs(again)(ids, mask).detach(), expected, atol=1e-5, rtol=0)
+        assert_close(TokenLogProbs(again)(ids, mask).detach(), expected)
         assert list(trained(again)) == ["prompt_encoder.default.embedding.weight"]
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-    torch.testing.assert_close(TokenLogProbs(theirs)(ids, mask).detach(), expected, atol=1e-5, rtol=0)
+    assert_close(TokenLogProbs(theirs)(ids, mask).detach(), expected)
     assert load_tokenizer(folder)("It is good.").input_ids == load_tokenizer(base)("It is good.").input_ids
 
     again = load(folder)
@@ -208,7 +209,7 @@ def test_saved_alone_and_opened_again(folder_of, family, projection, tmp_path):
     second = save(again, base, tmp_path / "tuned-on")  # belongs to the base, not to the first prefix
     assert json.loads((second / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base.resolve())
     found, now = (TokenLogProbs(one)(ids, mask).detach() for one in (load(second), again))
-    torch.testing.assert_close(found, now, atol=1e-5, rtol=0)
+    assert_close(found, now)
     assert (now - expected).abs().max() > 1e-3
 
 
@@ -224,7 +225,7 @@ def test_a_reward_model_keeps_head_and_figures(folder_of, tmp_path):
     torch.testing.assert_close(found, expected)
     theirs = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     theirs = PeftModel.from_pretrained(theirs, folder)
-    torch.testing.assert_close(TokenScores(theirs)(*tokens()).detach(), expected, atol=1e-5, rtol=0)
+    assert_close(TokenScores(theirs)(*tokens()).detach(), expected)
     with pytest.raises(UserError, match="is a reward model"):
         load(folder)
 

@@ -14,6 +14,7 @@ from models.adapters.lora import save_prefix
 from models.checkpoint_folder import check_context_length
 from models.heads import TokenLogProbs, TokenScores, score_layer
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from tests.closeness import assert_close
 from tests.models.golden import golden
 from tests.models.test_prefix import Template, shake, trained
 from tests.tiny_chatglm import tiny_chatglm
@@ -72,7 +73,7 @@ def test_a_prefix_of_the_original_trainer_gives_the_originals_logits(shared_dir,
     case = next(name for name in cases if name.startswith("train") and "right_pad" in name)
     given = {"input_ids": cases[case]["input_ids"]}
     model = load(base, ptuning_checkpoint=official.parent).eval()
-    torch.testing.assert_close(model(**given).logits, cases[case]["logits"], atol=5e-5, rtol=0)
+    assert_close(model(**given).logits, cases[case]["logits"])
     with_other_start = load(base, pre_seq_len=8, prefix_projection="proj" in tuned).eval()
     assert (with_other_start(**given).logits - cases[case]["logits"]).abs().max() > 1e-3
 
@@ -135,7 +136,7 @@ def test_only_the_prefix_is_trained_saved_and_opened_again(base_of, family, proj
     found = generate(load(folder), ids, mask, **ask)
     assert found.sequences.tolist() == generate(model, ids, mask, **ask).sequences.tolist()
     alone = generate(model, ids[1:, mask[1].argmax() :], mask[1:, mask[1].argmax() :], **ask)
-    torch.testing.assert_close(found.log_probs[1:], alone.log_probs, atol=1e-4, rtol=0)
+    assert_close(found.log_probs[1:], alone.log_probs, 1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -165,7 +166,7 @@ def test_gradient_checkpointing_changes_no_gradient(base_of, family):
         TokenLogProbs(model)(ids, mask).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, again in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, again, atol=1e-5, rtol=1e-4)
+        assert_close(plain, again, 1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

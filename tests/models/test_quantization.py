@@ -25,6 +25,7 @@ from models.adapters.quantization import (
 from models.heads import TokenLogProbs, TokenScores
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import save_model
+from tests.closeness import assert_close
 from tests.models.test_adapters import LAYERS_PER_BLOCK, shake, tokens
 from tests.models.zero3_worker import Stops
 from tests.tiny import FAMILIES, tiny_checkpoint
@@ -255,7 +256,7 @@ def test_every_family_quantises_its_blocks_and_nothing_else(checkpoint_of, bits)
     ids, mask = tokens()
     with torch.no_grad():
         ours, theirs = (TokenLogProbs(one)(ids, mask) for one in (model, twin))
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert_close(ours, theirs)
         assert (ours - TokenLogProbs(original)(ids, mask)).abs().max() > 1e-4
 
 
@@ -276,7 +277,7 @@ def test_lora_learns_on_a_quantised_base_what_it_learns_on_the_float_one(checkpo
     assert len(trained) == 2 * len(quantized_layers(model)) and all("lora_" in name for name in trained)
     for name, parameter in float_model.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(trained[name].grad, parameter.grad, atol=1e-4, rtol=1e-3)
+            assert_close(trained[name].grad, parameter.grad, 1e-3)
     merged, expected = merged_state_dict(model), merged_state_dict(float_model)
     assert merged.keys() == expected.keys()
     for name, tensor in expected.items():

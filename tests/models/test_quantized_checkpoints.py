@@ -17,6 +17,7 @@ from models.checkpoint_folder import check_quantized_base, open_checkpoint
 from models.heads import TokenLogProbs, score_layer
 from models.load import load_causal_lm, load_scalar_model
 from models.save import save_model
+from tests.closeness import assert_close
 from tests.models.test_adapters import shake
 from tests.models.test_quantization import plain_loop_quantize
 from tests.models.zero3_worker import Stops
@@ -100,7 +101,7 @@ def test_logits_are_those_of_the_floats_that_the_integers_stand_for(made, dtype)
     ids, mask = tokens(family)
     with torch.no_grad():
         ours, theirs = (one(input_ids=ids, attention_mask=mask).logits for one in (model, floats))
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert_close(ours, theirs)
     assert theirs.std() > 0.1
 
 
@@ -140,7 +141,7 @@ def test_lora_over_integers_exports_a_plain_checkpoint(made, tmp_path):
     with torch.no_grad():
         adapted, plain = TokenLogProbs(model.eval())(ids, mask), TokenLogProbs(opened)(ids, mask)
         base = TokenLogProbs(load_causal_lm(folder / "integers", dtype=torch.float32))(ids, mask)
-    torch.testing.assert_close(adapted, plain, atol=1e-4, rtol=1e-4)
+    assert_close(adapted, plain, 1e-4)
     assert (adapted - base).abs().max() > 1e-2
 
 
@@ -156,7 +157,7 @@ def test_a_prefix_over_integers_learns_what_it_learns_over_floats(made):
         gradients.append(torch.cat([p.grad.flatten() for p in trained.values()]))
     assert gradients[0].abs().max() > 1e-3
     for other in gradients[1:]:
-        torch.testing.assert_close(other, gradients[0], atol=1e-4, rtol=1e-3)
+        assert_close(other, gradients[0], 1e-3)
 
 
 def test_a_quantised_model_saved_whole_keeps_the_official_layout(made, tmp_path):

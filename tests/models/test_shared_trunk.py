@@ -15,6 +15,7 @@ from models.heads import TokenLogProbs, TokenScores, base_model
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import save_model
 from models.templates import load_template
+from tests.closeness import assert_close
 from tests.models.test_adapters import shake, tokens
 from tests.tiny import FAMILIES, tiny_checkpoint
 from tests.tiny_chatglm import tiny_chatglm
@@ -183,7 +184,7 @@ def test_merged_weights_hold_both_adapters(family, tmp_path):
         found, expected = (merged_state_dict(models[role].model) for models in (one, four))
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, atol=2e-6, rtol=1e-5)
+            assert_close(found[name], tensor)
         assert base_model(one[role].model).config.to_dict() == base_model(four[role].model).config.to_dict()
 
 
@@ -221,7 +222,7 @@ def test_a_trunk_of_integers_is_shared_too(family, bits, trained_over, tmp_path)
     scores = TokenScores(networks["reward"])(ids, mask)
     if trained_over == "integers":   # whose merged weights are exact
         expected = TokenScores(load_scalar_model(reward, dtype=torch.float32))(ids, mask)
-        torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+        assert_close(scores, expected, 1e-4)
     models = with_heads(networks)
     outputs_and_gradients(models, ids, mask)
     merged = merged_state_dict(models["critic"].model)
@@ -229,7 +230,7 @@ def test_a_trunk_of_integers_is_shared_too(family, bits, trained_over, tmp_path)
     plain = load_scalar_model(reward, dtype=torch.float32)
     plain.load_state_dict(merged)
     with torch.no_grad():
-        torch.testing.assert_close(TokenScores(plain)(ids, mask), models["critic"](ids, mask), atol=1e-4, rtol=1e-5)
+        assert_close(TokenScores(plain)(ids, mask), models["critic"](ids, mask), 1e-4)
 
 
 # --- what cannot be shared --------------------------------------------------------------------------------------------

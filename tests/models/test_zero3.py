@@ -9,6 +9,7 @@ from models.adapters.quantization import quantize_linears
 from models.chatglm.configuration import ChatGLM2Config
 from models.chatglm.network2 import ChatGLMForConditionalGeneration
 from models.heads import base_model
+from tests.closeness import assert_close
 from tests.launching import succeed
 from tests.models.zero3_worker import CASES, LEARNING_RATE, STEPS, batch, load
 from tests.tiny import tiny_checkpoint
@@ -65,7 +66,7 @@ def test_two_processes_learn_what_one_learns(trained, case):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.testing.assert_close(torch.load(trained / f"{case.name}.pt"), torch.stack(losses), atol=1e-5, rtol=1e-5)
+    assert_close(torch.load(trained / f"{case.name}.pt"), torch.stack(losses))
     opener = AutoModelForSequenceClassification if case.scalar else AutoModelForCausalLM
     saved = opener.from_pretrained(trained / case.name).state_dict()
     expected = merged_state_dict(model)
