@@ -170,6 +170,7 @@ def driven(folder):
         process = subprocess.Popen(
             words, cwd=folder, env=environment(), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),   # the suite itself may run under nohup
         )  # fmt: skip
         running.append(process)
         return process

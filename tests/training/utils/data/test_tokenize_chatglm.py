@@ -101,7 +101,7 @@ def test_the_cache_knows_the_generations_and_their_code_apart(tokenizers, tmp_pa
     assert len(set(digests.values())) == 3
     assert digests == {version: tokenizer_digest(one) for version, one in tokenizers.items()}
     names = {file.name for file in models.templates.code_files()}
-    assert {"templates.py", "prompts.py", "role_prompts.py", "tokenization.py", "tokenizer_base.py"} <= names
+    assert {"templates.py", "prompts.py", "tokenizer.py", "tokenizer2.py", "tokenizer_base.py"} <= names
     for setting in ("do_lower_case", "remove_space"):
         monkeypatch.setattr(tokenizers["chatglm"], setting, True)
         assert tokenizer_digest(tokenizers["chatglm"]) not in digests.values()
