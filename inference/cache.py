@@ -7,10 +7,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-# Columns that a full layer gets more at a time. transformers' own layer has none to spare and copies all of itself at every
-# step. On a CPU that costs what it brings (the copy is read from a warm cache: 0.98 to 1.05 of the time, within the noise);
-# it is rows that change places in the middle which need it.
-SPARE = 64
+from models.sizes import SPARE_COLUMNS
 
 
 class RowsLayer(DynamicLayer):
@@ -29,7 +26,7 @@ class RowsLayer(DynamicLayer):
         for place, new in enumerate((key_states, value_states)):
             store = self.stores[place]
             if store is None or end > store.shape[-2]:
-                store = new.new_empty(*new.shape[:2], end + SPARE, new.shape[3])
+                store = new.new_empty(*new.shape[:2], end + SPARE_COLUMNS, new.shape[3])
                 if used:
                     store[:, :, :used] = self.stores[place][:, :, :used]
                 self.stores[place] = store

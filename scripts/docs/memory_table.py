@@ -20,45 +20,33 @@ from typing import Any
 from errors import UserError, told
 from scripts.docs.marked_tables import language_of
 from scripts.docs.recipes_table import recipe_files
-from scripts.doctor.machine import GIB
 from scripts.launch.platforms import load_platforms, platform_named
+from steps import SECTIONS
+from training.utils.flags.recipe import Recipe
+from training.utils.memory.arithmetic import GIB
 
 TABLE = re.compile(r"(<!-- memory:begin (\w+) -->\n).*?(<!-- memory:end -->)", re.S)
-SECTIONS = ("sft", "reward", "ppo", "dpo")
 HEADS = {"en": ("model", "step 1", "step 2", "step 3", "DPO"), "zh": ("模型", "第一步", "第二步", "第三步", "DPO")}
 
 
 @lru_cache
 def computed(platform: str) -> dict[str, dict[str, Any]]:
-    """recipe -> section -> what scripts/doctor/probe.py says of it."""
-    from scripts.doctor.probe import memory
+    """Return recipe -> section -> its plan, or the error that stands in its way."""
+    from scripts.plan.section import plan_sections
 
-    machine = platform_named(platform)
-    card = machine.accelerator != "cpu"
-    found = {}
-    for path in recipe_files(platform):
-        where = {
-            "devices": machine.devices * machine.nodes,
-            "per_node": machine.devices,
-            "device_memory": machine.device_memory_gib * GIB if card else 0.0,
-            "host_memory": machine.host_memory_gib * GIB,
-            "accelerator": card,
-            "dtype": machine.dtype,
-            "attention": machine.attention,
-        }
-        found[path.stem] = memory(str(path), where)
-    return found
+    return {path.stem: plan_sections(Recipe.read(str(path)), platform_named(platform)) for path in recipe_files(platform)}
 
 
-def row(model: str, answer: dict[str, Any], card: bool) -> str:
-    """GiB of one card / GiB of one host for each step; on a CPU the host alone. A model that is not known: no figure."""
+def row(model: str, sections: dict[str, Any], card: bool) -> str:
+    """Return GiB of one card / GiB of one host for each step, on a CPU the host alone; a dash for a model that is not known."""
     cells = []
     for section in SECTIONS:
-        plan = answer.get(section, {})
-        if "host" not in plan:
+        plan = getattr(sections.get(section), "plan", None)
+        if plan is None:
             cells.append("–")
         else:
-            cells.append(f"{plan['card'] / GIB:.1f} / {plan['host'] / GIB:.0f}" if card else f"{plan['host'] / GIB:.1f}")
+            host = plan.on_host / GIB
+            cells.append(f"{plan.on_card / GIB:.1f} / {host:.0f}" if card else f"{host:.1f}")
     return f"| {model} | {' | '.join(cells)} |"
 
 

@@ -247,24 +247,13 @@ def check_memory(job: SimpleNamespace, step: Step) -> None:
 
 def host_gib(job: SimpleNamespace, step: Step) -> float | None:
     """Return the GiB that a step takes on one host, /dev/shm not counted; None where a model is neither known nor here."""
-    from models.device import DTYPES
-    from scripts.plan.__main__ import config_of
-    from training.utils.flags.parse import parse
-    from training.utils.memory.arithmetic import Machine
-    from training.utils.memory.fit import StepMemory
+    from scripts.plan.section import UnknownModel, plan_section, platform_machine
 
-    args = parse(step.arguments_class, ["--config", job.recipe.path, *job.flags])
+    machine = platform_machine(job.platform, nodes=job.nodes, per_node=job.processes)
     try:
-        configs = {role: config_of(job.recipe.model_of(str(path))) for role, path in args.models.items()}
-    except UserError:
+        with warnings.catch_warnings():  # newer names of what models on the meta device are asked to do
+            warnings.simplefilter("ignore", FutureWarning)
+            planned = plan_section(job.recipe, step.section, job.platform, machine=machine, flags=job.flags)
+    except UnknownModel:
         return None
-    platform = job.platform
-    device, host = platform.device_memory_gib * 2**30, platform.host_memory_gib * 2**30
-    cards = platform.accelerator != "cpu"
-    machine = Machine(job.nodes * job.processes, job.processes, device, host, accelerator=cards)
-    dtype = platform.dtype if args.dtype == "auto" else args.dtype
-    attention = platform.attention if args.attn_implementation == "auto" else args.attn_implementation
-    memory = StepMemory(args, configs, dtype=DTYPES[dtype], attn=attention)
-    with warnings.catch_warnings():  # newer names of what models on the meta device are asked to do
-        warnings.simplefilter("ignore", FutureWarning)
-        return memory.plan(memory.setting, machine).on_host / 2**30
+    return planned.plan.on_host / 2**30

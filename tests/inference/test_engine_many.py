@@ -179,11 +179,12 @@ def test_a_layer_grows_as_transformers_own():
     """Column by column past its spare ones, and whole blocks: what DynamicLayer holds."""
     from transformers.cache_utils import DynamicLayer
 
-    from inference.cache import SPARE, RowsLayer
+    from inference.cache import RowsLayer
+    from models.sizes import SPARE_COLUMNS
 
     mine, theirs = RowsLayer(), DynamicLayer()
     generator = torch.Generator().manual_seed(0)
-    for columns in (5, *[1] * (SPARE + 3), 2 * SPARE, 1):
+    for columns in (5, *[1] * (SPARE_COLUMNS + 3), 2 * SPARE_COLUMNS, 1):
         new = torch.randn(2, 3, columns, 4, generator=generator)
         found, expected = mine.update(new, 2 * new), theirs.update(new, 2 * new)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

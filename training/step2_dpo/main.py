@@ -7,6 +7,7 @@ deepspeed --module training.step2_dpo.main --config configs/cpu/demo.yaml
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -40,7 +41,7 @@ def main(args: DPOArguments) -> None:
     run = Run.start(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     check_models(args, tokenizer)
-    check_run_fits(args, run)
+    args = run.args = replace(args, **check_run_fits(args, run))  # --zero_stage auto becomes a number
     template = load_template(args.model_name_or_path, tokenizer)
     data = prepare_phase(args, 2, tokenizer, template)
     collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id)

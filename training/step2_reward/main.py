@@ -7,6 +7,7 @@ deepspeed --module training.step2_reward.main --config configs/cpu/demo.yaml
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,7 +34,7 @@ def main(args: RewardArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
     check_trained_model(args)
-    check_run_fits(args, run)
+    args = run.args = replace(args, **check_run_fits(args, run))  # --zero_stage auto becomes a number
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = load_template(args.model_name_or_path, tokenizer)
     data = prepare_phase(args, 2, tokenizer, template)

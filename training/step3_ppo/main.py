@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 import time
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def main(args: PPOArguments) -> None:
             model, args.max_prompt_seq_len + args.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len =",
             **args.prefix_options(role),
         )  # fmt: skip
-    check_run_fits(args, run)
+    args = run.args = replace(args, **check_run_fits(args, run))  # --zero_stage auto becomes a number
     tokenizer = load_tokenizer(args.actor_model_name_or_path)
     template = load_template(args.actor_model_name_or_path, tokenizer)
     data = prepare_phase(args, 3, tokenizer, template)

@@ -9,6 +9,7 @@ import torch
 
 from models.device import has_accelerator
 from training.utils.flags.deepspeed_file import read_deepspeed_config
+from training.utils.memory.arithmetic import LIVE, PREFETCH, SMALL
 
 
 def precision_config(dtype: torch.dtype) -> dict[str, Any]:
@@ -47,8 +48,8 @@ def get_train_ds_config(
         if offload_param:
             zero["offload_param"] = {"device": "cpu", "pin_memory": has_accelerator()}
         # Small weights stay whole; the window of live ones is wide, or every layer would be fetched twice (1.2e9 is 6B / 5).
-        zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_max_live_parameters": 1_200_000_000}
-        zero |= {"stage3_prefetch_bucket_size": 30_000_000, "stage3_gather_16bit_weights_on_model_save": False}
+        zero |= {"stage3_param_persistence_threshold": SMALL, "stage3_max_live_parameters": LIVE}
+        zero |= {"stage3_prefetch_bucket_size": PREFETCH, "stage3_gather_16bit_weights_on_model_save": False}
         if zero_hpz_partition_size > 1:
             zero["zero_hpz_partition_size"] = zero_hpz_partition_size
         for name, value in (
@@ -79,7 +80,7 @@ def get_eval_ds_config(offload: bool, dtype: torch.dtype, stage: int = 0, *, wor
     """The configuration of a frozen model's engine; only stage 3 saves anything without an optimizer."""
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
-        zero["stage3_param_persistence_threshold"] = 10_000
+        zero["stage3_param_persistence_threshold"] = SMALL
         zero["offload_param"] = {"device": "cpu" if offload else "none"}
     return {
         "train_batch_size": world_size,

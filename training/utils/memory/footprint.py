@@ -1,8 +1,8 @@
-"""What a network holds in memory while it computes, found on the meta device: no weight is read, nothing is computed.
+"""Count what a network holds in memory while it computes, on the meta device: no weight is read, nothing is computed.
 
 The network is built as a run builds it, but with one and with two blocks; its own forward and backward run over tensors
-without content, and every tensor that comes and goes is counted. What a further block adds is the difference of the two.
-Left out is what a kernel takes for itself while it runs.
+without content, and every tensor that comes and goes is counted. The difference of the two is what a further block adds.
+Workspaces that a kernel takes while it runs are not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,48 +27,10 @@ from models.adapters.prefix import PrefixPlan, add_prefix
 from models.adapters.quantization import QuantizedLinear, quantize_linears
 from models.heads import CHUNK_LOGITS, TokenLogProbs, TokenScores, base_model
 from models.load import set_dropout
-
-# Parameters of fewer elements stay whole on every process under ZeRO-3 (training/utils/engine/configs.py).
-SMALL = 10_000
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Counts of elements. trained and frozen are of parameters in the model's dtype, small_… those of them that have fewer
-    than SMALL elements; largest: of the largest module; integers: bytes of quantised layers with their scales, which
-    ZeRO never splits.
-    """
-
-    trained: int
-    frozen: int
-    small_trained: int
-    small_frozen: int
-    largest: int
-    integers: int
-
-    @property
-    def total(self) -> int:
-        """All parameters, quantised ones not counted."""
-        return self.trained + self.frozen
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The most bytes at once beside weights and finished gradients. logits: what of them the output matrix takes, where
-    that is when the most is needed.
-    """
-
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """Both."""
-        return self.activations + self.logits
-
+from training.utils.memory.arithmetic import SMALL, Peak, Weights
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of every tensor that is made inside. Where code asks for a tensor's value, the answer is true."""
+    """Count the bytes of every tensor that is made inside. Code that asks for a tensor's value gets True."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         """known: tensors that do not count."""
@@ -86,7 +47,7 @@ class Ledger(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True
         result = function(*args, **(kwargs or {}))
-        # Autograd adds up gradients in place, but not while anybody looks on; what it adds then is freed at once.
+        # Autograd adds up gradients in place, but not under a dispatch mode; the sum that it makes then is freed at once.
         sums = function is torch.ops.aten.add.Tensor and not torch.is_grad_enabled()
         in_place = sums and torch._C._current_graph_task_id() != -1
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
@@ -95,7 +56,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def add(self, tensor: Tensor, lasting: bool = True) -> None:
-        """Count a tensor's storage, once, until it is freed; not lasting: its peak counts from the next one on."""
+        """Count a tensor's storage once, until it is freed. lasting=False: the peak counts from the next tensor on."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live or key in self.known:
@@ -107,17 +68,17 @@ class Ledger(TorchDispatchMode):
         weakref.finalize(storage, self.remove, key)
 
     def remove(self, key: int) -> None:
-        """The storage is gone, or counts elsewhere."""
+        """Stop counting a storage that is freed, or that counts elsewhere."""
         self.now -= self.live.pop(key, 0)
 
     def take_peak(self) -> int:
-        """The peak since the last call."""
+        """Return the peak since the last call."""
         peak, self.peak = self.peak, self.now
         return peak
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what the fused kernels keep (no scores); on the meta device torch would choose the plain one."""
+    """Keep what the fused kernels keep (no scores); on the meta device torch would choose the plain kernel."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -134,7 +95,7 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Inside, scaled_dot_product_attention only says what it would keep."""
+    """Replace scaled_dot_product_attention by a function that only keeps what the fused kernel would."""
 
     def stand_in(query, key, value, attn_mask=None, *_, **__) -> Tensor:
         return _Attention.apply(query, key, value, attn_mask)
@@ -148,7 +109,7 @@ def fused_attention() -> Iterator[None]:
 
 @contextmanager
 def autocast_off() -> Iterator[None]:
-    """Inside, torch says of every device that autocast is off; of meta, which transformers asks for, 2.4 only raises."""
+    """Make torch say of every device that autocast is off: transformers asks for meta, where torch 2.4 raises."""
     known, torch.is_autocast_enabled = torch.is_autocast_enabled, lambda *_: False
     try:
         yield
@@ -157,7 +118,7 @@ def autocast_off() -> Iterator[None]:
 
 
 class Footprint:
-    """One model of a run: its weights, and what its passes hold. scalar: a score head in place of the language model's.
+    """One model of a run: its weights and what its passes hold. scalar: a score head in place of the language model's.
 
     lora_dim, lora_module_name, pre_seq_len, prefix_projection, quantization_bit as in the flags of the steps.
     frozen: nothing is trained, whatever the adapters.
@@ -184,12 +145,12 @@ class Footprint:
         self.prefix = PrefixPlan(pre_seq_len, prefix_projection, "", None, 0) if pre_seq_len else None
         self.quantization_bit, self.gradient_checkpointing = quantization_bit, gradient_checkpointing
         self.blocks: int = config.num_hidden_layers
-        self.adapted, self.first_adapted = self.blocks, 0  # blocks with adapters, and the number of the first: _few_names
+        self.adapted, self.first_adapted = self.blocks, 0  # number of blocks with adapters, and the first of them: _few_names
         self._models: dict[int, nn.Module] = {}
         self._found: dict[tuple, Any] = {}
 
     def model(self, blocks: int) -> nn.Module:
-        """The network on the meta device with so many blocks, under the head of the steps."""
+        """Return the network on the meta device with this number of blocks, under the head of the steps."""
         if blocks in self._models:
             return self._models[blocks]
         config = copy.deepcopy(self.config)
@@ -203,7 +164,7 @@ class Footprint:
             config.num_labels = 1
         auto = AutoModelForSequenceClassification if self.scalar else AutoModelForCausalLM
         attn = self.attn if auto._model_mapping[type(config)]._supports_sdpa else "eager"
-        # A ledger here too: code that looks at weights gets an answer.
+        # A ledger here too: code that asks for the value of a weight gets one.
         with torch.device("meta"), Ledger(), torch.random.fork_rng(devices=[]):
             model = auto.from_config(config, dtype=self.dtype, attn_implementation=attn)
             if self.quantization_bit:
@@ -223,9 +184,9 @@ class Footprint:
         return self._models[blocks]
 
     def _few_names(self, model: nn.Module, blocks: int) -> str:
-        """--lora_module_name for a network of fewer blocks; notes which blocks of the whole one it names.
+        """Return --lora_module_name for a network of fewer blocks, and note which blocks of the whole one it names.
 
-        One that names blocks by their number ("layers.18.") may name none of these few: here every block gets what any gets.
+        A name with the number of a block ("layers.18.") may fit none of these few: here every block gets what any block gets.
         """
         module_name = self.lora[1]
         if module_name == "auto":
@@ -242,25 +203,28 @@ class Footprint:
             self.adapted, self.first_adapted = len(numbers), min(numbers)
         return ",".join(names) or module_name
 
-    def _each(self, one: Any, two: Any, blocks: int | None = None) -> int:
-        """From one and two blocks to all of them, or to so many."""
+    def _extended(self, one: Any, two: Any, blocks: int | None = None) -> int:
+        """Extend a count of one and of two blocks to all blocks, or to this number of them."""
         return int(one + (two - one) * ((blocks or self.blocks) - 1))
 
     @property
     def weights(self) -> Weights:
-        """Of the whole network."""
+        """Return the counts of the whole network."""
         one, two = (counted(self.model(blocks)) for blocks in (1, 2))
         of = {"trained": self.adapted, "small_trained": self.adapted}
-        counts = {name: self._each(getattr(one, name), getattr(two, name), of.get(name)) for name in vars(one)}
+        counts = {name: self._extended(getattr(one, name), getattr(two, name), of.get(name)) for name in vars(one)}
         return Weights(**counts | {"largest": two.largest})
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the output matrix."""
+        """Return the rows of the output matrix."""
         return self.config.vocab_size
 
     def training(self, batch: int, length: int, keep: int | None = None) -> Peak:
-        """Forward and backward of a micro-batch [batch, length]; keep: log-probabilities of so many last tokens (all)."""
+        """Return the peak of forward and backward of a micro-batch [batch, length].
+
+        keep: log-probabilities of this number of last tokens; None: of all.
+        """
         key = ("training", batch, length, keep)
         if key not in self._found:
             two = self._point(2, batch, length, keep)
@@ -273,7 +237,7 @@ class Footprint:
         return self._found[key]
 
     def forward(self, batch: int, length: int, keep: int | None = None) -> Peak:
-        """The same without a backward pass."""
+        """Return the peak of a forward pass alone."""
         key = ("forward", batch, length, keep)
         if key not in self._found:
             found = self._point(2, batch, length, keep, backward=False)
@@ -284,9 +248,9 @@ class Footprint:
     def _point(
         self, blocks: int, batch: int, length: int, keep: int | None, backward: bool = True, graph: bool | None = None
     ) -> SimpleNamespace:
-        """What _passes finds. From some chunks of logits on, more rows change it in proportion: two batches say the rest."""
-        places = (keep or length) * self.vocabulary
-        small = batch if self.scalar else math.ceil(2 * CHUNK_LOGITS / places)
+        """Return what _passes measures. Above a few chunks of logits it grows in proportion to the rows: two batches are measured."""
+        logits = (keep or length) * self.vocabulary
+        small = batch if self.scalar else math.ceil(2 * CHUNK_LOGITS / logits)
         measured = [batch] if batch <= 2 * small else [small, 2 * small]
         points = []
         for rows in measured:
@@ -303,8 +267,10 @@ class Footprint:
     def _passes(
         self, blocks: int, batch: int, length: int, keep: int | None, backward: bool, graph: bool
     ) -> SimpleNamespace:
-        """held: bytes when the head begins; head, inside, behind: peaks before the head's gradient is there, while the
-        blocks' backward runs, and from the embedding's gradient on. graph: what a backward pass needs is kept.
+        """Measure a forward pass, and a backward pass behind it. graph: keep what a backward pass needs.
+
+        held: bytes when the head begins. head, inside, behind: peaks until the head's gradient is there, while the blocks'
+        backward runs, and from the embedding's gradient on.
         """
         model = self.model(blocks).train(graph)
         found = SimpleNamespace(held=0, head=0, inside=0, behind=0)
@@ -351,7 +317,7 @@ class Footprint:
         return found
 
     def cache(self, batch: int, length: int) -> int:
-        """Bytes of the keys and values of all blocks."""
+        """Return bytes of the keys and values of all blocks."""
         if "cache" not in self._found:
             decoder = base_model(self.model(1).model).base_model
             decoder.eval()  # with gradient checkpointing nothing is cached while training
@@ -365,7 +331,7 @@ class Footprint:
 
 
 def counted(model: nn.Module) -> Weights:
-    """The counts of a network as it is."""
+    """Count the weights of a network as it is."""
     parameters = list(model.parameters())
     modules = [sum(one.numel() for one in module.parameters(recurse=False)) for module in model.modules()]
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]

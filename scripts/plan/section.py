@@ -1,0 +1,58 @@
+"""The plan of one section of a recipe for one machine: for scripts.plan, the doctor, the pods and the tables of docs/."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from errors import UserError
+from scripts.launch.platforms import Platform
+from scripts.plan.known import UnknownModel, config_of
+from steps import SECTIONS, step_of
+from training.utils.flags.parse import parse
+from training.utils.flags.recipe import Recipe
+from training.utils.memory.arithmetic import GIB, Machine
+from training.utils.memory.fit import SectionPlan, section_plan
+
+__all__ = ["UnknownModel", "plan_section", "plan_sections", "platform_machine"]
+
+
+def platform_machine(platform: Platform, *, nodes: int | None = None, per_node: int | None = None) -> Machine:
+    """Return the machine that configs/platforms.yaml describes, or one with other nodes and processes of that kind."""
+    nodes, per_node, card = nodes or platform.nodes, per_node or platform.devices, platform.accelerator != "cpu"
+    memory = platform.device_memory_gib * GIB if card else 0.0
+    return Machine(nodes * per_node, per_node, memory, platform.host_memory_gib * GIB, accelerator=card)
+
+
+def plan_section(
+    recipe: Recipe, section: str, platform: Platform, *, machine: Machine | None = None, flags: Sequence[str] = ()
+) -> SectionPlan:
+    """Return the plan of a section. machine: None for the platform's own; flags: further flags of the step.
+
+    A folder that another section still has to write counts as the model which that section starts from. Raises UserError for
+    wrong flags, UnknownModel for a model that is neither known by name nor here.
+    """
+    args = parse(step_of(section).arguments_class, ["--config", recipe.path, *flags])
+    return plan_arguments(args, recipe, machine or platform_machine(platform), platform.dtype, platform.attention)
+
+
+def plan_arguments(args: Any, recipe: Recipe | None, machine: Machine, dtype: str, attention: str) -> SectionPlan:
+    """Return the plan of a step's arguments; recipe: the file that they come from, if any."""
+    configs = {role: config_of(recipe.model_of(str(model)) if recipe else model) for role, model in args.models.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer names of what transformers is asked to do on the meta device
+        return section_plan(args, configs, machine, dtype=dtype, attention=attention)
+
+
+def plan_sections(recipe: Recipe, platform: Platform, machine: Machine | None = None) -> dict[str, SectionPlan | UserError]:
+    """Return the plan of every section of a recipe, or the error that stands in its way."""
+    logging.getLogger("sanbu").setLevel(logging.ERROR)  # the step itself says what replaces a former flag
+    found: dict[str, SectionPlan | UserError] = {}
+    for section in (name for name in SECTIONS if name in recipe.sections):
+        try:
+            found[section] = plan_section(recipe, section, platform, machine=machine)
+        except UserError as error:
+            found[section] = error
+    return found
