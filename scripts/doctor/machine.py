@@ -46,7 +46,7 @@ def machine_fields(situation: Situation) -> dict[str, Any] | None:
         host = min(filter(None, (host_memory(), container_limit())), default=host)
     return {
         "devices": per_node * options.nodes, "per_node": per_node, "device_memory": card if platform.accelerator != "cpu" else 0.0,
-        "host_memory": host, "accelerator": platform.accelerator != "cpu", "dtype": platform.dtype, "attention": platform.attention,
+        "host_memory": host, "accelerator": platform.accelerator != "cpu", "platform": platform.name,
     }  # fmt: skip
 
 

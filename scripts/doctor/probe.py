@@ -6,10 +6,8 @@ python -m scripts.doctor.probe facts | all_reduce BACKEND SECONDS | build OPTIMI
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import warnings
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -121,57 +119,36 @@ def build(name: str) -> dict[str, Any]:
 
 
 def memory(path: str, where: dict[str, Any]) -> dict[str, Any]:
-    """What each section of a recipe takes on a machine (the fields of Machine, dtype, attention), by training/utils/memory/fit.py.
+    """What each section of a recipe takes on a machine (the fields of Machine, and the platform).
 
     Models of earlier steps, which do not exist yet, are planned as what those steps start from.
     """
-    from models.device import DTYPES
-    from scripts.plan.__main__ import config_of
-    from training.utils.flags.parse import parse
-    from training.utils.flags.recipe import load_recipe
-    from training.utils.flags.steps import STEPS
+    from scripts.launch.platforms import platform_named
+    from scripts.plan.section import plan_sections
+    from training.utils.flags.recipe import Recipe
     from training.utils.memory.arithmetic import Machine
-    from training.utils.memory.fit import StepMemory, refusal
 
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("sanbu").setLevel(logging.ERROR)  # what replaces a former flag is said by the step
-    recipe = load_recipe(path)
-    dtype, attention = where.pop("dtype"), where.pop("attention")
-    machine = Machine(**where)
+    recipe, platform = Recipe.read(path), platform_named(where.pop("platform"))
     found: dict[str, Any] = {}
-    for step in STEPS:
-        if step.section not in recipe or step.section not in ("sft", "reward", "ppo", "dpo"):
+    for section, one in plan_sections(recipe, platform, Machine(**where)).items():
+        if isinstance(one, UserError):
+            found[section] = {"error": str(one)}
             continue
-        try:
-            args = parse(step, ["--config", path])
-            paths = dict(getattr(args, "models", {})) or {"model": args.model_name_or_path}
-            if getattr(args, "ref_model_name_or_path", None):
-                paths["reference"] = args.ref_model_name_or_path
-            configs = {role: config_of(starting_point(recipe, str(one))) for role, one in paths.items()}
-            kind = dtype if args.dtype == "auto" else args.dtype
-            kernel = attention if args.attn_implementation == "auto" else args.attn_implementation
-            step_memory = StepMemory(args, configs, dtype=DTYPES[kind], attn=kernel)
-            plan = step_memory.plan_as_run(step_memory.setting, machine)
-            counts = {role: step_memory.footprint(role).weights for role in step_memory.trained}
-            found[step.section] = {
-                "verdict": plan.verdict, "card": plan.on_card, "host": plan.on_host, "dtype": kind,
-                "weights": {role: one.total for role, one in counts.items()},
-                "trained": {role: one.trained for role, one in counts.items()},
-                "keep": args.save_total_limit, "refusal": "" if plan.fits else refusal(step_memory, plan, machine),
-                "offload": bool(args.offload or args.offload_optimizer), "optimizer": args.optimizer,
-            }  # fmt: skip
-        except UserError as error:
-            found[step.section] = {"error": str(error)}
+        counts = {role: one.memory.footprint(role).weights for role in one.memory.shape.trained}
+        flags = recipe.sections[section]
+        found[section] = {
+            "verdict": one.plan.verdict,
+            "card": one.plan.on_card,
+            "host": one.plan.on_host,
+            "dtype": one.dtype,
+            "weights": {role: weights.total for role, weights in counts.items()},
+            "trained": {role: weights.trained for role, weights in counts.items()},
+            "keep": flags.get("save_total_limit", 2),
+            "refusal": one.refusal,
+            "offload": one.plan.setting.offload_optimizer,
+            "optimizer": flags.get("optimizer", "auto"),
+        }
     return found
-
-
-def starting_point(recipe: dict[str, dict[str, Any]], model: str) -> str:
-    """The model that a folder of an earlier step was made from, as the recipe says."""
-    for section in ("sft", "reward", "dpo"):
-        values = recipe.get(section, {})
-        if str(values.get("output_dir")) == model and str(values.get("model_name_or_path")) != model:
-            return starting_point(recipe, str(values["model_name_or_path"]))
-    return model
 
 
 if __name__ == "__main__":

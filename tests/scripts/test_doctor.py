@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -396,8 +397,8 @@ def test_several_nodes_of_cards(monkeypatch, capsys, tmp_path, bin_dir):
 
 
 def test_memory_tables_of_the_pages(tmp_path, monkeypatch, capsys):
-    sizes = {"card": 1.25 * 2**30, "host": 40.4 * 2**30}
-    found = {"known": {"sft": sizes, "ppo": sizes}, "unknown": {"sft": {"error": "x"}}}
+    sizes = SimpleNamespace(plan=SimpleNamespace(on_card=1.25 * 2**30, on_host=40.4 * 2**30))
+    found = {"known": {"sft": sizes, "ppo": sizes}, "unknown": {"sft": UserError("x")}}
     monkeypatch.setattr(memory_table, "computed", lambda _: found)
     page = tmp_path / "page_zh.md"
     page.write_text("<!-- memory:begin dcu_z100l -->\nold\n<!-- memory:end -->\n<!-- memory:begin cpu -->\n<!-- memory:end -->\n")

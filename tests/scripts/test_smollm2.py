@@ -21,7 +21,7 @@ from tests.tiny import tiny_tokenizer
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
 from training.utils.memory.arithmetic import Machine
-from training.utils.memory.fit import StepMemory
+from training.utils.memory.fit import section_plan
 
 # --- the gold score. Words' weights are those of VADER's published lexicon; a sum s becomes s / sqrt(s^2 + 15).
 
@@ -316,8 +316,8 @@ def test_the_plan_knows_the_recipe_at_the_model_s_size():
         tie_word_embeddings=True,
     )
     args = parse(PPOArguments, ["--config", str(REPOSITORY / "configs/cpu/smollm2.yaml")])
-    memory = StepMemory(args, {"actor": config, "critic": config}, dtype=torch.float32, attn="sdpa")
     sides = 2 * (width + width) + 2 * (width + values) + 3 * (width + inner)
-    assert memory.footprint("actor").weights.trained == 12 * 16 * sides
     machine = Machine(1, 1, 0.0, 16 * 2**30, accelerator=False)
-    assert memory.plan(memory.setting, machine).fits
+    found = section_plan(args, {"actor": config, "critic": config}, machine, dtype="fp32", attention="sdpa")
+    assert found.memory.footprint("actor").weights.trained == 12 * 16 * sides
+    assert found.plan.fits

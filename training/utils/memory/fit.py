@@ -20,7 +20,19 @@ from models.device import DTYPES, free_memory, has_accelerator
 from models.sizes import SPARE_COLUMNS
 from training.utils.flags.checks import needing_stage_3
 from training.utils.flags.deepspeed_file import check_precision, read_deepspeed_config
-from training.utils.memory.arithmetic import BUCKET, GIB, Frozen, Job, Machine, Network, Peak, Plan, Rollout, Setting, plan
+from training.utils.memory.arithmetic import (
+    BUCKET,
+    GIB,
+    Frozen,
+    Job,
+    Machine,
+    Network,
+    Peak,
+    Plan,
+    Rollout,
+    Setting,
+    plan,
+)
 from training.utils.memory.footprint import Footprint
 from training.utils.run.environment import container_free
 from training.utils.run.process_group import Run

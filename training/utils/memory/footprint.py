@@ -29,6 +29,7 @@ from models.heads import CHUNK_LOGITS, TokenLogProbs, TokenScores, base_model
 from models.load import set_dropout
 from training.utils.memory.arithmetic import SMALL, Peak, Weights
 
+
 class Ledger(TorchDispatchMode):
     """Count the bytes of every tensor that is made inside. Code that asks for a tensor's value gets True."""
 
@@ -248,7 +249,7 @@ class Footprint:
     def _point(
         self, blocks: int, batch: int, length: int, keep: int | None, backward: bool = True, graph: bool | None = None
     ) -> SimpleNamespace:
-        """Return what _passes measures. Above a few chunks of logits it grows in proportion to the rows: two batches are measured."""
+        """Return what _passes measures. Above a few chunks of logits it grows with the rows: two batches are measured."""
         logits = (keep or length) * self.vocabulary
         small = batch if self.scalar else math.ceil(2 * CHUNK_LOGITS / logits)
         measured = [batch] if batch <= 2 * small else [small, 2 * small]

@@ -1,39 +1,117 @@
-"""--zero_stage auto beside flags that do something at stage 3 only, and the memory that a run sees."""
+"""Stages for --zero_stage auto, the largest batch, the refusal, and the memory that a run sees."""
 
+import time
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
-from training.utils.memory import fit as planning
+from errors import UserError
+from scripts.plan.known import config_of
+from tests.tiny import tiny_checkpoint
+from training.step1_sft import main as step1
+from training.utils.flags.steps import PPOArguments, SFTArguments
+from training.utils.memory import fit
+from training.utils.memory.arithmetic import GIB, Machine, Setting
+
+ONE = Machine(1, 1, 0.0, 0.05 * GIB, accelerator=False)
 
 
-class AlwaysFits:
-    """Stands in for a run's memory: every setting fits."""
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return str(tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama"))
 
-    def __init__(self, **flags) -> None:
-        idle = {"offload_param": False, "zero_hpz_partition_size": 1, "zero_quantized_weights": False,
-                "zero_quantized_gradients": False, "zero_quantized_nontrainable_weights": False}  # fmt: skip
-        self.args = SimpleNamespace(zero_stage="auto", **idle | flags)
-        self.setting = SimpleNamespace(offload_optimizer=False)
 
-    def plan_as_run(self, setting, machine):
-        return SimpleNamespace(fits=True)
+@pytest.fixture
+def sft(llama):
+    """Return the arguments of step 1 with some flags."""
+    return lambda **flags: SFTArguments(model_name_or_path=llama, output_dir="unused", **flags)
+
+
+def memory_of(args):
+    configs = {"model": config_of(args.model_name_or_path)}
+    return fit.StepMemory(fit.read_step(args, configs, dtype=torch.float32, attention="sdpa"))
+
+
+def check(args, machine):
+    return fit.check_fits(args, machine, dtype=torch.float32, attn="sdpa")
 
 
 @pytest.mark.parametrize(
     ("flags", "stage"),
-    [({}, 0), ({"zero_hpz_partition_size": 8}, 3), ({"zero_quantized_gradients": True}, 3), ({"offload_param": True}, 3)],
+    [
+        ({}, 0),
+        ({"offload_optimizer": True}, 1),
+        ({"zero_hpz_partition_size": 8}, 3),
+        ({"zero_quantized_gradients": True}, 3),
+        ({"offload_param": True}, 3),
+    ],
 )
-def test_auto_takes_a_stage_at_which_all_flags_have_an_effect(flags, stage):
-    memory = AlwaysFits(**flags)
-    planning.choose_stage(memory, None, ["zero_stage"])
-    assert memory.args.zero_stage == stage
+def test_auto_takes_a_stage_at_which_all_flags_have_an_effect(sft, flags, stage):
+    args = sft(zero_stage="auto", max_seq_len=8, per_device_train_batch_size=1, per_device_eval_batch_size=1, **flags)
+    assert check(args, Machine(8, 8, 64.0 * GIB, 512.0 * GIB)) == {"zero_stage": stage}
+    assert args.zero_stage == "auto"  # the caller's own
+
+
+def test_auto_takes_the_lowest_stage_that_fits(sft):
+    """OPT-1.3B on eight cards that hold less and less."""
+    args = sft(zero_stage="auto", per_device_train_batch_size=1, max_seq_len=128)
+    memory = fit.StepMemory(fit.read_step(args, {"model": config_of("opt-1.3b")}, dtype=torch.float16, attention="eager"))
+    needs = [memory.plan(Setting({"model": stage}, {"model": False}), Machine(8, 8, 1.0, 1.0)).on_card for stage in range(4)]
+    assert needs == sorted(needs, reverse=True)
+    for stage, needed in enumerate(needs):
+        assert fit.choose_stages(memory, Machine(8, 8, needed * 1.001, 512.0 * GIB)) == {"model": stage}
+    assert fit.choose_stages(memory, Machine(8, 8, 1.0, 512.0 * GIB)) == {"model": 3}
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(sft):
+    memory = memory_of(sft(max_seq_len=256))
+    setting = memory.shape.setting
+    largest = memory.largest_batch(setting, ONE)
+    assert largest > 1
+    assert memory.plan(setting, ONE, largest).fits and not memory.plan(setting, ONE, largest + 1).fits
+
+
+def test_recomputing_saves_activations_and_length_costs_them(sft):
+    def activations(length, checkpointing):
+        return memory_of(sft(max_seq_len=length)).plan(Setting({"model": 0}, {"model": checkpointing}), ONE).on_host
+
+    assert activations(256, True) < activations(256, False)
+    assert activations(128, False) < activations(256, False)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would_and_force_starts_it(sft):
+    wide = {"max_seq_len": 256, "per_device_train_batch_size": 64}
+    with pytest.raises(UserError, match=r"^step 1 \(SFT\) of this llama model does not fit: it needs") as refused:
+        check(sft(**wide), ONE)
+    sentence = str(refused.value)
+    assert "--force" in sentence and "0.05" in sentence
+    assert "--per_device_train_batch_size 1" in sentence or "--gradient_checkpointing" in sentence
+    assert check(sft(**wide, force=True), ONE) == {}
+    assert check(sft(max_seq_len=256, per_device_train_batch_size=1), ONE) == {}
+
+
+def test_a_step_refuses_before_it_reads_weights(sft, tmp_path, monkeypatch):
+    run = SimpleNamespace(world_size=1, dtype=torch.float32, attention="sdpa")
+    monkeypatch.setattr(step1.Run, "start", lambda args: run)
+    monkeypatch.setattr(fit, "this_machine", lambda run: Machine(1, 1, 0.0, 1e6, accelerator=False))
+    with pytest.raises(UserError, match="does not fit"):
+        step1.main(sft(data_path=["none"]))
+
+
+def test_the_check_is_quick_and_leaves_random_numbers_alone(llama):
+    args = PPOArguments(actor_model_name_or_path=llama, critic_model_name_or_path=llama, output_dir="unused")
+    machine = Machine(2, 2, 0.0, 8.0 * GIB, accelerator=False)
+    check(args, machine)
+    state, began = torch.get_rng_state(), time.process_time()
+    check(args, machine)
+    assert time.process_time() - began < 2  # 0.2 on an idle machine
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_run_in_a_container_has_the_containers_memory(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64e9))
-    monkeypatch.setattr(planning, "container_free", lambda: 5e9)
-    monkeypatch.setattr(planning, "has_accelerator", lambda: False)
-    run = SimpleNamespace(world_size=1, maximum=lambda value: value)
-    assert planning.this_machine(run).host_memory == 5e9
+    monkeypatch.setattr(fit, "container_free", lambda: 5e9)
+    monkeypatch.setattr(fit, "has_accelerator", lambda: False)
+    assert fit.this_machine(SimpleNamespace(world_size=1, maximum=lambda value: value)).host_memory == 5e9
