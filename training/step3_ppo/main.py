@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from errors import UserError
