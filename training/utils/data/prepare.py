@@ -1,0 +1,231 @@
+"""Prepare the data of a step: records of each set, the step's share of them, tokens in the cache, a report in words."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from errors import UserError
+from models.templates import Template
+from training.utils.data.cache import arrow_writer, cached, new_rebuild_id
+from training.utils.data.formats import Record
+from training.utils.data.records import load_records, record_content
+from training.utils.data.sources import open_source
+from training.utils.data.splits import held_out_questions, question_of, select_phase
+from training.utils.data.tokenize import (
+    BATCH,
+    NO_ANSWER,
+    NO_REJECTED,
+    SCHEMAS,
+    SPLITS,
+    TOO_LONG,
+    Counts,
+    Encoding,
+    Limits,
+    PhaseData,
+    drop,
+    report_of,
+    tokenise,
+    tokenizer_digest,
+)
+
+logger = logging.getLogger("sanbu")
+
+HELD_OUT = "question held out in another set"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The data of a step, by the names of the flags. phase: 1, 2 or 3. rebuild: tokenise although the cache has it."""
+
+    data_path: Sequence[str]
+    phase: int
+    limits: Limits
+    data_split: str = "2,4,4"
+    sft_only_data_path: Sequence[str] = ()
+    columns: dict[str, str] | None = None
+    seed: int = 1234
+    eval_fraction: float = 0.05
+    cache_dir: str | None = None
+    rebuild: bool = False
+
+
+@dataclass(frozen=True)
+class StepRecords:
+    """The records of one path that belong to the step. own_eval: the set came with a held-out split."""
+
+    path: str
+    train: Dataset
+    eval: Dataset
+    own_eval: bool
+
+
+def prepare_phase(args: Any, phase: int, tokenizer: Any, template: Template) -> PhaseData:
+    """Prepare the data that a step's flags name; log in one line a split what was kept, cut and dropped, and why."""
+    sft = phase == 1
+    settings = DataSettings(
+        data_path=args.data_path,
+        phase=phase,
+        limits=Limits(
+            args.max_prompt_seq_len if phase == 3 else args.max_seq_len,
+            args.max_source_length if sft else None,
+            args.max_target_length if sft else None,
+        ),
+        data_split=args.data_split,
+        sft_only_data_path=args.sft_only_data_path if sft else (),
+        columns=args.column_map,
+        seed=args.seed,
+        eval_fraction=args.eval_fraction,
+        cache_dir=args.cache_dir,
+        rebuild=args.rebuild_cache,
+    )
+    data = prepare(settings, tokenizer, template)
+    for line in report_lines(data.report):
+        logger.info("%s", line)
+    return data
+
+
+def prepare(settings: DataSettings, tokenizer: Any, template: Template) -> PhaseData:
+    """Return tokenised training and evaluation records of one step, from the cache or built into it.
+
+    Processes of one torch.distributed job build once. Raise UserError if nothing is left to train on.
+    """
+    check_limits(settings, template)
+    encoding = Encoding(settings.phase, tokenizer, template, settings.limits)
+    paths = [(path, False) for path in settings.data_path] + [(path, True) for path in settings.sft_only_data_path]
+    sources = [(open_source(path), path, sft_only) for path, sft_only in paths]
+    rebuild_id = new_rebuild_id() if settings.rebuild else None
+
+    def build(folder: Path) -> dict[str, dict[str, Any]]:
+        started = time.monotonic()
+        sets = []
+        for source, path, sft_only in sources:
+            # Who asks for --rebuild_cache trusts nothing that is there, the records included.
+            records = load_records(
+                source, columns=settings.columns, cache_dir=settings.cache_dir, rebuild_id=rebuild_id
+            )
+            train, held_out = select_phase(
+                records,
+                settings.phase,
+                data_split=settings.data_split,
+                seed=settings.seed,
+                eval_fraction=settings.eval_fraction,
+                sft_only=sft_only,
+            )
+            sets.append(StepRecords(path, train, held_out, own_eval="eval" in records))
+        counts = write_tokens(folder, encoding, sets)
+        check_something_left([path for path, _ in paths], encoding, counts["train"])
+        number = sum(of_split.records for of_split in counts.values())
+        logger.info("Tokenised %d records in %.1f s into %s", number, time.monotonic() - started, folder.parent)
+        return report_of(counts)
+
+    content = [
+        settings.phase,
+        [(record_content(source, settings.columns), sft_only) for source, _, sft_only in sources],
+        asdict(settings.limits),
+        [settings.data_split, settings.seed, settings.eval_fraction],
+        tokenizer_digest(tokenizer),
+        asdict(template),
+    ]
+    return PhaseData.of(cached("tokens", content, SPLITS, build, settings.cache_dir, rebuild_id))
+
+
+def check_limits(settings: DataSettings, template: Template) -> None:
+    """Raise UserError if the limits leave no space for what a template puts around every text."""
+    limits, least = settings.limits, max(2, template.frame_length + 1)
+    if limits.max_seq_len < least:
+        flag = "max_prompt_seq_len" if settings.phase == 3 else "max_seq_len"
+        raise UserError(f"--{flag} {limits.max_seq_len}: expected at least {least} tokens.")
+    source, least = limits.max_source_length, template.frame_length
+    if source is not None and source < least:
+        raise UserError(f"--max_source_length {source}: expected at least {least} tokens.")
+
+
+def write_tokens(folder: Path, encoding: Encoding, sets: list[StepRecords]) -> dict[str, Counts]:
+    """Write train.arrow and eval.arrow batch by batch. Raise UserError if a set is of no use to the step."""
+    totals = {split: Counts() for split in SPLITS}
+    held_out = [set() for _ in sets]
+    if len(sets) > 1:
+        held_out = [held_out_questions(one.eval, [] if one.own_eval else [one.train]) for one in sets]
+    with ExitStack() as stack:
+        write = {
+            split: stack.enter_context(arrow_writer(folder / f"{split}.arrow", SCHEMAS[encoding.phase]))
+            for split in SPLITS
+        }
+        for index, one in enumerate(sets):
+            # Sets may share questions, rm-static with full-hh-rlhf, and a split of its own knows nothing of the hash.
+            elsewhere = set().union(*held_out[:index], *held_out[index + 1 :])
+            totals["eval"].add(tokenise_records(one.eval, encoding, set(), write["eval"]))
+            counts = tokenise_records(one.train, encoding, elsewhere, write["train"])
+            totals["train"].add(counts)
+            check_usable(one.path, encoding.phase, counts)
+    return totals
+
+
+def tokenise_records(
+    records: Dataset, encoding: Encoding, excluded: set[str], write: Callable[[list[dict[str, Any]]], None]
+) -> Counts:
+    """Tokenise and write records, but for those whose question is excluded; return what became of them."""
+    counts = Counts()
+    for batch in batches(records):
+        counts.records += len(batch)
+        if excluded:
+            batch = drop(batch, lambda record: question_of(record["messages"]) in excluded, HELD_OUT, counts)
+        write(tokenise(batch, encoding, counts))
+    return counts
+
+
+def batches(records: Dataset) -> Iterator[list[Record]]:
+    """Yield records in lists of BATCH."""
+    for batch in records.iter(batch_size=BATCH):
+        yield [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+
+
+def check_usable(path: str, phase: int, counts: Counts) -> None:
+    """Raise UserError if a whole set lacks what the step needs, though it has records."""
+    candidates = counts.records - counts.dropped[HELD_OUT]
+    if candidates and counts.dropped[NO_ANSWER] == candidates:
+        raise UserError(
+            f"{path}: prompts without answers, which only step 3 can use; step {phase} needs an answer in every record."
+        )
+    if candidates and counts.dropped[NO_REJECTED] == candidates:
+        raise UserError(
+            f'{path}: no record has a "rejected" answer. Step 2 trains on pairs; give every record one, or use the set '
+            "in step 1 (--sft_only_data_path)."
+        )
+
+
+def check_something_left(paths: list[str], encoding: Encoding, counts: Counts) -> None:
+    """Raise UserError if no training record is left."""
+    if counts.kept:
+        return
+    names = ", ".join(paths)
+    if not counts.records:
+        whole = ",".join("1" if encoding.phase == phase else "0" for phase in (1, 2, 3))
+        raise UserError(
+            f"{names}: too few records, none falls to step {encoding.phase}; --data_split {whole} gives all of them "
+            "to it."
+        )
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items())
+    if counts.dropped[TOO_LONG]:
+        reasons += f" (raise --max_prompt_seq_len {encoding.limits.max_seq_len})"
+    raise UserError(f"{names}: of {counts.records} records none is left to train on: {reasons}.")
+
+
+def report_lines(report: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the counts in words, one line a split."""
+    cuts = {"truncated_prompts": "prompts lost their oldest part", "truncated_answers": "answers lost their tail"}
+    lines = []
+    for split, counts in report.items():
+        line = f"{split}: {counts['kept']} of {counts['records']} records, {counts['tokens']} tokens"
+        line += "".join(f"; {counts[name]} {words}" for name, words in cuts.items() if counts[name])
+        line += "".join(f"; {count} dropped: {reason}" for reason, count in counts["dropped"].items())
+        lines.append(line)
+    return lines
