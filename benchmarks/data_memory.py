@@ -65,21 +65,16 @@ def prepare_pairs(file: Path, tokenizer_folder: Path, cache: Path) -> dict[str, 
     from transformers import AutoTokenizer
 
     from models.templates import load_template
-    from training.utils.data.tokenize import prepare
+    from training.utils.data.prepare import prepare_phase
+    from training.utils.flags.parse import parse
+    from training.utils.flags.steps import RewardArguments
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     imported = peak_mb()
     started, cpu = time.monotonic(), time.process_time()
-    data = prepare(
-        [str(file)],
-        2,
-        tokenizer,
-        load_template(None, tokenizer),
-        max_seq_len=512,
-        data_split="0,1,0",
-        eval_fraction=0.05,
-        cache_dir=str(cache),
-    )
+    flags = ["--model_name_or_path", str(tokenizer_folder), "--output_dir", str(cache), "--data_path", str(file)]
+    flags += ["--max_seq_len", "512", "--data_split", "0,1,0", "--cache_dir", str(cache)]
+    data = prepare_phase(parse(RewardArguments, flags), 2, tokenizer, load_template(None, tokenizer))
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     rows = data.train[np.random.default_rng(0).integers(0, len(data.train), 1000).tolist()]
     assert max(map(len, rows["chosen_ids"])) <= 512

@@ -227,7 +227,7 @@ def judge(sft: Path, actor: Path, answers: int, limit: int) -> dict[str, float]:
     from models.templates import load_template
     from scripts.demo.measure import answer, load_policy
     from scripts.demo.score import demo_score
-    from training.utils.data.sources import load_records
+    from training.utils.data.records import load_records
 
     tokenizer = load_tokenizer(sft)
     template = load_template(sft, tokenizer)

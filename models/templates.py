@@ -300,13 +300,6 @@ def first_special(tokenizer: Any, text: str) -> tuple[str, int | None]:
     return text[: max(text.find(tokenizer.convert_ids_to_tokens(found)), 0)], found
 
 
-def code_files() -> list[Path]:
-    """The files that decide what a dialogue's tokens are: this one, and ChatGLM's prompts and tokenizers."""
-    here = Path(__file__)
-    found = [file for name in ("prompts.py", "token*.py") for file in here.parent.glob(f"chatglm/{name}")]
-    return [here, *sorted(found)]
-
-
 def find_anchor(tokenizer: Any, character: str) -> str:
     """Empty if a text has the same tokens alone and behind a line break; else the character to tokenise answers behind.
 

@@ -1,4 +1,4 @@
-"""Saves a data set of the hub as a folder, for machines without network.
+"""Save a data set of the hub as a folder, for machines without network.
 
 python -m scripts.download_dataset Dahoas/rm-static
 python -m training.step1_sft.main --data_path Dahoas/rm-static …     # finds datasets/Dahoas/rm-static by itself
@@ -14,7 +14,7 @@ from training.utils.data.sources import download_folder, load_from_hub
 
 
 def download(name: str, output_dir: str | None = None) -> Path:
-    """Fetches all splits of a set and writes them with save_to_disk. name: a named set, ID or ID:CONFIG."""
+    """Fetch all splits of a set and write them with save_to_disk. name: a named set, ID or ID:CONFIG."""
     folder = Path(output_dir).expanduser() if output_dir else download_folder(name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there; delete it to fetch {name} again, or choose another --output_dir.")
@@ -39,7 +39,7 @@ def download(name: str, output_dir: str | None = None) -> Path:
 
 @told
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and downloads; returns the exit code: 0, or 2 for a UserError."""
+    """Parse the command line and download; return the exit code: 0, or 2 for a UserError."""
     parser = argparse.ArgumentParser(prog="python -m scripts.download_dataset", description=__doc__.splitlines()[0])
     parser.add_argument("dataset_id", help="name of a set, hub id, or ID:CONFIG for a set with configurations")
     parser.add_argument("--output_dir", "--output-dir", help="folder to write; by default datasets/ID of this folder")

@@ -15,31 +15,32 @@ from pathlib import Path
 
 from models.load import load_tokenizer
 from models.templates import load_template
-from training.utils.data.tokenize import prepare_phase
+from steps import STEPS
+from training.utils.data.prepare import prepare_phase
 from training.utils.flags.parse import main_entry
-from training.utils.flags.steps import STEPS, CommonArguments
+from training.utils.flags.steps import CommonArguments
 from training.utils.run.process_group import quiet_libraries
 
 
 def preprocess(args: CommonArguments) -> None:
-    """Tokenise what the step's flags name; says what was kept, cut and dropped, and where it lies."""
+    """Tokenise the data that the step's flags name; print what was kept, cut and dropped, and its folder."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sanbu").setLevel(logging.INFO)
     quiet_libraries()
-    model = args.actor_model_name_or_path if args.phase == 3 else args.model_name_or_path
+    model = args.models["actor" if args.phase == 3 else "model"]
     tokenizer = load_tokenizer(model)
     data = prepare_phase(args, args.phase, tokenizer, load_template(model, tokenizer))
-    print(f"{args.title}: {len(data.train)} examples to train on, {len(data.eval)} held out, in "
-          f"{Path(data.train.cache_files[0]['filename']).parent}", flush=True)  # fmt: skip
+    folder = Path(data.train.cache_files[0]["filename"]).parent
+    print(f"{args.title}: {len(data.train)} examples to train on, {len(data.eval)} held out, in {folder}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read --step; everything else is for the parser of that step, which wants an --output_dir that nothing uses here."""
+    """Read --step; everything else is for the parser of that step, which needs an --output_dir that nothing uses here."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    steps = dict(zip(("1", "2", "3", "dpo"), STEPS, strict=True))
-    parser.add_argument("--step", choices=steps, default="1")
+    arguments = {step.choice: step.arguments_class for step in STEPS}
+    parser.add_argument("--step", choices=arguments, default="1")
     given, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    main_entry(preprocess, steps[given.step], ["--output_dir", ".", *flags])
+    main_entry(preprocess, arguments[given.step], ["--output_dir", ".", *flags])
 
 
 if __name__ == "__main__":

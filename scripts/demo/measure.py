@@ -16,7 +16,7 @@ from models.load import load_causal_lm, load_tokenizer
 from models.templates import Template, load_template
 from training.step3_ppo.experience import Experience
 from training.utils.data.batching import pad_left
-from training.utils.data.sources import load_records
+from training.utils.data.records import load_records
 from training.utils.run.process_group import quiet_libraries
 
 BATCH = 60  # prompts answered at once

@@ -235,7 +235,7 @@ def hub_words(recipe: Recipe) -> list[str]:
     def by_id(value: str) -> bool:
         named = find_named_set(value)
         local = value.startswith((".", "/", "~")) or value.count("/") > 1 or data_suffix(Path(value))
-        return not local and not (named and named.local)
+        return not local and not (named and named.files)
 
     sections = [values for section, values in recipe.sections.items() if section in SECTIONS]
     made = {str(values.get("output_dir")) for values in sections}

@@ -17,7 +17,7 @@ from models.device import Platform, attention_implementation, detect_platform, r
 from models.heads import prefix_length
 from models.load import load_causal_lm, load_tokenizer
 from models.templates import Template, load_template
-from training.utils.data.sources import load_records
+from training.utils.data.records import load_records
 from training.utils.data.tokenize import cut_prompt
 
 BUILT_IN = json.loads(Path(__file__).with_name("builtin.json").read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from models.load import load_scalar_model, load_tokenizer
 from models.templates import Template, load_template
 from training.evaluate.common import BUILT_IN, held_out, write_json
 from training.utils.data.batching import pad_right
-from training.utils.data.tokenize import Counts, Task, fit
+from training.utils.data.tokenize import Counts, Limits, fit
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import RewardEvalArguments
 from training.utils.loss import pair_accuracy
@@ -87,8 +87,7 @@ def encode_pairs(pairs: list[dict[str, Any]], tokenizer: Any, template: Template
     """Return token ids of all chosen answers behind their prompts, then of all rejected ones, cut as in training."""
     prompts = template.encode_prompts(tokenizer, [pair["messages"] for pair in pairs])
     answers = [template.encode_answers(tokenizer, [pair[kind] for pair in pairs]) for kind in ("chosen", "rejected")]
-    task = Task(2, tokenizer, template, limit)
-    cut = [fit(prompt, pair, task, Counts()) for prompt, *pair in zip(prompts, *answers, strict=True)]
+    cut = [fit(prompt, pair, Limits(limit), template, Counts()) for prompt, *pair in zip(prompts, *answers, strict=True)]
     return [prompt + good for prompt, good, _ in cut] + [prompt + bad for prompt, _, bad in cut]
 
 

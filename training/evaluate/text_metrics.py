@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 
 from errors import UserError
-from training.utils.data.sources import cache_folder
+from training.utils.data.cache import cache_folder
 
 METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 

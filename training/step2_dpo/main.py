@@ -19,7 +19,7 @@ from models.templates import load_template
 from training.step2_dpo.evaluation import PairSums, evaluate_pairs
 from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
 from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs
-from training.utils.data.tokenize import prepare_phase
+from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step

@@ -16,7 +16,7 @@ from models.heads import TokenScores, last_token_scores
 from models.load import load_scalar_model, load_tokenizer
 from models.templates import load_template
 from training.utils.data.batching import PairBatch, collate_pairs
-from training.utils.data.tokenize import prepare_phase
+from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step

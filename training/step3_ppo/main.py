@@ -23,7 +23,7 @@ from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine, check_models
 from training.step3_ppo.rollout import PromptBatches
 from training.step3_ppo.scoring import Rewards, kept_on_failure
-from training.utils.data.tokenize import prepare_phase
+from training.utils.data.prepare import prepare_phase
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import PPOArguments

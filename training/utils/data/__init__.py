@@ -1,1 +1,1 @@
-"""From a data set to batches: sources, splits, tokenize, batching."""
+"""From a data set to batches: sources, records, splits, tokens, batching; one cache."""

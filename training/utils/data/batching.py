@@ -1,4 +1,4 @@
-"""Examples -> batches: like lengths side by side, equally many micro-batches on every process, padding to the longest.
+"""Cut examples into batches: like lengths together, as many micro-batches on every process, padding to the longest.
 
 plan_epoch cuts an epoch into global batches (one optimizer step each) without knowing how many processes there are;
 plan_micro_batches cuts one global batch for them. Both return positions, no data.
@@ -23,38 +23,37 @@ WINDOW = 16  # global batches sorted together: most of the padding is gone at 16
 def plan_epoch(
     lengths: Sequence[int], global_batch_size: int, seed: int, epoch: int, shuffle: bool = True, bucket: bool = True
 ) -> list[list[int]]:
-    """Global batches of one epoch: every example once, in an order that follows from seed and epoch alone.
+    """Return the global batches of one epoch: every example once, in an order that follows from seed and epoch alone.
 
-    The examples are shuffled, sorted by length within windows of some global batches, cut into global batches, and
-    these are shuffled. What does not fill a global batch is the last, shorter one. shuffle=False keeps the order of the
-    data up to the sorting; bucket=False sorts nothing.
+    The examples are shuffled, sorted by length within windows of WINDOW global batches, cut into global batches, and
+    these are shuffled. The examples left over are the last, shorter batch. shuffle=False keeps the order of the data up
+    to the sorting; bucket=False sorts nothing.
     """
     random = np.random.default_rng([seed, epoch])
     lengths = np.asarray(lengths)
     order = random.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
     whole = len(order) - len(order) % global_batch_size
-    parts = []
-    window = WINDOW * global_batch_size
-    for start in range(0, whole, window):
-        part = order[start : min(start + window, whole)]
+    batches = []
+    for start in range(0, whole, WINDOW * global_batch_size):
+        window = order[start : min(start + WINDOW * global_batch_size, whole)]
         if bucket:
-            part = part[np.argsort(lengths[part], kind="stable")]
-        parts += np.split(part, len(part) // global_batch_size)
+            window = window[np.argsort(lengths[window], kind="stable")]
+        batches += np.split(window, len(window) // global_batch_size)
     if shuffle:
-        parts = [parts[place] for place in random.permutation(len(parts))]
+        batches = [batches[index] for index in random.permutation(len(batches))]
     if whole < len(order):
-        parts.append(order[whole:])
-    return [part.tolist() for part in parts]
+        batches.append(order[whole:])
+    return [batch.tolist() for batch in batches]
 
 
 def plan_micro_batches(
     lengths: Sequence[int], world_size: int, max_examples: int | None, max_tokens: int | None
 ) -> list[list[list[int]]]:
-    """One global batch cut for the processes: [rank][micro_batch] -> positions into lengths.
+    """Cut one global batch for the processes: [rank][micro_batch] -> positions into lengths.
 
-    Every position stands once; every rank gets the same number of micro-batches. A micro-batch of only [FILLER] is for
+    Every position occurs once; every rank gets the same number of micro-batches. A micro-batch of only [FILLER] is for
     a rank that has no more work. max_examples, max_tokens: limits of one micro-batch, None for no limit; tokens count
-    padding (examples x longest). No lengths: no micro-batches. Raises UserError if an example alone exceeds max_tokens.
+    padding (examples x longest). No lengths: no micro-batches. Raise UserError if a single example exceeds max_tokens.
     """
     longest = max(lengths, default=0)
     if max_tokens is not None and longest > max_tokens:
@@ -62,21 +61,21 @@ def plan_micro_batches(
             f"--max_tokens_per_device {max_tokens}: an example takes {longest} tokens; raise it, or lower the length "
             "limit (--max_seq_len; step 3: --max_prompt_seq_len, --max_answer_seq_len)."
         )
-    # Dealt like cards, longest first and back and forth, so that all ranks get as much and can cut like beside like.
+    # Assign examples in a zigzag, longest first, so that ranks get equal work and each has like lengths together.
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
-    hands: list[list[int]] = [[] for _ in range(world_size)]
-    for place, position in enumerate(order):
-        round_number, seat = divmod(place, world_size)
-        hands[seat if round_number % 2 == 0 else world_size - 1 - seat].append(position)
-    plans = [_cut(hand, lengths, max_examples or len(lengths), max_tokens) for hand in hands]
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for index, position in enumerate(order):
+        turn, rank = divmod(index, world_size)
+        shares[rank if turn % 2 == 0 else world_size - 1 - rank].append(position)
+    plans = [_cut(share, lengths, max_examples or len(lengths), max_tokens) for share in shares]
     number = max(len(plan) for plan in plans)
     return [_stretch(plan, number, lengths) for plan in plans]
 
 
-def _cut(hand: list[int], lengths: Sequence[int], max_examples: int, max_tokens: int | None) -> list[list[int]]:
-    """Positions, longest first, into as few micro-batches as the limits allow."""
+def _cut(share: list[int], lengths: Sequence[int], max_examples: int, max_tokens: int | None) -> list[list[int]]:
+    """Cut positions, longest first, into as few micro-batches as the limits allow."""
     plan: list[list[int]] = []
-    for position in hand:
+    for position in share:
         full = not plan or len(plan[-1]) == max_examples
         if full or (max_tokens is not None and (len(plan[-1]) + 1) * lengths[plan[-1][0]] > max_tokens):
             plan.append([])
@@ -85,17 +84,17 @@ def _cut(hand: list[int], lengths: Sequence[int], max_examples: int, max_tokens:
 
 
 def _stretch(plan: list[list[int]], number: int, lengths: Sequence[int]) -> list[list[int]]:
-    """The plan with exactly so many micro-batches: the dearest are halved; fillers come when all hold one example."""
+    """Bring a plan to this number of micro-batches: halve the dearest; add fillers when all hold one example."""
     plan = list(plan)
     while len(plan) < number:
-        costs = [len(part) * (lengths[part[0]] + 1) if len(part) > 1 else 0 for part in plan]
+        costs = [len(batch) * (lengths[batch[0]] + 1) if len(batch) > 1 else 0 for batch in plan]
         if not any(costs):
             plan.append([FILLER])
             continue
-        place = costs.index(max(costs))
-        part = plan[place]
-        half = (len(part) + 1) // 2
-        plan[place : place + 1] = [part[:half], part[half:]]
+        index = costs.index(max(costs))
+        batch = plan[index]
+        half = (len(batch) + 1) // 2
+        plan[index : index + 1] = [batch[:half], batch[half:]]
     return plan
 
 
@@ -103,12 +102,12 @@ def _stretch(plan: list[list[int]], number: int, lengths: Sequence[int]) -> list
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids [rows, longest] with padding behind, and their attention mask (int64, 1 on tokens, from the lengths)."""
+    """Return ids [rows, longest] with padding behind, and their attention mask (int64, 1 on tokens, from the lengths)."""
     return _pad(rows, pad_id, left=False)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids [rows, longest] with padding in front, and their attention mask (int64, 1 on tokens, from the lengths)."""
+    """Return ids [rows, longest] with padding in front, and their attention mask (int64, 1 on tokens, from the lengths)."""
     return _pad(rows, pad_id, left=True)
 
 
@@ -116,39 +115,38 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor
     time = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), time), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(rows), time, dtype=torch.int64)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         span = slice(time - len(row), time) if left else slice(0, len(row))
-        ids[place, span] = torch.as_tensor(row, dtype=torch.int64)
-        mask[place, span] = 1
+        ids[index, span] = torch.as_tensor(row, dtype=torch.int64)
+        mask[index, span] = 1
     return ids, mask
 
 
+class OnDevice:
+    """Tensors that move together."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """Return a copy on the device."""
+        return type(self)(*(getattr(self, tensor.name).to(device) for tensor in fields(self)))
+
+
 @dataclass
-class SFTBatch:
+class SFTBatch(OnDevice):
     """Prompts with answers. loss_mask[:, j] says that token j is a target; token 0 never is, nothing predicts it."""
 
     input_ids: Tensor  # [batch, time] int64, right-padded
     attention_mask: Tensor  # [batch, time] int64
     loss_mask: Tensor  # [batch, time] bool
 
-    def to(self, device: torch.device | str) -> SFTBatch:
-        """A copy on the device."""
-        return _on(self, device)
-
 
 @dataclass
-class PairBatch:
+class PairBatch(OnDevice):
     """Prompts with chosen and rejected answers: the chosen rows first, then the rejected ones in the same order."""
 
     input_ids: Tensor  # [2 x pairs, time] int64, right-padded
     attention_mask: Tensor  # [2 x pairs, time] int64
     margin: Tensor  # [pairs] float32, 0 where the data has none
     weight: Tensor  # [pairs] float32, 1 for a pair, 0 for a filler
-
-    def to(self, device: torch.device | str) -> PairBatch:
-        """A copy on the device."""
-        return _on(self, device)
-
 
 @dataclass
 class AnswerPairBatch(PairBatch):
@@ -158,38 +156,29 @@ class AnswerPairBatch(PairBatch):
 
 
 @dataclass
-class PromptBatch:
+class PromptBatch(OnDevice):
     """Prompts for generation."""
 
     input_ids: Tensor  # [batch, time] int64, left-padded
     attention_mask: Tensor  # [batch, time] int64
-    index: Tensor  # [batch] int64, which example of the data set
-    earlier: Tensor  # [batch] int64, how often the same example stands before it in what all processes answer
-
-    def to(self, device: torch.device | str) -> PromptBatch:
-        """A copy on the device."""
-        return _on(self, device)
-
-
-def _on(batch: Any, device: torch.device | str) -> Any:
-    return type(batch)(*(getattr(batch, part.name).to(device) for part in fields(batch)))
-
+    index: Tensor  # [batch] int64, number of the example in the data set
+    earlier: Tensor  # [batch] int64, how often the same example comes before it in what all processes answer
 
 def collate_sft(
     rows: Sequence[dict[str, Any]], real: Sequence[bool] | None = None, *, pad_id: int, loss_on: str = "answer"
 ) -> SFTBatch:
-    """Rows of step 1 as a batch. real: False for a filler, whose loss_mask is empty. loss_on: "answer" or "all"."""
+    """Make a batch of rows of step 1. real: False for a filler, whose loss_mask is empty. loss_on: "answer" or "all"."""
     ids, attention_mask = pad_right([row["input_ids"] for row in rows], pad_id)
     loss_mask = torch.zeros_like(ids, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        if real is None or real[place]:
+    for index, row in enumerate(rows):
+        if real is None or real[index]:
             first = 1 if loss_on == "all" else max(row["prompt_length"], 1)
-            loss_mask[place, first : len(row["input_ids"])] = True
+            loss_mask[index, first : len(row["input_ids"])] = True
     return SFTBatch(ids, attention_mask, loss_mask)
 
 
 def collate_pairs(rows: Sequence[dict[str, Any]], real: Sequence[bool] | None = None, *, pad_id: int) -> PairBatch:
-    """Rows of step 2 as a batch. real: False for a filler, whose weight is 0."""
+    """Make a batch of rows of step 2. real: False for a filler, whose weight is 0."""
     ids, mask = pad_right([row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows], pad_id)
     margin = torch.tensor([row["margin"] or 0.0 for row in rows], dtype=torch.float32)
     weight = torch.ones(len(rows)) if real is None else torch.tensor(real, dtype=torch.float32)
@@ -199,7 +188,7 @@ def collate_pairs(rows: Sequence[dict[str, Any]], real: Sequence[bool] | None = 
 def collate_answer_pairs(
     rows: Sequence[dict[str, Any]], real: Sequence[bool] | None = None, *, pad_id: int
 ) -> AnswerPairBatch:
-    """Rows of step 2 as a batch for DPO. real: False for a filler, whose weight is 0 and whose answer_mask is empty."""
+    """Make a batch for DPO of rows of step 2. real: False for a filler, whose weight is 0 and whose answer_mask is empty."""
     pairs = collate_pairs(rows, real, pad_id=pad_id)
     prompts = torch.tensor([row["prompt_length"] for row in rows] * 2)
     behind_prompt = torch.arange(pairs.input_ids.shape[1]) >= prompts.clamp(min=1)[:, None]  # nothing predicts token 0
@@ -208,7 +197,7 @@ def collate_answer_pairs(
 
 
 def collate_prompts(rows: Sequence[dict[str, Any]], *, pad_id: int) -> PromptBatch:
-    """Rows of step 3 as a batch, each with its "index" in the data set and, if it stands there again, how often "earlier"."""
+    """Make a batch of rows of step 3, each with its "index" in the data set and, where repeated, how often "earlier"."""
     ids, mask = pad_left([row["prompt_ids"] for row in rows], pad_id)
     index, earlier = ([row.get(name, 0) for row in rows] for name in ("index", "earlier"))
     return PromptBatch(ids, mask, torch.tensor(index, dtype=torch.int64), torch.tensor(earlier, dtype=torch.int64))

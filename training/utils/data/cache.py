@@ -121,9 +121,9 @@ def file_digest(*files: Path) -> str:
 
 
 def code_files() -> list[Path]:
-    """Return the files between a data file and its tokens: this folder, the templates, ChatGLM's prompts and tokenizers."""
+    """Return the files between a data file and its tokens: this folder, the templates, ChatGLM's folder."""
     models = Path(__file__).parents[3] / "models"
-    return sorted([*Path(__file__).parent.glob("*.py"), models / "templates.py", *models.glob("chatglm*/*.py")])
+    return sorted([*Path(__file__).parent.glob("*.py"), models / "templates.py", *models.glob("chatglm/*.py")])
 
 
 def code_digest() -> str:

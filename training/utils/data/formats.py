@@ -1,4 +1,4 @@
-"""Rows -> records: which fields a row has says which format it is. Here ends all knowledge about columns.
+"""Turn rows into records; the fields of a row tell its format. Nothing behind this file knows about columns.
 
 A record is {"messages": the prompt, [{"role", "content"}, …] that ends with a user message, "chosen": the answer,
 "rejected": a worse answer or None, "margin": how much better, or None}. A dialogue gives one record for each of its
@@ -16,13 +16,12 @@ Record = dict[str, Any]
 Fields = dict[str, Any]
 
 ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
-}  # fmt: skip
-OUR_NAMES = (
-    "prompt", "response", "chosen", "rejected", "messages", "conversations", "context",
-    "instruction", "input", "output", "history", "system", "content", "summary", "margin",
-)  # fmt: skip
+    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
+}
+OUR_NAMES = ("prompt", "response", "chosen", "rejected", "messages", "conversations", "context", "instruction")
+OUR_NAMES += ("input", "output", "history", "system", "content", "summary", "margin")
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
 ANSWER_LIKE = ("answer", "answers", "completion", "output", "target", "reply", "label", "text", "summary")
 
@@ -30,15 +29,15 @@ LARGEST_MARGIN = 3e38  # of float32, as margins are kept
 
 
 class BadRecord(Exception):
-    """A record that is wrong: ends the reading. The reader adds the file and the place."""
+    """A record that is wrong. It ends the reading; the reader adds the file and the line."""
 
 
 class Skip(Exception):
-    """A record that is sound but of no use (an empty answer): left out and counted under this reason."""
+    """A record that is sound but of no use (an empty answer). It is left out and counted under this reason."""
 
 
 def text(value: Any, field: str) -> str:
-    """A text without white space around it; half a surrogate pair (text cut inside an emoji) is replaced."""
+    """Return a text without white space around it; half a surrogate pair (text cut inside an emoji) is replaced."""
     if not isinstance(value, str):
         raise BadRecord(f'field "{field}" is {_kind(value)}, expected a text')
     try:
@@ -53,7 +52,7 @@ def _kind(value: Any) -> str:
 
 
 def items(value: Any, field: str) -> list:
-    """A list, also from a CSV cell that holds it as JSON, and from Arrow's {"role": [...], "content": [...]}."""
+    """Return a list, also from a CSV cell that holds it as JSON, and from Arrow's {"role": [...], "content": [...]}."""
     if value is None or value == "":
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -69,12 +68,12 @@ def items(value: Any, field: str) -> list:
 
 
 def is_columns(value: Any) -> bool:
-    """Whether a value is Arrow's way to hold a list of messages: {"role": [...], "content": [...]}."""
+    """Return whether a value is Arrow's form of a list of messages: {"role": [...], "content": [...]}."""
     return isinstance(value, dict) and bool(value) and all(isinstance(column, list) for column in value.values())
 
 
 def message(value: Any, field: str) -> Message:
-    """One turn: {role, content}, {from, value} or {role, text}."""
+    """Read one turn: {role, content}, {from, value} or {role, text}."""
     if not isinstance(value, dict):
         raise BadRecord(f'field "{field}" holds {_kind(value)}, expected {{"role": "user", "content": "…"}}')
     role = value.get("role", value.get("from"))
@@ -89,12 +88,11 @@ def message(value: Any, field: str) -> Message:
 def split_turns(
     value: str, user: str = "Human", assistant: str = "Assistant", answered: bool = False
 ) -> list[Message] | None:
-    """Turns of a text with role marks, or None for a text without them.
+    """Return the turns of a text with role marks; None for a text without them.
 
-    The published sets put a blank line before a mark ("\\n\\nHuman: …\\n\\nAssistant:"), others a line break or only a
-    space (" Human: … Assistant:"). The widest separation under which the text ends as it must is taken, so that
-    "… the Assistant: …" in the middle of a sentence stays text. answered: the last turn is an answer; else it is the
-    open "Assistant:".
+    answered: the last turn is an answer; else it is the open "Assistant:". The published sets put a blank line before a
+    mark ("\\n\\nHuman: …\\n\\nAssistant:"), others a line break or only a space (" Human: … Assistant:"). The widest
+    separation under which the text ends as it must is taken, so that "… the Assistant: …" within a sentence stays text.
     """
     body = value.strip()
     mark = rf"({user}|{assistant})[:：]"
@@ -102,12 +100,13 @@ def split_turns(
     if not starts and not re.search(rf"\n\s*\n{user}[:：]", body):
         return None
     for separator in (r"\n\s*\n", r"\n", r"\s"):
-        before, *parts = re.split(rf"(?:^|{separator}){mark}", body)
-        roles, contents = parts[0::2], [part.strip() for part in parts[1::2]]
+        before, *pieces = re.split(rf"(?:^|{separator}){mark}", body)
+        roles, contents = pieces[0::2], [content.strip() for content in pieces[1::2]]
         if user in roles and roles[-1] == assistant and bool(contents[-1]) == answered:
             system = [{"role": "system", "content": before.strip()}] if before.strip() else []
             names = {user: "user", assistant: "assistant"}
-            return system + [{"role": names[role], "content": part} for role, part in zip(roles, contents, strict=True)]
+            turns = zip(roles, contents, strict=True)
+            return system + [{"role": names[role], "content": content} for role, content in turns]
         if not starts:
             return None  # a text that only quotes a dialogue
     if not answered and re.match(rf"{user}[:：]", body):  # "Human: …" without the open "Assistant:" at its end
@@ -118,7 +117,7 @@ def split_turns(
 def prompt_messages(
     value: Any, field: str = "prompt", user: str = "Human", assistant: str = "Assistant"
 ) -> list[Message]:
-    """A prompt: a text with or without role marks, or a list of messages."""
+    """Read a prompt: a text with or without role marks, or a list of messages."""
     if isinstance(value, list) or is_columns(value):
         return [message(item, field) for item in items(value, field)]
     value = text(value, field)
@@ -126,7 +125,7 @@ def prompt_messages(
 
 
 def answer(value: Any, field: str) -> str:
-    """An answer: a text, one message, or messages of which the last is the answer."""
+    """Read an answer: a text, one message, or messages of which the last is the answer."""
     if isinstance(value, list) or is_columns(value):
         turns = items(value, field)
         if not turns:
@@ -136,19 +135,20 @@ def answer(value: Any, field: str) -> str:
 
 
 def user_turn(content: str) -> list[Message]:
+    """Return the messages of a single question."""
     return [{"role": "user", "content": content}]
 
 
 def tidy(messages: Iterable[Message]) -> list[Message]:
-    """Neighbours of one role joined, nothing but a system message before the first user turn, the open end cut off.
+    """Join neighbours of one role, keep only a system message before the first user turn, cut off the open end.
 
-    Skip where another turn is empty: without it the turns around it would be taken for one.
+    Raise Skip where another turn is empty: without it the turns around it would be taken for one.
     """
     turns: list[Message] = []
     for turn in messages:
         if turns and turns[-1]["role"] == turn["role"]:
-            both = (turns[-1]["content"], turn["content"])
-            turns[-1] = {"role": turn["role"], "content": "\n\n".join(filter(None, both))}
+            contents = (turns[-1]["content"], turn["content"])
+            turns[-1] = {"role": turn["role"], "content": "\n\n".join(filter(None, contents))}
         elif turn["content"] or turn["role"] != "system":
             turns.append(dict(turn))
     for role in ("assistant", "user"):  # the open "Assistant:" of a prompt, and a question that was not asked
@@ -167,7 +167,7 @@ def tidy(messages: Iterable[Message]) -> list[Message]:
 
 
 def record(messages: list[Message], chosen: str, rejected: str | None = None, margin: Any = None) -> Record:
-    """One record out of its parts. Skip when it could not train anything."""
+    """Make one record. Raise Skip if it could not train anything."""
     messages = tidy(messages)
     if not messages or messages[-1]["role"] != "user":
         raise Skip("no question of a user before the answer")
@@ -189,7 +189,7 @@ def _margin(value: Any) -> float | None:
 
 
 def prompt_only(messages: list[Message]) -> Record:
-    """A prompt without an answer: step 3 can use it, steps 1 and 2 cannot."""
+    """Make the record of a prompt without an answer: step 3 can use it, steps 1 and 2 cannot."""
     messages = tidy(messages)
     if not messages or messages[-1]["role"] != "user":
         raise Skip("an empty prompt")
@@ -197,7 +197,7 @@ def prompt_only(messages: list[Message]) -> Record:
 
 
 def dialogue(messages: list[Message]) -> list[Record]:
-    """One record for each assistant turn; a dialogue without one is a prompt."""
+    """Return one record for each assistant turn; a dialogue without one is a prompt."""
     messages = tidy(messages)
     ends = [end for end, turn in enumerate(messages) if turn["role"] == "assistant"]
     if not ends:
@@ -206,13 +206,13 @@ def dialogue(messages: list[Message]) -> list[Record]:
 
 
 def history(row: Fields) -> list[Message]:
-    """Earlier turns: [[question, answer], …] or messages; a "system" field comes first."""
+    """Read the earlier turns: [[question, answer], …] or messages; a "system" field comes first."""
     turns = [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
     for pair in items(row.get("history"), "history"):
         if isinstance(pair, dict):
             turns.append(message(pair, "history"))
         elif isinstance(pair, list) and len(pair) == 2:
-            question, reply = (text(part, "history") for part in pair)
+            question, reply = (text(turn, "history") for turn in pair)
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         else:
             raise BadRecord('field "history" holds something that is not a pair [question, answer]')
@@ -220,9 +220,10 @@ def history(row: Fields) -> list[Message]:
 
 
 def instruction(row: Fields) -> list[Message]:
+    """Read the earlier turns, and instruction and input as one question."""
     extra = row.get("input")
-    parts = [text(row["instruction"], "instruction"), text(extra, "input") if extra else ""]
-    return history(row) + user_turn("\n".join(part for part in parts if part))
+    lines = [text(row["instruction"], "instruction"), text(extra, "input") if extra else ""]
+    return history(row) + user_turn("\n".join(filter(None, lines)))
 
 
 def _pair(messages: list[Message], row: Fields) -> list[Record]:
@@ -232,7 +233,7 @@ def _pair(messages: list[Message], row: Fields) -> list[Record]:
 
 
 def _pair_after_messages(row: Fields) -> list[Record]:
-    """Where the messages end with an answer they are the chosen dialogue once more (ultrafeedback_binarized)."""
+    """Read a pair. Where messages end with an answer they are the chosen dialogue once more (ultrafeedback_binarized)."""
     messages = _turns(row, "messages")
     if messages and messages[-1]["role"] == "assistant" and row.get("prompt"):
         messages = history(row) + prompt_messages(row["prompt"])
@@ -240,8 +241,8 @@ def _pair_after_messages(row: Fields) -> list[Record]:
 
 
 def _whole_dialogues(row: Fields) -> list[Record]:
-    """hh-rlhf: two dialogues, equal but for the last answer."""
-    found = []
+    """Read the form of hh-rlhf: two dialogues, equal but for the last answer."""
+    dialogues = []
     for field in ("chosen", "rejected"):
         value = row[field]
         whole = isinstance(value, list) or is_columns(value)
@@ -253,8 +254,8 @@ def _whole_dialogues(row: Fields) -> list[Record]:
                     f'no field "prompt", and "{field}" is not a whole dialogue ("\\n\\nHuman: …\\n\\nAssistant: …")'
                 )
             raise Skip("a dialogue that does not end with an answer")
-        found.append(turns)
-    better, worse = found
+        dialogues.append(turns)
+    better, worse = dialogues
     if better[-1]["role"] != "assistant" or worse[-1]["role"] != "assistant":
         raise Skip("a dialogue that does not end with an answer")
     if tidy(better[:-1]) != tidy(worse[:-1]):
@@ -293,16 +294,13 @@ def _turns(row: Fields, field: str) -> list[Message]:
     return [{"role": "system", "content": text(system, "system")}, *turns] if system else turns
 
 
-def _content_summary(row: Fields) -> list[Record]:
-    return [record(user_turn(text(row["content"], "content")), text(row["summary"], "summary"))]
-
-
-def _mkqa_english(row: Fields) -> list[Record]:
-    return mkqa(row, "en", row["query"])
+def question_answer(row: Fields, question: str, chosen: str) -> list[Record]:
+    """Read plain texts out of two fields."""
+    return [record(user_turn(text(row[question], question)), text(row[chosen], chosen))]
 
 
 def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
-    """A question of MKQA and the first of its answers in a language; many questions have none."""
+    """Read a question of MKQA and the first of its answers in a language. Raise Skip if it has none, as many."""
     languages = row["answers"] or {}
     answers = items(languages.get(language), "answers") if isinstance(languages, dict) else None
     if answers is None or (answers and not isinstance(answers[0], dict)):
@@ -313,8 +311,9 @@ def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
     return [record(user_turn(text(question, "query")), text(reply, "answers"))]
 
 
-# (fields that a row must have, how it becomes records); the first that fits is taken.
-FORMATS: tuple[tuple[tuple[str, ...], Callable[[Fields], list[Record]]], ...] = (
+Format = tuple[tuple[str, ...], Callable[[Fields], list[Record]]]
+# (fields that a row must have, function that makes its records); the first that fits is taken.
+FORMATS: tuple[Format, ...] = (
     (("conversations", "chosen", "rejected"), lambda row: _pair(_turns(row, "conversations"), row)),
     (("messages", "chosen", "rejected"), _pair_after_messages),
     (("context", "chosen", "rejected"), lambda row: _pair(prompt_messages(row["context"], "context"), row)),
@@ -326,8 +325,8 @@ FORMATS: tuple[tuple[tuple[str, ...], Callable[[Fields], list[Record]]], ...] = 
     (("conversations",), lambda row: dialogue(_turns(row, "conversations"))),
     (("prompt", "response"), _prompt_response),
     (("instruction", "output"), _instruction_output),
-    (("content", "summary"), _content_summary),
-    (("query", "queries", "answers"), _mkqa_english),
+    (("content", "summary"), lambda row: question_answer(row, "content", "summary")),
+    (("query", "queries", "answers"), lambda row: mkqa(row, "en", row["query"])),
     (("prompt",), lambda row: [prompt_only(history(row) + prompt_messages(row["prompt"]))]),
 )
 
@@ -336,19 +335,16 @@ FORMATS: tuple[tuple[tuple[str, ...], Callable[[Fields], list[Record]]], ...] = 
 SPELLED_OUT = (("prompt", "response"), ("instruction", "output"))
 
 
-def recognise(row: Fields) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]]] | None:
-    """The first of FORMATS whose fields a row has; None when none fits or the answer's field cannot be told.
+def recognise(row: Fields) -> Format | None:
+    """Return the first of FORMATS whose fields a row has; None if none fits or the answer's field cannot be told.
 
-    A field that is null says nothing where the others make a format (Parquet with a column for each format). Beside a
-    prompt alone it does: the answer is missing, and the set must not become prompts for it.
+    A field that is null does not count where the others make a format (Parquet with a column for each format). Beside a
+    prompt alone it counts: the answer is missing, and such a set must not become prompts.
     """
-    found = _recognise(name for name, value in row.items() if value is not None)
-    return _recognise(row) if found is None or found[0] == ("prompt",) else found
+    found = _with_fields({name for name, value in row.items() if value is not None})
+    return _with_fields(set(row)) if found is None or found[0] == ("prompt",) else found
 
 
-def _recognise(names: Iterable[str]) -> tuple[tuple[str, ...], Callable[[Fields], list[Record]]] | None:
-    fields = set(names)
+def _with_fields(fields: set[str]) -> Format | None:
     found = next((entry for entry in FORMATS if fields.issuperset(entry[0])), None)
-    if found and found[0] == ("prompt",) and fields.intersection(ANSWER_LIKE):
-        return None
-    return found
+    return None if found and found[0] == ("prompt",) and fields.intersection(ANSWER_LIKE) else found

@@ -1,4 +1,4 @@
-"""Data sets known by name. A new one is a row of NAMED_SETS, and a function where its fields are no known format.
+"""Know data sets by name. A new one is a row of NAMED_SETS, and a function where its fields are no known format.
 
 A name is recognised at the end of whatever --data_path says: Dahoas/rm-static on the hub, ../../rm-static or
 ./datasets/Dahoas/rm-static as a folder written by scripts.download_dataset, HC3-Chinese.jsonl as a file.
@@ -8,33 +8,42 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from typing import Any
 
-from training.utils.data.formats import Fields, Record, Skip, items, mkqa, prompt_messages, record, text, user_turn
+from training.utils.data.formats import (
+    Fields,
+    Record,
+    Skip,
+    items,
+    mkqa,
+    prompt_messages,
+    question_answer,
+    record,
+    text,
+    user_turn,
+)
 from training.utils.data.readers import SUFFIXES
 
 
 @dataclass(frozen=True)
 class NamedSet:
-    """names: what users write, the published key first. hub: where it lies. fields: what the rule needs.
+    """A row of NAMED_SETS. A set without a rule is recognised by its fields."""
 
-    rule: a row -> its records; without one the set is recognised by its fields. local: never on the hub.
-    """
-
-    names: tuple[str, ...]
-    hub: str | None = None
+    names: tuple[str, ...]  # as users write it, the published one first
+    hub: str | None = None  # its id on the hub, where that is not the first name
     config: str | None = None
-    fields: tuple[str, ...] = ()
-    rule: Callable[[Fields], list[Record]] | None = None
-    local: bool = False
+    fields: tuple[str, ...] = ()  # needed by the rule
+    rule: Callable[[Fields], list[Record]] | None = None  # makes the records of a row
+    files: dict[str, tuple[str, ...]] | None = None  # split -> files of the user's own, the first that is there is read
 
     @property
     def hub_id(self) -> str:
+        """Return the id on the hub."""
         return self.hub or self.names[0]
 
 
 def _rlhf_reward(row: Fields) -> list[Record]:
-    """yitingxie: the prompt lacks its "Assistant:", which opens the answers instead, some behind the whole prompt.
+    """Read yitingxie's form: "Assistant:" is missing in the prompt and opens the answers, some behind the whole prompt.
 
     Only that one mark goes: an answer may quote a dialogue.
     """
@@ -45,7 +54,7 @@ def _rlhf_reward(row: Fields) -> list[Record]:
 
 
 def _webgpt(row: Fields) -> list[Record]:
-    """Two answers with scores; marks of citations go. Equal scores prefer neither."""
+    """Read two answers with scores, without marks of citations. Raise Skip for equal scores, which prefer neither."""
     scores = [float(row["score_0"]), float(row["score_1"])]
     if scores[0] == scores[1]:
         raise Skip("two answers with the same score")
@@ -57,7 +66,7 @@ def _webgpt(row: Fields) -> list[Record]:
 
 
 def _without_citations(answer: str) -> str:
-    """[1, 2], [title], (1) and (https://…) go; other words in round brackets are the writer's own."""
+    """Cut out [1, 2], [title], (1) and (https://…); other words in round brackets are the writer's own."""
     return re.sub(r"\s*(\[[^\]\n]*\]|\(\d{1,2}(,\s*\d{1,2})*\)|\(https?://[^)\s]*\))", "", answer).strip()
 
 
@@ -71,41 +80,38 @@ def _vicuna(row: Fields) -> list[Record]:
     return [record(prompt_messages(row["prompt"], "prompt", "USER", "ASSISTANT"), text(row["label"], "label"))]
 
 
-def _zhihu(row: Fields) -> list[Record]:
-    return [record(user_turn(text(row["INSTRUCTION"], "INSTRUCTION")), text(row["RESPONSE"], "RESPONSE"))]
-
-
 def _miracl(row: Fields) -> list[Record]:
-    """The first passage that answers the query, against the first that does not."""
-    found = []
-    for field in ("positive_passages", "negative_passages"):
-        passages = items(row[field], field)
-        found.append(text(passages[0]["text"], field) if passages else None)
-    if not found[0]:
+    """Take the first passage that answers the query, against the first that does not."""
+    good, bad = (_first(row, field, "text") for field in ("positive_passages", "negative_passages"))
+    if not good:
         raise Skip("no passage that answers")
-    return [record(user_turn(text(row["query"], "query")), found[0], found[1] or None)]
+    return [record(user_turn(text(row["query"], "query")), good, bad or None)]
 
 
 def _hc3(row: Fields) -> list[Record]:
-    answers = items(row["human_answers"], "human_answers")
-    if not answers:
-        raise Skip("an empty answer")
-    return [record(user_turn(text(row["question"], "question")), text(answers[0], "human_answers"))]
+    return [record(user_turn(text(row["question"], "question")), _first(row, "human_answers"))]
+
+
+def _qag_jaquad(row: Fields) -> list[Record]:
+    question = _first(row, "questions")
+    if not question:
+        raise Skip("no question")
+    return [record(user_turn(question), text(row["paragraph"], "paragraph"))]
+
+
+def _first(row: Fields, field: str, key: str | None = None) -> str:
+    """Return the first text of a list, or under a key of its first item; "" if the list is empty."""
+    values = items(row[field], field)
+    return text(values[0][key] if key else values[0], field) if values else ""
 
 
 def _mkqa_in(language: str) -> Callable[[Fields], list[Record]]:
     return lambda row: mkqa(row, language, row["queries"].get(language))
 
 
-def _qg_jaquad(row: Fields) -> list[Record]:
-    return [record(user_turn(text(row["question"], "question")), text(row["sentence"], "sentence"))]
-
-
-def _qag_jaquad(row: Fields) -> list[Record]:
-    questions = items(row["questions"], "questions")
-    if not questions:
-        raise Skip("no question")
-    return [record(user_turn(text(questions[0], "questions")), text(row["paragraph"], "paragraph"))]
+def _fields(question: str, answer: str) -> dict[str, Any]:
+    """Return fields and rule of a set with a question and an answer, plain texts."""
+    return {"fields": (question, answer), "rule": lambda row: question_answer(row, question, answer)}
 
 
 MIRACL_FIELDS = ("query", "positive_passages", "negative_passages")
@@ -127,8 +133,8 @@ NAMED_SETS: tuple[NamedSet, ...] = (
         fields=("prompt", "label"),
         rule=_vicuna,
     ),
-    NamedSet(("local/jsonfile",), local=True),
-    NamedSet(("wangrui6/Zhihu-KOL", "Zhihu-KOL"), fields=("INSTRUCTION", "RESPONSE"), rule=_zhihu),
+    NamedSet(("local/jsonfile",), files={"train": ("data/train.json",), "eval": ("data/eval.json",)}),
+    NamedSet(("wangrui6/Zhihu-KOL", "Zhihu-KOL"), **_fields("INSTRUCTION", "RESPONSE")),
     NamedSet(("Cohere/miracl-zh-queries-22-12", "miracl-zh-queries-22-12"), fields=MIRACL_FIELDS, rule=_miracl),
     NamedSet(("Cohere/miracl-ja-queries-22-12", "miracl-ja-queries-22-12"), fields=MIRACL_FIELDS, rule=_miracl),
     NamedSet(
@@ -136,28 +142,25 @@ NAMED_SETS: tuple[NamedSet, ...] = (
     ),
     NamedSet(("mkqa-Chinese",), hub="apple/mkqa", fields=("queries", "answers"), rule=_mkqa_in("zh_cn")),
     NamedSet(("mkqa-Japanese",), hub="apple/mkqa", fields=("queries", "answers"), rule=_mkqa_in("ja")),
-    NamedSet(("lmqg/qg_jaquad", "qg_jaquad"), fields=("question", "sentence"), rule=_qg_jaquad),
+    NamedSet(("lmqg/qg_jaquad", "qg_jaquad"), **_fields("question", "sentence")),
     NamedSet(("lmqg/qag_jaquad", "qag_jaquad"), fields=("questions", "paragraph"), rule=_qag_jaquad),
-    NamedSet(("Smart/Q_A",), local=True),
+    NamedSet(("Smart/Q_A",), files={"train": ("Smart/Q_A.json", "data/Smart/Q_A.json", "datasets/Smart/Q_A.json")}),
     NamedSet(("zwh9029/rm-static-m2m100-zh-jianti", "rm-static-m2m100-zh-jianti", "rm-static-zh")),
 )
 
 
 def find_named_set(path: str) -> NamedSet | None:
-    """The set whose name the last parts of a path are, a data file's suffix aside; None for any other path."""
+    """Return the set whose name ends a path, a data file's suffix aside; None for any other path."""
     name = path.replace("\\", "/").rstrip("/").lower().removesuffix(".gz")
     name = next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
-    parts = PurePosixPath(name).parts
     for named in NAMED_SETS:
-        for known in named.names:
-            tail = PurePosixPath(known.lower()).parts
-            if parts[-len(tail) :] == tail:
-                return named
+        if any(f"/{name}".endswith(f"/{known.lower()}") for known in named.names):
+            return named
     return None
 
 
 def similar_name(path: str) -> str | None:
-    """The name of a known set that a path was probably meant to be."""
+    """Return the name of the known set that a path was probably meant to be."""
     lowered = {name.lower(): name for named in NAMED_SETS for name in named.names}
     near = difflib.get_close_matches(path.lower(), lowered, n=1, cutoff=0.75)
     return lowered[near[0]] if near else None

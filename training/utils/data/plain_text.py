@@ -1,40 +1,25 @@
-"""Plain text -> blocks of equal length for language modelling, once: Arrow in the cache folder, as the other data.
+"""Turn plain text into blocks of equal length for language modelling, in the cache as the other data.
 
-The texts stand one behind the other, each closed by the end token, and are cut every so many tokens. A block has the form
-of an example of step 1 (input_ids, prompt_length, length), so what is made for those serves here too.
+The texts follow each other, each closed by the end token, and are cut every so many tokens. A block has the form of an
+example of step 1 (input_ids, prompt_length, length), so what is made for those serves here too.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-
 from errors import UserError
 from models.templates import CHATGLM, Template, encode_texts
-from training.utils.data import readers, sources
+from training.utils.data.cache import arrow_writer, cached, file_digest, new_rebuild_id
 from training.utils.data.readers import Row, data_suffix
-from training.utils.data.sources import Part, cache_folder, open_source
-from training.utils.data.tokenize import (
-    BATCH,
-    PARTS,
-    SCHEMAS,
-    Counts,
-    PhaseData,
-    cached,
-    code_digest,
-    file_digest,
-    tokenizer_digest,
-)
+from training.utils.data.sources import Table, open_source
+from training.utils.data.tokenize import BATCH, SCHEMAS, SPLITS, Counts, PhaseData, report_of, tokenizer_digest
 
 logger = logging.getLogger("sanbu")
 
@@ -53,40 +38,38 @@ def prepare_blocks(
     cache_dir: str | None = None,
     rebuild: bool = False,
 ) -> PhaseData:
-    """The blocks of a data set's training part, from the cache or built into it; says in one line what they hold.
+    """Return the blocks of a data set's training split, from the cache or built into it; log in one line what they hold.
 
     name: a data file, a .txt file (blank lines part its texts), a folder, a named set or an id of the hub with its
     config. column: the field of the text; None: "text", or the only field that is text. Columns of the result: SCHEMAS[1];
-    its eval part is empty. Raises UserError for a set that is not there, has no text or less than one block.
+    its eval split is empty. Raise UserError for a set that is not there, has no text or less than one block.
     """
-    parts = open_parts(name, config)
-    told = [
-        "plain text", [part.content for part in parts], column, block_length, tokenizer_digest(tokenizer),
-        asdict(template), code_digest(), *map(file_digest, map(Path, (__file__, readers.__file__, sources.__file__))),
-    ]  # fmt: skip
-    key = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
+    tables = open_tables(name, config)
 
-    def write(folder: Path) -> dict[str, Counts]:
-        counts = write_blocks(folder, parts, column, tokenizer, template, block_length)
+    def build(folder: Path) -> dict[str, dict[str, Any]]:
+        counts = write_blocks(folder, texts(tables, column), tokenizer, template, block_length)
         if not counts.kept:
             raise UserError(
                 f"{FLAG} {name}: {counts.tokens} tokens in {counts.records} texts do not fill one block of "
                 f"--max_prompt_seq_len + --max_answer_seq_len = {block_length} tokens; give more text or lower these."
             )
-        return {"train": counts, "eval": Counts()}
+        return report_of({"train": counts, "eval": Counts()})
 
-    data = cached(cache_folder(cache_dir) / "tokens" / key, write, rebuild)
+    digests = [table.digest for table in tables]
+    content = ["plain text", digests, column, block_length, tokenizer_digest(tokenizer), asdict(template)]
+    rebuild_id = new_rebuild_id() if rebuild else None
+    data = PhaseData.of(cached("tokens", content, SPLITS, build, cache_dir, rebuild_id))
     counts = data.report["train"]
+    empty, tail = (counts["dropped"].get(reason, 0) for reason in (EMPTY, TAIL))
     logger.info(
-        "%s: %d texts (%d empty ones left out), %d tokens in %d blocks of %d; the last %d tokens fill no block and are left out",
-        name, counts["records"] - counts["dropped"].get(EMPTY, 0), counts["dropped"].get(EMPTY, 0), counts["tokens"],
-        counts["kept"], block_length, counts["dropped"].get(TAIL, 0),
-    )  # fmt: skip
+        f"{name}: {counts['records'] - empty} texts ({empty} empty ones left out), {counts['tokens']} tokens in "
+        f"{counts['kept']} blocks of {block_length}; the last {tail} tokens fill no block and are left out"
+    )
     return data
 
 
-def open_parts(name: str, config: str | None) -> list[Part]:
-    """The files or the split that the texts are read from."""
+def open_tables(name: str, config: str | None) -> list[Table]:
+    """Return the files or the split that the texts are read from."""
     local = Path(name).expanduser()
     if config and local.exists():
         raise UserError(
@@ -96,69 +79,62 @@ def open_parts(name: str, config: str | None) -> list[Part]:
     if local.is_dir() and not any(map(data_suffix, local.rglob("*"))):
         files = sorted(local.rglob("*.txt"))
     if files:
-        return [Part(str(file), partial(paragraphs, file), f".txt {file_digest(file)}") for file in files]
+        return [Table(str(file), partial(paragraphs, file), f".txt {file_digest(file)}") for file in files]
     try:
-        return open_source(f"{name}:{config}" if config else name).parts["train"]
+        return open_source(f"{name}:{config}" if config else name).splits["train"]
     except UserError as error:
         raise UserError(str(error).replace("--data_path", FLAG)) from error
 
 
 def paragraphs(path: Path) -> Iterator[Row]:
-    """(place, {"text"}) of a plain file's texts, which blank lines part."""
+    """Yield (location, {"text"}) of a plain file's texts, which blank lines part."""
     lines: list[str] = []
-    first = 1
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(chain(file, [""]), start=1):
                 if line.strip():
                     lines.append(line)
-                    continue
-                if lines:
-                    yield f"line {first}", {"text": "".join(lines).strip("\n")}
-                lines, first = [], number + 1
+                elif lines:
+                    yield f"line {number - len(lines)}", {"text": "".join(lines).strip("\n")}
+                    lines = []
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it, for example with iconv.") from error
-    if lines:
-        yield f"line {first}", {"text": "".join(lines).strip("\n")}
 
 
-def texts(parts: list[Part], column: str | None) -> Iterator[str]:
-    """All texts, empty ones too. Raises UserError with file and line for a row without text."""
-    for part in parts:
+def texts(tables: list[Table], column: str | None) -> Iterator[str]:
+    """Yield all texts, empty ones too. Raise UserError with file and line for a row without text."""
+    for table in tables:
         field = column
-        for where, row in part.rows():
-            field = field or text_field(row, f"{part.label}, {where}")
+        for location, row in table.read():
+            field = field or text_field(row, f"{table.label}, {location}")
             value = row.get(field, row)
             if value is not None and not isinstance(value, str):
                 raise UserError(
-                    f"{part.label}, {where}: no text in the field {field!r} (found: {', '.join(row)}); "
+                    f"{table.label}, {location}: no text in the field {field!r} (found: {', '.join(row)}); "
                     f"{COLUMN_FLAG} names the field."
                 )
             yield (value or "").strip("\n")
 
 
-def text_field(row: dict[str, Any], place: str) -> str:
-    """ "text", or the only field of a row that is text."""
-    found = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in row or len(found) == 1:
-        return "text" if "text" in row else found[0]
-    raise UserError(f"{place}: which field is the text? (found: {', '.join(row)}); name it with {COLUMN_FLAG}.")
+def text_field(row: dict[str, Any], location: str) -> str:
+    """Return "text", or the only field of a row that is text."""
+    fields = [name for name, value in row.items() if isinstance(value, str)]
+    if "text" in row or len(fields) == 1:
+        return "text" if "text" in row else fields[0]
+    raise UserError(f"{location}: which field is the text? (found: {', '.join(row)}); name it with {COLUMN_FLAG}.")
 
 
 def write_blocks(
-    folder: Path, parts: list[Part], column: str | None, tokenizer: Any, template: Template, block_length: int
+    folder: Path, stream: Iterator[str], tokenizer: Any, template: Template, block_length: int
 ) -> Counts:
     """Write train.arrow, block by block, and an empty eval.arrow."""
-    frame, schema, counts = frame_of(template), pyarrow.schema(list(SCHEMAS[1].items())), Counts()
-    room = block_length - len(frame)
+    opening, counts = opening_of(template), Counts()
+    length = block_length - len(opening)
     rest: list[int] = []
-    stream = texts(parts, column)
-    with ExitStack() as stack:
-        writers = {}
-        for part in PARTS:
-            sink = stack.enter_context(pyarrow.OSFile(str(folder / f"{part}.arrow"), "wb"))
-            writers[part] = stack.enter_context(pyarrow.ipc.new_stream(sink, schema))
-            writers[part].write_batch(pyarrow.RecordBatch.from_pylist([], schema=schema))
+    with (
+        arrow_writer(folder / "eval.arrow", SCHEMAS[1]),
+        arrow_writer(folder / "train.arrow", SCHEMAS[1]) as write,
+    ):
         while batch := list(islice(stream, BATCH)):
             full = [text for text in batch if text.strip()]
             counts.records += len(batch)
@@ -166,29 +142,23 @@ def write_blocks(
             for ids in encode(full, tokenizer, template):
                 counts.tokens += len(ids)
                 rest += ids
-            whole = len(rest) // room
-            rows = [
-                {
-                    "input_ids": frame + rest[place * room : (place + 1) * room],
-                    "prompt_length": len(frame), "length": block_length,
-                }
-                for place in range(whole)
-            ]  # fmt: skip
-            rest = rest[whole * room :]
-            writers["train"].write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
-            counts.kept += whole
+            end = len(rest) // length * length
+            blocks = [opening + rest[start : start + length] for start in range(0, end, length)]
+            rest = rest[end:]
+            write([{"input_ids": ids, "prompt_length": len(opening), "length": block_length} for ids in blocks])
+            counts.kept += len(blocks)
     counts.dropped[TAIL] = len(rest)
     return counts
 
 
-def frame_of(template: Template) -> list[int]:
-    """What must open every block: ChatGLM's marks, without which the network knows no positions. Never learned."""
+def opening_of(template: Template) -> list[int]:
+    """Return ChatGLM's marks, which open every block and are never learned: without them it knows no positions."""
     # ChatGLM-6B has them behind a prompt, the later generations in front.
     return list(template.prefix_ids or template.suffix_ids) if template.kind in CHATGLM else []
 
 
 def encode(full: list[str], tokenizer: Any, template: Template) -> list[list[int]]:
-    """Tokens of each text: what opens a text (bos, where the model has it), the text, the end token."""
+    """Return the tokens of each text: what opens a text (bos, where the model has it), the text, the end token."""
     if template.kind in CHATGLM:
         return [[*ids, template.end_token_id] for ids in tokenizer.encode_plain(full)]
     return [[*template.prefix_ids, *ids, template.end_token_id] for ids in encode_texts(tokenizer, full, literal=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,22 +42,6 @@ HELD_OUT = "question held out in another set"
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """The data of a step, by the names of the flags. phase: 1, 2 or 3. rebuild: tokenise although the cache has it."""
-
-    data_path: Sequence[str]
-    phase: int
-    limits: Limits
-    data_split: str = "2,4,4"
-    sft_only_data_path: Sequence[str] = ()
-    columns: dict[str, str] | None = None
-    seed: int = 1234
-    eval_fraction: float = 0.05
-    cache_dir: str | None = None
-    rebuild: bool = False
-
-
-@dataclass(frozen=True)
 class StepRecords:
     """The records of one path that belong to the step. own_eval: the set came with a held-out split."""
 
@@ -68,57 +52,34 @@ class StepRecords:
 
 
 def prepare_phase(args: Any, phase: int, tokenizer: Any, template: Template) -> PhaseData:
-    """Prepare the data that a step's flags name; log in one line a split what was kept, cut and dropped, and why."""
-    sft = phase == 1
-    settings = DataSettings(
-        data_path=args.data_path,
-        phase=phase,
-        limits=Limits(
-            args.max_prompt_seq_len if phase == 3 else args.max_seq_len,
-            args.max_source_length if sft else None,
-            args.max_target_length if sft else None,
-        ),
-        data_split=args.data_split,
-        sft_only_data_path=args.sft_only_data_path if sft else (),
-        columns=args.column_map,
-        seed=args.seed,
-        eval_fraction=args.eval_fraction,
-        cache_dir=args.cache_dir,
-        rebuild=args.rebuild_cache,
-    )
-    data = prepare(settings, tokenizer, template)
-    for line in report_lines(data.report):
-        logger.info("%s", line)
-    return data
-
-
-def prepare(settings: DataSettings, tokenizer: Any, template: Template) -> PhaseData:
     """Return tokenised training and evaluation records of one step, from the cache or built into it.
 
-    Processes of one torch.distributed job build once. Raise UserError if nothing is left to train on.
+    args: the flags of a step; those of data and lengths are read. Log in one line a split what was kept, cut and dropped,
+    and why. Processes of one torch.distributed job build once. Raise UserError if nothing is left to train on.
     """
-    check_limits(settings, template)
-    encoding = Encoding(settings.phase, tokenizer, template, settings.limits)
-    paths = [(path, False) for path in settings.data_path] + [(path, True) for path in settings.sft_only_data_path]
-    sources = [(open_source(path), path, sft_only) for path, sft_only in paths]
-    rebuild_id = new_rebuild_id() if settings.rebuild else None
+    limits = limits_of(args, phase, template)
+    encoding = Encoding(phase, tokenizer, template, limits)
+    sft_only_paths = args.sft_only_data_path if phase == 1 else ()
+    paths = [(path, False) for path in args.data_path] + [(path, True) for path in sft_only_paths]
+    sources = [open_source(path) for path, _ in paths]
+    content = [
+        phase,
+        [(record_content(source, args.column_map), sft) for source, (_, sft) in zip(sources, paths, strict=True)],
+        asdict(limits),
+        [args.data_split, args.seed, args.eval_fraction],
+        tokenizer_digest(tokenizer),
+        asdict(template),
+    ]
+    rebuild_id = new_rebuild_id() if args.rebuild_cache else None
 
     def build(folder: Path) -> dict[str, dict[str, Any]]:
         started = time.monotonic()
         sets = []
-        for source, path, sft_only in sources:
+        for source, (path, sft_only) in zip(sources, paths, strict=True):
             # Who asks for --rebuild_cache trusts nothing that is there, the records included.
-            records = load_records(
-                source, columns=settings.columns, cache_dir=settings.cache_dir, rebuild_id=rebuild_id
-            )
-            train, held_out = select_phase(
-                records,
-                settings.phase,
-                data_split=settings.data_split,
-                seed=settings.seed,
-                eval_fraction=settings.eval_fraction,
-                sft_only=sft_only,
-            )
+            records = load_records(source, columns=args.column_map, cache_dir=args.cache_dir, rebuild_id=rebuild_id)
+            share = {"data_split": args.data_split, "seed": args.seed, "eval_fraction": args.eval_fraction}
+            train, held_out = select_phase(records, phase, sft_only=sft_only, **share)
             sets.append(StepRecords(path, train, held_out, own_eval="eval" in records))
         counts = write_tokens(folder, encoding, sets)
         check_something_left([path for path, _ in paths], encoding, counts["train"])
@@ -126,26 +87,24 @@ def prepare(settings: DataSettings, tokenizer: Any, template: Template) -> Phase
         logger.info("Tokenised %d records in %.1f s into %s", number, time.monotonic() - started, folder.parent)
         return report_of(counts)
 
-    content = [
-        settings.phase,
-        [(record_content(source, settings.columns), sft_only) for source, _, sft_only in sources],
-        asdict(settings.limits),
-        [settings.data_split, settings.seed, settings.eval_fraction],
-        tokenizer_digest(tokenizer),
-        asdict(template),
-    ]
-    return PhaseData.of(cached("tokens", content, SPLITS, build, settings.cache_dir, rebuild_id))
+    data = PhaseData.of(cached("tokens", content, SPLITS, build, args.cache_dir, rebuild_id))
+    for line in report_lines(data.report):
+        logger.info("%s", line)
+    return data
 
 
-def check_limits(settings: DataSettings, template: Template) -> None:
-    """Raise UserError if the limits leave no space for what a template puts around every text."""
-    limits, least = settings.limits, max(2, template.frame_length + 1)
-    if limits.max_seq_len < least:
-        flag = "max_prompt_seq_len" if settings.phase == 3 else "max_seq_len"
-        raise UserError(f"--{flag} {limits.max_seq_len}: expected at least {least} tokens.")
-    source, least = limits.max_source_length, template.frame_length
-    if source is not None and source < least:
-        raise UserError(f"--max_source_length {source}: expected at least {least} tokens.")
+def limits_of(args: Any, phase: int, template: Template) -> Limits:
+    """Return the limits that the flags set. Raise UserError if they leave no space for what the template always writes."""
+    name = "max_prompt_seq_len" if phase == 3 else "max_seq_len"
+    length, least = getattr(args, name), max(2, template.frame_length + 1)
+    if length < least:
+        raise UserError(f"--{name} {length}: expected at least {least} tokens.")
+    if phase != 1:
+        return Limits(length)
+    source = args.max_source_length
+    if source is not None and source < template.frame_length:
+        raise UserError(f"--max_source_length {source}: expected at least {template.frame_length} tokens.")
+    return Limits(length, source, args.max_target_length)
 
 
 def write_tokens(folder: Path, encoding: Encoding, sets: list[StepRecords]) -> dict[str, Counts]:

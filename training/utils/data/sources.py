@@ -53,9 +53,8 @@ def open_source(path: str) -> Source:
         return Source({"train": [file_table(local)]}, named)
     if local.is_dir():
         return Source(_folder_splits(local), named)
-    if named and named.local and not data_suffix(local):  # a file that is meant and missing is an error
-        find = _local_jsonfile if named.names[0] == "local/jsonfile" else _local_form
-        return Source(find(path, named), named)
+    if named and named.files and not data_suffix(local):  # a file that is meant and missing is an error
+        return Source(_local_splits(path, named.files), named)
     if _looks_local(path):
         raise UserError(_missing_file(path, local, named))
     for downloaded in map(download_folder, (path, *(named.names if named else ()))):
@@ -78,29 +77,21 @@ def download_folder(name: str) -> Path:
 # --- files that may be missing ----------------------------------------------------------------------------------------
 
 
-def _local_jsonfile(path: str, named: NamedSet) -> dict[str, list[Table]]:
-    """Read data/train.json and data/eval.json of the current folder for local/jsonfile."""
-    train, held_out = Path("data/train.json"), Path("data/eval.json")
-    if not train.is_file():
-        raise UserError(
-            f"--data_path {path} reads {train} (and {held_out}) of the current folder {Path.cwd()}: no such file."
-        )
-    if held_out.is_file():
-        return {"train": [file_table(train)], "eval": [file_table(held_out)]}
-    logger.info("%s: no %s, so a share of %s is held out (--eval_fraction).", path, held_out, train)
-    return {"train": [file_table(train)]}
-
-
-def _local_form(path: str, named: NamedSet) -> dict[str, list[Table]]:
-    """Read Smart/Q_A, a JSON file of the user's own; the one file is never its own test set."""
-    candidates = [Path(f"{folder}{named.names[0]}.json") for folder in ("", "data/", "datasets/")]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise UserError(
-            f'--data_path {path}: a local set; put its records, a JSON list of {{"prompt", "chosen", "rejected"}}, '
-            f"into one of {', '.join(map(str, candidates))}, or give the path of the file itself."
-        )
-    return {"train": [file_table(file)]}
+def _local_splits(path: str, files: dict[str, tuple[str, ...]]) -> dict[str, list[Table]]:
+    """Read the files of the user's own that a named set stands for; one file is never its own test set."""
+    splits = {}
+    for split, candidates in files.items():
+        file = next((file for file in map(Path, candidates) if file.is_file()), None)
+        if file is not None:
+            splits[split] = [file_table(file)]
+        elif split == "train":
+            raise UserError(
+                f'--data_path {path}: a local set; put its records, a JSON list of {{"prompt", "chosen", "rejected"}}, '
+                f"into {' or '.join(candidates)} of the current folder {Path.cwd()}, or give the path of the file itself."
+            )
+        else:
+            logger.info("%s: no %s, so a share of the set is held out (--eval_fraction).", path, candidates[0])
+    return splits
 
 
 def _looks_local(path: str) -> bool:
@@ -109,7 +100,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _missing_file(path: str, local: Path, named: NamedSet | None) -> str:
-    if named and not named.local and data_suffix(local) is None:
+    if named and not named.files and data_suffix(local) is None:
         return (
             f"--data_path {path}: no such folder. To fetch the set it is named after: "
             f"python -m scripts.download_dataset {named.names[0]} --output_dir {path}"

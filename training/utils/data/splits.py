@@ -1,4 +1,4 @@
-"""Which step a record belongs to, and whether it is held out: a hash of its content decides, nothing else.
+"""Divide records among the steps, and into training and evaluation: a hash of their content decides, nothing else.
 
 No index files, no random state: membership is the same on every rank, in every step and in every run with the same
 seed, and stays when other records come or go.
@@ -23,7 +23,7 @@ CONSTANT_SHARE, CONSTANT_COUNT = 0.2, 10
 
 
 def parse_split(data_split: str) -> tuple[float, float, float]:
-    """ "2,4,4" -> (0.2, 0.4, 0.4)."""
+    """Return the shares of the three steps: (0.2, 0.4, 0.4) for "2,4,4"."""
     try:
         ratios = [float(part) for part in data_split.split(",")]
     except ValueError:
@@ -37,13 +37,13 @@ def parse_split(data_split: str) -> tuple[float, float, float]:
 
 
 def phase_and_part(key: str, ratios: tuple[float, float, float], seed: int, eval_fraction: float) -> tuple[int, bool]:
-    """The phase (1, 2, 3) of a key and whether it is held out for evaluation. ratios add up to 1.
+    """Return the phase (1, 2, 3) of a key and whether it is held out for evaluation. ratios add up to 1.
 
     Two independent numbers of [0, 1) are read from one hash: held-out keys are spread over the phases like the others.
     """
     digest = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=16).digest()
-    at, held_out = (int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))
-    phase = 1 if at < ratios[0] else 2 if at < ratios[0] + ratios[1] else 3
+    point, held_out = (int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))
+    phase = 1 if point < ratios[0] else 2 if point < ratios[0] + ratios[1] else 3
     if ratios[phase - 1] == 0:  # rounding of the sum may leave a sliver above the last proportion that is not 0
         phase = max(range(1, 4), key=lambda one: ratios[one - 1])
     return phase, held_out < eval_fraction
@@ -52,7 +52,7 @@ def phase_and_part(key: str, ratios: tuple[float, float, float], seed: int, eval
 def select_phase(
     records: dict[str, Dataset], phase: int, *, data_split: str, seed: int, eval_fraction: float, sft_only: bool = False
 ) -> tuple[Dataset, Dataset]:
-    """(training, evaluation) records of one step, out of what load_records gave. Either may be empty for a small set.
+    """Return (training, evaluation) records of one step out of those of a set. Either may be empty for a small set.
 
     The opening question is the key: the turns of a dialogue, and pairs about one question, stay together. A set with
     its own held-out split keeps it; its training records that share a question with that split are left out. sft_only:
@@ -88,28 +88,27 @@ def select_phase(
 
 
 def opening_question(messages: list[dict[str, str]]) -> str:
-    """The first user message, white space evened out: the same question in two sets falls into one phase."""
+    """Return the first user message, white space evened out: the same question in two sets falls into one phase."""
     return " ".join(next((turn["content"] for turn in messages if turn["role"] == "user"), "").split())
 
 
 def question_of(messages: list[dict[str, str]]) -> str:
-    """A short stand-in for the opening question."""
+    """Return a short key of the opening question."""
     return _digest(opening_question(messages))
 
 
 def held_out_questions(held_out: Dataset, others: list[Dataset]) -> set[str]:
-    """Opening questions (question_of) that a set holds out, which no other set may train on either.
+    """Return the opening questions (question_of) that a set holds out, which no other set may train on either.
 
-    Not those that make up more than a fifth, for they are a fixed instruction: a fifth of the split that came with the
-    set, or, where a hash held a few records out, of these and of the ``others``.
+    Questions that make up more than a fifth are left out, for they are a fixed instruction: a fifth of the split that
+    came with the set, or, where a hash held a few records out, of these and of the ``others``.
     """
     if len(held_out) == 0:
         return set()
-    found = {question_of(row["messages"]) for row in _rows(held_out, ["messages"])}
-    lot = [held_out, *others]
-    counts = Counter(question_of(row["messages"]) for part in lot for row in _rows(part, ["messages"]))
+    questions = set(_keys(held_out, whole=False))
+    counts = Counter(key for dataset in (held_out, *others) for key in _keys(dataset, whole=False))
     most = max(CONSTANT_COUNT - 1, CONSTANT_SHARE * counts.total())
-    return {question for question in found if counts[question] <= most}
+    return {question for question in questions if counts[question] <= most}
 
 
 def _rows(dataset: Dataset, columns: list[str]) -> Iterator[dict]:
@@ -118,26 +117,27 @@ def _rows(dataset: Dataset, columns: list[str]) -> Iterator[dict]:
 
 
 def _digest(text: str) -> str:
-    """A short stand-in for a long key, so that a set of keys stays small."""
+    """Return a short key of a text, so that a set of keys stays small."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _keys(dataset: Dataset, whole: bool) -> Iterator[str]:
+    """Yield the key of each record: of its opening question, or of the whole record."""
     if not whole:
-        yield from (_digest(opening_question(row["messages"])) for row in _rows(dataset, ["messages"]))
+        yield from (question_of(row["messages"]) for row in _rows(dataset, ["messages"]))
         return
     for row in _rows(dataset, ["messages", "chosen", "rejected"]):
         yield _digest(json.dumps([row["messages"], row["chosen"], row["rejected"]]))
 
 
 def _has_constant_prompt(dataset: Dataset) -> bool:
-    """Whether one opening question holds more than a fifth of the dialogues, as in sets with a single prompt.
+    """Return whether one opening question holds more than a fifth of the dialogues, as in sets with a single prompt.
 
     Later turns do not count: a long dialogue is many records with one opening. Without first turns all records count.
     """
     first, every = Counter(), Counter()
     for row in _rows(dataset, ["messages"]):
-        opening = _digest(opening_question(row["messages"]))
+        opening = question_of(row["messages"])
         every[opening] += 1
         first[opening] += all(turn["role"] != "assistant" for turn in row["messages"])
     counts = first if first.total() else every
