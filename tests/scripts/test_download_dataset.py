@@ -5,7 +5,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from scripts.download_dataset import download, main
 from training.utils.data import sources
-from training.utils.data.sources import load_records
+from training.utils.data.records import load_records
 
 ROW = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " A", "rejected": " B"}
 

@@ -9,7 +9,7 @@ from models.load import load_tokenizer
 from models.templates import load_template
 from scripts import preprocess_dataset
 from tests.tiny import tiny_checkpoint
-from training.utils.data import tokenize
+from training.utils.data import prepare
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import SFTArguments
 
@@ -43,8 +43,8 @@ def test_training_opens_what_was_tokenised(flags, tmp_path, monkeypatch, capsys,
     args = parse(SFTArguments, ["--output_dir", str(tmp_path / "out"), *flags])
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = load_template(args.model_name_or_path, tokenizer)
-    monkeypatch.setattr(tokenize, "tokenise", lambda *_: pytest.fail("tokenised again"))
-    data = tokenize.prepare_phase(args, 1, tokenizer, template)
+    monkeypatch.setattr(prepare, "tokenise", lambda *_: pytest.fail("tokenised again"))
+    data = prepare.prepare_phase(args, 1, tokenizer, template)
     assert (len(data.train), len(data.eval)) == (20, 5)
     assert Path(data.train.cache_files[0]["filename"]).parent == folder
     assert not Path("sanbu_done.json").exists()

@@ -1,4 +1,4 @@
-"""The three steps on real text, English with an OPT-shaped and Chinese with a BLOOM-shaped model, as commands."""
+"""The steps on real text, as commands: English with an OPT-shaped model, then all three in Chinese with a BLOOM-shaped one."""
 
 import json
 import math
@@ -11,42 +11,46 @@ from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.distributed
 
-SETS = {
-    "opt": ("preference_en/rm_static_en_train.jsonl.gz", "preference_en/hh_helpful_base.jsonl.gz"),
-    "bloom": ("preference_zh/rm_static_zh_train.jsonl.gz", "preference_zh/oasst_rm_zh.jsonl"),
-}
+ENGLISH = ("preference_en/rm_static_en_train.jsonl.gz", "preference_en/hh_helpful_base.jsonl.gz")
+CHINESE = ("preference_zh/rm_static_zh_train.jsonl.gz", "preference_zh/oasst_rm_zh.jsonl")
+TRAIN = ["--max_seq_len", "128", "--max_steps", "12", "--per_device_train_batch_size", "16", "--eval_iters", "1"]
 
 
-@pytest.mark.parametrize("family", list(SETS))
-def test_three_steps(family, shared_dir, tmp_path):
-    base = tiny_checkpoint(tmp_path / "base", family, **({"max_position_embeddings": 512} if family == "opt" else {}))
-    data = ["--data_path", *(str(shared_dir / "data" / name) for name in SETS[family]), "--data_split", "2,4,4"]
-    common = [*data, "--dtype", "fp32", "--logging_steps", "1", "--cache_dir", str(tmp_path / "cache")]
-    train = [*common, "--max_seq_len", "256", "--max_steps", "12", "--per_device_train_batch_size", "16", "--eval_iters", "2"]
-
-    # by token budget here, by number of examples below
-    succeed("training.step1_sft.main", [
-        *train, "--model_name_or_path", str(base), "--output_dir", str(tmp_path / "sft"), "--learning_rate", "5e-3",
-        "--max_tokens_per_device", "2048",
-    ])  # fmt: skip
+def fine_tune(family, common, tmp_path, *flags, **changes):
+    """Run step 1 with a small model of the family; return the model it started from."""
+    base = tiny_checkpoint(tmp_path / "base", family, **changes)
+    flags = [*common, *TRAIN, "--model_name_or_path", str(base), "--output_dir", str(tmp_path / "sft"), *flags]
+    succeed("training.step1_sft.main", [*flags, "--learning_rate", "5e-3"])
     before, *_, after = logged(tmp_path / "sft", "eval/perplexity")
     assert after < 0.8 * before, "twelve steps must teach a random model something about the language"
+    return base
 
-    out = succeed("training.step2_reward.main", [
-        *train, "--model_name_or_path", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "reward"),
-        "--learning_rate", "1e-3",
-    ])  # fmt: skip
+
+def common_flags(sets, shared_dir, tmp_path):
+    data = ["--data_path", *(str(shared_dir / "data" / name) for name in sets), "--data_split", "2,4,4"]
+    return [*data, "--dtype", "fp32", "--logging_steps", "1", "--cache_dir", str(tmp_path / "cache")]
+
+
+def test_fine_tuning_in_english_by_a_token_budget(shared_dir, tmp_path):
+    common = common_flags(ENGLISH, shared_dir, tmp_path)
+    fine_tune("opt", common, tmp_path, "--max_tokens_per_device", "2048", max_position_embeddings=512)
+
+
+def test_three_steps_in_chinese(shared_dir, tmp_path):
+    common = common_flags(CHINESE, shared_dir, tmp_path)
+    base = fine_tune("bloom", common, tmp_path)
+
+    flags = ["--model_name_or_path", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "reward")]
+    out = succeed("training.step2_reward.main", [*common, *TRAIN, *flags, "--learning_rate", "1e-3"])
     assert "held-out accuracy" in out
     losses = logged(tmp_path / "reward", "train/loss")
     assert all(math.isfinite(loss) for loss in losses)
     assert abs(losses[0] - math.log(2)) < 0.6, "an untrained reward model cannot tell the answers apart"
 
-    succeed("training.step3_ppo.main", [
-        *common, "--actor_model_name_or_path", str(tmp_path / "sft"), "--critic_model_name_or_path", str(tmp_path / "reward"),
-        "--output_dir", str(tmp_path / "ppo"), "--max_steps", "3", "--per_device_generation_batch_size", "8",
-        "--per_device_training_batch_size", "8", "--max_prompt_seq_len", "200", "--max_answer_seq_len", "24",
-        "--eval_prompts", "8", "--generation_batches", "2", "--ppo_epochs", "2",
-    ])  # fmt: skip
+    flags = ["--actor_model_name_or_path", str(tmp_path / "sft"), "--critic_model_name_or_path", str(tmp_path / "reward")]
+    flags += ["--output_dir", str(tmp_path / "ppo"), "--max_steps", "2", "--generation_batches", "2", "--ppo_epochs", "2"]
+    flags += ["--per_device_generation_batch_size", "8", "--per_device_training_batch_size", "8", "--eval_prompts", "8"]
+    succeed("training.step3_ppo.main", [*common, *flags, "--max_prompt_seq_len", "200", "--max_answer_seq_len", "16"])
     assert logged(tmp_path / "ppo", "train/kl")[0] == 0.0
     assert max(logged(tmp_path / "ppo", "train/first_ratio_deviation")) < 1e-4
     assert len(logged(tmp_path / "ppo", "eval/score")) == 2

@@ -166,10 +166,7 @@ def _open(folder: Path, rebuild_id: str | None = None) -> CachedData | None:
         opened = {Path(name).stem: Dataset.from_file(str(folder / name)) for name in files}
         fingerprint = hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
         return CachedData(opened, manifest["about"], fingerprint)
-    except FileNotFoundError as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError, pyarrow.ArrowException) as error:
         if folder.exists():
-            logger.warning("The cache %s is incomplete (%s): building it again.", folder, error)
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError, UserError, pyarrow.ArrowException) as error:
-        logger.warning("The cache %s is damaged (%s): building it again.", folder, error)
+            logger.warning("The cache %s is damaged (%s): building it again.", folder, error)
         return None

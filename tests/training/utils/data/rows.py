@@ -1,7 +1,12 @@
-"""Rows and records that the tests of the data sources share."""
+"""Rows and records that the tests of the data share, and the flags of a step."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+
+from models.templates import load_template
+from training.utils.data.prepare import prepare_phase
+from training.utils.data.tokenize import PhaseData
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -29,3 +34,36 @@ PAIRS = [
     {"prompt": "Q2", "chosen": "A2", "rejected": "B2"},
 ]
 PAIR_RECORDS = [rec(turns(PAIRS[0]["prompt"]), "hi, 你", "no"), rec(turns("Q2"), "A2", "B2")]
+
+
+def pairs(count: int, offset: int = 0) -> list[dict]:
+    """Rows with different questions."""
+    return [
+        {
+            "prompt": f"Human: What is {n}+1? Assistant:",
+            "chosen": f"It is {n + 1}, as everybody knows.",
+            "rejected": f"It is {n + 7}.",
+        }
+        for n in range(offset, offset + count)
+    ]
+
+
+def run(paths, phase: int, tokenizer, template=None, **flags) -> PhaseData:
+    """prepare_phase with all of the data for the phase; flags: those that are not so."""
+    paths = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+    given = {
+        "data_path": paths,
+        "data_split": ",".join("1" if phase == one else "0" for one in (1, 2, 3)),
+        "sft_only_data_path": [],
+        "column_map": {},
+        "seed": 1234,
+        "eval_fraction": 0.0,
+        "cache_dir": None,
+        "rebuild_cache": False,
+        "max_seq_len": 128,
+        "max_prompt_seq_len": flags.get("max_seq_len", 128),
+        "max_source_length": None,
+        "max_target_length": None,
+    }
+    template = template or load_template(None, tokenizer)
+    return prepare_phase(SimpleNamespace(**given | flags), phase, tokenizer, template)

@@ -1,9 +1,10 @@
 """Every format of rows becomes the records that it says, and the examples of the docs are such rows."""
 
+import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.utils.data.rows import HH, HH_TURNS, rec, turns, write_lines
@@ -11,87 +12,80 @@ from training.utils.data import named_sets
 from training.utils.data.formats import OUR_NAMES, split_turns
 from training.utils.data.named_sets import NAMED_SETS
 
-# ---------------------------------------------------------------------------------------------------- formats
+pytestmark = pytest.mark.fast
 
+A_OR_B = {"chosen": "A", "rejected": "B"}
+A_OR_B_AFTER_HI = {"chosen": turns("Hi", "A"), "rejected": turns("Hi", "B")}
 COLUMNS = {"role": ["user", "assistant"], "content": ["Hi", "A"]}
+TWO_TURNS = [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")]
+TWO_TURNS_WITH_SYSTEM = [rec(turns("system: S", "Q1"), "A1"), rec(turns("system: S", "Q1", "A1", "Q2"), "A2")]
+
+
+def a_or_b(*contents):
+    return [rec(turns(*contents), "A", "B")]
+
+
+def said(*turns_, role="role", content="content"):
+    """Turns as (role, content) under other names."""
+    return [{role: one, content: text} for one, text in turns_]
+
+
 FORMATS = {
-    "pairs, hh prompt": (
-        {"prompt": HH, "response": " A.", "chosen": " A.", "rejected": " B."},
-        [rec(HH_TURNS, "A.", "B.")],
-    ),
-    "pairs, one line": (
-        {"prompt": " Human: Hi there Assistant:", "chosen": "A", "rejected": "B"},
-        [rec(turns("Hi there"), "A", "B")],
-    ),
+    "pairs, hh prompt": ({"prompt": HH, "response": " A", "chosen": " A", "rejected": " B"}, [rec(HH_TURNS, "A", "B")]),
+    "pairs, one line": ({"prompt": " Human: Hi there Assistant:"} | A_OR_B, a_or_b("Hi there")),
     "pairs, line breaks": (
-        {"prompt": "Human: Hi\nAssistant: Hello.\nHuman: Who?\nAssistant:", "chosen": "A", "rejected": "B"},
-        [rec(turns("Hi", "Hello.", "Who?"), "A", "B")],
+        {"prompt": "Human: Hi\nAssistant: Hello.\nHuman: Who?\nAssistant:"} | A_OR_B,
+        a_or_b("Hi", "Hello.", "Who?"),
     ),
     "pairs, no marks": (
-        {"prompt": "What is an Assistant: a job?", "chosen": "A", "rejected": "B", "margin": 0.5},
+        {"prompt": "What is an Assistant: a job?", "margin": 0.5} | A_OR_B,
         [rec(turns("What is an Assistant: a job?"), "A", "B", 0.5)],
     ),
     "pairs, system text before the marks": (
-        {"prompt": "Be kind.\n\nHuman: Hi\n\nAssistant:", "chosen": "A", "rejected": "B"},
-        [rec(turns("system: Be kind.", "Hi"), "A", "B")],
+        {"prompt": "Be kind.\n\nHuman: Hi\n\nAssistant:"} | A_OR_B,
+        a_or_b("system: Be kind.", "Hi"),
     ),
-    "pairs, the open Assistant: is missing": (
-        {"prompt": "\n\nHuman: Hi", "chosen": "A", "rejected": "B"},
-        [rec(turns("Hi"), "A", "B")],
-    ),
-    "pairs of messages": (
-        {"prompt": turns("Hi"), "chosen": turns("Hi", "A"), "rejected": turns("Hi", "B")},
-        [rec(turns("Hi"), "A", "B")],
-    ),
+    "pairs, the open Assistant: is missing": ({"prompt": "\n\nHuman: Hi"} | A_OR_B, a_or_b("Hi")),
+    "pairs of messages": ({"prompt": turns("Hi")} | A_OR_B_AFTER_HI, a_or_b("Hi")),
     "pairs with the chosen dialogue once more, as messages": (
-        {"prompt": "Hi", "chosen": turns("Hi", "A"), "rejected": turns("Hi", "B"), "messages": turns("Hi", "A")},
-        [rec(turns("Hi"), "A", "B")],
+        {"prompt": "Hi", "messages": turns("Hi", "A")} | A_OR_B_AFTER_HI,
+        a_or_b("Hi"),
     ),
     "pairs after messages, with a prompt beside": (
-        {"prompt": "Hi", "chosen": "A", "rejected": "B", "messages": turns("Q1", "A1", "Hi")},
-        [rec(turns("Q1", "A1", "Hi"), "A", "B")],
+        {"prompt": "Hi", "messages": turns("Q1", "A1", "Hi")} | A_OR_B,
+        a_or_b("Q1", "A1", "Hi"),
     ),
     "pairs of messages in columns": (
         {"prompt": "Hi", "chosen": COLUMNS, "rejected": {"role": ["assistant"], "content": ["B"]}},
-        [rec(turns("Hi"), "A", "B")],
+        a_or_b("Hi"),
     ),
+    "whole dialogues": ({"chosen": HH + " A", "rejected": HH + " B"}, [rec(HH_TURNS, "A", "B")]),
+    "whole dialogues as messages": (A_OR_B_AFTER_HI, a_or_b("Hi")),
     "whole dialogues in columns": (
-        {"chosen": COLUMNS, "rejected": {"role": ["user", "assistant"], "content": ["Hi", "B"]}},
-        [rec(turns("Hi"), "A", "B")],
+        {"chosen": COLUMNS, "rejected": COLUMNS | {"content": ["Hi", "B"]}},
+        a_or_b("Hi"),
     ),
     "null in the columns of another format": (
         {"messages": turns("Q", "A"), "prompt": None, "chosen": None, "rejected": None},
         [rec(turns("Q"), "A")],
     ),
-    "whole dialogues": ({"chosen": HH + " A.", "rejected": HH + " B."}, [rec(HH_TURNS, "A.", "B.")]),
-    "whole dialogues as messages": (
-        {"chosen": turns("Hi", "A"), "rejected": turns("Hi", "B")},
-        [rec(turns("Hi"), "A", "B")],
-    ),
     "context": (
         {
-            "context": [
-                {"role": "human", "text": "Hi"},
-                {"role": "assistant", "text": "Yo"},
-                {"role": "human", "text": "?"},
-            ],
+            "context": said(("human", "Hi"), ("assistant", "Yo"), ("human", "?"), content="text"),
             "chosen": {"role": "assistant", "text": "A"},
             "rejected": {"role": "assistant", "text": "B"},
         },
-        [rec(turns("Hi", "Yo", "?"), "A", "B")],
+        a_or_b("Hi", "Yo", "?"),
     ),
     "ShareGPT ranking": (
         {
-            "conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Hi"}],
+            "conversations": said(("system", "S"), ("human", "Hi"), role="from", content="value"),
             "chosen": {"from": "gpt", "value": "A"},
             "rejected": {"from": "gpt", "value": "B"},
         },
-        [rec(turns("system: S", "Hi"), "A", "B")],
+        a_or_b("system: S", "Hi"),
     ),
-    "instruction ranking": (
-        {"instruction": "Add", "input": "1+1", "chosen": "2", "rejected": "3"},
-        [rec(turns("Add\n1+1"), "2", "3")],
-    ),
+    "instruction ranking": ({"instruction": "Add", "input": "1+1"} | A_OR_B, a_or_b("Add\n1+1")),
     "ranked outputs": (
         {"instruction": "Q2", "input": "", "output": ["best", "good", "worst"], "history": [["Q1", "A1"]]},
         [rec(turns("Q1", "A1", "Q2"), "best", "worst")],
@@ -99,112 +93,101 @@ FORMATS = {
     "alpaca": ({"instruction": "Add", "input": "1+1", "output": "2"}, [rec(turns("Add\n1+1"), "2")]),
     "alpaca with history and system": (
         {"instruction": "Q2", "input": "", "output": "A2", "history": [["Q1", "A1"]], "system": "S"},
-        [rec(turns("system: S", "Q1"), "A1"), rec(turns("system: S", "Q1", "A1", "Q2"), "A2")],
+        TWO_TURNS_WITH_SYSTEM,
     ),
     "prompt and response": ({"prompt": "Q", "response": "A"}, [rec(turns("Q"), "A")]),
-    "ChatGLM history": (
-        {"prompt": "Q2", "response": "A2", "history": [["Q1", "A1"]]},
-        [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")],
-    ),
+    "ChatGLM history": ({"prompt": "Q2", "response": "A2", "history": [["Q1", "A1"]]}, TWO_TURNS),
     "ChatGLM history and an open Assistant:": (
         {"prompt": "Human: Q2\n\nAssistant:", "response": "A2", "history": [["Q1", "A1"]]},
-        [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")],
+        TWO_TURNS,
     ),
     "prompt and chosen": ({"prompt": "Q", "chosen": "A"}, [rec(turns("Q"), "A")]),
-    "messages": (
-        {"messages": turns("system: S", "Q1", "A1", "Q2", "A2")},
-        [rec(turns("system: S", "Q1"), "A1"), rec(turns("system: S", "Q1", "A1", "Q2"), "A2")],
-    ),
+    "messages": ({"messages": turns("system: S", "Q1", "A1", "Q2", "A2")}, TWO_TURNS_WITH_SYSTEM),
     "messages that end with a question": ({"messages": turns("Q1", "A1", "Q2")}, [rec(turns("Q1"), "A1")]),
     "messages without an answer": ({"messages": turns("Q1")}, [rec(turns("Q1"), "")]),
     "conversations that open with the assistant": (
-        {
-            "conversations": [
-                {"from": "gpt", "value": "Welcome"},
-                {"from": "human", "value": "Q"},
-                {"from": "gpt", "value": "A"},
-            ]
-        },
+        {"conversations": said(("gpt", "Welcome"), ("human", "Q"), ("gpt", "A"), role="from", content="value")},
         [rec(turns("Q"), "A")],
     ),
-    "two questions in a row": (
-        {"messages": [*turns("Q1"), *turns("Q2", "A")]},
-        [rec(turns("Q1\n\nQ2"), "A")],
-    ),
+    "two questions in a row": ({"messages": [*turns("Q1"), *turns("Q2", "A")]}, [rec(turns("Q1\n\nQ2"), "A")]),
     "ADGEN": ({"content": "类型#裤", "summary": "宽松的阔腿裤"}, [rec(turns("类型#裤"), "宽松的阔腿裤")]),
     "prompt only": ({"prompt": "Q", "category": "x", "turns": ["Q", "R"]}, [rec(turns("Q"), "")]),
     "prompt only, hh": ({"prompt": HH}, [rec(HH_TURNS, "")]),
+    "half an emoji": ({"prompt": "cut \ud83d", "response": "whole \U0001f600"}, [rec(turns("cut \ufffd"), "whole 😀")]),
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_format(name, load, tmp_path):
     row, expected = FORMATS[name]
-    assert load(write_lines(tmp_path / "a.jsonl", [row])) == {"train": expected}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    assert load(path) == {"train": expected}
 
 
-def test_turns_of_a_history_count_once(load, tmp_path):
+def test_lists_in_csv_cells(load, tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,response,history\nQ1,A1,\nQ3,A3,"[[""Q2"", ""A2""]]"\n')
+    expected = [rec(turns("Q1"), "A1"), rec(turns("Q2"), "A2"), rec(turns("Q2", "A2", "Q3"), "A3")]
+    assert load(tmp_path / "a.csv")["train"] == expected
+
+
+def test_turns_of_a_history_count_once(load, tmp_path, caplog):
+    caplog.set_level("INFO")
     rows = [
-        {"prompt": "Q1", "response": "A1", "history": []},
+        {"prompt": "Q1", "response": "A1"},  # the first row may have no history
         {"prompt": "Q2", "response": "A2", "history": [["Q1", "A1"]]},
         {"prompt": "Q3", "response": "A3", "history": [["Q1", "A1"], ["Q2", "A2"]]},
     ]
-    expected = [
-        rec(turns("Q1"), "A1"),
-        rec(turns("Q1", "A1", "Q2"), "A2"),
-        rec(turns("Q1", "A1", "Q2", "A2", "Q3"), "A3"),
-    ]
-    assert load(write_lines(tmp_path / "a.jsonl", rows))["train"] == expected
-    backwards = load(write_lines(tmp_path / "b.jsonl", rows[::-1]))["train"]
-    assert sorted(backwards, key=lambda row: len(row["messages"])) == expected
-    renamed = [{"q": row["prompt"], "a": row["response"], "past": row["history"]} for row in rows]
+    expected = [*TWO_TURNS, rec(turns("Q1", "A1", "Q2", "A2", "Q3"), "A3")]
+    for name, order in (("a.jsonl", rows), ("b.jsonl", rows[::-1])):
+        records = load(write_lines(tmp_path / name, order))["train"]
+        assert sorted(records, key=lambda row: len(row["messages"])) == expected
+        assert "3 records; left out 3 with a turn of a history that is there already" in caplog.text
+        caplog.clear()
+    renamed = [{"q": row["prompt"], "a": row["response"], "past": row.get("history", [])} for row in rows]
     columns = {"prompt": "q", "response": "a", "history": "past"}
     assert load(write_lines(tmp_path / "c.jsonl", renamed), columns=columns)["train"] == expected
-
-
-def test_turns_of_a_history_count_once_also_where_the_first_row_has_none(load, tmp_path, caplog):
-    caplog.set_level("INFO")
-    rows = [
-        {"prompt": "Q1", "response": "A1"},
-        {"prompt": "Q2", "response": "A2", "history": [["Q1", "A1"]]},
-    ]
-    expected = [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")]
-    for name, order in (("a.jsonl", rows), ("b.jsonl", rows[::-1])):
-        assert load(write_lines(tmp_path / name, order))["train"] == expected
-        assert "2 records; left out 1 with a turn of a history that is there already" in caplog.text
-        caplog.clear()
-    repeated = load(write_lines(tmp_path / "c.jsonl", rows[:1] * 3))["train"]
+    repeated = load(write_lines(tmp_path / "d.jsonl", rows[:1] * 3))["train"]
     assert repeated == expected[:1] * 3  # nobody's history: repeated on purpose
 
 
-def test_an_empty_turn_does_not_fuse_its_neighbours(load, tmp_path, caplog):
-    caplog.set_level("INFO")
-    good = {"messages": turns("Q1", "A1", "Q2", "A2")}
-    rows = [good, {"messages": turns("Q1", "A1", "", "A2")}, {"messages": turns("Q1", "", "Q2", "A2")}]
-    expected = [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")]
-    assert load(write_lines(tmp_path / "a.jsonl", rows))["train"] == expected
-    assert "2 records; left out 2 with an empty turn" in caplog.text
-    rows = [{"prompt": "Q", "response": "A"}, {"prompt": "Q2", "response": "A2", "history": [["Q1", ""]]}]
-    assert load(write_lines(tmp_path / "b.jsonl", rows))["train"] == [rec(turns("Q"), "A")]
+AFTER_AN_EMPTY_ANSWER = {"prompt": "Q2", "response": "A2", "history": [["Q1", ""]]}
+GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+USELESS = {
+    "empty turns": (
+        [{"messages": turns("Q1", "A1", "Q2", "A2")}],
+        [{"messages": turns("Q1", "A1", "", "A2")}, {"messages": turns("Q1", "", "Q2", "A2")}],
+        "left out 2 with an empty turn",
+    ),
+    "an empty turn of a history": ([{"prompt": "Q", "response": "A"}], [AFTER_AN_EMPTY_ANSWER], "1 with an empty turn"),
+    "empty answers": ([GOOD], [GOOD | {"chosen": "  "}, GOOD | {"rejected": ""}], "2 with an empty answer"),
+    "no question": ([GOOD], [GOOD | {"prompt": ""}], "1 with no question"),
+    "dialogues that differ before the last answer": (
+        [{"chosen": HH + " A", "rejected": HH + " B"}],
+        [{"chosen": HH + " A", "rejected": HH.replace("Hello.", "Bye.") + " B"}],
+        "1 with two dialogues that differ before the last answer",
+    ),
+    "a dialogue without an answer": (
+        [{"chosen": HH + " A", "rejected": HH + " B"}],
+        [{"chosen": HH, "rejected": HH + " B"}],
+        "1 with a dialogue that does not end with an answer",
+    ),
+}
 
 
-def test_useless_records_are_left_out(load, tmp_path, caplog):
+@pytest.mark.parametrize("name", USELESS)
+def test_useless_rows_are_left_out_and_counted(name, load, tmp_path, caplog):
     caplog.set_level("INFO")
-    good = {"prompt": "Q", "chosen": "A", "rejected": "B"}
-    rows = [good, {**good, "chosen": "  "}, {**good, "rejected": ""}, {**good, "prompt": ""}]
-    assert load(write_lines(tmp_path / "a.jsonl", rows))["train"] == [rec(turns("Q"), "A", "B")]
-    assert "2 with an empty answer" in caplog.text and "1 with no question" in caplog.text
-    dialogues = [
-        {"chosen": HH + " A.", "rejected": HH.replace("Hello.", "Bye.") + " B."},  # differ before the last answer
-        {"chosen": HH, "rejected": HH + " B."},  # no answer
-        {"chosen": HH + " A.", "rejected": HH + " B."},
-    ]
-    assert load(write_lines(tmp_path / "b.jsonl", dialogues))["train"] == [rec(HH_TURNS, "A.", "B.")]
+    good, useless, note = USELESS[name]
+    expected = load(write_lines(tmp_path / "good.jsonl", good))
+    assert load(write_lines(tmp_path / "all.jsonl", good + useless)) == expected
+    assert note in caplog.text
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters=":："), min_size=1).map(str.strip).filter(bool)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(WORDS, min_size=1, max_size=6))
 def test_marked_text_gives_its_turns_back(contents):
     contents = contents if len(contents) % 2 else contents[:-1]
@@ -214,12 +197,7 @@ def test_marked_text_gives_its_turns_back(contents):
     assert split_turns(text + "\n\nAssistant: yes", answered=True) == turns(*contents, "yes")
 
 
-def test_half_an_emoji_does_not_stop_the_reading(load, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "cut \\ud83d", "response": "whole \\ud83d\\ude00"}\n')
-    assert load(tmp_path / "a.jsonl")["train"] == [rec(turns("cut \ufffd"), "whole 😀")]
-
-
-# ---------------------------------------------------------------------------------------------------- docs
+# --- docs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["en/own-data.md", "zh/own-data.md"])

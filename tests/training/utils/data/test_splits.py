@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import UserError
-from training.utils.data.sources import FEATURES, load_records
+from training.utils.data.records import FEATURES, load_records
 from training.utils.data.splits import opening_question, parse_split, phase_and_part, select_phase
 
 

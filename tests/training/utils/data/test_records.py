@@ -1,0 +1,160 @@
+"""Rows become records of one form; what is wrong is named with its file and line, what is of no use is counted."""
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from errors import UserError
+from tests.training.utils.data.rows import PAIR_RECORDS, PAIRS, rec, turns, write_lines
+from training.utils.data.records import load_records
+
+GOOD = json.dumps(PAIRS[1])
+
+
+@pytest.mark.fast
+def test_columns(load, tmp_path):
+    rows = [
+        {"question": {"text": "Q"}, "answers": [{"text": "A"}, {"text": "B"}], "text": "x", "label": 1, "past": None}
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    mapped = load(path, columns={"prompt": "question.text", "chosen": "answers.0.text", "rejected": "answers.1.text"})
+    assert mapped == {"train": [rec(turns("Q"), "A", "B")]}
+    mapped = load(path, columns={"prompt": "question.text", "response": "answers.1.text", "history": "past"})
+    assert mapped == {"train": [rec(turns("Q"), "B")]}
+    assert load(path, columns={"prompt": "text"}) == {"train": [rec(turns("x"), "")]}
+
+
+@pytest.mark.fast
+def test_columns_leave_sets_without_these_fields_alone(load, tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = write_lines(tmp_path / "a.jsonl", PAIRS)
+    assert load(path, columns={"prompt": "question", "response": "answer"}) == {"train": PAIR_RECORDS}
+    assert "without the fields of --columns" in caplog.text
+
+
+WRONG_COLUMNS = [
+    ({"prompt": "question", "response": "anwser"}, '"anwser", which is not there .found: question, answer'),
+    ({"promt": "question"}, "--columns promt=…: no such name of ours"),
+    ({"response": "answer"}, "do not make a record"),
+]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("columns, message", WRONG_COLUMNS)
+def test_wrong_columns(columns, message, load, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load(write_lines(tmp_path / "a.jsonl", [{"question": "Q", "answer": "A"}]), columns=columns)
+
+
+BAD = {
+    "empty.jsonl": ("", "empty.jsonl: no records"),
+    "blank.json": (" \n\n ", "blank.json: no records"),
+    "empty_list.json": ("[]", "empty_list.json: no records"),
+    "header.csv": ("prompt,response\n", "header.csv: no records"),
+    "missing.jsonl": (f'{GOOD}\n{{"prompt": "a", "chosen": "b"}}\n', 'line 2: no field "rejected" .found: prompt, chosen'),
+    "null.json": (f'[{GOOD}, {{"prompt": "a", "chosen": "b", "rejected": null}}]', r'record 2 .line 1.: no field "rejected"'),
+    "labels.jsonl": ('{"text": "good", "label": 1}\n', "line 1: labelled texts .fields text, label. are no dialogues"),
+    "unknown.jsonl": ('{"question": "q", "reply": "r"}\n', "the fields question, reply are no known format.*--columns"),
+    "prompt_answer.jsonl": ('{"prompt": "q", "answer": "r"}\n', "the fields prompt, answer are no known format"),
+    "only_chosen.jsonl": ('{"chosen": "q"}\n', 'no field "prompt" or "rejected"'),
+    "no_dialogue.jsonl": ('{"chosen": "a", "rejected": "b"}\n', '"prompt", and "chosen" is not a whole dialogue'),
+    "type.jsonl": ('{"prompt": 5, "response": "b"}\n', 'line 1: field "prompt" is a int, expected a text'),
+    "role.jsonl": ('{"messages": [{"role": "tool", "content": "x"}]}\n', "line 1: .* the role 'tool', expected one of"),
+    "odd_role.jsonl": ('{"messages": [{"role": ["user"], "content": "Q"}]}\n', r"has the role \['user'\]"),
+    "string.jsonl": ('{"messages": "hello"}\n', 'field "messages" is a str, expected a list'),
+    "history.jsonl": ('{"prompt": "a", "response": "b", "history": [["x"]]}\n', "not a pair .question, answer"),
+    "mkqa.jsonl": ('{"query": "q", "queries": {"en": "q"}, "answers": ["a"]}\n', 'field "answers" is not of the form'),
+    "unanswered.jsonl": ('{"prompt": "Q", "response": null}\n', 'no field "response"'),
+    "margin.jsonl": (GOOD[:-1] + ', "margin": "much"}\n', "field \"margin\" is 'much', expected a number"),
+    "nan.jsonl": (GOOD[:-1] + ', "margin": NaN}\n', 'field "margin" is nan, expected a finite number'),
+    "large.jsonl": (GOOD[:-1] + ', "margin": 1e39}\n', "expected a finite number"),
+    "useless.jsonl": ('{"prompt": "a", "response": ""}\n', "no usable record; left out 1 with an empty answer"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", BAD)
+def test_bad_records(name, load, tmp_path):
+    content, message = BAD[name]
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / name)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))  # nothing half-written is left
+
+
+@pytest.mark.fast
+def test_the_cache_follows_the_content_not_the_name(tmp_path):
+    def files(path, **columns):
+        return load_records(str(path), columns=columns)["train"].cache_files
+
+    path = write_lines(tmp_path / "a.jsonl", PAIRS)
+    first = files(path)
+    assert files(path) == files(write_lines(tmp_path / "copy.jsonl", PAIRS)) == first
+    assert files(path, prompt="chosen") != first
+    assert files(write_lines(path, PAIRS[:1])) != first
+    assert len(load_records(str(path))["train"]) == 1
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    words = "the quick brown fox jumps over the lazy dog while 三步 trains a model " * 6
+    sizes, peaks = [], []
+    for count in (2_000, 8_000):
+        rows = [{"prompt": f"{n} {words}", "chosen": f"{words} {n}", "rejected": f"{words[::-1]}"} for n in range(count)]
+        path = tmp_path / f"{count}.json"
+        path.write_text(json.dumps(rows, ensure_ascii=False))
+        sizes.append(path.stat().st_size)
+        del rows
+        tracemalloc.start()
+        assert len(load_records(str(path))["train"]) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 0.5 * (sizes[1] - sizes[0])
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(path: Path) -> list[dict]:
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    text = data.decode()
+    return json.loads(text) if text.lstrip()[0] == "[" else [json.loads(line) for line in text.split("\n") if line]
+
+
+def expected_count(path: Path, raw: list[dict]) -> int:
+    """Number of records, counted from the raw rows."""
+    if path.name.startswith("moss"):
+        return sum(turn["from"] == "gpt" for row in raw for turn in row["conversations"])
+    if path.name.startswith("oasst_zh"):
+        whole = [[*row["history"], [row["prompt"], row["response"]]] for row in raw]
+        return len({json.dumps(dialogue[: end + 1]) for dialogue in whole for end in range(len(dialogue))})
+    if path.name.startswith("mkqa"):
+        return sum(bool(row["answers"]["en"][0].get("text")) for row in raw)
+    return len(raw)
+
+
+def test_every_sample_file_loads(load, shared_dir):
+    files = sorted(path for path in (shared_dir / "data").rglob("*.json*") if path.parent.name != "sentiment")
+    assert len(files) > 20
+    records = {path: load(path)["train"] for path in files}
+    for path in files:
+        assert len(records[path]) == expected_count(path, rows_of(path)), path
+        for row in records[path]:
+            roles = [turn["role"] for turn in row["messages"] if turn["role"] != "system"]
+            assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"], path
+            assert all(turn["content"] == turn["content"].strip() != "" for turn in row["messages"]), path
+            assert bool(row["chosen"]) == (path.parent.name != "prompts"), path
+            assert bool(row["rejected"]) == path.parent.name.startswith("preference"), path
+
+    # The same pairs were published in both forms: whole dialogues, and prompt/chosen/rejected.
+    def pairs_of(*names):
+        folder = shared_dir / "data/preference_en"
+        return [json.dumps(row, sort_keys=True) for name in names for row in records[folder / f"{name}.jsonl.gz"]]
+
+    whole, static = set(pairs_of("hh_helpful_base", "hh_harmless_base_mild")), pairs_of("rm_static_en_train", "rm_static_en_test")
+    assert sum(row in whole for row in static) >= 0.99 * len(static)
+    for path in (shared_dir / "data/sentiment").iterdir():
+        with pytest.raises(UserError, match="labelled texts"):
+            load(path)
