@@ -20,13 +20,10 @@ from typing import Any
 import torch.distributed as dist
 
 from errors import UserError
-from inference.engine import generate
 from models.checkpoint_folder import open_checkpoint
 from models.device import detect_platform
-from models.templates import Template
-from training.evaluate.common import Answer, Answerer, held_out, lengths, write_json
+from training.evaluate.common import Answer, LoadedModel, held_out, load_for_evaluation, mean_lengths, write_json
 from training.evaluate.text_metrics import METRICS, check_libraries, mean_scores
-from training.utils.data.batching import pad_left
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import EvaluateArguments
 from training.utils.run.metrics import format_seconds
@@ -47,18 +44,14 @@ def main(args: EvaluateArguments) -> None:
     checkpoint = open_checkpoint(args.model_name_or_path)
     records = read_records(args)
     adapter = {"ptuning_checkpoint": args.ptuning_checkpoint, "quantization_bit": args.quantization_bit}
-    answerer = Answerer.load(checkpoint, args.dtype, args.attn_implementation, local_rank, platform, **adapter)
-    label_length = args.max_target_length if args.truncate_labels else None
-    labels = encode_labels(records, answerer.tokenizer, answerer.template, label_length)
-    prompts = answerer.encode(
-        [record["messages"] for record in records],
-        args.max_target_length,
-        "--max_target_length",
-        args.model_name_or_path,
-        longest=args.max_source_length,
+    loaded = load_for_evaluation(
+        checkpoint, args.dtype, args.attn_implementation, platform=platform, local_rank=local_rank, **adapter
     )
+    labels = encode_labels(records, loaded, args.max_target_length if args.truncate_labels else None)
+    dialogues = [record["messages"] for record in records]
+    prompts = loaded.encode(dialogues, args.max_target_length, "--max_target_length", args.max_source_length)
     started = time.monotonic()
-    answers = answer(answerer, prompts, args, rank, processes)
+    answers = answer(loaded, prompts, args, rank, processes)
     if rank == 0:
         metrics = {"examples": len(answers), **summary(labels, answers)}
         write(Path(args.output_dir), labels, answers, metrics | {"flags": asdict(args)})
@@ -85,17 +78,18 @@ def read_records(args: EvaluateArguments) -> list[dict[str, Any]]:
     return records
 
 
-def encode_labels(records: list[dict[str, Any]], tokenizer: Any, template: Template, longest: int | None) -> list[str]:
+def encode_labels(records: list[dict[str, Any]], loaded: LoadedModel, longest: int | None) -> list[str]:
     """Return the written answers as the model could have written them, cut to their first ``longest`` tokens.
 
     They pass through its tokenizer, which may know only one form of a punctuation mark.
     """
+    tokenizer, template = loaded.tokenizer, loaded.template
     encoded = template.encode_answers(tokenizer, [record["chosen"] for record in records])
     return [template.decode_answer(tokenizer, ids[:longest]) for ids in encoded]
 
 
 def answer(
-    answerer: Answerer, prompts: list[list[int]], args: EvaluateArguments, rank: int = 0, processes: int = 1
+    loaded: LoadedModel, prompts: list[list[int]], args: EvaluateArguments, rank: int = 0, processes: int = 1
 ) -> list[Answer]:
     """Return the answers in the order of the prompts, on every process.
 
@@ -105,25 +99,18 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     size = args.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    pad_token_id = answerer.tokenizer.pad_token_id
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     answers: dict[int, Answer] = {}
     reported = time.monotonic()
     for done, numbers in enumerate(batches[rank::processes], 1):
-        ids, mask = pad_left([prompts[number] for number in numbers], pad_token_id)
-        generation = generate(
-            answerer.model,
-            ids.to(answerer.device),
-            mask.to(answerer.device),
+        batch = loaded.answer(
+            [prompts[number] for number in numbers],
+            max_batch=size,
             max_new_tokens=args.max_target_length,
-            stop_token_ids=answerer.template.stop_token_ids,
-            pad_token_id=pad_token_id,
-            greedy=not args.do_sample,
-            temperature=args.temperature if args.do_sample else 1.0,
-            top_p=args.top_p,
-            top_k=args.top_k,
             row_seeds=[args.seed + number for number in numbers],
+            **(sampling if args.do_sample else {"greedy": True}),
         )
-        answers |= zip(numbers, answerer.decode(generation), strict=True)
+        answers |= zip(numbers, batch, strict=True)
         if rank == 0 and time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             print(f"answered {min(done * processes * size, len(prompts))} of {len(prompts)}", flush=True)
@@ -137,7 +124,7 @@ def answer(
 def summary(labels: list[str], answers: list[Answer]) -> dict[str, float]:
     """Return the means of METRICS, the mean length in tokens, the share that ended, and the number of empty answers."""
     scores = mean_scores([(label, one.text) for label, one in zip(labels, answers, strict=True)])
-    return scores | lengths(answers) | {"empty": sum(not one.text for one in answers)}
+    return scores | mean_lengths(answers) | {"empty": sum(not one.text for one in answers)}
 
 
 def write(folder: Path, labels: list[str], answers: list[Answer], metrics: dict[str, Any]) -> None:

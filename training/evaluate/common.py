@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from errors import UserError
 from inference.chatbot import context_length
-from inference.engine import Generation
+from inference.engine import generate_many
 from models.checkpoint_folder import CheckpointFolder
 from models.device import Platform, attention_implementation, detect_platform, resolve_dtype, set_device
 from models.heads import prefix_length
@@ -21,6 +22,7 @@ from training.utils.data.records import load_records
 from training.utils.data.tokenize import cut_prompt
 
 BUILT_IN = json.loads(Path(__file__).with_name("builtin.json").read_text(encoding="utf-8"))
+Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -33,57 +35,58 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Answerer:
-    """A language model on its device, with its tokenizer and template."""
+class LoadedModel:
+    """A model in evaluation mode on its device, with its tokenizer and template."""
 
+    path: str
     model: torch.nn.Module
     tokenizer: Any
     template: Template
     device: torch.device
 
-    @classmethod
-    def load(
-        cls,
-        checkpoint: CheckpointFolder,
-        dtype: str,
-        attention: str,
-        local_rank: int = 0,
-        platform: Platform | None = None,
-        **adapter: Any,
-    ) -> Answerer:
-        """Load a checkpoint for generation. dtype, attention: the flags; adapter: further arguments of load_causal_lm."""
-        platform = platform or detect_platform()
-        device = set_device(platform, local_rank)
-        tokenizer = load_tokenizer(checkpoint)
-        attention = attention_implementation(attention, platform)
-        model = load_causal_lm(checkpoint, dtype=resolve_dtype(dtype, platform), attn=attention, **adapter)
-        return cls(model.to(device).eval(), tokenizer, load_template(checkpoint, tokenizer), device)
+    def encode(self, prompts: list[Messages], room: int, flag: str, longest: int | None = None) -> list[list[int]]:
+        """Return the token ids of the prompts, cut at the beginning where they leave less room for an answer.
 
-    def encode(
-        self, prompts: list[list[dict[str, str]]], answer_length: int, flag: str, model: str, longest: int | None = None
-    ) -> list[list[int]]:
-        """Return the token ids of the prompts, cut at the beginning where they leave no room for answer_length tokens.
-
-        longest: further limit of a prompt in tokens. Raises UserError, which names the flag, if no room is left at all.
+        longest: further limit of a prompt in tokens. Raises UserError, which names the flag, if no prompt leaves the room.
         """
         context = context_length(self.model.config) - prefix_length(self.model)
-        limit = context - answer_length
+        limit = min(context - room, longest or context)
         if limit < 1:
             raise UserError(
-                f"{flag} {answer_length} leaves no room for a prompt in the {context} tokens that {model} reads; lower it."
+                f"{flag} {room} leaves no room for a prompt in the {context} tokens that {self.path} reads; lower it."
             )
-        limit = min(limit, longest or limit)
         return [cut_prompt(ids, limit, self.template) for ids in self.template.encode_prompts(self.tokenizer, prompts)]
 
-    def decode(self, generation: Generation) -> list[Answer]:
-        """Return the answers of a generation, one a row."""
-        rows = zip(
-            generation.sequences.tolist(), generation.lengths.tolist(), generation.ended.tolist(), strict=True
-        )
-        return [Answer(self.template.decode_answer(self.tokenizer, row[:length]), length, ended) for row, length, ended in rows]
+    def answer(self, prompts: list[list[int]], **settings: Any) -> list[Answer]:
+        """Return the answers to encoded prompts, those to one prompt together. settings: those of generate_many."""
+        stop, pad = self.template.stop_token_ids, self.tokenizer.pad_token_id
+        generation = generate_many(self.model, prompts, stop_token_ids=stop, pad_token_id=pad, **settings)
+        columns = (generation.sequences, generation.lengths, generation.ended)
+        return [
+            Answer(self.template.decode_answer(self.tokenizer, tokens[:length]), length, ended)
+            for tokens, length, ended in zip(*(column.tolist() for column in columns), strict=True)
+        ]
 
 
-def lengths(answers: list[Answer]) -> dict[str, float]:
+def load_for_evaluation(
+    checkpoint: CheckpointFolder,
+    dtype: str,
+    attention: str,
+    load: Callable[..., torch.nn.Module] = load_causal_lm,
+    platform: Platform | None = None,
+    local_rank: int = 0,
+    **options: Any,
+) -> LoadedModel:
+    """Load a checkpoint on this process's device. dtype, attention: the flags; options: further arguments of load."""
+    platform = platform or detect_platform()
+    device = set_device(platform, local_rank)
+    tokenizer = load_tokenizer(checkpoint)
+    kernels = attention_implementation(attention, platform)
+    model = load(checkpoint, dtype=resolve_dtype(dtype, platform), attn=kernels, **options).to(device).eval()
+    return LoadedModel(checkpoint.path, model, tokenizer, load_template(checkpoint, tokenizer), device)
+
+
+def mean_lengths(answers: Sequence[Answer]) -> dict[str, float]:
     """Return the mean length in tokens, and the share of answers that ended before the limit."""
     return {
         "mean_tokens": sum(answer.tokens for answer in answers) / len(answers),

@@ -15,11 +15,10 @@ import torch
 
 from errors import UserError
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
-from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
 from models.heads import TokenScores, last_token_scores
-from models.load import load_scalar_model, load_tokenizer
-from models.templates import Template, load_template
-from training.evaluate.common import BUILT_IN, held_out, write_json
+from models.load import load_scalar_model
+from models.templates import Template
+from training.evaluate.common import BUILT_IN, LoadedModel, held_out, load_for_evaluation, write_json
 from training.utils.data.batching import pad_right
 from training.utils.data.tokenize import Counts, Limits, fit
 from training.utils.flags.parse import main_entry
@@ -35,15 +34,9 @@ def main(args: RewardEvalArguments) -> None:
     quiet_libraries()
     checkpoint = check_reward_model(args.model_name_or_path)
     pairs = read_pairs(args)
-    tokenizer = load_tokenizer(checkpoint)
-    template = load_template(checkpoint, tokenizer)
-    platform = detect_platform()
-    device = set_device(platform, 0)
-    attention = attention_implementation(args.attn_implementation, platform)
-    model = load_scalar_model(checkpoint, dtype=resolve_dtype(args.dtype, platform), attn=attention)
-    scorer = TokenScores(model).to(device).eval()
-    rows = encode_pairs(pairs, tokenizer, template, args.max_seq_len)
-    scores = score_pairs(scorer, rows, tokenizer.pad_token_id, 2 * args.per_device_eval_batch_size, device)
+    loaded = load_for_evaluation(checkpoint, args.dtype, args.attn_implementation, load_scalar_model)
+    rows = encode_pairs(pairs, loaded.tokenizer, loaded.template, args.max_seq_len)
+    scores = score_pairs(loaded, rows, 2 * args.per_device_eval_batch_size)
     metrics = summary(scores)
     for pair, (chosen, rejected) in list(zip(pairs, scores, strict=True))[:SHOWN]:
         print(f"\n{pair['messages'][-1]['content']}")
@@ -69,10 +62,7 @@ def check_reward_model(path: str) -> CheckpointFolder:
 def read_pairs(args: RewardEvalArguments) -> list[dict[str, Any]]:
     """Return records with a chosen and a rejected answer: the held-out ones of --data_path, or the built-in ones."""
     if not args.data_path:
-        return [
-            {"messages": [{"role": "user", "content": pair["prompt"]}], "chosen": pair["chosen"], "rejected": pair["rejected"]}
-            for pair in BUILT_IN["pairs"]
-        ]
+        return [pair | {"messages": [{"role": "user", "content": pair["prompt"]}]} for pair in BUILT_IN["pairs"]]
     pairs: list[dict[str, Any]] = []
     for path in args.data_path:
         records = held_out(path, args.column_map)
@@ -92,15 +82,15 @@ def encode_pairs(pairs: list[dict[str, Any]], tokenizer: Any, template: Template
 
 
 @torch.no_grad()
-def score_pairs(
-    scorer: TokenScores, rows: list[list[int]], pad_token_id: int, batch_size: int, device: torch.device
-) -> list[tuple[float, float]]:
+def score_pairs(loaded: LoadedModel, rows: list[list[int]], batch_size: int) -> list[tuple[float, float]]:
     """Return (chosen, rejected) scores of each pair of encode_pairs; texts of like length are scored together."""
+    scorer = TokenScores(loaded.model).eval()
     scores = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        ids, mask = (tensor.to(device) for tensor in pad_right([rows[row] for row in batch], pad_token_id))
+        padded = pad_right([rows[row] for row in batch], loaded.tokenizer.pad_token_id)
+        ids, mask = (tensor.to(loaded.device) for tensor in padded)
         for row, score in zip(batch, last_token_scores(scorer(ids, mask), mask).tolist(), strict=True):
             scores[row] = score
     half = len(rows) // 2

@@ -14,10 +14,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from errors import UserError
-from inference.engine import generate_many
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import empty_cache
-from training.evaluate.common import BUILT_IN, Answer, Answerer, held_out, lengths, write_json
+from training.evaluate.common import BUILT_IN, Answer, Messages, held_out, load_for_evaluation, mean_lengths, write_json
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import PromptEvalArguments
 from training.utils.run.process_group import quiet_libraries
@@ -32,7 +31,7 @@ def main(args: PromptEvalArguments) -> None:
     models = {"baseline": args.model_name_or_path_baseline, "finetuned": args.model_name_or_path_finetune}
     checkpoints = {name: open_checkpoint(path) for name, path in models.items()}  # both, before either is loaded
     answers = {name: ask(checkpoint, prompts, args) for name, checkpoint in checkpoints.items()}
-    summary = {name: lengths([answer for row in rows for answer in row]) for name, rows in answers.items()}
+    summary = {name: mean_lengths([answer for row in rows for answer in row]) for name, rows in answers.items()}
     print_table(prompts, answers, models, shutil.get_terminal_size((120, 24)).columns)
     for name, values in summary.items():
         print(f"{name:10} {values['mean_tokens']:7.1f} tokens an answer, {values['ended']:.0%} ended by themselves")
@@ -44,7 +43,7 @@ def main(args: PromptEvalArguments) -> None:
         write_json(args.output, {"models": models, "summary": summary, "prompts": rows})
 
 
-def read_prompts(args: PromptEvalArguments) -> list[list[dict[str, str]]]:
+def read_prompts(args: PromptEvalArguments) -> list[Messages]:
     """Return dialogues that end in a question: from --prompts, --data_path, or the built-in ones of --language."""
     if args.prompts and args.data_path:
         raise UserError("--prompts and --data_path both give prompts; leave one of them out.")
@@ -68,32 +67,27 @@ def read_lines(file: str) -> list[str]:
     return texts
 
 
-def ask(checkpoint: CheckpointFolder, prompts: list[list[dict[str, str]]], args: PromptEvalArguments) -> list[list[Answer]]:
+def ask(checkpoint: CheckpointFolder, prompts: list[Messages], args: PromptEvalArguments) -> list[list[Answer]]:
     """Return one model's answers, --num_return_sequences to each prompt. The model is gone from memory afterwards."""
-    answerer = Answerer.load(checkpoint, args.dtype, args.attn_implementation)
-    encoded = answerer.encode(prompts, args.max_new_tokens, "--max_new_tokens", checkpoint.path)
+    loaded = load_for_evaluation(checkpoint, args.dtype, args.attn_implementation)
     each = args.num_return_sequences
-    generation = generate_many(
-        answerer.model,
-        encoded,
+    answers = loaded.answer(
+        loaded.encode(prompts, args.max_new_tokens, "--max_new_tokens"),
         max_batch=BATCH,
         num_return_sequences=each,
         max_new_tokens=args.max_new_tokens,
-        stop_token_ids=answerer.template.stop_token_ids,
-        pad_token_id=answerer.tokenizer.pad_token_id,
         temperature=args.temperature,
         top_p=args.top_p,
         greedy=each == 1,
-        row_seeds=range(args.seed, args.seed + each * len(encoded)),
+        row_seeds=range(args.seed, args.seed + each * len(prompts)),
     )
-    answers = answerer.decode(generation)
-    del answerer
+    del loaded
     empty_cache()
     return [answers[start : start + each] for start in range(0, len(answers), each)]
 
 
 def print_table(
-    prompts: list[list[dict[str, str]]], answers: dict[str, list[list[Answer]]], models: dict[str, str], columns: int
+    prompts: list[Messages], answers: dict[str, list[list[Answer]]], models: dict[str, str], columns: int
 ) -> None:
     """Print each prompt and, under it, the answers of both models in two columns."""
     width = max(20, (min(columns, 160) - 3) // 2)
@@ -122,9 +116,7 @@ def wrapped(text: str, width: int) -> list[str]:
     for line in text.splitlines() or [""]:
         line = "".join(character for character in line.expandtabs(4) if character.isprintable())
         while shown_width(line) > width:
-            end = 0
-            while shown_width(line[: end + 1]) <= width:
-                end += 1
+            end = next(end for end in range(len(line), 0, -1) if shown_width(line[:end]) <= width)
             space = line.rfind(" ", 0, end + 1)
             end = space if space > end // 2 else end
             lines.append(line[:end].rstrip())

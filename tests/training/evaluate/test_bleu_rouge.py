@@ -10,7 +10,7 @@ from models.load import load_tokenizer
 from models.templates import load_template
 from tests.launching import succeed
 from tests.training.evaluate import hand_metrics
-from training.evaluate import bleu_rouge, text_metrics
+from training.evaluate import bleu_rouge, common, text_metrics
 from training.evaluate.common import Answer
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import EvaluateArguments
@@ -101,8 +101,8 @@ def test_sampled_answers_follow_the_seed_not_the_batch(run):
 
 def test_a_long_prompt_loses_its_oldest_part(run, llama, monkeypatch):
     seen = []
-    real = bleu_rouge.generate
-    monkeypatch.setattr(bleu_rouge, "generate", lambda *given, **how: seen.append(given[1].tolist()) or real(*given, **how))
+    real = common.generate_many
+    monkeypatch.setattr(common, "generate_many", lambda *given, **how: seen.append(given[1]) or real(*given, **how))
     run("--max_source_length", "20", "--max_target_length", "2", "--num_examples", "2")
     tokenizer = load_tokenizer(llama)
     ids = load_template(llama, tokenizer).encode_prompt(tokenizer, [{"role": "user", "content": ROWS[1]["content"]}])

@@ -8,7 +8,7 @@ import pytest
 from errors import UserError
 from models.load import load_tokenizer
 from models.templates import load_template
-from training.evaluate.common import BUILT_IN, Answer, lengths
+from training.evaluate.common import BUILT_IN, Answer, mean_lengths
 from training.evaluate.side_by_side import main, read_prompts, side_by_side, wrapped
 from training.utils.data.tokenize import cut_prompt
 from training.utils.flags.parse import parse
@@ -117,7 +117,7 @@ def test_wrapping_breaks_at_spaces_and_loses_no_word():
 @pytest.mark.fast
 def test_lengths_by_hand():
     answers = [Answer("x", 4, True), Answer("y", 8, False), Answer("z", 3, True), Answer("", 1, True)]
-    assert lengths(answers) == {"mean_tokens": 4.0, "ended": 0.75}
+    assert mean_lengths(answers) == {"mean_tokens": 4.0, "ended": 0.75}
 
 
 @pytest.mark.parametrize(
