@@ -1,8 +1,12 @@
 """Write a page about a run: its metrics, answers before and after, small curves. One HTML file that needs nothing else.
 
     python -m scripts.report --run output/demo --output report.html
+    python -m scripts.report --run output/demo --picture docs/images/demo_ppo.svg
 
 The run is the output folder of a step (it holds metrics.jsonl) or a folder of such folders; what is there already is shown.
+--picture draws the gold score and KL over PPO's rollouts; the README's comes from
+
+    python -m scripts.demo --ppo_flags "--reward_function scripts/demo/score.py:reward --reward_weights 1,0"
 """
 
 from __future__ import annotations
@@ -27,12 +31,14 @@ CURVES = {
     "accuracy": "Held-out accuracy, share of pairs",
     "margin": "Implicit reward: chosen - rejected, beta x nats",
     "score": "Score by the reward model",
+    "score_reward": "Gold score, 0 to 1",  # by scripts/demo/score.py:reward
     "score_vader": "Gold score by VADER",
     "kl": "KL to the reference, nats an answer",
     "length": "Length of answers, tokens",
     "eos_rate": "Share of answers that ended by themselves",
 }
 COLOURS = {"train": "#2a6fb0", "eval": "#d1661b"}
+PICTURE = ("score_reward", "kl")
 WIDTH, HEIGHT, MARGIN = 240, 90, 6  # of a curve
 
 # preset -> name of its gold score, targets (accuracy of the reward model, gold score, ended answers, KL), and a note.
@@ -98,25 +104,43 @@ def run_folders(folder: Path) -> list[Path]:
     return runs
 
 
-def draw_curve(curves: dict[str, list[tuple[int, float]]]) -> str:
+def draw_curve(curves: dict[str, list[tuple[int, float]]], width: int = WIDTH, height: int = HEIGHT) -> str:
     """Return one SVG of "train" and "eval" curves, (step, value) pairs; its range is written at its left edge."""
     steps, values = zip(*(point for points in curves.values() for point in points), strict=True)
     low, high = min(values), max(values)
     scale = log10 if 0 < 50 * low < high else float  # logarithmic for a perplexity from a random start
-    bottom, top = scale(low), scale(high)
 
-    def place(value: float, least: float, most: float, size: int) -> float:
+    def scaled(value: float, least: float, most: float, size: int) -> float:
         return MARGIN + (size - 2 * MARGIN) * ((value - least) / (most - least) if most > least else 0.5)
 
     lines = []
     for part, points in curves.items():
-        x = [place(step, min(steps), max(steps), WIDTH) for step, _ in points]
-        y = [HEIGHT - place(scale(value), bottom, top, HEIGHT) for _, value in points]
+        x = [scaled(step, min(steps), max(steps), width) for step, _ in points]
+        y = [height - scaled(scale(value), scale(low), scale(high), height) for _, value in points]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
         lines.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[part]}" stroke-width="1.5"/>')
         lines.append(f'<circle cx="{x[-1]:.1f}" cy="{y[-1]:.1f}" r="2.5" fill="{COLOURS[part]}"/>')
-    marks = [f'<text x="2" y="{y}" font-size="9">{format_figure(value)}</text>' for y, value in ((10, high), (HEIGHT - 2, low))]
-    return f'<svg width="{WIDTH}" height="{HEIGHT}">{"".join(lines + marks)}</svg>'
+    marks = [f'<text x="2" y="{y}" font-size="9">{format_figure(value)}</text>' for y, value in ((10, high), (height - 2, low))]
+    return f'<svg width="{width}" height="{height}">{"".join(lines + marks)}</svg>'
+
+
+def draw_picture(metrics: Path) -> str:
+    """Return an SVG file of the curves in PICTURE side by side. Raise UserError where the run did not log one of them."""
+    width, height, gap, panels = 380, 150, 20, []
+    for number, name in enumerate(PICTURE):
+        points = read_metrics(metrics, f"train/{name}") if metrics.is_file() else []
+        if not points:
+            raise UserError(f"--picture: no train/{name} in {metrics}; see --help for the run that logs it.")
+        x, bottom = number * (width + gap), height + 38
+        panels.append(
+            f'<g transform="translate({x},24)">{draw_curve({"train": points}, width, height)}</g>'
+            f'<text x="{x}" y="16">{escape(CURVES[name])}</text>'
+            f'<text x="{x}" y="{bottom}" font-size="10">rollout {points[0][0]}</text>'
+            f'<text x="{x + width}" y="{bottom}" font-size="10" text-anchor="end">rollout {points[-1][0]}</text>'
+        )
+    size = f'width="{2 * width + gap}" height="{height + 44}" font-family="sans-serif" font-size="13"'
+    background = '<rect width="100%" height="100%" fill="#f8f8f8"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{background}\n' + "\n".join(panels) + "\n</svg>\n"
 
 
 def curve_section(run: Path) -> str:
@@ -156,14 +180,14 @@ def summary_section(file: Path) -> str:
     return f"<h2>Summary</h2><p>{note}</p>" + table(("", "before", "after", "target"), rows, (1, 2), "summary")
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
+def read_records(file: Path) -> list[dict[str, Any]]:
     """Return the records of a JSONL file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def answer_section(file: Path, count: int = 24) -> str:
     """Return answers before and after PPO side by side, the prompts evenly taken from all."""
-    answers = read_lines(file)
+    answers = read_records(file)
     rows = []
     for row in answers[:: max(1, len(answers) // count)][:count]:
         before, after = ((escape(row[when]), mark(row[f"gold_{when}"])) for when in ("before", "after"))
@@ -180,7 +204,7 @@ def mark(gold: float) -> str:
 
 def sample_section(file: Path, count: int = 8) -> str:
     """Return the last answers that PPO wrote down itself, with the reward model's score."""
-    samples = read_lines(file)
+    samples = read_records(file)
     last = max((sample["step"] for sample in samples), default=0)
     shown = [row for row in samples if row["step"] == last][:count]
     rows = [(escape(row["prompt"].strip()), escape(row["answer"]), format_figure(row["score"])) for row in shown]
@@ -209,10 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output folder of a step, or a folder of such folders")
     parser.add_argument("--output", type=Path, help="the page; report.html in the run folder if not given")
+    parser.add_argument("--picture", type=Path, help="also draw the gold score and KL over PPO's rollouts into this SVG file")
     args = parser.parse_args(argv)
     output = args.output or args.run / "report.html"
     write_report(args.run, output)
-    print(f"Wrote {output}")
+    if args.picture:
+        args.picture.write_text(draw_picture(args.run / "ppo" / "metrics.jsonl"), encoding="utf-8")
+    print(f"Wrote {output}" + (f" and {args.picture}" if args.picture else ""))
     return 0
 
 

@@ -1,6 +1,6 @@
-"""``python -m scripts.smollm2`` runs scripts/demo/smollm2.py."""
+"""``python -m scripts.smollm2`` runs the preset smollm2 of scripts/demo."""
 
-import runpy
+from scripts.demo.__main__ import main
 
 if __name__ == "__main__":
-    runpy.run_module("scripts.demo.smollm2", run_name="__main__")
+    main(preset="smollm2")

@@ -2,66 +2,120 @@
 
     python -m scripts.demo [--seed 1234] [--output output/demo] [--threads 2]
     python -m scripts.demo --ppo_flags "--ppo_epochs 4 --generation_batches 2" --pad_is_eos
+    python -m scripts.smollm2 [--seed 1234] [--output output/smollm2] [--threads 2]
 
-Writes base/, sft/, reward/, ppo/, answers.jsonl, summary.json and report.html into the output folder. A second run
-starts afresh.
+The first writes base/, sft/, reward/, ppo/, answers.jsonl, summary.json and report.html into the output folder; a second run
+starts afresh. scripts.smollm2 takes a pretrained model (docs/en/smollm2.md); a second run goes on where the first was
+interrupted, or at the first step whose recipe differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
-from collections.abc import Sequence
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from scripts.demo import pipeline
-from scripts.demo.pipeline import ROOT, SECTIONS, Progress, Stage, models_of_steps, training_stage
+from errors import UserError
+from scripts.demo import pipeline, smollm2
+from scripts.demo.pipeline import ROOT, SECTIONS, Stage
 from scripts.demo.score import demo_score
 
-RECIPE = ROOT / "configs/cpu/demo.yaml"
 HELD_OUT_PROMPTS = ROOT / "data/demo/prompts_heldout.jsonl"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line. Exit code 2 for wrong input, else that of the step that failed."""
-    args = parse(argv)
-    pipeline.run_command_line(lambda: run_demo(args))
+@dataclass(frozen=True)
+class Preset:
+    """A model and its data. stages(args) are done one after the other, the last of them measures.
+
+    fresh: a second run starts afresh. chat_flags: of chat.py, for the model to hear what it was trained on.
+    """
+
+    stages: Callable[[Namespace], list[Stage]]
+    prompts: str
+    fresh: bool = False
+    chat_flags: str = ""
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the flags of the demo."""
-    parser = pipeline.common_flags(RECIPE, __doc__, "measure on so many held-out prompts; 0 = all")
-    parser.add_argument("--ppo_flags", type=shlex.split, default=[], metavar="FLAGS", help="further flags of step 3, as one text")
-    parser.add_argument("--pad_is_eos", action="store_true", help="pad with the end token, as many checkpoints do")
-    return pipeline.parse_checked(parser, argv)
-
-
-def run_demo(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, measure, write summary and report. Returns the summary."""
-    output = args.output
-    base = ["scripts.demo.model", output / "base", "--seed", args.seed, *["--pad_is_eos"] * args.pad_is_eos]
-    models = models_of_steps(output)
-    models["ppo"] += args.ppo_flags
+def demo_stages(args: Namespace) -> list[Stage]:
+    """Return the stages of the demo."""
     title = "The base model"
+    base = ["scripts.demo.model", args.output / "base", "--seed", args.seed, *["--pad_is_eos"] * args.pad_is_eos]
 
     def write_base(again: bool) -> None:
         # Random weights are written on the CPU; saying so keeps DeepSpeed from announcing what it looked for.
-        pipeline.run_step(title, base, output, DS_ACCELERATOR="cpu")
+        pipeline.run_step(title, base, args.output, DS_ACCELERATOR="cpu")
 
-    stages = [
+    def measure(again: bool) -> dict[str, Any]:
+        from scripts.demo.measure import measure
+
+        return measure(args.output, args.seed, args.prompts, HELD_OUT_PROMPTS, demo_score)
+
+    return [
         Stage("base", title, write_base),
-        *(training_stage(section, args, models[section]) for section in SECTIONS),
-        Stage("measure", "Answers to held-out prompts, before and after PPO", lambda again: measure_demo(args)),
+        *(pipeline.training_stage(section, args, *args.ppo_flags * (section == "ppo")) for section in SECTIONS),
+        Stage("measure", "Answers to held-out prompts, before and after PPO", measure),
     ]
-    return pipeline.run_stages(args, "demo", Progress(output, "", fresh=True), stages)
 
 
-def measure_demo(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the SFT model and the actor by the gold rule."""
-    from scripts.demo.measure import measure
+PRESETS = {
+    "demo": Preset(demo_stages, "measure on so many held-out prompts; 0 = all", fresh=True),
+    "smollm2": Preset(
+        smollm2.stages, "use and measure only so many prompts; 0 = all", chat_flags=smollm2.CHAT_FLAGS
+    ),
+}
 
-    longest = pipeline.read_done(args.output, "ppo")["flags"]["max_answer_seq_len"]
-    return measure(args.output, args.seed, args.prompts, longest, HELD_OUT_PROMPTS, demo_score)
+
+def parse(argv: Sequence[str] | None, preset: str = "demo") -> Namespace:
+    """Parse the flags of a preset, check their bounds, and make their paths whole."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, folder, recipe = parser.add_argument, f"output/{preset}", f"configs/cpu/{preset}.yaml"
+    add("--seed", type=int, default=1234, help="random seed of all steps (%(default)s)")
+    add("--output", type=Path, default=ROOT / folder, help=f"where results go ({folder})")
+    add("--threads", type=int, default=usable_cores(), help="CPU threads (%(default)s)")
+    add("--config", type=Path, default=ROOT / recipe, help=f"recipe of the steps ({recipe})")
+    add("--prompts", type=int, default=0, help=PRESETS[preset].prompts)
+    if preset == "demo":
+        add("--ppo_flags", type=shlex.split, default=[], metavar="FLAGS", help="further flags of step 3, as one text")
+        add("--pad_is_eos", action="store_true", help="pad with the end token, as many checkpoints do")
+    args = parser.parse_args(argv)
+    if args.threads < 1 or args.seed < 0 or args.prompts < 0:
+        parser.error("--threads must be 1 or more, --seed and --prompts 0 or more")
+    # The steps run in the root of the repository, where the recipe's data paths lead; the user may stand elsewhere.
+    args.output, args.config = args.output.resolve(), args.config.resolve()
+    return args
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use; all, where the system cannot say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(args: Namespace, preset: str = "demo") -> dict[str, Any]:
+    """Train, measure, write summary and report. Returns the summary."""
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch here and in the steps, once it is imported
+    one = PRESETS[preset]
+    records = pipeline.run_stages(args.output, one.stages(args), one.fresh)
+    return pipeline.finish(args, preset, records, one.chat_flags)
+
+
+def main(argv: Sequence[str] | None = None, preset: str = "demo") -> None:
+    """Command line. Exit code 2 for wrong input, else that of the step that failed; a signal ends the running step as well."""
+    args = parse(argv, preset)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves subprocess.run, which then ends the step as well
+    try:
+        run(args, preset)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:  # the step got the same signal and has ended
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ its first user message, so no held-out prompt, nor its first question, is ever t
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from scripts.demo.score import UNIT, demo_score, read_question
+from scripts.demo import world
+from scripts.demo.score import UNIT, Quality, demo_score, read_question
 from scripts.demo.world import (
     ACKNOWLEDGEMENTS,
     COURTESY_AFTER,
@@ -39,20 +39,6 @@ FACT_TASKS = tuple(name for name, task in TASKS["en"].items() if not task.statem
 MEMORY_TASKS = tuple(name for name, task in TASKS["en"].items() if task.statements)
 
 Messages = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The three axes on which answers differ: right, polite, brief."""
-
-    right: bool
-    polite: bool
-    brief: bool
-
-    @property
-    def score(self) -> float:
-        """The gold score of an answer of this quality."""
-        return 0.5 * self.right + 0.25 * self.polite + 0.25 * self.brief
 
 
 def user(content: str) -> dict[str, str]:
@@ -81,11 +67,11 @@ def draw_prompt(rng: Random) -> Messages:
         second = question(rng, language, rng.choice(FACT_TASKS))
         reply = write_answer(rng, first, Quality(right=True, polite=rng.random() < RATES["polite"], brief=True))
         return [*first, assistant(reply), user(second)]
-    told = {task: rng.choice(TASKS[language][task].values) for task in MEMORY_TASKS}
-    statements = [fill(rng.choice(TASKS[language][task].statements), y=value) for task, value in told.items()]
+    facts = {task: rng.choice(TASKS[language][task].values) for task in MEMORY_TASKS}
+    statements = [fill(rng.choice(TASKS[language][task].statements), y=value) for task, value in facts.items()]
     introduction = join([rng.choice(OPENINGS[language][:4]), *statements], language)
-    acknowledgement = rng.choice(ACKNOWLEDGEMENTS[language]).format(*told.values())
-    return [user(introduction), assistant(acknowledgement), user(question(rng, language, rng.choice(list(told))))]
+    acknowledgement = rng.choice(ACKNOWLEDGEMENTS[language]).format(*facts.values())
+    return [user(introduction), assistant(acknowledgement), user(question(rng, language, rng.choice(list(facts))))]
 
 
 def ask(rng: Random, language: str, task: str) -> str:
@@ -95,8 +81,8 @@ def ask(rng: Random, language: str, task: str) -> str:
 
 def question(rng: Random, language: str, task: str) -> str:
     """Draw a question of a task, in one of its forms."""
-    known = TASKS[language][task]
-    return fill(rng.choice(known.questions), x=rng.choice(list(known.facts)) if known.facts else "")
+    forms, subjects = TASKS[language][task].questions, list(TASKS[language][task].facts)
+    return fill(rng.choice(forms), x=rng.choice(subjects) if subjects else "")
 
 
 def write_answer(rng: Random, prompt: Messages, quality: Quality) -> str:
@@ -146,8 +132,10 @@ def draw_pair(rng: Random, prompt: Messages) -> tuple[str, str]:
     """Draw (chosen, rejected): answers that differ in one to three axes, the one with the higher gold score first."""
     if rng.random() < DEFECTS:
         rejected = write_defect(rng, prompt)
-        floor = demo_score(prompt, rejected)
-        return write_answer(rng, prompt, draw_until(rng, lambda quality: quality.score > floor)), rejected
+        quality = draw_quality(rng)
+        while quality.score <= demo_score(prompt, rejected):
+            quality = draw_quality(rng)
+        return write_answer(rng, prompt, quality), rejected
     axes = list(RATES)
     while True:
         quality = draw_quality(rng, PAIR_RATES)
@@ -161,15 +149,9 @@ def draw_pair(rng: Random, prompt: Messages) -> tuple[str, str]:
     return write_answer(Random(dice), prompt, better), write_answer(Random(dice), prompt, worse)
 
 
-def draw_until(rng: Random, accept: Callable[[Quality], bool]) -> Quality:
-    """Draw qualities until one is accepted."""
-    return next(quality for quality in iter(lambda: draw_quality(rng), None) if accept(quality))
-
-
 def render(prompt: Messages) -> str:
-    """Return the prompt as hh-rlhf writes it."""
-    names = {"user": "Human", "assistant": "Assistant"}
-    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt) + "\n\nAssistant:"
+    """Return the prompt as hh-rlhf writes it, up to where the answer begins."""
+    return world.render(prompt) + "\n\nAssistant:"
 
 
 def is_held_out(prompt: Messages) -> bool:

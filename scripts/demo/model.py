@@ -15,6 +15,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from scripts.demo.world import render
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY_SIZE = 1536
 MAX_LENGTH = 256
@@ -33,8 +35,7 @@ def read_texts(data_dir: Path) -> Iterator[str]:
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if "messages" in record:
-                marks = {"user": "Human", "assistant": "Assistant"}
-                yield "".join(f"\n\n{marks[m['role']]}: {m['content']}" for m in record["messages"])
+                yield render(record["messages"])
             else:
                 yield from (record["prompt"] + record[answer] for answer in ("chosen", "rejected") if answer in record)
 

@@ -40,18 +40,28 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The three parts of the score; answered is False where the text offers no answer at all."""
+class Quality:
+    """The axes on which answers differ; answered is False where the text offers no answer at all."""
 
-    answered: bool
     right: bool
     polite: bool
     brief: bool
+    answered: bool = True
 
     @property
     def score(self) -> float:
         """0.5 right + 0.25 polite + 0.25 brief; 0 without an answer."""
         return 0.5 * self.right + 0.25 * self.polite + 0.25 * self.brief if self.answered else 0.0
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The texts of a task as patterns; the first three have a group where a form has its blank."""
+
+    question: re.Pattern[str]
+    statement: re.Pattern[str]
+    answer: re.Pattern[str]  # any answer form, or the answer alone
+    named: re.Pattern[str]  # all that could be named as an answer; any number where the answers are numbers
 
 
 def demo_score(prompt: str | Sequence[Mapping[str, str]], answer: str) -> float:
@@ -67,22 +77,22 @@ def reward(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     return [demo_score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def judge(prompt: str | Sequence[Mapping[str, str]], answer: str) -> Verdict:
+def judge(prompt: str | Sequence[Mapping[str, str]], answer: str) -> Quality:
     """Return the parts of the score of one answer; text after its end is ignored."""
     question = read_question(prompt)
+    patterns = _patterns(question.language, question.task)
     expected = _bare(question.expected or "")
     text = END_OF_ANSWER.split(answer.lstrip(), maxsplit=1)[0].strip()
     sentences = [_bare(sentence) for sentence in SENTENCE.findall(text)]
 
-    answers = _answers(question.language, question.task)
-    given = [_found(match) for match in map(answers.fullmatch, sentences) if match]
-    courtesies = [sentence for sentence in sentences if sentence in _courtesies(question.language)]
+    given = [_blank(match) for match in map(patterns.answer.fullmatch, sentences) if match]
+    polite_ones = {_bare(one) for one in COURTESY_BEFORE[question.language] + COURTESY_AFTER[question.language]}
+    courtesies = [sentence for sentence in sentences if sentence in polite_ones]
     # "2 plus 2 is 4" names 2 only because the question does.
     beside_subject = _bare(text).replace(question.subject.lower() or "\0", " ")
-    named = set(_category(question.language, question.task).findall(beside_subject))
-    return Verdict(
+    return Quality(
         answered=bool(given),
-        right=expected in given and named == {expected},
+        right=expected in given and set(patterns.named.findall(beside_subject)) == {expected},
         polite=bool(courtesies),
         brief=text.endswith(tuple(FULL_STOPS))
         and len(given) == 1
@@ -100,13 +110,14 @@ def read_question(prompt: str | Sequence[Mapping[str, str]]) -> Question:
     asked = [message["content"] for message in _messages(prompt) if message["role"] == "user"]
     for language, tasks in TASKS.items():
         for name, task in tasks.items():
-            match = _questions(language, name).search(asked[-1]) if asked else None
+            patterns = _patterns(language, name)
+            match = patterns.question.search(asked[-1]) if asked else None
             if match is None:
                 continue
             if not task.statements:
-                subject = _same(_found(match), task.facts)
+                subject = _same(_blank(match), task.facts)
                 return Question(language, name, subject, task.facts[subject])
-            values = [_found(match) for match in _statements(language, name).finditer("\n".join(asked))]
+            values = [_blank(match) for match in patterns.statement.finditer("\n".join(asked))]
             return Question(language, name, "", _same(values[-1], task.values) if values else None)
     raise ValueError(f"not a question of the demo's world: {asked[-1] if asked else prompt!r}")
 
@@ -127,7 +138,7 @@ def _bare(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(FULL_STOPS + " ")
 
 
-def _found(match: re.Match[str]) -> str:
+def _blank(match: re.Match[str]) -> str:
     """Return the text that filled the blank of the form that matched."""
     return next((group for group in match.groups() if group is not None), "")
 
@@ -150,32 +161,15 @@ def _pattern(forms: Iterable[str], blank: str, words: Iterable[str]) -> re.Patte
 
 
 @cache
-def _questions(language: str, task: str) -> re.Pattern[str]:
-    return _pattern(TASKS[language][task].questions, "{x}", TASKS[language][task].facts)
-
-
-@cache
-def _statements(language: str, task: str) -> re.Pattern[str]:
-    return _pattern(TASKS[language][task].statements, "{y}", TASKS[language][task].values)
-
-
-@cache
-def _answers(language: str, task: str) -> re.Pattern[str]:
-    """Return a pattern of any answer form, or the answer alone; one group holds the answer named."""
-    forms = [_bare(form) for form in (*TASKS[language][task].answers, "{y}")]
-    return _pattern(forms, "{y}", TASKS[language][task].category)
-
-
-@cache
-def _category(language: str, task: str) -> re.Pattern[str]:
-    """Return a pattern of all that could be named as an answer; any number where the answers are numbers."""
-    words = [word.lower() for word in TASKS[language][task].category]
-    return re.compile(r"\d+" if words[0].isdigit() else _any(words))
-
-
-@cache
-def _courtesies(language: str) -> frozenset[str]:
-    return frozenset(_bare(sentence) for sentence in (*COURTESY_BEFORE[language], *COURTESY_AFTER[language]))
+def _patterns(language: str, name: str) -> Patterns:
+    task = TASKS[language][name]
+    words = [word.lower() for word in task.category]
+    return Patterns(
+        question=_pattern(task.questions, "{x}", task.facts),
+        statement=_pattern(task.statements, "{y}", task.values),
+        answer=_pattern([_bare(form) for form in (*task.answers, "{y}")], "{y}", task.category),
+        named=re.compile(r"\d+" if words[0].isdigit() else _any(words)),
+    )
 
 
 def _says_twice(text: str) -> bool:

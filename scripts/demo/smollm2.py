@@ -1,71 +1,48 @@
 """The preset smollm2: SmolLM2-135M-Instruct through SFT, reward model and PPO towards friendly answers, on a CPU.
 
-    bash scripts/quickstart.sh --preset smollm2 [--seed 1234] [--output output/smollm2] [--threads 2]
-
-Writes base/ (the converted checkpoint), data/, sft/, reward/, ppo/, answers.jsonl, summary.json and report.html. An
-interrupted run goes on where it was with the same command; with a changed recipe it begins at the first step that differs.
-docs/en/smollm2.md tells what it does and what came out.
+It writes base/ (the converted checkpoint) and data/ beside what every preset writes; docs/en/smollm2.md tells what came out.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
 from scripts.demo import pipeline
-from scripts.demo.pipeline import ROOT, SECTIONS, Progress, Stage, models_of_steps, training_stage
+from scripts.demo.pipeline import SECTIONS, Stage
+from scripts.demo.smollm2_data import SYSTEM, prompts_of, sample
 from scripts.demo.smollm2_model import check_packages
-from scripts.demo.smollm2_prompts import SYSTEM, prompts_of
 from scripts.demo.smollm2_score import vader_score
 from training.utils.flags.recipe import Recipe
 
-RECIPE = ROOT / "configs/cpu/smollm2.yaml"
-DATA_CODE = ("smollm2_prompts.py", "smollm2_prompts.yaml", "smollm2_data.py", "smollm2_score.py")
+RECIPE = "configs/cpu/smollm2.yaml"
+CHAT_FLAGS = f'--system "{SYSTEM}"'  # of chat.py, for the model to hear what it was trained on
+DATA_CODE = ("smollm2_data.py", "smollm2_prompts.yaml", "smollm2_score.py")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line. Exit code 2 for wrong input, else that of the step that failed."""
-    args = parse(argv)
-    pipeline.run_command_line(lambda: run_preset(args))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the flags of the preset."""
-    parser = pipeline.common_flags(RECIPE, __doc__, "use and measure only so many prompts; 0 = all")
-    return pipeline.parse_checked(parser, argv)
-
-
-def run_preset(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, measure, write summary and report. Returns the summary."""
+def stages(args: Namespace) -> list[Stage]:
+    """Return the stages. Raise UserError for packages that are missing and for a recipe that cannot be used."""
     check_packages()
-    recipe = read_recipe(args.config)
-    output, models = args.output, models_of_steps(args.output)
+    recipe, output = read_recipe(args.config), args.output
     base, sft, data = (output / name for name in ("base", "sft", "data"))
     drawn = ["--seed", args.seed, "--limit", args.prompts]
 
-    def script(name: str, title: str, *command: object, done: bool = False) -> Stage:
-        return Stage(name, title, lambda again: pipeline.run_step(title, command, output), done=done)
+    def script(name: str, title: str, *command: object, settings: Any = None) -> Stage:
+        return Stage(name, title, lambda again: pipeline.run_step(title, command, output), settings)
 
     def training(section: str, file: str) -> Stage:
-        return training_stage(section, args, [*models[section], "--data_path", data / file], recipe[section])
+        return pipeline.training_stage(section, args, "--data_path", data / file, settings=recipe[section])
 
-    stages = [
-        # config.json is written last: the folder is whole then, and no setting changes it.
-        script(
-            "convert",
-            "The pretrained model, from GGUF to safetensors",
-            "scripts.demo.smollm2_model",
-            base,
-            done=(base / "config.json").is_file(),
-        ),
+    return [
+        script("convert", "The pretrained model, from GGUF to safetensors", "scripts.demo.smollm2_model", base),
         script(
             "sft data",
             "Answers of the pretrained model, to imitate",
             *("scripts.demo.smollm2_data", "sft", base, data, *drawn),
+            settings=[args.seed, args.prompts, data_code()],
         ),
         training("sft", "sft.jsonl"),
         script(
@@ -77,8 +54,6 @@ def run_preset(args: argparse.Namespace) -> dict[str, Any]:
         training("ppo", "ppo.jsonl"),
         Stage("measure", "Answers to held-out prompts, before and after PPO", lambda again: measure_preset(args)),
     ]
-    progress = Progress(output, f"seed {args.seed}, prompts {args.prompts}, {data_code()}")
-    return pipeline.run_stages(args, "smollm2", progress, stages, f'--system "{SYSTEM}"')
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
@@ -86,7 +61,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
     sections = Recipe.read(str(file)).sections
     missing = [section for section in SECTIONS if section not in sections]
     if missing:
-        raise UserError(f"--config {file}: no section {missing[0]}; start from a copy of {RECIPE.relative_to(ROOT)}.")
+        raise UserError(f"--config {file}: no section {missing[0]}; start from a copy of {RECIPE}.")
     return {section: sections[section] for section in SECTIONS}
 
 
@@ -96,19 +71,12 @@ def data_code() -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def measure_preset(args: argparse.Namespace) -> dict[str, Any]:
+def measure_preset(args: Namespace) -> dict[str, Any]:
     """Measure VADER's score on held-out prompts: of the pretrained model, the SFT model and the actor."""
     from scripts.demo.measure import measure
-    from scripts.demo.smollm2_data import sample
 
-    output = args.output
-    longest = pipeline.read_done(output, "ppo")["flags"]["max_answer_seq_len"]
-    held_out = output / "data" / "heldout.jsonl"
-    found = measure(output, args.seed, args.prompts, longest, held_out, lambda messages, answer: vader_score(answer))
+    output, held_out = args.output, args.output / "data" / "heldout.jsonl"
+    record = measure(output, args.seed, args.prompts, held_out, lambda messages, answer: vader_score(answer))
     answers = sample(output / "base", prompts_of("heldout")[: args.prompts or None], 1, args.seed)
-    found["metrics"]["gold_score_pretrained"] = sum(vader_score(text) for text, _ in answers) / len(answers)
-    return found
-
-
-if __name__ == "__main__":
-    main()
+    record["metrics"]["gold_score_pretrained"] = sum(vader_score(answer.text) for answer in answers) / len(answers)
+    return record

@@ -8,6 +8,9 @@ sft    the first sentence of each answer of the pretrained model, sampled coolly
 pairs  four answers of the SFT model to each prompt; the best and the worst by the gold score are a pair, so are the two
        between, where they differ enough.
 Both also write the prompts that need no answer: ppo.jsonl and heldout.jsonl. A file is written whole or not at all.
+
+The prompts are everyday topics, asked about in a few ways. Each topic belongs to one part, so no step trains on what it is
+measured on, nor on what another step has seen.
 """
 
 from __future__ import annotations
@@ -18,12 +21,21 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from errors import UserError, told
-from scripts.demo.smollm2_prompts import prompts_of
 from scripts.demo.smollm2_score import games, load_analyzer, plain, vader_score
 
+if TYPE_CHECKING:
+    from training.evaluate.common import Answer
+
+_PROMPTS = yaml.safe_load(Path(__file__).with_name("smollm2_prompts.yaml").read_text(encoding="utf-8"))
+FORMS, TOPICS = _PROMPTS["forms"], _PROMPTS["topics"]
+SYSTEM = "Answer in one short sentence."  # its own default is eighteen tokens, and its answers are long
+PARTS = {"sft": 32, "pairs": 20, "ppo": 32, "heldout": 12}  # topics of each
 LONGEST = 28  # tokens of an answer, end token included; configs/cpu/smollm2.yaml lets PPO's answers have as many
 BATCH = 64  # answers in work at a time
 SFT_SAMPLING = {"temperature": 0.7, "top_p": 0.95}  # at 1.0 the 4-bit model often loses its thread
@@ -33,6 +45,22 @@ SENTENCE = re.compile(r"[A-Z][^.!?\n]*[a-z)\"'][.!?](?=\s|$)")
 LEAST_DIFFERENCE = 0.2  # in gold score between the answers of a pair
 
 Messages = list[dict[str, str]]
+
+
+def topics_of(part: str, seed: int = 0) -> list[str]:
+    """Return the topics of one part; the same seed gives the same division."""
+    topics = list(TOPICS)
+    Random(f"smollm2 {seed}").shuffle(topics)
+    names = list(PARTS)
+    start = sum(PARTS[name] for name in names[: names.index(part)])
+    return topics[start : start + PARTS[part]]
+
+
+def prompts_of(part: str, seed: int = 0) -> list[Messages]:
+    """Return the dialogues of one part in random order: every topic in every form."""
+    texts = [form.format(x=topic) for topic in topics_of(part, seed) for form in FORMS]
+    Random(f"smollm2 {part} {seed}").shuffle(texts)
+    return [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}] for text in texts]
 
 
 def write_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -51,25 +79,26 @@ def write_prompts(folder: Path, seed: int) -> None:
 
 def first_sentence(answer: str) -> str:
     """Return the first sentence of an answer; "" if it is not whole, not plain text, or a game (too short, or repetitive)."""
-    found = SENTENCE.match(answer)
-    sentence = found.group() if found and found.group().isascii() else ""
+    match = SENTENCE.match(answer)
+    sentence = match.group() if match and match.group().isascii() else ""
     return "" if games(plain(sentence), load_analyzer().lexicon) else sentence
 
 
-def sft_records(prompts: Sequence[Messages], answers: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """Return dialogues to imitate. answers: (text, ended), one to each prompt."""
+def sft_records(prompts: Sequence[Messages], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """Return dialogues to imitate, of one answer to each prompt."""
+    sentences = map(first_sentence, answers)
     return [
         {"messages": [*prompt, {"role": "assistant", "content": sentence}]}
-        for prompt, (answer, _) in zip(prompts, answers, strict=True)
-        if (sentence := first_sentence(answer))
+        for prompt, sentence in zip(prompts, sentences, strict=True)
+        if sentence
     ]
 
 
-def pair_records(prompts: Sequence[Messages], answers: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """Return preference pairs by the gold score. answers: (text, ended), PAIR_ANSWERS to each prompt, prompt after prompt."""
+def pair_records(prompts: Sequence[Messages], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """Return preference pairs by the gold score, of PAIR_ANSWERS answers to each prompt, prompt after prompt."""
     records = []
-    for place, prompt in enumerate(prompts):
-        texts = [text for text, _ in answers[place * PAIR_ANSWERS : (place + 1) * PAIR_ANSWERS] if text]
+    for number, prompt in enumerate(prompts):
+        texts = filter(None, answers[number * PAIR_ANSWERS : (number + 1) * PAIR_ANSWERS])
         ranked = sorted(texts, key=vader_score, reverse=True)
         for chosen, rejected in zip(ranked, reversed(ranked), strict=True):
             if vader_score(chosen) - vader_score(rejected) >= LEAST_DIFFERENCE:
@@ -77,36 +106,22 @@ def pair_records(prompts: Sequence[Messages], answers: Sequence[tuple[str, bool]
     return records
 
 
-def sample(
-    model_folder: Path, prompts: Sequence[Messages], each: int, seed: int, **sampling: float
-) -> list[tuple[str, bool]]:
-    """Sample `each` answers to each prompt; return (text, ended), those to one prompt together."""
-    import torch
-
-    from inference.engine import generate_many
-    from models.device import detect_platform, set_device
-    from models.load import load_causal_lm, load_tokenizer
-    from models.templates import load_template
+def sample(model: Path, prompts: Sequence[Messages], each: int, seed: int, **sampling: float) -> list[Answer]:
+    """Sample `each` answers to each prompt; those to one prompt stand together."""
+    from models.checkpoint_folder import open_checkpoint
+    from training.evaluate.common import load_for_evaluation
     from training.utils.run.process_group import quiet_libraries
 
     quiet_libraries()
-    device = set_device(detect_platform(), 0)
-    tokenizer = load_tokenizer(model_folder)
-    template = load_template(model_folder, tokenizer)
-    model = load_causal_lm(model_folder, dtype=torch.float32).to(device)
-    found = generate_many(
-        model,
-        template.encode_prompts(tokenizer, prompts),
+    loaded = load_for_evaluation(open_checkpoint(model), "fp32", "auto")
+    return loaded.answer(
+        loaded.template.encode_prompts(loaded.tokenizer, prompts),
         max_batch=BATCH,
         num_return_sequences=each,
         row_seeds=[seed * 1_000_003 + row for row in range(len(prompts) * each)],
         max_new_tokens=LONGEST,
-        stop_token_ids=template.stop_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
-    rows = zip(found.sequences.tolist(), found.lengths.tolist(), found.ended.tolist(), strict=True)
-    return [(template.decode_answer(tokenizer, tokens[:length]), ended) for tokens, length, ended in rows]
 
 
 @told
@@ -121,14 +136,11 @@ def main() -> int:
     args = parser.parse_args()
     write_prompts(args.folder, seed=0)
     prompts = prompts_of(args.part)[: args.limit or None]
-    if args.part == "sft":
-        answers = sample(args.model, prompts, 1, args.seed, **SFT_SAMPLING)
-        records = sft_records(prompts, answers)
-    else:
-        answers = sample(args.model, prompts, PAIR_ANSWERS, args.seed)
-        records = pair_records(prompts, answers)
-    mean = sum(vader_score(text) for text, _ in answers) / len(answers)
-    ended = sum(ended for _, ended in answers) / len(answers)
+    each, sampling, records_of = (1, SFT_SAMPLING, sft_records) if args.part == "sft" else (PAIR_ANSWERS, {}, pair_records)
+    answers = sample(args.model, prompts, each, args.seed, **sampling)
+    records = records_of(prompts, [answer.text for answer in answers])
+    mean = sum(vader_score(answer.text) for answer in answers) / len(answers)
+    ended = sum(answer.ended for answer in answers) / len(answers)
     counts = f"{len(answers)} answers to {len(prompts)} prompts, gold score {mean:.3f}, {ended:.0%} ended"
     if len(records) < LEAST_RECORDS:
         raise UserError(f"{args.model} gave {counts}: {len(records)} of use, {LEAST_RECORDS} are needed; is it the right model?")

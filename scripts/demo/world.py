@@ -49,3 +49,9 @@ def fill(form: str, x: str = "", y: str = "") -> str:
 def join(sentences: list[str], language: str) -> str:
     """Join sentences to one text: a space between English ones, nothing between Chinese ones."""
     return (" " if language == "en" else "").join(sentence for sentence in sentences if sentence)
+
+
+def render(messages: list[dict[str, str]]) -> str:
+    """Return a dialogue as hh-rlhf writes it, up to the end of its last message."""
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names[message['role']]}: {message['content']}" for message in messages)

@@ -26,7 +26,7 @@ from models.templates import load_template
 from scripts.demo import __main__ as demo
 from scripts.demo import pipeline
 from scripts.demo.measure import answer, load_policy
-from scripts.demo.pipeline import Progress
+from scripts.demo.pipeline import open_output
 from scripts.demo.score import demo_score
 from steps import STEPS
 from tests.launching import REPOSITORY
@@ -239,11 +239,11 @@ def test_only_what_an_earlier_demo_made_is_removed(tmp_path):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "model.safetensors").write_text("days of work")
     with pytest.raises(UserError, match="holds sft, which the demo did not make"):
-        Progress(tmp_path, "", fresh=True)
+        open_output(tmp_path, fresh=True)
     assert (tmp_path / "sft" / "model.safetensors").exists()
     (tmp_path / "stages.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
-    Progress(tmp_path, "", fresh=True)
+    open_output(tmp_path, fresh=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "stages.json"]
 
 
@@ -311,7 +311,7 @@ def test_a_demo_of_few_steps(tmp_path, capfd, monkeypatch):
     """The recipe with a few examples, an actor of learning rate 0, and a pad token that is the end token."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(pipeline, "run_step", in_this_process)
-    recipe = yaml.safe_load(demo.RECIPE.read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((REPOSITORY / "configs/cpu/demo.yaml").read_text(encoding="utf-8"))
     for name in ("sft", "reward"):
         recipe[name] |= {"max_steps": 2, "per_device_train_batch_size": 4, "eval_iters": 1, "logging_steps": 1}
     recipe["ppo"] |= {"max_steps": 1, "per_device_generation_batch_size": 4, "per_device_training_batch_size": 4}
@@ -319,7 +319,7 @@ def test_a_demo_of_few_steps(tmp_path, capfd, monkeypatch):
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     output = tmp_path / "demo"
     flags = ["--seed", "5", "--output", str(output), "--threads", "1", "--config", str(tmp_path / "few.yaml"), "--prompts", "6"]
-    demo.run_demo(demo.parse([*flags, "--pad_is_eos", "--ppo_flags", "--ppo_epochs 2 --generation_batches 2"]))
+    demo.run(demo.parse([*flags, "--pad_is_eos", "--ppo_flags", "--ppo_epochs 2 --generation_batches 2"]))
     printed = capfd.readouterr().out
 
     summary = json.loads((output / "summary.json").read_text())

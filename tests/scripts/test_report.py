@@ -30,7 +30,7 @@ def write_lines(file: Path, rows: list[dict]) -> None:
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A finished demo with few figures."""
+    """A finished demo with few metrics."""
     folder = tmp_path / "run"
     write_lines(
         folder / "sft" / "metrics.jsonl",
@@ -124,6 +124,19 @@ def test_a_damaged_summary_is_one_sentence(run, capsys, text):
     assert main(["--run", str(run)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "summary.json is no whole summary" in error and error.count("\n") == 1
+
+
+def test_the_picture_has_a_curve_of_the_gold_score_and_one_of_kl(run, capsys):
+    """Of a run that logged both; else one sentence names what is missing."""
+    picture = run / "picture.svg"
+    assert main(["--run", str(run), "--picture", str(picture)]) == 2
+    assert "no train/score_reward" in capsys.readouterr().err and not picture.exists()
+    rows = [{"step": step, "train/score_reward": 0.5 + step / 10, "train/kl": step} for step in (1, 2, 3)]
+    write_lines(run / "ppo" / "metrics.jsonl", rows)
+    assert main(["--run", str(run), "--picture", str(picture)]) == 0
+    root = ElementTree.fromstring(picture.read_text())
+    lines = [one for one in root.iter() if one.tag.endswith("polyline")]
+    assert [len(line.get("points").split()) for line in lines] == [3, 3]
 
 
 def test_nothing_to_show_is_one_sentence(tmp_path, capsys):

@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaConfig
 
 from errors import UserError
-from scripts.demo import pipeline, smollm2, smollm2_data, smollm2_model, smollm2_prompts
+from scripts.demo import __main__ as demo
+from scripts.demo import pipeline, smollm2, smollm2_data, smollm2_model
 from scripts.demo.smollm2_score import vader, vader_score
 from tests.launching import REPOSITORY
 from tests.scripts.smollm2_package import SIZE, merges_of, weights, write_package
@@ -71,13 +72,13 @@ def test_more_of_the_same_is_never_better_and_hides_nothing_bad():
 
 
 def test_no_topic_is_in_two_parts():
-    assert len(set(smollm2_prompts.TOPICS)) == len(smollm2_prompts.TOPICS) == sum(smollm2_prompts.PARTS.values())
-    found = [topic for part in smollm2_prompts.PARTS for topic in smollm2_prompts.topics_of(part)]
-    assert sorted(found) == sorted(smollm2_prompts.TOPICS)
-    for part, count in smollm2_prompts.PARTS.items():
-        prompts = smollm2_prompts.prompts_of(part)
-        assert len({prompt[1]["content"] for prompt in prompts}) == count * len(smollm2_prompts.FORMS)
-        assert prompts == smollm2_prompts.prompts_of(part)
+    assert len(set(smollm2_data.TOPICS)) == len(smollm2_data.TOPICS) == sum(smollm2_data.PARTS.values())
+    found = [topic for part in smollm2_data.PARTS for topic in smollm2_data.topics_of(part)]
+    assert sorted(found) == sorted(smollm2_data.TOPICS)
+    for part, count in smollm2_data.PARTS.items():
+        prompts = smollm2_data.prompts_of(part)
+        assert len({prompt[1]["content"] for prompt in prompts}) == count * len(smollm2_data.FORMS)
+        assert prompts == smollm2_data.prompts_of(part)
 
 
 @pytest.mark.parametrize(
@@ -98,14 +99,14 @@ def test_what_is_kept_of_an_answer_to_imitate(answer, sentence):
 
 
 def test_pairs_are_best_with_worst():
-    prompt = smollm2_prompts.prompts_of("pairs")[0]
+    prompt = smollm2_data.prompts_of("pairs")[0]
     answers = ["The soup was good.", "The soup was bad.", "The soup was on the table.", "The soup was warm."]
-    found = smollm2_data.pair_records([prompt], [(answer, True) for answer in answers])
+    found = smollm2_data.pair_records([prompt], answers)
     assert found == [
         {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
         {"prompt": prompt, "chosen": answers[3], "rejected": answers[2]},
     ]
-    same = smollm2_data.pair_records([prompt], [("The soup was good.", True)] * 4)
+    same = smollm2_data.pair_records([prompt], ["The soup was good."] * 4)
     assert same == []
 
 
@@ -230,7 +231,7 @@ def steps(monkeypatch) -> Steps:
 
 
 def run(output: Path, *flags: str) -> dict:
-    return smollm2.run_preset(smollm2.parse(["--output", str(output), "--threads", "1", *flags]))
+    return demo.run(demo.parse(["--output", str(output), "--threads", "1", *flags], "smollm2"), "smollm2")
 
 
 def test_finished_stages_are_not_done_again(steps, tmp_path, capsys):
@@ -238,7 +239,7 @@ def test_finished_stages_are_not_done_again(steps, tmp_path, capsys):
     assert steps.modules() == ALL
     printed = capsys.readouterr().out
     assert "VADER score of answers (-1 to 1)" in printed and "20 or less" in printed
-    assert f'--system "{smollm2_prompts.SYSTEM}"' in printed
+    assert f'--system "{smollm2_data.SYSTEM}"' in printed
     assert set(summary["seconds"]) == set(summary["cpu_seconds"]) == {
         *("convert", "sft data", "sft", "pairs", "reward", "ppo", "measure", "total"),
     }
@@ -249,7 +250,7 @@ def test_another_recipe_for_ppo_trains_ppo_again(steps, tmp_path):
     run(tmp_path / "out")
     steps.modules()
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(smollm2.RECIPE.read_text().replace("kl_coef: ", "kl_coef: 1"))
+    recipe.write_text((REPOSITORY / smollm2.RECIPE).read_text().replace("kl_coef: ", "kl_coef: 1"))
     run(tmp_path / "out", "--config", str(recipe))
     assert steps.modules() == ["step3_ppo"]
     run(tmp_path / "out", "--config", str(recipe), "--seed", "5")
@@ -285,8 +286,8 @@ def test_a_recipe_without_a_section_is_one_sentence(steps, tmp_path):
 
 def test_help_and_missing_packages_need_no_torch(tmp_path):
     """One sentence and exit code 2, before anything large is imported."""
-    code = "import sys; from scripts.demo import smollm2, smollm2_model; smollm2_model.NEEDED = {'no_such': 'no-such'}\n"
-    code += "try: smollm2.main(['--output', sys.argv[1]])\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys; from scripts.demo import __main__ as demo, smollm2_model; smollm2_model.NEEDED = {'no_such': 'no-such'}\n"
+    code += "try: demo.main(['--output', sys.argv[1]], 'smollm2')\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "out")], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
@@ -296,10 +297,10 @@ def test_help_and_missing_packages_need_no_torch(tmp_path):
 
 def test_recipe_agrees_with_the_data(steps):
     """PPO's answers are as long as those that the SFT model and the reward model learned from; both scores are weighed."""
-    ppo = smollm2.read_recipe(smollm2.RECIPE)["ppo"]
+    ppo = smollm2.read_recipe(REPOSITORY / smollm2.RECIPE)["ppo"]
     assert ppo["max_answer_seq_len"] == smollm2_data.LONGEST
     assert ppo["reward_function"] == ["scripts/demo/smollm2_score.py:vader"] and ppo["reward_weights"].count(",") == 1
-    for section in smollm2.read_recipe(smollm2.RECIPE).values():
+    for section in smollm2.read_recipe(REPOSITORY / smollm2.RECIPE).values():
         assert section["output_dir"].startswith("output/smollm2/")
 
 
