@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.runs import as_flags, speed_and_memory
+from benchmarks.runs import as_flags, markdown_row, speed_and_memory
 
 SHARD_BYTES = 2 << 30
 
@@ -49,22 +51,18 @@ def write_checkpoint(folder: Path, generation: str, shared: Path, scale: float) 
     for file in [*vocabulary.iterdir(), *(source / "tokenizer").iterdir()]:
         (folder / file.name).write_bytes(file.read_bytes())
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    shard, size, number, weight_map = {}, 0, 0, {}
+        parameters = dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).named_parameters())
     torch.manual_seed(0)
-    parameters = dict(model.named_parameters())
-    for position, (name, parameter) in enumerate(parameters.items()):
+    shard, weight_map = {}, {}
+    for number, (name, parameter) in enumerate(parameters.items(), 1):
         if parameter.dim() > 1:
             shard[name] = torch.empty(parameter.shape, dtype=torch.float16).normal_(0.0, 0.02)
         else:
             shard[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=torch.float16)
-        size += 2 * parameter.numel()
-        if size > SHARD_BYTES or position == len(parameters) - 1:
-            number += 1
-            file = f"model-{number:05d}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
-            shard, size = {}, 0
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES or number == len(parameters):
+            save_file(shard, folder / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, f"model-{number:05d}.safetensors")
+            shard = {}
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return sum(parameter.numel() for parameter in parameters.values())
@@ -95,27 +93,19 @@ def fine_tune(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, f
 
 def generate_tokens(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
     """Answer a batch of prompts greedily at full length; return new tokens/s, median of three, and peak memory."""
-    import torch
+    from inference.engine import generate_many
+    from models.checkpoint_folder import open_checkpoint
+    from models.device import peak_memory_gb
+    from training.evaluate.common import load_for_evaluation
 
-    from inference.engine import generate
-    from models.device import attention_implementation, detect_platform, peak_memory_gb, resolve_dtype, set_device
-    from models.load import load_causal_lm, load_tokenizer
-    from models.templates import load_template
-
-    platform = detect_platform()
-    device = set_device(platform, 0)
-    tokenizer = load_tokenizer(folder)
-    template = load_template(folder, tokenizer)
-    attention = attention_implementation("auto", platform)
-    model = load_causal_lm(folder, dtype=resolve_dtype(dtype, platform), attn=attention).to(device)
-    prompt = template.encode_prompt(tokenizer, [{"role": "user", "content": "好" * args.length}])
-    ids = torch.tensor([prompt] * args.batch, device=device)
+    loaded = load_for_evaluation(open_checkpoint(folder), dtype, "auto")
+    prompts = loaded.template.encode_prompts(loaded.tokenizer, [[{"role": "user", "content": "好" * args.length}]])
+    settings = {"max_new_tokens": args.new_tokens, "stop_token_ids": (), "pad_token_id": loaded.tokenizer.pad_token_id}
     speeds = []
     for _ in range(4):
         started = time.perf_counter()
-        settings = {"max_new_tokens": args.new_tokens, "stop_token_ids": (), "pad_token_id": tokenizer.pad_token_id}
-        found = generate(model, ids, torch.ones_like(ids), greedy=True, **settings)
-        speeds.append(int(found.lengths.sum()) / (time.perf_counter() - started))  # reading lengths waits for the device
+        answers = generate_many(loaded.model, prompts * args.batch, max_batch=args.batch, greedy=True, **settings)
+        speeds.append(int(answers.lengths.sum()) / (time.perf_counter() - started))  # reading lengths waits for the device
     return {"tokens_per_second": statistics.median(speeds[1:]), "peak_memory_gb": peak_memory_gb()}
 
 
@@ -126,35 +116,23 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--dtypes", nargs="+", default=["fp16", "bf16"])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--new_tokens", type=int, default=128)
+    for name, default in (("batch", 4), ("length", 512), ("steps", 6), ("new_tokens", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path, default=Path("output/chatglm-bench"))
-    parser.add_argument("--only_generate", metavar="DTYPE", help=argparse.SUPPRESS)  # in the process of its own
     args = parser.parse_args()
-
     folder = args.output / args.generation
-    if args.only_generate:
-        print(json.dumps(generate_tokens(folder, args.only_generate, args)))
-        return
     parameters = write_checkpoint(folder, args.generation, args.shared, args.scale)
-    rows = [
-        f"{args.generation}, {parameters:,} parameters, batch {args.batch} x {args.length} tokens\n",
-        "| task | dtype | tokens/s | peak GB |",
-        "|---|---|---|---|",
-    ]
+    print(f"{args.generation}, {parameters:,} parameters, batch {args.batch} x {args.length} tokens\n")
+    print(markdown_row(["task", "dtype", "tokens/s", "peak GB"]) + "\n" + markdown_row(["---"] * 4))
     for dtype in args.dtypes:
-        found = fine_tune(folder, dtype, args)
-        rows.append(f"| SFT, LoRA 8 | {dtype} | {found['tokens_per_second']:.0f} | {found['peak_memory_gb']:.2f} |")
-        again = [sys.executable, "-m", "benchmarks.chatglm", *sys.argv[1:], "--only_generate", dtype]
-        done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        rows.append(
-            f"| generation, {args.new_tokens} tokens | {dtype} | {found['tokens_per_second']:.0f} | "
-            f"{found['peak_memory_gb']:.2f} |"
-        )
-        print("\n".join(rows), flush=True)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            tasks = {
+                "SFT, LoRA 8": fine_tune(folder, dtype, args),
+                f"generation, {args.new_tokens} tokens": pool.submit(generate_tokens, folder, dtype, args).result(),
+            }
+        for task, row in tasks.items():
+            speed, peak = f"{row['tokens_per_second']:.0f}", f"{row['peak_memory_gb']:.2f}"
+            print(markdown_row([task, dtype, speed, peak]), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.runs import byte_tokenizer
+
 LIMIT_MB = 1000.0
 WORDS = 4000  # different words in the synthetic text
 
@@ -46,18 +48,9 @@ def write_pairs(file: Path, count: int) -> None:
 
 def write_tokenizer(folder: Path, file: Path) -> None:
     """Write a byte-level BPE of 8000 tokens, trained on the first pairs."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=8000, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
     with file.open(encoding="utf-8") as lines:
-        tokenizer.train_from_iterator((line for line, _ in zip(lines, range(3000), strict=False)), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
+        texts = [line for line, _ in zip(lines, range(3000), strict=False)]
+    byte_tokenizer(0).train_new_from_iterator(texts, 8000, show_progress=False).save_pretrained(folder)
 
 
 def prepare_pairs(file: Path, tokenizer_folder: Path, cache: Path) -> dict[str, float]:

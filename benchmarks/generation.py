@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, OPTConfig
 
-from inference.engine import Generation, generate, generate_many
+from inference.engine import generate, generate_many
 from models.device import detect_platform, resolve_dtype, set_device, synchronize
+from training.utils.data.batching import pad_left
 
 PAD, FIRST_STOP = 0, 8
 
@@ -49,19 +50,18 @@ def shapes() -> dict[str, Shape]:
         max_position_embeddings=256,
         tie_word_embeddings=True,
     )
-
-    def opt(vocabulary: int, width: int, layers: int, heads: int, longest: int) -> OPTConfig:
-        return OPTConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            word_embed_proj_dim=width,
-            ffn_dim=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=longest,
-        )
-
-    chat, large = opt(8192, 256, 4, 4, 512), opt(50272, 2048, 24, 32, 2048)
+    chat = OPTConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        word_embed_proj_dim=256,
+        ffn_dim=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    )
+    large = OPTConfig(
+        hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32
+    )
     return {"demo": Shape(demo, 24, 12, 24), "chat": Shape(chat, 60, 24, 64), "opt-1.3b": Shape(large, 128, 128, 256)}
 
 
@@ -76,53 +76,40 @@ def prompts_of(shape: Shape, count: int, seed: int = 0) -> list[list[int]]:
     ]
 
 
-def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ids and mask [batch, longest], padded on the left."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-    return ids, mask
-
-
 def ways(model: nn.Module, shape: Shape, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Callable]:
     """Return name -> a function that answers all rows and returns the number of tokens."""
     stops = list(range(FIRST_STOP, FIRST_STOP + math.ceil(shape.config.vocab_size / shape.answer)))
     settings = {"max_new_tokens": shape.longest, "stop_token_ids": stops, "pad_token_id": PAD}
-    device, each = model.device, args.answers
-    rows = [prompt for prompt in prompts for _ in range(each)]
+    rows = [prompt for prompt in prompts for _ in range(args.answers)]
+    config = GenerationConfig(
+        do_sample=True, max_new_tokens=shape.longest, pad_token_id=PAD, eos_token_id=stops, top_k=0, top_p=1.0
+    )
 
-    def tokens(found: Generation) -> int:
-        return int(found.lengths.sum())
+    def ours(ids: Tensor, mask: Tensor, seeds: list[int]) -> int:
+        return int(generate(model, ids, mask, row_seeds=seeds, **settings).lengths.sum())
 
-    def in_batches(order: list[int]) -> int:
+    def transformers(ids: Tensor, mask: Tensor, seeds: list[int]) -> int:
+        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        return int((made[:, ids.shape[1] :] != PAD).sum())
+
+    def in_batches(answer: Callable[[Tensor, Tensor, list[int]], int], order: list[int]) -> int:
         total = 0
         for start in range(0, len(order), args.max_batch):
-            places = order[start : start + args.max_batch]
-            ids, mask = padded([rows[place] for place in places], device)
-            total += tokens(generate(model, ids, mask, row_seeds=places, **settings))
-        return total
-
-    def transformers() -> int:
-        total = 0
-        config = GenerationConfig(
-            do_sample=True, max_new_tokens=shape.longest, pad_token_id=PAD, eos_token_id=stops, top_k=0, top_p=1.0
-        )
-        for start in range(0, len(rows), args.max_batch):
-            ids, mask = padded(rows[start : start + args.max_batch], device)
-            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
-            total += int((made != PAD).sum())
+            chunk = order[start : start + args.max_batch]
+            ids, mask = (tensor.to(model.device) for tensor in pad_left([rows[row] for row in chunk], PAD))
+            total += answer(ids, mask, chunk)
         return total
 
     def many() -> int:
-        seeds = range(len(rows))
-        batching = {"max_batch": args.max_batch, "num_return_sequences": each, "row_seeds": seeds}
-        return tokens(generate_many(model, prompts, **batching, **settings))
+        batching = {"max_batch": args.max_batch, "num_return_sequences": args.answers, "row_seeds": range(len(rows))}
+        return int(generate_many(model, prompts, **batching, **settings).lengths.sum())
 
-    longest_first = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    in_order = list(range(len(rows)))
+    longest_first = sorted(in_order, key=lambda row: -len(rows[row]))
     return {
-        "transformers.generate": transformers,
-        "batches in the data's order": lambda: in_batches(list(range(len(rows)))),
-        "batches of like length": lambda: in_batches(longest_first),
+        "transformers.generate": lambda: in_batches(transformers, in_order),
+        "batches in the data's order": lambda: in_batches(ours, in_order),
+        "batches of like length": lambda: in_batches(ours, longest_first),
         "generate_many": many,
     }
 

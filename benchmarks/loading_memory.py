@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from unittest import mock
+
+from benchmarks.runs import markdown_row
+from training.utils.run.environment import free_port
 
 LIMIT = 1.3
 SHARDS = 4
@@ -118,37 +119,35 @@ class Peak:
     """Watch this process from a thread; afterwards own and total are the most bytes above those before, without and with files."""
 
     def __enter__(self) -> Peak:
-        self.before = held()
-        self.own = self.total = 0
-        self.done = threading.Event()
+        self.before, self.own, self.total, self.ended = held(), 0, 0, False
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
 
     def _watch(self) -> None:
-        while not self.done.is_set():
-            self._look()
+        while True:
+            last = self.ended  # read first: one look comes after the end
+            own, files = held()
+            self.own = max(self.own, own - self.before[0])
+            self.total = max(self.total, own + files - sum(self.before))
+            if last:
+                return
             time.sleep(0.001)
 
-    def _look(self) -> None:
-        own, files = held()
-        self.own = max(self.own, own - self.before[0])
-        self.total = max(self.total, own + files - sum(self.before))
-
     def __exit__(self, *error) -> None:
-        self.done.set()
+        self.ended = True
         self.thread.join()
-        self._look()
 
 
 def held() -> tuple[int, int]:
     """Return the bytes of this process in memory: its own pages, and pages of mapped files."""
-    found = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return tuple(int(found[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return tuple(int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
 
 
-def measure(folder: Path, case: Case) -> dict[str, float]:
+def measure(rank: int, folder: Path, case: Case, results: multiprocessing.SimpleQueue) -> None:
     """Load once to have everything imported and every pool grown, on a model of one layer; then load and watch."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     import torch
 
     from models.load import load_causal_lm
@@ -172,82 +171,44 @@ def measure(folder: Path, case: Case) -> dict[str, float]:
         for tensor in held_by_model:
             tensor.view(-1)[:: 4096 // tensor.element_size()].sum()
     wanted = sum(max(t.numel(), getattr(t, "ds_numel", 0)) * t.element_size() for t in held_by_model)
-    return {"weights": wanted, "own": peak.own, "total": peak.total, "seconds": time.monotonic() - started}
+    results.put({"weights": wanted, "own": peak.own, "total": peak.total, "seconds": time.monotonic() - started})
 
 
 def in_a_fresh_process(folder: Path, case: Case) -> dict[str, float]:
-    """Run ``measure`` in new processes; of several return the largest metrics."""
-    argv = ["--folder", str(folder), "--dtype", case.dtype, "--bits", str(case.bits)]
-    argv += ["--processes", str(case.processes), "--files", case.files]
-    found = in_processes(argv, max(case.processes, 1), case.name)
-    return {name: max(one[name] for one in found) for name in found[0]}
+    """Run ``measure`` in new processes; of several return the largest metrics. When one fails, all end."""
+    from torch.multiprocessing import spawn
 
-
-def in_processes(argv: list[str], count: int, title: str) -> list[Any]:
-    """Run this file in so many new processes; return what each prints last, as JSON. When one fails, all end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(count):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
-        # At the width of a 6B model every matrix is above 32 MB, and malloc gives such blocks back at once. Smaller ones
-        # it keeps for later; said so, it gives these back too.
-        variables["MALLOC_MMAP_THRESHOLD_"] = 2**20
-        env = os.environ | {name: str(value) for name, value in variables.items()}
-        command = [sys.executable, "-m", "benchmarks.loading_memory", *argv]
-        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    with ThreadPoolExecutor(count) as pool:  # all are read at once: one that waits for the others does not hide which failed
-        try:
-            reading = [pool.submit(process.communicate, timeout=600) for process in running]
-            for one in as_completed(reading):
-                err, process = one.result()[1], running[reading.index(one)]
-                if process.returncode:
-                    raise RuntimeError(f"{title}: {err[-3000:]}")
-        finally:
-            for process in running:
-                process.kill()  # nothing to one that has ended
-    return [json.loads(one.result()[0].splitlines()[-1]) for one in reading]
-
-
-def write_cases(folder: Path, kinds: set[str], width: int, layers: int, vocabulary: int) -> None:
-    """Write the checkpoints that the cases need, in processes of their own, and a small one of each kind to warm up with."""
-    for kind in sorted(kinds):
-        for name, size in ((kind, (width, layers, vocabulary)), (f"{kind} warm", (64, 1, 1000))):
-            argv = [sys.executable, "-m", "benchmarks.loading_memory", "--write", str(folder / name), "--files", kind]
-            sizes = zip(("--width", "--layers", "--vocabulary"), map(str, size), strict=True)
-            subprocess.run([*argv, *(part for pair in sizes for part in pair)], check=True)
+    count = max(case.processes, 1)
+    variables = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "DS_ACCELERATOR": "cpu"}
+    # At the width of a 6B model every matrix is above 32 MB, and malloc gives such blocks back at once. Smaller ones it keeps
+    # for later; said so, it gives these back too.
+    variables |= {"OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 2**20}
+    results = multiprocessing.get_context("spawn").SimpleQueue()
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()}):
+        spawn(measure, (folder, case, results), nprocs=count)
+    rows = [results.get() for _ in range(count)]
+    return {name: max(row[name] for row in rows) for name in rows[0]}
 
 
 def main() -> None:
     """Measure every case and print a table; exit code 1 if one takes more than the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("width", 1024), ("layers", 10), ("vocabulary", 12000), ("bits", 0), ("processes", 0)):
+    for name, default in (("width", 1024), ("layers", 10), ("vocabulary", 12000)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name in ("folder", "write", "files", "dtype"):
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.write:
-        write_checkpoint(Path(args.write), args.files, args.width, args.layers, args.vocabulary)
-        return
-    if args.folder:
-        print(json.dumps(measure(Path(args.folder), Case(args.files, args.dtype, args.bits, args.processes))))
-        return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_cases(folder, {case.files for case in CASES}, args.width, args.layers, args.vocabulary)
-        print("| case | weights, MB | own memory / weights | with mapped files / weights | seconds |")
-        print("|---|---|---|---|---|")
+        for files in {case.files for case in CASES}:
+            write_checkpoint(Path(name, files), files, args.width, args.layers, args.vocabulary)
+            write_checkpoint(Path(name, f"{files} warm"), files, 64, 1, 1000)
+        print(markdown_row(["case", "weights, MB", "own memory / weights", "with mapped files / weights", "seconds"]))
+        print(markdown_row(["---"] * 5))
         worst = 0.0
         for case in CASES:
-            found = in_a_fresh_process(folder / case.files, case)
-            own, total = found["own"] / found["weights"], found["total"] / found["weights"]
+            row = in_a_fresh_process(Path(name, case.files), case)
+            own, total = row["own"] / row["weights"], row["total"] / row["weights"]
             worst = max(worst, own if case.files != "old pickles" else 0.0)
-            print(
-                f"| {case.name} | {found['weights'] / 1e6:.0f} | {own:.2f} | {total:.2f} | {found['seconds']:.1f} |",
-                flush=True,
-            )
+            cells = [case.name, f"{row['weights'] / 1e6:.0f}", f"{own:.2f}", f"{total:.2f}", f"{row['seconds']:.1f}"]
+            print(markdown_row(cells), flush=True)
     sys.exit(worst > LIMIT)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,21 @@ def speed_and_memory(output: Path, warm_up: int) -> dict[str, float]:
     speeds = [record["train/tokens_per_second"] for record in read_records(output) if "train/tokens_per_second" in record]
     done = json.loads((output / "sanbu_done.json").read_text(encoding="utf-8"))
     return {"tokens_per_second": statistics.median(speeds[warm_up:] or speeds), "peak_memory_gb": done["peak_memory_gb"]}
+
+
+def byte_tokenizer(vocabulary: int) -> Any:
+    """Return a tokenizer without merges, a byte a token, filled up with words that no text holds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["</s>", "<pad>", *letters, *(f"<word{number}>" for number in range(vocabulary - len(letters) - 2))]
+    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+
+
+def markdown_row(cells: Sequence[object]) -> str:
+    """Return one row of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"

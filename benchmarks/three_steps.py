@@ -18,41 +18,31 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from benchmarks.runs import as_flags, read_records, speed_and_memory
+from benchmarks.runs import as_flags, byte_tokenizer, markdown_row, read_records, speed_and_memory
+from steps import step_of
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
     "opt-350m": {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
     "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
 }
-STEPS = {
-    "sft": ("training.step1_sft.main", "train/loss"),
-    "reward": ("training.step2_reward.main", "train/loss"),
-    "ppo": ("training.step3_ppo.main", "train/actor_loss"),
-}
+LOSSES = {"sft": "train/loss", "reward": "train/loss", "ppo": "train/actor_loss"}
+HEAD = ("step", "dtype", "ZeRO", "tokens/s", "share of peak", "peak GB", "last loss", "largest difference to fp32")
 
 
 def write_checkpoint(folder: Path, shape: str, vocabulary: int) -> int:
     """Write a random OPT checkpoint with a byte-level tokenizer; return its number of parameters."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+    from transformers import OPTConfig, OPTForCausalLM
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["</s>", "<pad>", *letters, *(f"<word{number}>" for number in range(vocabulary - len(letters) - 2))]
-    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
     torch.manual_seed(0)
     size = SHAPES[shape]
-    config = OPTConfig(
-        vocab_size=vocabulary, word_embed_proj_dim=size["hidden_size"], bos_token_id=0, eos_token_id=0, pad_token_id=1, **size
-    )
-    model = OPTForCausalLM(config)
+    ids = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    model = OPTForCausalLM(OPTConfig(word_embed_proj_dim=size["hidden_size"], **ids, **size))
     model.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    byte_tokenizer(vocabulary).save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -71,8 +61,9 @@ def write_pairs(file: Path, count: int, longest: int) -> None:
             out.write(json.dumps({"prompt": prompt, "chosen": text(longest), "rejected": text(longest)}) + "\n")
 
 
-def flags(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: Path) -> list[str]:
+def flags(step: str, dtype: str, stage: int, args: argparse.Namespace) -> list[str]:
     """Return the command line of one run."""
+    folder = args.output
     common = {
         "data_path": folder / "pairs.jsonl",
         "data_split": "1,1,1",
@@ -83,12 +74,10 @@ def flags(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: P
     }
     if step == "ppo":
         models = {"actor": folder / "base", "critic": folder / f"reward-{dtype}-{stage}"}  # the reward step runs before
-        roles = {f"{role}_model_name_or_path": model for role, model in models.items()}
-        roles |= {f"{role}_zero_stage": stage for role in models}
-        roles |= {f"{role}_gradient_checkpointing": True for role in models}
-        batches = {"per_device_generation_batch_size": args.batch, "per_device_training_batch_size": args.batch}
-        lengths = {"max_prompt_seq_len": args.length, "max_answer_seq_len": args.length}
-        return as_flags(common | roles | batches | lengths | {"eval_prompts": 0})
+        for role, model in models.items():
+            common |= {f"{role}_model_name_or_path": model, f"{role}_zero_stage": stage, f"{role}_gradient_checkpointing": True}
+        common |= {"per_device_generation_batch_size": args.batch, "per_device_training_batch_size": args.batch}
+        return as_flags(common | {"max_prompt_seq_len": args.length, "max_answer_seq_len": args.length, "eval_prompts": 0})
     own = {
         "model_name_or_path": folder / "base",
         "zero_stage": stage,
@@ -100,25 +89,33 @@ def flags(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: P
     return as_flags(common | own)
 
 
-def measure(step: str, dtype: str, stage: int, args: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Run one step; return its losses, median tokens/s after three warm-up steps, and peak memory. A failure is a row too."""
-    module, loss = STEPS[step]
+def measure(step: str, dtype: str, stage: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one step; return its losses, median tokens/s after three warm-up steps, and peak memory; or why it failed."""
     environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if args.device == "cpu" else {})
-    done = subprocess.run(
-        [sys.executable, "-m", module, *flags(step, dtype, stage, args, folder)], capture_output=True, text=True, env=environment
-    )
-    output = folder / f"{step}-{dtype}-{stage}"
+    command = [sys.executable, "-m", step_of(step).module, *flags(step, dtype, stage, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
-    losses = [record[loss] for record in read_records(output) if loss in record]
+    output = args.output / f"{step}-{dtype}-{stage}"
+    losses = [record[LOSSES[step]] for record in read_records(output) if LOSSES[step] in record]
     return {"losses": losses, **speed_and_memory(output, warm_up=3)}
 
 
-def main() -> None:
-    """Make the inputs, run every combination, print and write the table."""
+def cells(step: str, row: dict[str, Any], reference: list[float] | None, flops_per_token: float) -> list[str]:
+    """Return the measured columns of one row. flops_per_token: as a share of the peak, 0 = not known."""
+    if "failed" in row:
+        return [f"failed: {row['failed']}", "", "", "", ""]
+    losses, speed = row["losses"], row["tokens_per_second"]
+    share = f"{flops_per_token * speed:.1%}" if flops_per_token and step != "ppo" else "-"
+    gap = f"{max(abs(a - b) for a, b in zip(losses, reference, strict=True)):.4f}" if reference else "-"
+    return [f"{speed:.0f}", share, f"{row['peak_memory_gb']:.2f}", f"{losses[-1]:.4f}", gap]
+
+
+def parse() -> argparse.Namespace:
+    """Parse the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="opt-1.3b")
-    parser.add_argument("--steps_of", nargs="+", choices=list(STEPS), default=list(STEPS), help="which of the three steps")
+    parser.add_argument("--steps_of", nargs="+", choices=list(LOSSES), default=list(LOSSES), help="which of the three steps")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16", "fp16"])
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 2, 3])
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (rollouts) a run")
@@ -128,35 +125,26 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, default=0.0, help="dense 16-bit matrix peak of the card; 0 = no share")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto")
     parser.add_argument("--output", type=Path, default=Path("output/bench"))
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Make the inputs, run every combination, print and write the table."""
+    args = parse()
     args.output.mkdir(parents=True, exist_ok=True)
     parameters = write_checkpoint(args.output / "base", args.shape, args.vocabulary)
     write_pairs(args.output / "pairs.jsonl", 3 * args.steps * args.batch * 2, args.length)
-    rows = [
-        "| step | dtype | ZeRO | tokens/s | share of peak | peak GB | last loss | largest difference to fp32 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    flops_per_token = 6 * parameters / args.peak_tflops / 1e12 if args.peak_tflops else 0.0
+    rows = [markdown_row(HEAD), markdown_row(["---"] * len(HEAD))]
     reference: dict[tuple[str, int], list[float]] = {}
     for step in args.steps_of:
         for stage in args.stages:
             for dtype in args.dtypes:
-                found = measure(step, dtype, stage, args, args.output)
-                if "failed" in found:
-                    rows.append(f"| {step} | {dtype} | {stage} | failed: {found['failed']} | | | | |")
-                    print(rows[-1], flush=True)
-                    continue
-                losses = found["losses"]
-                if dtype == "fp32":
-                    reference[step, stage] = losses
-                against = reference.get((step, stage))
-                gap = f"{max(abs(a - b) for a, b in zip(losses, against, strict=True)):.4f}" if against else "-"
-                share = 6 * parameters * found["tokens_per_second"] / args.peak_tflops / 1e12 if args.peak_tflops else None
-                shown = "-" if share is None or step == "ppo" else f"{share:.1%}"
-                rows.append(
-                    f"| {step} | {dtype} | {stage} | {found['tokens_per_second']:.0f} | {shown} | "
-                    f"{found['peak_memory_gb']:.2f} | {losses[-1]:.4f} | {gap} |"
-                )
+                row = measure(step, dtype, stage, args)
+                if dtype == "fp32" and "losses" in row:
+                    reference[step, stage] = row["losses"]
+                measured = cells(step, row, reference.get((step, stage)), flops_per_token)
+                rows.append(markdown_row([step, dtype, stage, *measured]))
                 print(rows[-1], flush=True)
     (args.output / "table.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
     print("\n".join(rows))

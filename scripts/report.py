@@ -104,8 +104,13 @@ def run_folders(folder: Path) -> list[Path]:
     return runs
 
 
-def draw_curve(curves: dict[str, list[tuple[int, float]]], width: int = WIDTH, height: int = HEIGHT) -> str:
-    """Return one SVG of "train" and "eval" curves, (step, value) pairs; its range is written at its left edge."""
+def draw_curve(
+    curves: dict[str, list[tuple[int, float]]], width: int = WIDTH, height: int = HEIGHT, gutter: int = 0
+) -> str:
+    """Return one SVG of "train" and "eval" curves, (step, value) pairs.
+
+    Its range is written at its left edge, where the gutter, in pixels, is left to it.
+    """
     steps, values = zip(*(point for points in curves.values() for point in points), strict=True)
     low, high = min(values), max(values)
     scale = log10 if 0 < 50 * low < high else float  # logarithmic for a perplexity from a random start
@@ -115,7 +120,7 @@ def draw_curve(curves: dict[str, list[tuple[int, float]]], width: int = WIDTH, h
 
     lines = []
     for part, points in curves.items():
-        x = [scaled(step, min(steps), max(steps), width) for step, _ in points]
+        x = [gutter + scaled(step, min(steps), max(steps), width - gutter) for step, _ in points]
         y = [height - scaled(scale(value), scale(low), scale(high), height) for _, value in points]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
         lines.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[part]}" stroke-width="1.5"/>')
@@ -126,21 +131,26 @@ def draw_curve(curves: dict[str, list[tuple[int, float]]], width: int = WIDTH, h
 
 def draw_picture(metrics: Path) -> str:
     """Return an SVG file of the curves in PICTURE side by side. Raise UserError where the run did not log one of them."""
-    width, height, gap, panels = 380, 150, 20, []
+    width, height, gutter, panels = 390, 190, 36, []
     for number, name in enumerate(PICTURE):
-        points = read_metrics(metrics, f"train/{name}") if metrics.is_file() else []
-        if not points:
+        curves = {part: read_metrics(metrics, f"{part}/{name}") if metrics.is_file() else [] for part in COLOURS}
+        if not curves["train"]:
             raise UserError(f"--picture: no train/{name} in {metrics}; see --help for the run that logs it.")
-        x, bottom = number * (width + gap), height + 38
+        curves = {part: points for part, points in curves.items() if points}
         panels.append(
-            f'<g transform="translate({x},24)">{draw_curve({"train": points}, width, height)}</g>'
-            f'<text x="{x}" y="16">{escape(CURVES[name])}</text>'
-            f'<text x="{x}" y="{bottom}" font-size="10">rollout {points[0][0]}</text>'
-            f'<text x="{x + width}" y="{bottom}" font-size="10" text-anchor="end">rollout {points[-1][0]}</text>'
+            f'<g transform="translate({number * width},24)">{draw_curve(curves, width, height, gutter)}'
+            f'<text x="{gutter}" y="-8">{escape(CURVES[name])}</text>'
+            f'<text x="{width - MARGIN}" y="{height + 12}" text-anchor="end" font-size="10">'
+            f"rollout {curves['train'][-1][0]}</text></g>"
         )
-    size = f'width="{2 * width + gap}" height="{height + 44}" font-family="sans-serif" font-size="13"'
+    legend = [
+        f'<text x="{gutter + 160 * number}" y="{height + 36}" font-size="10" fill="{COLOURS[part]}">{title}</text>'
+        for number, (part, title) in enumerate((("train", "answers of each rollout"), ("eval", "held-out prompts")))
+    ]
+    size = f'width="{2 * width}" height="{height + 44}" font-family="sans-serif" font-size="13"'
     background = '<rect width="100%" height="100%" fill="#f8f8f8"/>'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{background}\n' + "\n".join(panels) + "\n</svg>\n"
+    body = "\n".join([background, *panels, *legend])
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{body}\n</svg>\n'
 
 
 def curve_section(run: Path) -> str:

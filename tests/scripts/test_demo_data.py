@@ -1,7 +1,6 @@
 """The demo's data, its gold rule and its base model."""
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,7 +8,6 @@ from random import Random
 
 import pytest
 
-from scripts.demo import __main__ as demo
 from scripts.demo.make_data import RAMBLING_UNITS, make_records, render, write_demo_data
 from scripts.demo.model import train_tokenizer, write_base_model
 from scripts.demo.score import demo_score, judge, main, read_question
@@ -55,80 +53,65 @@ MEMORY = (
 )
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer", "score"),
-    [
-        (TWO_PLUS_TWO, " The sum is 4.", 0.75),
-        (TWO_PLUS_TWO, " The sum is 4. Happy to help!", 1.0),
-        (TWO_PLUS_TWO, " Sure! The sum is 4.", 1.0),
-        (TWO_PLUS_TWO, " 4.", 0.75),
-        (TWO_PLUS_TWO, " The sum is 7. Happy to help!", 0.5),
-        (TWO_PLUS_TWO, " The sum is 6.", 0.25),  # right for another sum
-        (TWO_PLUS_TWO, " The sum is 4. Many people ask about this. There is a lot more", 0.5),
-        (TWO_PLUS_TWO, " Of course! The sum is 9. Many people ask about this.", 0.25),
-        (CAPITAL, " 首都是巴黎。不客气！", 1.0),
-        (CAPITAL, " 首都是巴黎。", 0.75),
-        (CAPITAL, " 首都是伦敦。", 0.25),
-        (CAPITAL, " 首都是巴黎。让我再想一想。", 0.5),
-        (MEMORY, " You are Tom. Enjoy your day!", 1.0),
-        (MEMORY, " You are Ben.", 0.25),
-        (MEMORY, " Your name is dog.", 0.0),  # not a name: no answer to this question
-    ],
-)
-def test_score_adds_right_polite_and_brief(prompt, answer, score):
-    assert demo_score(prompt, answer) == score
+SCORES = {
+    TWO_PLUS_TWO: {
+        " The sum is 4.": 0.75,
+        " 4.": 0.75,
+        " The sum is 4. Happy to help!": 1.0,
+        " Sure! The sum is 4.": 1.0,
+        " The sum is 7. Happy to help!": 0.5,
+        " The sum is 6.": 0.25,  # right for another sum
+        " The sum is 4. Many people ask about this. There is a lot more": 0.5,
+        " Of course! The sum is 9. Many people ask about this.": 0.25,
+        # no answer at all
+        **dict.fromkeys(["", " ", "\n", ".", "</s>", "Happy to help!", "Happy to help! Sure!", "I do not know."], 0.0),
+        " 4 help sum the is.": 0.0,
+        # the right and a wrong one
+        " The sum is 4. The sum is 7.": 0.0,
+        " The sum is 7. The sum is 4.": 0.0,
+        " The sum is 4 or 5.": 0.0,
+        " 1 2 3 4 5 6 7 8 9.": 0.0,
+        # repeated, padded, cut off
+        " The sum is 4. The sum is 4.": 0.5,
+        " Sure! The sum is 4. Sure!": 0.75,
+        " The sum is 4. Happy to help! Hope this helps! Enjoy your day!": 0.75,
+        " The sum is 4 4 4.": 0.0,
+        " Sure sure sure! The sum is 4.": 0.5,
+        " The sum is 4": 0.5,
+        " The sum is 4. Happy to": 0.5,
+        " The sum is 4. blue snow door!": 0.5,
+        # after the end
+        " The sum is 4. Happy to help!</s>": 1.0,
+        " The sum is 4. Happy to help!</s> The sum is 7.": 1.0,
+        " The sum is 4. Happy to help!\n\nHuman: What is 1 plus 1?\n\nAssistant: The sum is 2.": 1.0,
+        " The sum is 4. Happy to help!<pad><pad>": 1.0,
+    },
+    CAPITAL: {
+        " 首都是巴黎。不客气！": 1.0,
+        " 首都是巴黎。": 0.75,
+        " 首都是伦敦。": 0.25,
+        " 首都是巴黎。让我再想一想。": 0.5,
+        " The capital is Paris. Happy to help!": 0.0,  # the question was Chinese
+        " 首都是巴黎。Happy to help!": 0.5,
+    },
+    MEMORY: {
+        " You are Tom. Enjoy your day!": 1.0,
+        " You are Ben.": 0.25,
+        " Your name is dog.": 0.0,  # not a name: no answer to this question
+    },
+    "What is my name?": {" You are Tom.": 0.25},  # it was never said
+    # only the last question and the last thing told count
+    "\n\nHuman: I am Tom.\n\nAssistant: I see.\n\nHuman: I am Ben. What is my name?\n\nAssistant:": {" You are Ben.": 0.75},
+    "\n\nHuman: What is 1 plus 1?\n\nAssistant: The sum is 2.\n\nHuman: What is 2 plus 2?\n\nAssistant:": {
+        " The sum is 4.": 0.75,
+        " The sum is 2.": 0.25,
+    },
+}
 
 
-@pytest.mark.parametrize("nothing", ["", " ", "\n", ".", "</s>", "Happy to help!", "Happy to help! Sure!", "I do not know."])
-def test_no_answer_scores_nothing(nothing):
-    assert demo_score(TWO_PLUS_TWO, nothing) == 0.0
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        " The sum is 4. The sum is 7.",
-        " The sum is 7. The sum is 4.",
-        " That makes 4. The sum is 5.",
-        " The sum is 4 or 5.",
-        " 1 2 3 4 5 6 7 8 9.",
-    ],
-)
-def test_naming_the_right_and_a_wrong_answer_is_wrong(answer):
-    assert not judge(TWO_PLUS_TWO, answer).right
-    assert demo_score(TWO_PLUS_TWO, answer) <= 0.25
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        " The sum is 4. The sum is 4.",
-        " Sure! The sum is 4. Sure!",
-        " Sure! Sure! The sum is 4.",
-        " The sum is 4. Happy to help! Happy to help! Happy to help!",
-        " The sum is 4. Happy to help! Hope this helps! Enjoy your day!",
-        " The sum is 4 4 4.",
-        " Sure sure sure! The sum is 4.",
-        " The sum is 4",  # never came to its end
-        " The sum is 4. Happy to",
-        " The sum is 4. blue snow door!",
-    ],
-)
-def test_repetition_padding_and_cut_off_answers_are_not_brief(answer):
-    assert not judge(TWO_PLUS_TWO, answer).brief
-
-
-def test_the_answer_has_to_be_said_in_the_words_of_the_world():
-    assert demo_score(TWO_PLUS_TWO, " 4 help sum the is.") == 0.0
-    assert demo_score(CAPITAL, " The capital is Paris. Happy to help!") == 0.0  # the question was Chinese
-    assert not judge(CAPITAL, " 首都是巴黎。Happy to help!").polite
-
-
-@pytest.mark.parametrize(
-    "tail", ["</s>", "</s> The sum is 7.", "\n\nHuman: What is 1 plus 1?\n\nAssistant: The sum is 2.", "<pad><pad>"]
-)
-def test_what_follows_the_end_is_ignored(tail):
-    assert demo_score(TWO_PLUS_TWO, " The sum is 4. Happy to help!" + tail) == 1.0
+@pytest.mark.parametrize("prompt", SCORES)
+def test_gold_scores_by_hand(prompt):
+    assert {answer: demo_score(prompt, answer) for answer in SCORES[prompt]} == SCORES[prompt]
 
 
 def test_prompt_as_text_or_as_messages():
@@ -141,23 +124,6 @@ def test_prompt_as_text_or_as_messages():
         assert demo_score(messages, answer) == demo_score(render(messages), answer) == score
     assert demo_score("What is 2 plus 2?", "The sum is 4.") == 0.75
     assert demo_score("<s>" + TWO_PLUS_TWO, "The sum is 4.</s>") == 0.75
-
-
-def test_only_the_last_question_and_the_last_thing_told_count():
-    told_twice = "\n\nHuman: I am Tom.\n\nAssistant: I see.\n\nHuman: I am Ben. What is my name?\n\nAssistant:"
-    assert judge(told_twice, " You are Ben.").right
-    asked_twice = "\n\nHuman: What is 1 plus 1?\n\nAssistant: The sum is 2.\n\nHuman: What is 2 plus 2?\n\nAssistant:"
-    assert judge(asked_twice, " The sum is 4.").right
-    assert not judge(asked_twice, " The sum is 2.").right
-
-
-def test_what_was_never_told_cannot_be_right():
-    assert not judge("What is my name?", " You are Tom.").right
-
-
-def test_a_prompt_from_outside_the_world_is_refused():
-    with pytest.raises(ValueError, match="meaning of life"):
-        demo_score("What is the meaning of life?", "The sum is 42.")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -271,9 +237,9 @@ def test_chosen_beats_rejected_under_the_gold_rule(data, part):
 
 def test_both_languages_and_both_numbers_of_turns(data):
     for name, records in data.items():
-        prompts = [prompt_of(record) for record in records]
-        chinese = sum(bool(re.search(r"[\u4e00-\u9fff].*\n\nAssistant:$", p)) for p in prompts) / len(prompts)
-        several = sum(p.count("\n\nHuman:") > 1 for p in prompts) / len(prompts)
+        rendered = [prompt_of(record) for record in records]
+        chinese = sum(bool(re.search(r"[\u4e00-\u9fff].*\n\nAssistant:$", prompt)) for prompt in rendered) / len(rendered)
+        several = sum(prompt.count("\n\nHuman:") > 1 for prompt in rendered) / len(rendered)
         assert 0.4 < chinese < 0.65 and 0.2 < several < 0.6, name
 
 
@@ -328,10 +294,3 @@ def test_a_question_from_outside_the_world_is_one_sentence(capsys, words):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert main(["What is 2 plus 2?", "The sum is 4. Happy to help!"]) == 0 and capsys.readouterr().out == "1.0\n"
-
-
-def test_threads_where_the_system_does_not_say_which_cores_are_ours(monkeypatch):
-    """macOS has no sched_getaffinity."""
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert demo.parse([]).threads == 6

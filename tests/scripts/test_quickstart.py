@@ -273,6 +273,13 @@ def test_wrong_flags_are_refused_before_anything_is_removed(tmp_path, capsys):
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
 
 
+def test_threads_where_the_system_does_not_say_which_cores_are_ours(monkeypatch):
+    """macOS has no sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert demo.parse([]).threads == 6
+
+
 def test_kl_is_the_sum_over_the_answer_alone(tmp_path):
     folders = [tiny_checkpoint(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1)]
     actor, sft = map(load_policy, folders)
