@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from errors import UserError
 from scripts.demo import __main__ as demo
@@ -19,10 +18,6 @@ from scripts.demo.smollm2_score import vader, vader_score
 from tests.launching import REPOSITORY
 from tests.scripts.smollm2_package import SIZE, merges_of, weights, write_package
 from tests.tiny import tiny_tokenizer
-from training.utils.flags.parse import parse
-from training.utils.flags.steps import PPOArguments
-from training.utils.memory.arithmetic import Machine
-from training.utils.memory.fit import section_plan
 
 # --- the gold score. Words' weights are those of VADER's published lexicon; a sum s becomes s / sqrt(s^2 + 15).
 
@@ -302,23 +297,3 @@ def test_recipe_agrees_with_the_data(steps):
     assert ppo["reward_function"] == ["scripts/demo/smollm2_score.py:vader"] and ppo["reward_weights"].count(",") == 1
     for section in smollm2.read_recipe(REPOSITORY / smollm2.RECIPE).values():
         assert section["output_dir"].startswith("output/smollm2/")
-
-
-def test_the_plan_knows_the_recipe_at_the_model_s_size():
-    """What step 3 asks before it reads weights; adapters by hand: rank 16 on the seven matrices of the upper 12 of 30 blocks."""
-    width, inner, values = 576, 1536, 192
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    args = parse(PPOArguments, ["--config", str(REPOSITORY / "configs/cpu/smollm2.yaml")])
-    sides = 2 * (width + width) + 2 * (width + values) + 3 * (width + inner)
-    machine = Machine(1, 1, 0.0, 16 * 2**30, accelerator=False)
-    found = section_plan(args, {"actor": config, "critic": config}, machine, dtype="fp32", attention="sdpa")
-    assert found.memory.footprint("actor").weights.trained == 12 * 16 * sides
-    assert found.plan.fits

@@ -1,7 +1,5 @@
 """BLEU-4 and ROUGE: equal to counts by hand, 0 for an empty answer, and a sentence where a library is missing."""
 
-import itertools
-import json
 import sys
 
 import pytest
@@ -40,10 +38,10 @@ def test_figures_counted_on_paper():
     [
         (LABEL, PREDICT),
         (LABEL, LABEL),
-        (LABEL, "完全不同"),          # no character in common
-        (LABEL, "漂亮"),              # shorter than four characters: brevity, orders without any n-gram
-        ("白色", PREDICT),            # longer than the written answer
-        (LABEL, "夏夏夏夏穿穿"),      # a character repeated more often than it is written counts once
+        (LABEL, "完全不同"),  # no character in common
+        (LABEL, "漂亮"),  # shorter than four characters: brevity, orders without any n-gram
+        ("白色", PREDICT),  # longer than the written answer
+        (LABEL, "夏夏夏夏穿穿"),  # a character repeated more often than it is written counts once
         ("宽松的白色T恤，显瘦。", "宽松的 T恤 very nice, 显瘦，\n百搭！"),
         ("a b c d", "a b c d e"),
     ],
@@ -52,13 +50,6 @@ def test_figures_equal_plain_loops(label, predict):
     expected = hand_metrics.scores(label, predict, words)
     assert score(label, predict) == pytest.approx(expected, abs=1e-4)
     assert bleu_4(label, predict) == pytest.approx(expected["bleu-4"], abs=1e-9)
-
-
-def test_real_answers_equal_plain_loops(shared_dir):
-    lines = (shared_dir / "data/adgen/dev.json").read_text(encoding="utf-8").splitlines()[:40]
-    texts = [json.loads(line)["summary"] for line in lines]
-    for label, predict in itertools.pairwise(texts):
-        assert score(label, predict) == pytest.approx(hand_metrics.scores(label, predict, words), abs=1e-4)
 
 
 @pytest.mark.parametrize("predict", ["", " ", "\n", "　"])
@@ -78,22 +69,14 @@ def test_a_missing_library_is_named(monkeypatch):
         check_libraries()
 
 
-def test_the_dictionary_is_kept_where_cache_dir_says(tmp_path):
-    import jieba
-
-    check_libraries(str(tmp_path / "named"))
-    assert jieba.dt.tmp_dir == str(tmp_path / "named") and (tmp_path / "named").is_dir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written .*--cache_dir"):
-        check_libraries(str(tmp_path / "file" / "inside"))
-
-
-def test_jieba_says_nothing_and_keeps_its_dictionary_in_the_cache_folder(tmp_path, monkeypatch, capfd):
+def test_jieba_says_nothing_and_keeps_its_dictionary_where_cache_dir_says(tmp_path, monkeypatch, capfd):
     import jieba
 
     monkeypatch.setattr(jieba, "dt", jieba.Tokenizer())
     monkeypatch.setattr(jieba, "lcut", jieba.dt.lcut)
-    check_libraries()
-    assert words(LABEL) == LABEL_WORDS
-    assert capfd.readouterr().err == ""
-    assert (tmp_path / "jieba.cache").stat().st_size > 1000
+    check_libraries(str(tmp_path / "named"))
+    assert words(LABEL) == LABEL_WORDS and capfd.readouterr().err == ""
+    assert (tmp_path / "named" / "jieba.cache").stat().st_size > 1000
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*--cache_dir"):
+        check_libraries(str(tmp_path / "file" / "inside"))
