@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Output, Situation, answer_of, probe, probe_environment
-from training.utils.run.environment import container_limit, free_port
+from training.utils.memory.container import container_limit
+from training.utils.run.environment import free_port
 
 GIB = 2**30
 SHM_LITTLE = 1 * GIB  # Docker gives 64 MB; 8 data workers and NCCL's rings want more

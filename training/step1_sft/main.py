@@ -42,7 +42,7 @@ def main(args: SFTArguments) -> None:
 
     engine = trained_engine(load_causal_lm, TokenLogProbs, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
-    start, _ = checkpoint.resume()
+    start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
 
     def evaluate(step: int) -> None:

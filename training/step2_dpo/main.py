@@ -51,7 +51,7 @@ def main(args: DPOArguments) -> None:
     reference = load_reference(args, tokenizer, run)
     engine = trained_engine(load_causal_lm, TokenLogProbs, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
-    start, _ = checkpoint.resume()
+    start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
     held_out = data.eval
     if len(held_out) == 0:

@@ -44,7 +44,7 @@ def main(args: RewardArguments) -> None:
     )
     engine = trained_engine(load_scalar_model, TokenScores, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
-    start, _ = checkpoint.resume()
+    start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
     held_out = data.eval
     if len(held_out) == 0:

@@ -68,7 +68,7 @@ def main(args: PPOArguments) -> None:
     content = data.fingerprint + (mixture.fingerprint if mixture else "")
     parts = {"trainer": trainer} | ({"actor_ema": engine.actor_ema} if engine.actor_ema else {})
     checkpoint = Checkpoint(run, engine.trained, fingerprint(args, run, content), parts)
-    start, _ = checkpoint.resume()
+    start = checkpoint.resume()
     held_out = HeldOut(engine, data.eval, args, trainer.sampler)
     progress = Progress(run, prompts.total, start)
     if start == 0:

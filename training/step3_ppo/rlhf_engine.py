@@ -16,10 +16,10 @@ from models.heads import TokenLogProbs, TokenScores
 from models.load import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
 from models.templates import load_template
 from training.step3_ppo.ema import MovingAverage
-from training.step3_ppo.experience import JoinedRows
+from training.step3_ppo.experience import Experience, JoinedRows
 from training.step3_ppo.scoring import Rewards
 from training.utils.engine.build import build_engine, build_frozen, read_in_turn
-from training.utils.engine.configs import EngineOptions, get_eval_ds_config
+from training.utils.engine.configs import EngineOptions, frozen_config
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -60,115 +60,94 @@ class DeepSpeedRLHFEngine:
         self.run = run or Run.start(args)
         self.tokenizer = tokenizer
         self.template = load_template(actor_model_name_or_path, tokenizer)
+        self.paths = {"actor": actor_model_name_or_path, "critic": critic_model_name_or_path}
         # role -> whether the trained model is a frozen base and something small over it
         self.adapted = adapted_roles(args, learning_models(args, self.rewards))
-        self.total_iters = {"actor": actor_total_iters or num_total_iters, "critic": num_total_iters}
         self.trunk: SharedTrunk | None = None
-        reference = self._causal_lm(actor_model_name_or_path, **self._on_host(args.offload_reference_model))
-        self.ref = self._frozen(TokenLogProbs(reference), args.actor_zero_stage, args.offload_reference_model)
+        reference = self._causal_lm(**self._on_host(args.offload_reference_model))
+        self.ref = self._frozen(TokenLogProbs(reference), "actor", args.offload_reference_model)
         if args.memory_mode == "shared":
             self.trunk = SharedTrunk(reference, actor_model_name_or_path)
         self.reward, self.reward_mean, self.reward_std = None, 0.0, 1.0
         if self.rewards.with_model:
-            reward = self._scalar_model(critic_model_name_or_path, **self._on_host(args.offload_reward_model))
+            reward = self._scalar_model(**self._on_host(args.offload_reward_model))
             self.reward_mean, self.reward_std = score_unit(reward.config, args.normalize_reward)
-            self.reward = self._frozen(TokenScores(reward), args.critic_zero_stage, args.offload_reward_model)
-        actor = self._causal_lm(
-            actor_model_name_or_path,
-            gradient_checkpointing=args.actor_gradient_checkpointing,
-            **args.prefix_options("actor"),
-        )
-        self.actor = self._trained(TokenLogProbs(self._with_lora(actor, "actor")), "actor")
+            self.reward = self._frozen(TokenScores(reward), "critic", args.offload_reward_model)
+        actor = self._causal_lm(gradient_checkpointing=args.actor_gradient_checkpointing, **args.prefix_options("actor"))
+        self.actor = self._trained(actor, TokenLogProbs, "actor", actor_total_iters or num_total_iters)
         self.actor_ema = MovingAverage(self.actor, args.ema_decay, self.run) if args.enable_ema else None
         self.critic = None
         if args.has_critic:
-            critic = self._scalar_model(
-                critic_model_name_or_path,
-                gradient_checkpointing=args.critic_gradient_checkpointing,
-                **args.prefix_options("critic"),
-            )
+            checkpointing = args.critic_gradient_checkpointing
+            critic = self._scalar_model(gradient_checkpointing=checkpointing, **args.prefix_options("critic"))
             if self.reward is None and getattr(critic.config, "reward_std", None):  # its head has the unit it was trained in
                 self.reward_mean, self.reward_std = score_unit(critic.config, args.normalize_reward)
-            self.critic = self._trained(TokenScores(self._with_lora(critic, "critic")), "critic")
+            self.critic = self._trained(critic, TokenScores, "critic", num_total_iters)
 
-    def _causal_lm(self, path: str, **options):
-        """Reference and actor; under --memory_mode shared only the first one has weights of its own."""
+    def _causal_lm(self, **options):
+        """Load reference or actor; under --memory_mode shared only the first one has weights of its own."""
         if self.trunk is not None:
             return self.trunk.causal_lm(gradient_checkpointing=options["gradient_checkpointing"])
-        return read_in_turn(load_causal_lm, path, self.run, self._loading("actor") | options)
+        return read_in_turn(load_causal_lm, self.paths["actor"], self.run, self._loading("actor") | options)
 
-    def _scalar_model(self, path: str, **options):
-        """Reward model and critic."""
+    def _scalar_model(self, **options):
+        """Load reward model or critic."""
         if self.trunk is not None:
             checkpointing = options.get("gradient_checkpointing", False)
-            dropout, seed = self.args.critic_dropout, self.args.seed
-            return self.trunk.scalar_model(path, dropout=dropout, gradient_checkpointing=checkpointing, seed=seed)
-        return read_in_turn(load_scalar_model, path, self.run, self._loading("critic") | options)
+            fresh = {"dropout": self.args.critic_dropout, "seed": self.args.seed}
+            return self.trunk.scalar_model(self.paths["critic"], gradient_checkpointing=checkpointing, **fresh)
+        return read_in_turn(load_scalar_model, self.paths["critic"], self.run, self._loading("critic") | options)
 
     def _loading(self, role: str) -> dict[str, Any]:
-        """How both models of a role are read: dtype, attention, dropout, split over the processes under ZeRO-3."""
-        run = self.run
+        """Return how both models of a role are read. They have the same base, so the penalty starts at zero."""
         return {
-            "dtype": run.dtype,
-            "attn": run.attention,
+            "dtype": self.run.dtype,
+            "attn": self.run.attention,
             "dropout": getattr(self.args, f"{role}_dropout"),
-            "quantization_bit": self._quantization_bit(role),
+            "quantization_bit": self.args.quantization_bit if self.adapted[role] else 0,
             "ptuning_checkpoint": getattr(self.args, f"{role}_ptuning_checkpoint"),
             "seed": self.args.seed,
-            "zero3_config": EngineOptions.of(self.args, role).loading_config(run.dtype, run.world_size),
+            "zero3_config": EngineOptions.of(self.args, role).loading_config(self.run),
         }
 
     def _on_host(self, offload: bool) -> dict[str, Any]:
-        """A frozen model that stays in host memory is split over the processes while it is read, not once all have it whole."""
-        if not offload:
-            return {}
-        return {"zero3_config": get_eval_ds_config(True, self.run.dtype, 3, world_size=self.run.world_size)}
+        """Split a frozen model that stays in host memory while it is read, not once all processes have it whole."""
+        return {"zero3_config": frozen_config(self.run, offload=True)} if offload else {}
 
-    def _quantization_bit(self, role: str) -> int:
-        """--quantization_bit for the two models of a role: the same base, so the penalty starts at zero."""
-        return self.args.quantization_bit if self.adapted[role] else 0
+    def _trained(self, model, head, role: str, steps: int):
+        if dim := getattr(self.args, f"{role}_lora_dim"):
+            alpha, names = getattr(self.args, f"{role}_lora_alpha"), getattr(self.args, f"{role}_lora_module_name")
+            model = add_lora(model, dim=dim, alpha=alpha, module_name=names)
+        return build_engine(head(model), EngineOptions.of(self.args, role), self.run, steps)
 
-    def _with_lora(self, model, role: str):
-        dim = getattr(self.args, f"{role}_lora_dim")
-        if not dim:
-            return model
-        alpha, names = getattr(self.args, f"{role}_lora_alpha"), getattr(self.args, f"{role}_lora_module_name")
-        return add_lora(model, dim=dim, alpha=alpha, module_name=names)
-
-    def _trained(self, model, role: str):
-        options = EngineOptions.of(self.args, role)
-        return build_engine(
-            model, options, dtype=self.run.dtype, total_steps=self.total_iters[role], world_size=self.run.world_size
-        )
-
-    def _frozen(self, model, stage: int, offload: bool):
-        return build_frozen(
-            model,
-            stage=stage,
-            offload=offload,
-            dtype=self.run.dtype,
-            device=self.run.device,
-            world_size=self.run.world_size,
-        )
+    def _frozen(self, model, role: str, offload: bool):
+        return build_frozen(model, self.run, stage=getattr(self.args, f"{role}_zero_stage"), offload=offload)
 
     def values(self, model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores [batch, time] of the reward model or critic in units of the reward model's own spread, mean zero."""
+        """Return scores [batch, time] of reward model or critic in units of the reward model's own spread, mean zero."""
         return (model(input_ids, attention_mask) - self.reward_mean) / self.reward_std
 
     def answer_values(self, model, rows: JoinedRows) -> Tensor:
-        """[rows, answer]: the values before each answer token; of padding anything."""
+        """Return [rows, answer]: the values before each answer token; of padding anything."""
         return rows.before_answers(self.values(model, rows.input_ids, rows.attention_mask))
 
     def answer_log_probs(self, model, rows: JoinedRows, with_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """[rows, answer]: log-probabilities of the answer tokens at the sampling temperature, of padding anything.
+        """Return [rows, answer]: log-probabilities of the answer tokens at the sampling temperature, of padding anything.
         with_entropy: also the entropies of the distributions that they were drawn from.
         """
-        found = model(
-            rows.input_ids, rows.attention_mask, target_mask=rows.answer_mask, temperature=self.args.temperature,
-            with_entropy=with_entropy,
-        )  # fmt: skip
+        options = {"target_mask": rows.answer_mask, "temperature": self.args.temperature, "with_entropy": with_entropy}
+        outputs = model(rows.input_ids, rows.attention_mask, **options)
         # Column j of what the model returns is about token j + 1.
-        return tuple(map(rows.before_answers, found)) if with_entropy else rows.before_answers(found)
+        return tuple(map(rows.before_answers, outputs)) if with_entropy else rows.before_answers(outputs)
+
+    def texts(self, experience: Experience) -> tuple[list[str], list[str]]:
+        """Return prompts (as the template wrote them, without special tokens) and answers (Template.decode_answer) of all rows."""
+        width, actions = experience.prompt_width, experience.action_mask.bool()
+        prompts, answers = [], []
+        for ids, real, acts in zip(experience.input_ids, experience.attention_mask.bool(), actions, strict=True):
+            prompts.append(self.tokenizer.decode(ids[:width][real[:width]].tolist(), skip_special_tokens=True))
+            answers.append(self.template.decode_answer(self.tokenizer, ids[width:][acts].tolist()))
+        return prompts, answers
 
     @property
     def trained(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a checkpoint and its flags to a model that trains or one that is only evaluated."""
+"""Build a model that trains, or one that is only evaluated, from a checkpoint and its flags."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from models.checkpoint_folder import (
 )
 from models.device import has_accelerator
 from models.weight_files import first_line
-from training.utils.engine.configs import EngineOptions, get_eval_ds_config
-from training.utils.engine.deepspeed_internals import keep_skeleton, plain_masters
+from training.utils.engine.configs import EngineOptions, frozen_config
+from training.utils.engine.deepspeed_internals import plain_masters
+from training.utils.engine.extras import extras
 from training.utils.engine.half_precision import watch_saturation
 from training.utils.engine.weights import copy_structure
 from training.utils.run.process_group import Run
@@ -30,7 +31,7 @@ logger = logging.getLogger("sanbu")
 
 
 def check_trained_model(args: Any) -> None:
-    """UserError if --model_name_or_path cannot be trained as the flags ask; no weight is read."""
+    """Raise UserError if --model_name_or_path cannot be trained as the flags ask; no weight is read."""
     prefix = args.prefix_options()
     checkpoint = open_checkpoint(args.model_name_or_path)
     check_context_length(checkpoint, args.max_seq_len, "--max_seq_len", **prefix)
@@ -38,12 +39,10 @@ def check_trained_model(args: Any) -> None:
     check_quantized_base(checkpoint, args.quantization_bit, adapters=frozen)
 
 
-def trained_engine(
-    load: Callable[..., nn.Module], head: Callable[[nn.Module], nn.Module], args: Any, run: Run, tokenizer, total_steps: int
-):
-    """The engine around head(model), with LoRA or a prefix where the flags ask for them.
+def trained_engine(load: Callable[..., nn.Module], head: Callable[[nn.Module], nn.Module], args, run: Run, tokenizer, steps: int):
+    """Return the engine around head(model), with LoRA or a prefix where the flags ask for them.
 
-    load: load_causal_lm or load_scalar_model; head: TokenLogProbs or TokenScores. total_steps counts optimizer steps.
+    load: load_causal_lm or load_scalar_model; head: TokenLogProbs or TokenScores; steps: optimizer steps of the whole run.
     """
     options = EngineOptions.of(args)
     model = load(
@@ -52,27 +51,20 @@ def trained_engine(
         attn=run.attention,
         dropout=args.dropout,
         gradient_checkpointing=args.gradient_checkpointing,
-        zero3_config=options.loading_config(run.dtype, run.world_size),
+        zero3_config=options.loading_config(run),
         tokenizer=tokenizer,
         quantization_bit=args.quantization_bit,
         seed=args.seed,
         **args.prefix_options(),
     )
     if args.lora_dim:
-        model = add_lora(
-            model,
-            dim=args.lora_dim,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            module_name=args.lora_module_name,
-        )
-    return build_engine(head(model), options, dtype=run.dtype, total_steps=total_steps, world_size=run.world_size)
+        names = args.lora_module_name
+        model = add_lora(model, args.lora_dim, args.lora_alpha, dropout=args.lora_dropout, module_name=names)
+    return build_engine(head(model), options, run, steps)
 
 
-def read_in_turn(
-    load: Callable[..., nn.Module], path: str | Path | CheckpointFolder, run: Run, settings: dict[str, Any]
-) -> nn.Module:
-    """load(path, **settings), on the run's device where that is a card.
+def read_in_turn(load: Callable[..., nn.Module], path: str | Path | CheckpointFolder, run: Run, settings: dict[str, Any]):
+    """Return load(path, **settings), on the run's device where that is a card.
 
     Files of the wanted dtype are mapped: the processes of a node share their pages. In another dtype each process makes a
     copy, which a card takes over; they do so one after the other. On a CPU the copy is the model, and split weights
@@ -86,32 +78,31 @@ def read_in_turn(
 
 
 def makes_copy(path: str | Path | CheckpointFolder, dtype: torch.dtype, quantization_bit: int) -> bool:
-    """Whether the weights of a checkpoint are computed anew while they are read, not mapped as they are."""
+    """Tell whether the weights of a checkpoint are computed anew while they are read, not mapped as they are."""
     return bool(quantization_bit) or open_checkpoint(path).stored_dtype != str(dtype).removeprefix("torch.")
 
 
-def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype, total_steps: int, world_size: int):
-    """Wrap a model for training: optimizer, learning-rate schedule, ZeRO. total_steps counts optimizer steps of the whole run.
+def build_engine(model: nn.Module, options: EngineOptions, run: Run, steps: int):
+    """Wrap a model for training: optimizer, learning-rate schedule, ZeRO. steps: optimizer steps of the whole run.
 
-    DeepSpeed computes with every parameter in dtype. What was float32 under a 16-bit dtype (a prefix) is float32 in the
+    DeepSpeed computes with every parameter in run.dtype. What was float32 under a 16-bit dtype (a prefix) is float32 in the
     optimizer, where it moves: trained_weights.
     """
     import deepspeed
     from transformers import get_scheduler
 
-    exact = to_dtype([parameter for parameter in model.parameters() if parameter.requires_grad], dtype)
+    exact = to_dtype([parameter for parameter in model.parameters() if parameter.requires_grad], run.dtype)
     optimizer = build_optimizer(parameter_groups(model, options), options)
     scheduler = get_scheduler(
         options.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=warmup_steps(options.num_warmup_steps, total_steps),
-        num_training_steps=max(total_steps, 1),
+        num_warmup_steps=warmup_steps(options.num_warmup_steps, steps),
+        num_training_steps=max(steps, 1),
     )
-    config = options.train_config(dtype, world_size)
     skeleton = copy_structure(model) if options.zero_stage == 3 else None
+    config = options.train_config(run)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
-    keep_skeleton(engine, skeleton)
-    engine.saturation = watch_saturation(engine)
+    extras(engine).skeleton, extras(engine).saturation = skeleton, watch_saturation(engine)
     masters = plain_masters(engine.optimizer)
     for parameter, value in exact:
         if id(parameter) in masters:
@@ -121,31 +112,25 @@ def build_engine(model: nn.Module, options: EngineOptions, *, dtype: torch.dtype
     return engine
 
 
-def build_frozen(
-    model: nn.Module, *, stage: int, offload: bool, dtype: torch.dtype, device: torch.device, world_size: int
-):
-    """A model that is only evaluated: on the device as it is, or sharded by an engine under stage 3 or in host memory (offload)."""
+def build_frozen(model: nn.Module, run: Run, *, stage: int, offload: bool):
+    """Return a model that is only evaluated: on the device as it is, or split by an engine under stage 3 or on the host."""
     import deepspeed
 
     model.eval().requires_grad_(False)
-    to_dtype(model.parameters(), dtype)  # a prefix too: its twin in the engine that trains is rounded
-    if offload:
-        stage = 3   # the only stage whose weights may live on the host
-    if stage != 3:
-        return model.to(device)
+    to_dtype(model.parameters(), run.dtype)  # a prefix too: its twin in the engine that trains is rounded
+    if stage != 3 and not offload:  # stage 3 is the only one whose weights may live on the host
+        return model.to(run.device)
     skeleton = copy_structure(model)
-    engine, *_ = deepspeed.initialize(
-        model=model, config=get_eval_ds_config(offload, dtype, stage, world_size=world_size)
-    )
-    keep_skeleton(engine, skeleton)
+    engine, *_ = deepspeed.initialize(model=model, config=frozen_config(run, offload))
+    extras(engine).skeleton = skeleton
     engine.module.eval()
     return engine
 
 
 def build_optimizer(groups: list[dict[str, Any]], options: EngineOptions) -> torch.optim.Optimizer:
-    """AdamW in the best implementation that this machine has; a fallback is logged once with its reason."""
-    settings = {"betas": options.betas, "eps": options.epsilon}
-    on_host = options.offload_optimizer and options.zero_stage >= 1 and has_accelerator()
+    """Return AdamW in the best implementation that this machine has; a fallback is logged once with its reason."""
+    settings = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
+    on_host = (options.offload or options.offload_optimizer) and options.zero_stage >= 1 and has_accelerator()
     wanted = options.optimizer if options.optimizer != "auto" else ("cpu_adam" if on_host else "adamw")
     if wanted != "adamw":
         try:
@@ -165,7 +150,7 @@ def build_optimizer(groups: list[dict[str, Any]], options: EngineOptions) -> tor
 
 
 def parameter_groups(model: nn.Module, options: EngineOptions) -> list[dict[str, Any]]:
-    """Trainable parameters in up to four groups: LoRA or not, with weight decay (matrices) or without (biases, norms)."""
+    """Put trainable parameters into up to four groups: LoRA or not, with weight decay (matrices) or without (biases, norms)."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -182,13 +167,14 @@ def parameter_groups(model: nn.Module, options: EngineOptions) -> list[dict[str,
 
 
 def warmup_steps(wanted: int, total_steps: int) -> int:
-    """Optimizer steps of warm-up: at most half of the run. A run of one step has none: warm-up begins at rate 0."""
+    """Return the steps of warm-up: at most half of the run. A run of one step has none: warm-up begins at rate 0."""
     return min(wanted, total_steps // 2)
 
 
 def to_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
-    """Round parameters to dtype in place; returns those that changed, with their exact values. As DeepSpeed does itself,
-    but for the parameters that ZeRO-3 splits late, after its check of dtypes.
+    """Round parameters to dtype in place; return those that changed, with their exact values.
+
+    DeepSpeed does the same, but for the parameters that ZeRO-3 splits late, after its check of dtypes.
     """
     changed = []
     for parameter in parameters:

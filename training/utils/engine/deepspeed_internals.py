@@ -15,13 +15,6 @@ def save_on_every_disk(engine) -> None:
     engine.save_non_zero_checkpoint = True
 
 
-def keep_skeleton(engine, skeleton: nn.Module | None) -> None:
-    """Keep a model's structure beside the engine's modules, not among them: it is no part of the network, and DeepSpeed
-    before 0.15 does not find an attribute that is a module.
-    """
-    engine.__dict__["plain_skeleton"] = skeleton
-
-
 def plain_masters(optimizer) -> dict[int, Tensor]:
     """Return id of a 16-bit parameter -> its float32 master in DeepSpeed's optimizers without ZeRO; {} for all others."""
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer

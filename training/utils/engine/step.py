@@ -1,4 +1,4 @@
-"""One optimizer step over many micro-batches, of one engine or of two together."""
+"""Accumulate gradients over many micro-batches; step one engine, or two together."""
 
 from __future__ import annotations
 
@@ -14,42 +14,53 @@ from training.utils.engine.deepspeed_internals import (
     gradient_norm,
     has_overflow,
 )
+from training.utils.engine.extras import extras
 from training.utils.run.process_group import Run
 
 
-def optimizer_step(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor], run: Run) -> float:
-    """Accumulate the gradients of all micro-batches, then step once.
+class Accumulation:
+    """The gradients of one optimizer step: ``count`` calls of backward, then total; the caller owes engine.step().
 
-    ``loss_of(micro_batch)`` is a sum over this process's tokens divided by the denominator of the whole global batch, so the
-    losses of all micro-batches and processes add up to the loss of the global batch. DeepSpeed averages gradients over
-    processes; the factor world_size undoes that. Returns the loss of the global batch. Raises UserError, before the weights
-    move, if it is not finite.
+    A loss is a sum over this process's tokens divided by the denominator of the whole global batch, so the losses of all
+    micro-batches and processes add up to the loss of the global batch. DeepSpeed averages gradients over processes; the
+    factor world_size undoes that.
     """
-    total = accumulate(engine, micro_batches, loss_of, run)
+
+    def __init__(self, engine, count: int, run: Run) -> None:
+        self.engine, self.count, self.run = engine, count, run
+        self.done, self.loss = 0, 0.0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch."""
+        engine, first = self.engine, self.done == 0
+        self.done += 1
+        last = self.done == self.count
+        engine.set_gradient_accumulation_boundary(last)
+        watch = extras(engine).saturation
+        with watch.backward(first) if watch else nullcontext():
+            engine.backward(loss * self.run.world_size * forgotten_loss_scale(engine), scale_wrt_gas=False)
+        self.loss += loss.item()
+        if not last:
+            engine.step()  # counts the micro-batch, no more
+
+    def total(self) -> float:
+        """Return the loss of the global batch. Raises UserError, before the weights move, if it is not finite."""
+        return self.run.agree(self.loss)
+
+
+def optimizer_step(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor], run: Run) -> float:
+    """Accumulate the gradients of loss_of(micro_batch) over all micro-batches, then step once. Returns the loss."""
+    gradients = Accumulation(engine, len(micro_batches), run)
+    for micro_batch in micro_batches:
+        gradients.backward(loss_of(micro_batch))
+    total = gradients.total()
     engine.step()
     return total
 
 
-def accumulate(engine, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor], run: Run) -> float:
-    """optimizer_step up to its last engine.step(), which the caller owes."""
-    total = 0.0
-    for index, micro_batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        engine.set_gradient_accumulation_boundary(last)
-        loss = loss_of(micro_batch)
-        watch = getattr(engine, "saturation", None)
-        with watch.backward(first=index == 0) if watch else nullcontext():
-            engine.backward(loss * run.world_size * forgotten_loss_scale(engine), scale_wrt_gas=False)
-        total += loss.item()
-        if last:
-            return run.agree(total)
-        engine.step()
-    return total
-
-
 def step_together(engines: Sequence[Any]) -> None:
-    """engine.step() of all engines, or of none if the float16 gradients of any overflowed: neither weights nor schedules
-    move then, and only the loss scale of those that overflowed goes down. All processes call it, each after accumulate.
+    """Call engine.step() of all engines, or of none if the float16 gradients of any overflowed: neither weights nor schedules
+    move then, and only the loss scale of those that overflowed goes down. All processes call it, after Accumulation.
     """
     overflowed = [engine.fp16_enabled() and has_overflow(engine.optimizer) for engine in engines]
     for engine, own in zip(engines, overflowed, strict=True):
@@ -58,7 +69,7 @@ def step_together(engines: Sequence[Any]) -> None:
 
 
 def optimizer_metrics(engine) -> dict[str, float]:
-    """Learning rate, and the norm of the last global gradient before clipping.
+    """Return the learning rate, and the norm of the last global gradient before clipping.
 
     Under ZeRO-0 in float32 the engine does not know the norm; it is left out then.
     """

@@ -15,6 +15,7 @@ from models.adapters.prefix import own_encoder
 from models.device import empty_cache, free_memory
 from models.heads import base_model
 from training.utils.engine.deepspeed_internals import forget_fetch_order, in_shared_buffer, kept_gathered, plain_masters
+from training.utils.engine.extras import extras
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -34,22 +35,18 @@ def trained_weights(engine, model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in masters:
-            found = masters[id(parameter)]
-        elif hasattr(parameter, "ds_id") or in_shared_buffer(parameter):
-            found = deepspeed.utils.safe_get_full_fp32_param(parameter)
-        else:
-            found = parameter
-        weights[name] = found.detach().to(torch.float32, copy=True)
+        exact = masters.get(id(parameter), parameter)
+        if hasattr(parameter, "ds_id") or in_shared_buffer(parameter):
+            exact = deepspeed.utils.safe_get_full_fp32_param(parameter)
+        weights[name] = exact.detach().to(torch.float32, copy=True)
     return weights
 
 
 def copy_structure(model: nn.Module) -> nn.Module:
-    """The same modules with empty parameters and buffers on the meta device; ties are kept, weights are not copied.
+    """Copy the modules with empty parameters and buffers on the meta device; ties are kept, weights are not copied.
 
-    Buffers too: those of quantised layers are the model. whole_model puts the engine's own in.
-
-    Must be called before deepspeed.initialize: its hooks would be copied too.
+    Buffers of quantised layers hold the model; whole_model puts the engine's own in. Call it before deepspeed.initialize:
+    its hooks would be copied too.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -64,19 +61,19 @@ def copy_structure(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def whole_model(engine, device: torch.device | None = None, keep: bool = True) -> Iterator[nn.Module | None]:
-    """The trained module with whole weights: the module itself, or under ZeRO-3 a plain copy gathered once.
+    """Give the trained module with whole weights: the module itself, or under ZeRO-3 a plain copy gathered once.
 
     All processes must enter and leave together. keep: this process wants the copy (rollouts: all of them, saving: those
     that write); under ZeRO-3 the others get None. It carries no DeepSpeed hooks, so nothing is gathered per token.
     """
-    if getattr(engine, "plain_skeleton", None) is None:
+    plain = extras(engine).skeleton
+    if plain is None:
         yield getattr(engine, "module", engine)  # a frozen model may be no engine
         return
     import deepspeed
 
     target = device or engine.device
     copied: dict[int, nn.Parameter] = {}
-    plain = engine.plain_skeleton
     slots = dict(plain.named_parameters(remove_duplicate=False))
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
         if id(parameter) in copied:
@@ -95,7 +92,7 @@ def whole_model(engine, device: torch.device | None = None, keep: bool = True) -
 
 
 def placeholder(parameter: nn.Parameter) -> nn.Parameter:
-    """An empty parameter of the same shape on the meta device."""
+    """Return an empty parameter of the same shape on the meta device."""
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
@@ -113,12 +110,12 @@ def fill(model: nn.Module, parameters: dict[int, nn.Parameter], buffers: dict[st
 
 @contextmanager
 def generation_model(engine, args, run: Run, *, rows: int, columns: int) -> Iterator[nn.Module]:
-    """The module that generates, by --generation_weights. All processes enter and leave together.
+    """Give the module that generates, by --generation_weights. All processes enter and leave together.
 
     rows, columns: the largest rectangle of key-value cache that will stand beside the weights. Without ZeRO-3 there is
     nothing to choose: the module's own weights are whole.
     """
-    if getattr(engine, "plain_skeleton", None) is None:
+    if extras(engine).skeleton is None:
         whole = nullcontext(getattr(engine, "module", engine))
     elif choice(engine, args, run, rows, columns) == "layerwise":
         whole = layerwise(engine)
@@ -131,29 +128,28 @@ def generation_model(engine, args, run: Run, *, rows: int, columns: int) -> Iter
 
 
 def choice(engine, args, run: Run, rows: int, columns: int) -> str:
-    """gathered or layerwise, the same on all processes for the whole run; said once for each engine."""
-    if getattr(engine, "generation_weights", None) is None:
-        network = base_model(engine.module.model)
+    """Return gathered or layerwise, the same on all processes for the whole run; said once for each engine."""
+    chosen = extras(engine)
+    if chosen.generation_weights is None:
         weights = sum(parameter.ds_numel * parameter.element_size() for parameter in engine.module.parameters())
-        cache = rows * columns * cache_bytes(network.config, run.dtype)
+        cache = rows * columns * cache_bytes(base_model(engine.module.model).config, run.dtype)
         free = free_memory()
         kind, reason = args.generation_weights, "as --generation_weights says"
         if kind == "auto":
-            room = free is None or weights + cache <= SHARE * free
-            kind = "gathered" if run.maximum(0.0 if room else 1.0) == 0.0 else "layerwise"
+            fits = free is None or weights + cache <= SHARE * free
+            kind = "gathered" if run.maximum(0.0 if fits else 1.0) == 0.0 else "layerwise"
             reason = "which fits" if kind == "gathered" else "too little on this or another process"
-        engine.generation_weights = kind
+        chosen.generation_weights = kind
+        have = "unknown" if free is None else f"{free / 1e9:.2f} GB"
+        sizes = f"weights {weights / 1e9:.2f} GB and cache {cache / 1e9:.2f} GB a process, free {have}"
         slow = "; every token fetches every layer, which is slow" if kind == "layerwise" else ""
-        logger.info(
-            "rollouts: weights %.2f GB and cache %.2f GB a process, free %s: %s weights, %s%s",
-            weights / 1e9, cache / 1e9, "unknown" if free is None else f"{free / 1e9:.2f} GB",
-            {"gathered": "gathered", "layerwise": "layer-wise fetched"}[kind], reason, slow,
-        )  # fmt: skip
-    return engine.generation_weights
+        name = {"gathered": "gathered", "layerwise": "layer-wise fetched"}[kind]
+        logger.info("rollouts: %s: %s weights, %s%s", sizes, name, reason, slow)
+    return chosen.generation_weights
 
 
 def cache_bytes(config, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that a network keeps for one token of one row."""
+    """Return the bytes of keys and values that a network keeps for one token of one row."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -163,7 +159,7 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
 
 @contextmanager
 def layerwise(engine) -> Iterator[nn.Module]:
-    """The engine's own module, whose hooks fetch each layer's weights when it runs and let go of them behind it; what
+    """Give the engine's own module, whose hooks fetch each layer's weights when it runs and let go of them behind it; what
     DeepSpeed keeps whole, and a prefix, which not every pass reads, are gathered once.
     """
     import deepspeed

@@ -33,8 +33,8 @@ from training.utils.memory.arithmetic import (
     Setting,
     plan,
 )
+from training.utils.memory.container import container_free
 from training.utils.memory.footprint import Footprint
-from training.utils.run.environment import container_free
 from training.utils.run.process_group import Run
 
 AUTO = "auto"  # of stages, dtypes and kernels
