@@ -73,17 +73,16 @@ def one_case(case: Case, folder: Path) -> dict:
         dtype="fp32", deepspeed_config=str(config),
     )  # fmt: skip
     run, options = Run.start(args), EngineOptions.of(args)
-    zero3 = options.loading_config(run.dtype, run.world_size)
+    zero3 = options.loading_config(run)
     prefix = {"pre_seq_len": 5} if case.trained == "prefix" else {}
     model = load_causal_lm(args.model_name_or_path, dtype=run.dtype, zero3_config=zero3, seed=1, **prefix)
     if case.trained == "lora":
         torch.manual_seed(0)
         model = add_lora(model, 4, 8)
     if case.frozen:
-        settings = {"stage": 3, "offload": False, "dtype": run.dtype, "device": run.device, "world_size": run.world_size}
-        engine = build_frozen(TokenLogProbs(model), **settings)
+        engine = build_frozen(TokenLogProbs(model), run, stage=3, offload=False)
     else:
-        engine = build_engine(TokenLogProbs(model), options, dtype=run.dtype, total_steps=3, world_size=run.world_size)
+        engine = build_engine(TokenLogProbs(model), options, run, steps=3)
     ids = torch.tensor(chatglm_prompts(case.family, (7, 7)) if case.family in TINY else [[*range(10, 19)], [*range(20, 29)]])
     losses = []
 

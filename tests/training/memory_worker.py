@@ -66,7 +66,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, int]:
     if case.get("lora"):
         model = add_lora(model, dim=case["lora"], alpha=1.0, module_name=case.get("names", "auto"))
     model = (TokenScores if case.get("scalar") else TokenLogProbs)(model.train())
-    engine = build_engine(model, EngineOptions.of(args), dtype=run.dtype, total_steps=9, world_size=run.world_size)
+    engine = build_engine(model, EngineOptions.of(args), run, steps=9)
     batch, length = case["shape"]
     ids = torch.arange(batch * length).view(batch, length) % (config.vocab_size - 8) + 4
     if hasattr(config, "gmask_token_id"):

@@ -24,11 +24,11 @@ def train(base: Path, stage: int, output: Path) -> dict[str, torch.Tensor]:
     )
     run = Run.start(args)
     options = EngineOptions.of(args)
-    zero3 = options.loading_config(run.dtype, run.world_size)
+    zero3 = options.loading_config(run)
     model = load_causal_lm(base, dtype=run.dtype, zero3_config=zero3, pre_seq_len=5)
     (name,) = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     loaded = model.get_parameter(name).detach().clone()
-    engine = build_engine(TokenLogProbs(model), options, dtype=run.dtype, total_steps=3, world_size=run.world_size)
+    engine = build_engine(TokenLogProbs(model), options, run, steps=3)
     started = trained_weights(engine, model)[name]
     ids = torch.arange(10, 28).view(2, 9)
     for _ in range(3):

@@ -53,17 +53,13 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     ]
     run_several(alone, folder, 1)
     stages = ("--actor_zero_stage", "3", "--critic_zero_stage", "3")
+    mark = str(found["llama-2"] / "checkpoints" / "step-00000002")
     together = [
         (SFT, supervised(found, "llama-2", "base-llama", *PROJECTED, *ZERO3)),
+        (SFT, supervised(found, "resumed-2", "base-llama", *PROJECTED, *ZERO3, "--resume", mark)),
         (RLHF, rlhf(found, "ppo-2", "sft", *stages, processes=2)),
     ]
     run_several(together, folder, 2)
-    cut, step = found["resumed-2"] / "checkpoints", "step-00000002"   # what a kill after the second step leaves behind
-    cut.mkdir(parents=True)
-    shutil.copytree(found["llama-2"] / "checkpoints" / step, cut / step)
-    shutil.copy(found["llama-2"] / "metrics.jsonl", found["resumed-2"] / "metrics.jsonl")
-    resumed = supervised(found, "resumed-2", "base-llama", *PROJECTED, *ZERO3, "--resume")
-    run_several([(SFT, resumed)], folder, 2)
     return found
 
 
@@ -115,7 +111,7 @@ def test_step_1_on_two_processes_under_zero_3_equals_one(runs):
 
 
 def test_resumed_is_bit_for_bit_the_uninterrupted_run(runs):
-    assert logged(runs["resumed-2"], "train/loss") == logged(runs["llama-2"], "train/loss")
+    assert logged(runs["resumed-2"], "train/loss") == logged(runs["llama-2"], "train/loss")[2:]
     assert torch.equal(prompts_in(runs["resumed-2"]), prompts_in(runs["llama-2"]))
 
 
@@ -162,9 +158,10 @@ def test_evaluations_and_chat_read_a_prefix(runs, tmp_path, capsys):
 def test_a_moved_base_and_a_reward_model_are_told_in_a_sentence(runs, tmp_path, capsys):
     folder = shutil.copytree(runs["sft"], tmp_path / "sft")
     file = folder / "adapter_config.json"
-    file.write_text(file.read_text().replace(str(runs["base-opt"]), "/nowhere/opt"))
+    gone = str(tmp_path / "missing")
+    file.write_text(file.read_text().replace(str(runs["base-opt"]), gone))
     assert chat(["--path", str(folder), "--prompt", "Hi"]) == 2
     told = capsys.readouterr().err
-    assert "adapter_config.json" in told and "/nowhere/opt" in told and "correct that field" in told
+    assert "adapter_config.json" in told and gone in told and "correct that field" in told
     assert chat(["--path", str(runs["reward"]), "--prompt", "Hi"]) == 2
     assert "is a reward model" in capsys.readouterr().err

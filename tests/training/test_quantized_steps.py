@@ -6,12 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from errors import UserError
 from models.load import load_scalar_model, load_tokenizer
 from models.save import save_model
 from models.templates import load_template
-from tests.launching import logged, start, succeed, write_pairs
+from tests.launching import logged, write_pairs
 from tests.models.test_zero3 import tiny_integers
+from tests.several import run_several
 from tests.tiny import tiny_checkpoint
+from training.utils.engine.build import check_trained_model
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import RewardArguments
 
 pytestmark = pytest.mark.distributed
 
@@ -47,12 +52,14 @@ def ppo_flags(base, output, processes):
     return [*COMMON, "--data_path", str(base / "pairs.jsonl"), "--output_dir", str(output), *models, *batch, *sizes]
 
 
-def test_sft_on_two_processes_under_zero3_resumes_and_exports_a_plain_model(base, tmp_path):
-    module = "training.step1_sft.main"
-    succeed(module, sft_flags(base, tmp_path / "one"))
-    succeed(module, sft_flags(base, tmp_path / "two", 2, zero_stage=3, max_steps=2, save_steps=1), processes=2)
-    two = sft_flags(base, tmp_path / "two", 2, zero_stage=3, save_steps=1)
-    succeed(module, [*two, "--resume"], processes=2)
+def test_two_processes_under_zero3_learn_as_one_resume_and_export_a_plain_model(base, tmp_path):
+    module, two = "training.step1_sft.main", {"zero_stage": 3, "save_steps": 1}
+    run_several([(module, sft_flags(base, tmp_path / "one"))], tmp_path, 1)
+    run_several([
+        (module, sft_flags(base, tmp_path / "two", 2, **two, max_steps=2)),
+        (module, [*sft_flags(base, tmp_path / "two", 2, **two), "--resume"]),
+        ("training.step3_ppo.main", ppo_flags(base, tmp_path / "ppo", 2)),
+    ], tmp_path, 2)
     one, two = (logged(tmp_path / name, "train/loss") for name in ("one", "two"))
     assert len(one) == 3 and one[2] < one[0] and one == pytest.approx(two, abs=1e-4)
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two")]
@@ -62,19 +69,14 @@ def test_sft_on_two_processes_under_zero3_resumes_and_exports_a_plain_model(base
     for name, tensor in states[0].items():
         torch.testing.assert_close(tensor, states[1][name], atol=2e-4, rtol=1e-3)
     assert "quantization_bit" not in json.loads((tmp_path / "two" / "config.json").read_text())
-
-
-def test_ppo_on_two_processes_under_zero3_starts_with_actor_equal_to_reference(base, tmp_path):
-    succeed("training.step3_ppo.main", ppo_flags(base, tmp_path / "out", 2), processes=2)
-    first, second = logged(tmp_path / "out", "train/kl")
+    first, second = logged(tmp_path / "ppo", "train/kl")
     assert abs(first) < 1e-6 and second != first  # the same integers at first; then the adapter has moved
-    assert (tmp_path / "out" / "actor" / "config.json").is_file()
+    assert (tmp_path / "ppo" / "actor" / "config.json").is_file()
 
 
 def test_integers_are_not_trained_whole(base, tmp_path):
     tiny_integers(base / "int4")
     whole = {"lora_dim": None, "lora_learning_rate": None, "quantization_bit": None}
-    done = start(
-        "training.step2_reward.main", sft_flags(base, tmp_path / "o", model_name_or_path=base / "int4", **whole)
-    )
-    assert done.returncode == 2 and "4-bit integers, which cannot be trained" in done.stderr
+    args = parse(RewardArguments, sft_flags(base, tmp_path / "o", model_name_or_path=base / "int4", **whole))
+    with pytest.raises(UserError, match="4-bit integers, which cannot be trained"):
+        check_trained_model(args)

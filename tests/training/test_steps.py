@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import logged, succeed, write_pairs
+from tests.launching import logged, write_pairs
 from tests.several import run_several
 from tests.tiny import tiny_checkpoint
 
@@ -24,16 +24,6 @@ STEPS = {
     ),
 }  # fmt: skip
 LOSSES = {"sft": ["train/loss"], "reward": ["train/loss"], "ppo": ["train/score", "train/actor_loss", "train/critic_loss"]}
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> dict[str, Path]:
-    """A data file, a pretrained model and a reward model, all tiny."""
-    folder = tmp_path_factory.mktemp("start")
-    data = write_pairs(folder / "pairs.jsonl", 120)
-    base = tiny_checkpoint(folder / "base", "llama")
-    succeed(STEPS["reward"][0], flags("reward", {"data": data, "base": base}, folder / "reward"))
-    return {"data": data, "base": base, "reward": folder / "reward"}
 
 
 def flags(step: str, start: dict[str, Path], output: Path, processes: int = 1, more: tuple[str, ...] = ()) -> list[str]:
@@ -61,23 +51,46 @@ def zero_flags(step: str, stage: int, lora: bool) -> tuple[str, ...]:
     return ("--zero_stage", str(stage), *(("--lora_dim", "4", "--lora_learning_rate", "1e-3") if lora else ()))
 
 
-CASES = [(step, stage, lora) for step in STEPS for stage in (0, 1, 2, 3) for lora in (False, True)]
+# Every step under every stage, and with LoRA where what it does depends on the stage.
+CASES = [
+    *(("sft", stage, lora) for stage, lora in ((0, False), (1, True), (2, False), (3, True))),
+    *(("reward", stage, lora) for stage, lora in ((0, True), (1, False), (2, False), (3, False))),
+    *(("ppo", stage, lora) for stage, lora in ((0, True), (1, False), (2, False), (3, False), (3, True))),
+]
+KEPT = ("--save_steps", "1", "--save_total_limit", "0")
 
 
 @pytest.fixture(scope="module")
-def outputs(start, tmp_path_factory) -> dict[tuple, Path]:
-    """The folders of all cases on two processes, and by (step, lora) of the same run on one."""
+def outputs(tmp_path_factory) -> dict[tuple, Path]:
+    """The folders of all cases on two processes, by (step, lora) of the same run on one, by step of what was resumed."""
     folder = tmp_path_factory.mktemp("runs")
+    start = {"data": write_pairs(folder / "pairs.jsonl", 120), "base": tiny_checkpoint(folder / "base", "llama")}
     ones = {(step, lora): folder / f"{step}-{lora}" for step in STEPS for lora in (False, True)}
+    start["reward"] = ones["reward", False]
     twos = {case: folder / "-".join(map(str, case)) for case in CASES}
     run_several(
-        [(STEPS[step][0], flags(step, start, ones[step, lora], 1, zero_flags(step, 0, lora))) for step, lora in ones],
-        folder, processes=1,
-    )  # fmt: skip
-    run_several(
-        [(STEPS[case[0]][0], flags(case[0], start, output, 2, zero_flags(*case))) for case, output in twos.items()], folder
+        [(STEPS[step][0], flags(step, start, ones[step, lora], 1, zero_flags(step, 0, lora))) for step, lora in ones], folder, 1
     )
-    return ones | twos
+    runs = []
+    for case, output in twos.items():
+        kept = KEPT if case[1:] == (2, False) else ()
+        runs.append((STEPS[case[0]][0], flags(case[0], start, output, 2, (*zero_flags(*case), *kept))))
+    run_several(runs, folder)
+    cuts = {step: folder / f"{step}-cut" for step in STEPS}
+    for step, cut in cuts.items():
+        leave_after_two_steps(twos[step, 2, False], cut)
+    resumed = (*KEPT, "--resume")
+    run_several(
+        [(STEPS[step][0], flags(step, start, cuts[step], 2, (*zero_flags(step, 2, False), *resumed))) for step in STEPS], folder
+    )
+    return ones | twos | cuts
+
+
+def leave_after_two_steps(whole: Path, cut: Path) -> None:
+    """Write what a kill leaves behind: the checkpoint, a metrics file that ran on, half a checkpoint."""
+    shutil.copytree(whole / "checkpoints" / "step-00000002", cut / "checkpoints" / "step-00000002")
+    (cut / "checkpoints" / ".writing-step-00000003").mkdir()
+    shutil.copy(whole / "metrics.jsonl", cut / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(("step", "stage", "lora"), CASES)
@@ -94,17 +107,8 @@ def test_two_processes_equal_one(step, stage, lora, outputs):
 
 
 @pytest.mark.parametrize("step", list(STEPS))
-def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(step, start, tmp_path):
-    stage = zero_flags(step, 2, False)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    succeed(STEPS[step][0], flags(step, start, whole, 2, (*stage, "--save_steps", "1", "--save_total_limit", "0")), processes=2)
-    # What a kill after the second step leaves behind: the checkpoints until then, a metrics file that ran on, a half checkpoint.
-    (cut / "checkpoints").mkdir(parents=True)
-    shutil.copytree(whole / "checkpoints" / "step-00000002", cut / "checkpoints" / "step-00000002")
-    (cut / "checkpoints" / ".writing-step-00000003").mkdir()
-    shutil.copy(whole / "metrics.jsonl", cut / "metrics.jsonl")
-    succeed(STEPS[step][0], flags(step, start, cut, 2, (*stage, "--resume")), processes=2)
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(step, outputs):
     for name in LOSSES[step]:
-        assert logged(cut, name) == logged(whole, name), name
-    done = json.loads((cut / "sanbu_done.json").read_text())
+        assert logged(outputs[step], name) == logged(outputs[step, 2, False], name), name
+    done = json.loads((outputs[step] / "sanbu_done.json").read_text())
     assert done["flags"]["resume"] == "auto"

@@ -41,7 +41,7 @@ def load_reference(args, tokenizer, run: Run) -> nn.Module | None:
 
 
 def answer_log_probs(model: nn.Module, micro: AnswerPairBatch) -> Tensor:
-    """Return log p(answer | prompt), float32 [2 x pairs], chosen answers first, from one forward. model: TokenLogProbs or its engine."""
+    """Return log p(answer | prompt), float32 [2 x pairs], chosen answers first. model: TokenLogProbs or its engine."""
     mask = micro.answer_mask[:, 1:]
     return sequence_log_probs(model(micro.input_ids, micro.attention_mask, target_mask=mask), mask)
 

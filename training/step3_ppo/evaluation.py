@@ -13,8 +13,7 @@ from torch import Tensor
 
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out
-from training.step3_ppo.scoring import score_answers, texts
+from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out, score_answers
 from training.utils.data.batching import collate_prompts
 
 HELD_OUT = 0  # the rollout number that seeds evaluation: every evaluation samples with the same random numbers
@@ -51,7 +50,7 @@ class HeldOut:
         if self.reference is None:
             answers = self._answers(engine.ref)
             score_answers(engine, answers, self.args)
-            self.reference = answers.scores, texts(answers.select(range(min(SAMPLES, self.count))), engine)[1]
+            self.reference = answers.scores, engine.texts(answers.select(range(min(SAMPLES, self.count))))[1]
         experience = self._answers()
         complete_experience(engine, experience, self.args, self.sampler)
         reference_scores, reference_answers = self.reference
@@ -68,11 +67,9 @@ class HeldOut:
         }
         run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
-            print(
-                f"step {step}: held-out score {metrics['score']:.3f}, win rate {metrics['win_rate']:.2f} against the SFT model, "
-                f"KL {metrics['kl']:.2f} nats, length {metrics['length']:.1f}, ended {metrics['eos_rate']:.2f} over "
-                f"{self.count} prompts", flush=True
-            )  # fmt: skip
+            line = f"held-out score {metrics['score']:.3f}, win rate {metrics['win_rate']:.2f} against the SFT model"
+            line += f", KL {metrics['kl']:.2f} nats, length {metrics['length']:.1f}, ended {metrics['eos_rate']:.2f}"
+            print(f"step {step}: {line} over {self.count} prompts", flush=True)
             beside = [
                 {"reference": answer, "reference_score": round(score, 4)}
                 for answer, score in zip(reference_answers, reference_scores.tolist(), strict=False)
@@ -81,14 +78,14 @@ class HeldOut:
         return metrics
 
     def _answers(self, policy=None) -> Experience:
-        """Each prompt with one answer, once, in the order of the data; not scored yet."""
-        found = roll_out(self.engine, self.prompts, self.args, HELD_OUT, sampler=self.sampler, policy=policy)
-        first = {int(example): row for row, example in reversed(list(enumerate(found.index.tolist())))}
-        return found.select([first[example] for example in sorted(first)])
+        """Return each prompt with one answer, once, in the order of the data; not scored yet."""
+        rows = roll_out(self.engine, self.prompts, self.args, HELD_OUT, sampler=self.sampler, policy=policy)
+        first = {int(example): row for row, example in reversed(list(enumerate(rows.index.tolist())))}
+        return rows.select([first[example] for example in sorted(first)])
 
 
 def win_rate(scores: Tensor, reference_scores: Tensor) -> float:
-    """The share of prompts whose answer scores higher than the reference's, a tie counting one half.
+    """Return the share of prompts whose answer scores higher than the reference's, a tie counting one half.
 
     scores, reference_scores: [prompts]. Scores apart by less than 1e-4 of their size tie: the same answer scored in another
     batch is rounded differently.
@@ -99,18 +96,14 @@ def win_rate(scores: Tensor, reference_scores: Tensor) -> float:
 
 
 def sample_table(experience: Experience, engine: DeepSpeedRLHFEngine, rows: int) -> list[dict[str, Any]]:
-    """The first rows of a rollout as text: prompt, answer, score, length, ended; and the parts of a score that has several."""
+    """Return the first rows of a rollout as text: prompt, answer, score, length, ended; and the scores of several sources."""
     shown = experience.select(range(min(rows, len(experience))))
     table = []
-    for row, (prompt, answer) in enumerate(zip(*texts(shown, engine), strict=True)):
-        table.append({
-            "prompt": prompt,
-            "answer": answer,
-            "score": round(float(shown.scores[row]), 4),
-            **{name: round(value, 4) for name, value in engine.rewards.metrics(shown.select([row])).items()},
-            "length": int(shown.answer_lengths[row]),
-            "ended": bool(shown.ended[row]),
-        })  # fmt: skip
+    for row, (prompt, answer) in enumerate(zip(*engine.texts(shown), strict=True)):
+        scores = {"score": float(shown.scores[row])} | engine.rewards.metrics(shown.select([row]))
+        rounded = {name: round(value, 4) for name, value in scores.items()}
+        ending = {"length": int(shown.answer_lengths[row]), "ended": bool(shown.ended[row])}
+        table.append({"prompt": prompt, "answer": answer} | rounded | ending)
     return table
 
 
@@ -139,6 +132,6 @@ def write_samples(
 
 
 def cell(value: str | float) -> str:
-    """A text or a score inside a Markdown table."""
+    """Write a text or a score inside a Markdown table."""
     text = value if isinstance(value, str) else f"{value:.3f}"
     return text.strip().replace("|", "\\|").replace("\n", "<br>")

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from inference.engine import Generation
 from training.step3_ppo.objectives import answer_mask
+from training.utils.data.batching import plan_micro_batches
+from training.utils.run.process_group import Run
 
 WHOLE = ("input_ids", "attention_mask")  # [rows, prompt + answer]
 ACTIONS = ("action_mask", "log_probs", "old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")
@@ -36,7 +38,7 @@ class JoinedRows:
     places: Tensor  # [rows, answer] int64, the column of each answer token; of padding any column
 
     def before_answers(self, values: Tensor) -> Tensor:
-        """values [rows, longest], one for each column -> [rows, answer]: those of the column before each answer token."""
+        """Pick from values [rows, longest], one a column, those of the column before each answer token: [rows, answer]."""
         return values.gather(1, self.places - 1)
 
 
@@ -59,7 +61,7 @@ class Experience:
     old_log_probs: Tensor | None = None  # [rows, answer]
     ref_log_probs: Tensor | None = None  # [rows, answer]
     values: Tensor | None = None  # [rows, answer], before each token, in units of normalised scores
-    parts: Tensor | None = None  # [rows, sources], what each source of reward says, in its own unit
+    source_scores: Tensor | None = None  # [rows, sources], what each source of reward says, in its own unit
     scores: Tensor | None = None  # [rows], their weighted sum; of the reward model alone, its own unit
     rewards: Tensor | None = None  # [rows, answer]
     advantages: Tensor | None = None  # [rows, answer]
@@ -78,8 +80,10 @@ class Experience:
         pad_id: int,
         group: Tensor | None = None,
     ) -> Experience:
-        """prompt_ids, prompt_mask: [rows, prompt], left-padded; index, group [rows]; without a group, the answers to one
-        example are one. The answers' masks come from their lengths.
+        """Put answers behind their prompts; the masks of answers come from their lengths.
+
+        prompt_ids, prompt_mask: [rows, prompt], left-padded; index, group [rows]; without a group, the answers to one
+        example are one.
         """
         actions = answer_mask(generation.lengths, generation.sequences.shape[1])
         return cls(
@@ -102,24 +106,33 @@ class Experience:
         """Columns of input_ids that stand before the answer."""
         return self.input_ids.shape[1] - self.action_mask.shape[1]
 
-    def total_lengths(self) -> list[int]:
-        """Real tokens of each row, prompt and answer."""
-        return self.attention_mask.sum(dim=1).tolist()
+    def micro_batches(self, run: Run, args) -> list[tuple[list[int], Experience]]:
+        """Return this process's share of the rows, cut by rows or by tokens: which rows, and these rows trimmed.
+
+        All processes get equally many. Fillers, which have an empty action mask, stand behind the real rows, or alone.
+        """
+        shares = []
+        for positions in plan_share(self.attention_mask.sum(dim=1).tolist(), run, args):
+            real = [position for position in positions if position >= 0]
+            rows = self.select([max(position, 0) for position in positions]).trimmed()
+            rows.action_mask[len(real) :] = False
+            shares.append((real, rows))
+        return shares
 
     def select(self, rows: Sequence[int] | Tensor) -> Experience:
-        """These rows in this order, in new memory; the widths stay, metrics are dropped."""
+        """Select these rows in this order, in new memory; the widths stay, metrics are dropped."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
         return self._map(lambda name, tensor: tensor[rows])
 
     def trimmed(self) -> Experience:
-        """The same rows, no wider than their longest prompt and their longest answer (of one column at least)."""
+        """Return the same rows, no wider than their longest prompt and their longest answer (of one column at least)."""
         prompt, answer = self.prompt_width, self.action_mask.shape[1]
         spare_left = prompt - int(self.attention_mask[:, :prompt].sum(dim=1).max())
         spare_right = answer - max(1, int(self.answer_lengths.max()))
         return self._fit(prompt - spare_left, answer - spare_right)
 
     def joined(self) -> JoinedRows:
-        """The rows without padding between prompt and answer, no wider than the longest of them."""
+        """Return the rows without padding between prompt and answer, no wider than the longest of them."""
         real = self.attention_mask.bool()
         lengths = real.sum(dim=1, keepdim=True)
         longest = int(lengths.max())
@@ -135,15 +148,15 @@ class Experience:
         )
 
     @staticmethod
-    def concat(parts: Sequence[Experience]) -> Experience:
-        """The rows of all parts one after another, padded to the widest prompt and answer among them."""
-        prompt = max(part.prompt_width for part in parts)
-        answer = max(part.action_mask.shape[1] for part in parts)
-        fitted = [part._fit(prompt, answer) for part in parts]
-        return fitted[0]._map(lambda name, _: torch.cat([getattr(part, name) for part in fitted]))
+    def concat(pieces: Sequence[Experience]) -> Experience:
+        """Put the rows of all pieces one after another, padded to the widest prompt and answer among them."""
+        prompt = max(piece.prompt_width for piece in pieces)
+        answer = max(piece.action_mask.shape[1] for piece in pieces)
+        fitted = [piece._fit(prompt, answer) for piece in pieces]
+        return fitted[0]._map(lambda name, _: torch.cat([getattr(piece, name) for piece in fitted]))
 
     def all_gather(self) -> Experience:
-        """The rows of all processes, in the order of their ranks, the same on each; itself without torch.distributed.
+        """Gather the rows of all processes, in the order of their ranks, the same on each; itself without torch.distributed.
 
         Processes may differ in rows and widths. All must call it together. With the whole rollout at hand, whitening and
         minibatches are the same for any number of processes.
@@ -151,13 +164,13 @@ class Experience:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self
         device = self.input_ids.device
-        parts: list[Experience | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self._map(lambda name, tensor: tensor.cpu()))
-        return Experience.concat(parts)._map(lambda name, tensor: tensor.to(device)).trimmed()
+        pieces: list[Experience | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(pieces, self._map(lambda name, tensor: tensor.cpu()))
+        return Experience.concat(pieces)._map(lambda name, tensor: tensor.to(device)).trimmed()
 
     def _map(self, change) -> Experience:
-        """A copy with change(name, tensor) for every tensor that is there."""
-        tensors = {part.name: getattr(self, part.name) for part in fields(self)}
+        """Return a copy with change(name, tensor) for every tensor that is there."""
+        tensors = {one.name: getattr(self, one.name) for one in fields(self)}
         tensors = {name: change(name, tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
         return replace(self, metrics={}, **tensors)
 
@@ -173,8 +186,15 @@ class Experience:
         return self._map(fit)
 
 
+def plan_share(lengths: Sequence[int], run: Run, args) -> list[list[int]]:
+    """Return this process's micro-batches as positions into lengths, -1 for a filler (plan_micro_batches)."""
+    budget = args.max_tokens_per_device or None
+    per_device = None if budget else args.per_device_training_batch_size
+    return plan_micro_batches(lengths, run.world_size, per_device, budget)[run.rank]
+
+
 def plan_minibatches(count: int, size: int, *, seed: int, rollout: int, epoch: int) -> list[list[int]]:
-    """The rows of each minibatch of one epoch over a rollout: a shuffle that follows from seed, rollout and epoch alone.
+    """Return the rows of each minibatch of one epoch over a rollout: a shuffle that follows from seed, rollout and epoch alone.
 
     Every row is in exactly one minibatch; the last one may be short. Minibatches are global: the plan does not know how many
     processes there are.

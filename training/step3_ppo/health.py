@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from typing import Any
 
 WINDOW = 10  # rollouts that a trend is averaged over
@@ -22,7 +23,7 @@ class Health:
         self.best_eos_rate = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know, as JSON."""
+        """Return what a resumed run must know, as JSON."""
         recent = {name: list(values) for name, values in self.recent.items()}
         return {"warned": dict(self.warned), "recent": recent, "best_eos_rate": self.best_eos_rate}
 
@@ -38,83 +39,54 @@ class Health:
         for name, values in self.recent.items():
             if name in metrics:
                 self.recent[name] = [*values, metrics[name]][-WINDOW:]
-        eos_rate = self._trend("eos_rate")
-        if eos_rate is not None:
-            self.best_eos_rate = max(self.best_eos_rate, eos_rate)
+        self.best_eos_rate = max(self.best_eos_rate, self._trend("eos_rate"))  # NaN, in second place, is not larger
         sentences = []
-        for kind, symptom in SYMPTOMS.items():
-            sentence = symptom(self, rollout, metrics)
-            if sentence and rollout - self.warned.get(kind, -SILENCE) >= SILENCE:
+        for kind, sentence in self._symptoms(rollout, metrics):
+            if rollout - self.warned.get(kind, -SILENCE) >= SILENCE:
                 self.warned[kind] = rollout
                 sentences.append(sentence)
         return sentences
 
-    def _trend(self, name: str) -> float | None:
-        """The mean over the last ten rollouts; None before there are ten."""
+    def _trend(self, name: str) -> float:
+        """Return the mean over the last ten rollouts; NaN, which no comparison is true of, before there are ten."""
         values = self.recent[name]
-        return sum(values) / WINDOW if len(values) == WINDOW else None
+        return sum(values) / WINDOW if len(values) == WINDOW else math.nan
 
-    def _ratio(self, rollout: int, metrics: dict[str, float]) -> str | None:
+    def _symptoms(self, rollout: int, metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
+        """Yield the name of each symptom that is there, and what is wrong with what to try."""
         deviation, limit = metrics.get("first_ratio_deviation", 0.0), RATIO[self.half]
-        if not deviation > limit:
-            return None
-        return (
-            f"the ratio of probabilities is off 1 by {deviation:.2g} on the first minibatch, before anything was learned "
-            f"(rounding explains {limit:g}): the update scores answers differently from the rollout. Is --actor_dropout 0?"
-        )
-
-    def _clipping(self, rollout: int, metrics: dict[str, float]) -> str | None:
-        share = metrics.get("clip_share", 0.0)
-        if not share > CLIPPED:
-            return None
-        return (
-            f"{share:.0%} of the tokens were clipped, their answers teach nothing: the update goes too far. Lower "
-            "--actor_learning_rate or --ppo_epochs, or set --max_approx_kl."
-        )
-
-    def _negative_kl(self, rollout: int, metrics: dict[str, float]) -> str | None:
-        mean, values = self._trend("kl"), self.recent["kl"]
+        if deviation > limit:
+            yield "ratio", (
+                f"the ratio of probabilities is off 1 by {deviation:.2g} on the first minibatch, before anything was learned "
+                f"(rounding explains {limit:g}): the update scores answers differently from the rollout. Is --actor_dropout 0?"
+            )
+        if (share := metrics.get("clip_share", 0.0)) > CLIPPED:
+            yield "clipping", (
+                f"{share:.0%} of the tokens were clipped, their answers teach nothing: the update goes too far. Lower "
+                "--actor_learning_rate or --ppo_epochs, or set --max_approx_kl."
+            )
+        mean = self._trend("kl")
         # k1 may be negative by chance; twice the standard error of the ten is more than chance.
-        if mean is None or mean + 2 * (sum((x - mean) ** 2 for x in values) / (WINDOW - 1) / WINDOW) ** 0.5 >= 0:
-            return None
-        return (
-            f"the KL against the reference is {mean:.3g} nats over {WINDOW} rollouts, and a true one is never below 0: "
-            "answers are not drawn from the probabilities that are compared. Are --top_p, --top_k off, is the reference right?"
-        )
-
-    def _critic(self, rollout: int, metrics: dict[str, float]) -> str | None:
+        if mean + 2 * (sum((x - mean) ** 2 for x in self.recent["kl"]) / (WINDOW - 1) / WINDOW) ** 0.5 < 0:
+            yield "negative_kl", (
+                f"the KL against the reference is {mean:.3g} nats over {WINDOW} rollouts, and a true one is never below 0: "
+                "answers are not drawn from the probabilities that are compared. Are --top_p, --top_k off, is the reference "
+                "right?"
+            )
         mean = self._trend("explained_variance")
-        if mean is None or rollout <= WINDOW or mean >= 0:
-            return None
-        return (
-            f"the critic explains {mean:.2f} of the returns' variance over {WINDOW} rollouts, less than a constant would: "
-            "raise --critic_learning_rate, or give it a start with --critic_warmup_rollouts."
-        )
-
-    def _endings(self, rollout: int, metrics: dict[str, float]) -> str | None:
+        if mean < 0 and rollout > WINDOW:
+            yield "critic", (
+                f"the critic explains {mean:.2f} of the returns' variance over {WINDOW} rollouts, less than a constant would: "
+                "raise --critic_learning_rate, or give it a start with --critic_warmup_rollouts."
+            )
         rate, best = self._trend("eos_rate"), self.best_eos_rate
-        if rate is None or not rate < best / 2:
-            return None
-        return (
-            f"{rate:.0%} of the answers end by themselves, {best:.0%} did before: longer is being rewarded. Raise "
-            "--missing_eos_penalty or --max_answer_seq_len, or look at the samples."
-        )
-
-    def _saturation(self, rollout: int, metrics: dict[str, float]) -> str | None:
-        share = metrics.get("score_clipped_share", 0.0)
-        if not share > SATURATED:
-            return None
-        return (
-            f"{share:.0%} of the scores were cut, so better and worse answers look alike: raise --clip_reward_value, or "
-            "see in the samples whether the reward is being gamed."
-        )
-
-
-SYMPTOMS: dict[str, Callable[[Health, int, dict[str, float]], str | None]] = {
-    "ratio": Health._ratio,
-    "clipping": Health._clipping,
-    "negative_kl": Health._negative_kl,
-    "critic": Health._critic,
-    "endings": Health._endings,
-    "saturation": Health._saturation,
-}
+        if rate < best / 2:
+            yield "endings", (
+                f"{rate:.0%} of the answers end by themselves, {best:.0%} did before: longer is being rewarded. Raise "
+                "--missing_eos_penalty or --max_answer_seq_len, or look at the samples."
+            )
+        if (share := metrics.get("score_clipped_share", 0.0)) > SATURATED:
+            yield "saturation", (
+                f"{share:.0%} of the scores were cut, so better and worse answers look alike: raise --clip_reward_value, or "
+                "see in the samples whether the reward is being gamed."
+            )

@@ -39,8 +39,8 @@ from training.step3_ppo.objectives import (
 from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out
-from training.utils.data.batching import PromptBatch, plan_micro_batches
-from training.utils.engine.step import accumulate, optimizer_metrics, optimizer_step, step_together
+from training.utils.data.batching import PromptBatch
+from training.utils.engine.step import Accumulation, optimizer_metrics, step_together
 
 logger = logging.getLogger("sanbu")
 
@@ -64,11 +64,9 @@ class DeepSpeedPPOTrainer:
         self.health = Health(half=self.run.dtype != torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know, as JSON."""
-        return {
-            "kl_coef": self.kl_coef, "actor_steps": self.actor_steps, "health": self.health.state_dict(),
-            "sampler_trusted": self.sampler.trusted,
-        }  # fmt: skip
+        """Return what a resumed run must know, as JSON."""
+        own = {"kl_coef": self.kl_coef, "actor_steps": self.actor_steps, "sampler_trusted": self.sampler.trusted}
+        return own | {"health": self.health.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from state_dict()."""
@@ -124,53 +122,63 @@ class DeepSpeedPPOTrainer:
         return update
 
     def _train_minibatch(self, minibatch: Experience, actor_learns: bool) -> dict[str, float]:
-        """One optimizer step of the critic, where there is one, and of the actor, where it learns. Returns metrics over all
-        processes, but for ratio_deviation, which is this one's.
+        """Step the critic once, where there is one, and the actor, where it learns. Returns metrics over all processes, but
+        for ratio_deviation, which is this one's.
         """
-        args, run = self.args, self.run
-        tokens = max(float(minibatch.action_mask.sum()), 1.0)
-        denominator = loss_denominator(minibatch.action_mask, args.loss_reduction)
-        micro_batches = self._micro_batches(minibatch)
-        found: list[dict[str, float]] = []
-
-        def actor_loss(micro: Experience) -> Tensor:
-            loss, metrics = self._actor_loss(micro, denominator)
-            found.append(metrics)
-            return loss
-
+        run, actor, critic = self.run, self.engine.actor, self.engine.critic
+        denominator = loss_denominator(minibatch.action_mask, self.args.loss_reduction)
+        micro_batches = [rows for _, rows in minibatch.micro_batches(run, self.args)]
+        learning = [actor] * actor_learns + [critic] * (critic is not None)
+        together = self.args.align_overflow and len(learning) == 2
         metrics: dict[str, float] = {}
-        learning = [self.engine.actor] if actor_learns else []
-        learning += [self.engine.critic] if self.engine.critic is not None else []
-        aligned = args.align_overflow and len(learning) == 2
-        train = accumulate if aligned else optimizer_step
         if actor_learns:
-            joint = micro_batches, actor_loss
-            if self.mixture:
-                joint = self.mixture.join(self.engine.actor, micro_batches, actor_loss, self.actor_steps)
-            metrics["actor_loss"] = train(self.engine.actor, *joint, run)
-            self.actor_steps += 1
-            if self.mixture:
-                metrics["text_loss"] = self.mixture.loss()
-                metrics["actor_loss"] -= args.unsup_coef * metrics["text_loss"]
-            names = [name for name in found[0] if name != "ratio_deviation"]
-            totals = run.sum(*(sum(one[name] for one in found) for name in names))
-            metrics |= {name: total / tokens for name, total in zip(names, totals, strict=True)}
-            metrics["ratio_deviation"] = max(one["ratio_deviation"] for one in found)
-        if self.engine.critic is not None:
-            critic_loss = lambda micro: self._critic_loss(micro, denominator)  # noqa: E731
-            metrics["critic_loss"] = train(self.engine.critic, micro_batches, critic_loss, run)
-        if aligned:
+            metrics |= self._actor_gradients(micro_batches, denominator, tokens=float(minibatch.action_mask.sum()))
+            if not together:
+                actor.step()
+        if critic is not None:
+            gradients = Accumulation(critic, len(micro_batches), run)
+            for micro in micro_batches:
+                gradients.backward(self._critic_loss(micro, denominator))
+            metrics["critic_loss"] = gradients.total()
+            if not together:
+                critic.step()
+        if together:
             step_together(learning)
-        if actor_learns:
-            metrics |= named("actor", optimizer_metrics(self.engine.actor))
-            if self.engine.actor_ema:
-                self.engine.actor_ema.update()
-        if self.engine.critic is not None:
-            metrics |= named("critic", optimizer_metrics(self.engine.critic))
+        for role, engine in self.engine.trained.items():
+            if engine in learning:
+                metrics |= {f"{role}_{name}": value for name, value in optimizer_metrics(engine).items()}
+        if actor_learns and self.engine.actor_ema:
+            self.engine.actor_ema.update()
         return metrics
 
+    def _actor_gradients(self, micro_batches: list[Experience], denominator: float, tokens: float) -> dict[str, float]:
+        """Accumulate the gradients of the PPO loss and of the text beside it. Returns metrics as _train_minibatch does."""
+        run, actor, coef = self.run, self.engine.actor, self.args.unsup_coef
+        text = self.mixture.micro_batches(self.actor_steps) if self.mixture else []
+        gradients = Accumulation(actor, len(micro_batches) + len(text), run)
+        sums: dict[str, float] = defaultdict(float)
+        deviation, text_loss = 0.0, 0.0
+        for micro in micro_batches:
+            loss, metrics = self._actor_loss(micro, denominator)
+            gradients.backward(loss)
+            deviation = max(deviation, metrics.pop("ratio_deviation"))
+            for name, value in metrics.items():
+                sums[name] += value
+        for micro in text:
+            loss = self.mixture.loss(actor, micro)
+            gradients.backward(coef * loss)
+            text_loss += loss.detach()
+        self.actor_steps += 1
+        metrics = {"actor_loss": gradients.total()}
+        if self.mixture:
+            metrics["text_loss"] = run.sum(float(text_loss))[0]
+            metrics["actor_loss"] -= coef * metrics["text_loss"]
+        totals = run.sum(*sums.values())
+        metrics |= {name: total / max(tokens, 1.0) for name, total in zip(sums, totals, strict=True)}
+        return metrics | {"ratio_deviation": deviation}
+
     def _actor_loss(self, micro: Experience, denominator: float) -> tuple[Tensor, dict[str, float]]:
-        """The policy loss of a micro-batch with the KL penalty and the entropy bonus that the flags add; sums over its tokens."""
+        """Return the policy loss with the KL penalty and the entropy bonus that the flags add, and sums over its tokens."""
         args, mask = self.args, micro.action_mask
         bonus = args.entropy_coef > 0
         outputs = self.engine.answer_log_probs(self.engine.actor, micro.joined(), with_entropy=bonus)
@@ -199,7 +207,7 @@ class DeepSpeedPPOTrainer:
         return loss, metrics
 
     def _critic_loss(self, micro: Experience, denominator: float) -> Tensor:
-        """The clipped value loss of a micro-batch."""
+        """Return the clipped value loss of a micro-batch."""
         return value_loss(
             self.engine.answer_values(self.engine.critic, micro.joined()),
             micro.values,
@@ -210,34 +218,14 @@ class DeepSpeedPPOTrainer:
             reduction=self.args.loss_reduction,
         )
 
-    def _micro_batches(self, minibatch: Experience) -> list[Experience]:
-        """This process's share of a minibatch, cut by rows or by tokens; a filler row has an empty action mask."""
-        budget = self.args.max_tokens_per_device or None
-        per_device = None if budget else self.args.per_device_training_batch_size
-        plan = plan_micro_batches(minibatch.total_lengths(), self.run.world_size, per_device, budget)[self.run.rank]
-        micro_batches = []
-        for positions in plan:
-            micro = minibatch.select([max(position, 0) for position in positions]).trimmed()
-            real = torch.tensor([position >= 0 for position in positions], device=micro.action_mask.device)
-            micro.action_mask = micro.action_mask & real[:, None]
-            micro_batches.append(micro)
-        return micro_batches
-
 
 def minibatch_size(args, world_size: int) -> int:
-    """Rows of one optimizer step over all processes."""
+    """Return the rows of one optimizer step over all processes."""
     return args.per_device_training_batch_size * args.gradient_accumulation_steps * world_size
 
 
-def named(role: str, metrics: dict[str, float]) -> dict[str, float]:
-    """lr -> actor_lr."""
-    return {f"{role}_{name}": value for name, value in metrics.items()}
-
-
-def assign_advantages(
-    experience: Experience, engine: DeepSpeedRLHFEngine, args, kl_coef: float | None = None
-) -> None:
-    """Rewards (score at the end, KL penalty on every token if it belongs there), then advantages over the whole rollout.
+def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args, kl_coef: float | None = None) -> None:
+    """Assign rewards (score at the end, KL penalty on every token if it belongs there), then advantages over the whole rollout.
 
     Sets rewards and advantages, with a critic returns too, and the metrics that the log shows. kl_coef: where it is not
     --kl_coef any more.
@@ -273,7 +261,7 @@ def assign_advantages(
 
 
 def estimate_advantages(experience: Experience, args) -> None:
-    """From rewards to advantages (and returns) by the method of --advantage, with its metrics."""
+    """Turn rewards into advantages (and returns) by the method of --advantage, with its metrics."""
     rewards, mask, metrics = experience.rewards, experience.action_mask, experience.metrics
     if args.advantage == "gae":
         advantages, experience.returns = gae(rewards, experience.values, mask, args.gamma, args.lam)
@@ -293,4 +281,3 @@ def estimate_advantages(experience: Experience, args) -> None:
             experience.old_log_probs, experience.log_probs, mask, args.sampler_correction
         )
     experience.advantages = advantages
-

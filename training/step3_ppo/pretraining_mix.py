@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from training.utils.data.batching import SFTBatch, collate_sft, plan_micro_batches
+from training.step3_ppo.experience import plan_share
+from training.utils.data.batching import SFTBatch, collate_sft
 from training.utils.data.plain_text import prepare_blocks
 from training.utils.data.tokenize import PhaseData
 from training.utils.loss import sft_loss
@@ -32,22 +31,20 @@ class PretrainingMix:
         self.length: int = self.blocks[0]["length"]
         self.targets: int = self.length - max(self.blocks[0]["prompt_length"], 1)
         self.order: tuple[int, np.ndarray] = (-1, np.arange(0))
-        self.shares: list[Tensor] = []
 
     @classmethod
     def of(cls, args, run: Run, tokenizer, template, size: int) -> PretrainingMix | None:
-        """What the flags ask for; None without --unsupervised_dataset_name or with --unsup_coef 0."""
+        """Return what the flags ask for; None without --unsupervised_dataset_name or with --unsup_coef 0."""
         if not args.unsupervised_dataset_name or not args.unsup_coef:
             return None
-        data = prepare_blocks(
-            args.unsupervised_dataset_name, tokenizer, template, args.max_prompt_seq_len + args.max_answer_seq_len,
-            config=args.unsupervised_dataset_config_name, column=args.unsupervised_text_column,
-            cache_dir=args.cache_dir, rebuild=args.rebuild_cache,
-        )  # fmt: skip
+        options = {"config": args.unsupervised_dataset_config_name, "column": args.unsupervised_text_column}
+        options |= {"cache_dir": args.cache_dir, "rebuild": args.rebuild_cache}
+        length = args.max_prompt_seq_len + args.max_answer_seq_len
+        data = prepare_blocks(args.unsupervised_dataset_name, tokenizer, template, length, **options)
         return cls(data, run, args, tokenizer.pad_token_id, size)
 
     def examples(self, step: int) -> list[int]:
-        """The blocks of the optimizer step with this number, counted from 0 over the whole run."""
+        """Return the blocks of the optimizer step with this number, counted from 0 over the whole run."""
         return [self._example(position) for position in range(step * self.size, (step + 1) * self.size)]
 
     def _example(self, position: int) -> int:
@@ -57,34 +54,15 @@ class PretrainingMix:
         return int(self.order[1][place])
 
     def micro_batches(self, step: int) -> list[SFTBatch]:
-        """This process's share of the step's blocks, cut as its answers are."""
+        """Return this process's share of the step's blocks, cut as its answers are."""
         examples = self.examples(step)
-        budget = self.args.max_tokens_per_device or None
-        per_device = None if budget else self.args.per_device_training_batch_size
-        plan = plan_micro_batches([self.length] * len(examples), self.run.world_size, per_device, budget)[self.run.rank]
+        plan = plan_share([self.length] * len(examples), self.run, self.args)
         return load_micro_batches(self.blocks, examples, plan, self.collate, self.run.device)
 
-    def join(
-        self, actor: Any, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor], step: int
-    ) -> tuple[list[Any], Callable[[Any], Tensor]]:
-        """The micro-batches of PPO with the text's behind them, and a loss for either kind: what optimizer_step takes.
+    def loss(self, actor, micro: SFTBatch) -> Tensor:
+        """Return a micro-batch's share in the mean of - log p over all tokens of the step's text.
 
-        The text's loss is unsup_coef times the mean of - log p over all its tokens of the global batch. It is taken at
-        temperature 1, whatever answers are sampled with.
+        It is taken at temperature 1, whatever answers are sampled with.
         """
-        denominator = float(self.size * self.targets)
-        self.shares = []
-
-        def joint_loss(micro: Any) -> Tensor:
-            if not isinstance(micro, SFTBatch):
-                return loss_of(micro)
-            mask = micro.loss_mask[:, 1:]
-            loss = sft_loss(actor(micro.input_ids, micro.attention_mask, target_mask=mask), mask, denominator)
-            self.shares.append(loss.detach())
-            return self.args.unsup_coef * loss
-
-        return [*micro_batches, *self.micro_batches(step)], joint_loss
-
-    def loss(self) -> float:
-        """The mean of - log p over the text of the last step, all processes together; all of them call it."""
-        return self.run.sum(float(sum(self.shares)))[0]
+        mask = micro.loss_mask[:, 1:]
+        return sft_loss(actor(micro.input_ids, micro.attention_mask, target_mask=mask), mask, float(self.size * self.targets))

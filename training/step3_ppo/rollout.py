@@ -1,11 +1,12 @@
-"""From prompts to a scored rollout: which prompts, the answers, and what the four models say about them."""
+"""Choose the prompts of a rollout, sample answers, and let the four models judge them."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from inference.engine import check_finite, generate_many
+from models.heads import last_token_scores
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.step3_ppo.scoring import score_answers
-from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch, plan_micro_batches
+from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch
 from training.utils.engine.weights import generation_model
 from training.utils.run.process_group import Run
 
@@ -55,7 +56,7 @@ class PromptBatches:
         self.total = args.max_steps if args.max_steps > 0 else self.per_epoch * args.num_train_epochs
 
     def after(self, rollout: int) -> Iterator[tuple[int, PromptBatch]]:
-        """(number of the rollout from 1, this process's prompts) for the rollouts that follow the given one."""
+        """Yield (number of the rollout from 1, this process's prompts) for the rollouts that follow the given one."""
         for number in range(rollout, self.total):
             epoch = number // self.per_epoch
             plan = plan_epoch(self.lengths, self.size, seed=self.seed, epoch=epoch, bucket=False)   # a rollout mixes all lengths
@@ -66,7 +67,7 @@ class PromptBatches:
             yield number + 1, self.batch(examples)
 
     def batch(self, examples: list[int]) -> PromptBatch:
-        """This process's share of the given examples, dealt like cards so that lengths are even."""
+        """Return this process's share of the given examples, every n-th of them so that lengths are even."""
         earlier = times_before(examples)
         mine = range(self.run.rank, len(examples), self.run.world_size)
         rows = [self.dataset[examples[place]] | {"index": examples[place], "earlier": earlier[place]} for place in mine]
@@ -74,23 +75,19 @@ class PromptBatches:
 
 
 def times_before(examples: Sequence[int]) -> list[int]:
-    """How often each stands in the list before its place."""
-    seen: Counter[int] = Counter()
-    found = []
-    for example in examples:
-        found.append(seen[example])
-        seen[example] += 1
-    return found
+    """Count for each example how often it stands in the list before."""
+    seen: dict[int, itertools.count] = defaultdict(itertools.count)
+    return [next(seen[example]) for example in examples]
 
 
 def row_seed(seed: int, rollout: int, example: int, occurrence: int) -> int:
-    """The seed that one answer is sampled with: the same whatever process or batch the prompt falls into."""
+    """Return the seed that one answer is sampled with: the same whatever process or batch the prompt falls into."""
     digest = hashlib.sha256(f"{seed}/{rollout}/{example}/{occurrence}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
 
 
 def row_seeds(seed: int, rollout: int, prompts: PromptBatch, answers: int) -> list[int]:
-    """One seed an answer, those to a prompt together. A prompt that stands in a rollout again, with this process or with
+    """Return one seed an answer, those to a prompt together. A prompt that stands in a rollout again, with this process or with
     another, goes on where its earlier answers stopped counting.
     """
     return [
@@ -126,14 +123,21 @@ def roll_out(
     at_once = args.answers_at_once
     # The most that any batch of this run takes: the choice is made once, and the first batch may be a small one.
     room = {"rows": at_once, "columns": args.max_prompt_seq_len + args.max_answer_seq_len}
+    settings = {
+        "max_new_tokens": args.max_answer_seq_len,
+        "stop_token_ids": engine.template.stop_token_ids,
+        "pad_token_id": engine.tokenizer.pad_token_id,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "stop_strings": args.stop_strings,
+        "tokenizer": engine.tokenizer,
+    }
+    token_ids = [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)]
     with generation_model(engine.actor if policy is None else policy, args, engine.run, **room) as actor:
         generation = generate_many(
-            actor.model, [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)],
-            max_batch=at_once, num_return_sequences=answers, row_seeds=seeds,
-            max_new_tokens=args.max_answer_seq_len, stop_token_ids=engine.template.stop_token_ids,
-            pad_token_id=engine.tokenizer.pad_token_id, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-            stop_strings=args.stop_strings, tokenizer=engine.tokenizer,
-        )  # fmt: skip
+            actor.model, token_ids, max_batch=at_once, num_return_sequences=answers, row_seeds=seeds, **settings
+        )
     if generation.filtered and not sampler.warned_of_filter:
         sampler.warned_of_filter = True
         logger.warning(
@@ -153,7 +157,7 @@ def roll_out(
 
 
 def warn_of_sampler(gap: float, dtype: torch.dtype) -> None:
-    """Say so if the sampler's log-probabilities are further from the training forward's than rounding explains (nats)."""
+    """Warn if the sampler's log-probabilities are further from the training forward's than rounding explains (nats)."""
     limit = SAMPLER_GAP if dtype == torch.float32 else SAMPLER_GAP_HALF
     if not gap <= limit:
         logger.warning(
@@ -167,8 +171,8 @@ def warn_of_sampler(gap: float, dtype: torch.dtype) -> None:
 def complete_experience(
     engine: DeepSpeedRLHFEngine, experience: Experience, args, sampler: SamplerState, rollout: int = 1
 ) -> None:
-    """Fill in old_log_probs, ref_log_probs, values (normalised; None without a critic), and parts and scores
-    (score_answers) of every row.
+    """Fill in old_log_probs, ref_log_probs, values (normalised; None without a critic), source_scores
+    and scores (score_answers) of every row.
 
     Each process scores its share and the shares are added up, so all of them end with the same whole rollout. The actor runs
     through the engine that will train it - same kernels, same dtype - so that the first ratio is 1. From the second rollout
@@ -197,23 +201,42 @@ def complete_experience(
 
 def forward_policies(engine: DeepSpeedRLHFEngine, experience: Experience, args, policies: dict[str, Any]) -> None:
     """Fill in the log-probabilities of policies (field -> model), and the critic's values."""
-    run = engine.run
     count, width = experience.action_mask.shape
     fields = [*policies, *(["values"] if engine.critic is not None else [])]
-    token_fields = torch.zeros(len(fields), count, width, device=run.device)
-    budget = args.max_tokens_per_device or None
-    per_device = None if budget else args.per_device_training_batch_size
-    for positions in plan_micro_batches(experience.total_lengths(), run.world_size, per_device, budget)[run.rank]:
-        real = [position for position in positions if position >= 0]
-        rows = experience.select([max(position, 0) for position in positions]).trimmed()
+    token_fields = torch.zeros(len(fields), count, width, device=engine.run.device)
+    for real, rows in experience.micro_batches(engine.run, args):
         joined, answer = rows.joined(), rows.action_mask.shape[1]
-        found = [engine.answer_log_probs(model, joined) for model in policies.values()]
+        outputs = [engine.answer_log_probs(model, joined) for model in policies.values()]
         if engine.critic is not None:
-            found.append(engine.answer_values(engine.critic, joined))
-        found = torch.stack(found)
-        if real:  # fillers stand behind the real rows of a plan, or alone
-            token_fields[:, real, :answer] = found[:, : len(real)].where(rows.action_mask[: len(real)].bool(), 0.0)
-    if run.world_size > 1:
+            outputs.append(engine.answer_values(engine.critic, joined))
+        if real:
+            mask = rows.action_mask[: len(real)]
+            token_fields[:, real, :answer] = torch.stack(outputs)[:, : len(real)].where(mask, 0.0)
+    if engine.run.world_size > 1:
         dist.all_reduce(token_fields)
     for name, values in zip(fields, token_fields, strict=True):
         setattr(experience, name, values)
+
+
+@torch.no_grad()
+def score_answers(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> None:
+    """Fill in source_scores [rows, sources] and scores [rows] of a rollout, the same on all processes.
+
+    Raises RewardError, on all processes together, if a function or an endpoint fails on one of them.
+    """
+    rewards, run = engine.rewards, engine.run
+    scores = torch.zeros(len(experience), len(rewards.names), device=run.device)
+    mine: list[int] = []
+    for real, rows in experience.micro_batches(run, args):
+        mine += real
+        if rewards.with_model:
+            joined = rows.joined()
+            last = last_token_scores(engine.reward(joined.input_ids, joined.attention_mask), joined.attention_mask)
+            scores[real, 0] = last[: len(real)].float()
+    if rewards.outside:
+        texts = engine.texts(experience.select(mine))
+        scores[mine, len(rewards.names) - len(rewards.outside) :] = rewards.ask_outside(*texts, run.world_size).to(run.device)
+    if run.world_size > 1:
+        dist.all_reduce(scores)
+    experience.source_scores = scores
+    experience.scores = rewards.total(scores, engine.reward_mean, engine.reward_std)

@@ -1,7 +1,7 @@
-"""Where the reward of an answer comes from: the reward model, Python functions, HTTP endpoints, or a weighted sum of them.
+"""The sources of an answer's reward: the reward model, Python functions, HTTP endpoints, or a weighted sum of them.
 
-Order everywhere - flags, weights, columns of Experience.parts, the log: reward model, functions, endpoints. docs/en/rewards.md
-says the same to the reader who writes a function or a server.
+Order everywhere - flags, weights, columns of Experience.source_scores, the log: reward model, functions, endpoints.
+docs/en/rewards.md says the same to the reader who writes a function or a server.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from errors import UserError
-from models.heads import last_token_scores
 from training.step3_ppo.experience import Experience
-from training.utils.data.batching import plan_micro_batches
 
 logger = logging.getLogger("sanbu")
 
@@ -224,60 +222,36 @@ class Rewards:
         """The reward model is all there is: scores stay in its own unit, and are normalised where they become rewards."""
         return self.with_model and self.names == [MODEL] and self.weights == [1.0]
 
-    def total(self, parts: Tensor, mean: float, std: float) -> Tensor:
-        """The weighted sum. parts [rows, sources] as the sources gave them; mean and std are the reward model's own and
-        apply to its column only. [rows]; of the reward model alone its column as it is.
+    def total(self, scores: Tensor, mean: float, std: float) -> Tensor:
+        """Return the weighted sum of scores [rows, sources] as the sources gave them; of the reward model alone its column.
+
+        mean and std are the reward model's own and apply to its column only. -> [rows].
         """
         if self.model_alone:
-            return parts[:, 0]
+            return scores[:, 0]
         if self.with_model:
-            parts = torch.cat([(parts[:, :1] - mean) / std, parts[:, 1:]], dim=1)
-        return parts @ torch.tensor(self.weights, dtype=parts.dtype, device=parts.device)
+            scores = torch.cat([(scores[:, :1] - mean) / std, scores[:, 1:]], dim=1)
+        return scores @ torch.tensor(self.weights, dtype=scores.dtype, device=scores.device)
 
     def metrics(self, experience: Experience) -> dict[str, float]:
-        """The mean of every source, for the log; nothing where there is only one."""
+        """Return the mean of every source, for the log; nothing where there is only one."""
         if len(self.names) < 2:
             return {}
-        return {f"score_{name}": float(part.mean()) for name, part in zip(self.names, experience.parts.T, strict=True)}
+        columns = zip(self.names, experience.source_scores.T, strict=True)
+        return {f"score_{name}": float(scores.mean()) for name, scores in columns}
 
-    def ask_outside(self, prompts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
-        """The scores of functions and endpoints, [rows][source]."""
-        columns = [source(prompts, answers) for source in self.outside]
-        return [list(row) for row in zip(*columns, strict=True)]
+    def ask_outside(self, prompts: Sequence[str], answers: Sequence[str], world_size: int) -> Tensor:
+        """Return the scores of functions and endpoints, [rows, sources outside], on the host.
 
-
-@torch.no_grad()
-def score_answers(engine, experience: Experience, args) -> None:
-    """Fill in parts [rows, sources] and scores [rows] of a rollout.
-
-    Each process scores its share of the rows and the shares are added up, so that all end with the same. Raises RewardError,
-    on all processes together, if a function or an endpoint fails on one of them.
-    """
-    rewards, run = engine.rewards, engine.run
-    parts = torch.zeros(len(experience), len(rewards.names), device=run.device)
-    budget = args.max_tokens_per_device or None
-    per_device = None if budget else args.per_device_training_batch_size
-    plan = plan_micro_batches(experience.total_lengths(), run.world_size, per_device, budget)[run.rank]
-    for positions in plan if rewards.with_model else ():
-        real = [position for position in positions if position >= 0]
-        rows = experience.select([max(position, 0) for position in positions]).joined()
-        last = last_token_scores(engine.reward(rows.input_ids, rows.attention_mask), rows.attention_mask)
-        if real:  # fillers stand behind the real rows of a plan, or alone
-            parts[real, 0] = last[: len(real)].float()
-    if rewards.outside:
-        mine = [position for positions in plan for position in positions if position >= 0]
-        failure = None
+        All processes call it, each with its rows, perhaps none. Raises RewardError, on all together, if a source fails.
+        """
+        failure, columns = None, []
         try:
-            if mine:
-                found = rewards.ask_outside(*texts(experience.select(mine), engine))
-                parts[mine, len(rewards.names) - len(rewards.outside) :] = torch.tensor(found, device=run.device)
+            columns = [source(prompts, answers) for source in self.outside] if answers else []
         except RewardError as error:
             failure = error
-        raise_together(failure, run.world_size)
-    if run.world_size > 1:
-        dist.all_reduce(parts)
-    experience.parts = parts
-    experience.scores = rewards.total(parts, engine.reward_mean, engine.reward_std)
+        raise_together(failure, world_size)
+        return torch.tensor(columns).T if columns else torch.zeros(0, len(self.outside))
 
 
 def raise_together(failure: RewardError | None, world_size: int) -> None:
@@ -290,19 +264,6 @@ def raise_together(failure: RewardError | None, world_size: int) -> None:
             raise RewardError(message)
     if failure is not None:
         raise failure
-
-
-def texts(experience: Experience, engine) -> tuple[list[str], list[str]]:
-    """Prompts (as the template wrote them, without special tokens) and answers (Template.decode_answer) of all rows."""
-    prompts, answers = [], []
-    width = experience.prompt_width
-    for ids, attention, actions in zip(
-        experience.input_ids, experience.attention_mask.bool(), experience.action_mask.bool(), strict=True
-    ):
-        prompt, answer = ids[:width][attention[:width]], ids[width:][actions]
-        prompts.append(engine.tokenizer.decode(prompt.tolist(), skip_special_tokens=True))
-        answers.append(engine.template.decode_answer(engine.tokenizer, answer.tolist()))
-    return prompts, answers
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def test_a_reference_on_the_host_is_split_while_it_is_read(start, tmp_path, monk
     """Whatever the stage of the model that is trained: its own configuration would bind the weights to the device."""
     seen = []
     monkeypatch.setattr(reference_room, "load_causal_lm", lambda path, **settings: seen.append(settings) or torch.nn.Linear(1, 1))
-    monkeypatch.setattr(reference_room, "build_frozen", lambda model, **how: how["offload"])
+    monkeypatch.setattr(reference_room, "build_frozen", lambda model, run, **how: how["offload"])
     run = SimpleNamespace(dtype=torch.float32, attention="sdpa", world_size=1, device=torch.device("cpu"), in_turn=nullcontext)
     for stage in ("0", "3"):
         args = parse(DPOArguments, [
@@ -170,7 +170,7 @@ def refuse(start, tmp_path, monkeypatch, capsys):
         (("--data_split", "1,0,1"), "--data_split 1,0,1 leaves nothing for DPO"),
         (("--center_rewards_coefficient", "1"), "is a flag of step 2 (reward model), not of DPO"),
         (("--lora_dim", "4", "--offload_reference_model"), "--offload_reference_model has no effect with --lora_dim"),
-        (("--ref_model_name_or_path", "/nowhere/model"), "/nowhere/model"),
+        (("--ref_model_name_or_path", "missing/model"), "missing/model"),
     ],
 )
 def test_wrong_flags(refuse, flags, words):

@@ -14,6 +14,7 @@ from tests.tiny import FAMILIES, tiny_checkpoint
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
 from training.utils.engine import weights
 from training.utils.engine.build import makes_copy, read_in_turn
+from training.utils.engine.extras import extras
 from training.utils.engine.weights import cache_bytes, choice
 
 pytestmark = pytest.mark.ppo
@@ -36,7 +37,7 @@ def test_a_rollout_is_the_same_with_split_weights(models, tmp_path, monkeypatch)
         first = rollout(trainer, 1)
         metrics = trainer.train_rlhf(first, 1)
         found.append((first, metrics, rollout(trainer, 2)))
-        assert trainer.engine.actor.generation_weights == kind
+        assert extras(trainer.engine.actor).generation_weights == kind
     for one, other in ((found[0][0], found[1][0]), (found[0][2], found[1][2])):
         assert torch.equal(one.input_ids, other.input_ids)
         torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-6, rtol=0)
@@ -66,7 +67,9 @@ def stand_in(config):
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.ds_numel = 1000
     model = SimpleNamespace(config=config)
-    return SimpleNamespace(module=SimpleNamespace(model=model, parameters=lambda: [weight]))
+    engine = torch.nn.Module()
+    engine.module = SimpleNamespace(model=model, parameters=lambda: [weight])
+    return engine
 
 
 @pytest.mark.parametrize(

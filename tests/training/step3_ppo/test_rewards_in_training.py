@@ -79,22 +79,22 @@ def test_sources_see_the_texts_and_the_sum_is_as_by_hand(folders, tmp_path):
         with torch.no_grad():
             raw = float(model(input_ids=experience.input_ids[row][real][None]).logits)
         parts = [raw, len(words) / 10, int("1" in text) - len(prompt) / 100]
-        assert experience.parts[row].tolist() == pytest.approx(parts, abs=1e-5)
+        assert experience.source_scores[row].tolist() == pytest.approx(parts, abs=1e-5)
         score = 2 * (raw - MEAN) / STD + 0.5 * parts[1] + parts[2]
         assert float(experience.scores[row]) == pytest.approx(score, abs=1e-5)
         # The actor is still its reference: no KL. The penalty comes off, then the clip.
         score -= 0.0 if bool(experience.ended[row]) else 1.0
         assert float(experience.rewards[row].sum()) == pytest.approx(max(-1.5, min(1.5, score)), abs=1e-5)
     for place, name in enumerate(("score_model", "score_length", "score_question")):
-        assert experience.metrics[name] == pytest.approx(float(experience.parts[:, place].mean()))
+        assert experience.metrics[name] == pytest.approx(float(experience.source_scores[:, place].mean()))
 
 
 def test_items_17_18_one_source_more_leaves_the_reward_models_own_scores_alone(folders, tmp_path):
     alone = trainer(folders, tmp_path / "a")
     beside = trainer(folders, tmp_path / "b", *by_function(folders, "length", model=True), "--reward_weights", "1,0")
     first, second = (found.generate_experience(prompts(found, TEXTS), 1) for found in (alone, beside))
-    assert torch.equal(first.scores, second.parts[:, 0]) and torch.equal(first.scores, first.parts[:, 0])
-    assert float(second.parts[:, 1].min()) >= 0 and float(second.parts[:, 1].max()) > 0
+    assert torch.equal(first.scores, second.source_scores[:, 0]) and torch.equal(first.scores, first.source_scores[:, 0])
+    assert float(second.source_scores[:, 1].min()) >= 0 and float(second.source_scores[:, 1].max()) > 0
     torch.testing.assert_close(second.rewards, first.rewards)  # a weight of 0 only shows in the log
 
 
@@ -105,7 +105,7 @@ def test_without_a_reward_model_none_is_loaded(folders, tmp_path, monkeypatch):
     found = trainer(folders, tmp_path / "sft", *by_function(folders, "length"), critic="base")  # a new head on the SFT model
     assert found.engine.reward is None and len(loaded) == 1
     experience = found.generate_experience(prompts(found, TEXTS), 1)
-    assert torch.equal(experience.scores, experience.parts[:, 0]) and float(experience.scores.max()) > 0
+    assert torch.equal(experience.scores, experience.source_scores[:, 0]) and float(experience.scores.max()) > 0
     unit = trainer(folders, tmp_path / "rm", *by_function(folders, "length")).engine
     assert (unit.reward_mean, unit.reward_std) == (MEAN, STD), "the critic's head is in the unit that it was trained in"
     assert unit.score_unit == (0.0, 1.0), "and that says nothing about a function"

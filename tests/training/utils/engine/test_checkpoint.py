@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from errors import UserError
-from training.utils.engine.checkpoint import MANIFEST, Checkpoint, generator_states, newest_whole, set_generator_states
+from training.utils.engine.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    generator_states,
+    set_generator_states,
+    whole_checkpoints,
+)
 from training.utils.run.metrics import Metrics
 from training.utils.run.nodes import Nodes
 
@@ -37,14 +43,14 @@ def fake_run(folder: Path, resume: str = "", limit: int = 0, **flags) -> SimpleN
     return SimpleNamespace(args=args, rank=0, local_rank=0, world_size=1, barrier=lambda: None, metrics=metrics, nodes=Nodes())
 
 
-def test_resume_brings_back_weights_step_extra_and_random_numbers(tmp_path):
+def test_resume_brings_back_weights_step_and_random_numbers(tmp_path):
     torch.manual_seed(3)
-    Checkpoint(fake_run(tmp_path), {"model": FakeEngine(41)}, {"seed": 1}).save(5, {"best": 0.5})
+    Checkpoint(fake_run(tmp_path), {"model": FakeEngine(41)}, {"seed": 1}).save(5)
     expected = (torch.rand(3), random.random(), np.random.rand())
     torch.rand(10), random.random(), np.random.rand(4)
     engine = FakeEngine(0)
-    step, extra = Checkpoint(fake_run(tmp_path, "auto"), {"model": engine}, {"seed": 1}).resume()
-    assert (step, extra, engine.value) == (5, {"best": 0.5}, 41)
+    step = Checkpoint(fake_run(tmp_path, "auto"), {"model": engine}, {"seed": 1}).resume()
+    assert (step, engine.value) == (5, 41)
     assert torch.equal(torch.rand(3), expected[0])
     assert (random.random(), np.random.rand()) == expected[1:]
 
@@ -66,7 +72,7 @@ def test_a_half_written_checkpoint_is_refused_and_passed_over(tmp_path, damage):
         (newest / "model" / "state" / "value").unlink()
     with pytest.raises(UserError, match="step-00000002"):
         Checkpoint(fake_run(tmp_path, str(newest)), {"model": FakeEngine(0)}, {}).resume()
-    assert newest_whole(tmp_path / "checkpoints").name == "step-00000001"
+    assert [one.name for one in whole_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, marks, expected):
 
 
 def test_nothing_to_resume_starts_afresh_but_a_named_folder_must_exist(tmp_path):
-    assert Checkpoint(fake_run(tmp_path, "auto"), {}, {}).resume() == (0, {})
+    assert Checkpoint(fake_run(tmp_path, "auto"), {}, {}).resume() == 0
     with pytest.raises(UserError, match="no such folder"):
         Checkpoint(fake_run(tmp_path, str(tmp_path / "absent")), {}, {}).resume()
 
@@ -127,7 +133,7 @@ def test_a_run_that_starts_afresh_keeps_its_own_checkpoints_and_spares_those_of_
         for found in (tmp_path / "checkpoints").glob("step-*"):
             (found / MANIFEST).unlink()
     checkpoint = Checkpoint(fake_run(tmp_path, resume, limit=2), {"model": FakeEngine(1)}, {"seed": 1})
-    assert checkpoint.resume() == (0, {})
+    assert checkpoint.resume() == 0
     for step in (50, 100):
         checkpoint.save(step)
     assert names(tmp_path / "checkpoints") == ["earlier-1", "step-00000050", "step-00000100"]
@@ -149,7 +155,7 @@ def test_a_run_set_aside_can_be_gone_on_with(tmp_path):
     fresh.run.metrics.log(50, {"loss": 9.0})
     back = fake_run(tmp_path, str(tmp_path / "checkpoints/earlier-1/step-00000100"))
     engine = FakeEngine(0)
-    assert Checkpoint(back, {"model": engine}, {"seed": 1}).resume()[0] == 100 and engine.value == 7
+    assert Checkpoint(back, {"model": engine}, {"seed": 1}).resume() == 100 and engine.value == 7
     assert names(tmp_path / "checkpoints" / "earlier-2") == ["metrics.jsonl", "step-00000050"]
 
 
@@ -157,7 +163,7 @@ def test_what_lies_behind_the_step_named_is_out_of_the_way(tmp_path):
     earlier_run(tmp_path)
     named = tmp_path / "checkpoints" / "step-00000100"
     checkpoint = Checkpoint(fake_run(tmp_path, str(named), limit=1), {"model": FakeEngine(0)}, {"seed": 1})
-    assert checkpoint.resume()[0] == 100
+    assert checkpoint.resume() == 100
     checkpoint.save(120)
     assert names(tmp_path / "checkpoints") == ["earlier-1", "step-00000120"]
     assert names(tmp_path / "checkpoints" / "earlier-1") == ["step-00000150"]

@@ -13,8 +13,10 @@ from training.utils.engine import half_precision
 from training.utils.engine.build import build_engine
 from training.utils.engine.configs import EngineOptions
 from training.utils.engine.deepspeed_internals import as_if_overflowed, has_overflow
-from training.utils.engine.step import accumulate, optimizer_metrics
+from training.utils.engine.extras import extras
+from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.engine.weights import trained_weights
+from training.utils.flags.steps import SFTArguments
 from training.utils.run.process_group import join_process_group
 
 LARGEST = torch.finfo(torch.float16).max
@@ -59,6 +61,7 @@ class Alone:
     """A run of one process."""
 
     world_size = 1
+    dtype = torch.float16
 
     @staticmethod
     def agree(loss: float) -> float:
@@ -79,12 +82,11 @@ def half(monkeypatch):
 
 
 def engine_of(chip: Chip, stage: int):
-    options = EngineOptions(
-        zero_stage=stage, offload_optimizer=False, offload_param=False, learning_rate=0.1, lora_learning_rate=0.1,
-        weight_decay=0.0, num_warmup_steps=0, lr_scheduler_type="constant", optimizer="auto", betas=(0.9, 0.95),
-        epsilon=1e-8, max_grad_norm=0.0, zero_plus_plus={}, deepspeed_config=None,
-    )  # fmt: skip
-    return build_engine(Model(chip).half(), options, dtype=torch.float16, total_steps=10, world_size=1)
+    args = SFTArguments(
+        model_name_or_path="unused", output_dir="unused", learning_rate=0.1, weight_decay=0.0, lr_scheduler_type="constant",
+        num_warmup_steps=0, max_grad_norm=0.0, zero_stage=stage,
+    )
+    return build_engine(Model(chip).half(), EngineOptions.of(args), Alone, steps=10)
 
 
 def train(engine, *factors: float) -> tuple[dict[str, torch.Tensor], float, float, int]:
@@ -94,8 +96,7 @@ def train(engine, *factors: float) -> tuple[dict[str, torch.Tensor], float, floa
     """
     before, scale = trained_weights(engine, engine.module), engine.optimizer.loss_scale
     inputs = torch.ones(2, 4, dtype=torch.float16)
-    accumulate(engine, factors, lambda factor: engine(inputs).float().mean() * factor, Alone)
-    engine.step()
+    optimizer_step(engine, factors, lambda factor: engine(inputs).float().mean() * factor, Alone)
     return before, scale, engine.optimizer.loss_scale, engine.skipped_steps
 
 
@@ -163,7 +164,7 @@ def test_what_overflows_in_the_forward_pass_alone_does_not_count(half, monkeypat
 def test_without_the_watch_deepspeed_takes_the_step(half, monkeypatch):
     """Why the watch is there: no infinity is found, and weights move by gradients that were cut off."""
     engine = engine_of(Chip(monkeypatch, seen=False), 1)
-    assert engine.saturation is None
+    assert extras(engine).saturation is None
     before, *_, skipped = train(engine, TOO_LARGE)
     assert moved(engine, before) and skipped == 0
 
@@ -175,5 +176,5 @@ def test_the_watch_is_still_there_after_a_step_that_was_left_out_for_another_eng
         before, scale, after, skipped = train(engine, SOUND)
     assert not moved(engine, before) and (after, skipped) == (scale, 1)
     assert not has_overflow(engine.optimizer)
-    engine.saturation.seen = True
+    extras(engine).saturation.seen = True
     assert has_overflow(engine.optimizer)

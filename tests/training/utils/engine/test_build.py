@@ -1,17 +1,30 @@
-"""DeepSpeed configurations and the copying of structure, without processes."""
+"""DeepSpeed configurations, the optimizer that serves, and the copying of structure, without processes."""
 
 import json
 from types import SimpleNamespace
 
+import deepspeed.ops.adam
 import pytest
 import torch
 from torch import nn
 
 from errors import UserError
+from training.utils.engine import build
 from training.utils.engine.build import build_optimizer, warmup_steps
-from training.utils.engine.configs import get_eval_ds_config, get_train_ds_config, merge
+from training.utils.engine.configs import EngineOptions, frozen_config
 from training.utils.engine.weights import copy_structure, fill
 from training.utils.flags.deepspeed_file import check_precision, check_stage, read_deepspeed_config
+from training.utils.flags.steps import SFTArguments
+
+pytestmark = pytest.mark.fast
+
+
+def options(**flags) -> EngineOptions:
+    return EngineOptions.of(SFTArguments(model_name_or_path="unused", output_dir="unused", **flags))
+
+
+def run(dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
+    return SimpleNamespace(dtype=dtype, world_size=1)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -20,7 +33,7 @@ from training.utils.flags.deepspeed_file import check_precision, check_stage, re
 def test_deepspeed_itself_accepts_every_training_config(stage, offload, dtype):
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = get_train_ds_config(offload, dtype, stage, offload_param=offload, max_grad_norm=0.5)
+    config = options(offload=offload, zero_stage=stage, max_grad_norm=0.5).train_config(run(dtype))
     parsed = DeepSpeedConfig(json.loads(json.dumps(config)))
     assert parsed.zero_config.stage == stage
     assert parsed.gradient_clipping == 0.5
@@ -30,21 +43,19 @@ def test_deepspeed_itself_accepts_every_training_config(stage, offload, dtype):
 
 def test_zero_plus_plus_goes_into_stage_3_only():
     flags = {"zero_hpz_partition_size": 8, "zero_quantized_weights": True, "zero_quantized_gradients": True}
-    stage3 = get_train_ds_config(False, torch.float16, 3, **flags)["zero_optimization"]
-    assert {name: stage3[name] for name in flags} == flags
-    stage2 = get_train_ds_config(False, torch.float16, 2, **flags)["zero_optimization"]
-    assert not set(flags) & set(stage2)
+    stage2, stage3 = (options(zero_stage=stage, **flags).train_config(run())["zero_optimization"] for stage in (2, 3))
+    assert {name: stage3[name] for name in flags} == flags and not set(flags) & set(stage2)
 
 
-def test_frozen_models_are_sharded_under_stage_3_and_can_live_on_the_host():
-    assert get_eval_ds_config(True, torch.float16, 3)["zero_optimization"]["offload_param"] == {"device": "cpu"}
-    assert "offload_param" not in get_eval_ds_config(True, torch.float16, 0)["zero_optimization"]
+def test_frozen_models_can_live_on_the_host():
+    for offload, device in ((True, "cpu"), (False, "none")):
+        assert frozen_config(run(), offload)["zero_optimization"]["offload_param"] == {"device": device}
 
 
 def test_a_file_overrides_key_by_key(tmp_path):
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"overlap_comm": false}, "train_batch_size": "auto"}')
-    config = merge(get_train_ds_config(False, torch.bfloat16, 2), read_deepspeed_config(str(file)))
+    config = options(zero_stage=2, deepspeed_config=str(file)).train_config(run())
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert config["train_batch_size"] == 1
 
@@ -125,27 +136,53 @@ class Recorder(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
-@pytest.mark.parametrize(("wanted", "name"), [("fused_adam", "FusedAdam"), ("cpu_adam", "DeepSpeedCPUAdam")])
-def test_deepspeeds_optimizers_get_the_flags(monkeypatch, wanted, name):
-    import deepspeed.ops.adam
+@pytest.fixture
+def groups():
+    return [{"params": [nn.Parameter(torch.ones(3))], "lr": 0.5, "weight_decay": 0.0}]
 
+
+@pytest.mark.parametrize(("wanted", "name"), [("fused_adam", "FusedAdam"), ("cpu_adam", "DeepSpeedCPUAdam")])
+def test_deepspeeds_optimizers_get_the_flags(monkeypatch, groups, wanted, name):
     monkeypatch.setattr(deepspeed.ops.adam, name, Recorder)
-    options = SimpleNamespace(optimizer=wanted, offload_optimizer=False, zero_stage=2, betas=(0.8, 0.7), epsilon=1e-5)
-    found = build_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 0.5}], options)
-    assert isinstance(found, Recorder)
-    group = found.param_groups[0]
+    flags = {"adam_beta1": 0.8, "adam_beta2": 0.7, "adam_epsilon": 1e-5}
+    optimizer = build_optimizer(groups, options(optimizer=wanted, zero_stage=2, **flags))
+    assert isinstance(optimizer, Recorder)
+    group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.7), 1e-5)
 
 
-def test_an_optimizer_that_cannot_be_built_gives_way_with_its_reason(monkeypatch, caplog):
-    import deepspeed.ops.adam
-
+@pytest.mark.parametrize(
+    ("wanted", "accelerator", "offload", "tried"),
+    [
+        ("auto", False, False, None),
+        ("auto", True, True, "cpu_adam"),
+        ("fused_adam", True, False, "fused_adam"),
+        ("cpu_adam", False, False, "cpu_adam"),
+    ],
+)
+def test_an_operator_that_cannot_be_built_gives_way_to_torch(monkeypatch, caplog, groups, wanted, accelerator, offload, tried):
     def broken(*_, **__):
-        raise RuntimeError("no compiler here\nand a long tail")
+        raise RuntimeError("nvcc fatal: Unsupported gpu architecture\nninja: build stopped")
 
-    monkeypatch.setattr(deepspeed.ops.adam, "FusedAdam", broken)
-    options = SimpleNamespace(optimizer="fused_adam", offload_optimizer=False, zero_stage=0, betas=(0.8, 0.7), epsilon=1e-5)
+    for name in ("DeepSpeedCPUAdam", "FusedAdam"):
+        monkeypatch.setattr(deepspeed.ops.adam, name, broken)
+    monkeypatch.setattr(build, "has_accelerator", lambda: accelerator)
     with caplog.at_level("WARNING", logger="sanbu"):
-        found = build_optimizer([{"params": [nn.Parameter(torch.ones(2))], "lr": 0.5}], options)
-    assert type(found) is torch.optim.AdamW and found.param_groups[0]["eps"] == 1e-5
-    assert "fused_adam cannot be built here (no compiler here)" in caplog.text and "long tail" not in caplog.text
+        optimizer = build_optimizer(groups, options(optimizer=wanted, offload_optimizer=offload, zero_stage=1))
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+    assert len(caplog.messages) == (tried is not None)
+    assert all(f"{tried} cannot be built here (nvcc fatal: Unsupported gpu architecture)" in one for one in caplog.messages)
+
+
+def test_where_the_fused_kernel_is_missing_the_plain_one_serves(monkeypatch, caplog, groups):
+    whole = torch.optim.AdamW
+
+    def adamw(groups, fused=None, **settings):
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+        return whole(groups, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    with caplog.at_level("WARNING", logger="sanbu"):
+        optimizer = build_optimizer(groups, options())
+    assert not optimizer.defaults["fused"] and len(caplog.messages) == 1 and "supported devices" in caplog.text
