@@ -95,7 +95,7 @@ def test_greedy_equals_transformers(checkpoints, family):
 @pytest.mark.ppo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_equal_a_plain_forward(checkpoints, family):
-    """Items 2, 34, 36: the sampler's log-probabilities are those of one forward over the row without any padding, at the
+    """The sampler's log-probabilities are those of one forward over the row without any padding, at the
     same temperature, and those of the training forward."""
     model = checkpoints(family)
     ids, mask = prompts(model.config.vocab_size)
@@ -132,7 +132,7 @@ def test_log_probs_equal_a_plain_forward(checkpoints, family):
 @pytest.mark.ppo
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_match_the_softmax(temperature):
-    """Item 47: rollouts really sample. Chi-square over the first and the second token of 4,000 rows."""
+    """Rollouts really sample. Chi-square over the first and the second token of 4,000 rows."""
     table = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     count = 4000
     ids = torch.full((count, 1), 2)
@@ -188,7 +188,7 @@ def test_the_largest_uniform_number_never_draws_what_has_no_weight():
 
 @pytest.mark.ppo
 def test_top_k_and_top_p():
-    """Item 36: with top-p or top-k the sampled distribution is another one than the scored one, and that is reported."""
+    """With top-p or top-k the sampled distribution is another one than the scored one, and that is reported."""
     probs = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05])
     uniform = (torch.arange(1000) + 0.5) / 1000
 
@@ -212,6 +212,7 @@ def test_top_k_and_top_p():
         assert reported is filtered, settings
 
 
+@pytest.mark.detail(36)
 def test_log_probs_are_of_the_whole_softmax_with_top_k(checkpoints):
     model = checkpoints("llama")
     ids, mask = prompts(model.config.vocab_size)
@@ -226,10 +227,11 @@ def test_log_probs_are_of_the_whole_softmax_with_top_k(checkpoints):
 # --- nothing but prompt and seed matters ------------------------------------------------------------------------------
 
 
+@pytest.mark.detail(2)
 @pytest.mark.ppo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_does_not_depend_on_its_batch_nor_on_padding(checkpoints, family):
-    """Items 2, 3, 47: alone, in a batch in which others end earlier, and with extra padding, the answer is the same."""
+    """Alone, in a batch in which others end earlier, and with extra padding, the answer is the same."""
     model = checkpoints(family)
     ids, mask = prompts(model.config.vocab_size, (5, 2, 9, 1, 4, 4))
     settings = {"max_new_tokens": 10, "stop_token_ids": list(range(8, 40)), "pad_token_id": PAD}
@@ -252,7 +254,7 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_padding(checkpoints, family):
 
 @pytest.mark.ppo
 def test_pad_may_be_the_stop_token(checkpoints):
-    """Item 4: lengths and ended come from what was drawn, not from the pad id."""
+    """Lengths and ended come from what was drawn, not from the pad id."""
     model = checkpoints("gpt2")
     ids, mask = prompts(model.config.vocab_size, (5, 2, 9, 1, 4, 4))
     settings = {"max_new_tokens": 10, "row_seeds": range(6)}
@@ -269,6 +271,7 @@ def test_pad_may_be_the_stop_token(checkpoints):
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.detail(20)
 @pytest.mark.ppo
 def test_ends_and_padding():
     """Row 0 stops at once, row 1 after three tokens, row 2 never."""
@@ -283,9 +286,10 @@ def test_ends_and_padding():
     assert found.sequences.dtype == torch.long and found.log_probs.dtype == torch.float32
 
 
+@pytest.mark.detail(19)
 @pytest.mark.ppo
 def test_a_stop_token_in_the_last_place_is_an_end():
-    """Item 19: a response of maximal length that ends in the stop token has ended."""
+    """A response of maximal length that ends in the stop token has ended."""
     model = Markov(chain(2, 4, 5, STOP))
     ids = torch.tensor([[2]])
     found = generate(model, ids, torch.ones_like(ids), max_new_tokens=3, stop_token_ids=[STOP], pad_token_id=0)
@@ -323,9 +327,10 @@ def test_modes_are_restored_and_results_can_be_trained_on(checkpoints):
     (log_probs - found.log_probs).square().sum().backward()  # would raise if they were inference tensors
 
 
+@pytest.mark.detail(47)
 @pytest.mark.ppo
 def test_the_generation_config_of_the_checkpoint_has_no_say(checkpoints):
-    """Item 47: a repetition penalty, top-k or stop token saved with the checkpoint would change what is sampled."""
+    """A repetition penalty, top-k or stop token saved with the checkpoint would change what is sampled."""
     model = checkpoints("qwen2")
     ids, mask = prompts(model.config.vocab_size)
     settings = {"max_new_tokens": 6, "stop_token_ids": [], "pad_token_id": PAD, "row_seeds": [1, 2, 3, 4]}

@@ -269,6 +269,7 @@ def test_a_lost_mask_token_is_named():
         model(torch.tensor([[7]]), past_key_values=model(torch.tensor([[5, 501, 504]]), use_cache=True).past_key_values)
 
 
+@pytest.mark.detail(9)
 @pytest.mark.ppo
 def test_positions_of_6b_by_hand():
     """Two pads, three words, [gMASK], <sop>, one answer token, and two still to come."""

@@ -63,6 +63,7 @@ def test_scores_at_every_position_and_at_the_last(family, prefix):
         assert model(ids, mask).logits.squeeze(-1).tolist() == pytest.approx(pooled, rel=1e-4, abs=5e-5)
 
 
+@pytest.mark.detail(9)
 @pytest.mark.parametrize("prefix", [None, 4])
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.ppo

@@ -164,6 +164,7 @@ def test_padding_on_the_right_is_the_row_alone_and_pads_behind_it(tokenizer, ver
             assert mask[..., pad].all() if version == "chatglm" else not mask[pad].any()
 
 
+@pytest.mark.detail(9)
 @pytest.mark.ppo
 def test_the_mask_of_a_prefix_lm_in_a_plain_loop(shared_dir, tmp_path):
     tokenizer = ChatGLMTokenizer.from_pretrained(tokenizer_folder(tmp_path, shared_dir, "chatglm"))

@@ -94,6 +94,7 @@ def test_scalar_model_has_the_trunk_and_a_fresh_seeded_head(checkpoint):
     assert model.score.weight.std().item() == pytest.approx(1 / 33**0.5, rel=0.4)  # 32 numbers
 
 
+@pytest.mark.detail(43)
 @pytest.mark.ppo
 def test_fresh_head_has_the_right_spread(tmp_path):
     folder = tiny_checkpoint(tmp_path, "gpt2", n_embd=2000, n_layer=1, n_head=4)

@@ -47,6 +47,7 @@ def pad(ids, mask, left=0, right=0, value=0):
     return ids, torch.nn.functional.pad(mask, (left, right), value=0)
 
 
+@pytest.mark.detail(37)
 @pytest.mark.ppo
 def test_log_probs_and_gradients_equal_the_plain_form(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
@@ -68,6 +69,7 @@ def test_log_probs_and_gradients_equal_the_plain_form(checkpoint):
             assert_close(parameter.grad, expected[name], 1e-4)
 
 
+@pytest.mark.detail(2)
 @pytest.mark.ppo
 def test_padding_changes_nothing(checkpoint):
     log_probs = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32))
@@ -144,6 +146,7 @@ def test_keep_temperature_and_entropy(gpt2):
         TokenLogProbs(model)(ids, mask, keep=9)
 
 
+@pytest.mark.detail(1)
 @pytest.mark.ppo
 def test_logits_that_encode_the_position():
     """Layout by hand: position t of the model wants token t + 1 and no other."""
@@ -185,6 +188,7 @@ def test_pad_equal_to_eos_still_teaches_the_end_token(tmp_path):
     assert model.model.get_input_embeddings().weight.grad[2].abs().sum() > 0
 
 
+@pytest.mark.detail(32, 37)
 @pytest.mark.ppo
 def test_sixteen_bit_models_give_float32(gpt2):
     ids, mask = tokens()
@@ -230,6 +234,7 @@ def test_heads_work_around_an_adapter(checkpoint):
     assert any("score.modules_to_save" in name for name in trained)
 
 
+@pytest.mark.detail(21)
 @pytest.mark.ppo
 def test_last_token_by_mask_not_by_id():
     scores = torch.arange(12.0).view(3, 4)
@@ -237,6 +242,7 @@ def test_last_token_by_mask_not_by_id():
     assert last_token_scores(scores, mask).tolist() == [1.0, 7.0, 11.0]
 
 
+@pytest.mark.detail(21)
 @pytest.mark.ppo
 def test_text_after_the_end_cannot_change_the_score(gpt2):
     model = TokenScores(load_scalar_model(gpt2, dtype=torch.float32))
@@ -250,6 +256,7 @@ def test_text_after_the_end_cannot_change_the_score(gpt2):
         )
 
 
+@pytest.mark.detail(44)
 @pytest.mark.ppo
 def test_one_forward_for_pairs_equals_two(gpt2):
     model = TokenScores(load_scalar_model(gpt2, dtype=torch.float32))

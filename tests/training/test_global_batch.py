@@ -101,10 +101,11 @@ def test_reward_gradient(folder, rows):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.detail(33)
 @pytest.mark.ppo
 @pytest.mark.parametrize("role", ["actor", "critic"])
 def test_ppo_gradient(folder, rows, role):
-    """Item 33: one denominator for the global minibatch; the reference sums token by token."""
+    """One denominator for the global minibatch; the reference sums token by token."""
     if role == "actor":
         model = TokenLogProbs(load_causal_lm(folder, dtype=torch.float32))
     else:

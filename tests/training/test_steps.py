@@ -106,6 +106,7 @@ def test_two_processes_equal_one(step, stage, lora, outputs):
         assert (folder / "adapter" / "adapter_model.safetensors").exists() == lora
 
 
+@pytest.mark.detail(50)
 @pytest.mark.parametrize("step", list(STEPS))
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(step, outputs):
     for name in LOSSES[step]:

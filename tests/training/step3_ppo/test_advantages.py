@@ -36,9 +36,10 @@ def members(row: int) -> list[int]:
     return [other for other in range(6) if GROUP[other] == GROUP[row]]
 
 
+@pytest.mark.detail(28)
 @pytest.mark.parametrize("seed", range(3))
 def test_rloo_by_hand(seed):
-    """Item 28: the reward of an answer less the mean of the others to its prompt = n / (n - 1) (R - mean)."""
+    """The reward of an answer less the mean of the others to its prompt = n / (n - 1) (R - mean)."""
     x = rewards(seed)
     whole = totals(x)
     found = rloo(x, MASK, GROUP)
@@ -49,6 +50,7 @@ def test_rloo_by_hand(seed):
         assert found[row].tolist() == pytest.approx([expected] * length + [0.0] * (4 - length), abs=1e-5)
 
 
+@pytest.mark.detail(28)
 @pytest.mark.parametrize("seed", range(3))
 def test_grpo_by_hand(seed):
     """Item 28: (R - mean) / (std + epsilon) over the group, on every token of the answer."""
@@ -61,9 +63,10 @@ def test_grpo_by_hand(seed):
         assert found[row].tolist() == pytest.approx([expected] * length + [0.0] * (4 - length), abs=1e-4)
 
 
+@pytest.mark.detail(28)
 @pytest.mark.parametrize("method", [grpo, rloo])
 def test_groups_stay_groups_in_any_order(method):
-    """Item 28: shuffled rows and other names of the groups change nothing; a group's advantages add up to 0."""
+    """Shuffled rows and other names of the groups change nothing; a group's advantages add up to 0."""
     x = rewards()
     found = method(x, MASK, GROUP)
     order = torch.tensor([3, 0, 5, 4, 1, 2])
@@ -72,9 +75,10 @@ def test_groups_stay_groups_in_any_order(method):
         assert found[name == GROUP][:, 0].sum().item() == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.detail(28)
 @pytest.mark.parametrize("method", [grpo, rloo])
 def test_one_answer_or_equal_answers_teach_nothing(method):
-    """Item 28: a group of one gives 0, not NaN; so do equal rewards, up to what rounding leaves of 0."""
+    """A group of one gives 0, not NaN; so do equal rewards, up to what rounding leaves of 0."""
     x = torch.tensor([[0.1, 0.2], [0.3, 0.0], [5.0, NAN]])
     mask = torch.tensor([[1, 1], [1, 1], [1, 0]])
     found = method(x, mask, torch.tensor([0, 0, 1]))
@@ -83,9 +87,10 @@ def test_one_answer_or_equal_answers_teach_nothing(method):
     assert equal_groups(x + torch.tensor([[0.0], [1.0], [0.0]]), mask, torch.tensor([0, 0, 1])).item() == 0.5
 
 
+@pytest.mark.detail(26)
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_rewards_to_come_by_hand(gamma):
-    """Items 26, 28: REINFORCE++ sums the rewards that follow, as GAE does with lambda 1 and a critic that says 0."""
+    """REINFORCE++ sums the rewards that follow, as GAE does with lambda 1 and a critic that says 0."""
     x = rewards()
     found = rewards_to_come(x, MASK, gamma)
     for row, length in enumerate(LENGTHS):
@@ -94,8 +99,9 @@ def test_rewards_to_come_by_hand(gamma):
     torch.testing.assert_close(found, gae(x, torch.zeros(6, 4), MASK, gamma, 1.0)[0])
 
 
+@pytest.mark.detail(22)
 def test_reward_whitening_keeps_the_mean():
-    """Item 22: variance 1 over all valid tokens, the mean as it was."""
+    """Variance 1 over all valid tokens, the mean as it was."""
     x = rewards() * 5 + 2
     found = whiten(x, MASK, keep_mean=True)[MASK]
     assert found.mean().item() == pytest.approx(x[MASK].mean().item(), rel=1e-5)
@@ -104,16 +110,18 @@ def test_reward_whitening_keeps_the_mean():
     torch.testing.assert_close(found, (x[MASK] - x[MASK].mean()) / spread + x[MASK].mean(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.detail(19)
 def test_overlong_penalty_is_a_ramp():
-    """Item 19: nothing until 4 tokens before the limit of 10, then a quarter a token, all of it at the limit."""
+    """Nothing until 4 tokens before the limit of 10, then a quarter a token, all of it at the limit."""
     lengths = torch.tensor([1, 6, 7, 8, 9, 10])
     found = overlong_penalty(torch.full((6,), 3.0), lengths, limit=10, tokens=4, penalty=2.0)
     assert found.tolist() == [3.0, 3.0, 2.5, 2.0, 1.5, 1.0]
     assert overlong_penalty(torch.ones(6), lengths, 10, 0, 2.0).tolist() == [1.0] * 6
 
 
+@pytest.mark.detail(49)
 def test_sampler_weights_are_the_ratio_between_its_bounds():
-    """Item 49: exp(training - sampler), cut to [1/2, 2], 1 outside the mask; no weight where the two agree."""
+    """Exp(training - sampler), cut to [1/2, 2], 1 outside the mask; no weight where the two agree."""
     training = torch.log(torch.tensor([[0.3, 0.2, 0.9, NAN]]))
     sampler = torch.log(torch.tensor([[0.2, 0.9, 0.1, 0.5]]))
     mask = torch.tensor([[1, 1, 1, 0]])
@@ -121,9 +129,10 @@ def test_sampler_weights_are_the_ratio_between_its_bounds():
     assert (sampler_weights(sampler, sampler, mask, 2.0) == 1).all()
 
 
+@pytest.mark.detail(49)
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_a_weight_on_the_advantage_is_a_weight_on_the_loss(dual_clip):
-    """Item 49: why the trainer may put the weight on A: max and clip commute with a positive factor."""
+    """Why the trainer may put the weight on A: max and clip commute with a positive factor."""
     generator = torch.Generator().manual_seed(3)
     new, old, advantages = torch.randn(3, 5, 8, generator=generator)
     weights = torch.rand(5, 8, generator=generator) + 0.5

@@ -1,4 +1,4 @@
-"""Item 42: under fp16, an overflow of the actor or of the critic keeps both from their step, weights and schedules alike.
+"""Under fp16, an overflow of the actor or of the critic keeps both from their step, weights and schedules alike.
 
 Nobody trains in fp16 on a CPU, and DeepSpeed and we refuse it; the refusals are taken away here, the arithmetic works.
 """
@@ -60,9 +60,10 @@ def train_with_overflow(trainer, role: str, number: int, monkeypatch) -> None:
         trainer.train_rlhf(rollout(trainer, number), number)
 
 
+@pytest.mark.detail(42)
 @pytest.mark.parametrize("role", ["actor", "critic"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_item_42_neither_steps_when_one_overflows(half, monkeypatch, stage, role):
+def test_neither_steps_when_one_overflows(half, monkeypatch, stage, role):
     trainer = half(stage, "--align_overflow")
     engines = {"actor": trainer.engine.actor, "critic": trainer.engine.critic}
     before = {name: state(engine) for name, engine in engines.items()}

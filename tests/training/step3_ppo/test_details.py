@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
+from scripts.docs import ppo_details
 from tests.training.step3_ppo.small_ppo import build, rollout, write_models
 from training.step3_ppo.ppo_trainer import assign_advantages
 from training.step3_ppo.rlhf_engine import score_unit
@@ -29,7 +30,8 @@ def tensors(experience) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
-def test_items_34_45_in_half_precision(models, tmp_path):
+@pytest.mark.detail(34, 45)
+def test_in_half_precision(models, tmp_path):
     """bf16 may round the first ratio and the first KL, no more: old and new come from the same kernels."""
     trainer = build(models, tmp_path, "--dtype", "bf16")
     experience = rollout(trainer, 1)
@@ -51,7 +53,8 @@ def test_training_changes_nothing_in_the_rollout(models, tmp_path):
     assert all(torch.equal(before[name], again[name]) for name in before), "twice is the same as once"
 
 
-def test_item_6_prompt_tokens_count_nowhere(models, tmp_path):
+@pytest.mark.detail(6)
+def test_prompt_tokens_count_nowhere(models, tmp_path):
     """Every field of a rollout but the ids and their mask is as wide as the answers; metrics come from these alone."""
     trainer = build(models, tmp_path)
     trainer.train_rlhf(rollout(trainer, 1), 1)
@@ -69,7 +72,8 @@ def test_item_6_prompt_tokens_count_nowhere(models, tmp_path):
     assert experience.metrics["kl"] == pytest.approx(kl / len(experience), abs=1e-5)
 
 
-def test_item_18_scores_are_normalised_by_what_the_reward_model_stores(models, tmp_path):
+@pytest.mark.detail(18)
+def test_scores_are_normalised_by_what_the_reward_model_stores(models, tmp_path):
     """By mean and spread in its config.json; a reward model without them, or --normalize_reward false, as it is. The network
     itself gives raw scores: nothing is normalised where it is trained.
     """
@@ -84,7 +88,8 @@ def test_item_18_scores_are_normalised_by_what_the_reward_model_stores(models, t
     torch.testing.assert_close(second.rewards.sum(1), (first.rewards.sum(1) - 0.3) / 1.7, atol=1e-5, rtol=1e-5)
 
 
-def test_item_41_optimizers_of_actor_and_critic(models, tmp_path):
+@pytest.mark.detail(41)
+def test_optimizers_of_actor_and_critic(models, tmp_path):
     """Separate rates and decays, none for biases and norms, gradients clipped, betas and epsilon as the flags say."""
     trainer = build(
         models, tmp_path, "--actor_learning_rate", "1e-5", "--critic_learning_rate", "7e-5", "--actor_weight_decay", "0.1",
@@ -103,17 +108,11 @@ def test_item_41_optimizers_of_actor_and_critic(models, tmp_path):
 
 
 def test_the_documentation_names_what_exists(repository):
-    """docs/en/ppo.md: items 1 to 50 in order, each with a test; every test and every file it names is there."""
-    text = (repository / "docs" / "en/ppo.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \|(.*)\|$", text, flags=re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 51))
-    sources: dict[str, str] = {}
-    for number, row in rows:
-        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
-        assert named, f"item {number} names no test"
-        for file, test in named:
-            sources.setdefault(file, (repository / file).read_text(encoding="utf-8"))
-            assert f"def {test}(" in sources[file], f"item {number}: {file}::{test}"
+    """The table of docs/en/ppo.md has items 1 to 50, each with the tests that carry its number, and files that are there."""
+    assert ppo_details.main(["--check"]) == 0
+    assert sorted(ppo_details.tests_by_detail()) == list(range(1, 51))
+    text = (repository / "docs/en/ppo.md").read_text(encoding="utf-8")
+    assert [int(number) for number, _ in ppo_details.ROW.findall(text)] == list(range(1, 51))
     for path in re.findall(r"`((?:training|models|inference|tests|docs)/[\w/.-]+\.(?:py|md))", text):
         assert (repository / path).exists(), path
     for file in re.findall(r"`(\w+\.py)`", text):

@@ -1,4 +1,4 @@
-"""Item 46: the moving average of the actor, in float32 from what the optimizer moves, against the formula as a plain loop."""
+"""The moving average of the actor, in float32 from what the optimizer moves, against the formula as a plain loop."""
 
 import json
 
@@ -38,8 +38,9 @@ CASES = [("fp32", stage, 0) for stage in (0, 1, 2, 3)] + [("bf16", stage, 0) for
 CASES += [("fp32", 0, 4), ("fp32", 2, 4), ("bf16", 3, 4)]
 
 
+@pytest.mark.detail(46)
 @pytest.mark.parametrize(("dtype", "stage", "lora"), CASES)
-def test_item_46_equals_the_plain_loop_over_the_weights_after_each_step(models, tmp_path, dtype, stage, lora):
+def test_equals_the_plain_loop_over_the_weights_after_each_step(models, tmp_path, dtype, stage, lora):
     trainer = averaged(
         models, tmp_path, "--dtype", dtype, "--actor_zero_stage", str(stage), "--actor_lora_dim", str(lora),
         *(["--actor_lora_learning_rate", "1e-3"] if lora else []),
@@ -96,6 +97,7 @@ def test_saved_as_a_model_of_its_own_while_the_actor_stays(models, tmp_path, lor
         torch.testing.assert_close(value, DECAY * start[name] + (1 - DECAY) * last[name], atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.detail(46)
 def test_resumed_bit_for_bit(models, tmp_path):
     whole = averaged(models, tmp_path)
     checkpoint = Checkpoint(whole.run, {}, {}, {"actor_ema": whole.engine.actor_ema})

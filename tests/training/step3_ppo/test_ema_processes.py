@@ -74,8 +74,9 @@ def test_every_element_is_kept_once_and_in_its_place(outputs, stage):
     assert all(torch.equal(actor[name], value) for name, value in tensors(folder).items())
 
 
+@pytest.mark.detail(50)
 @pytest.mark.parametrize("stage", CUT)
-def test_item_50_resumed_run_ends_with_the_same_average_and_read_the_same_text(outputs, stage):
+def test_resumed_run_ends_with_the_same_average_and_read_the_same_text(outputs, stage):
     whole, resumed = (tensors(outputs / f"{name}-{stage}") for name in ("two", "resumed"))
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
     assert logged(outputs / f"resumed-{stage}", "train/text_loss") == logged(outputs / f"two-{stage}", "train/text_loss")[1:]

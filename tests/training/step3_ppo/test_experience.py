@@ -87,8 +87,9 @@ def assert_equal(one: Experience, other: Experience) -> None:
 ROWS = [([5, PAD, 6], [7, 2]), ([8], [9, 9, 9, 2]), ([5, 5], [2])]
 
 
+@pytest.mark.detail(1)
 def test_layout():
-    """Items 1, 4, 5: prompt on the left, answer on the right, masks from lengths: a prompt token with the pad's id is real,
+    """Prompt on the left, answer on the right, masks from lengths: a prompt token with the pad's id is real,
     the end token is an action, what follows it is not."""
     experience = rollout(ROWS)
     assert experience.input_ids.tolist() == [
@@ -102,8 +103,9 @@ def test_layout():
     assert experience.prompt_width == 3 and len(experience) == 3
 
 
+@pytest.mark.detail(4)
 def test_pad_may_be_the_end_token():
-    """Item 4: with pad == eos (2) only ids under the padding differ; masks and lengths are the same."""
+    """With pad == eos (2) only ids under the padding differ; masks and lengths are the same."""
     one, other = rollout(ROWS), rollout(ROWS, pad=2)
     assert torch.equal(one.attention_mask, other.attention_mask) and torch.equal(one.action_mask, other.action_mask)
     assert texts(one) == texts(other)
@@ -122,8 +124,9 @@ def test_select_keeps_widths_and_order():
     assert_equal(experience.select(torch.tensor([0, 1, 2])), experience)
 
 
+@pytest.mark.detail(3)
 def test_trimmed_takes_padding_away_and_nothing_else():
-    """Item 3: the longest prompt and the longest answer of the rows decide the width; padding is all that goes."""
+    """The longest prompt and the longest answer of the rows decide the width; padding is all that goes."""
     experience = rollout(ROWS, spare=(4, 3))
     assert experience.input_ids.shape == (3, 14)
     assert_equal(experience.trimmed(), rollout(ROWS))
@@ -133,7 +136,7 @@ def test_trimmed_takes_padding_away_and_nothing_else():
 
 
 def test_joined_rows_have_no_padding_in_the_middle():
-    """Items 1, 3: written out by hand; values before each answer token are found where they were."""
+    """Written out by hand; values before each answer token are found where they were."""
     joined = rollout(ROWS, spare=(2, 3)).joined()
     assert joined.input_ids.tolist() == [[5, PAD, 6, 7, 2], [8, 9, 9, 9, 2], [5, 5, 2, PAD, PAD]]
     assert joined.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -146,7 +149,7 @@ def test_joined_rows_have_no_padding_in_the_middle():
 
 
 def test_a_row_without_an_answer_keeps_one_column():
-    """Item 7: nothing to train on, yet a shape that every model accepts."""
+    """Nothing to train on, yet a shape that every model accepts."""
     experience = rollout([([4], []), ([4, 5], [])], spare=(0, 2)).trimmed()
     assert experience.action_mask.tolist() == [[False], [False]]
     assert experience.attention_mask.tolist() == [[0, 1, 0], [1, 1, 0]]
@@ -173,8 +176,9 @@ def test_all_gather_alone_is_nothing():
     assert experience.all_gather() is experience
 
 
+@pytest.mark.detail(27)
 def test_all_gather_of_ragged_processes(tmp_path):
-    """Items 27, 48: every process ends with all rows in the order of ranks, though their number and widths differ."""
+    """Every process ends with all rows in the order of ranks, though their number and widths differ."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
@@ -194,16 +198,18 @@ def share(rank: int) -> Experience:
     return rollout((ROWS * 2)[rank : 2 * rank + 1], first=10 * rank, spare=(rank, 2 - rank))
 
 
+@pytest.mark.detail(48)
 @pytest.mark.parametrize(("count", "size"), [(8, 4), (10, 4), (3, 8), (1, 1)])
 def test_every_row_is_in_one_minibatch(count, size):
-    """Item 48: nothing is dropped; only the last minibatch may be short."""
+    """Nothing is dropped; only the last minibatch may be short."""
     plan = plan_minibatches(count, size, seed=1, rollout=2, epoch=0)
     assert sorted(row for rows in plan for row in rows) == list(range(count))
     assert [len(rows) for rows in plan[:-1]] == [size] * (len(plan) - 1) and 0 < len(plan[-1]) <= size
 
 
+@pytest.mark.detail(48)
 def test_minibatches_follow_from_seed_rollout_and_epoch():
-    """Item 48: the same on every process and after a resume, another order in each epoch and rollout."""
+    """The same on every process and after a resume, another order in each epoch and rollout."""
 
     def plan(seed: int, rollout: int, epoch: int) -> list[list[int]]:
         return plan_minibatches(64, 16, seed=seed, rollout=rollout, epoch=epoch)

@@ -65,8 +65,9 @@ def test_endings_are_compared_with_the_best():
     assert all(low.check(rollout, WELL | {"eos_rate": 0.1}) == [] for rollout in range(1, 40))
 
 
+@pytest.mark.detail(50)
 def test_memory_survives_a_resume():
-    """Item 50: cut in two at any rollout, the same sentences at the same rollouts; the state is JSON."""
+    """Cut in two at any rollout, the same sentences at the same rollouts; the state is JSON."""
     metrics = [WELL | {"kl": -0.1, "clip_share": 0.5, "eos_rate": 0.9 if rollout < 20 else 0.1} for rollout in range(1, 80)]
     whole = Health()
     expected = [whole.check(rollout, one) for rollout, one in enumerate(metrics, 1)]

@@ -53,16 +53,18 @@ def token_losses(estimator: str):
     return losses
 
 
+@pytest.mark.detail(13)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_the_loss_has_the_gradient_of_the_kl(estimator):
-    """Item 13: whatever the estimator's value, the expected gradient is that of KL(p || q)."""
+    """Whatever the estimator's value, the expected gradient is that of KL(p || q)."""
     torch.testing.assert_close(expected_gradient(token_losses(estimator)), exact_gradient(), rtol=1e-5, atol=1e-6)
     values = token_losses(estimator)(LOGITS.log_softmax(0), REFERENCE)
     torch.testing.assert_close(values, ESTIMATORS[estimator](LOGITS.log_softmax(0), REFERENCE))
 
 
+@pytest.mark.detail(13)
 def test_differentiating_k1_or_k3_is_wrong():
-    """Item 13: k1's gradient has mean 0; k3's is that of the other direction, KL(q || p); only k2's is right."""
+    """K1's gradient has mean 0; k3's is that of the other direction, KL(q || p); only k2's is right."""
     torch.testing.assert_close(expected_gradient(kl_k1), torch.zeros(4), rtol=0, atol=1e-6)
     torch.testing.assert_close(expected_gradient(kl_k2), exact_gradient(), rtol=1e-5, atol=1e-6)
     logits = LOGITS.clone().requires_grad_()
@@ -71,15 +73,17 @@ def test_differentiating_k1_or_k3_is_wrong():
     assert not torch.allclose(logits.grad, exact_gradient(), atol=0.05)
 
 
+@pytest.mark.detail(13)
 def test_in_the_reward_k1_is_right():
-    """Item 13: a reward of -k as a number, times grad log p: for k1 that is minus the KL's gradient, for k3 it is not."""
+    """A reward of -k as a number, times grad log p: for k1 that is minus the KL's gradient, for k3 it is not."""
     for estimator, right in ((kl_k1, True), (kl_k3, False)):
         found = expected_gradient(lambda a, b, estimate=estimator: estimate(a, b).detach() * a)
         assert torch.allclose(found, exact_gradient(), atol=1e-6) == right
 
 
+@pytest.mark.detail(12)
 def test_estimates_are_cut_where_they_explode():
-    """Item 12: k3 of a token 30 nats off is cut to 10 and counted; nothing is cut within; outside the mask nothing counts."""
+    """K3 of a token 30 nats off is cut to 10 and counted; nothing is cut within; outside the mask nothing counts."""
     d = torch.tensor([[-30.0, 0.5, -30.0], [12.0, float("nan"), 3.0]])
     mask = torch.tensor([[True, True, False], [True, False, True]])
     zero = torch.zeros_like(d)
@@ -94,8 +98,9 @@ def test_estimates_are_cut_where_they_explode():
     assert kl_estimate(d, zero, mask, "k3")[0].isfinite().all()
 
 
+@pytest.mark.detail(12)
 def test_the_cut_holds_in_reward_and_loss():
-    """Item 12: a token far off pulls at most 10 in the reward; in the loss its gradient stays, at 10 times grad log p."""
+    """A token far off pulls at most 10 in the reward; in the loss its gradient stays, at 10 times grad log p."""
     far, zero, one = torch.full((1, 1), 40.0), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
     assert shaped_rewards(torch.zeros(1), far, zero, one, 0.5, "k2", 10.0).item() == -5.0
     leaf = far.clone().requires_grad_()
@@ -104,9 +109,10 @@ def test_the_cut_holds_in_reward_and_loss():
     assert (loss.item(), leaf.grad.item(), cut.item()) == (10.0, 10.0, 1.0)
 
 
+@pytest.mark.detail(10)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_rewards_with_each_estimator_add_up(estimator):
-    """Items 10, 15: the rewards of a row sum to its score less kl_coef times its estimates."""
+    """The rewards of a row sum to its score less kl_coef times its estimates."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 4, 6, generator=generator)
     mask = torch.arange(6) < torch.tensor([6, 1, 3, 0])[:, None]
@@ -118,8 +124,9 @@ def test_rewards_with_each_estimator_add_up(estimator):
         assert rewards[row].sum().item() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.detail(8)
 def test_the_loss_ignores_the_reference_outside_the_mask_and_its_gradient():
-    """Items 8, 13: NaN outside does not leak, and nothing is learned by the reference."""
+    """NaN outside does not leak, and nothing is learned by the reference."""
     leaf, reference = (torch.randn(2, 3).requires_grad_() for _ in range(2))
     nan = torch.tensor([[0.0, 0.0, float("nan")], [0.0, float("nan"), float("nan")]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -128,9 +135,10 @@ def test_the_loss_ignores_the_reference_outside_the_mask_and_its_gradient():
     assert loss.isfinite() and (leaf.grad[mask == 0] == 0).all() and reference.grad is None
 
 
+@pytest.mark.detail(16)
 @pytest.mark.parametrize("kl", [0.0, 1.0, 5.9, 6.0, 6.3, 9.0, 1e6])
 def test_the_coefficient_moves_towards_the_target(kl):
-    """Item 16: up where the KL is above the target, down below, by at most 20 % per horizon of episodes, monotone in KL."""
+    """Up where the KL is above the target, down below, by at most 20 % per horizon of episodes, monotone in KL."""
     after = adapted_kl_coef(0.1, kl, target=6.0, episodes=64, horizon=10_000)
     error = max(-0.2, min(0.2, kl / 6.0 - 1))
     assert after == pytest.approx(0.1 * (1 + error * 64 / 10_000))
@@ -143,6 +151,7 @@ def test_the_coefficient_moves_towards_the_target(kl):
 # --- reduction --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.detail(7)
 def test_means_over_tokens_and_over_answers():
     """Item 33: "token" weighs every token alike, "sequence" every answer; an answer without a token counts in neither."""
     losses = torch.tensor([[6.0, float("nan"), 0.0], [1.0, 2.0, 3.0], [9.0, 9.0, 9.0]])
@@ -156,9 +165,10 @@ def test_means_over_tokens_and_over_answers():
         assert aggregate(losses, nothing, 0.0, reduction).item() == 0.0
 
 
+@pytest.mark.detail(33)
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 def test_either_mean_is_the_same_in_any_micro_batches(reduction):
-    """Item 33: the parts of a minibatch, each trimmed to its width, add up to the whole."""
+    """The parts of a minibatch, each trimmed to its width, add up to the whole."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([5, 2, 1, 4])
     losses, mask = torch.randn(4, 5, generator=generator), torch.arange(5) < lengths[:, None]

@@ -162,6 +162,7 @@ def test_the_engines_hold_the_trunk_once_and_leave_it_as_it_was(models, tmp_path
     assert sum(everything.values()) <= 1.01 * sum(held(engine.ref).values()) + sum(small.values())
 
 
+@pytest.mark.detail(45)
 def test_the_reference_answers_without_any_adapter(models, tmp_path):
     """Held-out answers of the reference are the same before and after the actor learned, and the actor's are not."""
     trainer = build(models, tmp_path, *SHARED, "--actor_lora_learning_rate", "3e-2", "--eval_prompts", "4")

@@ -60,13 +60,13 @@ def losses(batch: dict[str, Tensor], denominator: float, **changes: Tensor) -> t
 
 
 def test_mask_from_lengths():
-    """Items 4, 5: true on as many columns as the answer has tokens, the end token among them; no token id is asked."""
+    """True on as many columns as the answer has tokens, the end token among them; no token id is asked."""
     mask = answer_mask(torch.tensor([3, 0, 1]), 4)
     assert mask.tolist() == [[True, True, True, False], [False] * 4, [True, False, False, False]]
 
 
 def test_masked_sum_and_mean_by_hand():
-    """Items 7, 8: only what is inside counts, NaN and infinity outside do not; an empty mask gives 0."""
+    """Only what is inside counts, NaN and infinity outside do not; an empty mask gives 0."""
     x = torch.tensor([[1.0, NAN], [2.5, float("inf")]])
     inside = torch.tensor([[True, False], [True, False]])
     assert masked_sum(x, inside).item() == 3.5
@@ -75,16 +75,18 @@ def test_masked_sum_and_mean_by_hand():
     assert masked_sum(x.half(), inside).dtype == torch.float32
 
 
+@pytest.mark.detail(5)
 def test_the_end_token_gets_a_gradient():
-    """Item 5: stopping is an action; the token after it is not."""
+    """Stopping is an action; the token after it is not."""
     mask = answer_mask(torch.tensor([3]), 5)
     log_probs = torch.zeros(1, 5, requires_grad=True)
     policy_loss(log_probs, torch.zeros(1, 5), torch.ones(1, 5), mask, 3.0)[0].backward()
     assert log_probs.grad[0].tolist() == pytest.approx([-1 / 3, -1 / 3, -1 / 3, 0.0, 0.0])
 
 
+@pytest.mark.detail(8)
 def test_nothing_outside_the_mask_leaks_in():
-    """Items 3, 6, 8: NaN outside, whatever finite numbers outside, and more or fewer masked columns: the same results,
+    """NaN outside, whatever finite numbers outside, and more or fewer masked columns: the same results,
     and no gradient there."""
     batch = random_batch()
     mask, lengths = batch["mask"], batch["lengths"]
@@ -100,8 +102,9 @@ def test_nothing_outside_the_mask_leaks_in():
         assert (leaf.grad[~mask] == 0).all() and (leaf.grad[mask] != 0).any()
 
 
+@pytest.mark.detail(7)
 def test_rows_and_batches_without_a_token_count_nothing():
-    """Item 7: a row without a answer changes neither sum nor denominator; a batch of nothing is 0, with gradient 0."""
+    """A row without a answer changes neither sum nor denominator; a batch of nothing is 0, with gradient 0."""
     batch = random_batch()
     empty = torch.zeros_like(batch["mask"])
     leaf = batch["log_probs"].clone().requires_grad_()
@@ -121,8 +124,9 @@ def test_rows_and_batches_without_a_token_count_nothing():
 # --- KL ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.detail(11)
 def test_estimators_over_a_small_vocabulary():
-    """Item 11: E[k1] = E[k3] = KL(p || q) by enumeration; k2 and k3 are never negative; all are 0 where p = q."""
+    """E[k1] = E[k3] = KL(p || q) by enumeration; k2 and k3 are never negative; all are 0 where p = q."""
     p = torch.tensor([0.5, 0.2, 0.2, 0.1])
     q = torch.tensor([0.1, 0.3, 0.2, 0.4])
     kl = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
@@ -148,9 +152,10 @@ def test_half_precision_inputs_are_computed_in_float32():
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.detail(10, 15)
 @pytest.mark.parametrize("seed", range(5))
 def test_rewards_by_a_plain_loop(seed):
-    """Items 10, 14, 15: the score on the last valid token, the KL penalty on every valid one, the end token included;
+    """The score on the last valid token, the KL penalty on every valid one, the end token included;
     their sum is score - beta * sum of k1."""
     batch = random_batch(seed)
     rewards = shaped_rewards(batch["scores"], batch["old_log_probs"], batch["ref_log_probs"], batch["mask"], 0.3)
@@ -164,11 +169,12 @@ def test_rewards_by_a_plain_loop(seed):
 
 
 def test_rewards_carry_no_gradient():
-    """Item 13: a KL penalty in the reward is a number, not a loss."""
+    """A KL penalty in the reward is a number, not a loss."""
     log_probs = torch.zeros(1, 2, requires_grad=True)
     assert not shaped_rewards(torch.ones(1), log_probs, torch.zeros(1, 2), torch.ones(1, 2), 0.1).requires_grad
 
 
+@pytest.mark.detail(17)
 def test_scores_are_normalised_then_clipped():
     """Items 17, 18: (score - mean) / std, then the clip, with the share of scores that it changed."""
     scores, share = normalize_scores(torch.tensor([2.0, 12.0, 102.0, -98.0]), mean=2.0, std=10.0, clip=5.0)
@@ -178,21 +184,24 @@ def test_scores_are_normalised_then_clipped():
     assert scores.tolist() == [10.0] and share.item() == 0.0
 
 
+@pytest.mark.detail(17)
 def test_the_clip_does_not_touch_the_kl_penalty():
-    """Item 17: the KL is added after the clip."""
+    """The KL is added after the clip."""
     scores, _ = normalize_scores(torch.tensor([100.0]), mean=0.0, std=1.0, clip=5.0)
     rewards = shaped_rewards(scores, torch.full((1, 1), -1.0), torch.full((1, 1), -101.0), torch.ones(1, 1), 1.0)
     assert rewards.item() == -95.0
 
 
+@pytest.mark.detail(19)
 def test_missing_end_is_penalised_once():
-    """Item 19: by how the answer ended, not by its length."""
+    """By how the answer ended, not by its length."""
     scores = missing_end_penalty(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.75)
     assert scores.tolist() == [1.0, 0.25]
 
 
+@pytest.mark.detail(20)
 def test_tokens_after_the_stop_token_are_nothing():
-    """Item 20: what stands after the end changes neither rewards nor advantages nor losses."""
+    """What stands after the end changes neither rewards nor advantages nor losses."""
     batch = random_batch()
     mask = batch["mask"]
     noise = torch.randn(mask.shape, generator=torch.Generator().manual_seed(9)) * 100
@@ -223,9 +232,10 @@ def brute_force(rewards: list[float], values: list[float], gamma: float, lam: fl
     return [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(deltas))) for t in range(len(deltas))]
 
 
+@pytest.mark.detail(23, 25)
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
 def test_gae_by_the_double_sum(gamma, lam):
-    """Items 23, 25: ragged rows against the definition; returns are advantages plus the old values, 0 outside."""
+    """Ragged rows against the definition; returns are advantages plus the old values, 0 outside."""
     for seed in range(4):
         batch = random_batch(seed)
         advantages, returns = gae(batch["rewards"], batch["values"], batch["mask"], gamma, lam)
@@ -237,18 +247,20 @@ def test_gae_by_the_double_sum(gamma, lam):
             assert returns[row].tolist() == pytest.approx(sums + [0.0] * (7 - length), abs=1e-5)
 
 
+@pytest.mark.detail(26)
 def test_gae_at_its_limits():
-    """Item 26: lambda 1, gamma 1: the rewards to come minus the value; lambda 0: the one-step error."""
+    """Lambda 1, gamma 1: the rewards to come minus the value; lambda 0: the one-step error."""
     rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[10.0, 20.0, 30.0]])
     mask = torch.ones(1, 3)
     assert gae(rewards, values, mask, 1.0, 1.0)[0].tolist() == [[7.0 - 10.0, 6.0 - 20.0, 4.0 - 30.0]]
     assert gae(rewards, values, mask, 1.0, 0.0)[0].tolist() == [[1.0 + 20.0 - 10.0, 2.0 + 30.0 - 20.0, 4.0 - 30.0]]
 
 
+@pytest.mark.detail(24)
 @given(st.integers(0, 2**31), st.lists(st.booleans(), min_size=1, max_size=9))
 @settings(max_examples=60, deadline=None)
 def test_masked_columns_may_be_deleted(seed, holes):
-    """Item 24: also inside a answer (the output of a tool) a masked column changes no advantage."""
+    """Also inside a answer (the output of a tool) a masked column changes no advantage."""
     random = torch.Generator().manual_seed(seed)
     keep = torch.tensor(holes)
     rewards, values = torch.randn(2, 1, len(holes), generator=random)
@@ -259,8 +271,9 @@ def test_masked_columns_may_be_deleted(seed, holes):
         torch.testing.assert_close((advantages[:, keep], returns[:, keep]), short)
 
 
+@pytest.mark.detail(27)
 def test_whitening_by_hand():
-    """Item 27: mean 0 and population variance 1 over all valid tokens together, not per row; 0 outside."""
+    """Mean 0 and population variance 1 over all valid tokens together, not per row; 0 outside."""
     x = torch.tensor([[1.0, 3.0, NAN], [5.0, NAN, NAN]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     unit = math.sqrt(8 / 3)  # ((1-3)^2 + (3-3)^2 + (5-3)^2) / 3
@@ -268,14 +281,16 @@ def test_whitening_by_hand():
     assert found.flatten().tolist() == pytest.approx([-2 / unit, 0.0, 0.0, 2 / unit, 0.0, 0.0], abs=1e-6)
 
 
+@pytest.mark.detail(27)
 def test_whitening_of_too_little():
-    """Item 27: one token has no spread, nothing is divided; equal tokens whiten to 0, not to NaN."""
+    """One token has no spread, nothing is divided; equal tokens whiten to 0, not to NaN."""
     assert whiten(torch.tensor([[3.0, NAN]]), torch.tensor([[1, 0]])).tolist() == [[3.0, 0.0]]
     assert whiten(torch.full((2, 2), 3.0), torch.ones(2, 2)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
+@pytest.mark.detail(27)
 def test_whitening_of_the_whole_is_not_that_of_its_parts():
-    """Item 27: a rollout is whitened once as a whole, in whatever order its rows come."""
+    """A rollout is whitened once as a whole, in whatever order its rows come."""
     batch = random_batch(rows=6)
     x, mask = batch["advantages"], batch["mask"]
     whole = whiten(x, mask)
@@ -296,8 +311,9 @@ def test_explained_variance():
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.detail(29, 30)
 def test_policy_loss_by_a_plain_loop():
-    """Items 29, 30: max(-A rho, -A clip(rho)) over valid tokens, with separate bounds."""
+    """Max(-A rho, -A clip(rho)) over valid tokens, with separate bounds."""
     batch = random_batch(3)
     total = 0.0
     for row, t in valid(batch["lengths"]):
@@ -316,11 +332,12 @@ def test_policy_loss_by_a_plain_loop():
     assert loss.item() == pytest.approx(total / 50.0, rel=1e-5)
 
 
+@pytest.mark.detail(30, 31)
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 2.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.27, 1.29, 2.0, 3.5])
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_where_the_gradient_is_zero(advantage, ratio, dual_clip):
-    """Items 30, 31: gone iff the token has moved beyond the bound in the direction its advantage asks for (with a dual
+    """Gone iff the token has moved beyond the bound in the direction its advantage asks for (with a dual
     clip also for A < 0 and rho > c), else -A rho; the clip share counts exactly these tokens."""
     log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     tensors = (torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1))
@@ -333,8 +350,9 @@ def test_where_the_gradient_is_zero(advantage, ratio, dual_clip):
     assert loss.item() <= (math.inf if dual_clip is None or advantage >= 0 else -dual_clip * advantage + 1e-6)
 
 
+@pytest.mark.detail(29)
 def test_a_far_ratio_stays_finite():
-    """Item 29: the log-ratio is clamped to +-20 before exp, which would overflow at 89."""
+    """The log-ratio is clamped to +-20 before exp, which would overflow at 89."""
     log_probs = torch.tensor([[200.0, -200.0]], requires_grad=True)
     loss, metrics = policy_loss(log_probs, torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2), 1.0)
     loss.backward()
@@ -342,8 +360,9 @@ def test_a_far_ratio_stays_finite():
     assert log_probs.grad.isfinite().all() and all(math.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.detail(34)
 def test_the_first_pass_over_fresh_experience():
-    """Item 34: the same log-probabilities give ratio 1 exactly, nothing clipped, no KL, and the policy gradient -A / n."""
+    """The same log-probabilities give ratio 1 exactly, nothing clipped, no KL, and the policy gradient -A / n."""
     batch = random_batch()
     count = float(batch["lengths"].sum())
     leaf = batch["old_log_probs"].clone().requires_grad_()
@@ -355,8 +374,9 @@ def test_the_first_pass_over_fresh_experience():
     torch.testing.assert_close(leaf.grad, expected)
 
 
+@pytest.mark.detail(39)
 def test_figures_of_the_update_by_a_plain_loop():
-    """Item 39: ratio and approximate KL (k2, k3) are summed over valid tokens only."""
+    """Ratio and approximate KL (k2, k3) are summed over valid tokens only."""
     batch = random_batch(2)
     steps = [float(batch["log_probs"][i] - batch["old_log_probs"][i]) for i in valid(batch["lengths"])]
     _, metrics = policy_loss(batch["log_probs"], batch["old_log_probs"], batch["advantages"], batch["mask"], 1.0)
@@ -366,8 +386,9 @@ def test_figures_of_the_update_by_a_plain_loop():
     assert metrics["ratio_deviation"] == pytest.approx(max(abs(math.exp(s) - 1) for s in steps), rel=1e-5)
 
 
+@pytest.mark.detail(39)
 def test_k3_of_the_update_estimates_the_divergence_from_the_old_policy():
-    """Item 39: for tokens drawn from the old policy, the mean of k3 is KL(old || new), by enumeration."""
+    """For tokens drawn from the old policy, the mean of k3 is KL(old || new), by enumeration."""
     old, new = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     kl = float((old * (old / new).log()).sum())
     mean = 0.0
@@ -377,8 +398,9 @@ def test_k3_of_the_update_estimates_the_divergence_from_the_old_policy():
     assert mean == pytest.approx(kl, rel=1e-5)
 
 
+@pytest.mark.detail(32)
 def test_value_loss_by_a_plain_loop():
-    """Item 32: half the larger of the plain and the clipped square, the half once."""
+    """Half the larger of the plain and the clipped square, the half once."""
     batch = random_batch(4)
     total = plain = 0.0
     for i in valid(batch["lengths"]):
@@ -391,21 +413,23 @@ def test_value_loss_by_a_plain_loop():
     assert value_loss(*tensors, clip=0.0).item() == pytest.approx(plain / 10.0, rel=1e-5)
 
 
+@pytest.mark.detail(32)
 @pytest.mark.parametrize(
     ("value", "target", "moves"),
     [(1.5, 3.0, False), (1.5, 0.0, True), (1.1, 3.0, True), (0.5, -1.0, False), (0.5, 2.0, True)],
 )
 def test_where_the_critic_stops(value, target, moves):
-    """Item 32: no gradient where the value has moved from V_old = 1 by more than the clip towards the target already."""
+    """No gradient where the value has moved from V_old = 1 by more than the clip towards the target already."""
     values = torch.tensor([[value]], requires_grad=True)
     value_loss(values, torch.ones(1, 1), torch.tensor([[target]]), torch.ones(1, 1), 1.0, clip=0.2).backward()
     assert values.grad.item() == pytest.approx(value - target if moves else 0.0)
 
 
+@pytest.mark.detail(33)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
 def test_any_split_gives_the_same_gradient(cuts, seed):
-    """Item 33: micro-batches of any sizes, each trimmed to its own width, add up to the loss and the gradient of the whole
+    """Micro-batches of any sizes, each trimmed to its own width, add up to the loss and the gradient of the whole
     minibatch, because all divide by the token count of the whole."""
     rows = sum(cuts) + 1
     batch = random_batch(seed, rows=rows)
@@ -428,15 +452,16 @@ def test_any_split_gives_the_same_gradient(cuts, seed):
 
 
 def test_short_answers_do_not_weigh_more():
-    """Item 33: every token counts the same. A mean of the means of the two rows would be (1 + 0) / 2."""
+    """Every token counts the same. A mean of the means of the two rows would be (1 + 0) / 2."""
     mask = answer_mask(torch.tensor([1, 4]), 4)
     advantages = torch.tensor([[-1.0, 0, 0, 0], [0, 0, 0, 0]])
     loss, _ = policy_loss(torch.zeros(2, 4), torch.zeros(2, 4), advantages, mask, 5)
     assert loss.item() == pytest.approx(1 / 5)
 
 
+@pytest.mark.detail(38)
 def test_entropy_is_masked_and_shares_the_denominator():
-    """Item 38: logsumexp - sum p x equals - sum p log p; the bonus sums over valid tokens, split or whole."""
+    """Logsumexp - sum p x equals - sum p log p; the bonus sums over valid tokens, split or whole."""
     hidden, weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.eye(4)
     _, entropy = chunk_log_probs(hidden, torch.zeros(6, dtype=torch.long), weight, None, with_entropy=True)
     probs = hidden.softmax(-1)

@@ -102,7 +102,8 @@ def weights(engine) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
 
 
-def test_item_34_45_first_ratio_is_1_and_the_actor_starts_as_its_reference(folders, tmp_path):
+@pytest.mark.detail(34, 45)
+def test_first_ratio_is_1_and_the_actor_starts_as_its_reference(folders, tmp_path):
     trainer = build(folders, tmp_path)
     experience = trainer.generate_experience(prompts(trainer), 1)
     assert torch.equal(experience.old_log_probs, experience.ref_log_probs)
@@ -130,7 +131,8 @@ def test_learning_rate_0_changes_nothing(folders, tmp_path):
     )
 
 
-def test_items_1_21_25_values_come_before_their_token_and_the_score_from_the_last_real_one(folders, tmp_path):
+@pytest.mark.detail(1, 21, 25)
+def test_values_come_before_their_token_and_the_score_from_the_last_real_one(folders, tmp_path):
     """Against each row alone, without padding, through transformers' own forward passes."""
     trainer = build(folders, tmp_path)
     experience = scored(trainer)
@@ -171,8 +173,9 @@ def _raw_advantages(experience: Experience) -> torch.Tensor:
     return found
 
 
+@pytest.mark.detail(3)
 @pytest.mark.parametrize("padding", [{"extra_left": 5}, {"extra_right": 4}, {"extra_left": 3, "extra_right": 2}])
-def test_item_3_padding_changes_nothing(folders, tmp_path, padding):
+def test_padding_changes_nothing(folders, tmp_path, padding):
     plain, padded = (build(folders, tmp_path / name) for name in ("a", "b"))
     first, second = scored(plain), scored(padded, **padding)
     width = first.action_mask.shape[1]
@@ -185,7 +188,8 @@ def test_item_3_padding_changes_nothing(folders, tmp_path, padding):
         torch.testing.assert_close(weights(padded.engine.actor)[name], value, atol=1e-5, rtol=1e-4)
 
 
-def test_items_4_5_pad_equal_to_the_end_token_changes_nothing_and_the_end_is_an_action(folders, tmp_path):
+@pytest.mark.detail(4, 5)
+def test_pad_equal_to_the_end_token_changes_nothing_and_the_end_is_an_action(folders, tmp_path):
     apart, same = build(folders, tmp_path / "a"), build(folders, tmp_path / "b", pad_is_end=True)
     assert same.engine.tokenizer.pad_token_id in same.engine.template.stop_token_ids
     assert apart.engine.tokenizer.pad_token_id not in apart.engine.template.stop_token_ids
@@ -205,7 +209,8 @@ def test_items_4_5_pad_equal_to_the_end_token_changes_nothing_and_the_end_is_an_
             assert not torch.equal(value[end], start[end])
 
 
-def test_item_5_a_better_than_average_end_becomes_likelier(folders, tmp_path):
+@pytest.mark.detail(5)
+def test_a_better_than_average_end_becomes_likelier(folders, tmp_path):
     trainer = build(folders, tmp_path)
     experience = scored(trainer)
     experience.advantages = torch.zeros_like(experience.advantages)
@@ -216,7 +221,8 @@ def test_item_5_a_better_than_average_end_becomes_likelier(folders, tmp_path):
     assert float(after.old_log_probs[1, 2]) > float(scored(build(folders, tmp_path / "new")).old_log_probs[1, 2])
 
 
-def test_item_36_temperature_divides_old_new_and_reference_alike(folders, tmp_path):
+@pytest.mark.detail(36)
+def test_temperature_divides_old_new_and_reference_alike(folders, tmp_path):
     trainer = build(folders, tmp_path, "--temperature", "0.6")
     experience = trainer.generate_experience(prompts(trainer), 1)
     assert experience.sampler_gap < 1e-5
@@ -230,7 +236,8 @@ def test_item_36_temperature_divides_old_new_and_reference_alike(folders, tmp_pa
     assert trainer.train_rlhf(experience)["first_ratio_deviation"] < 1e-5
 
 
-def test_item_35_no_dropout_anywhere_by_default(folders, tmp_path):
+@pytest.mark.detail(35)
+def test_no_dropout_anywhere_by_default(folders, tmp_path):
     engine = build(folders, tmp_path).engine
     for model in (engine.actor, engine.critic, engine.ref, engine.reward):
         module = getattr(model, "module", model)
@@ -238,7 +245,8 @@ def test_item_35_no_dropout_anywhere_by_default(folders, tmp_path):
         assert getattr(module.model.config, "attention_dropout", 0.0) == 0.0
 
 
-def test_item_43_the_critic_starts_from_the_reward_model_with_its_head(folders, tmp_path):
+@pytest.mark.detail(43)
+def test_the_critic_starts_from_the_reward_model_with_its_head(folders, tmp_path):
     engine = build(folders, tmp_path).engine
     ids = torch.randint(5, 300, (3, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -248,7 +256,8 @@ def test_item_43_the_critic_starts_from_the_reward_model_with_its_head(folders, 
     assert float(values.std()) > 1e-3
 
 
-def test_item_47_answers_are_sampled_whatever_the_checkpoint_says(folders, tmp_path):
+@pytest.mark.detail(47)
+def test_answers_are_sampled_whatever_the_checkpoint_says(folders, tmp_path):
     trainer = build(folders, tmp_path)
     batch = prompts(trainer)
     same = replace(
@@ -305,7 +314,8 @@ def test_a_critic_may_start_from_a_language_model(folders, tmp_path):
     assert trainer.engine.critic is not None and trainer.engine.reward is None
 
 
-def test_item_14_kl_penalty_uses_the_policy_that_sampled(folders, tmp_path):
+@pytest.mark.detail(14)
+def test_kl_penalty_uses_the_policy_that_sampled(folders, tmp_path):
     trainer = build(folders, tmp_path, "--kl_coef", "0.5")
     trainer.train_rlhf(trainer.generate_experience(prompts(trainer), 1), 1)
     experience = trainer.generate_experience(prompts(trainer), 2)

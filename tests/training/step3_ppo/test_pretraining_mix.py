@@ -1,4 +1,4 @@
-"""Item 40: the language-model loss of plain text in the same optimizer step as PPO's, not in a second one."""
+"""The language-model loss of plain text in the same optimizer step as PPO's, not in a second one."""
 
 import json
 from types import SimpleNamespace
@@ -53,8 +53,9 @@ def gradients(trainer, experience, monkeypatch) -> tuple[list[dict], dict]:
     return found, trainer.train_rlhf(experience, 1)
 
 
+@pytest.mark.detail(40)
 @pytest.mark.parametrize("size", ["4", "1"])
-def test_item_40_gradient_is_that_of_ppo_plus_coef_times_that_of_the_text_in_one_step(models, tmp_path, text, monkeypatch, size):
+def test_gradient_is_that_of_ppo_plus_coef_times_that_of_the_text_in_one_step(models, tmp_path, text, monkeypatch, size):
     cut = ("--per_device_training_batch_size", size, "--gradient_accumulation_steps", str(4 // int(size)), "--temperature", "0.7")
     plain = build(models, tmp_path / "plain", *cut)
     trainer = mixed(models, tmp_path / "mixed", text, *cut)

@@ -89,7 +89,8 @@ def test_sources_see_the_texts_and_the_sum_is_as_by_hand(folders, tmp_path):
         assert experience.metrics[name] == pytest.approx(float(experience.source_scores[:, place].mean()))
 
 
-def test_items_17_18_one_source_more_leaves_the_reward_models_own_scores_alone(folders, tmp_path):
+@pytest.mark.detail(17, 18)
+def test_one_source_more_leaves_the_reward_models_own_scores_alone(folders, tmp_path):
     alone = trainer(folders, tmp_path / "a")
     beside = trainer(folders, tmp_path / "b", *by_function(folders, "length", model=True), "--reward_weights", "1,0")
     first, second = (found.generate_experience(prompts(found, TEXTS), 1) for found in (alone, beside))

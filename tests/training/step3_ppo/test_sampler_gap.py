@@ -49,8 +49,9 @@ def forwards(trainer) -> list[bool]:
     return found
 
 
+@pytest.mark.detail(34)
 def test_later_rollouts_take_the_sampler_s_log_probs_and_a_resumed_run_does_as_well(models, tmp_path):
-    """Item 34: against a run that computes them again."""
+    """Against a run that computes them again."""
     trainer, plain = build(models, tmp_path), build(models, tmp_path / "plain", "--old_log_probs", "forward")
     calls, plain_calls = forwards(trainer), forwards(plain)
     for number in (1, 2, 3):

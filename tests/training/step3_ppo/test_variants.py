@@ -61,8 +61,9 @@ def hand_written(trainer) -> Experience:
 # --- methods without a critic -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.detail(28)
 @pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce++"])
-def test_item_28_without_a_critic(models, tmp_path, method):
+def test_without_a_critic(models, tmp_path, method):
     trainer = build(models, tmp_path, "--advantage", method, *GROUPS, "--kl_coef", "0.1")
     engine = trainer.engine
     assert engine.critic is None and list(engine.trained) == ["actor"] and engine.reward is not None
@@ -88,7 +89,8 @@ def test_item_28_without_a_critic(models, tmp_path, method):
     assert metrics["first_ratio_deviation"] < 1e-5
 
 
-def test_item_28_answers_to_one_prompt_differ_and_begin_with_the_answer_of_a_rollout_of_one(models, tmp_path):
+@pytest.mark.detail(28)
+def test_answers_to_one_prompt_differ_and_begin_with_the_answer_of_a_rollout_of_one(models, tmp_path):
     one = rollout(build(models, tmp_path / "one"), 1)
     three = rollout(build(models, tmp_path / "three", *GROUPS), 1)
     rows = [three.input_ids[row][three.attention_mask[row].bool()].tolist() for row in range(12)]
@@ -101,7 +103,8 @@ def test_item_28_answers_to_one_prompt_differ_and_begin_with_the_answer_of_a_rol
 # --- KL, entropy, rewards ---------------------------------------------------------------------------------------------
 
 
-def test_item_13_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_path):
+@pytest.mark.detail(13)
+def test_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_path):
     trainer = build(models, tmp_path, "--kl_in", "loss", "--kl_estimator", "k3", "--kl_coef", "1.0", "--ppo_epochs", "8",
                     "--lr_scheduler_type", "constant")  # fmt: skip
     trainer.train_rlhf(rollout(trainer, 1), 1)  # away from the reference
@@ -123,14 +126,16 @@ def test_item_13_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_
     assert divergence(after) < before / 2
 
 
-def test_item_12_what_the_clip_cuts_is_logged(models, tmp_path):
+@pytest.mark.detail(12)
+def test_what_the_clip_cuts_is_logged(models, tmp_path):
     trainer = build(models, tmp_path, "--kl_estimator", "k2", "--kl_clip", "1e-6", "--ppo_epochs", "2")
     assert rollout(trainer, 1).metrics["kl_clipped_share"] == 0.0
     trainer.train_rlhf(rollout(trainer, 1), 1)
     assert rollout(trainer, 2).metrics["kl_clipped_share"] > 0.5
 
 
-def test_item_38_the_bonus_raises_the_entropy(models, tmp_path):
+@pytest.mark.detail(38)
+def test_the_bonus_raises_the_entropy(models, tmp_path):
     flags = ("--entropy_coef", "0.5", "--ppo_epochs", "6", "--kl_coef", "0")
     trainer = build(models, tmp_path, *flags)
     experience = rollout(trainer, 1)
@@ -150,7 +155,8 @@ def test_item_38_the_bonus_raises_the_entropy(models, tmp_path):
     assert before - 0.01 < metrics["entropy"] < entropy() + 0.01
 
 
-def test_items_17_19_22_penalties_and_whitening_of_rewards(models, tmp_path):
+@pytest.mark.detail(17, 19, 22)
+def test_penalties_and_whitening_of_rewards(models, tmp_path):
     flags = ("--kl_coef", "0", "--normalize_reward", "false", "--missing_eos_penalty", "0.5")
     plain = build(models, tmp_path / "plain", *flags)
     long = build(models, tmp_path / "long", *flags, "--overlong_penalty", "2", "--overlong_tokens", "6")
@@ -171,7 +177,8 @@ def test_items_17_19_22_penalties_and_whitening_of_rewards(models, tmp_path):
     assert whitened.metrics["reward"] == experiences[0].metrics["reward"], "the log shows rewards as they are"
 
 
-def test_item_49_the_sampler_s_weights_reach_the_advantages(models, tmp_path):
+@pytest.mark.detail(49)
+def test_the_sampler_s_weights_reach_the_advantages(models, tmp_path):
     trainer = build(models, tmp_path)
     experience = hand_written(trainer)  # whose sampler claims a probability of 1 for every token
     assign_advantages(experience, trainer.engine, trainer.args)
@@ -184,7 +191,8 @@ def test_item_49_the_sampler_s_weights_reach_the_advantages(models, tmp_path):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def test_item_41_only_the_critic_learns_during_its_warm_up(models, tmp_path):
+@pytest.mark.detail(41)
+def test_only_the_critic_learns_during_its_warm_up(models, tmp_path):
     trainer = build(models, tmp_path, "--old_log_probs", "forward", "--critic_warmup_rollouts", "2", "--kl_target", "1")
     actor, critic = weights(trainer.engine.actor), weights(trainer.engine.critic)
     for number in (1, 2):
@@ -197,6 +205,7 @@ def test_item_41_only_the_critic_learns_during_its_warm_up(models, tmp_path):
     assert not equal(actor, trainer.engine.actor)
 
 
+@pytest.mark.detail(39)
 def test_epochs_end_where_the_policy_has_moved_far_enough(models, tmp_path):
     flags = ("--ppo_epochs", "5", "--per_device_training_batch_size", "2", "--actor_learning_rate", "3e-3")
     free = build(models, tmp_path / "free", *flags)
@@ -207,7 +216,8 @@ def test_epochs_end_where_the_policy_has_moved_far_enough(models, tmp_path):
     assert found["approx_kl"] * found["optimizer_steps"] > 1e-3
 
 
-def test_items_16_50_the_coefficient_moves_after_its_use_and_is_state(models, tmp_path):
+@pytest.mark.detail(16, 50)
+def test_the_coefficient_moves_after_its_use_and_is_state(models, tmp_path):
     trainer = build(models, tmp_path, "--kl_target", "0.5", "--kl_horizon", "40", "--kl_coef", "0.2")
     experience = rollout(trainer, 1)
     assert experience.metrics["kl"] == 0.0 and experience.metrics["kl_coef"] == 0.2
@@ -219,8 +229,9 @@ def test_items_16_50_the_coefficient_moves_after_its_use_and_is_state(models, tm
     assert other.kl_coef == trainer.kl_coef and other.state_dict() == trainer.state_dict()
 
 
+@pytest.mark.detail(33)
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
-def test_item_33_micro_batches_do_not_change_the_step(models, tmp_path, reduction):
+def test_micro_batches_do_not_change_the_step(models, tmp_path, reduction):
     """Two pieces of two answers, or four of one, or one of four: the same weights after the step."""
     found = []
     for size, pieces in ((4, 1), (2, 2), (1, 4)):
@@ -270,13 +281,15 @@ def test_flags_that_contradict_each_other(flags, words):
         parsed(*flags)
 
 
-def test_item_30_bounds_follow_cliprange_unless_given():
+@pytest.mark.detail(30)
+def test_bounds_follow_cliprange_unless_given():
     assert (parsed().cliprange_low, parsed("--cliprange", "0.3").cliprange_high) == (0.2, 0.3)
     higher = parsed("--cliprange_high", "0.28")
     assert (higher.cliprange_low, higher.cliprange_high) == (0.2, 0.28)
 
 
-def test_item_12_k2_and_k3_are_cut_unless_told_otherwise():
+@pytest.mark.detail(12)
+def test_k2_and_k3_are_cut_unless_told_otherwise():
     assert parsed().kl_clip == 0.0 and parsed("--kl_estimator", "k3").kl_clip == 10.0
     assert parsed("--kl_estimator", "k3", "--kl_clip", "0").kl_clip == 0.0
 
@@ -315,9 +328,10 @@ def runs(models, tmp_path_factory):
     return folder
 
 
+@pytest.mark.detail(28, 48)
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["grpo", "reinforce++"])
-def test_items_28_48_groups_are_the_same_on_two_processes(runs, method):
+def test_groups_are_the_same_on_two_processes(runs, method):
     for name in ("train/score", "train/actor_loss", "train/kl", "train/advantage"):
         one, two = (logged(runs / f"{method}-{processes}", name) for processes in (1, 2))
         assert len(one) == 3 and two == pytest.approx(one, abs=1e-4), name
@@ -334,8 +348,9 @@ def test_warm_up_early_stop_and_coefficient_are_the_same_on_two_processes(runs):
     assert logged(runs / "whole", "train/kl_coef")[2] != logged(runs / "whole", "train/kl_coef")[1]
 
 
+@pytest.mark.detail(16, 50)
 @pytest.mark.distributed
-def test_items_16_50_a_resumed_run_has_the_coefficient_of_the_whole_one(runs):
+def test_a_resumed_run_has_the_coefficient_of_the_whole_one(runs):
     for name in ("train/score", "train/kl_coef", "train/actor_loss", "train/critic_loss", "eval/score"):
         resumed, whole = logged(runs / "resumed", name), logged(runs / "whole", name)
         assert resumed and resumed == whole[-len(resumed) :], name

@@ -78,6 +78,7 @@ def test_equal_scores_cost_ln_2():
     assert bradley_terry_loss(zeros, zeros, torch.ones(4), 4).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.detail(44)
 @pytest.mark.ppo
 def test_bradley_terry_is_finite_for_any_difference():
     """-log(sigmoid(x)) would be infinite below about -103 in float32."""
@@ -103,6 +104,7 @@ def test_sixteen_bit_scores_are_raised_to_float32():
     assert loss.item() == pytest.approx((math.log1p(math.exp(-4)) + math.log1p(math.exp(-1))) / 2, abs=1e-6)
 
 
+@pytest.mark.detail(44)
 @pytest.mark.ppo
 def test_ties_count_one_half():
     chosen, rejected = torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([1.0, 1.0, 4.0, -1.0])

@@ -84,6 +84,7 @@ def test_bucketing_removes_most_of_the_padding():
 # --- micro-batches ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.detail(48)
 @patient
 @given(LENGTHS, st.integers(1, 9), st.none() | st.integers(1, 12), st.none() | st.integers(60, 300))
 @pytest.mark.ppo

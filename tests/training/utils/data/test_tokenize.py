@@ -136,6 +136,7 @@ DROPPED = {
 }
 
 
+@pytest.mark.detail(44)
 @pytest.mark.fast
 @pytest.mark.ppo
 @pytest.mark.parametrize("name", DROPPED)
