@@ -1,9 +1,14 @@
 """Start the steps as a user does: real DeepSpeed, real processes, on the CPU."""
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from training.utils.run.environment import free_port
@@ -23,19 +28,51 @@ def environment(**more: str) -> dict[str, str]:
     return inherited | names | more
 
 
-def command(module: str, flags: list[str], processes: int = 1) -> list[str]:
-    """``python -m module …`` for one process, ``deepspeed --num_gpus N --module …`` for more."""
-    if processes == 1:
-        return [sys.executable, "-m", module, *flags]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)]
-    return [*launcher, "--master_port", str(free_port()), "--module", module, *flags]
+PRELOADED = (
+    "torch", "deepspeed", "transformers", "datasets", "peft", "training.step1_sft.main", "training.step2_reward.main",
+    "training.step2_dpo.main", "training.step3_ppo.main",
+)  # fmt: skip
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(list(PRELOADED))
+
+
+def _run(module: str, flags: list[str], names: dict[str, str], output: Path) -> None:
+    """Do in a forked process what ``python -m module`` does in a new one."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    os.environ.clear()
+    os.environ.update(names)
+    os.chdir(REPOSITORY)
+    sys.argv = [module, *flags]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def start(module: str, flags: list[str], processes: int = 1, **env: str) -> subprocess.CompletedProcess:
-    """Run a step to its end, whatever the end."""
-    return subprocess.run(
-        command(module, flags, processes), cwd=REPOSITORY, env=environment(**env), capture_output=True, text=True, timeout=500
-    )
+    """Run a step to its end, whatever the end.
+
+    The processes are forked from one that has the packages imported (``PRELOADED``), with the environment that the
+    deepspeed launcher gives. Tests of the launchers themselves start new interpreters.
+    """
+    group = {"WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(processes):
+            names = environment(**env) | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+            words = [f"--local_rank={rank}", *flags] if processes > 1 else flags
+            ranks.append(FORKS.Process(target=_run, args=(module, words, names, Path(folder) / str(rank))))
+            ranks[-1].start()
+        running, deadline = list(ranks), time.monotonic() + 1200
+        while running:
+            multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=deadline - time.monotonic())
+            ended = [rank for rank in running if not rank.is_alive()]
+            running = [rank for rank in running if rank.is_alive()]
+            if not ended or any(rank.exitcode for rank in ended):  # out of time, or one failed: the others would wait for ever
+                for rank in running:
+                    rank.terminate()
+        output = {name: "".join(Path(folder, f"{rank}.{name}").read_text() for rank in range(processes)) for name in ("stdout", "stderr")}
+    code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    return subprocess.CompletedProcess([module, *flags], code, **output)
 
 
 def succeed(module: str, flags: list[str], processes: int = 1, **env: str) -> str:
