@@ -54,7 +54,8 @@ def start(module: str, flags: list[str], processes: int = 1, **env: str) -> subp
     The processes are forked from one that has the packages imported (``PRELOADED``), with the environment that the
     deepspeed launcher gives. Tests of the launchers themselves start new interpreters.
     """
-    group = {"WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group = {"WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(processes):
@@ -70,9 +71,11 @@ def start(module: str, flags: list[str], processes: int = 1, **env: str) -> subp
             if not ended or any(rank.exitcode for rank in ended):  # out of time, or one failed: the others would wait for ever
                 for rank in running:
                     rank.terminate()
-        output = {name: "".join(Path(folder, f"{rank}.{name}").read_text() for rank in range(processes)) for name in ("stdout", "stderr")}
+        out, error = (
+            "".join(Path(folder, f"{rank}.{name}").read_text() for rank in range(processes)) for name in ("stdout", "stderr")
+        )
     code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
-    return subprocess.CompletedProcess([module, *flags], code, **output)
+    return subprocess.CompletedProcess([module, *flags], code, out, error)
 
 
 def succeed(module: str, flags: list[str], processes: int = 1, **env: str) -> str:

@@ -1,4 +1,4 @@
-"""The three steps with ChatGLM on Chinese text, from checkpoints in the published layout with the real tokenizers: full
+"""The three steps with ChatGLM on Chinese text, from checkpoints in the published layout: full
 weights, LoRA and P-Tuning, on one process and on two under ZeRO 0-3.
 """
 
@@ -28,7 +28,7 @@ def flags(step: str, places: dict, family: str, output: Path, processes: int = 1
         batch = ["--per_device_generation_batch_size", str(4 // processes), "--eval_prompts", "4"]
         batch += ["--per_device_training_batch_size", str(2 // processes), "--max_prompt_seq_len", "64"]
         batch += ["--max_answer_seq_len", "8", "--max_steps", "2", "--actor_learning_rate", "1e-3", "--num_warmup_steps", "0"]
-        # Adam makes rounding as large as any gradient, and among 65,024 nearly equal tokens that changes what is drawn.
+        # Adam makes rounding as large as any gradient, and among hundreds of nearly equal tokens that changes what is drawn.
         batch += ["--adam_epsilon", "1e-2"]
         roles = ("actor_", "critic_")
     else:
