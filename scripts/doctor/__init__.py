@@ -1,1 +1,1 @@
-"""What the doctor looks at: one file a subject, each check a function; __main__.py puts them together."""
+"""What the doctor looks at: each check judges facts and returns findings; __main__.py puts them together."""

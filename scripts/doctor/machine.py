@@ -1,251 +1,220 @@
-"""What the run will need of this machine: memory, disk, shared memory, limits, and processes that can talk to each other."""
+"""This machine and the run: platform, dtypes, operators, memory, disk, and processes that can talk to each other."""
 
 from __future__ import annotations
 
-import json
-import os
-import resource
+import math
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Output, Situation, answer_of, probe, probe_environment
+import psutil
+
+from errors import UserError
+from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, probe
+from training.utils.memory.arithmetic import GIB, Machine
 from training.utils.memory.container import container_limit
 from training.utils.run.environment import free_port
 
-GIB = 2**30
+if TYPE_CHECKING:  # it imports torch, which may be broken here
+    from training.utils.memory.fit import SectionPlan
+
+Plans = Mapping[str, "SectionPlan | UserError"]  # by section
 SHM_LITTLE = 1 * GIB  # Docker gives 64 MB; 8 data workers and NCCL's rings want more
-OPEN_FILES = 4096
-SUM_OF_TWO = 3 * 255 * 256 / 2  # what scripts/doctor/probe.py adds up
+BUSY = 0.1  # of a card's memory, taken by others
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def host_memory() -> float | None:
-    """Bytes of memory of this machine; None where nobody can tell."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError):
-        return None
-
-
-def machine_fields(situation: Situation) -> dict[str, Any] | None:
-    """The machine that the memory plan is made for: what is here where it is the recipe's kind, else what the platform says."""
-    platform, options, facts = situation.platform, situation.options, situation.facts
-    if platform is None or options is None:
-        return None
-    per_node = options.processes or (min(options.hosts.values()) if options.hosts else platform.devices)
-    card, host = platform.device_memory_gib * GIB, platform.host_memory_gib * GIB
-    if facts.get("torch_device") == platform.accelerator:
-        sizes = [one["total"] for one in facts.get("cards", []) if one.get("total")]
-        card = min(sizes) if sizes else card
-        host = min(filter(None, (host_memory(), container_limit())), default=host)
-    return {
-        "devices": per_node * options.nodes, "per_node": per_node, "device_memory": card if platform.accelerator != "cpu" else 0.0,
-        "host_memory": host, "accelerator": platform.accelerator != "cpu", "platform": platform.name,
-    }  # fmt: skip
-
-
-def plan_recipe(situation: Situation) -> tuple[dict[str, dict], str]:
-    """What each section of the recipe takes, by the memory plan in a child; and why there is none."""
-    fields = machine_fields(situation)
-    if situation.recipe_path is None or fields is None:
-        return {}, "no recipe is given (--recipe)"
-    answer, why = probe(
-        ["memory", situation.recipe_path, json.dumps(fields)], situation.seconds * 10, situation.environ
-    )
-    return (answer or {}), why
-
-
-def check_memory(situation: Situation, plans: dict[str, dict], why_none: str) -> list[Check]:
-    """Does each section of the recipe fit."""
-    if not plans:
-        state = FAIL if situation.recipe_path and why_none else SKIP
-        todo = "python -m scripts.plan says more" if state == FAIL else ""
-        return [Check("memory", "recipe", state, why_none or "the recipe has no step", todo)]
-    fields = machine_fields(situation) or {}
-    checks = []
-    for section, plan in plans.items():
-        if "error" in plan:
-            todo = (
-                "make or download the model first, or correct the recipe"
-                if "known" in plan["error"]
-                else "correct the recipe"
-            )
-            checks.append(Check("memory", section, WARN, f"cannot be computed: {plan['error']}", todo))
-            continue
-        card = (
-            f"{plan['card'] / GIB:.1f} of {fields['device_memory'] / GIB:.1f} GiB a card, "
-            if fields["accelerator"]
-            else ""
+def check_platform(situation: Situation) -> list[Check]:
+    """Compare the platform that torch finds with the one that is asked for, and look for cards that others use."""
+    facts, wanted = situation.facts, situation.platform
+    if "platform" not in facts:
+        todo = "pip install -r requirements.txt, or the vendor's torch, into this Python"
+        return [Check("platform", "detected", FAIL, f"torch cannot be asked: {facts.get('error', 'no answer')}", todo)]
+    kinds = [f"{kind.upper()} {version}" for kind, version in facts["build"].items() if version]
+    cards = facts.get("cards", [])
+    why = f"{facts['platform']}: torch is a {(kinds or ['CPU'])[0]} build and sees {len(cards)} cards"
+    todo = "check driver and torch build (the vendor's wheel), or choose another recipe or --platform"
+    if facts.get("refused"):
+        return [Check("platform", "detected", FAIL, facts["refused"], f"{why}; {todo}")]
+    if wanted and wanted.accelerator != facts["torch_device"]:
+        return [Check("platform", "detected", FAIL, f"{why}, but {wanted.name} needs {wanted.accelerator}", todo)]
+    if situation.vendor != facts["platform"]:
+        todo = "choose the recipe for this machine: dtypes and variables differ"
+        return [Check("platform", "detected", WARN, f"{why}, but {wanted.name} is {wanted.title}", todo)]
+    checks = [Check("platform", "detected", OK, why)]
+    processes = situation.options.processes if situation.options else None
+    if error := facts.get("cards_error"):
+        checks.append(Check("platform", "cards", FAIL, f"they do not answer: {error}", "check the driver"))
+    elif situation.accelerator != "cpu" and not situation.several and (processes or 0) > len(cards):
+        todo = f"--num_gpus {len(cards)}, or show more of them"
+        checks.append(Check("platform", "cards", FAIL, f"the run wants {processes}, torch sees {len(cards)}", todo))
+    for index, card in enumerate(cards):
+        size = f", {card['free'] / GIB:.1f} of {card['total'] / GIB:.1f} GiB free" if card["total"] else ""
+        busy = bool(card["total"]) and card["free"] < (1 - BUSY) * card["total"]
+        todo = "another process uses it: end that one, or choose other cards" if busy else ""
+        checks.append(
+            Check("platform", f"card {index}", WARN if busy else OK, f"{card['name']} ({card['chip']}){size}", todo)
         )
-        why = f"computed: {card}{plan['host'] / GIB:.1f} of {fields['host_memory'] / GIB:.1f} GiB on the host"
-        state = {"fits": OK, "tight": WARN, "no": FAIL}[plan["verdict"]]
-        todo = plan["refusal"] or ("halve the micro-batch if it runs out of memory" if state == WARN else "")
-        checks.append(Check("memory", section, state, why, todo))
     return checks
 
 
-# --- disk, shared memory, limits --------------------------------------------------------------------------------------
+def check_dtype(situation: Situation) -> list[Check]:
+    """Compare what the chip can train in, by table and by trial, with the recipe."""
+    found = situation.facts.get("dtypes")
+    if found is None:
+        error = situation.facts.get("dtypes_error")
+        return [
+            Check("dtype", "probe", FAIL if error else SKIP, error or "torch gave no answer", "see the platform above")
+        ]
+    able = [name for name in found["table"] if name == "fp32" or found["works"][name]]
+    broken = [name for name in found["table"] if name not in able]
+    why = f"{found['chip']} trains in {', '.join(able)}; --attn_implementation auto is {found['attention']}"
+    if broken:
+        why += f"; {', '.join(broken)} is in the table, but a product in it came out wrong"
+    checks = [Check("dtype", "probe", WARN if broken else OK, why, "update driver and torch" if broken else "")]
+    sections = situation.recipe.sections if situation.recipe else {}
+    asked = {name: values.get("dtype", "auto") for name, values in sections.items() if name != "launch"}
+    wrong = [f"{name}: {dtype}" for name, dtype in asked.items() if dtype not in (*able, "auto")]
+    if wrong:
+        checks.append(
+            Check("dtype", "recipe", FAIL, f"{', '.join(wrong)} on {found['chip']}", f"--dtype {able[0]}, or auto")
+        )
+    if found["first_ascend"]:
+        why = f"{found['chip']} is of the FIRST Ascend 910 generation: it has no infinity, DeepSpeed sees no overflow"
+        todo = "in fp16 watch loss_scale: the overflow flag decides; if every step is skipped, see docs/en/launching.md"
+        checks.append(Check("dtype", "overflow", WARN, why, todo))
+    return checks
 
 
-def disk_bytes(plan: dict[str, Any]) -> float:
-    """Bytes that a section writes: the checkpoints it keeps, one more while that is written, and the model itself.
+def check_operators(situation: Situation, plans: Plans) -> list[Check]:
+    """Say whether DeepSpeed can build the optimizers that the recipe uses. Without them a run takes torch's AdamW."""
+    can_build = situation.facts.get("ops")
+    if can_build is None:
+        return [Check("operators", "builds", SKIP, situation.facts.get("ops_error", "DeepSpeed gave no answer"))]
+    sections = situation.recipe.sections if situation.recipe else {}
+    wanted = {str(values.get("optimizer", "auto")) for values in sections.values()}
+    if situation.accelerator != "cpu" and any(offloads(plan) for plan in plans.values()):
+        wanted.add("cpu_adam")
+    missing = sorted(name for name in wanted & can_build.keys() if not can_build[name])
+    if missing:
+        why = f"DeepSpeed cannot build {' and '.join(missing)} here; torch's AdamW takes its place"
+        todo = "ds_report names what is missing: a compiler, ninja, CUDA_HOME or ROCM_HOME"
+        return [Check("operators", "builds", WARN, why, todo)]
+    why = ", ".join(f"{name}: {'can be built' if able else 'no'}" for name, able in can_build.items())
+    return [Check("operators", "builds", OK, why)]
+
+
+def offloads(plan: SectionPlan | UserError) -> bool:
+    """Return True for a section whose optimizer states lie on the host."""
+    return not isinstance(plan, UserError) and plan.plan.setting.offload_optimizer
+
+
+def check_build(name: str, situation: Situation) -> list[Check]:
+    """Build one of DeepSpeed's optimizers and take a step with it."""
+    _, why = probe("build", name, situation=situation, times=30)
+    todo = "ds_report names what is missing; training takes torch's AdamW by itself" if why else ""
+    return [Check("operators", name, WARN if why else OK, why or "built, and it steps", todo)]
+
+
+def run_machine(situation: Situation) -> Machine:
+    """Return the machine of the memory plan: this one if it is of the recipe's kind, else that of platforms.yaml."""
+    from scripts.plan.section import platform_machine
+
+    platform, options, facts = situation.platform, situation.options, situation.facts
+    per_node = options.processes or min(options.hosts.values(), default=platform.devices)
+    machine = platform_machine(platform, nodes=options.nodes, per_node=per_node)
+    if facts.get("torch_device") != platform.accelerator:
+        return machine
+    card = min((one["total"] for one in facts.get("cards", []) if one["total"]), default=machine.device_memory)
+    return replace(
+        machine, device_memory=card, host_memory=min(psutil.virtual_memory().total, container_limit() or math.inf)
+    )
+
+
+def check_memory(plans: Plans) -> list[Check]:
+    """Say of each section of the recipe whether it fits."""
+    checks = []
+    for section, found in plans.items():
+        if isinstance(found, UserError):
+            todo = "make or download the model first, or correct the recipe"
+            checks.append(Check("memory", section, WARN, f"cannot be computed: {found}", todo))
+            continue
+        plan, machine = found.plan, found.machine
+        card = (
+            f"{plan.on_card / GIB:.1f} of {machine.device_memory / GIB:.1f} GiB a card, " if machine.accelerator else ""
+        )
+        why = f"computed: {card}{plan.on_host / GIB:.1f} of {machine.host_memory / GIB:.1f} GiB on the host"
+        state = {"fits": OK, "tight": WARN, "no": FAIL}[plan.verdict]
+        todo = found.refusal or ("halve the micro-batch if it runs out of memory" if state == WARN else "")
+        checks.append(Check("memory", section, state, why, todo))
+    return checks or [Check("memory", "recipe", SKIP, "no recipe is given (--recipe)")]
+
+
+def disk_bytes(found: SectionPlan, keep: int) -> float:
+    """Return the bytes that a section writes: the checkpoints it keeps, one more while that is written, and the model.
 
     A checkpoint holds the weights and, of what is trained, Adam's two moments and under 16 bits the float32 masters:
     14 bytes a weight that is trained in 16 bits.
     """
-    element = 4 if plan["dtype"] == "fp32" else 2
-    state = 8 if plan["dtype"] == "fp32" else 12
-    checkpoint = sum(element * count + state * plan["trained"][role] for role, count in plan["weights"].items())
-    return checkpoint * ((plan["keep"] or 2) + 1) + sum(element * count for count in plan["weights"].values())
+    shape = found.memory.shape
+    element, state = shape.dtype.itemsize, 8 if shape.dtype.itemsize == 4 else 12
+    counts = [found.memory.footprint(role).weights for role in shape.trained]
+    weights = sum(element * one.total for one in counts)
+    return (weights + sum(state * one.trained for one in counts)) * ((keep or 2) + 1) + weights
 
 
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
-
-
-def check_disk(situation: Situation, plans: dict[str, dict]) -> list[Check]:
-    """Free space where the recipe writes, against its checkpoints. DPO stands in place of reward and ppo, so the larger counts."""
-    where: dict[int, tuple[Path, dict[str, float]]] = {}
-    for section, plan in plans.items():
-        if "error" not in plan:
-            folder = existing(Path(str(situation.recipe.get(section, {}).get("output_dir", "."))))
-            where.setdefault(folder.stat().st_dev, (folder, {}))[1][section] = disk_bytes(plan)
+def check_disk(situation: Situation, plans: Plans) -> list[Check]:
+    """Compare free space with the checkpoints of the recipe. DPO replaces reward and ppo: the larger counts."""
+    disks: dict[int, tuple[Path, dict[str, float]]] = {}
+    for section, found in plans.items():
+        if not isinstance(found, UserError):
+            flags = situation.recipe.sections[section]
+            folder = Path(str(flags.get("output_dir", "."))).absolute()
+            folder = next(path for path in (folder, *folder.parents) if path.is_dir())
+            size = disk_bytes(found, int(flags.get("save_total_limit", 2)))
+            disks.setdefault(folder.stat().st_dev, (folder, {}))[1][section] = size
     checks = []
-    for folder, sizes in where.values():
+    for folder, sizes in disks.values():
         needed = sizes.get("sft", 0) + max(sizes.get("dpo", 0), sizes.get("reward", 0) + sizes.get("ppo", 0))
         free = shutil.disk_usage(folder).free
         why = (
             f"{folder}: {free / 1e9:.0f} GB free, checkpoints and models of all steps take up to {needed / 1e9:.0f} GB"
         )
         state = OK if free > needed else WARN if free > max(sizes.values()) else FAIL
-        todo = (
-            ""
-            if state == OK
-            else "--output_dir on a larger disk, a lower --save_total_limit, or remove a step's checkpoints first"
-        )
-        checks.append(Check("disk", "checkpoints", state, why, todo))
-    if not checks:
-        free = shutil.disk_usage(Path.cwd()).free
-        checks.append(
-            Check("disk", "checkpoints", SKIP, f"{free / 1e9:.0f} GB free here; what is needed is told with --recipe")
-        )
+        todo = "--output_dir on a larger disk, a lower --save_total_limit, or remove a step's checkpoints first"
+        checks.append(Check("disk", "checkpoints", state, why, "" if state == OK else todo))
     return checks
 
 
-def check_shm(path: Path = Path("/dev/shm")) -> Check:
-    """Shared memory, which containers have little of."""
+def check_shm(path: Path = Path("/dev/shm")) -> list[Check]:
+    """Look at shared memory: containers have little of it."""
     if not path.is_dir():
-        return Check("disk", "/dev/shm", SKIP, f"{path} is not here")
-    usage = shutil.disk_usage(path)
-    why = f"{usage.free / GIB:.2f} of {usage.total / GIB:.2f} GiB free"
-    if usage.free < SHM_LITTLE:
-        todo = "docker run --shm-size 16g or --ipc host; Kubernetes: an emptyDir with medium Memory; else NCCL_SHM_DISABLE=1"
-        return Check("disk", "/dev/shm", WARN, f"{why}: data workers and NCCL may end with a bus error", todo)
-    return Check("disk", "/dev/shm", OK, why)
+        return [Check("disk", "/dev/shm", SKIP, f"{path} is not here")]
+    free = shutil.disk_usage(path).free
+    if free >= SHM_LITTLE:
+        return [Check("disk", "/dev/shm", OK, f"{free / GIB:.2f} GiB free")]
+    why = f"{free / GIB:.2f} GiB free: data workers and NCCL may end with a bus error"
+    todo = (
+        "docker run --shm-size 16g or --ipc host; Kubernetes: an emptyDir with medium Memory; else NCCL_SHM_DISABLE=1"
+    )
+    return [Check("disk", "/dev/shm", WARN, why, todo)]
 
 
-def check_limits(situation: Situation, plans: dict[str, dict]) -> list[Check]:
-    """ulimit -n and -l."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    enough = soft == unlimited or soft >= OPEN_FILES
-    why = f"{'unlimited' if soft == unlimited else soft} open files (ulimit -n)"
-    todo = "" if enough else f"ulimit -n {OPEN_FILES if hard == unlimited else min(hard, 65536)} before the start"
-    checks = [Check("limits", "open files", OK if enough else WARN, why, todo)]
-    if situation.accelerator == "cpu":
-        return [*checks, Check("limits", "locked memory", SKIP, "nothing is pinned on a CPU")]
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    needed = any(plan.get("offload") for plan in plans.values()) or situation.several
-    if soft == unlimited or not needed:
-        size = "unlimited" if soft == unlimited else f"{soft // 1024} KiB, enough without offload and RDMA"
-        return [*checks, Check("limits", "locked memory", OK, f"{size} (ulimit -l)")]
-    why = f"{soft // 1024} KiB (ulimit -l): RDMA and some drivers cannot pin their buffers"
-    return [
-        *checks,
-        Check(
-            "limits", "locked memory", WARN, why, "ulimit -l unlimited; in a container --ulimit memlock=-1 or IPC_LOCK"
-        ),
-    ]
-
-
-# --- two processes ----------------------------------------------------------------------------------------------------
-
-
-def run_ranks(backend: str, count: int, seconds: float, environ: Mapping[str, str]) -> list[Output]:
-    """``count`` processes of the probe that form a group on this machine, each ended after so many seconds."""
-    port, deadline = str(free_port()), time.monotonic() + seconds
-    shared = {
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-    }
-    command = [sys.executable, "-m", "scripts.doctor.probe", "all_reduce", backend, str(seconds)]
-    started = [
-        subprocess.Popen(
-            command, env={**probe_environment(environ), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-    outputs = []
-    try:
-        for process in started:
-            try:
-                out, err = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-                outputs.append(Output(process.returncode, out, err))
-            except subprocess.TimeoutExpired:
-                outputs.append(Output(None, errors=f"it gave no answer within {seconds:g} seconds"))
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-    return outputs
-
-
-def check_all_reduce(situation: Situation) -> Check:
-    """A sum over two processes on the backend of the platform; with a single card over one, since NCCL wants a card for each."""
-    facts = situation.facts
-    if "backend" not in facts:
-        return Check("communication", "all-reduce", SKIP, "torch gave no answer")
-    backend, cards = facts["backend"], len(facts.get("cards", []))
+def check_all_reduce(situation: Situation) -> list[Check]:
+    """Sum over two processes on the platform's backend; over one with a single card: NCCL wants a card for each."""
+    backend, cards = situation.facts.get("backend"), len(situation.facts.get("cards", []))
+    if backend is None:
+        return [Check("communication", "all-reduce", SKIP, "torch gave no answer")]
     count = 2 if backend == "gloo" or cards > 1 else 1
-    outputs = run_ranks(backend, count, situation.seconds * 6, situation.environ)
-    return judge_all_reduce(backend, count, outputs)
-
-
-def judge_all_reduce(backend: str, count: int, outputs: list[Output]) -> Check:
-    """What the processes said, compared with the sum that is known."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_addr", "127.0.0.1"]
+    launcher += ["--master_port", str(free_port())]
+    _, why = probe("all_reduce", backend, situation=situation, launcher=launcher)
+    if not why:
+        return [Check("communication", "all-reduce", OK, f"{backend}, processes: {count}; the sum is right")]
     todo = {
         "gloo": "set GLOO_SOCKET_IFNAME to an interface that exists (lo on one machine)",
         "nccl": "NCCL_DEBUG=INFO says why; try NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, and NCCL_SOCKET_IFNAME",
         "hccl": "check HCCL_IF_IP or HCCL_SOCKET_IFNAME, and that the ports 60000 to 60031 and 16666 are free",
-    }.get(backend, "")
-    expected = SUM_OF_TWO if count == 2 else SUM_OF_TWO / 3
-    for rank, output in enumerate(outputs):
-        answer = answer_of(output)
-        if answer is None:
-            return Check(
-                "communication", "all-reduce", FAIL, f"{backend}, process {rank} of {count}: {output.reason}", todo
-            )
-        if answer["sum"] != expected:
-            why = f"{backend}: process {rank} of {count} has the sum {answer['sum']:g}, not {expected:g}"
-            return Check("communication", "all-reduce", FAIL, why, todo)
-    alone = " (one card, so one process)" if count == 1 else ""
-    return Check(
-        "communication",
-        "all-reduce",
-        OK,
-        f"{backend}, {count} process{'es' if count > 1 else ''}: the sum is right{alone}",
-    )
+    }
+    return [Check("communication", "all-reduce", FAIL, f"{backend}: {why}", todo[backend])]

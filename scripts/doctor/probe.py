@@ -1,111 +1,172 @@
-"""The parts of the doctor that load torch or touch a device; each runs in a process of its own and prints one line of JSON.
+"""The parts of the doctor that load torch, touch a device or run on another host. Each prints one line of JSON.
 
-python -m scripts.doctor.probe facts | all_reduce BACKEND SECONDS | build OPTIMIZER | memory RECIPE MACHINE
+python -m scripts.doctor.probe facts [VENDOR] | all_reduce BACKEND | build OPTIMIZER | host ADDRESS PORT
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import socket
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from datetime import timedelta
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from errors import UserError
 from scripts.doctor.result import MARK
 
-PACKAGES = ("torch", "torch_npu", "deepspeed", "transformers", "peft", "ninja")
+PACKAGES = ("torch", "torch_npu", "deepspeed", "transformers")
+# vendor -> folders of the toolkit, files in them that hold its version, and the version in such a file
+TOOLKITS = {
+    "dcu": (("$ROCM_HOME", "$ROCM_PATH", "/opt/dtk"), (".info/version",), r"(\d\d\.\d\d[\w.]*)"),
+    "npu": (
+        ("$ASCEND_TOOLKIT_HOME", "$ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest"),
+        ("*-linux/ascend_*_install.info", "version.cfg", "compiler/version.info"),
+        r"version\s*=\s*\[?(?:[\d.]*:)?([1-9][\w.]*)",
+    ),
+}
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, with its kind."""
+    """Return the first line of an error, with its kind."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
-def facts() -> dict[str, Any]:
-    """Versions, platform, cards, dtypes, operators. What fails is written down, and the rest is asked nevertheless."""
-    found: dict[str, Any] = {"python": sys.version.split()[0], "executable": sys.executable, "versions": {}}
+def versions() -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
     for name in PACKAGES:
-        try:
-            found["versions"][name] = version(name)
-        except PackageNotFoundError:
-            found["versions"][name] = None
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def facts(vendor: str = "") -> dict[str, Any]:
+    """Return versions, platform, cards, toolkit, dtypes and operators. An error of one of these stands in its place.
+
+    vendor: whose driver and toolkit count (cuda, dcu, npu, cpu), where not those of the platform that torch finds.
+    """
     from models import device
 
-    found["build"] = device.torch_build()
+    found: dict[str, Any] = {"versions": versions(), "build": device.torch_build()}
     try:
         platform = device.detect_platform()
-    except UserError as error:  # DS_ACCELERATOR names what is not here; what is?
+    except UserError as error:  # DS_ACCELERATOR names what is not here
         found["refused"] = str(error)
         del os.environ["DS_ACCELERATOR"]
         platform = device.detect_platform()
     found |= {"platform": platform.name, "torch_device": platform.torch_device, "backend": platform.backend}
-    parts = {"cards": device.cards, "dtypes": lambda: dtypes(platform), "ops": lambda: ops(platform), "import": imports}
-    for name, ask in parts.items():
+    parts = {
+        "cards": device.cards,
+        "dtypes": lambda: dtypes(platform),
+        "import": imports,
+        "ops": operators,
+        "tools": lambda: tools(vendor or platform.name),
+    }
+    for name, part in parts.items():
         try:
-            found[name] = ask()
+            found[name] = part()
         except Exception as error:  # a driver fails in its own ways
             found[f"{name}_error"] = reason(error)
     return found
 
 
 def dtypes(platform: Any) -> dict[str, Any]:
-    """What the table says of the chip, and what a probe of each dtype says."""
+    """Return the dtypes of the chip by the table, and the result of a product in each."""
     from models import device
 
     device.set_device(platform, 0)
     chip = device.chip_name(platform)
-    works = {name: device.probe_dtype(device.DTYPES[name], platform) for name in ("fp16", "bf16")}
-    found = {"chip": chip, "table": list(device.chip_dtypes(chip)), "works": works}
-    attention = device.attention_implementation("auto", platform)
-    return {**found, "first_ascend": device.is_first_ascend(chip), "attention": attention}
+    return {
+        "chip": chip,
+        "table": list(device.chip_dtypes(chip)),
+        "works": {name: device.probe_dtype(device.DTYPES[name], platform) for name in ("fp16", "bf16")},
+        "first_ascend": device.is_first_ascend(chip),
+        "attention": device.attention_implementation("auto", platform),
+    }
 
 
-def ops(platform: Any) -> dict[str, Any]:
-    """Whether torch's fused AdamW steps here."""
-    import torch
-
-    parameter = torch.nn.Parameter(torch.ones(4, device=platform.torch_device))
-    parameter.grad = torch.ones_like(parameter)
-    try:
-        torch.optim.AdamW([parameter], fused=True).step()
-    except (RuntimeError, NotImplementedError) as error:
-        return {"fused_adamw": False, "why": reason(error)}
-    return {"fused_adamw": True}
-
-
-def imports() -> dict[str, str | None]:
-    """What happens when the libraries are imported: None, or the error."""
-    found: dict[str, str | None] = {}
+def imports() -> dict[str, str]:
+    """Return the errors of the libraries that do not import."""
+    found = {}
     for name in ("deepspeed", "transformers"):
         try:
-            __import__(name)
-            found[name] = None
+            import_module(name)
         except Exception as error:  # an import runs anything
             found[name] = reason(error)
     return found
 
 
-def all_reduce(backend: str, seconds: float) -> dict[str, Any]:
-    """Sum 0..255 times (rank + 1) over all processes; with two of them the elements add up to 3 x 32640."""
+def operators() -> dict[str, bool]:
+    """Return the optimizers that DeepSpeed can build here, as ds_report lists them."""
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    from torch.utils.cpp_extension import is_ninja_available
+
+    return {
+        name: is_ninja_available() and ALL_OPS[name].is_compatible(verbose=False) for name in ("cpu_adam", "fused_adam")
+    }
+
+
+def tools(vendor: str) -> dict[str, str | None]:
+    """Return the versions of driver and toolkit: NVIDIA's by torch.utils.collect_env, others' by their own means."""
+    if vendor in TOOLKITS:
+        return {"toolkit": toolkit_version(vendor), "driver": dcu_driver() if vendor == "dcu" else None}
+    from torch.utils import collect_env
+
+    run = collect_env.run
+    return {"toolkit": collect_env.get_running_cuda_version(run), "driver": collect_env.get_nvidia_driver_version(run)}
+
+
+def dcu_driver() -> str | None:
+    """Return the driver's version by hy-smi or rocm-smi."""
+    for tool in ("hy-smi", "rocm-smi"):
+        try:
+            done = subprocess.run([tool, "--showdriverversion"], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if match := re.search(r"driver version\s*:?\s*([\d.]+\d)", done.stdout, re.I):
+            return match[1]
+    return None
+
+
+def toolkit_version(vendor: str) -> str | None:
+    """Return the version that DTK or CANN leaves in a file of its folder."""
+    homes, patterns, wanted = TOOLKITS[vendor]
+    for home in map(os.path.expandvars, homes):
+        for path in (path for pattern in patterns for path in sorted(Path(home).glob(pattern))):
+            if match := re.search(wanted, path.read_text(encoding="utf-8", errors="replace"), re.I):
+                return match[1]
+    return None
+
+
+def all_reduce(backend: str) -> dict[str, Any]:
+    """Sum over all processes. Raise RuntimeError for a wrong sum."""
     import torch
     import torch.distributed as dist
 
     from models.device import detect_platform, set_device
 
-    device = set_device(detect_platform(), int(os.environ["RANK"]))
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    device = set_device(detect_platform(), int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
     values = torch.arange(256, dtype=torch.float32, device=device) * (dist.get_rank() + 1)
     dist.all_reduce(values)
-    found = {"sum": float(values.sum()), "processes": dist.get_world_size()}
+    size, total = dist.get_world_size(), float(values.sum())
     dist.destroy_process_group()
-    return found
+    if total != 32640 * size * (size + 1) / 2:
+        raise RuntimeError(f"one of {size} processes has the sum {total:g}")
+    return {"processes": size}
 
 
 def build(name: str) -> dict[str, Any]:
-    """Build and step one of DeepSpeed's optimizers, as training/utils/engine/build.py would: cpu_adam or fused_adam."""
+    """Build one of DeepSpeed's optimizers and step it. Raise RuntimeError if the step changes nothing."""
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -115,50 +176,27 @@ def build(name: str) -> dict[str, Any]:
     parameter = torch.nn.Parameter(torch.ones(16, device=device))
     parameter.grad = torch.ones_like(parameter)
     (DeepSpeedCPUAdam if name == "cpu_adam" else FusedAdam)([parameter], lr=0.1).step()
-    return {"moved": bool((parameter.detach() < 1).all())}
+    if not (parameter.detach() < 1).all():
+        raise RuntimeError("it was built, but its step changes nothing")
+    return {}
 
 
-def memory(path: str, where: dict[str, Any]) -> dict[str, Any]:
-    """What each section of a recipe takes on a machine (the fields of Machine, and the platform).
-
-    Models of earlier steps, which do not exist yet, are planned as what those steps start from.
-    """
-    from scripts.launch.platforms import platform_named
-    from scripts.plan.section import plan_sections
-    from training.utils.flags.recipe import Recipe
-    from training.utils.memory.arithmetic import Machine
-
-    recipe, platform = Recipe.read(path), platform_named(where.pop("platform"))
-    found: dict[str, Any] = {}
-    for section, one in plan_sections(recipe, platform, Machine(**where)).items():
-        if isinstance(one, UserError):
-            found[section] = {"error": str(one)}
-            continue
-        counts = {role: one.memory.footprint(role).weights for role in one.memory.shape.trained}
-        flags = recipe.sections[section]
-        found[section] = {
-            "verdict": one.plan.verdict,
-            "card": one.plan.on_card,
-            "host": one.plan.on_host,
-            "dtype": one.dtype,
-            "weights": {role: weights.total for role, weights in counts.items()},
-            "trained": {role: weights.trained for role, weights in counts.items()},
-            "keep": flags.get("save_total_limit", 2),
-            "refusal": one.refusal,
-            "offload": one.plan.setting.offload_optimizer,
-            "optimizer": flags.get("optimizer", "auto"),
-        }
+def host(address: str = "", port: str = "") -> dict[str, Any]:
+    """Return versions, clock and cards of this host, and whether it reaches the first node. Imports no torch."""
+    cards = [path for path in Path("/dev").iterdir() if re.fullmatch(r"(nvidia|davinci)\d+", path.name)]
+    found = {"versions": versions(), "clock": time.time(), "cards": len(cards)}
+    if address:
+        try:
+            socket.create_connection((address, int(port)), timeout=5).close()
+        except OSError as error:
+            found["unreachable"] = reason(error)
     return found
 
 
 if __name__ == "__main__":
     part, *words = sys.argv[1:]
-    if part == "facts":
-        answer = facts()
-    elif part == "all_reduce":
-        answer = all_reduce(words[0], float(words[1]))
-    elif part == "build":
-        answer = build(words[0])
-    else:
-        answer = memory(words[0], json.loads(words[1]))
+    try:
+        answer = {"facts": facts, "all_reduce": all_reduce, "build": build, "host": host}[part](*words)
+    except Exception as error:  # the doctor reports it
+        answer = {"error": reason(error)}
     print(f"\n{MARK}{json.dumps(answer)}", flush=True)

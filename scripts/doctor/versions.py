@@ -1,23 +1,27 @@
-"""Which versions go together: what this project supports, and the vendors' tables.
+"""Versions that go together: the range of this project, and the vendors' tables.
 
-Sources, read and not tried: DTK drivers HYGON-AI/hcu-dcgm: pkg/dcgm/compatibility.go; DTK wheels FlyAIBox/dcu-in-action:
-requirements-dtk*.txt and docs/base/02; CANN and torch_npu Ascend/pytorch: COMPATIBILITY.en.md.
+Sources, read and not tried: DTK drivers HYGON-AI/hcu-dcgm: pkg/dcgm/compatibility.go; DTK wheels
+FlyAIBox/dcu-in-action: requirements-dtk*.txt and docs/base/02; CANN and torch_npu Ascend/pytorch: COMPATIBILITY.en.md.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
-from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation
+from scripts.doctor.result import FAIL, OK, WARN, Check, Situation
 from scripts.launch.platforms import ROOT
 
 # DTK -> the oldest driver that any row of the vendor's table for Z100 and Z100L names with it
 DTK_DRIVER = {
-    "21.04": "5.6.25", "21.10": "5.6.25", "22.04": "5.6.25", "22.10": "5.11.40", "23.04": "5.11.40", "23.10": "5.16.29",
-    "24.04": "6.2.26", "25.04": "6.2.26", "26.04": "6.3.30",
-}  # fmt: skip
+    **dict.fromkeys(("21.04", "21.10", "22.04"), "5.6.25"),
+    **dict.fromkeys(("22.10", "23.04"), "5.11.40"),
+    "23.10": "5.16.29",
+    **dict.fromkeys(("24.04", "25.04"), "6.2.26"),
+    "26.04": "6.3.30",
+}
 DTK_TORCH = {"24.04": ("2.1.0", "2.3.0"), "25.04": ("2.4.1",), "26.04": ("2.9.0",)}
 CANN_TORCH_NPU = {
     "9.1.0": ("2.12.0", "2.11.0", "2.10.0.post4", "2.9.0.post6", "2.7.1.post8"),
@@ -34,164 +38,123 @@ CANN_TORCH_NPU = {
 }
 
 
-def number(text: str | None) -> Version:
-    """A version that compares; 0 for what is not one."""
-    try:
-        return Version(text or "0")
-    except InvalidVersion:
-        return Version(".".join(re.findall(r"\d+", text or "")[:3]) or "0")
+def release(version: str) -> str:
+    """Return 2.4.1 for 2.4.1+das.opt2.dtk2504 and for 2.4.1.post2."""
+    return Version(version).base_version
 
 
-def release(text: str | None) -> str:
-    """2.4.1 of 2.4.1+das.opt2.dtk2504 and of 2.4.1.post2."""
-    return number(text).base_version
-
-
-def supported() -> dict[str, tuple[str, str]]:
-    """Package -> oldest and newest version that pyproject.toml allows; empty where that file is not."""
-    path = ROOT / "pyproject.toml"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return {name: (low, high) for name, low, high in re.findall(r'"([\w-]+)>=([\d.]+),<=([\d.]+)"', text)}
-
-
-def check_packages(situation: Situation) -> list[Check]:
-    """torch, DeepSpeed and transformers against the range this project supports, and whether they import together."""
-    versions, broken = situation.facts.get("versions", {}), situation.facts.get("import", {})
-    checks, ranges = [], supported()
-    for name in ("torch", "deepspeed", "transformers"):
-        found = versions.get(name)
-        if not situation.facts:
-            checks.append(Check("versions", name, SKIP, "the probe of torch gave no answer"))
-            continue
-        if found is None:
-            checks.append(Check("versions", name, FAIL, "not installed", "pip install -r requirements.txt"))
-            continue
-        low, high = ranges.get(name, ("0", found))
-        if broken.get(name):
+def check_versions(situation: Situation) -> list[Check]:
+    """Compare packages with the range of pyproject.toml and, on DCU and NPU, with the vendor's tables."""
+    installed = situation.facts.get("versions", {})
+    checks = []
+    if "versions" in situation.facts:
+        pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        for name, low, high in re.findall(r'"(torch|deepspeed|transformers)>=([\d.]+),<=([\d.]+)"', pyproject):
+            judged = judge_package(name, low, high, installed, situation.facts.get("import", {}).get(name))
+            checks.append(Check("versions", name, *judged))
+    tools = situation.facts.get("tools", {})
+    if situation.vendor == "dcu":
+        checks.append(Check("platform", "DTK", *judge_dtk(tools.get("driver"), tools.get("toolkit"))))
+        if "torch" in installed:
             checks.append(
-                Check("versions", name, FAIL, f"{found} does not import: {broken[name]}", repair(name, versions))
+                Check("versions", "torch for DTK", *judge_dtk_torch(installed["torch"], tools.get("toolkit")))
             )
-        elif number(found) < number(low):
-            checks.append(Check("versions", name, FAIL, f"{found} is older than {low}", f"install {low} to {high}"))
-        elif number(release(found)) > number(high):
-            todo = f"if something fails, install {high}"
-            checks.append(
-                Check("versions", name, WARN, f"{found} is newer than {high}, the newest that was tested", todo)
-            )
-        elif trouble := conflict(name, versions):
-            checks.append(Check("versions", name, WARN, *trouble))
-        else:
-            checks.append(Check("versions", name, OK, f"{found}, within {low} to {high}"))
+    if situation.vendor == "cuda":
+        built = situation.facts.get("build", {}).get("cuda")
+        checks.append(Check("platform", "CUDA", *judge_cuda(tools.get("driver"), tools.get("toolkit"), built)))
+    if situation.vendor == "npu":
+        checks.append(Check("versions", "torch_npu", *judge_torch_npu(installed)))
+        if "torch_npu" in installed:
+            checks.append(Check("versions", "CANN", *judge_cann(installed["torch_npu"], tools.get("toolkit"))))
     return checks
 
 
-def conflict(name: str, versions: dict[str, str | None]) -> tuple[str, str] | None:
-    """What is known not to work together though each is in its range: why, and what to do."""
-    torch, deepspeed = versions.get("torch"), versions.get("deepspeed")
-    if (
-        name == "deepspeed"
-        and number(release(deepspeed)) < number("0.14.4")
-        and number(release(torch)) >= number("2.4")
-    ):
-        if "+" in str(deepspeed):  # a vendor's build, which brings its own repair
-            return None
+def judge_package(
+    name: str, low: str, high: str, installed: Mapping[str, str], error: str | None
+) -> tuple[str, str] | tuple[str, str, str]:
+    """Return state, reason and advice for a package whose import ended with an error, if any."""
+    version = installed.get(name)
+    if version is None:
+        return FAIL, "not installed", "pip install -r requirements.txt"
+    # 0.14.2 and 0.14.3 of the package index want a function that torch 2.4 removed; vendors' builds have a repair.
+    old = name == "deepspeed" and "+" not in version and Version(version) < Version("0.14.4")
+    if error:
+        todo = "install the versions of requirements.txt, or the vendor's wheels for this machine"
+        return FAIL, f"{version} does not import: {error}", "install deepspeed 0.14.4 or newer" if old else todo
+    if Version(version) < Version(low):
+        return FAIL, f"{version} is older than {low}", f"install {low} to {high}"
+    if Version(release(version)) > Version(high):
         return (
-            f"{deepspeed} from the package index does not import with torch {torch}: it wants a function that 2.4 removed",
-            "install deepspeed 0.14.4 or newer, or the vendor's build of 0.14.2",
-        )
-    if (
-        name == "transformers"
-        and number(release(versions.get(name))) >= number("5")
-        and number(release(torch)) < number("2.4")
-    ):
-        return f"transformers {versions[name]} wants torch 2.4 or newer, here is {torch}", "install torch 2.4 or newer"
-    return None
-
-
-def repair(name: str, versions: dict[str, str | None]) -> str:
-    """What to do about a library that does not import."""
-    known = conflict(name, versions)
-    return known[1] if known else "install the versions of requirements.txt, or the vendor's wheels for this machine"
-
-
-def check_dtk(driver: str | None, toolkit: str | None) -> Check:
-    """DTK against the driver under it."""
-    if toolkit is None:
-        return Check(
-            "platform",
-            "DTK",
             WARN,
-            "no DTK is found in ROCM_PATH or /opt/dtk",
-            "install it, then source /opt/dtk/env.sh",
+            f"{version} is newer than {high}, the newest that was tested",
+            f"if something fails, install {high}",
         )
-    short = ".".join(toolkit.split(".")[:2])
-    needed = DTK_DRIVER.get(short)
+    if old and Version(installed.get("torch", "0")) >= Version("2.4"):
+        return WARN, f"{version} from the package index does not import with torch 2.4", "install 0.14.4 or newer"
+    return OK, f"{version}, within {low} to {high}"
+
+
+def judge_cuda(driver: str | None, toolkit: str | None, built: str | None) -> tuple[str, ...]:
+    """Compare NVIDIA's driver and nvcc, which only DeepSpeed's own optimizers need, with torch's CUDA."""
+    if driver is None:
+        return WARN, "nvidia-smi tells no driver", "install the driver; in a container mount the host's tools"
+    if toolkit and built and toolkit.split(".")[0] != built.split(".")[0]:
+        why = f"nvcc {toolkit}, but torch was built with CUDA {built}: DeepSpeed's optimizers do not build"
+        return WARN, why, f"put a toolkit {built.split('.')[0]}.x first on PATH, and set CUDA_HOME"
+    return OK, f"driver {driver}, torch for CUDA {built}, nvcc {toolkit or 'absent'}"
+
+
+def judge_dtk(driver: str | None, toolkit: str | None) -> tuple[str, ...]:
+    """Compare DTK with the driver under it."""
+    if toolkit is None:
+        return WARN, "no DTK in ROCM_PATH or /opt/dtk", "install it, then source /opt/dtk/env.sh"
+    needed = DTK_DRIVER.get(".".join(toolkit.split(".")[:2]))
     if driver is None or needed is None:
-        state = (
-            f"DTK {toolkit}; the tables do not say which driver it needs"
-            if driver
-            else f"DTK {toolkit}, driver unknown"
-        )
-        return Check("platform", "DTK", WARN, state, "compare with the vendor's release notes")
-    if number(driver) < number(needed):
-        return Check(
-            "platform",
-            "DTK",
-            FAIL,
-            f"DTK {toolkit} needs driver {needed}, this is {driver}",
-            "update the driver, or take an older DTK",
-        )
-    return Check("platform", "DTK", OK, f"DTK {toolkit} on driver {driver} ({needed} or newer)")
+        todo = "compare with the vendor's release notes"
+        return WARN, f"DTK {toolkit} with driver {driver or 'unknown'}: not in the tables", todo
+    if Version(driver) < Version(needed):
+        return FAIL, f"DTK {toolkit} needs driver {needed}, this is {driver}", "update the driver, or take an older DTK"
+    return OK, f"DTK {toolkit} on driver {driver} ({needed} or newer)"
 
 
-def check_dtk_torch(torch: str, toolkit: str | None) -> Check:
-    """The vendor's torch against the DTK that is installed."""
+def judge_dtk_torch(torch: str, toolkit: str | None) -> tuple[str, ...]:
+    """Compare the vendor's torch with the DTK that is installed."""
     label = re.search(r"dtk(\d\d)(\d\d)", torch)
     if label is None:
-        todo = "install the wheels of the DAS list for your DTK; other ROCm builds do not know these chips"
-        return Check("versions", "torch for DTK", WARN, f"torch {torch} does not name a DTK", todo)
+        todo = "install the vendor's wheel for your DTK (with --no-deps, if a resolver put another torch in its place)"
+        return WARN, f"torch {torch} does not name a DTK", todo
     made_for = f"{label[1]}.{label[2]}"
     if toolkit and not toolkit.startswith(made_for):
-        return Check("versions", "torch for DTK", FAIL, f"torch {torch} was built for DTK {made_for}, installed is {toolkit}",
-                     f"install the torch of DTK {toolkit}, or DTK {made_for}")  # fmt: skip
-    known = DTK_TORCH.get(made_for, ())
+        return FAIL, f"torch {torch} was built for DTK {made_for}, not {toolkit}", f"install the torch of DTK {toolkit}"
+    known = DTK_TORCH.get(made_for)
     if known and release(torch) not in known:
-        return Check("versions", "torch for DTK", WARN, f"torch {torch}; the tables list {' and '.join(known)} for DTK {made_for}",
-                     "compare with the vendor's list")  # fmt: skip
-    return Check("versions", "torch for DTK", OK, f"torch {torch} for DTK {made_for}")
+        return (
+            WARN,
+            f"torch {torch}; the tables list {' and '.join(known)} for DTK {made_for}",
+            "compare with the vendor's list",
+        )
+    return OK, f"torch {torch} for DTK {made_for}"
 
 
-def check_torch_npu(versions: dict[str, str | None], cann: str | None) -> list[Check]:
-    """torch_npu against torch and against CANN."""
-    torch, npu = versions.get("torch"), versions.get("torch_npu")
-    if npu is None:
-        todo = f"pip install torch_npu=={release(torch)}" if torch else "install torch (CPU build) and torch_npu"
-        return [Check("versions", "torch_npu", FAIL, "not installed, and the platform is Ascend", todo)]
-    checks = []
-    if release(torch) != release(npu):
-        checks.append(Check("versions", "torch_npu", FAIL, f"torch_npu {npu} with torch {torch}: the numbers must be the same",
-                            f"pip install torch_npu=={release(torch)}"))  # fmt: skip
-    else:
-        checks.append(Check("versions", "torch_npu", OK, f"{npu}, as torch {torch}"))
+def judge_torch_npu(installed: Mapping[str, str]) -> tuple[str, ...]:
+    """Compare torch_npu with torch."""
+    torch, npu = installed.get("torch", "0"), installed.get("torch_npu")
+    if npu and release(torch) == release(npu):
+        return OK, f"{npu}, as torch {torch}"
+    return (
+        FAIL,
+        f"torch_npu {npu or 'is not installed,'} with torch {torch}",
+        f"pip install torch_npu=={release(torch)}",
+    )
+
+
+def judge_cann(npu: str, cann: str | None) -> tuple[str, ...]:
+    """Compare CANN with torch_npu."""
     if cann is None:
-        checks.append(
-            Check("versions", "CANN", WARN, "CANN is not found", "source /usr/local/Ascend/ascend-toolkit/set_env.sh")
-        )
-    elif cann not in CANN_TORCH_NPU:
-        checks.append(
-            Check("versions", "CANN", WARN, f"CANN {cann} is not in the table", "compare with the notes of torch_npu")
-        )
-    elif npu not in CANN_TORCH_NPU[cann]:
-        fitting = ", ".join(CANN_TORCH_NPU[cann])
-        checks.append(
-            Check(
-                "versions",
-                "CANN",
-                WARN,
-                f"CANN {cann} is listed with torch_npu {fitting}, not {npu}",
-                "install one of those",
-            )
-        )
-    else:
-        checks.append(Check("versions", "CANN", OK, f"CANN {cann} with torch_npu {npu}"))
-    return checks
+        return WARN, "CANN is not found", "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+    fitting = CANN_TORCH_NPU.get(cann)
+    if fitting is None:
+        return WARN, f"CANN {cann} is not in the table", "compare with the notes of torch_npu"
+    if npu not in fitting:
+        return WARN, f"CANN {cann} is listed with torch_npu {', '.join(fitting)}, not {npu}", "install one of those"
+    return OK, f"CANN {cann} with torch_npu {npu}"
