@@ -23,7 +23,8 @@ from training.utils.flags.recipe import Recipe
 from training.utils.flags.steps import SFTArguments
 from training.utils.memory.arithmetic import Machine
 from training.utils.memory.fit import section_plan
-from training.utils.run.environment import container_limit, free_port
+from training.utils.memory.container import container_limit
+from training.utils.run.environment import free_port
 
 pytestmark = pytest.mark.fast
 
@@ -292,11 +293,6 @@ def test_hostfile(tmp_path, text, state, words):
     assert (check.state, bool(hosts), words in check.why) == (state, state == "ok", True)
 
 
-def test_no_hostfile_where_none_is_needed_and_where_one_is(nodes):
-    assert states(cluster.check_hostfile(None, Situation({}))[0]) == {"hostfile": "skip"}
-    assert states(cluster.check_hostfile(None, nodes())[0]) == {"hostfile": "warn"}
-
-
 # Answers as a host does, with the versions that VERSIONS says and the way back walked by bash.
 ANSWER = json.dumps({"versions": VERSIONS, "cards": 1})[:-1]
 HERE = f"""way=${{@: -1}}; port=${{way##* }}; lost=''
@@ -336,7 +332,9 @@ def test_the_question_is_answered_by_a_host(nodes):
     assert "unreachable" in probe.host("127.0.0.1", str(free_port()))
 
 
-def test_hosts_are_not_asked(nodes):
+def test_nothing_is_asked_where_nothing_is_needed(nodes):
+    assert states(cluster.check_hostfile(None, Situation({}))[0]) == {"hostfile": "skip"}
+    assert states(cluster.check_hostfile(None, nodes())[0]) == {"hostfile": "warn"}
     assert "skip" in host_findings(nodes())["hosts"]  # no ssh
     assert "skip" in host_findings(nodes("exit 1", launcher="torchrun"))["hosts"]
 
@@ -374,20 +372,17 @@ def test_ports(nodes):
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("names", "meant"),
     [
-        ("CUDA_VISIBLE_DEVICE", "CUDA_VISIBLE_DEVICES"),
-        ("CUDA_VISBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
-        ("CUDAVISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
-        ("cuda_visible_devices", "CUDA_VISIBLE_DEVICES"),
+        ("CUDA_VISIBLE_DEVICE CUDA_VISBLE_DEVICES CUDAVISIBLE_DEVICES cuda_visible_devices", "CUDA_VISIBLE_DEVICES"),
         ("ASCEND_RT_VISIBLE_DEVICE", "ASCEND_RT_VISIBLE_DEVICES"),
         ("NCCL_SOCKET_IFNAMES", "NCCL_SOCKET_IFNAME"),
         ("HSA_FORCE_FINEGRAIN_PCIE", "HSA_FORCE_FINE_GRAIN_PCIE"),
     ],
 )
-def test_misspelt_names(name, meant):
-    (check,) = cluster.check_spelling({name: "0", "PATH": "/bin"})
-    assert (check.state, meant in check.todo) == ("warn", True)
+def test_misspelt_names(names, meant):
+    checks = cluster.check_spelling(dict.fromkeys([*names.split(), "PATH"], "0"))
+    assert [(check.state, check.todo) for check in checks] == [("warn", f"did you mean {meant}?")] * len(names.split())
 
 
 def test_names_that_are_meant():
@@ -463,14 +458,6 @@ def test_a_probe_that_says_nothing_is_a_failure_and_the_rest_is_looked_at(monkey
     assert "/dev/shm" in text
 
 
-def test_the_doctor_starts_without_torch():
-    """The doctor has to answer where torch is broken."""
-    code = "import sys; sys.modules['torch'] = None; import scripts.doctor.__main__"
-    root = Path(doctor.__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_whole_command(monkeypatch, capsys, repository):
     """Look at a recipe for DCUs where there are none. The facts are asked for in this process, and no group is formed."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -530,7 +517,5 @@ def test_several_nodes_of_cards(nodes, monkeypatch, capsys, tmp_path):
     words = ["--platform", "multi_node", "--hostfile", "hosts", "--master-addr", "127.0.0.1", "--timeout", "60", "--json"]
     assert doctor.main([*words, "--master-port", str(free_port())]) == 2
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-    assert {name: checks[name]["state"] for name in ("node-1", "node-2", "port", "hostfile", "detected")} == {
-        "node-1": "ok", "node-2": "fail", "port": "ok", "hostfile": "ok", "detected": "ok",
-    }  # fmt: skip
+    assert all(checks[name]["state"] == "ok" for name in ("node-1", "port", "hostfile", "detected"))
     assert [name for name, check in checks.items() if check["state"] == "fail"] == ["node-2"]

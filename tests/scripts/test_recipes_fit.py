@@ -1,10 +1,13 @@
 """Every recipe fits the machines of its platform with room to spare, as the memory plan counts; what has no recipe does not."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from errors import UserError
 from models.device import DTYPES
+from scripts.docs import memory_table
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.plan.known import config_of
 from scripts.plan.section import plan_section, platform_machine
@@ -80,3 +83,22 @@ def test_a_folder_that_is_written_counts_as_itself(tmp_path, monkeypatch):
     assert recipe.model_of(folder) == "facebook/opt-13b"
     (tmp_path / folder).mkdir(parents=True)
     assert recipe.model_of(folder) == folder
+
+
+def test_memory_tables_of_the_pages(tmp_path, monkeypatch):
+    sizes = SimpleNamespace(plan=SimpleNamespace(on_card=1.25 * GIB, on_host=40.4 * GIB))
+    computed = {"known": {"sft": sizes, "ppo": sizes}, "unknown": {"sft": UserError("x")}}
+    monkeypatch.setattr(memory_table, "computed", lambda _: computed)
+    page = tmp_path / "page_zh.md"
+    page.write_text("<!-- memory:begin dcu_z100l -->\nold\n<!-- memory:end -->\n<!-- memory:begin cpu -->\n<!-- memory:end -->\n")
+    assert memory_table.main(["--check", str(page)]) == 1
+    assert memory_table.main(["--write", str(page)]) == 0
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| known")]
+    assert rows == ["| known | 1.2 / 40 | – | 1.2 / 40 | – |", "| known | 40.4 | – | 40.4 | – |"]
+    assert "unknown" not in page.read_text()
+    assert memory_table.main(["--check", str(page)]) == 0
+    page.write_text("no table")
+    with pytest.raises(UserError, match="memory:begin"):
+        memory_table.main(["--check", str(page)])
+    with pytest.raises(UserError, match=r"absent\.md: No such file or directory; name an existing page"):
+        memory_table.main(["--check", str(tmp_path / "absent.md")])

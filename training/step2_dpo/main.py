@@ -26,8 +26,8 @@ from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import DPOArguments
 from training.utils.loss import dpo_loss, implicit_rewards
-from training.utils.memory.fit import check_run_fits
 from training.utils.run.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")

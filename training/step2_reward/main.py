@@ -23,8 +23,8 @@ from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import RewardArguments
 from training.utils.loss import bradley_terry_loss, pair_accuracy
-from training.utils.memory.fit import check_run_fits
 from training.utils.run.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")

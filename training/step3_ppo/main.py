@@ -27,8 +27,8 @@ from training.utils.data.prepare import prepare_phase
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import PPOArguments
-from training.utils.memory.fit import check_run_fits
 from training.utils.run.loop import Progress, due
+from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
 
 # On the progress line; all metrics go to metrics.jsonl.

@@ -5,8 +5,6 @@ No weight is read: networks are built on the meta device (footprint.py). The ari
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +14,7 @@ from transformers import PretrainedConfig
 
 from errors import UserError
 from models.checkpoint_folder import gets_prefix, open_checkpoint
-from models.device import DTYPES, free_memory, has_accelerator
+from models.device import DTYPES
 from models.sizes import SPARE_COLUMNS
 from training.utils.flags.checks import needing_stage_3
 from training.utils.flags.deepspeed_file import check_precision, read_deepspeed_config
@@ -33,9 +31,7 @@ from training.utils.memory.arithmetic import (
     Setting,
     plan,
 )
-from training.utils.memory.container import container_free
 from training.utils.memory.footprint import Footprint
-from training.utils.run.process_group import Run
 
 AUTO = "auto"  # of stages, dtypes and kernels
 
@@ -361,23 +357,6 @@ def choose_stages(memory: StepMemory, machine: Machine) -> dict[str, int]:
         if memory.plan_as_run(replace(shape.setting, stages=stages), machine).fits:
             return dict.fromkeys(automatic, stage)
     return dict.fromkeys(automatic, 3)
-
-
-def this_machine(run: Run) -> Machine:
-    """Return the machine of a run, by the process that has the least: free memory of a card, and of the host or the container."""
-    import psutil
-
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or run.world_size)
-    host = -run.maximum(-min(float(psutil.virtual_memory().available), container_free()))
-    if not has_accelerator():
-        return Machine(run.world_size, local, 0.0, host, accelerator=False)
-    card = -run.maximum(-float(free_memory() or math.inf))
-    return Machine(run.world_size, local, card, host)
-
-
-def check_run_fits(args: Any, run: Run) -> dict[str, int]:
-    """Return check_fits of a run that has begun. All processes call it, and all come to the same end."""
-    return check_fits(args, this_machine(run), dtype=run.dtype, attn=run.attention)
 
 
 def check_fits(args: Any, machine: Machine, *, dtype: torch.dtype, attn: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from training.step1_sft import main as step1
 from training.utils.flags.steps import PPOArguments, SFTArguments
 from training.utils.memory import fit
 from training.utils.memory.arithmetic import GIB, Machine, Setting
+from training.utils.run import memory as run_memory
 
 ONE = Machine(1, 1, 0.0, 0.05 * GIB, accelerator=False)
 
@@ -95,7 +96,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_and_force_starts_it(sf
 def test_a_step_refuses_before_it_reads_weights(sft, tmp_path, monkeypatch):
     run = SimpleNamespace(world_size=1, dtype=torch.float32, attention="sdpa")
     monkeypatch.setattr(step1.Run, "start", lambda args: run)
-    monkeypatch.setattr(fit, "this_machine", lambda run: Machine(1, 1, 0.0, 1e6, accelerator=False))
+    monkeypatch.setattr(run_memory, "this_machine", lambda run: Machine(1, 1, 0.0, 1e6, accelerator=False))
     with pytest.raises(UserError, match="does not fit"):
         step1.main(sft(data_path=["none"]))
 
@@ -112,6 +113,6 @@ def test_the_check_is_quick_and_leaves_random_numbers_alone(llama):
 
 def test_a_run_in_a_container_has_the_containers_memory(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64e9))
-    monkeypatch.setattr(fit, "container_free", lambda: 5e9)
-    monkeypatch.setattr(fit, "has_accelerator", lambda: False)
-    assert fit.this_machine(SimpleNamespace(world_size=1, maximum=lambda value: value)).host_memory == 5e9
+    monkeypatch.setattr(run_memory, "container_free", lambda: 5e9)
+    monkeypatch.setattr(run_memory, "has_accelerator", lambda: False)
+    assert run_memory.this_machine(SimpleNamespace(world_size=1, maximum=lambda value: value)).host_memory == 5e9
