@@ -2,7 +2,6 @@
 
 import json
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,6 @@ from training.utils.flags.recipe import Recipe
 from training.utils.flags.steps import SFTArguments
 from training.utils.memory.arithmetic import Machine
 from training.utils.memory.fit import section_plan
-from training.utils.memory.container import container_limit
 from training.utils.run.environment import free_port
 
 pytestmark = pytest.mark.fast
@@ -49,9 +47,6 @@ def states(checks: list[Check]) -> dict[str, str]:
     return found
 
 
-# --- programs ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
     started = time.monotonic()
     answer, why = ask(["sh", "-c", f"sleep 300 & echo $! > {tmp_path}/child; wait"], 0.5, {"PATH": "/usr/bin:/bin"})
@@ -75,9 +70,6 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
 )
 def test_answers_and_reasons(script, answer, why):
     assert ask(["sh", "-c", script], 60, {"PATH": "/usr/bin:/bin"}) == (answer, why)
-
-
-# --- platform, versions, dtypes, operators ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,9 +179,6 @@ def test_operators(small_plan):
     assert states(machine.check_operators(here, {})) == {"builds": "warn"}
 
 
-# --- memory, disk, communication --------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     """Return a folder with the config of a tiny network."""
@@ -221,14 +210,11 @@ def test_disk(tmp_path, monkeypatch, small_plan):
         assert str(tmp_path) in checks[0].why
 
 
-def test_shared_memory_and_the_limit_of_a_container(tmp_path, monkeypatch):
+def test_shared_memory(tmp_path, monkeypatch):
     for free, state in ((2**26, "warn"), (2**33, "ok")):
         monkeypatch.setattr(machine.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
         assert states(machine.check_shm(tmp_path)) == {"/dev/shm": state}
     assert states(machine.check_shm(tmp_path / "none")) == {"/dev/shm": "skip"}
-    for text, limit in (("max\n", None), ("1073741824\n", GIB)):
-        (tmp_path / "memory.max").write_text(text)
-        assert container_limit(tmp_path) == limit
 
 
 def test_all_reduce(monkeypatch):
@@ -245,9 +231,6 @@ def test_all_reduce(monkeypatch):
     assert asked == [("all_reduce", "nccl", "2"), ("all_reduce", "nccl", "1")]
     monkeypatch.setattr(machine, "probe", lambda *_, **__: ({"processes": 2}, ""))
     assert states(machine.check_all_reduce(situation(**CPU))) == {"all-reduce": "ok"}
-
-
-# --- several nodes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -368,9 +351,6 @@ def test_ports(nodes):
     assert states(cluster.check_ports(Situation({}))) == {"port": "skip"}
 
 
-# --- variables --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("names", "meant"),
     [
@@ -429,9 +409,6 @@ def test_forwarded(nodes, tmp_path):
     assert states(cluster.check_forwarded(nodes(launcher="torchrun"))) == {"forwarded": "skip"}
     (tmp_path / ".deepspeed_env").write_text("A=1\nexport B\n")
     assert "line 2" in cluster.check_forwarded(nodes())[0].why
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
