@@ -15,8 +15,8 @@ from scripts.doctor import cluster, machine, probe, versions
 from scripts.doctor.result import MARK, Check, Situation, ask
 from scripts.launch.commands import Options
 from scripts.launch.platforms import load_platforms, platform_named
-from scripts.plan import __main__ as plan
 from scripts.plan.known import config_of
+from scripts.plan.section import plan_section
 from training.utils.flags.parse import parse
 from training.utils.flags.recipe import Recipe
 from training.utils.flags.steps import SFTArguments
@@ -471,9 +471,8 @@ def test_the_memory_is_that_of_the_plan(tiny_model, monkeypatch, capsys, tmp_pat
     recipe.write_text(f"launch: {{platform: dcu_z100l}}\nsft: {{{flags}}}\nreward: {{{flags}, zero_stage: 9}}\n")
     assert doctor.main(["--recipe", str(recipe), "--json"]) == 2
     checks = {f"{check['group']}: {check['name']}": check for check in json.loads(capsys.readouterr().out)["checks"]}
-    plan.main(["--config", str(recipe), "--json"])
-    expected = json.loads(capsys.readouterr().out)["as_given"]
-    sizes = f"{expected['card_total_gib']:.1f} of 30.0 GiB a card, {expected['host_total_gib']:.1f} of 512.0 GiB on the host"
+    expected = plan_section(Recipe.read(str(recipe)), "sft", platform_named("dcu_z100l")).plan
+    sizes = f"{expected.on_card / GIB:.1f} of 30.0 GiB a card, {expected.on_host / GIB:.1f} of 512.0 GiB on the host"
     assert checks["memory: sft"]["why"] == f"computed: {sizes}"
     assert checks["memory: reward"]["state"] == "warn"
     assert "zero_stage" in checks["memory: reward"]["why"]

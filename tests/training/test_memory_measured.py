@@ -36,15 +36,12 @@ BLOOM = {"model_type": "bloom", "vocab_size": 1000, "hidden_size": 96, "n_layer"
 GPT2 = {"model_type": "gpt2", "vocab_size": 1000, "n_embd": 96, "n_layer": 4, "n_head": 4, "n_positions": 128}
 GLM4 = LLAMA | {"model_type": "glm4", "num_hidden_layers": 3, "head_dim": 32}
 USUAL = {"dtype": "fp32", "attn": "sdpa", "shape": [3, 64], "bucket": 60_000}
-CASES = [USUAL | {"config": LLAMA, "stage": stage, "dtype": "bf16"} for stage in (0, 1, 2, 3)]
-CASES += [USUAL | {"config": LLAMA, "stage": 3}]
+CASES = [USUAL | {"config": LLAMA, "stage": stage, "dtype": "bf16"} for stage in (0, 3)]
 CASES += [USUAL | {"config": LLAMA, "stage": stage, "offload": True, "dtype": "bf16"} for stage in (2, 3)]
 CASES += [
-    USUAL | {"config": LLAMA, "stage": 2, "lora": 8},
     USUAL | {"config": LLAMA, "stage": 2, "lora": 8, "names": "layers.3.,layers.4."},
     USUAL | {"config": QWEN, "stage": 3, "lora": 8, "dtype": "bf16"},
     USUAL | {"config": LLAMA, "stage": 1, "lora": 8, "bits": 8, "dtype": "bf16"},
-    USUAL | {"config": LLAMA, "stage": 2, "checkpointing": True},
     USUAL | {"config": QWEN, "stage": 2, "scalar": True},
     USUAL | {"config": OPT, "stage": 2, "attn": "eager"},
     USUAL | {"config": BLOOM, "stage": 1, "attn": "eager"},
@@ -113,8 +110,11 @@ def test_a_plan_is_what_a_gpu_allocates(tmp_path, stage):
     assert sum(expected.values()) == pytest.approx(found["peak"], rel=0.15)
 
 
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("config", [LLAMA, QWEN, OPT, BLOOM, GPT2, GLM2, GLM4], ids=lambda fields: fields["model_type"])
+AUTOGRAD = [(LLAMA, "sdpa"), (LLAMA, "eager"), (QWEN, "sdpa"), (OPT, "eager")]
+AUTOGRAD += [(BLOOM, "sdpa"), (GPT2, "eager"), (GLM2, "sdpa"), (GLM4, "eager")]
+
+
+@pytest.mark.parametrize(("config", "attn"), AUTOGRAD, ids=lambda one: one if isinstance(one, str) else one["model_type"])
 def test_what_autograd_saves_is_what_the_plan_says(config, attn):
     """Real tensors, counted by torch's own hooks; the plan's network has two blocks, this one all of them."""
     network = footprint(USUAL | {"config": config, "attn": attn})
