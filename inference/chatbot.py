@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ class Sampling:
     greedy: bool = False
     seed: int = 1234
     repetition_penalty: float = 1.0
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: Sequence[str] = ()
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Chatbot:
         self.history.clear()
 
     def answer(self, question: str, show: Callable[[str], None] = lambda piece: None) -> str:
-        """The answer to a question after the dialogue so far; show is called with each piece of it as it comes.
+        """Return the answer to a question after the dialogue so far; show is called with each piece of it as it comes.
 
         Raises UserError if the question alone is longer than the model's context; the dialogue is then as before.
         """
@@ -70,36 +69,37 @@ class Chatbot:
         prompt, history = self.fitting_prompt(question)
         if len(history) < len(self.history) and not self.warned:
             self.warned = True
-            print(
-                f"(The dialogue and --max_new_tokens {self.sampling.max_new_tokens} do not fit into the {self.longest()} tokens "
-                "that the model reads: it forgets the oldest turns.)", file=sys.stderr, flush=True,
-            )  # fmt: skip
-        room = min(self.sampling.max_new_tokens, self.longest() - len(prompt))
-        ids = torch.tensor([prompt], device=self.model.device)
+            limits = f"--max_new_tokens {self.sampling.max_new_tokens} do not fit into the {self.longest()} tokens"
+            print(f"(The dialogue and {limits} that the model reads: it forgets the oldest turns.)", file=sys.stderr, flush=True)
         stream = TextStream(self.template, self.tokenizer, show)
-        found = generate(
-            self.model, ids, torch.ones_like(ids),
-            max_new_tokens=room, stop_token_ids=self.template.stop_token_ids, pad_token_id=self.tokenizer.pad_token_id,
-            temperature=self.sampling.temperature, top_p=self.sampling.top_p, top_k=self.sampling.top_k,
-            greedy=self.sampling.greedy, row_seeds=[self.sampling.seed + self.asked],
-            repetition_penalty=self.sampling.repetition_penalty, stop_strings=self.sampling.stop_strings,
+        settings = {one.name: getattr(self.sampling, one.name) for one in fields(self.sampling) if one.name != "seed"}
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], self.longest() - len(prompt))
+        ids = torch.tensor([prompt], device=self.model.device)
+        generation = generate(
+            self.model,
+            ids,
+            torch.ones_like(ids),
+            stop_token_ids=self.template.stop_token_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+            row_seeds=[self.sampling.seed + self.asked],
             tokenizer=self.tokenizer,
             on_token=lambda row, token: stream.add(token),
-        )  # fmt: skip
-        check_finite(found.log_probs, "try --dtype fp32, or another checkpoint.")
+            **settings,
+        )
+        check_finite(generation.log_probs, "try --dtype fp32, or another checkpoint.")
         text = stream.finish()
         self.history = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": text}]
         self.asked += 1
         return text
 
     def longest(self) -> int:
-        """How many tokens a prompt and its answer may have together: the context, less a prefix that takes places of it."""
+        """Return how many tokens a prompt and its answer may have together: the context, less a prefix that takes places of it."""
         from models.heads import prefix_length
 
         return context_length(self.model.config) - prefix_length(self.model)
 
     def fitting_prompt(self, question: str) -> tuple[list[int], list[dict[str, str]]]:
-        """Token ids of the dialogue with the question at its end, and the turns of it that are kept.
+        """Return token ids of the dialogue with the question at its end, and the turns of it that are kept.
 
         When dialogue and answer do not fit into the context, the oldest turns go; the last question always stays.
         """
@@ -120,16 +120,18 @@ class Chatbot:
 
 
 def context_length(config: Any) -> int:
-    """How many tokens the model reads and writes together. BLOOM's config names none: it was trained on 2048."""
+    """Return how many tokens the model reads and writes together. BLOOM's config names none: it was trained on 2048."""
     names = ("max_position_embeddings", "max_sequence_length", "seq_length")
     return next((length for name in names if isinstance(length := getattr(config, name, None), int)), 2048)
 
 
 def chat_folder(path: str) -> Path:
-    """The folder of the model that talks: the path itself, or the actor in the output folder of step 3.
+    """Return the folder of the model that talks: the path itself, or the actor in the output folder of step 3.
 
     Raises UserError where there is none, or a reward model.
     """
+    from models.checkpoint_folder import open_checkpoint
+
     folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         if not (folder / "actor" / "config.json").is_file():
@@ -137,19 +139,13 @@ def chat_folder(path: str) -> Path:
                 f"--path {path} holds no model (no config.json, no actor/); name the output folder of step 1 or 3."
             )
         folder = folder / "actor"
-    config = folder / "config.json"
-    if config.is_file():
-        try:
-            architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{config} cannot be read ({error}); copy the checkpoint again.") from error
-        if any(name.endswith("ForSequenceClassification") for name in architectures):
-            raise UserError(f"--path {path} is a reward model, which does not talk; name an SFT model or an actor.")
+    if folder.is_dir() and open_checkpoint(folder).gives_scores:
+        raise UserError(f"--path {path} is a reward model, which does not talk; name an SFT model or an actor.")
     return folder
 
 
 def load_chatbot(path: str, sampling: Sampling, system: str | None = None, dtype: str = "auto") -> Chatbot:
-    """Tokenizer, template and model of a folder, on this machine's device. UserError for what is wrong with it."""
+    """Load tokenizer, template and model of a folder onto this machine's device. UserError for what is wrong with it."""
     from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
     from models.load import load_causal_lm, load_tokenizer
     from models.templates import load_template
@@ -168,7 +164,7 @@ def load_chatbot(path: str, sampling: Sampling, system: str | None = None, dtype
 
 
 def questions(interactive: bool) -> Iterator[str]:
-    """What is typed, or comes through a pipe, line by line, until quit, Ctrl-D or Ctrl-C."""
+    """Yield what is typed, or comes through a pipe, line by line, until quit, Ctrl-D or Ctrl-C."""
     while True:
         try:
             line = input("You: ") if interactive else sys.stdin.readline()
@@ -211,7 +207,7 @@ def converse(bot: Chatbot, interactive: bool) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of chat.py; DeepSpeed-Chat's had --path and --max_new_tokens."""
+    """Define the flags of chat.py; DeepSpeed-Chat's had --path and --max_new_tokens."""
     usual = Sampling()
     parser = argparse.ArgumentParser(
         prog="chat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -234,7 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. UserError for whatever is wrong with it."""
+    """Read the command line. UserError for whatever is wrong with it."""
     parser = build_parser()
 
     def refuse(message: str) -> None:
@@ -249,14 +245,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"Unknown flag {unknown[0]}; {hint}")
     if not args.path:
         raise UserError("chat.py needs --path: the folder of an SFT model or actor, or the output folder of step 3.")
-    limits = {
-        "max_new_tokens": args.max_new_tokens >= 1, "temperature": args.temperature > 0, "top_p": 0 < args.top_p <= 1,
-        "top_k": args.top_k >= 0, "seed": args.seed >= 0, "repetition_penalty": args.repetition_penalty > 0,
-    }  # fmt: skip
-    for name, right in limits.items():
-        if not right:
-            hint = " (--greedy takes the likeliest token)" if name == "temperature" else ""
-            raise UserError(f"--{name} {getattr(args, name)} is out of range{hint}; chat.py --help says what it means.")
+    right = {"max_new_tokens": args.max_new_tokens >= 1, "temperature": args.temperature > 0, "top_p": 0 < args.top_p <= 1}
+    right |= {"top_k": args.top_k >= 0, "seed": args.seed >= 0, "repetition_penalty": args.repetition_penalty > 0}
+    for name in (name for name, fits in right.items() if not fits):
+        hint = " (--greedy takes the likeliest token)" if name == "temperature" else ""
+        raise UserError(f"--{name} {getattr(args, name)} is out of range{hint}; chat.py --help says what it means.")
     if not all(args.stop_strings):
         raise UserError("--stop_strings holds an empty text, which stands at the beginning of every answer; drop it.")
     if args.prompt is not None and not args.prompt.strip():
@@ -269,10 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for wrong input."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        sampling = Sampling(
-            args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.greedy, args.seed, args.repetition_penalty,
-            tuple(args.stop_strings),
-        )  # fmt: skip
+        sampling = Sampling(**{one.name: getattr(args, one.name) for one in fields(Sampling)})
         quiet()
         bot = load_chatbot(args.path, sampling, args.system, args.dtype)
         if args.prompt is not None:
@@ -288,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quiet() -> None:
-    """Only the dialogue on the terminal; bytes that are no UTF-8 in a pipe become question marks, not a traceback."""
+    """Leave only the dialogue on the terminal; bytes that are no UTF-8 in a pipe become question marks, not a traceback."""
     import transformers
 
     transformers.logging.set_verbosity_error()

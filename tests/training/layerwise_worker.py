@@ -41,8 +41,8 @@ class Case:
 
 
 CASES = [
-    Case("llama"), Case("opt", "lora", 500), Case("gpt2", "prefix"), Case("bloom", frozen=True), Case("chatglm-6b", "prefix", 500),
-    Case("chatglm2-6b"), Case("chatglm2-6b", "prefix"),
+    Case("llama"), Case("opt", "lora", 500), Case("bloom", frozen=True), Case("chatglm-6b", "prefix", 500),
+    Case("chatglm2-6b", "prefix"),
 ]  # fmt: skip
 
 

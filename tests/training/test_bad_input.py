@@ -10,10 +10,12 @@ import training.step1_sft.main as sft
 import training.step2_reward.main as reward
 import training.step3_ppo.main as ppo
 import training.step3_ppo.rlhf_engine as rlhf_engine
-from tests.launching import start, write_pairs
+from errors import UserError
+from tests.launching import write_pairs
 from tests.tiny import tiny_checkpoint
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import PPOArguments, RewardArguments, SFTArguments
+from training.utils.run.loop import global_batch_size
 
 STEPS = {"sft": (sft, SFTArguments), "reward": (reward, RewardArguments), "ppo": (ppo, PPOArguments)}
 
@@ -105,7 +107,7 @@ def test_unknown_data_set_and_no_network(refuse, monkeypatch):
 def test_unknown_model_folder(refuse, tmp_path):
     file = write_pairs(tmp_path / "pairs.jsonl", 40)
     for step in STEPS:
-        assert "nowhere" in refuse(step, "--data_path", str(file), model=tmp_path / "nowhere")
+        assert "absent" in refuse(step, "--data_path", str(file), model=tmp_path / "absent")
 
 
 def test_output_folder_that_cannot_be_written(refuse, tmp_path):
@@ -146,52 +148,58 @@ def test_longer_than_the_model_has_positions(refuse, tmp_path):
     assert "256 positions" in refuse("ppo", "--data_path", "x.jsonl", "--max_prompt_seq_len", "250", model=opt)
 
 
-def test_number_of_processes_that_does_not_divide_the_batch(tmp_path, tiny):
-    file = write_pairs(tmp_path / "pairs.jsonl", 60)
-    flags = ["--model_name_or_path", str(tiny), "--data_path", str(file), "--data_split", "1,0,0"]
-    done = start(
-        "training.step1_sft.main", [*flags, "--output_dir", str(tmp_path / "out"), "--global_batch_size", "7"], processes=2
-    )
-    assert done.returncode != 0
-    assert "error: --global_batch_size 7 cannot be shared by 2 processes" in done.stderr + done.stdout
+def test_number_of_processes_that_does_not_divide_the_batch():
+    args = SFTArguments(model_name_or_path="m", output_dir="o", global_batch_size=7)
+    with pytest.raises(UserError, match="--global_batch_size 7 cannot be shared by 2 processes"):
+        global_batch_size(args, 2, 1)
 
 
-def run_whole(step: str, tiny, file, output, *flags: str) -> tuple[int, str]:
-    """A step as a user starts it; exit code and the error line."""
-    common = ["--data_path", str(file), "--data_split", "1,1,1", "--output_dir", str(output), "--dtype", "fp32"]
-    done = start(STEPS[step][0].__name__, ["--model_name_or_path", str(tiny), *common, *flags])
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in done.stderr and len(errors) <= 1
-    return done.returncode, "".join(errors)
+@pytest.fixture
+def run_sft(tmp_path, tiny, capsys):
+    """Run step 1 in this process to its end; returns exit code and the error line."""
+    file = write_pairs(tmp_path / "pairs.jsonl", 120)
+
+    def run(*flags: str) -> tuple[int, str]:
+        common = ["--data_path", str(file), "--data_split", "1,1,1", "--output_dir", str(tmp_path / "out"), "--dtype", "fp32"]
+        code = 0
+        try:
+            main_entry(sft.main, SFTArguments, ["--model_name_or_path", str(tiny), *common, *flags])
+        except SystemExit as ended:
+            code = ended.code or 0
+        error = capsys.readouterr().err
+        errors = [line for line in error.splitlines() if line.startswith("error:")]
+        assert "Traceback" not in error and len(errors) <= 1
+        return code, "".join(errors)
+
+    yield run
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def test_lora_that_matches_nothing(tmp_path, tiny):
-    file = write_pairs(tmp_path / "pairs.jsonl", 60)
-    code, message = run_whole("sft", tiny, file, tmp_path / "out", "--lora_dim", "4", "--lora_module_name", "decoder.layers.")
+def test_lora_that_matches_nothing(run_sft):
+    code, message = run_sft("--lora_dim", "4", "--lora_module_name", "decoder.layers.")
     assert code == 2 and "--lora_module_name decoder.layers." in message and "q_proj" in message
 
 
-def test_nan_loss_stops_and_keeps_the_last_checkpoint(tmp_path, tiny):
-    file = write_pairs(tmp_path / "pairs.jsonl", 120)
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(run_sft, tmp_path):
     flags = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--max_steps", "30", "--per_device_train_batch_size", "8",
              "--lr_scheduler_type", "constant", "--save_steps", "1", "--save_total_limit", "0"]  # fmt: skip
-    code, message = run_whole("sft", tiny, file, tmp_path / "out", *flags)
+    code, message = run_sft(*flags)
     assert code == 2 and "loss became nan" in message
     kept = sorted(folder.name for folder in (tmp_path / "out" / "checkpoints").iterdir())
     assert kept and all(name.startswith("step-") for name in kept)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_resume_from_a_half_written_or_foreign_checkpoint(tmp_path, tiny):
-    file = write_pairs(tmp_path / "pairs.jsonl", 120)
+def test_resume_from_a_half_written_or_foreign_checkpoint(run_sft, tmp_path):
     output = tmp_path / "out"
     flags = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--save_steps", "1"]
-    assert run_whole("sft", tiny, file, output, *flags)[0] == 0
+    assert run_sft(*flags)[0] == 0
     newest = output / "checkpoints" / "step-00000002"
-    code, message = run_whole("sft", tiny, file, output, *flags, "--learning_rate", "0.5", "--resume", str(newest))
+    code, message = run_sft(*flags, "--learning_rate", "0.5", "--resume", str(newest))
     assert code == 2 and "--learning_rate" in message and "0.5" in message
     with (newest / "generators-0.pt").open("ab") as cut:
         cut.truncate(10)
-    code, message = run_whole("sft", tiny, file, output, *flags, "--resume", str(newest))
+    code, message = run_sft(*flags, "--resume", str(newest))
     assert code == 2 and "half-written" in message
     assert (output / "checkpoints" / "step-00000001").exists()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.step3_ppo import objectives
 from training.step3_ppo.advantages import (
     equal_groups,
     explained_variance,
@@ -21,21 +22,6 @@ from training.step3_ppo.advantages import (
 )
 from training.step3_ppo.experience import Experience, plan_minibatches
 from training.step3_ppo.health import Health
-from training.step3_ppo.objectives import (
-    adapted_kl_coef,
-    aggregate,
-    kl_estimate,
-    kl_loss,
-    loss_denominator,
-    masked_mean,
-    masked_sum,
-    missing_end_penalty,
-    normalize_scores,
-    overlong_penalty,
-    policy_loss,
-    shaped_rewards,
-    value_loss,
-)
 from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out
@@ -116,7 +102,7 @@ class DeepSpeedPPOTrainer:
         update |= {name: value / update["optimizer_steps"] for name, value in sums.items()}
         if args.kl_target and actor_learns:
             kl = experience.metrics["kl"]
-            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.kl_target, len(experience), args.kl_horizon)
+            self.kl_coef = objectives.adapted_kl_coef(self.kl_coef, kl, args.kl_target, len(experience), args.kl_horizon)
         for warning in self.health.check(rollout, experience.metrics | update):
             logger.warning("rollout %d: %s", rollout, warning)
         return update
@@ -126,7 +112,7 @@ class DeepSpeedPPOTrainer:
         for ratio_deviation, which is this one's.
         """
         run, actor, critic = self.run, self.engine.actor, self.engine.critic
-        denominator = loss_denominator(minibatch.action_mask, self.args.loss_reduction)
+        denominator = objectives.loss_denominator(minibatch.action_mask, self.args.loss_reduction)
         micro_batches = [rows for _, rows in minibatch.micro_batches(run, self.args)]
         learning = [actor] * actor_learns + [critic] * (critic is not None)
         together = self.args.align_overflow and len(learning) == 2
@@ -183,7 +169,7 @@ class DeepSpeedPPOTrainer:
         bonus = args.entropy_coef > 0
         outputs = self.engine.answer_log_probs(self.engine.actor, micro.joined(), with_entropy=bonus)
         log_probs, entropy = outputs if bonus else (outputs, None)
-        loss, metrics = policy_loss(
+        loss, metrics = objectives.policy_loss(
             log_probs,
             micro.old_log_probs,
             micro.advantages,
@@ -195,20 +181,20 @@ class DeepSpeedPPOTrainer:
             reduction=args.loss_reduction,
         )
         if args.kl_in == "loss":
-            penalty, cut = kl_loss(
+            penalty, cut = objectives.kl_loss(
                 log_probs, micro.ref_log_probs, mask, denominator, args.kl_estimator, args.kl_clip, args.loss_reduction
             )
             loss = loss + self.kl_coef * penalty
-            estimate, _ = kl_estimate(log_probs.detach(), micro.ref_log_probs, mask, args.kl_estimator, args.kl_clip)
+            estimate, _ = objectives.kl_estimate(log_probs.detach(), micro.ref_log_probs, mask, args.kl_estimator, args.kl_clip)
             metrics |= {"kl_per_token": float(estimate.sum()), "kl_clipped_share": float(cut)}
         if entropy is not None:
-            loss = loss - args.entropy_coef * aggregate(entropy, mask, denominator, args.loss_reduction)
-            metrics["entropy"] = float(masked_sum(entropy.detach(), mask))
+            loss = loss - args.entropy_coef * objectives.aggregate(entropy, mask, denominator, args.loss_reduction)
+            metrics["entropy"] = float(objectives.masked_sum(entropy.detach(), mask))
         return loss, metrics
 
     def _critic_loss(self, micro: Experience, denominator: float) -> Tensor:
         """Return the clipped value loss of a micro-batch."""
-        return value_loss(
+        return objectives.value_loss(
             self.engine.answer_values(self.engine.critic, micro.joined()),
             micro.values,
             micro.returns,
@@ -232,14 +218,14 @@ def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args,
     """
     mask = experience.action_mask
     coef = args.kl_coef if kl_coef is None else kl_coef
-    scores, _ = normalize_scores(experience.scores, *engine.score_unit, clip=0.0)
-    scores = missing_end_penalty(scores, experience.ended, args.missing_eos_penalty)
+    scores, _ = objectives.normalize_scores(experience.scores, *engine.score_unit, clip=0.0)
+    scores = objectives.missing_end_penalty(scores, experience.ended, args.missing_eos_penalty)
     lengths = experience.answer_lengths
-    scores = overlong_penalty(scores, lengths, args.max_answer_seq_len, args.overlong_tokens, args.overlong_penalty)
-    scores, clipped = normalize_scores(scores, 0.0, 1.0, args.clip_reward_value)
+    scores = objectives.overlong_penalty(scores, lengths, args.max_answer_seq_len, args.overlong_tokens, args.overlong_penalty)
+    scores, clipped = objectives.normalize_scores(scores, 0.0, 1.0, args.clip_reward_value)
     policies = (experience.old_log_probs, experience.ref_log_probs, mask)
     in_reward = coef if args.kl_in == "reward" else 0.0
-    rewards = shaped_rewards(scores, *policies, in_reward, args.kl_estimator, args.kl_clip)
+    rewards = objectives.shaped_rewards(scores, *policies, in_reward, args.kl_estimator, args.kl_clip)
     total = rewards.sum(1).mean()
     experience.rewards = whiten(rewards, mask, keep_mean=True) if args.whiten_rewards else rewards
     experience.metrics = {
@@ -247,7 +233,7 @@ def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args,
         **engine.rewards.metrics(experience),
         "reward": float(total),
         "score_clipped_share": float(clipped),
-        "kl": float(kl_estimate(*policies)[0].sum(1).mean()),
+        "kl": float(objectives.kl_estimate(*policies)[0].sum(1).mean()),
         "kl_coef": coef,
         "length": float(lengths.float().mean()),
         "eos_rate": float(experience.ended.float().mean()),
@@ -255,7 +241,7 @@ def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args,
     if experience.sampler_gap is not None:
         experience.metrics["sampler_gap"] = experience.sampler_gap
     if in_reward and args.kl_clip:
-        cut = kl_estimate(*policies, args.kl_estimator, args.kl_clip)[1]
+        cut = objectives.kl_estimate(*policies, args.kl_estimator, args.kl_clip)[1]
         experience.metrics["kl_clipped_share"] = float(cut / mask.sum().clamp(min=1))
     estimate_advantages(experience, args)
 
@@ -265,14 +251,14 @@ def estimate_advantages(experience: Experience, args) -> None:
     rewards, mask, metrics = experience.rewards, experience.action_mask, experience.metrics
     if args.advantage == "gae":
         advantages, experience.returns = gae(rewards, experience.values, mask, args.gamma, args.lam)
-        metrics["value"] = float(masked_mean(experience.values, mask))
+        metrics["value"] = float(objectives.masked_mean(experience.values, mask))
         metrics["explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
     elif args.advantage == "reinforce++":
         advantages = rewards_to_come(rewards, mask, args.gamma)
     else:
         advantages = {"grpo": grpo, "rloo": rloo}[args.advantage](rewards, mask, experience.group)
         metrics["equal_groups"] = float(equal_groups(rewards, mask, experience.group))
-    metrics["advantage"] = float(masked_mean(advantages, mask))
+    metrics["advantage"] = float(objectives.masked_mean(advantages, mask))
     if args.whiten_advantages and args.advantage in ("gae", "reinforce++"):
         advantages = whiten(advantages, mask)
     if args.sampler_correction:

@@ -9,15 +9,9 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import torch
-
-from models.load import load_scalar_model, load_tokenizer
-from models.save import save_model
-from models.templates import load_template
 from tests.launching import write_pairs
-from tests.tiny import tiny_checkpoint
+from tests.training.step3_ppo.small_ppo import write_models
 
-MEAN, STD = 0.3, 1.7
 FUNCTIONS = '''
 import os
 from pathlib import Path
@@ -57,14 +51,10 @@ def second(prompts, answers):
 
 def write_all(folder: Path) -> dict[str, Path]:
     """An SFT model, a reward model with statistics, prompts and the file of functions."""
-    base = tiny_checkpoint(folder / "base", "llama")
-    tokenizer = load_tokenizer(base)
-    reward = load_scalar_model(base, dtype=torch.float32, seed=5)
-    reward.config.update({"reward_mean": MEAN, "reward_std": STD})
-    save_model(reward, tokenizer, load_template(base, tokenizer), folder / "reward")
+    base, reward = write_models(folder)
     (folder / "f.py").write_text(FUNCTIONS)
     data = write_pairs(folder / "pairs.jsonl", 90)
-    return {"base": base, "reward": folder / "reward", "data": data, "f": folder / "f.py"}
+    return {"base": base, "reward": reward, "data": data, "f": folder / "f.py"}
 
 
 def flags(folders, output, *more: str, critic: str | None = "reward", processes: int = 1) -> list[str]:

@@ -6,31 +6,37 @@ from pathlib import Path
 
 import torch
 
+from inference.engine import Generation
 from models.load import load_scalar_model, load_tokenizer
 from models.save import save_model
 from models.templates import load_template
 from tests.tiny import tiny_checkpoint
-from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer
+from training.step3_ppo.experience import Experience
+from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages
 from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine, check_models
+from training.step3_ppo.rollout import complete_experience
 from training.step3_ppo.scoring import Rewards
-from training.utils.data.batching import collate_prompts
+from training.utils.data.batching import PromptBatch, collate_prompts
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
 from training.utils.run.process_group import Run
 
+MEAN, STD = 0.3, 1.7  # of the reward model's scores
+
 
 def write_models(folder: Path) -> tuple[Path, Path]:
-    """An actor and a reward model, saved."""
+    """An actor whose checkpoint asks for greedy answers, which must not matter, and a reward model with statistics."""
     actor = tiny_checkpoint(folder / "actor", "llama")
     tokenizer = load_tokenizer(actor)
     reward = load_scalar_model(actor, dtype=torch.float32, seed=5)
-    reward.config.update({"reward_mean": 0.3, "reward_std": 1.7})
+    reward.config.update({"reward_mean": MEAN, "reward_std": STD})
     save_model(reward, tokenizer, load_template(actor, tokenizer), folder / "reward")
+    (actor / "generation_config.json").write_text('{"do_sample": false, "top_k": 1, "repetition_penalty": 5.0}')
     return actor, folder / "reward"
 
 
-def build(models: tuple[Path, Path], output: Path, *flags: str) -> DeepSpeedPPOTrainer:
+def build(models: tuple[Path, Path], output: Path, *flags: str, pad_is_end: bool = False) -> DeepSpeedPPOTrainer:
     """A trainer; each of its rollouts is one optimizer step unless the flags say otherwise."""
     args = parse(PPOArguments, [
         "--actor_model_name_or_path", str(models[0]), "--critic_model_name_or_path", str(models[1]), "--dtype", "fp32",
@@ -39,6 +45,8 @@ def build(models: tuple[Path, Path], output: Path, *flags: str) -> DeepSpeedPPOT
         "--actor_learning_rate", "1e-3", "--critic_learning_rate", "1e-3", *flags,
     ])  # fmt: skip
     tokenizer = load_tokenizer(models[0])
+    if pad_is_end:
+        tokenizer.pad_token = tokenizer.eos_token
     run = Run.start(args)
     size = args.per_device_training_batch_size * args.gradient_accumulation_steps
     mixture = PretrainingMix.of(args, run, tokenizer, load_template(models[0], tokenizer), size)
@@ -47,11 +55,46 @@ def build(models: tuple[Path, Path], output: Path, *flags: str) -> DeepSpeedPPOT
     return DeepSpeedPPOTrainer(engine, args, mixture)
 
 
-def rollout(trainer: DeepSpeedPPOTrainer, number: int):
-    """Experience from four ragged prompts."""
+def prompts(trainer: DeepSpeedPPOTrainer) -> PromptBatch:
+    """Four ragged prompts."""
     generator = torch.Generator().manual_seed(2)
-    rows = [
-        {"prompt_ids": torch.randint(5, 300, (2 + row,), generator=generator).tolist(), "index": row} for row in range(4)
-    ]
-    batch = collate_prompts(rows, pad_id=trainer.engine.tokenizer.pad_token_id)
-    return trainer.generate_experience(batch, number)
+    ids = [torch.randint(5, 300, (2 + row,), generator=generator).tolist() for row in range(4)]
+    rows = [{"prompt_ids": one, "index": row} for row, one in enumerate(ids)]
+    return collate_prompts(rows, pad_id=trainer.engine.tokenizer.pad_token_id)
+
+
+def rollout(trainer: DeepSpeedPPOTrainer, number: int) -> Experience:
+    """Experience from these prompts."""
+    return trainer.generate_experience(prompts(trainer), number)
+
+
+def hand_written(trainer: DeepSpeedPPOTrainer, answers, ended, left: int = 0, right: int = 0, scored: bool = True) -> Experience:
+    """A rollout with answers written by hand, with padding that nobody needs around it; scored: with all fields.
+
+    An E in an answer is the end token.
+    """
+    tokenizer, end = trainer.engine.tokenizer, trainer.engine.template.stop_token_ids[0]
+    pad, batch = tokenizer.pad_token_id, prompts(trainer)
+    answers = [[end if token == "E" else token for token in answer] for answer in answers]
+    lengths = torch.tensor([len(answer) for answer in answers])
+    width = int(lengths.max()) + right
+    sequences = torch.tensor([answer + [pad] * (width - len(answer)) for answer in answers])
+    generation = Generation(sequences, lengths, torch.tensor(ended), torch.zeros(len(answers), width))
+    rows = slice(0, len(answers))
+    ids = torch.nn.functional.pad(batch.input_ids[rows], (left, 0), value=pad)
+    mask = torch.nn.functional.pad(batch.attention_mask[rows], (left, 0), value=0)
+    experience = Experience.from_generation(ids, mask, generation, batch.index[rows], pad)
+    complete_experience(trainer.engine, experience, trainer.args, trainer.sampler)
+    if scored:
+        assign_advantages(experience, trainer.engine, trainer.args)
+    return experience
+
+
+def weights(engine) -> dict[str, torch.Tensor]:
+    """Copies of an engine's parameters."""
+    return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+
+
+def unchanged(before: dict[str, torch.Tensor], engine) -> bool:
+    """Tell whether the parameters are still these, bit for bit."""
+    return all(torch.equal(value, before[name]) for name, value in engine.module.named_parameters())

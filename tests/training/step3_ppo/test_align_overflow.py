@@ -5,23 +5,14 @@ Nobody trains in fp16 on a CPU, and DeepSpeed and we refuse it; the refusals are
 
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import training.utils.run.process_group
-from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from tests.training.step3_ppo.small_ppo import build, rollout
 from training.utils.engine.weights import trained_weights
 
 pytestmark = pytest.mark.ppo
 OTHER = {"actor": "critic", "critic": "actor"}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Actor and reward model."""
-    yield write_models(tmp_path_factory.mktemp("models"))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from errors import UserError
 from models.load import load_causal_lm
-from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from tests.training.step3_ppo.small_ppo import build, rollout
 from training.utils.engine.checkpoint import Checkpoint, export
 from training.utils.engine.weights import trained_weights
 from training.utils.flags.parse import parse
@@ -16,14 +15,6 @@ from training.utils.flags.steps import PPOArguments
 
 pytestmark = pytest.mark.ppo
 DECAY = 0.8
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Actor and reward model."""
-    yield write_models(tmp_path_factory.mktemp("models"))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def averaged(models, output, *flags):

@@ -99,7 +99,6 @@ def test_layout():
     ]
     assert experience.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0]]
     assert experience.action_mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
-    assert experience.total_lengths() == [5, 5, 3]
     assert experience.prompt_width == 3 and len(experience) == 3
 
 

@@ -11,18 +11,13 @@ from transformers import AutoConfig
 from inference.cache import RowsCache
 from models.load import load_causal_lm, load_tokenizer
 from tests.tiny import FAMILIES, tiny_checkpoint
-from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from tests.training.step3_ppo.small_ppo import build, rollout
 from training.utils.engine import weights
 from training.utils.engine.build import makes_copy, read_in_turn
 from training.utils.engine.extras import extras
 from training.utils.engine.weights import cache_bytes, choice
 
 pytestmark = pytest.mark.ppo
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("models"))
 
 
 def test_a_rollout_is_the_same_with_split_weights(models, tmp_path, monkeypatch):

@@ -187,15 +187,6 @@ def test_without_a_critic_two_models_share(models, tmp_path):
     assert trainer.train_rlhf(found, 1)["actor_loss"] == pytest.approx(expected.train_rlhf(other, 1)["actor_loss"], abs=1e-5)
 
 
-def test_text_can_be_mixed_in_over_a_shared_trunk(models, tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(f'{{"text": "Story {i}: the fox number {i} jumps over the lazy dog."}}\n' for i in range(20)))
-    flags = (*SHARED, "--unsupervised_dataset_name", str(text), "--unsup_coef", "1", "--actor_lora_learning_rate", "1e-2")
-    trainer = build(models, tmp_path / "out", *flags)
-    losses = [trainer.train_rlhf(rollout(trainer, number), number)["text_loss"] for number in range(1, 7)]
-    assert losses[-1] < losses[0]
-
-
 def test_a_reward_model_of_another_actor_ends_the_run_with_a_sentence(models, tmp_path):
     other = tiny_checkpoint(tmp_path / "other", "llama", seed=3)
     with pytest.raises(UserError, match=r"train step 2 with --lora_dim from .*other, or take --memory_mode separate"):

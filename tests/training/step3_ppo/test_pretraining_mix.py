@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from errors import UserError
 from models.load import load_causal_lm
-from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from tests.training.step3_ppo.small_ppo import build, rollout
 from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.utils.data.tokenize import PhaseData
 from training.utils.flags.parse import parse
@@ -18,14 +17,6 @@ from training.utils.flags.steps import PPOArguments
 
 pytestmark = pytest.mark.ppo
 COEF = 3.7
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Actor and reward model."""
-    yield write_models(tmp_path_factory.mktemp("models"))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture

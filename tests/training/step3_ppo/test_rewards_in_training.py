@@ -10,9 +10,9 @@ import torch.distributed as dist
 import training.step3_ppo.main as ppo
 import training.step3_ppo.rlhf_engine as rlhf_engine
 from models.load import load_scalar_model, load_tokenizer
-from scripts.demo.score import demo_score
-from tests.launching import REPOSITORY, logged
-from tests.training.step3_ppo.reward_runs import MEAN, STD, by_function, flags, score_server, write_all
+from tests.launching import logged
+from tests.training.step3_ppo.reward_runs import by_function, flags, write_all
+from tests.training.step3_ppo.small_ppo import MEAN, STD
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.scoring import RewardError
@@ -171,41 +171,6 @@ def test_a_failure_before_anything_was_learned_leaves_no_checkpoint(folders, tmp
     with pytest.raises(RewardError, match="nan"):
         run(folders, tmp_path, *by_function(folders, "counted"))
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_an_endpoint_that_breaks_down_leaves_a_checkpoint_and_another_address_goes_on(folders, tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    more = ["--reward_model", "false", "--reward_retries", "0", *QUICK]
-    with score_server() as server:
-        run(folders, tmp_path / "whole", *more, "--reward_endpoint", server.url)
-        assert sorted(len(request["answers"]) for request in server.asked) == [6] * 5 + [8] * 3
-        assert all(request["prompts"][0].startswith("\n\nHuman: What is ") for request in server.asked)
-    with score_server() as server:
-        server.replies = [0.0] * 4 + [(503, "")]  # the reference's answers, before, one rollout, after it
-        with pytest.raises(RewardError, match=r"HTTP 503.*after rollout 1 is kept"):
-            run(folders, tmp_path / "cut", *more, "--reward_endpoint", server.url)
-    with score_server() as server:
-        run(folders, tmp_path / "cut", *more, "--reward_endpoint", server.url, "--resume")
-    for name in ("train/score", "train/actor_loss", "eval/win_rate"):
-        assert logged(tmp_path / "cut", name) == logged(tmp_path / "whole", name), name
-
-
-def test_the_rule_of_the_demo_scores_the_demos_prompts(folders, tmp_path):
-    """The rule raises for a prompt that it does not know."""
-    data = REPOSITORY / "data/demo/prompts_train.jsonl"
-    run(
-        folders, tmp_path, "--data_path", str(data), "--max_prompt_seq_len", "200", "--reward_model", "false",
-        "--reward_function", f"{REPOSITORY / 'scripts/demo/score.py'}:reward", "--per_device_generation_batch_size", "32",
-        "--max_steps", "1", critic="base",
-    )  # fmt: skip
-    rows = samples(tmp_path, 0)
-    assert [row["score"] for row in rows] == [demo_score(row["prompt"], row["answer"]) for row in rows]
-
-
-def test_a_reference_in_host_memory_answers_as_one_on_the_device(folders, tmp_path):
-    for name, more in (("plain", []), ("offload", ["--offload_reference_model"])):
-        run(folders, tmp_path / name, *by_function(folders, "length"), *QUICK, *more)
-    assert samples(tmp_path / "plain", 3) == samples(tmp_path / "offload", 3)
 
 
 def test_a_function_alone_is_learned(folders, tmp_path):

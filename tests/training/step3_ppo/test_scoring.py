@@ -228,7 +228,7 @@ def test_the_weighted_sum_by_hand():
 def test_names_and_means_of_the_sources():
     several = rewards(True, ["f", "g"], [])
     assert several.names == ["model", "endpoint", "endpoint_2"] and not several.model_alone
-    experience = SimpleNamespace(parts=torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 8.0]]))
+    experience = SimpleNamespace(source_scores=torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 8.0]]))
     assert several.metrics(experience) == {"score_model": 2.0, "score_endpoint": 3.0, "score_endpoint_2": 5.5}
     assert rewards(True, [], []).model_alone and rewards(True, [], []).metrics(experience) == {}
 
@@ -247,7 +247,7 @@ SERVER = ["--reward_endpoint", "http://127.0.0.1:1/x"]
     ([*ACTOR, *RULE, "--reward_model", "false"], ["--critic_model_name_or_path with --advantage gae", "grpo"]),
     ([*BOTH, "--reward_model", "false"], ["--reward_model false", "--reward_function"]),
     ([*BOTH, "--no_reward_model"], ["--reward_model false", "--reward_function"]),
-    ([*BOTH, "--reward_function", "nowhere.py:f"], ["nowhere.py", "no file"]),
+    ([*BOTH, "--reward_function", "missing.py:f"], ["missing.py", "no file"]),
     ([*BOTH, "--reward_function", "rule.py"], ["rule.py", "FILE.py:NAME"]),
     ([*BOTH, "--reward_function", "rule.py:"], ["FILE.py:NAME"]),
     ([*BOTH, "--reward_function", "rule.txt:f"], ["FILE.py:NAME"]),

@@ -8,18 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from errors import UserError
-from inference.engine import Generation
 from tests.launching import logged, write_pairs
 from tests.several import run_several
-from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from tests.training.step3_ppo.small_ppo import build, hand_written, rollout, unchanged, weights
 from training.step3_ppo import rollout as rollout_module
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import assign_advantages
 from training.step3_ppo.rollout import complete_experience
-from training.utils.data.batching import collate_prompts
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
 
@@ -27,35 +24,10 @@ pytestmark = pytest.mark.ppo
 GROUPS = ("--num_return_sequences", "3", "--per_device_training_batch_size", "12")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    yield write_models(tmp_path_factory.mktemp("models"))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def weights(engine) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in engine.module.parameters()]
-
-
-def equal(before: list[torch.Tensor], engine) -> bool:
-    return all(torch.equal(old, new) for old, new in zip(before, engine.module.parameters(), strict=True))
-
-
-def hand_written(trainer) -> Experience:
+def scored(trainer) -> Experience:
     """Three answers of 1, 4 and 7 tokens (the limit), the last cut off, scored."""
-    tokenizer, end = trainer.engine.tokenizer, trainer.engine.template.stop_token_ids[0]
-    batch = collate_prompts(
-        [{"prompt_ids": [10 + row, 20], "index": row} for row in range(3)], pad_id=tokenizer.pad_token_id
-    )
-    answers = [[end], [11, 12, 13, end], [21, 22, 23, 24, 25, 26, 27]]
-    ids = torch.tensor([answer + [tokenizer.pad_token_id] * (7 - len(answer)) for answer in answers])
-    generation = Generation(ids, torch.tensor([1, 4, 7]), torch.tensor([True, True, False]), torch.zeros(3, 7))
-    experience = Experience.from_generation(
-        batch.input_ids, batch.attention_mask, generation, batch.index, tokenizer.pad_token_id
-    )
-    complete_experience(trainer.engine, experience, trainer.args, trainer.sampler)
-    return experience
+    answers = [["E"], [11, 12, 13, "E"], [21, 22, 23, 24, 25, 26, 27]]
+    return hand_written(trainer, answers, [True, True, False], scored=False)
 
 
 # --- methods without a critic -----------------------------------------------------------------------------------------
@@ -84,7 +56,7 @@ def test_without_a_critic(models, tmp_path, method):
         assert experience.advantages[mask].var(unbiased=False).item() == pytest.approx(1.0, rel=1e-3)
     before = weights(engine.actor)
     metrics = experience.metrics | trainer.train_rlhf(experience, 1)
-    assert not equal(before, engine.actor)
+    assert not unchanged(before, engine.actor)
     assert not {"critic_loss", "critic_lr", "value", "explained_variance"} & metrics.keys()
     assert metrics["first_ratio_deviation"] < 1e-5
 
@@ -160,7 +132,7 @@ def test_penalties_and_whitening_of_rewards(models, tmp_path):
     flags = ("--kl_coef", "0", "--normalize_reward", "false", "--missing_eos_penalty", "0.5")
     plain = build(models, tmp_path / "plain", *flags)
     long = build(models, tmp_path / "long", *flags, "--overlong_penalty", "2", "--overlong_tokens", "6")
-    experiences = [hand_written(trainer) for trainer in (plain, long)]
+    experiences = [scored(trainer) for trainer in (plain, long)]
     for trainer, experience in zip((plain, long), experiences, strict=True):
         assign_advantages(experience, trainer.engine, trainer.args)
     scores = experiences[0].scores
@@ -180,7 +152,7 @@ def test_penalties_and_whitening_of_rewards(models, tmp_path):
 @pytest.mark.detail(49)
 def test_the_sampler_s_weights_reach_the_advantages(models, tmp_path):
     trainer = build(models, tmp_path)
-    experience = hand_written(trainer)  # whose sampler claims a probability of 1 for every token
+    experience = scored(trainer)  # whose sampler claims a probability of 1 for every token
     assign_advantages(experience, trainer.engine, trainer.args)
     before = experience.advantages
     trainer.args.sampler_correction = 1.5
@@ -197,12 +169,12 @@ def test_only_the_critic_learns_during_its_warm_up(models, tmp_path):
     actor, critic = weights(trainer.engine.actor), weights(trainer.engine.critic)
     for number in (1, 2):
         metrics = trainer.train_rlhf(rollout(trainer, number), number)
-        assert equal(actor, trainer.engine.actor) and not equal(critic, trainer.engine.critic)
+        assert unchanged(actor, trainer.engine.actor) and not unchanged(critic, trainer.engine.critic)
         assert "actor_loss" not in metrics and "critic_loss" in metrics
         assert trainer.kl_coef == trainer.args.kl_coef, "a KL that cannot move says nothing about the coefficient"
     assert rollout(trainer, 3).metrics["kl"] == 0.0
     trainer.train_rlhf(rollout(trainer, 3), 3)
-    assert not equal(actor, trainer.engine.actor)
+    assert not unchanged(actor, trainer.engine.actor)
 
 
 @pytest.mark.detail(39)
