@@ -17,7 +17,7 @@ from training.step3_ppo.advantages import (
 )
 from training.step3_ppo.objectives import overlong_penalty, policy_loss
 
-pytestmark = pytest.mark.ppo
+pytestmark = [pytest.mark.ppo, pytest.mark.fast]
 NAN = float("nan")
 LENGTHS = [4, 1, 3, 2, 4, 2]
 GROUP = torch.tensor([7, 3, 7, 3, 7, 3])  # rows of a group need not stand together

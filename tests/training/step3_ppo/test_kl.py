@@ -19,7 +19,7 @@ from training.step3_ppo.objectives import (
     shaped_rewards,
 )
 
-pytestmark = pytest.mark.ppo
+pytestmark = [pytest.mark.ppo, pytest.mark.fast]
 LOGITS = torch.tensor([1.0, -0.5, 0.3, -2.0])
 REFERENCE = torch.tensor([0.2, 0.4, -1.0, 0.1]).log_softmax(0)
 

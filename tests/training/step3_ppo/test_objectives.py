@@ -24,7 +24,7 @@ from training.step3_ppo.objectives import (
     value_loss,
 )
 
-pytestmark = pytest.mark.ppo
+pytestmark = [pytest.mark.ppo, pytest.mark.fast]
 NAN = float("nan")
 
 

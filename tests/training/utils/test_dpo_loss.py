@@ -8,6 +8,8 @@ import torch
 from training.utils.data.batching import collate_answer_pairs
 from training.utils.loss import bradley_terry_loss, dpo_loss, implicit_rewards, sequence_log_probs
 
+pytestmark = pytest.mark.fast
+
 BETA = 0.3
 LOG_PROBS = {
     "chosen": [-12.0, -3.5, -40.0, -7.0],

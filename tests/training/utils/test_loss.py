@@ -7,6 +7,8 @@ import torch
 
 from training.utils.loss import bradley_terry_loss, pair_accuracy, sft_loss
 
+pytestmark = pytest.mark.fast
+
 
 def random_batch(seed=0, batch=5, time=7):
     generator = torch.Generator().manual_seed(seed)

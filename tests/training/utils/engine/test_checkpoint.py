@@ -20,6 +20,8 @@ from training.utils.engine.checkpoint import (
 from training.utils.run.metrics import Metrics
 from training.utils.run.nodes import Nodes
 
+pytestmark = pytest.mark.fast
+
 
 class FakeEngine:
     """Stands in for DeepSpeed: one number as state."""

@@ -2,8 +2,12 @@
 
 import math
 
+import pytest
+
 from training.utils.memory.container import container_free
 from training.utils.run.environment import adopt_mpi_ranks
+
+pytestmark = pytest.mark.fast
 
 MPI = {
     "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",

@@ -9,6 +9,8 @@ from datasets import Dataset
 from errors import UserError
 from training.utils.run.loop import GlobalBatches, due, evaluation_batches, global_batch_size
 
+pytestmark = pytest.mark.fast
+
 LENGTHS = [3, 9, 4, 7, 5, 8, 6, 3, 9, 4, 11]
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from training.utils.run.metrics import Metrics, format_seconds, progress_line, read_metrics
 
+pytestmark = pytest.mark.fast
+
 
 def test_values_are_written_and_read_back_by_key(tmp_path):
     metrics = Metrics(tmp_path, enabled=True, tensorboard=str(tmp_path / "tb"))

@@ -9,6 +9,8 @@ from tests.training.utils.engine.test_checkpoint import FakeEngine, fake_run
 from training.utils.engine.checkpoint import Checkpoint
 from training.utils.run.nodes import Nodes
 
+pytestmark = pytest.mark.fast
+
 
 class Played(Nodes):
     """Two nodes with a process each; answer(value of this one) is what the other says."""
