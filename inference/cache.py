@@ -35,7 +35,7 @@ class RowsLayer(DynamicLayer):
         return self.keys, self.values
 
     def rebuild(self, rows: Tensor, front: int, drop: int) -> None:
-        """Only these rows (they may repeat), without ``drop`` columns behind the first ``front``."""
+        """Keep only these rows (they may repeat), without ``drop`` columns behind the first ``front``."""
         end = self.get_seq_length()
         for place, store in enumerate(self.stores):
             new = store.new_empty(len(rows), *store.shape[1:])
@@ -65,7 +65,7 @@ class RowsCache(Cache):
         self.front = front
 
     def rebuild(self, rows: Tensor, drop: int = 0) -> None:
-        """Only these rows (they may repeat), without their first ``drop`` columns behind the prefix."""
+        """Keep only these rows (they may repeat), without their first ``drop`` columns behind the prefix."""
         for layer in self.layers:
             layer.rebuild(rows, self.front, drop)
 
@@ -78,7 +78,7 @@ class RowsCache(Cache):
 
 
 def rows_cache(network: nn.Module, prefix: Cache | None, prefix_length: int) -> Cache | None:
-    """An empty RowsCache for a network, or one with the prefix in it that peft holds.
+    """Return an empty RowsCache for a network, or one with the prefix in it that peft holds.
 
     A network with sliding windows, or other layers that keep more or less than keys and values, gets what transformers would
     use: the prefix, or None, and the network makes its own.

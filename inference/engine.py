@@ -112,7 +112,7 @@ def generate_many(
     row_seeds: Sequence[int] | None = None,
     **settings: Any,
 ) -> Generation:
-    """generate() for any number of prompts, of which at most max_batch rows are in work at a time; the same answers.
+    """Do what generate() does for any number of prompts, of which at most max_batch rows are in work at a time; the same answers.
 
     prompts: token ids, not padded. settings: the other arguments of generate(). Row i * num_return_sequences + j of the
     result, of row_seeds and of on_token is answer j to prompt i.
@@ -250,7 +250,7 @@ class _Answers:
         return self.ended[rows] | (self.lengths[rows] == self.rules.max_new_tokens)
 
     def generation(self) -> Generation:
-        """All answers, no wider than the longest."""
+        """Return all answers, no wider than the longest."""
         longest = int(self.lengths.max())
         return Generation(
             self.sequences[:, :longest], self.lengths, self.ended, self.log_probs[:, :longest], bool(self.filtered)
@@ -288,7 +288,7 @@ class _Batch:
         return isinstance(self.cache, RowsCache)
 
     def draw(self, answers: _Answers) -> None:
-        """The next token of each row."""
+        """Draw the next token of each row."""
         scaled = self.logits.float() / self.rules.temperature
         scores = scaled.log_softmax(dim=-1)
         if self.seen is not None:

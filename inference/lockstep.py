@@ -18,13 +18,13 @@ IDLE_COLUMNS = 8  # of a prompt, in a pass that nobody reads; ChatGLM's needs th
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether ZeRO-3 keeps the weights split, each process a part."""
+    """Tell whether ZeRO-3 keeps the weights split, each process a part."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextmanager
 def in_step(model: nn.Module) -> Iterator[None]:
-    """No gradients inside. With split weights all processes enter, each runs the network at least once, and whoever leaves
+    """Switch gradients off inside. With split weights all processes enter, each runs the network at least once, and whoever leaves
     first runs it on and on, unread, until the last one leaves.
     """
     if not is_split(model):
@@ -51,7 +51,7 @@ class _Steps:
         self.idle: dict[str, Any] = {}  # a small pass that any process can make at any time
 
     def before(self, network: nn.Module, args: tuple, given: dict[str, Any]) -> None:
-        """Hook in front of a pass that counts."""
+        """Announce, as a hook, a pass that counts."""
         if not self.idle:
             columns = given["input_ids"].shape[1]
             self.idle = {
@@ -62,7 +62,7 @@ class _Steps:
         self._announce(1, given["input_ids"].device)
 
     def others_go_on(self) -> bool:
-        """Whether a process still has tokens to draw; it then begins a pass, which this one must make, too."""
+        """Tell whether a process still has tokens to draw; it then begins a pass, which this one must make, too."""
         return self._announce(0, self.idle["input_ids"].device)
 
     def _announce(self, live: int, device: torch.device) -> bool:

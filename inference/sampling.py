@@ -1,4 +1,4 @@
-"""How a token is drawn from logits: random numbers that belong to a row, top-p, top-k, repetition penalty, stop strings."""
+"""Draw tokens from logits: random numbers that belong to a row, top-p, top-k, repetition penalty, stop strings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def uniform_numbers(row_seeds: Sequence[int] | None, batch: int, count: int) -> Tensor:
-    """[batch, count] float32 in [0, 1): row i is the beginning of the sequence that belongs to row_seeds[i], on the CPU, so
+    """Return [batch, count] float32 in [0, 1): row i is the beginning of the sequence that belongs to row_seeds[i], on the CPU, so
     that it is the same on every device. Without seeds, they come from torch's global generator.
     """
     if row_seeds is None:
@@ -22,7 +22,7 @@ def uniform_numbers(row_seeds: Sequence[int] | None, batch: int, count: int) -> 
 
 
 def draw(log_probs: Tensor, uniform: Tensor, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, Tensor | bool]:
-    """One token a row by inverting the cumulative distribution at the row's uniform number.
+    """Draw one token a row by inverting the cumulative distribution at the row's uniform number.
 
     log_probs [batch, vocab] (normalised), uniform [batch] in [0, 1). top_k > 0 keeps the k likeliest tokens; top_p < 1 the
     fewest likeliest that hold this share of the probability (Holtzman et al. 2020, arXiv 1904.09751, section 3.1), of the
@@ -44,7 +44,7 @@ def draw(log_probs: Tensor, uniform: Tensor, top_p: float = 1.0, top_k: int = 0)
 
 
 def invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The first place whose cumulative weight exceeds uniform · total: place i with probability weights[i] / total.
+    """Return the first place whose cumulative weight exceeds uniform · total: place i with probability weights[i] / total.
 
     weights [batch, n] >= 0, uniform [batch] float32 in [0, 1 - 2^-24] -> [batch]. uniform · total rounds to less than total,
     so the place exists and has weight; of weights that are NaN it is the last place (engine.check_finite says so afterwards).
@@ -64,7 +64,7 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def occurring(input_ids: Tensor, attention_mask: Tensor, vocab: int) -> Tensor:
-    """[batch, time] twice -> [batch, vocab] bool: which tokens stand in a row, padding aside."""
+    """Tell which tokens stand in a row: [batch, time] twice -> [batch, vocab] bool, padding aside."""
     counts = torch.zeros(len(input_ids), vocab, dtype=torch.long, device=input_ids.device)
     return counts.scatter_add_(1, input_ids, attention_mask.long()) > 0
 
@@ -83,7 +83,7 @@ class StopStrings:
         self.window = max(len(string.encode()) for string in self.strings) + self.MARGIN
 
     def met(self, tokens: Sequence[int]) -> bool:
-        """Whether the last of these tokens completed one of the strings; ask after each token."""
+        """Tell whether the last of these tokens completed one of the strings; ask after each token."""
         text = self.tokenizer.decode(
             list(tokens[-self.window :]), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

@@ -26,7 +26,7 @@ class TextStream:
         self.shown = ""
 
     def add(self, token: int) -> None:
-        """One more token."""
+        """Take one more token."""
         self.tokens.append(token)
         text = self.text().rstrip(UNFINISHED)
         self._show(text[: max(0, len(text) - self.held)])
@@ -38,7 +38,7 @@ class TextStream:
         return text
 
     def text(self) -> str:
-        """The answer so far."""
+        """Return the answer so far."""
         return self.template.decode_answer(self.tokenizer, self.tokens)
 
     def _show(self, text: str) -> None:

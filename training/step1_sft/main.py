@@ -84,7 +84,7 @@ def main(args: SFTArguments) -> None:
 
 
 def target_counts(dataset, loss_on: str) -> list[int]:
-    """How many tokens of each example are targets: the answer, end token included, or all but the very first."""
+    """Count the targets of each example: the answer, end token included, or all but the very first."""
     if loss_on == "all":
         return [length - 1 for length in dataset["length"]]
     return [length - max(prompt, 1) for length, prompt in zip(dataset["length"], dataset["prompt_length"], strict=True)]
@@ -92,7 +92,7 @@ def target_counts(dataset, loss_on: str) -> list[int]:
 
 @torch.no_grad()
 def perplexity(engine, micro_batches, run: Run) -> dict[str, float]:
-    """exp of the mean negative log-probability over all held-out target tokens, each token counted once on all processes."""
+    """Return exp of the mean negative log-probability over all held-out target tokens, each token counted once on all processes."""
     engine.eval()
     nll = tokens = 0.0
     for micro in micro_batches:

@@ -1,4 +1,4 @@
-"""What is said about pairs in training and evaluation: implicit rewards, how often the chosen answer has the higher one."""
+"""Metrics of pairs in training and evaluation: implicit rewards, the share of pairs whose chosen answer has the higher one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PairSums:
         self.sums = dict.fromkeys(NAMES, 0.0)
 
     def add(self, rewards: Tensor, log_probs: Tensor, micro: AnswerPairBatch) -> None:
-        """rewards, log_probs: [2 x pairs], chosen answers first: implicit rewards, and log p(answer | prompt) of the policy."""
+        """Add rewards, log_probs: [2 x pairs], chosen answers first: implicit rewards, and log p(answer | prompt) of the policy."""
         chosen, rejected = rewards.detach().chunk(2)
         dropped = micro.weight == 0
         found = [
@@ -38,8 +38,8 @@ class PairSums:
             self.sums[name] += value
 
     def means(self, run: Run) -> dict[str, float]:
-        """accuracy (a tie counts one half); means over all pairs of the loss, of the implicit rewards chosen and rejected and
-        their difference, the margin, and of the log-probabilities of the answers; the number of pairs.
+        """Return accuracy (a tie counts one half); means over all pairs of the loss, of the implicit rewards chosen and rejected,
+        of their difference, the margin, and of the log-probabilities of the answers; the number of pairs.
         """
         pairs, *sums = run.sum(self.pairs, *self.sums.values())
         means = {name: total / max(pairs, 1.0) for name, total in zip(self.sums, sums, strict=True)}
@@ -54,7 +54,7 @@ def evaluate_pairs(
     label_smoothing: float,
     run: Run,
 ) -> dict[str, float]:
-    """The metrics (PairSums.means) of all pairs of all processes. compare: micro-batch -> implicit rewards, log_probs."""
+    """Return the metrics (PairSums.means) of all pairs of all processes. compare: micro-batch -> implicit rewards, log_probs."""
     engine.eval()
     sums = PairSums(label_smoothing)
     for micro in micro_batches:

@@ -93,14 +93,14 @@ def main(args: RewardArguments) -> None:
 
 
 def pair_scores(engine, micro: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores [pairs] of the chosen and of the rejected answers, on their last real token, from one forward."""
+    """Return scores [pairs] of the chosen and of the rejected answers, on their last real token, from one forward."""
     scores = last_token_scores(engine(micro.input_ids, micro.attention_mask), micro.attention_mask)
     chosen, rejected = scores.chunk(2)
     return chosen, rejected
 
 
 def evaluation_line(step: int, metrics: dict[str, float], held_out: bool) -> str:
-    """What an evaluation found, and of which pairs: accuracy on training pairs says nothing about others."""
+    """Write an evaluation as a line, with the kind of its pairs: accuracy on training pairs says nothing about others."""
     return (
         f"step {step}: {'held-out' if held_out else 'training'} accuracy {metrics['accuracy']:.4f} over "
         f"{metrics['pairs']:.0f} pairs, chosen {metrics['chosen']:.3f}, rejected {metrics['rejected']:.3f}"

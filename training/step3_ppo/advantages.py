@@ -74,14 +74,14 @@ def rloo(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
 
 @torch.no_grad()
 def equal_groups(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
-    """Share of the groups whose answers all have the same reward, to 1e-6: they teach nothing. Shapes as grpo's; scalar."""
+    """Return the share of the groups whose answers all have the same reward, to 1e-6: they teach nothing. Shapes as grpo's."""
     totals, mean, _, place = _groups(rewards, mask, group)
     differ = torch.zeros_like(mean).index_add(0, place, ((totals - mean[place]).abs() > 1e-6).float())
     return (differ == 0).float().mean()
 
 
 def _groups(rewards: Tensor, mask: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each row's summed reward, the mean and size of each group, and each row's place among the groups. The rows of a group
+    """Return each row's summed reward, the mean and size of each group, and each row's place among the groups. The rows of a group
     may stand anywhere.
     """
     totals = rewards.float().where(mask.bool(), 0.0).sum(dim=1)
@@ -92,7 +92,7 @@ def _groups(rewards: Tensor, mask: Tensor, group: Tensor) -> tuple[Tensor, Tenso
 
 
 def _spread(row_values: Tensor, mask: Tensor) -> Tensor:
-    """[batch] -> [batch, time]: the same on every valid token, 0 elsewhere."""
+    """Spread [batch] to [batch, time]: the same on every valid token, 0 elsewhere."""
     return row_values[:, None].where(mask.bool(), 0.0)
 
 

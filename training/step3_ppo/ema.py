@@ -54,7 +54,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """The averages of all trained parameters, whole, in float32 on the host of the processes that write; {} on the others.
+        """Return all averages, whole, in float32 on the host of the processes that write; {} on the others.
 
         All processes call it. Names are those of ``network.named_parameters()``; see checkpoint.export.
         """
@@ -74,7 +74,7 @@ class MovingAverage:
         return whole
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's part, for its file in a checkpoint."""
+        """Return this process's part, for its file in a checkpoint."""
         return {"averages": self.averages, "starts": self.starts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class MovingAverage:
         return [(name, parameter) for name, parameter in self.network.named_parameters() if parameter.requires_grad]
 
     def _parts(self) -> dict[str, Part]:
-        """What of each trained parameter this process owns, in float32 where the optimizer has that; absent if nothing."""
+        """Return what this process owns of each trained parameter, in float32 where the optimizer has that."""
         import deepspeed
 
         masters = plain_masters(self.engine.optimizer)

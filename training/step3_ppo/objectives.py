@@ -30,17 +30,17 @@ def answer_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of x where mask is true. Scalar float32."""
+    """Return the sum of x where mask is true. Scalar float32."""
     return x.float().where(mask.bool(), 0.0).sum()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask is true; 0 if that is nowhere. Scalar float32."""
+    """Return the mean of x where mask is true; 0 if that is nowhere. Scalar float32."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
 def loss_denominator(mask: Tensor, reduction: Reduction = "token") -> float:
-    """What the losses of a global minibatch with this mask [batch, time] are divided by: its valid tokens, or its answers
+    """Return the divisor of the losses of a global minibatch with this mask [batch, time]: its valid tokens, or its answers
     that have any.
     """
     mask = mask.bool()
@@ -48,7 +48,7 @@ def loss_denominator(mask: Tensor, reduction: Reduction = "token") -> float:
 
 
 def aggregate(losses: Tensor, mask: Tensor, denominator: float | Tensor, reduction: Reduction = "token") -> Tensor:
-    """The share of these rows in the mean over the global minibatch: over its tokens, sum of losses / denominator; or
+    """Return the share of these rows in the mean over the global minibatch: over its tokens, sum of losses / denominator; or
     ("sequence") over its answers, sum over rows of the mean of a row's losses / denominator, so that the tokens of a short
     answer weigh more.
 
@@ -89,7 +89,7 @@ ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 def kl_estimate(
     log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, estimator: Estimator = "k1", clip: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The estimate at every token, cut to +-clip (0 or less: not cut), 0 outside the mask.
+    """Return the estimate at every token, cut to +-clip (0 or less: not cut), 0 outside the mask.
 
     log_probs, ref_log_probs, mask [batch, time] -> [batch, time], and how many valid tokens the cut changed (scalar).
     """
@@ -108,7 +108,7 @@ def kl_loss(
     clip: float = 0.0,
     reduction: Reduction = "token",
 ) -> tuple[Tensor, Tensor]:
-    """A KL penalty to add to the policy loss: the value is the estimator's, the gradient k2's, d * grad log p.
+    """Return a KL penalty to add to the policy loss: the value is the estimator's, the gradient k2's, d * grad log p.
 
     In expectation over tokens drawn from p, d * grad log p is the gradient of KL(p || q) (the score function's mean is 0).
     Differentiating k1 gives grad log p, zero on average; differentiating k3 gives the gradient of KL(q || p), the other
@@ -127,7 +127,7 @@ def kl_loss(
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:
-    """The coefficient after a rollout (Ziegler et al. 2019, arXiv 1909.08593, section 2.2):
+    """Return the coefficient after a rollout (Ziegler et al. 2019, arXiv 1909.08593, section 2.2):
 
         coef * (1 + e * episodes / horizon)  with  e = clip(kl / target - 1, -0.2, 0.2)
 
@@ -210,7 +210,7 @@ def policy_loss(
     dual_clip: float | None = None,
     reduction: Reduction = "token",
 ) -> tuple[Tensor, dict[str, float]]:
-    """The clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with rho = exp(log_probs - old_log_probs):
+    """Compute the clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with rho = exp(log_probs - old_log_probs):
 
         sum over valid tokens of max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) / denominator
 
@@ -253,7 +253,7 @@ def value_loss(
     clip: float = 0.2,
     reduction: Reduction = "token",
 ) -> Tensor:
-    """The clipped regression of the critic (as in OpenAI's baselines and Ziegler et al. 2019):
+    """Compute the clipped regression of the critic (as in OpenAI's baselines and Ziegler et al. 2019):
 
         sum over valid tokens of 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / denominator
 

@@ -24,7 +24,7 @@ class PretrainingMix:
     """
 
     def __init__(self, data: PhaseData, run: Run, args, pad_id: int, size: int) -> None:
-        """size: blocks of one optimizer step over all processes."""
+        """Take size: blocks of one optimizer step over all processes."""
         self.blocks, self.fingerprint = data.train, data.fingerprint
         self.run, self.args, self.size = run, args, size
         self.collate = partial(collate_sft, pad_id=pad_id)

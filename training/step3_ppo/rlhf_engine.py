@@ -218,7 +218,7 @@ def check_kinds(actor: str, reward: str | None) -> None:
 
 
 def score_unit(config, normalize: bool) -> tuple[float, float]:
-    """Mean and standard deviation of the reward model's scores as step 2 stored them; (0, 1) if there are none."""
+    """Return mean and standard deviation of the reward model's scores as step 2 stored them; (0, 1) if there are none."""
     mean, std = getattr(config, "reward_mean", None), getattr(config, "reward_std", None)
     if not normalize:
         return 0.0, 1.0

@@ -77,7 +77,7 @@ class RewardFunction:
             raise UserError(f"{self.label}: {found} in the file; expected a function {self.name}(prompts, answers).")
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """One finite float an answer. Raises RewardError that names the sample."""
+        """Return one finite float an answer. Raises RewardError that names the sample."""
         try:
             found = self.function(list(prompts), list(answers))
         except (Exception, SystemExit) as error:  # one that ends its process would leave the others waiting
@@ -86,7 +86,7 @@ class RewardFunction:
         return checked_scores(found, prompts, answers, self.label)
 
     def _culprit(self, prompts: Sequence[str], answers: Sequence[str]) -> str:
-        """The first sample that the function cannot take alone."""
+        """Name the first sample that the function cannot take alone."""
         for prompt, answer in zip(prompts, answers, strict=True):
             try:
                 self.function([prompt], [answer])
@@ -115,7 +115,7 @@ class RewardEndpoint:
         self.url, self.timeout, self.retries, self.pause = url, timeout, retries, pause
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """One finite float an answer. Raises RewardError when all attempts failed or the answer is not usable."""
+        """Return one finite float an answer. Raises RewardError when all attempts failed or the answer is not usable."""
         body = json.dumps({"prompts": list(prompts), "answers": list(answers)}).encode()
         for attempt in range(self.retries + 1):
             try:
@@ -163,7 +163,7 @@ class RewardEndpoint:
 
 
 def checked_scores(found: Any, prompts: Sequence[str], answers: Sequence[str], label: str) -> list[float]:
-    """What a source returned as floats. Raises RewardError that names the sample if they are not usable."""
+    """Return the scores of a source as floats. Raises RewardError that names the sample if they are not usable."""
     found = found.tolist() if hasattr(found, "tolist") else found
     if not isinstance(found, (list, tuple)):
         raise RewardError(f"{label} returned a {type(found).__name__}; expected a list with one number an answer.")
@@ -184,12 +184,12 @@ def checked_scores(found: Any, prompts: Sequence[str], answers: Sequence[str], l
 
 
 def sample(prompt: str, answer: str) -> str:
-    """A prompt and its answer, short enough for a sentence."""
+    """Quote a prompt and its answer, short enough for a sentence."""
     return f"the prompt {shortened(prompt.strip())!r} with the answer {shortened(answer)!r}"
 
 
 def shortened(text: str, width: int = 80) -> str:
-    """The text, or its two ends."""
+    """Return the text, or its two ends."""
     return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
 
 

@@ -7,9 +7,8 @@ import logging
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.training.step3_ppo.small_ppo import build, rollout, write_models
+from tests.training.step3_ppo.small_ppo import build, rollout
 from training.step3_ppo import rollout as module
 from training.step3_ppo.rollout import SAMPLER_GAP, SAMPLER_GAP_HALF, warn_of_sampler
 
@@ -33,13 +32,6 @@ def test_a_gap_beyond_rounding_is_told(gap, dtype, warned, monkeypatch):
     warn_of_sampler(gap, dtype)
     assert bool(said) is warned
     assert all("--attn_implementation eager" in sentence for sentence in said)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    yield write_models(tmp_path_factory.mktemp("gap"))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def forwards(trainer) -> list[bool]:

@@ -33,7 +33,7 @@ class SaturationWatch:
         checker.has_overflow = lambda *args, **more: self.anywhere() | finds_infinities(*args, **more)
 
     def anywhere(self) -> bool:
-        """Whether it happened on any process. All processes call it."""
+        """Tell whether it happened on any process. All processes call it."""
         flag = torch.tensor([float(self.seen)], device=self.device)
         if dist.is_initialized():
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -41,7 +41,7 @@ class SaturationWatch:
 
     @contextmanager
     def backward(self, first: bool) -> Iterator[None]:
-        """Around one backward pass; first: that of the first micro-batch of a global batch."""
+        """Watch one backward pass; first: that of the first micro-batch of a global batch."""
         clear_overflow_flag()
         yield
         self.seen = overflow_flag() or (self.seen and not first)

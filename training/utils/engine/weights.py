@@ -25,7 +25,7 @@ SHARE = 0.9
 
 
 def trained_weights(engine, model: nn.Module) -> dict[str, Tensor]:
-    """Every trained parameter of a model inside the engine, whole and in float32, by its name in model.named_parameters():
+    """Return every trained parameter of a model inside the engine, whole and in float32, by its name in model.named_parameters():
     what the optimizer moves, not its copy rounded to 16 bits. All processes call it.
     """
     import deepspeed

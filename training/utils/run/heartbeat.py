@@ -30,13 +30,13 @@ VARIABLE = "SANBU_NODE_TIMEOUT"
 
 
 def several_nodes(environ: MutableMapping[str, str] = os.environ) -> bool:
-    """Whether the launcher (torchrun, DeepSpeed, OpenMPI) has put processes on more than one node."""
+    """Tell whether the launcher (torchrun, DeepSpeed, OpenMPI) has put processes on more than one node."""
     world = int(environ.get("WORLD_SIZE") or 1)
     return world > int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world)
 
 
 def time_limit(environ: MutableMapping[str, str] = os.environ) -> float:
-    """Seconds without a beat after which a node is lost; 0: nobody watches. UserError for what is no such number."""
+    """Return the seconds without a beat after which a node is lost; 0: nobody watches. UserError for what is no such number."""
     text = environ.get(VARIABLE) or "45"
     try:
         limit = float(text)
@@ -59,16 +59,16 @@ class Line:
         self.heard = time.monotonic()
 
     def fileno(self) -> int:
-        """For select."""
+        """Return the descriptor, for poll."""
         return self.connection.fileno()
 
     def send(self, text: str) -> None:
-        """One line; to a peer that is gone, nothing: its end shows when reading."""
+        """Send one line; to a peer that is gone, nothing: its end shows when reading."""
         with contextlib.suppress(OSError):
             self.connection.send(text.replace("\n", " ").encode() + b"\n")
 
     def read(self) -> list[str] | None:
-        """The lines that have come, perhaps none; None at the end of the connection."""
+        """Return the lines that have come, perhaps none; None at the end of the connection."""
         try:
             chunk = self.connection.recv(65536)
         except BlockingIOError:
@@ -247,7 +247,7 @@ current: Heartbeat | None = None
 
 
 def open_listener() -> socket.socket:
-    """A listening socket on any free port of all addresses of this machine."""
+    """Open a listening socket on any free port of all addresses of this machine."""
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # compiled in, but switched off
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
@@ -266,7 +266,7 @@ def start(rank: int, names: list[str], token: str, *, speaks: bool, listener: so
 
 
 def stop() -> None:
-    """The run has come to its end, or nobody watches."""
+    """Say good-bye: the run has come to its end."""
     global current
     if current:
         current.stop()
@@ -274,8 +274,9 @@ def stop() -> None:
 
 
 def failed(code: int, text: str, patience: float = 0.0) -> None:
-    """This process is about to end with an exit code. patience: seconds in which the loss or the failure of another one can
-    still show; that is the true cause then, and ends this process too.
+    """Tell that this process is about to end with an exit code.
+
+    patience: seconds in which the loss or the failure of another one can still show; that is the true cause then, and ends this process too.
     """
     global current
     if current:

@@ -51,7 +51,7 @@ class GlobalBatches:
         self.total_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
 
     def after(self, step: int) -> Iterator[GlobalBatch]:
-        """The global batches that follow the given number of finished steps."""
+        """Yield the global batches that follow the given number of finished steps."""
         while step < self.total_steps:
             epoch = step // self.steps_per_epoch
             plan = plan_epoch(self.padded, self.batch_size, seed=self.args.seed, epoch=epoch)
@@ -100,7 +100,7 @@ def load_micro_batches(dataset, examples: Sequence[int], plan: list[list[int]], 
 
 
 def evaluation_batches(dataset, collate: Collate, run: Run, per_device: int, limit: int = 0) -> Iterator[Any]:
-    """Every example of a held-out set exactly once over all processes; equally many micro-batches on each.
+    """Yield every example of a held-out set exactly once over all processes; equally many micro-batches on each.
 
     limit > 0 (--eval_iters) takes no more examples than fill that many micro-batches of every process: always the same ones,
     drawn by lot, as the first of a plan are the longest.
@@ -134,7 +134,7 @@ def global_batch_size(args, world_size: int, per_device: int) -> int:
 
 
 def due(step: int, every: int) -> bool:
-    """True at every n-th step; never for 0."""
+    """Return true at every n-th step; never for 0."""
     return every > 0 and step % every == 0
 
 

@@ -26,7 +26,7 @@ class Metrics:
             self.writer = SummaryWriter(tensorboard)
 
     def files(self) -> list[Path]:
-        """What this process has written, or a run before it: the files that are there."""
+        """Return the files that this process, or a run before it, has written."""
         return [path for path in (self.path, self.samples) if self.enabled and path.exists()]
 
     def rewind(self, step: int) -> None:
@@ -68,27 +68,27 @@ class Metrics:
 
 
 def read_metrics(path: Path, name: str) -> list[tuple[int, float]]:
-    """All (step, value) pairs of one key, such as ``train/loss``, from a metrics.jsonl."""
+    """Return all (step, value) pairs of one key, such as ``train/loss``, from a metrics.jsonl."""
     records = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
     return [(record["step"], record[name]) for record in records if name in record]
 
 
 def progress_line(step: int, total: int, values: dict[str, float], seconds: float, done: int) -> str:
-    """``step 12/300  loss 2.310  tokens/s 1234  left 1:23`` - seconds and done count since the start or the resume."""
+    """Return ``step 12/300  loss 2.310  tokens/s 1234  left 1:23`` - seconds and done count since the start or the resume."""
     left = seconds / max(done, 1) * (total - step)
     metrics = "  ".join(f"{name} {format_figure(value)}" for name, value in values.items())
     return f"step {step}/{total}  {metrics}  left {format_seconds(left)}"
 
 
 def format_figure(value: float) -> str:
-    """A metric in few characters."""
+    """Write a metric in few characters."""
     if isinstance(value, int) or not math.isfinite(value):
         return str(value)
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Write seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -33,7 +33,7 @@ class Nodes:
     several: bool = False
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes by rank; all must call it. On one node nobody is asked."""
+        """Return the values of all processes by rank; all must call it. On one node nobody is asked."""
         if not self.several:
             return [value]
         values: list[Any] = [None] * len(self.names)
@@ -41,7 +41,7 @@ class Nodes:
         return values
 
     def together(self, attempt: Callable[[], Any]) -> Any:
-        """What attempt() returns here. Of several nodes, a UserError of one process is raised by all, with its node's name."""
+        """Return attempt(). Of several nodes, a UserError of one process is raised by all, with its node's name."""
         if not self.several:
             return attempt()
         result, said = None, None
@@ -83,7 +83,7 @@ def meet(output: Path, rank: int, local_rank: int, world_size: int) -> Nodes:
 
 
 def keeps_disk(nodes: Nodes, output: Path, rank: int, leaders: list[int], token: str) -> bool:
-    """Whether this process is the first on its disk. Each node's first process leaves a mark and looks for those of others."""
+    """Tell whether this process is the first on its disk. Each node's first process leaves a mark and looks for those of others."""
     mark = output / f".node-{token}-{rank}"
 
     def leave_mark() -> None:
@@ -104,7 +104,7 @@ def keeps_disk(nodes: Nodes, output: Path, rank: int, leaders: list[int], token:
 
 
 def waiting_note() -> str:
-    """What to say while the other nodes are not there."""
+    """Return the line to print while the other nodes are not there."""
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return (
         f"{socket.gethostname()}: still waiting for all {os.environ.get('WORLD_SIZE')} processes to meet at {address}. Is the "

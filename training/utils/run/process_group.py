@@ -95,7 +95,7 @@ class Run:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """The sums of the values over all processes, in float64."""
+        """Return the sums of the values over all processes, in float64."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             # Accelerators without float64 collectives exist (NPU): there float32 has to do.
@@ -105,14 +105,14 @@ class Run:
         return total.tolist()
 
     def maximum(self, value: float) -> float:
-        """The largest of the values over all processes."""
+        """Return the largest of the values over all processes."""
         largest = torch.tensor([value], dtype=torch.float32, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.item()
 
     def agree(self, loss: float) -> float:
-        """The loss of the global batch from every process's share, and whether anyone was asked to stop (``stopping``).
+        """Return the loss of the global batch from every process's share; ``stopping`` tells whether anyone was asked to stop.
 
         Raises UserError, on all processes alike and before the weights move, if the loss is not finite.
         """
@@ -127,7 +127,7 @@ class Run:
 
     @contextmanager
     def in_turn(self, needed: bool = True) -> Iterator[None]:
-        """With ``needed`` (the same on all processes) one process of each node at a time is inside; all must come."""
+        """Let, with ``needed`` (the same on all processes) one process of each node at a time inside; all must come."""
         turns = int(self.maximum(self.local_rank + 1)) if needed and self.world_size > 1 else 0
         for _ in range(min(self.local_rank, turns)):
             dist.barrier()
