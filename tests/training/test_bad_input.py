@@ -10,12 +10,10 @@ import training.step1_sft.main as sft
 import training.step2_reward.main as reward
 import training.step3_ppo.main as ppo
 import training.step3_ppo.rlhf_engine as rlhf_engine
-from errors import UserError
 from tests.launching import write_pairs
 from tests.tiny import tiny_checkpoint
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import PPOArguments, RewardArguments, SFTArguments
-from training.utils.run.loop import global_batch_size
 
 STEPS = {"sft": (sft, SFTArguments), "reward": (reward, RewardArguments), "ppo": (ppo, PPOArguments)}
 
@@ -146,12 +144,6 @@ def test_longer_than_the_model_has_positions(refuse, tmp_path):
     opt = tiny_checkpoint(tmp_path / "opt", "opt")
     assert "256 positions" in refuse("sft", "--data_path", "x.jsonl", "--max_seq_len", "300", model=opt)
     assert "256 positions" in refuse("ppo", "--data_path", "x.jsonl", "--max_prompt_seq_len", "250", model=opt)
-
-
-def test_number_of_processes_that_does_not_divide_the_batch():
-    args = SFTArguments(model_name_or_path="m", output_dir="o", global_batch_size=7)
-    with pytest.raises(UserError, match="--global_batch_size 7 cannot be shared by 2 processes"):
-        global_batch_size(args, 2, 1)
 
 
 @pytest.fixture

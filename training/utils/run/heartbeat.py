@@ -276,7 +276,8 @@ def stop() -> None:
 def failed(code: int, text: str, patience: float = 0.0) -> None:
     """Tell that this process is about to end with an exit code.
 
-    patience: seconds in which the loss or the failure of another one can still show; that is the true cause then, and ends this process too.
+    patience: seconds in which the loss or the failure of another one can still show; that is the true cause then, and ends
+    this process too.
     """
     global current
     if current:
