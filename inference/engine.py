@@ -57,44 +57,60 @@ def check_finite(log_probs: Tensor, remedy: str) -> None:
         raise UserError(f"the model's logits are not finite numbers, so nothing can be drawn from them; {remedy}")
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How answers are drawn and where they end: the settings of generate() that are the same for all rows.
+
+    greedy takes the likeliest tokens. repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less
+    likely (sampling.penalised). stop_strings: the token that completes one of them in the answer's text ends it, too; they
+    need the tokenizer. on_token(row, token) is called with each token once it is drawn.
+    """
+
+    max_new_tokens: int
+    stop_token_ids: Sequence[int]
+    pad_token_id: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy: bool = False
+    repetition_penalty: float = 1.0
+    stop_strings: Sequence[str] = ()
+    tokenizer: Any = None
+    on_token: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; at least one token must be asked for")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (greedy=True takes the likeliest token)")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 changes nothing)")
+        if self.stop_strings and (self.tokenizer is None or not all(self.stop_strings)):
+            raise ValueError("stop_strings: they must not be empty, and the tokenizer is needed to find them")
+
+
 def generate(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
-    max_new_tokens: int,
-    stop_token_ids: Sequence[int],
-    pad_token_id: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    greedy: bool = False,
-    repetition_penalty: float = 1.0,
-    stop_strings: Sequence[str] = (),
-    tokenizer: Any = None,
-    on_token: Callable[[int, int], None] | None = None,
     num_return_sequences: int = 1,
     row_seeds: Sequence[int] | None = None,
+    **settings: Any,
 ) -> Generation:
-    """Sample (or, greedy, take the likeliest tokens) until every row has met a stop token or has max_new_tokens.
+    """Sample until every row has met a stop token or has max_new_tokens. settings: Rules.
 
     model: a causal language model of transformers, or a PeftModel around one (LoRA, or a prefix, which is put into the
     cache once); it is in evaluation mode meanwhile.
     input_ids, attention_mask: [batch, prompt], padded on the left. With num_return_sequences = n each prompt is read once
     and gets n answers: row i * n + j of the result is answer j to prompt i. Row k of the result is sampled with random
     numbers from row_seeds[k] (default: seeds from torch's global generator).
-    repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely (sampling.penalised).
-    stop_strings: the token that completes one of them in the answer's text ends it, too; they need the tokenizer.
-    on_token(row, token) is called with each token once it is drawn. Raises ValueError for a call that cannot be meant.
+    Raises ValueError for a call that cannot be meant.
     Where ZeRO-3 keeps the model's weights split, all processes call it, each with prompts of its own (inference/lockstep.py).
     """
     if not bool(attention_mask[:, -1].all()):
         raise ValueError("attention_mask: a prompt is empty or padded on the right; pad prompts on the left")
-    rules = _Rules(
-        max_new_tokens, stop_token_ids, pad_token_id, temperature, top_p, top_k, greedy, repetition_penalty,
-        stop_strings, tokenizer, on_token,
-    )  # fmt: skip
-    count = len(input_ids) * num_return_sequences
+    rules, count = Rules(**settings), len(input_ids) * num_return_sequences
     answers = _Answers(rules, count, row_seeds, input_ids.device)
 
     def all_prompts(rows: list[int]) -> _Prompts:
@@ -114,7 +130,7 @@ def generate_many(
 ) -> Generation:
     """Do what generate() does for any number of prompts, of which at most max_batch rows are in work at a time; the same answers.
 
-    prompts: token ids, not padded. settings: the other arguments of generate(). Row i * num_return_sequences + j of the
+    prompts: token ids, not padded. settings: Rules. Row i * num_return_sequences + j of the
     result, of row_seeds and of on_token is answer j to prompt i.
 
     Prompts of like length are together, the longest first. Finished rows give their places to prompts that wait. Where the
@@ -124,7 +140,7 @@ def generate_many(
         raise ValueError(f"max_batch is {max_batch}; at least one row must fit")
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("there is no prompt, or one of them is empty; a model answers to a token at least")
-    rules, each = _Rules(**settings), num_return_sequences
+    rules, each = Rules(**settings), num_return_sequences
     device = next(model.parameters()).device
     answers = _Answers(rules, len(prompts) * each, row_seeds, device)
 
@@ -144,35 +160,6 @@ def generate_many(
 
 
 @dataclass(frozen=True)
-class _Rules:
-    """The arguments of generate() that are the same for all rows."""
-
-    max_new_tokens: int
-    stop_token_ids: Sequence[int]
-    pad_token_id: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    greedy: bool = False
-    repetition_penalty: float = 1.0
-    stop_strings: Sequence[str] = ()
-    tokenizer: Any = None
-    on_token: Callable[[int, int], None] | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; at least one token must be asked for")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature is {self.temperature}; it must be above 0 (greedy=True takes the likeliest token)"
-            )
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 changes nothing)")
-        if self.stop_strings and (self.tokenizer is None or not all(self.stop_strings)):
-            raise ValueError("stop_strings: they must not be empty, and the tokenizer is needed to find them")
-
-
-@dataclass(frozen=True)
 class _Prompts:
     """Prompts to read, [batch, width] padded on the left, and for each row that is to be answered the prompt's place."""
 
@@ -183,7 +170,7 @@ class _Prompts:
 
 def _answer(
     model: nn.Module,
-    rules: _Rules,
+    rules: Rules,
     answers: _Answers,
     load: Callable[[list[int]], _Prompts],
     queue: list[int],
@@ -217,7 +204,7 @@ def _answer(
 class _Answers:
     """What is known of all rows of the call. Made outside inference mode: training may save these tensors for its backward."""
 
-    def __init__(self, rules: _Rules, count: int, row_seeds: Sequence[int] | None, device: torch.device) -> None:
+    def __init__(self, rules: Rules, count: int, row_seeds: Sequence[int] | None, device: torch.device) -> None:
         if count < 1:
             raise ValueError("nothing is asked for: no prompt, or num_return_sequences below 1")
         if row_seeds is not None and len(row_seeds) != count:
@@ -265,7 +252,7 @@ class _Batch:
     logits [batch, vocab] of the next token. done [batch] bool. seen [batch, vocab] bool, for the repetition penalty.
     """
 
-    def __init__(self, model: nn.Module, rules: _Rules, prompts: _Prompts, rows: list[int]) -> None:
+    def __init__(self, model: nn.Module, rules: Rules, prompts: _Prompts, rows: list[int]) -> None:
         self.model, self.rules, self.network = model, rules, base_model(model)
         self.takes = inspect.signature(self.network.forward).parameters
         ids, mask = prompts.input_ids, prompts.attention_mask.long()
@@ -331,10 +318,9 @@ class _Batch:
         extra = {} if positions is None else {"position_ids": positions}
         if "logits_to_keep" in self.takes:
             extra["logits_to_keep"] = 1
-        output = self.network(
-            input_ids=ids, attention_mask=mask_with_prefix(self.model, self.mask), past_key_values=self.cache,
-            use_cache=True, return_dict=True, **extra,
-        )  # fmt: skip
+        seen = mask_with_prefix(self.model, self.mask)
+        extra |= {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        output = self.network(input_ids=ids, attention_mask=seen, **extra)
         self.cache, self.logits = output.past_key_values, output.logits[:, -1]
 
     def _select(self, places: Tensor) -> None:

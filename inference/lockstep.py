@@ -54,10 +54,9 @@ class _Steps:
         """Announce, as a hook, a pass that counts."""
         if not self.idle:
             columns = given["input_ids"].shape[1]
-            self.idle = {
-                name: given[name][:1, ..., -columns:][..., -IDLE_COLUMNS:]
-                for name in ("input_ids", "attention_mask", "position_ids") if given.get(name) is not None
-            }  # fmt: skip
+            for name in ("input_ids", "attention_mask", "position_ids"):
+                if given.get(name) is not None:
+                    self.idle[name] = given[name][:1, ..., -columns:][..., -IDLE_COLUMNS:]
             self.idle |= {"use_cache": False, "return_dict": True}
         self._announce(1, given["input_ids"].device)
 
