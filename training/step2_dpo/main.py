@@ -16,7 +16,7 @@ from models.checkpoint_folder import check_context_length, check_quantized_base,
 from models.heads import TokenLogProbs
 from models.load import check_same_tokenizer, load_causal_lm, load_tokenizer
 from models.templates import load_template
-from training.step2_dpo.evaluation import PairSums, evaluate_pairs
+from training.step2_dpo.evaluation import evaluate_pairs, pair_metrics, pair_sums
 from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
 from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs
 from training.utils.data.prepare import prepare_phase
@@ -70,24 +70,23 @@ def main(args: DPOArguments) -> None:
         run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
             kind = "held-out" if held_out is data.eval else "training"
-            print(
-                f"step {step}: {kind} accuracy {metrics['accuracy']:.4f} over {metrics['pairs']:.0f} pairs, implicit rewards "
-                f"{metrics['chosen']:.3f} (chosen) and {metrics['rejected']:.3f} (rejected)", flush=True,
-            )  # fmt: skip
+            rewards = f"{metrics['chosen']:.3f} (chosen) and {metrics['rejected']:.3f} (rejected)"
+            pairs = f"{kind} accuracy {metrics['accuracy']:.4f} over {metrics['pairs']:.0f} pairs"
+            print(f"step {step}: {pairs}, implicit rewards {rewards}", flush=True)
 
     if start == 0:
         evaluate(0)
     for batch in batches.after(start):
-        sums = PairSums(args.label_smoothing)
+        sums: list[list[float]] = []
 
         def loss_of(micro: AnswerPairBatch, denominator=batch.denominator, sums=sums):
             rewards, log_probs = compare(micro)
-            sums.add(rewards, log_probs, micro)
+            sums.append(pair_sums(rewards, log_probs, micro, args.label_smoothing))
             return dpo_loss(*rewards.chunk(2), micro.weight, denominator, args.label_smoothing)
 
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
         progress.count(batch.tokens)
-        metrics = sums.means(run) | {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine)
+        metrics = pair_metrics(sums, run) | {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine)
         progress.report(batch.step, metrics, args.logging_steps, shown=SHOWN)
         last = batch.step == batches.total_steps
         if last or due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval):

@@ -85,10 +85,8 @@ def main(args: RewardArguments) -> None:
 
     metrics = evaluate(batches.total_steps)
     # Step 3 subtracts and divides by these statistics: scores of a reward model have no unit of their own.
-    export(
-        engine, tokenizer, template, args.output_dir, run,
-        reward_mean=metrics["mean"], reward_std=metrics["std"], reward_accuracy=metrics["accuracy"],
-    )  # fmt: skip
+    statistics = {f"reward_{name}": metrics[name] for name in ("mean", "std", "accuracy")}
+    export(engine, tokenizer, template, args.output_dir, run, **statistics)
     run.finish()
 
 
@@ -125,11 +123,9 @@ def score_statistics(engine, micro_batches, run: Run) -> dict[str, float]:
     count = max(pairs, 1.0)
     mean = (chosen_sum + rejected_sum) / (2 * count)
     variance = max(squares / (2 * count) - mean**2, 0.0)
-    # A spread of 0 (one pair, a dead head) must not become a divisor.
-    return {
-        "accuracy": right / count, "pairs": pairs, "chosen": chosen_sum / count, "rejected": rejected_sum / count,
-        "mean": mean, "std": max(variance**0.5, 1e-3),
-    }  # fmt: skip
+    spread = max(variance**0.5, 1e-3)  # a spread of 0 (one pair, a dead head) must not become a divisor
+    metrics = {"accuracy": right / count, "pairs": pairs, "mean": mean, "std": spread}
+    return metrics | {"chosen": chosen_sum / count, "rejected": rejected_sum / count}
 
 
 if __name__ == "__main__":

@@ -39,11 +39,10 @@ def main(args: PPOArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
     rewards = Rewards(args)
+    lengths = "--max_prompt_seq_len + --max_answer_seq_len ="
     for role, model in args.models.items():
-        check_context_length(
-            model, args.max_prompt_seq_len + args.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len =",
-            **args.prefix_options(role),
-        )  # fmt: skip
+        longest = args.max_prompt_seq_len + args.max_answer_seq_len
+        check_context_length(model, longest, lengths, **args.prefix_options(role))
     args = run.args = replace(args, **check_run_fits(args, run))  # --zero_stage auto becomes a number
     tokenizer = load_tokenizer(args.actor_model_name_or_path)
     template = load_template(args.actor_model_name_or_path, tokenizer)
@@ -60,10 +59,8 @@ def main(args: PPOArguments) -> None:
     mixture = PretrainingMix.of(args, run, tokenizer, template, minibatch_size(args, run.world_size))
     check_models(args, rewards, tokenizer)
 
-    engine = DeepSpeedRLHFEngine(
-        args.actor_model_name_or_path, args.critic_model_name_or_path, tokenizer,
-        num_total_iters=steps["critic"], args=args, run=run, rewards=rewards, actor_total_iters=steps["actor"],
-    )  # fmt: skip
+    models = args.actor_model_name_or_path, args.critic_model_name_or_path
+    engine = DeepSpeedRLHFEngine(*models, tokenizer, steps["critic"], args, run, rewards, steps["actor"])
     trainer = DeepSpeedPPOTrainer(engine, args, mixture)
     content = data.fingerprint + (mixture.fingerprint if mixture else "")
     parts = {"trainer": trainer} | ({"actor_ema": engine.actor_ema} if engine.actor_ema else {})
