@@ -1,8 +1,6 @@
 """Rows of a rollout: layout, cutting and joining, gathering over processes, minibatches."""
 
-import os
-import subprocess
-import sys
+import multiprocessing
 from dataclasses import fields
 from pathlib import Path
 
@@ -54,34 +52,21 @@ def rollout(
 
 def texts(experience: Experience) -> list[tuple[list[int], list[int], list[float], int, bool]]:
     """Each row without padding: prompt, answer, advantages (of the answer's tokens), index, ended."""
-    found = []
+    split, field = experience.prompt_width, experience.log_probs if experience.advantages is None else experience.advantages
+    rows = []
     for row in range(len(experience)):
-        split = experience.prompt_width
-        prompt_mask = experience.attention_mask[row, :split].bool()
-        action_mask = experience.action_mask[row]
-        field = experience.advantages if experience.advantages is not None else experience.log_probs
-        found.append((
-            experience.input_ids[row, :split][prompt_mask].tolist(),
-            experience.input_ids[row, split:][action_mask].tolist(),
-            field[row][action_mask].tolist(),
-            int(experience.index[row]),
-            bool(experience.ended[row]),
-        ))  # fmt: skip
-    return found
-
-
-def tensors(experience: Experience) -> dict[str, Tensor]:
-    """All tensors by name."""
-    found = {part.name: getattr(experience, part.name) for part in fields(experience)}
-    return {name: x for name, x in found.items() if isinstance(x, Tensor)}
+        ids, real, actions = experience.input_ids[row], experience.attention_mask[row].bool(), experience.action_mask[row]
+        prompt, answer = ids[:split][real[:split]].tolist(), ids[split:][actions].tolist()
+        rows.append((prompt, answer, field[row][actions].tolist(), int(experience.index[row]), bool(experience.ended[row])))
+    return rows
 
 
 def assert_equal(one: Experience, other: Experience) -> None:
     """The same tensors, bit for bit."""
-    a, b = tensors(one), tensors(other)
-    assert a.keys() == b.keys()
-    for name, x in a.items():
-        assert x.dtype == b[name].dtype and torch.equal(x, b[name]), name
+    for field in fields(Experience):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert isinstance(a, Tensor) == isinstance(b, Tensor), field.name
+        assert not isinstance(a, Tensor) or (a.dtype == b.dtype and torch.equal(a, b)), field.name
 
 
 ROWS = [([5, PAD, 6], [7, 2]), ([8], [9, 9, 9, 2]), ([5, 5], [2])]
@@ -155,41 +140,39 @@ def test_a_row_without_an_answer_keeps_one_column():
 
 
 def test_concat_pads_to_the_widest():
-    """Parts of different widths: the same as if all rows had been generated together."""
-    parts = [rollout(ROWS[:1]), rollout(ROWS[1:], first=1)]
-    for part in parts:
-        part.ended = torch.arange(3)[part.index] % 2 == 0
-    assert_equal(Experience.concat(parts), rollout(ROWS))
-
-
-def test_concat_before_and_after_scoring():
-    """Fields that are not known yet stay unknown."""
-    parts = [rollout(ROWS[:1], filled=False), rollout(ROWS[1:], first=1, filled=False)]
-    joined = Experience.concat(parts)
-    assert joined.values is None and joined.scores is None and joined.log_probs.shape == (3, 4)
-
-
-def test_all_gather_alone_is_nothing():
-    """Without torch.distributed the rollout is the process's own."""
-    experience = rollout(ROWS)
-    assert experience.all_gather() is experience
+    """Pieces of different widths: the same as if all rows had been generated together. What is not known stays unknown."""
+    for filled in (True, False):
+        pieces = [rollout(ROWS[:1], filled=filled), rollout(ROWS[1:], first=1, filled=filled)]
+        for piece in pieces:
+            piece.ended = torch.arange(3)[piece.index] % 2 == 0
+        assert_equal(Experience.concat(pieces), rollout(ROWS, filled=filled))
+    assert pieces[0].all_gather() is pieces[0], "without torch.distributed the rollout is the process's own"
 
 
 @pytest.mark.detail(27)
 def test_all_gather_of_ragged_processes(tmp_path):
     """Every process ends with all rows in the order of ranks, though their number and widths differ."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
-        for rank in range(GATHERED_BY)
+        multiprocessing.get_context("forkserver").Process(target=gather, args=(rank, tmp_path)) for rank in range(GATHERED_BY)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0] * GATHERED_BY
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * GATHERED_BY
     expected = Experience.concat([share(rank) for rank in range(GATHERED_BY)])
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(GATHERED_BY)]
     for gathered in found:
         assert texts(gathered) == texts(expected)
         assert_equal(gathered, found[0])
     assert found[0].input_ids.shape == (6, 3 + 4)  # the widest prompt and the widest answer, without spare columns
+
+
+def gather(rank: int, folder: Path) -> None:
+    """Do the work of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=GATHERED_BY)
+    torch.save(share(rank).all_gather(), folder / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 def share(rank: int) -> Experience:
@@ -219,10 +202,3 @@ def test_minibatches_follow_from_seed_rollout_and_epoch():
     assert plan(1, 2, 0) == first
     others = [plan(1, 2, 1), plan(1, 3, 0), plan(2, 2, 0), plan(12, 0, 0)]
     assert all(other != first for other in others)
-
-
-if __name__ == "__main__":  # one process of test_all_gather_of_ragged_processes
-    own_rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=own_rank, world_size=GATHERED_BY)
-    torch.save(share(own_rank).all_gather(), folder / f"{own_rank}.pt")
-    dist.destroy_process_group()
