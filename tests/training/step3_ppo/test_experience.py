@@ -1,6 +1,5 @@
 """Rows of a rollout: layout, cutting and joining, gathering over processes, minibatches."""
 
-import multiprocessing
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inference.engine import Generation
+from tests.launching import FORKS
 from training.step3_ppo.experience import Experience, plan_minibatches
 
 pytestmark = pytest.mark.ppo
@@ -152,9 +152,7 @@ def test_concat_pads_to_the_widest():
 @pytest.mark.detail(27)
 def test_all_gather_of_ragged_processes(tmp_path):
     """Every process ends with all rows in the order of ranks, though their number and widths differ."""
-    ranks = [
-        multiprocessing.get_context("forkserver").Process(target=gather, args=(rank, tmp_path)) for rank in range(GATHERED_BY)
-    ]
+    ranks = [FORKS.Process(target=gather, args=(rank, tmp_path)) for rank in range(GATHERED_BY)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
