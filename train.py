@@ -18,16 +18,15 @@ import json
 import re
 import shlex
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from errors import UserError, told
-from scripts.launch import __main__ as one_step
+from scripts.launch.__main__ import passed_on
 from scripts.launch.commands import Environment, Options, build_command, build_environment
+from scripts.launch.options import build_options, read_recipe
 from scripts.launch.platforms import load_platforms, platform_named
-from scripts.launch.processes import Interrupted, exit_code, explain, run_step
+from scripts.launch.processes import run_to_end, stoppable
 from steps import METHODS, SECTIONS, step_of
 from training.utils.flags.recipe import recipe_file
 from training.utils.run.environment import DONE, check_writable
@@ -149,6 +148,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.config is None and (recipe := known_recipe(args)):
         args.config, args.actor_model = recipe, None
     args.recipe = read_recipe(args.config) if args.config else {}
+    if args.config and not set(SECTIONS) & args.recipe.keys():
+        raise UserError(f"--config {args.config}: train.py needs sections launch, sft, reward and ppo, or dpo, with flags.")
     launch = args.recipe.get("launch", {})
     for key in ("deployment_type", "platform"):
         if launch.get(key, "cpu") not in DEPLOYMENTS:
@@ -185,14 +186,6 @@ def known_recipe(args: argparse.Namespace) -> str | None:
         return None
     path = ROOT / "configs" / (args.deployment_type or "single_gpu") / f"{name}.yaml"
     return str(path) if recipe_file(path) else None
-
-
-def read_recipe(path: str) -> dict[str, dict[str, Any]]:
-    """The sections of a recipe. The steps check their own; here: has it any, and is its launch section ours?"""
-    recipe = one_step.read_recipe(path)
-    if not set(SECTIONS) & recipe.keys():
-        raise UserError(f"--config {path}: train.py needs sections launch, sft, reward and ppo, or dpo, with flags.")
-    return recipe
 
 
 def model_name(model: str) -> str:
@@ -241,24 +234,24 @@ def plan(args: argparse.Namespace) -> list[Step]:
 
 
 def options(args: argparse.Namespace) -> Options:
-    """Where the processes run. The type says how many there are; a recipe written for another machine with as many
+    """Return where the processes run. The type says how many there are; a recipe written for another machine with as many
     devices, a node of DCUs say, brings that machine's environment.
     """
     launch = args.recipe.get("launch", {})
     platform = platform_named(args.deployment_type)
     several = platform.deployment == "multi_node"
-    processes = args.num_gpus or (None if several or platform.deployment == "single_node" else 1)
-    written_for = platform_named(launch["platform"]) if launch.get("platform") else platform
+    every = several or platform.deployment == "single_node"  # all devices of a node
+    given = argparse.Namespace(num_gpus=args.num_gpus, hostfile=args.hostfile)
+    if not several:
+        given.hostfile = None
+        launch = {key: value for key, value in launch.items() if key in ("platform", "master_port", "env")}
+    written_for = platform_named(launch.get("platform") or platform.name)
     if "cpu" not in (platform.accelerator, written_for.accelerator):
         platform = replace(written_for, nodes=platform.nodes)
-    env = {name: str(value) for name, value in (launch.get("env") or {}).items()}
+    found = build_options(platform, given, launch, {}, processes=None if every else 1)
     if platform.accelerator == "cpu":
-        env["DS_ACCELERATOR"] = "cpu"
-    given = {"num_nodes", "launcher", "launcher_args", "master_addr", "ssh_port", "venv_script"} & launch.keys()
-    return Options(
-        platform, processes, hostfile=str(args.hostfile) if several and args.hostfile else None,
-        master_port=launch.get("master_port"), env=env, **({name: launch[name] for name in given} if several else {}),
-    )  # fmt: skip
+        found.env["DS_ACCELERATOR"] = "cpu"
+    return found
 
 
 def launch_command(step: Step, args: argparse.Namespace) -> list[str]:
@@ -346,45 +339,44 @@ def again(args: argparse.Namespace, number: int) -> str:
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
-@told
-def main(argv: list[str] | None = None) -> int:
-    """Run the steps; returns the exit code: 0, 2 for wrong input, that of a step that failed, 128 + signal."""
-    try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        steps = plan(args)
-        if args.dry_run:
-            for step in steps:
-                variables = environment(args).variables.items()
-                prefix = ["env", *(f"{name}={value}" for name, value in variables if not name.startswith("PYTHON"))]
-                print(f"# {step.title} -> {step.folder}\n{shlex.join([*prefix, *launch_command(step, args)])}")
-            return 0
-        chosen = choose(steps, args.force)
-        check_inputs(chosen, args)
-        times = []
-        for step in chosen:
-            (step.folder / DONE).unlink(missing_ok=True)  # from now on until it ends well, it is not done
-            command = launch_command(step, args)
-            print(f"\n=== {step.title} -> {step.folder}\n{shlex.join(command)}", flush=True)
-            started = time.monotonic()
-            env = one_step.passed_on(environment(args), step.folder)
-            code, lines = run_step(command, env, step.folder / "training.log")
-            seconds = time.monotonic() - started
-            code = exit_code(code, lines)
-            # The launcher ends with 0 when it is its own child that a signal has killed.
-            if code != 0 or not (step.folder / DONE).is_file():
-                log = step.folder / "training.log"
-                print(explain(step.title, code, lines, seconds, log), file=sys.stderr, flush=True)
-                return code or 1
-            times.append((step, seconds))
-            print(f"=== {step.title} took {format_seconds(seconds)}", flush=True)
-    except Interrupted as stop:
-        print("\nstopped; the same command with --resume continues from the newest checkpoint.", file=sys.stderr)
-        return 128 + stop.args[0]
-    for step, seconds in times:
-        print(f"{step.title:32} {format_seconds(seconds):>9}   {step.folder}")
+def show(steps: list[Step], args: argparse.Namespace) -> None:
+    """Print the command line of each step."""
+    for step in steps:
+        variables = environment(args).variables.items()
+        prefix = ["env", *(f"{name}={value}" for name, value in variables if not name.startswith("PYTHON"))]
+        print(f"# {step.title} -> {step.folder}\n{shlex.join([*prefix, *launch_command(step, args)])}")
+
+
+@stoppable
+def run(steps: list[Step], args: argparse.Namespace) -> int:
+    """Run the steps that are not done; return the exit code."""
+    chosen = choose(steps, args.force)
+    check_inputs(chosen, args)
+    times = []
+    for step in chosen:
+        command = launch_command(step, args)
+        print(f"\n=== {step.title} -> {step.folder}\n{shlex.join(command)}", flush=True)
+        env, log = passed_on(environment(args), step.folder), step.folder / "training.log"
+        code, seconds = run_to_end(step.title, command, env, log, step.folder / DONE)
+        if code:
+            return code
+        times.append(f"{step.title:32} {format_seconds(seconds):>9}   {step.folder}")
+        print(f"=== {step.title} took {format_seconds(seconds)}", flush=True)
+    print("\n".join(times))
     if steps[-1].section != "reward":
         print(f"Talk to it: python chat.py --path {shlex.quote(str(steps[-1].folder))}")
     return 0
+
+
+@told
+def main(argv: list[str] | None = None) -> int:
+    """Run the steps; return the exit code: 0, 2 for wrong input, that of a step that failed, 128 + signal."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    steps = plan(args)
+    if args.dry_run:
+        show(steps, args)
+        return 0
+    return run(steps, args)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,21 @@
-# Sourced by the launchers. `launch STEP RECIPE "$@"` starts a step (step1_sft, step2_reward, step3_ppo, step2_dpo) with a
-# recipe, whose path is relative to the root of the repository. scripts/launch/__main__.py builds the command; --dry-run prints it.
+# `bash scripts/launch.sh STEP RECIPE …` starts a step (step1_sft, step2_reward, step3_ppo, step2_dpo) with a recipe, whose path is
+# relative to the root of the repository; the launchers call it. scripts/launch/__main__.py builds the command; --dry-run prints it.
+# Sourced: `launch STEP RECIPE "$@"` does that, `launch_here STEP PLATFORM MODEL "$@"` takes the recipe of the device that is here, and
 # `run_module MODULE "$@"` runs any other module of the project. PYTHON names another interpreter.
 # Paths given on the command line are relative to the working directory, as everywhere.
 launch() {
-    local recipe=$2
+    local recipe=${2:-}
     [[ $recipe = /* ]] || recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/$recipe || return
-    run_module scripts.launch "$1" "$recipe" "${@:3}"
+    run_module scripts.launch "${1:-}" "$recipe" "${@:3}"
+}
+
+launch_here() {
+    local platform=$2
+    case ${DS_ACCELERATOR:-$(command -v npu-smi)} in
+        npu | */npu-smi) platform=ascend_910 ;;
+        cpu) set -- "$@" --platform cpu ;;
+    esac
+    launch "$1" "configs/$platform/$3.yaml" "${@:4}"
 }
 
 run_module() {
@@ -25,3 +35,5 @@ run_module() {
     # directory is not taken for ours.
     PYTHONSAFEPATH=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m "$@"
 }
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || launch "$@"

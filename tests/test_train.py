@@ -12,6 +12,7 @@ import pytest
 
 import train
 from errors import UserError
+from scripts.launch.processes import run_step
 from tests.tiny import tiny_checkpoint
 from training.utils.flags.parse import parse as parse_step
 from training.utils.flags.steps import DPOArguments, PPOArguments, RewardArguments, SFTArguments
@@ -450,7 +451,7 @@ def test_a_straggler_does_not_hold_the_run_up(tmp_path):
     """A grandchild that keeps the pipe open after the launcher has ended is killed after a few seconds."""
     program = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
     started = time.monotonic()
-    code, lines = train.run_step([sys.executable, "-c", program], dict(os.environ), tmp_path / "log")
+    code, lines = run_step([sys.executable, "-c", program], dict(os.environ), tmp_path / "log")
     assert code == 0 and time.monotonic() - started < 20
     assert is_gone(int(lines[-1]))
 

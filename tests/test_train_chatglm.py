@@ -1,11 +1,14 @@
 """train.py takes a folder of ChatGLM through all three steps on Chinese text, and chat.py talks to the result."""
 
-import subprocess
+import io
 import sys
 
 import pytest
 
-from tests.launching import REPOSITORY, environment, logged
+import train
+from inference import chatbot
+from scripts.launch import processes
+from tests.launching import logged, start
 from tests.tiny_chatglm import tiny_chatglm
 
 pytestmark = pytest.mark.scripts
@@ -17,29 +20,35 @@ PPO = (
 )
 
 
-def run(*words: str, given: str | None = None) -> str:
-    """Start one of the two entry points; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, *words], cwd=REPOSITORY, env=environment(), input=given, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+@pytest.fixture
+def forked(monkeypatch):
+    """Run the steps that train.py starts in forked processes, without DeepSpeed's launcher."""
+
+    def run_step(command, env, log):
+        module, *flags = command[command.index("--module") + 1 :]
+        done = start(module, flags)
+        return done.returncode, (done.stdout + done.stderr).splitlines()
+
+    monkeypatch.setattr(processes, "run_step", run_step)
 
 
-@pytest.mark.parametrize("family", ["chatglm-6b", "chatglm2-6b"])
-def test_three_steps_then_chat(family, shared_dir, tmp_path):
-    base = tiny_chatglm(tmp_path / family, family, shared_dir)
+def test_three_steps_then_chat(forked, shared_dir, tmp_path, monkeypatch, capsys):
+    base = tiny_chatglm(tmp_path / "chatglm-6b", "chatglm-6b", shared_dir)
     data = shared_dir / "data" / "preference_zh" / "rm_static_zh_train.jsonl.gz"
-    run(
-        "train.py", "--actor-model", str(base), "--reward-model", str(base), "--deployment-type", "cpu",
-        "--data-path", str(data), "--output-dir", str(tmp_path / "out"),
-        "--sft-flags", SHORT, "--reward-flags", SHORT, "--ppo-flags", PPO,
-    )  # fmt: skip
-    before, *_, after = logged(tmp_path / "out" / "actor-models" / family, "eval/perplexity")
+    words = ["--actor-model", str(base), "--reward-model", str(base), "--deployment-type", "cpu", "--data-path", str(data)]
+    words += ["--sft-flags", SHORT, "--reward-flags", SHORT, "--ppo-flags", PPO, "--output-dir", str(tmp_path / "out")]
+    assert train.main(words) == 0, capsys.readouterr().err
+    before, *_, after = logged(tmp_path / "out" / "actor-models" / "chatglm-6b", "eval/perplexity")
     assert after < before
-    trained = tmp_path / "out" / "step3-models" / family
+    trained = tmp_path / "out" / "step3-models" / "chatglm-6b"
     assert logged(trained, "train/kl")[0] == 0.0
-    talk = ("chat.py", "--path", str(trained), "--max_new_tokens", "6", "--greedy")
-    answer = run(*talk, "--prompt", "你好")
-    assert answer == run(*talk, "--prompt", "你好"), "greedy answers are the same twice"
-    assert len(run(*talk, given="你好\n晚上好\n").splitlines()) >= 2, "a dialogue of two turns"
+
+    def talk(*more: str, given: str = "") -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+        assert chatbot.main(["--path", str(trained), "--max_new_tokens", "6", "--greedy", *more]) == 0
+        return capsys.readouterr().out
+
+    answer = talk("--prompt", "你好")
+    assert answer == talk("--prompt", "你好"), "greedy answers are the same twice"
+    assert len(talk(given="你好\n晚上好\n").splitlines()) >= 2, "a dialogue of two turns"

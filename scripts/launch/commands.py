@@ -1,7 +1,7 @@
 """The command and the environment that start a step: one machine or several, by DeepSpeed's launcher, torchrun or Slurm.
 
-Pure functions of the options and of the shell's environment; nothing is started or written here. Facts about DeepSpeed's
-launcher: deepspeed/launcher/runner.py and multinode_runner.py, versions 0.14.2 to 0.19.8.
+Nothing is started or written here. Facts about its launcher: deepspeed/launcher/runner.py and
+multinode_runner.py, versions 0.14.2 to 0.19.8.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from errors import UserError
 from scripts.launch.hostfile import read_hostfile
@@ -26,10 +27,10 @@ DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's own
 DEFAULT_PORT = 29500  # several nodes must agree on one; a single node takes any that is free
 MASKS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
 # What the shell has set and other nodes need too. DeepSpeed itself forwards PYTHON*, NCCL* (or ASCEND*, HCCL*), no others.
-FORWARDED = (
-    "NCCL_", "RCCL_", "HCCL_", "GLOO_", "UCX_", "ASCEND_", "HIP_", "HSA_", "MIOPEN_", "ROCM_", "DTK", "PYTORCH_", "TORCH_",
-    "OMP_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DEEPSPEED_", "DS_", "SANBU_", "CUDA_", "LD_LIBRARY_PATH", "PATH",
-)  # fmt: skip
+FORWARDED = re.compile(
+    "(NCCL|RCCL|HCCL|GLOO|UCX|ASCEND|HIP|HSA|MIOPEN|ROCM|PYTORCH|TORCH|OMP|HF|TRANSFORMERS|TOKENIZERS|DEEPSPEED|DS|SANBU|CUDA)_"
+    "|DTK|LD_LIBRARY_PATH|PATH"
+)
 NOT_FORWARDED = re.compile(r"TOKEN$|SECRET|PASSWORD|API_KEY|VISIBLE_DEVICES$|^DS_ENV_FILE$")
 UNSAFE_IN_EXPORT = re.compile(r"[^\w@%+=:,./-]")  # DeepSpeed puts double quotes around such values, whoever reads them
 
@@ -54,11 +55,7 @@ class Options:
     hosts: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.launcher is not None and self.launcher not in LAUNCHERS:
-            raise UserError(
-                f"--launcher {self.launcher} is unknown{did_you_mean(self.launcher, LAUNCHERS)}; use {', '.join(LAUNCHERS)}, "
-                "or none of them: pdsh for several nodes."
-            )
+        self.check_values()
         if self.hostfile and Path(self.hostfile).is_file():
             self.hosts = read_hostfile(self.hostfile)
             if self.num_nodes and self.num_nodes > len(self.hosts):
@@ -70,6 +67,24 @@ class Options:
                     f"{self.processes} processes a node are wanted, but {self.hostfile} gives {host} slots={slots}; give "
                     f"--num_gpus {slots} or correct the line."
                 )
+
+    def check_values(self) -> None:
+        """Raise UserError for a value that no machine has."""
+        if self.launcher is not None and self.launcher not in LAUNCHERS:
+            near = did_you_mean(self.launcher, LAUNCHERS)
+            known = ", ".join(LAUNCHERS)
+            raise UserError(f"--launcher {self.launcher} is unknown{near}; use {known}, or none of them: pdsh for several nodes.")
+        for flag, count in (("--num-gpus", self.processes), ("--num-nodes", self.num_nodes)):
+            if count is not None and count < 1:
+                raise UserError(f"{flag} {count} is not a number of them; give 1 or more.")
+        for flag, port in (("--master_port", self.master_port), ("--ssh_port", self.ssh_port)):
+            if port is not None and not 0 < port < 65536:
+                raise UserError(f"{flag} {port} is no port; give a number from 1 to 65535.")
+        try:
+            shlex.split(self.launcher_args)
+        except ValueError as error:
+            reason = str(error).lower()
+            raise UserError(f"--launcher_args {self.launcher_args!r} is not read by a shell: {reason}; correct it.") from error
 
     @property
     def nodes(self) -> int:
@@ -96,53 +111,52 @@ class Options:
 
 
 def build_command(options: Options, module: str, flags: list[str], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The words that start ``python -m module flags…`` in every process. UserError for options that contradict."""
-    if options.launcher == "torchrun":
-        return torchrun_command(options, module, flags, environ)
-    if options.launcher == "slurm":
-        return slurm_command(options, module, flags, environ)
+    """Return the words that start ``python -m module flags…`` in every process. Raise UserError for options that contradict."""
+    if options.launcher in ("torchrun", "slurm"):
+        start = torchrun_words if options.launcher == "torchrun" else slurm_words
+        return [*start(options, environ), "-m", module, *flags]
     # Through sys.executable, so that it is the DeepSpeed of this environment.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    if not options.several:
-        # The launcher would read a /job/hostfile that lies around, and start on all its hosts.
-        command += ["--hostfile", os.devnull, *device_flags(options, environ)]
-        command += ["--master_port", str(options.master_port or free_port())]
-        return [*command, "--module", module, *flags]
-    command += ["--hostfile", options.hostfile] if options.hostfile else []
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    if options.several:
+        if options.by_ssh and options.launcher != "openmpi":
+            flags = words_for_pdsh(flags)
+        return [*runner, *several_nodes_words(options, environ), "--module", module, *flags]
+    # The launcher would read a /job/hostfile that lies around, and start on all its hosts.
+    words = ["--hostfile", os.devnull, *device_words(options, environ), "--master_port", str(options.master_port or free_port())]
+    return [*runner, *words, "--module", module, *flags]
+
+
+def several_nodes_words(options: Options, environ: Mapping[str, str]) -> list[str]:
+    """Return the words of DeepSpeed's launcher for several nodes."""
+    given: dict[str, Any] = {"--hostfile": options.hostfile}
+    launcher_args = options.launcher_args
     if options.launcher == "openmpi":
         check_openmpi(options)
-        command += ["--launcher", "openmpi", f"--launcher_args={openmpi_arguments(options, environ)}"]
+        given["--launcher"] = "openmpi"
+        launcher_args = openmpi_arguments(options, environ)
     else:
-        command += ["--num_nodes", str(options.num_nodes)] if options.num_nodes else []
-        command += ["--num_gpus", str(options.processes)] if options.processes else []
-        command += [f"--launcher_args={options.launcher_args}"] if options.launcher_args else []
-    if options.no_ssh:
-        command += ["--no_ssh", "--node_rank", str(node_rank(options, environ))]
-    address = master_address(options, environ)
-    command += ["--master_addr", address] if address else []
-    command += ["--master_port", str(options.master_port)] if options.master_port else []
-    command += ["--ssh_port", str(options.ssh_port)] if options.ssh_port else []
-    command += ["--venv_script", options.venv_script] if options.venv_script else []
-    if options.by_ssh and options.launcher != "openmpi":
-        for name, path in (("working directory", str(Path.cwd())), ("Python", sys.executable)):
-            if shlex.quote(path) != path:
-                raise UserError(
-                    f"the {name} {path} cannot be passed to other nodes through pdsh, which reads blanks and signs in it as a "
-                    "shell does; use another path, or --launcher torchrun."
-                )
-        flags = [for_pdsh(word) for word in flags]
-    return [*command, "--module", module, *flags]
+        given |= {"--num_nodes": options.num_nodes, "--num_gpus": options.processes}
+    words = [word for name, value in given.items() if value for word in (name, str(value))]
+    words += [f"--launcher_args={launcher_args}"] if launcher_args else []
+    words += ["--no_ssh", "--node_rank", str(node_rank(options, environ))] if options.no_ssh else []
+    given = {
+        "--master_addr": master_address(options, environ),
+        "--master_port": options.master_port,
+        "--ssh_port": options.ssh_port,
+        "--venv_script": options.venv_script,
+    }
+    return words + [word for name, value in given.items() if value for word in (name, str(value))]
 
 
-def device_flags(options: Options, environ: Mapping[str, str]) -> list[str]:
-    """--num_gpus N; or --include with the first N visible devices, because --num_gpus ignores the visible-devices variable.
+def device_words(options: Options, environ: Mapping[str, str]) -> list[str]:
+    """Return --num_gpus N; or --include with the first N visible devices, because --num_gpus ignores the mask.
 
     build_environment removes that variable then: the ids would be looked up among the devices that it leaves.
     """
     name, visible = visible_devices(options.platform, environ)
     if not visible:
         return [] if options.processes is None else ["--num_gpus", str(options.processes)]
-    if not all(part.isdigit() for part in visible):
+    if not all(device.isdigit() for device in visible):
         raise UserError(
             f"{name}={environ[name]}: DeepSpeed's launcher reads numbers only; give the numbers of the devices, or use "
             "--launcher torchrun, which leaves the variable alone."
@@ -151,57 +165,50 @@ def device_flags(options: Options, environ: Mapping[str, str]) -> list[str]:
 
 
 def visible_devices(platform: Platform, environ: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The variable that counts here and the devices it shows; "" and [] where none is set, and on a CPU."""
+    """Return the variable that counts here and the devices it shows; "" and [] where none is set, and on a CPU."""
     if platform.accelerator == "cpu":
         return "", []
     # A HIP runtime takes HIP_VISIBLE_DEVICES before CUDA_VISIBLE_DEVICES.
-    order = [platform.visible_devices, *(["HIP_VISIBLE_DEVICES", *MASKS] if platform.accelerator == "cuda" else [])]
-    for name in order:
-        parts = [part.strip() for part in environ.get(name, "").split(",") if part.strip()]
-        if parts:
-            return name, parts
+    for name in [platform.visible_devices, *(["HIP_VISIBLE_DEVICES", *MASKS] if platform.accelerator == "cuda" else [])]:
+        devices = [device.strip() for device in environ.get(name, "").split(",") if device.strip()]
+        if devices:
+            return name, devices
     return "", []
 
 
 def check_count(options: Options, name: str, visible: list[str]) -> int:
-    """How many of the visible devices are used. UserError if more are wanted."""
+    """Return how many of the visible devices are used. Raise UserError if more are wanted."""
     count = options.processes or len(visible)
     if count > len(visible):
-        raise UserError(
-            f"{name} shows {len(visible)} devices, {count} are wanted; lower --num-gpus or show more."
-        )
+        raise UserError(f"{name} shows {len(visible)} devices, {count} are wanted; lower --num-gpus or show more.")
     return count
 
 
-def torchrun_command(options: Options, module: str, flags: list[str], environ: Mapping[str, str]) -> list[str]:
-    """torchrun on this node; with several nodes it is started on each of them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(options.nodes)]
-    command += ["--nproc_per_node", str(processes_here(options, environ))]
+def torchrun_words(options: Options, environ: Mapping[str, str]) -> list[str]:
+    """Return the words of torchrun on this node; with several nodes it is started on each of them."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(options.nodes)]
+    words += ["--nproc_per_node", str(processes_here(options, environ))]
     if options.several:
-        command += ["--node_rank", str(node_rank(options, environ)), "--master_addr", needed_address(options, environ)]
-        port = options.master_port or DEFAULT_PORT
-    else:
-        command += ["--master_addr", "127.0.0.1"]
-        port = options.master_port or free_port()
-    return [*command, "--master_port", str(port), "-m", module, *flags]
+        words += ["--node_rank", str(node_rank(options, environ)), "--master_addr", needed_address(options, environ)]
+        return [*words, "--master_port", str(options.master_port or DEFAULT_PORT)]
+    return [*words, "--master_addr", "127.0.0.1", "--master_port", str(options.master_port or free_port())]
 
 
-def slurm_command(options: Options, module: str, flags: list[str], environ: Mapping[str, str]) -> list[str]:
-    """srun with one torchrun a node, inside an allocation (sbatch, salloc). Ranks follow the nodes' order, so that each
-    finds its own part of a checkpoint again.
+def slurm_words(options: Options, environ: Mapping[str, str]) -> list[str]:
+    """Return the words of srun with one torchrun a node, inside an allocation (sbatch, salloc). Ranks follow the nodes'
+    order, so that each node finds its own files of a checkpoint again.
     """
     address = options.master_addr or environ.get("MASTER_ADDR") or first_slurm_node(environ)
-    command = ["srun", f"--nodes={options.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    command += shlex.split(options.launcher_args)
+    words = ["srun", f"--nodes={options.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    words += shlex.split(options.launcher_args)
     # SLURM_NODEID differs by task, so a shell on the node reads it; $0 and $@ are the words that follow.
-    command += ["bash", "-c", 'exec "$0" -m torch.distributed.run --node_rank "$SLURM_NODEID" "$@"', sys.executable]
-    command += ["--nnodes", str(options.nodes), "--nproc_per_node", str(processes_here(options, environ))]
-    command += ["--master_addr", address, "--master_port", str(options.master_port or DEFAULT_PORT)]
-    return [*command, "-m", module, *flags]
+    words += ["bash", "-c", 'exec "$0" -m torch.distributed.run --node_rank "$SLURM_NODEID" "$@"', sys.executable]
+    words += ["--nnodes", str(options.nodes), "--nproc_per_node", str(processes_here(options, environ))]
+    return [*words, "--master_addr", address, "--master_port", str(options.master_port or DEFAULT_PORT)]
 
 
 def first_slurm_node(environ: Mapping[str, str]) -> str:
-    """The first host of the allocation, by scontrol. UserError outside one."""
+    """Return the first host of the allocation, by scontrol. Raise UserError outside one."""
     nodes = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
     if not nodes:
         raise UserError(
@@ -218,7 +225,7 @@ def first_slurm_node(environ: Mapping[str, str]) -> str:
 
 
 def processes_here(options: Options, environ: Mapping[str, str]) -> int:
-    """How many processes torchrun starts on this node; under Slurm on each, which show their devices alike."""
+    """Return how many processes torchrun starts on this node; under Slurm on each, which show their devices alike."""
     name, visible = visible_devices(options.platform, environ)
     if visible:
         return check_count(options, name, visible)
@@ -227,51 +234,31 @@ def processes_here(options: Options, environ: Mapping[str, str]) -> int:
 
 
 def node_rank(options: Options, environ: Mapping[str, str]) -> int:
-    """Which node this is: --node_rank, or what Slurm, Kubeflow or the user has set. UserError if nobody says."""
-    names = ("NODE_RANK", "PET_NODE_RANK", "SLURM_NODEID")
+    """Return this node's number: --node_rank, or what Slurm, Kubeflow or the user has set. Raise UserError if nobody says."""
     if options.node_rank is None:
-        found = [environ[name] for name in names if environ.get(name, "").isdigit()]
-        if not found:
+        names = ("NODE_RANK", "PET_NODE_RANK", "SLURM_NODEID")
+        ranks = [int(environ[name]) for name in names if environ.get(name, "").isdigit()]
+        if not ranks:
             raise UserError(
                 f"which of the {options.nodes} nodes is this? Start the same command on each with its own --node_rank, 0 to "
                 f"{options.nodes - 1}, on the first one 0."
             )
-        options.node_rank = int(found[0])
+        options.node_rank = ranks[0]
     if not 0 <= options.node_rank < options.nodes:
         raise UserError(f"--node_rank {options.node_rank} does not exist with {options.nodes} nodes; they count from 0.")
     return options.node_rank
 
 
 def master_address(options: Options, environ: Mapping[str, str]) -> str | None:
-    """Where rank 0 listens: --master_addr, MASTER_ADDR, else the first host of the hostfile; None where nobody says.
+    """Return where rank 0 listens: --master_addr, MASTER_ADDR, else the first host of the hostfile; None where nobody says.
 
     Always given to DeepSpeed, which would take the first address that ``ssh HOST hostname -I`` prints: perhaps docker's.
     """
     return options.master_addr or environ.get("MASTER_ADDR") or next(iter(options.hosts), None)
 
 
-def check_one_node(
-    options: Options, num_nodes: int | None, node_rank: int | None, no_ssh: bool | None, master_addr: str | None
-) -> None:
-    """UserError for flags of several nodes where there is one: each node would train alone, all of them the same.
-
-    The values are those of the command line; MASTER_ADDR in the environment and a recipe's no_ssh are left alone.
-    """
-    if options.several or options.launcher == "slurm":
-        return
-    if num_nodes == 1 or len(options.hosts) == 1:  # said so: a script for any number of nodes may give all its flags
-        no_ssh, master_addr, node_rank = None, None, node_rank or None
-    here = (None, "127.0.0.1", "::1", "localhost")
-    given = [f"--node_rank {node_rank}"] * (node_rank is not None) + ["--no_ssh"] * bool(no_ssh)
-    given += [f"--master_addr {master_addr}"] * (master_addr not in here)
-    if given:
-        raise UserError(
-            f"{given[0]} is for several nodes, and this is a run on one; give --num_nodes N or --hostfile FILE, or leave it out."
-        )
-
-
 def needed_address(options: Options, environ: Mapping[str, str]) -> str:
-    """master_address, or a UserError."""
+    """Return master_address, or raise UserError."""
     address = master_address(options, environ)
     if not address:
         raise UserError("several nodes need --master_addr, the address of the first one as the others reach it, or --hostfile.")
@@ -279,31 +266,32 @@ def needed_address(options: Options, environ: Mapping[str, str]) -> str:
 
 
 def check_openmpi(options: Options) -> None:
-    """UserError for what DeepSpeed's OpenMPI runner refuses or ignores."""
+    """Raise UserError for what DeepSpeed's OpenMPI runner refuses or ignores."""
     if options.no_ssh:
         raise UserError("--no_ssh and --launcher openmpi contradict: mpirun starts the other nodes itself; drop one of the two.")
-    listed = len(read_hostfile(options.hostfile)) if options.hostfile else 0
-    if listed > options.nodes:
+    listed, file, nodes = len(read_hostfile(options.hostfile)) if options.hostfile else 0, options.hostfile, options.nodes
+    if listed > nodes:
         raise UserError(
-            f"--launcher openmpi starts on every host of {options.hostfile}, and it names {listed}, not the {options.nodes} of "
-            f"--num_nodes; leave only the {options.nodes} in it."
+            f"--launcher openmpi starts on every host of {file}, and it names {listed}, not the {nodes} of --num_nodes; leave only "
+            f"the {nodes} in it."
         )
     for host, slots in options.hosts.items():
         if options.processes and options.processes != slots:
             raise UserError(
-                f"--launcher openmpi starts what the hostfile says, and {options.hostfile} gives {host} slots={slots}, not "
+                f"--launcher openmpi starts what the hostfile says, and {file} gives {host} slots={slots}, not "
                 f"{options.processes}; correct the line or the number."
             )
 
 
 def openmpi_arguments(options: Options, environ: Mapping[str, str]) -> str:
-    """The words for mpirun, its network interface among them: DeepSpeed would say eth0, which most machines do not have."""
+    """Return the words for mpirun, its network interface among them: DeepSpeed would say eth0, which most machines lack."""
     given = options.launcher_args
     if "btl_tcp_if_include" in given:
         return given
     settings = environ | options.env
-    interface = settings.get("NCCL_SOCKET_IFNAME") or settings.get("HCCL_SOCKET_IFNAME") or settings.get("GLOO_SOCKET_IFNAME")
-    if not interface or interface[0] == "^":
+    named = (settings.get(f"{library}_SOCKET_IFNAME") for library in ("NCCL", "HCCL", "GLOO"))
+    interface = next(filter(None, named), "^")
+    if interface[0] == "^":
         raise UserError(
             "--launcher openmpi needs the network interface between the nodes: NCCL_SOCKET_IFNAME=ib0 (HCCL_…, GLOO_…), or "
             '--launcher_args "--mca btl_tcp_if_include ib0".'
@@ -311,16 +299,22 @@ def openmpi_arguments(options: Options, environ: Mapping[str, str]) -> str:
     return f"--mca btl_tcp_if_include {interface.lstrip('=')} {given}".strip()
 
 
-def for_pdsh(word: str) -> str:
-    """A word of the command as it must be handed to DeepSpeed's pdsh runner for the shell of the other node to read it back.
+def words_for_pdsh(words: list[str]) -> list[str]:
+    """Return the words as DeepSpeed's pdsh runner needs them for the shell of the other node to read them back.
 
-    The runner puts double quotes around words with blanks and joins all of them unquoted.
+    The runner puts double quotes around words with blanks, escapes quotation marks and joins all of them unquoted. Raise
+    UserError for what cannot be passed so.
     """
-    if "\n" in word:
-        raise UserError(f"{word!r}: a line break cannot be passed to other nodes through pdsh; use --launcher torchrun.")
-    if " " in word:
-        return re.sub(r"([\\$`])", r"\\\1", word)  # the quotation marks are escaped by the runner
-    return shlex.quote(word)
+    for name, path in (("working directory", str(Path.cwd())), ("Python", sys.executable)):
+        if shlex.quote(path) != path:
+            raise UserError(
+                f"the {name} {path} cannot be passed to other nodes through pdsh, which reads blanks and signs in it as a "
+                "shell does; use another path, or --launcher torchrun."
+            )
+    for word in words:
+        if "\n" in word:
+            raise UserError(f"{word!r}: a line break cannot be passed to other nodes through pdsh; use --launcher torchrun.")
+    return [re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word) for word in words]
 
 
 # --- environment ------------------------------------------------------------------------------------------------------
@@ -328,7 +322,7 @@ def for_pdsh(word: str) -> str:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a step finds in its environment, and why."""
+    """The changes to a step's environment, and the reason of each."""
 
     variables: dict[str, str]  # set for this run
     reasons: dict[str, str]
@@ -336,93 +330,85 @@ class Environment:
     forwarded: dict[str, str]  # to other nodes, through the file that DS_ENV_FILE names; empty without them
 
     def over(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """The shell's environment with these changes."""
+        """Return the shell's environment with these changes."""
         return {name: value for name, value in environ.items() if name not in self.removed} | self.variables
 
 
+def accelerator_name(word: str) -> str:
+    """Return DeepSpeed's name of a device: it calls a DCU cuda."""
+    return {"dcu": "cuda"}.get(word.lower(), word.lower())
+
+
 def build_environment(options: Options, environ: Mapping[str, str] = os.environ) -> Environment:
-    """The platform's variables unless the shell has set them, the recipe's always; and what other nodes are told."""
+    """Return the platform's variables unless the shell has set them, the recipe's always, and what other nodes are told."""
     why = variable_reasons()
-    platform = dict(options.platform.env) | (options.platform.env_several_nodes if options.several else {})
     user = environ.get("USER") or getpass.getuser()
-    variables = {name: value.replace("${USER}", user) for name, value in platform.items()}
-    reasons = {name: why.get(name, "of the platform") for name in variables}
-    for name in variables.keys() & environ.keys():
-        if name != "DS_ACCELERATOR" and environ[name] != variables[name]:
-            reasons[name] = f"set in the shell; the platform has {variables[name]}"
-            variables[name] = environ[name]
-    if environ.get("DS_ACCELERATOR"):
-        variables["DS_ACCELERATOR"] = {"dcu": "cuda"}.get(environ["DS_ACCELERATOR"].lower(), environ["DS_ACCELERATOR"].lower())
-    own = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [_without_root(environ.get("PYTHONPATH", ""))])]),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    variables |= own
-    reasons |= {name: why[name] for name in own}
-    files = user_env_files(environ) if options.by_ssh else {}
-    for path, lines in files.items():
-        variables |= lines
-        reasons |= dict.fromkeys(lines, f"from {path}")
-    variables |= options.env
-    if variables["PYTHONPATH"] != own["PYTHONPATH"]:  # the user's file or the recipe has one, and the project stays first
-        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), _without_root(variables["PYTHONPATH"])]).rstrip(os.pathsep)
-    reasons |= {name: f"{why[name]} (from the recipe)" if name in why else "from the recipe" for name in options.env}
-    name, visible = visible_devices(options.platform, environ)
+    settings: dict[str, tuple[str, str]] = {}  # name -> value and reason
+    for name, value in (options.platform.env | (options.platform.env_several_nodes if options.several else {})).items():
+        ours = value.replace("${USER}", user)
+        settings[name] = (ours, why.get(name, "of the platform"))
+        if environ.get(name, ours) != ours:
+            settings[name] = (environ[name], f"set in the shell; the platform has {ours}")
+    if chosen := environ.get("DS_ACCELERATOR"):
+        settings["DS_ACCELERATOR"] = (accelerator_name(chosen), why["DS_ACCELERATOR"])
+    own = {"PYTHONPATH": environ.get("PYTHONPATH", ""), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    settings |= {name: (value, why[name]) for name, value in own.items()}
+    for path, lines in user_env_files(environ).items() if options.by_ssh else ():
+        settings |= {name: (value, f"from {path}") for name, value in lines.items()}
+    for name, value in options.env.items():
+        settings[name] = (value, f"{why[name]} (from the recipe)" if name in why else "from the recipe")
+    variables = {name: value for name, (value, _) in settings.items()}
+    others = [folder for folder in variables["PYTHONPATH"].split(os.pathsep) if folder and Path(folder) != ROOT]
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])  # the project stays first
+    _, visible = visible_devices(options.platform, environ)
     by_deepspeed = options.launcher not in ("torchrun", "slurm")  # which alone names the devices in --include
-    removed = MASKS if visible and not options.several and by_deepspeed else ()
-    removed = tuple(mask for mask in removed if mask in environ and mask not in options.env)
-    return Environment(variables, reasons, removed, forwarded(options, variables, environ) if options.by_ssh else {})
-
-
-def _without_root(path: str) -> str:
-    return os.pathsep.join(part for part in path.split(os.pathsep) if part and Path(part) != ROOT)
+    masks = MASKS if visible and not options.several and by_deepspeed else ()
+    return Environment(
+        variables,
+        reasons={name: reason for name, (_, reason) in settings.items()},
+        removed=tuple(mask for mask in masks if mask in environ and mask not in options.env),
+        forwarded=forwarded(options, variables, environ) if options.by_ssh else {},
+    )
 
 
 def user_env_files(environ: Mapping[str, str]) -> dict[Path, dict[str, str]]:
-    """The variables of the user's own .deepspeed_env, in the home and the working directory, where DeepSpeed looks for it.
+    """Return the variables of the user's own .deepspeed_env, in the home and the working directory, where DeepSpeed looks.
 
     DS_ENV_FILE names another file. Ours takes its place for the run, with these lines in it. DeepSpeed ends with a
     ValueError at a blank line or a comment; here they are skipped.
     """
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
-    found: dict[Path, dict[str, str]] = {}
-    for folder in (Path(environ.get("HOME", "~")).expanduser(), Path()):
-        path = folder / name
-        if not path.is_file() or path in found:
-            continue
-        found[path] = {}
+    paths = dict.fromkeys(folder / name for folder in (Path(environ.get("HOME", "~")).expanduser(), Path()))
+    files: dict[Path, dict[str, str]] = {path: {} for path in paths if path.is_file()}
+    for path, variables in files.items():
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            text = line.strip()
-            if text and not text.startswith("#"):
-                key, sign, value = text.partition("=")
-                if not sign or not re.fullmatch(r"\w+", key.strip()):
-                    raise UserError(f"{path}, line {number}: {text!r} is not NAME=VALUE; correct or remove it.")
-                found[path][key.strip()] = value.strip()
-    return found
+            if not line.strip() or line.strip().startswith("#"):
+                continue
+            match = re.fullmatch(r"(\w+)\s*=(.*)", line.strip())
+            if not match:
+                raise UserError(f"{path}, line {number}: {line.strip()!r} is not NAME=VALUE; correct or remove it.")
+            variables[match[1]] = match[2].strip()
+    return files
 
 
 def forwarded(options: Options, variables: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
-    """What the other nodes are told: our variables, and those of the shell that concern devices, network and libraries.
+    """Return what the other nodes are told: our variables, and those of the shell about devices, network and libraries.
 
-    Secrets stay here: the values are seen in the process list of every node. UserError for a value of ours that DeepSpeed
-    cannot pass on; one of the shell's is left out.
+    Secrets stay here: the values are seen in the process list of every node. Raise UserError for a value of ours that
+    DeepSpeed cannot pass on; one of the shell's is left out.
     """
-    told = {}
+    sent = {}
     if options.launcher == "openmpi":  # whose processes are told their rank by mpirun, and no address
-        address = needed_address(options, environ)
-        told = {"MASTER_ADDR": address, "MASTER_PORT": str(options.master_port or DEFAULT_PORT)}
-    shell = {
-        name: value for name, value in environ.items()
-        if value and name.startswith(FORWARDED) and not NOT_FORWARDED.search(name) and name not in variables
-    }  # fmt: skip
+        sent = {"MASTER_ADDR": needed_address(options, environ), "MASTER_PORT": str(options.master_port or DEFAULT_PORT)}
     unreadable = UNSAFE_IN_EXPORT if options.launcher == "openmpi" else re.compile(r"[\"$`\\\n]")
-    told |= {name: value for name, value in shell.items() if not unreadable.search(value)}
+    for name, value in environ.items():
+        wanted = FORWARDED.match(name) and not NOT_FORWARDED.search(name) and name not in variables
+        if value and wanted and not unreadable.search(value):
+            sent[name] = value
     for name, value in variables.items():
         if match := unreadable.search(value):
             raise UserError(
                 f"{name}={value!r} cannot be sent to the other nodes: DeepSpeed's {options.launcher or 'pdsh'} runner does not "
                 f"pass on {match[0]!r}; change the value, or start each node by --launcher torchrun or --no_ssh."
             )
-        told[name] = value
-    return told
+    return sent | variables

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,6 +50,36 @@ class Interrupted(Exception):
     """Ctrl-C, SIGTERM or a terminal that was closed; the argument is the signal's number."""
 
 
+def stoppable(run: Callable[..., int]) -> Callable[..., int]:
+    """Return run with the sentence about --resume and the exit code 128 + signal in the place of Interrupted."""
+
+    @wraps(run)
+    def ending(*args: Any) -> int:
+        try:
+            return run(*args)
+        except Interrupted as stop:
+            say("\nstopped; the same command with --resume continues from the newest checkpoint.", stream=sys.stderr)
+            return 128 + stop.args[0]
+
+    return ending
+
+
+def run_to_end(title: str, command: list[str], env: dict[str, str], log: Path, done: Path) -> tuple[int, float]:
+    """Run a step that leaves a file ``done``; return its exit code and its seconds. Say why it failed if it did.
+
+    DeepSpeed's launcher ends with 0 when it is its own child that a signal has killed; the file tells then.
+    """
+    done.unlink(missing_ok=True)  # until it ends well, it is not done
+    started = time.monotonic()
+    code, lines = run_step(command, env, log)
+    seconds = time.monotonic() - started
+    code = exit_code(code, lines)
+    if code == 0 and done.is_file():
+        return 0, seconds
+    say(explain(title, code, lines, seconds, log), stream=sys.stderr)
+    return code or 1, seconds
+
+
 def run_step(command: list[str], env: dict[str, str], log: Path, patience: float = 60.0) -> tuple[int, list[str]]:
     """Run a command in a process group of its own; what it prints goes to the terminal and to the log as it comes.
 
@@ -58,10 +89,8 @@ def run_step(command: list[str], env: dict[str, str], log: Path, patience: float
     say("", end="")  # what stands in the buffer comes before what the command prints
     with log.open("ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
         tail = bytearray()
 
         def show(chunk: bytes) -> None:

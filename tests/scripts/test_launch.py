@@ -17,7 +17,8 @@ from torch.distributed.run import get_args_parser
 
 from errors import UserError
 from scripts.launch import commands
-from scripts.launch.__main__ import LAUNCH_KEYS, check_machine, env_file, main, passed_on, prepare, shown
+from scripts.launch.__main__ import check_machine, env_file, main, passed_on, prepare, shown
+from scripts.launch.options import SETTINGS
 from scripts.launch.platforms import load_platforms
 from training.utils.flags.parse import parse as parse_step
 from training.utils.flags.steps import PPOArguments, SFTArguments
@@ -410,7 +411,7 @@ def test_a_recipes_launch_section_is_checked(recipe):
     ):
         with pytest.raises(UserError, match=sentence):
             launched("step1_sft", recipe("cpu", more))
-    assert set(LAUNCH_KEYS) >= {"platform", "processes", "num_nodes", "hostfile", "master_port", "env"}
+    assert set(SETTINGS) >= {"platform", "processes", "num_nodes", "hostfile", "master_port", "env"}
 
 
 def test_an_accelerator_that_contradicts_the_platform(recipe):

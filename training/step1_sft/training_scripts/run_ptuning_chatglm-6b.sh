@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
-# P-Tuning v2 of ChatGLM-6B on ADGEN, on one card: as of ChatGLM2-6B, but for the length of answers.
-#   bash run_ptuning_chatglm-6b.sh [--model_name_or_path FOLDER] [--data_path AdvertiseGen] [any flag of step 1]
+# single_gpu/run_ptuning_chatglm-6b.sh under its former path; on Ascend that of ascend_910/. Without a card: DS_ACCELERATOR=cpu.
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_ptuning_chatglm2-6b.sh" \
-    --model_name_or_path THUDM/chatglm-6b --output_dir output/adgen-chatglm-6b-pt-128-2e-2 \
-    --max_target_length 64 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/launch.sh"
+launch_here step1_sft single_gpu ptuning_chatglm-6b "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Supervised fine-tuning of BLOOM-1B1 on a CPU.
-#   bash run_bloom-1b1.sh [OUTPUT] [ZERO_STAGE] [flags of step 1] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step1_sft configs/cpu/bloom-1b1.yaml "$@"
+# Supervised fine-tuning, bloom-1b1, one machine without an accelerator: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/cpu/bloom-1b1.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Supervised fine-tuning of ChatGLM-6B on two nodes with 8 NVIDIA cards of 80 GB each.
-#   bash run_chatglm-6b.sh [OUTPUT] [ZERO_STAGE] [--hostfile FILE] [flags of step 1] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step1_sft configs/multi_node/chatglm-6b.yaml "$@"
+# Supervised fine-tuning, chatglm-6b, two nodes with 8 NVIDIA cards of 80 GB each: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/multi_node/chatglm-6b.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Supervised fine-tuning of Llama-2-7B on two nodes with 8 NVIDIA cards of 80 GB each.
-#   bash run_llama-2-7b.sh [OUTPUT] [ZERO_STAGE] [--hostfile FILE] [flags of step 1] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step1_sft configs/multi_node/llama-2-7b.yaml "$@"
+# Supervised fine-tuning, llama-2-7b, two nodes with 8 NVIDIA cards of 80 GB each: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/multi_node/llama-2-7b.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Supervised fine-tuning of ChatGLM3-6B on one NVIDIA card of 80 GB.
-#   bash run_chatglm3-6b.sh [OUTPUT] [ZERO_STAGE] [flags of step 1] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step1_sft configs/single_gpu/chatglm3-6b.yaml "$@"
+# Supervised fine-tuning, chatglm3-6b, one NVIDIA card of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/single_gpu/chatglm3-6b.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Supervised fine-tuning of OPT-1.3B on one NVIDIA card of 80 GB.
-#   bash run_opt-1.3b.sh [OUTPUT] [ZERO_STAGE] [flags of step 1] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step1_sft configs/single_gpu/opt-1.3b.yaml "$@"
+# Supervised fine-tuning, opt-1.3b, one NVIDIA card of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/single_gpu/opt-1.3b.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Supervised fine-tuning of OPT-6.7B on one node with 8 NVIDIA cards of 80 GB.
-#   bash run_opt-6.7b.sh [OUTPUT] [ZERO_STAGE] [flags of step 1] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step1_sft configs/single_node/opt-6.7b.yaml "$@"
+# Supervised fine-tuning, opt-6.7b, one node with 8 NVIDIA cards of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/single_node/opt-6.7b.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Reward model of ChatGLM3-6B on one node with 8 Ascend 910 of 32 GB.
-#   bash run_chatglm3-6b.sh [OUTPUT] [ZERO_STAGE] [flags of step 2] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step2_reward configs/ascend_910/chatglm3-6b.yaml "$@"
+# Reward model, chatglm3-6b, one node with 8 Ascend 910 of 32 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/ascend_910/chatglm3-6b.yaml "$@"

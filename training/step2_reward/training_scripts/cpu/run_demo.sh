@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Reward model of the demo model on a CPU.
-#   bash run_demo.sh [OUTPUT] [ZERO_STAGE] [flags of step 2] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step2_reward configs/cpu/demo.yaml "$@"
+# Reward model, demo, one machine without an accelerator: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/cpu/demo.yaml "$@"

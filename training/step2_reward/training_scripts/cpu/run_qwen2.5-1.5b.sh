@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Reward model of Qwen2.5-1.5B on a CPU.
-#   bash run_qwen2.5-1.5b.sh [OUTPUT] [ZERO_STAGE] [flags of step 2] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step2_reward configs/cpu/qwen2.5-1.5b.yaml "$@"
+# Reward model, qwen2.5-1.5b, one machine without an accelerator: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/cpu/qwen2.5-1.5b.yaml "$@"

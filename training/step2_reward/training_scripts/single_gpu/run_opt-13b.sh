@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Reward model OPT-350M for OPT-13B, on one NVIDIA card of 80 GB.
-#   bash run_opt-13b.sh [OUTPUT] [ZERO_STAGE] [flags of step 2] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step2_reward configs/single_gpu/opt-13b.yaml "$@"
+# Reward model, opt-13b, one NVIDIA card of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/single_gpu/opt-13b.yaml "$@"

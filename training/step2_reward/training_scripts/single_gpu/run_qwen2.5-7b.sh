@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Reward model of Qwen2.5-7B on one NVIDIA card of 80 GB.
-#   bash run_qwen2.5-7b.sh [OUTPUT] [ZERO_STAGE] [flags of step 2] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step2_reward configs/single_gpu/qwen2.5-7b.yaml "$@"
+# Reward model, qwen2.5-7b, one NVIDIA card of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/single_gpu/qwen2.5-7b.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Reward model OPT-350M for OPT-1.3B, on one node with 8 NVIDIA cards of 80 GB.
-#   bash run_opt-1.3b.sh [OUTPUT] [ZERO_STAGE] [flags of step 2] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step2_reward configs/single_node/opt-1.3b.yaml "$@"
+# Reward model, opt-1.3b, one node with 8 NVIDIA cards of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/single_node/opt-1.3b.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# PPO of OPT-1.3B on one node with 8 Ascend 910 of 32 GB.
-#   bash run_opt-1.3b.sh [ACTOR] [CRITIC] [ACTOR_ZERO] [CRITIC_ZERO] [OUTPUT] [flags of step 3] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step3_ppo configs/ascend_910/opt-1.3b.yaml "$@"
+# PPO, opt-1.3b, one node with 8 Ascend 910 of 32 GB: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/ascend_910/opt-1.3b.yaml "$@"

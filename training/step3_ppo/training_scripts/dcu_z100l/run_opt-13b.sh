@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# PPO of OPT-13B on one node with 8 Hygon DCU Z100L of 32 GB.
-#   bash run_opt-13b.sh [ACTOR] [CRITIC] [ACTOR_ZERO] [CRITIC_ZERO] [OUTPUT] [flags of step 3] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step3_ppo configs/dcu_z100l/opt-13b.yaml "$@"
+# PPO, opt-13b, one node with 8 Hygon DCU Z100L of 32 GB: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/dcu_z100l/opt-13b.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# PPO of ChatGLM-6B on two nodes with 8 NVIDIA cards of 80 GB each.
-#   bash run_chatglm-6b.sh [ACTOR] [CRITIC] [ACTOR_ZERO] [CRITIC_ZERO] [OUTPUT] [--hostfile FILE] [flags of step 3] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step3_ppo configs/multi_node/chatglm-6b.yaml "$@"
+# PPO, chatglm-6b, two nodes with 8 NVIDIA cards of 80 GB each: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/multi_node/chatglm-6b.yaml "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# PPO of ChatGLM-6B on one NVIDIA card of 80 GB.
-#   bash run_chatglm-6b.sh [ACTOR] [CRITIC] [ACTOR_ZERO] [CRITIC_ZERO] [OUTPUT] [flags of step 3] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step3_ppo configs/single_gpu/chatglm-6b.yaml "$@"
+# PPO, chatglm-6b, one NVIDIA card of 80 GB: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/single_gpu/chatglm-6b.yaml "$@"

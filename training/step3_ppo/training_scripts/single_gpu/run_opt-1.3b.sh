@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# PPO of OPT-1.3B on one NVIDIA card of 80 GB.
-#   bash run_opt-1.3b.sh [ACTOR] [CRITIC] [ACTOR_ZERO] [CRITIC_ZERO] [OUTPUT] [flags of step 3] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step3_ppo configs/single_gpu/opt-1.3b.yaml "$@"
+# PPO, opt-1.3b, one NVIDIA card of 80 GB: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/single_gpu/opt-1.3b.yaml "$@"

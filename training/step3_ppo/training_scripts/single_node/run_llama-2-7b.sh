@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# PPO of Llama-2-7B on one node with 8 NVIDIA cards of 80 GB.
-#   bash run_llama-2-7b.sh [ACTOR] [CRITIC] [ACTOR_ZERO] [CRITIC_ZERO] [OUTPUT] [flags of step 3] [--dry-run]
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh"
-launch step3_ppo configs/single_node/llama-2-7b.yaml "$@"
+# PPO, llama-2-7b, one node with 8 NVIDIA cards of 80 GB: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/single_node/llama-2-7b.yaml "$@"
