@@ -67,12 +67,12 @@ def checkpoints(room: TwoNodes, output: str) -> list[list[str]]:
 def test_three_steps_with_zero_3_leave_the_same_models_on_both_disks(whole):
     first, second = (node.folder for node in whole.nodes)
     shared = first.parent / "shared"   # on a disk that both see
-    said = whole.run(lambda node: launcher(whole, node, "step2_reward", str(shared), way="no_ssh"))
+    said = whole.run(lambda node: launcher(whole, node, "step2_reward", str(shared)))
     assert f"2 nodes; {shared} is shared by all nodes" in said[0]
     names = {path.name for path in (shared / "checkpoints/step-00000001").rglob("*")}
     assert {"generators-0.pt", "generators-1.pt", "checkpoint.json"} <= names
     # Each node reads what step 1 left on its own disk.
-    said = whole.run(lambda node: launcher(whole, node, "step3_ppo", "sft", str(shared), way="no_ssh"))
+    said = whole.run(lambda node: launcher(whole, node, "step3_ppo", "sft", str(shared)))
     assert "2 nodes; ppo is on disks of their own" in said[0]
     for model in ("sft", "ppo/actor", "ppo/critic", "ppo/actor_ema"):
         weights = [(folder / model / "model.safetensors").read_bytes() for folder in (first, second)]

@@ -174,7 +174,7 @@ def check_forwarded(situation: Situation) -> list[Check]:
     except UserError as error:
         return [Check("environment", "forwarded", FAIL, str(error), "correct the value or the line")]
     left = sorted(
-        name for name, value in situation.environ.items() if value and name.startswith(FORWARDED) and name not in told
+        name for name, value in situation.environ.items() if value and FORWARDED.match(name) and name not in told
     )
     if not left:
         return [

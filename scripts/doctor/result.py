@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scripts.launch.commands import Options
-from scripts.launch.platforms import ROOT, Platform
+from scripts.launch.platforms import ROOT, MachineKind
 from training.utils.flags.recipe import Recipe
 
 OK, WARN, FAIL, SKIP = "ok", "warn", "fail", "skip"
@@ -36,7 +36,7 @@ class Situation:
 
     environ: Mapping[str, str]
     seconds: float = 20.0
-    platform: Platform | None = None  # the one asked for
+    platform: MachineKind | None = None  # the one asked for
     options: Options | None = None
     recipe: Recipe | None = None
     facts: dict[str, Any] = field(default_factory=dict)

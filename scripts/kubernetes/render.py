@@ -18,7 +18,7 @@ from typing import Any
 from errors import UserError
 from scripts.kubernetes.pod import STEP_OF, USUAL_FLAGS, former_folders
 from scripts.launch.__main__ import find_recipe, read_recipe
-from scripts.launch.platforms import ROOT, Platform, did_you_mean, platform_named
+from scripts.launch.platforms import ROOT, MachineKind, did_you_mean, platform_named
 from steps import SECTIONS, STEPS, Step
 from training.utils.flags.recipe import Recipe, recipe_file
 
@@ -151,7 +151,7 @@ def make_job(settings: argparse.Namespace) -> SimpleNamespace:
     )
 
 
-def machine_values(settings: argparse.Namespace, recipe: Recipe, platform: Platform) -> dict[str, Any]:
+def machine_values(settings: argparse.Namespace, recipe: Recipe, platform: MachineKind) -> dict[str, Any]:
     """Return devices, processes, nodes, cores and memory of a training pod. Raise UserError if /dev/shm is above memory."""
     on_cpu = platform.accelerator == "cpu"
     processes = int(recipe.launch.get("processes") or platform.devices)
@@ -174,7 +174,7 @@ def machine_values(settings: argparse.Namespace, recipe: Recipe, platform: Platf
     }
 
 
-def environments(settings: argparse.Namespace, recipe: Recipe, platform: Platform) -> dict[str, dict[str, str]]:
+def environments(settings: argparse.Namespace, recipe: Recipe, platform: MachineKind) -> dict[str, dict[str, str]]:
     """Return the variables of all pods and of those that compute: folders, the platform's, the recipe's, which win."""
     base = {
         "PYTHONPATH": CODE,
@@ -218,7 +218,7 @@ def claim_size(model: str) -> str:
     return f"{max(100, -(-needed // 100) * 100):.0f}Gi"
 
 
-def chat_folder(recipe: Recipe, steps: list[Step], model: str, platform: Platform) -> str | None:
+def chat_folder(recipe: Recipe, steps: list[Step], model: str, platform: MachineKind) -> str | None:
     """Return the model to talk to; None where its weights do not leave a quarter of one device."""
     size = billions(model)
     if size and size * 2e9 / 2**30 >= 0.75 * platform.device_memory_gib:

@@ -19,7 +19,7 @@ from typing import Any
 
 from errors import UserError
 from scripts.launch.hostfile import read_hostfile
-from scripts.launch.platforms import ROOT, Platform, did_you_mean, variable_reasons
+from scripts.launch.platforms import ROOT, MachineKind, did_you_mean, variable_reasons
 from training.utils.run.environment import free_port
 
 LAUNCHERS = ("pdsh", "openmpi", "torchrun", "slurm")
@@ -39,7 +39,7 @@ UNSAFE_IN_EXPORT = re.compile(r"[^\w@%+=:,./-]")  # DeepSpeed puts double quotes
 class Options:
     """Where and how processes are started. ``hosts`` is what the hostfile says, empty where there is none."""
 
-    platform: Platform
+    platform: MachineKind
     processes: int | None = None  # on each node; None: every device
     num_nodes: int | None = None
     hostfile: str | None = None
@@ -164,7 +164,7 @@ def device_words(options: Options, environ: Mapping[str, str]) -> list[str]:
     return ["--include", f"localhost:{','.join(visible[: check_count(options, name, visible)])}"]
 
 
-def visible_devices(platform: Platform, environ: Mapping[str, str]) -> tuple[str, list[str]]:
+def visible_devices(platform: MachineKind, environ: Mapping[str, str]) -> tuple[str, list[str]]:
     """Return the variable that counts here and the devices it shows; "" and [] where none is set, and on a CPU."""
     if platform.accelerator == "cpu":
         return "", []

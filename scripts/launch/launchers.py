@@ -15,7 +15,7 @@ from training.utils.flags.recipe import load_recipe, recipes_of
 
 LAUNCHER = """#!/usr/bin/env bash
 # {title}, {model}, {machine}: {arguments} [flags] [--dry-run]
-exec bash "$(dirname "${{BASH_SOURCE[0]}}")/../../../../scripts/launch.sh" {room} configs/{platform}/{model}.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" {room} configs/{platform}/{model}.yaml "$@"
 """
 ARGUMENTS = {"ppo": "[ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT]"}
 WITHOUT = "smollm2"  # whose model and data scripts/demo/smollm2.py makes first

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from errors import UserError
 from scripts.launch.commands import DEFAULT_HOSTFILE, LAUNCHERS, Options, accelerator_name
-from scripts.launch.platforms import ROOT, Platform, did_you_mean, load_platforms, platform_named
+from scripts.launch.platforms import ROOT, MachineKind, did_you_mean, load_platforms, platform_named
 from training.utils.flags.recipe import load_recipe, recipe_file, recipes_of
 
 
@@ -82,7 +82,7 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def build_options(
-    platform: Platform,
+    platform: MachineKind,
     given: argparse.Namespace,
     launch: Mapping[str, Any],
     environ: Mapping[str, str],

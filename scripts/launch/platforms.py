@@ -18,8 +18,8 @@ PLATFORMS_FILE = ROOT / "configs" / "platforms.yaml"
 
 
 @dataclass(frozen=True)
-class Platform:
-    """One kind of machine; the comments at the top of configs/platforms.yaml say what the fields mean."""
+class MachineKind:
+    """A kind of machine (a platform); the comments at the top of configs/platforms.yaml say what the fields mean."""
 
     name: str
     title: str
@@ -43,9 +43,9 @@ def _read() -> dict[str, Any]:
     return yaml.safe_load(PLATFORMS_FILE.read_text(encoding="utf-8"))
 
 
-def load_platforms() -> dict[str, Platform]:
+def load_platforms() -> dict[str, MachineKind]:
     """All platforms by name, in the order of the file. UserError for an entry that is not one."""
-    known = {one.name for one in fields(Platform)} - {"name"}
+    known = {one.name for one in fields(MachineKind)} - {"name"}
     platforms = {}
     for name, entry in _read().items():
         if name == "variables":
@@ -56,7 +56,7 @@ def load_platforms() -> dict[str, Platform]:
             key: {variable: str(value) for variable, value in entry[key].items()} for key in ("env", "env_several_nodes")
         }
         environments["env"] = {"DS_ACCELERATOR": entry["accelerator"], **environments["env"]}
-        platforms[name] = Platform(name=name, **{**entry, **environments})
+        platforms[name] = MachineKind(name=name, **{**entry, **environments})
     return platforms
 
 
@@ -65,7 +65,7 @@ def variable_reasons() -> dict[str, str]:
     return dict(_read()["variables"])
 
 
-def platform_named(name: str) -> Platform:
+def platform_named(name: str) -> MachineKind:
     """The platform of that name. UserError that lists what exists."""
     platforms = load_platforms()
     if name not in platforms:

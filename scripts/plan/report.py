@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from errors import UserError
-from scripts.launch.platforms import Platform, platform_named
+from scripts.launch.platforms import MachineKind, platform_named
 from scripts.plan.section import plan_arguments, platform_machine
 from steps import STEPS, Step
 from training.utils.flags.checks import validate
@@ -45,7 +45,7 @@ def step_arguments(
     return args
 
 
-def machine_of(options: argparse.Namespace, launch: dict[str, Any]) -> tuple[Machine, Platform | None]:
+def machine_of(options: argparse.Namespace, launch: dict[str, Any]) -> tuple[Machine, MachineKind | None]:
     """Return the machine of the flags, of the recipe's launch section and of the platform, and that platform."""
     name = options.platform or launch.get("platform")
     platform = platform_named(name) if name else None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from errors import UserError
-from scripts.launch.platforms import Platform
+from scripts.launch.platforms import MachineKind
 from scripts.plan.known import UnknownModel, config_of
 from steps import SECTIONS, step_of
 from training.utils.flags.parse import parse
@@ -19,7 +19,7 @@ from training.utils.memory.fit import SectionPlan, section_plan
 __all__ = ["UnknownModel", "plan_section", "plan_sections", "platform_machine"]
 
 
-def platform_machine(platform: Platform, *, nodes: int | None = None, per_node: int | None = None) -> Machine:
+def platform_machine(platform: MachineKind, *, nodes: int | None = None, per_node: int | None = None) -> Machine:
     """Return the machine that configs/platforms.yaml describes, or one with other nodes and processes of that kind."""
     nodes, per_node, card = nodes or platform.nodes, per_node or platform.devices, platform.accelerator != "cpu"
     memory = platform.device_memory_gib * GIB if card else 0.0
@@ -27,7 +27,7 @@ def platform_machine(platform: Platform, *, nodes: int | None = None, per_node: 
 
 
 def plan_section(
-    recipe: Recipe, section: str, platform: Platform, *, machine: Machine | None = None, flags: Sequence[str] = ()
+    recipe: Recipe, section: str, platform: MachineKind, *, machine: Machine | None = None, flags: Sequence[str] = ()
 ) -> SectionPlan:
     """Return the plan of a section. machine: None for the platform's own; flags: further flags of the step.
 
@@ -46,7 +46,7 @@ def plan_arguments(args: Any, recipe: Recipe | None, machine: Machine, dtype: st
         return section_plan(args, configs, machine, dtype=dtype, attention=attention)
 
 
-def plan_sections(recipe: Recipe, platform: Platform, machine: Machine | None = None) -> dict[str, SectionPlan | UserError]:
+def plan_sections(recipe: Recipe, platform: MachineKind, machine: Machine | None = None) -> dict[str, SectionPlan | UserError]:
     """Return the plan of every section of a recipe, or the error that stands in its way."""
     logging.getLogger("sanbu").setLevel(logging.ERROR)  # the step itself says what replaces a former flag
     found: dict[str, SectionPlan | UserError] = {}

@@ -69,19 +69,13 @@ def test_a_step_on_two_processes_through_the_launcher(repository, folder):
     assert "step 1 (SFT) took" in done.stdout
 
 
-def test_a_wrong_flag_of_the_step_is_said_once_before_anything_starts(repository, folder):
-    done = by_launcher(repository, folder, "wrong", "--learning_rat", "1")
-    sentence = "error: --learning_rat is not a flag of step 1 (SFT); did you mean --learning_rate?\n"
-    assert (done.returncode, done.stderr, done.stdout) == (2, sentence, "")
-    assert not (folder / "wrong").exists()
-
-
 def test_help_and_refusals_come_at_once(repository, folder):
     shown = by_launcher(repository, folder, "--help")
     assert shown.returncode == 0 and "--node-rank" in shown.stdout and "STEP RECIPE" in shown.stdout
-    refused = by_launcher(repository, folder, "out", "7")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: '7' stands where zero_stage does")
-    assert not (folder / "out").exists()
+    done = by_launcher(repository, folder, "wrong", "--learning_rat", "1")  # said once, before anything starts
+    sentence = "error: --learning_rat is not a flag of step 1 (SFT); did you mean --learning_rate?\n"
+    assert (done.returncode, done.stderr, done.stdout) == (2, sentence, "")
+    assert not (folder / "wrong").exists()
 
 
 def test_the_output_folder_is_the_one_that_the_step_writes_to(monkeypatch, folder):
@@ -109,13 +103,6 @@ def ended(monkeypatch, folder: Path, program: str, *words: str) -> int:
     monkeypatch.setattr(launching, "check_machine", lambda options: None)
     monkeypatch.setattr(launching, "check_flags", lambda launch: launch)
     return launching.start(replace(launch, command=[sys.executable, "-c", textwrap.dedent(program)]))
-
-
-WRITE_DONE = "import pathlib; pathlib.Path('ends/sanbu_done.json').write_text('{}')"
-
-
-def test_a_program_that_ends_well(monkeypatch, folder):
-    assert ended(monkeypatch, folder, WRITE_DONE) == 0
 
 
 def test_a_launcher_that_hides_a_killed_child_is_not_believed(monkeypatch, folder, capfd):
@@ -160,18 +147,28 @@ DRIVER = """
 
 
 @pytest.fixture
-def driven(folder):
-    """driven(output, then, before) -> a launcher that runs a program: it prints, and does `then`; before: words such as nohup."""
+def driven(repository, folder):
+    """driven(output, then, before) -> scripts/launch.sh with a program that prints and does `then`; before: such as nohup."""
     running = []
 
     def drive(output: str, then: str, *before: str) -> subprocess.Popen:
-        text = textwrap.dedent(DRIVER).replace("{then}", then)
-        words = [*before, sys.executable, "-c", text, "step1_sft", "recipe.yaml", output]
+        driver, python = folder / f"{output}.py", folder / f"python-{output}"
+        driver.write_text(textwrap.dedent(DRIVER).replace("{then}", then))
+        # python -m scripts.launch … -> python driver.py …
+        python.write_text(f'#!/bin/sh\nshift 2\nexec {shlex.quote(sys.executable)} "{driver}" "$@"\n')
+        python.chmod(0o755)
+        words = [*before, "bash", str(repository / "scripts/launch.sh"), "step1_sft", str(folder / "recipe.yaml"), output]
         process = subprocess.Popen(
-            words, cwd=folder, env=environment(), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),   # the suite itself may run under nohup
-        )  # fmt: skip
+            words,
+            cwd=folder,
+            env=environment(PYTHON=str(python)),
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the suite itself may run under nohup
+        )
         running.append(process)
         return process
 
@@ -213,38 +210,12 @@ def test_output_that_nobody_reads_any_more_does_not_end_the_step(driven, folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_step_through_the_script(repository, folder, number):
-    """The script, not a shell around it, is what Slurm and Kubernetes send their signal to."""
-    driver = """
-        import sys, scripts.launch.__main__ as launching
-        from dataclasses import replace
-        prepare = launching.prepare
-        program = "import signal, sys, time\\ndef stop(*_): print('saving', flush=True); sys.exit(143)\\n"
-        program += "signal.signal(signal.SIGTERM, stop)\\nprint('started', flush=True)\\ntime.sleep(60)"
-        def replaced(argv):
-            launch, dry = prepare(argv)
-            return replace(launch, command=[sys.executable, '-c', program]), dry
-        launching.prepare = replaced
-        sys.exit(launching.main(sys.argv[1:]))
-    """
-    (folder / "driver.py").write_text(textwrap.dedent(driver))
-    python = folder / "python"   # python -m scripts.launch … -> python driver.py …
-    python.write_text(f'#!/bin/sh\nshift 2\nexec {shlex.quote(sys.executable)} "{folder}/driver.py" "$@"\n')
-    python.chmod(0o755)
-    script = f'source {shlex.quote(str(repository / "scripts/launch.sh"))}; launch step1_sft "$PWD/recipe.yaml" signals'
-    process = subprocess.Popen(
-        ["bash", "-c", script], cwd=folder, env=environment(PYTHON=str(python)), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    try:
-        for line in process.stdout:
-            if line == "started\n":
-                break
-        os.kill(process.pid, number)   # this process alone, not its group
-        out, error = process.communicate(timeout=120)
-    finally:
-        process.kill()
-        process.wait()
+def test_a_signal_reaches_the_step_through_the_script(driven, number):
+    """The script, not a shell around it, is what Slurm and Kubernetes send their signal to: this process, not its group."""
+    process = driven(f"signal{number}", "time.sleep(60)")
+    assert any(line == "started\n" for line in process.stdout)
+    os.kill(process.pid, number)
+    out, error = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "saving" in out and "--resume continues" in error
 
 

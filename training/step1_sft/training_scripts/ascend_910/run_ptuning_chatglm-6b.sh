@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning, ptuning_chatglm-6b, one node with 8 Ascend 910 of 32 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/ascend_910/ptuning_chatglm-6b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step1_sft configs/ascend_910/ptuning_chatglm-6b.yaml "$@"

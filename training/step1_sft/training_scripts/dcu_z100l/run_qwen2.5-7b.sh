@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning, qwen2.5-7b, one node with 8 Hygon DCU Z100L of 32 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/dcu_z100l/qwen2.5-7b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step1_sft configs/dcu_z100l/qwen2.5-7b.yaml "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning, opt-66b, two nodes with 8 NVIDIA cards of 80 GB each: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/multi_node/opt-66b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step1_sft configs/multi_node/opt-66b.yaml "$@"

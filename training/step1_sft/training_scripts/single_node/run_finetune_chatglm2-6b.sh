@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning, finetune_chatglm2-6b, one node with 8 NVIDIA cards of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/single_node/finetune_chatglm2-6b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step1_sft configs/single_node/finetune_chatglm2-6b.yaml "$@"

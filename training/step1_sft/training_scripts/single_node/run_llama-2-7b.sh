@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning, llama-2-7b, one node with 8 NVIDIA cards of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step1_sft configs/single_node/llama-2-7b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step1_sft configs/single_node/llama-2-7b.yaml "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Reward model, opt-6.7b, one node with 8 Ascend 910 of 32 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/ascend_910/opt-6.7b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step2_reward configs/ascend_910/opt-6.7b.yaml "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Reward model, chatglm3-6b, two nodes with 8 NVIDIA cards of 80 GB each: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/multi_node/chatglm3-6b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step2_reward configs/multi_node/chatglm3-6b.yaml "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Reward model, chatglm2-6b, one NVIDIA card of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/single_gpu/chatglm2-6b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step2_reward configs/single_gpu/chatglm2-6b.yaml "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Reward model, opt-1.3b, one node with 8 NVIDIA cards of 80 GB: [OUTPUT] [ZERO_STAGE] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step2_reward configs/single_node/opt-1.3b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step2_reward configs/single_node/opt-1.3b.yaml "$@"

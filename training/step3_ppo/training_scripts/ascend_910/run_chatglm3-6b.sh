@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # PPO, chatglm3-6b, one node with 8 Ascend 910 of 32 GB: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/ascend_910/chatglm3-6b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step3_ppo configs/ascend_910/chatglm3-6b.yaml "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # PPO, opt-1.3b, one machine without an accelerator: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/cpu/opt-1.3b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step3_ppo configs/cpu/opt-1.3b.yaml "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # PPO, opt-13b, one node with 8 Hygon DCU Z100L of 32 GB: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/dcu_z100l/opt-13b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step3_ppo configs/dcu_z100l/opt-13b.yaml "$@"

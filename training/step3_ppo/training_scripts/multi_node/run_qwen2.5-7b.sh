@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # PPO, qwen2.5-7b, two nodes with 8 NVIDIA cards of 80 GB each: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/multi_node/qwen2.5-7b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step3_ppo configs/multi_node/qwen2.5-7b.yaml "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # PPO, chatglm-6b, one NVIDIA card of 80 GB: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/single_gpu/chatglm-6b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step3_ppo configs/single_gpu/chatglm-6b.yaml "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # PPO, llama-2-7b, one node with 8 NVIDIA cards of 80 GB: [ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT] [flags] [--dry-run]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../../scripts/launch.sh" step3_ppo configs/single_node/llama-2-7b.yaml "$@"
+exec bash "$(dirname "$0")/../../../../scripts/launch.sh" step3_ppo configs/single_node/llama-2-7b.yaml "$@"
