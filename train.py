@@ -24,7 +24,7 @@ from pathlib import Path
 from errors import UserError, told
 from scripts.launch.__main__ import passed_on
 from scripts.launch.commands import Environment, Options, build_command, build_environment
-from scripts.launch.options import build_options, read_recipe
+from scripts.launch.options import build_options, plain_parser, plain_words, read_recipe
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.launch.processes import run_to_end, stoppable
 from steps import METHODS, SECTIONS, step_of
@@ -84,9 +84,7 @@ class Step:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; DeepSpeed-Chat's train.py and e2e_rlhf.py have the same names."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = plain_parser("train.py --help lists the flags.", prog="train.py", description=__doc__)
     add = parser.add_argument
     add("--step", type=int, nargs="+", choices=(1, 2, 3), help="steps to run (default: all of the method)")
     add("--method", choices=tuple(METHODS), default="ppo", help="after step 1: reward model and PPO (default), or DPO")
@@ -112,23 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line with the recipe's launch section filled in. UserError for whatever is wrong with them."""
     parser = build_parser()
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message[:1].upper()}{message[1:]}; train.py --help lists the flags.")
-
-    parser.error = refuse
-    joined: list[str] = []
-    for word in argv:
-        if joined and re.fullmatch(rf"--({'|'.join(SECTIONS)})-flags", joined[-1]):
-            joined[-1] += f"={word}"  # argparse would take "--sft-flags --offload" for a flag without its value
-        else:
-            name, *value = word.split("=", 1)
-            joined.append("=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word)
-    args, unknown = parser.parse_known_args(joined)
+    known = parser._option_string_actions
+    args, unknown = parser.parse_known_args(plain_words(argv, known, rf"--({'|'.join(SECTIONS)})-flags"))
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
+        flag = unknown[0].replace("_", "-")
+        near = difflib.get_close_matches(flag.split("=")[0], known, 1)
         raise UserError(
-            f"Unknown flag {unknown[0]}{f'; did you mean {near[0]}?' if near else '.'} Flags of a step itself go into "
+            f"Unknown flag {flag}{f'; did you mean {near[0]}?' if near else '.'} Flags of a step itself go into "
             '--sft-flags, --reward-flags, --ppo-flags or --dpo-flags "…".'
         )
     if args.force and args.resume:

@@ -1,4 +1,4 @@
-"""Two nodes with a disk each: the three steps, by every launcher; a node that dies or is cut off; what is left resumes."""
+"""Two nodes with a disk each: steps by every launcher; a node that dies or is cut off; what is left resumes."""
 
 import json
 import os
@@ -11,8 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from models.load import load_scalar_model, load_tokenizer
+from models.save import save_model
+from models.templates import load_template
 from tests.launching import environment, logged, write_pairs
 from tests.tiny import tiny_checkpoint
 from tests.two_nodes import TwoNodes, launcher, machine_room, ssh_servers, until
@@ -27,9 +31,8 @@ TRAINED = {"max_seq_len": 64, "per_device_train_batch_size": 2, "learning_rate":
 RECIPE = {
     "launch": {"platform": "cpu"},
     "sft": COMMON | TRAINED | {"model_name_or_path": "base", "output_dir": "sft", "max_steps": 30, "save_steps": 3},
-    "reward": COMMON | TRAINED | {"model_name_or_path": "sft", "output_dir": "reward", "max_steps": 2, "save_steps": 1},
     "ppo": COMMON | {
-        "actor_model_name_or_path": "sft", "critic_model_name_or_path": "reward", "output_dir": "ppo", "max_steps": 2,
+        "actor_model_name_or_path": "base", "critic_model_name_or_path": "reward", "output_dir": "ppo", "max_steps": 2,
         "max_prompt_seq_len": 48, "max_answer_seq_len": 8, "per_device_generation_batch_size": 2, "eval_prompts": 4,
         "per_device_training_batch_size": 2, "actor_zero_stage": 3, "critic_zero_stage": 3, "enable_ema": True, "save_steps": 2,
     },
@@ -42,10 +45,14 @@ def room(tmp_path_factory):
     """Two nodes; on the disk of each a model, data, the recipe and a hostfile whose names nobody resolves."""
     folder = tmp_path_factory.mktemp("nodes")
     base, pairs = tiny_checkpoint(folder / "base", "llama"), write_pairs(folder / "pairs.jsonl", 200)
+    tokenizer = load_tokenizer(base)
+    reward = load_scalar_model(base, dtype=torch.float32, seed=3)
+    save_model(reward, tokenizer, load_template(base, tokenizer), folder / "reward")
     with machine_room(folder) as room:
         print("network namespaces" if room.separate else "no network namespaces here: two groups of processes on loopback")
         for node in room.nodes:
-            shutil.copytree(base, node.folder / "base")
+            for model in ("base", "reward"):
+                shutil.copytree(folder / model, node.folder / model)
             shutil.copy(pairs, node.folder)
             (node.folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
             (node.folder / "hosts").write_text(HOSTS)
@@ -54,8 +61,9 @@ def room(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(room) -> TwoNodes:
-    """Step 1 without interruption, by DeepSpeed's launcher on each node (--no_ssh)."""
-    room.run(lambda node: launcher(room, node, "step1_sft", way="no_ssh"))
+    """Step 1 without interruption, by DeepSpeed's launcher on each node (--no_ssh), into a folder that both see."""
+    shared = room.nodes[0].folder.parent / "shared"
+    room.run(lambda node: launcher(room, node, "step1_sft", str(shared), way="no_ssh"))
     return room
 
 
@@ -64,31 +72,27 @@ def checkpoints(room: TwoNodes, output: str) -> list[list[str]]:
     return [[found.name for found in whole_checkpoints(node.folder / output / "checkpoints")] for node in room.nodes]
 
 
-def test_three_steps_with_zero_3_leave_the_same_models_on_both_disks(whole):
-    first, second = (node.folder for node in whole.nodes)
-    shared = first.parent / "shared"   # on a disk that both see
-    said = whole.run(lambda node: launcher(whole, node, "step2_reward", str(shared)))
-    assert f"2 nodes; {shared} is shared by all nodes" in said[0]
-    names = {path.name for path in (shared / "checkpoints/step-00000001").rglob("*")}
+def test_a_folder_that_both_nodes_see(whole):
+    shared = whole.nodes[0].folder.parent / "shared"
+    assert f"2 nodes; {shared} is shared by all nodes" in (shared / "training.log").read_text()
+    names = {path.name for path in (shared / "checkpoints/step-00000030").rglob("*")}
     assert {"generators-0.pt", "generators-1.pt", "checkpoint.json"} <= names
-    # Each node reads what step 1 left on its own disk.
-    said = whole.run(lambda node: launcher(whole, node, "step3_ppo", "sft", str(shared)))
+    assert not list(shared.glob(".*")) and len(logged(shared, "train/loss")) == 30
+
+
+def test_ppo_with_zero_3_leaves_the_same_models_on_both_disks(room):
+    """Each node reads the models on its own disk."""
+    said = room.run(lambda node: launcher(room, node, "step3_ppo", "base", "reward"))
     assert "2 nodes; ppo is on disks of their own" in said[0]
-    for model in ("sft", "ppo/actor", "ppo/critic", "ppo/actor_ema"):
-        weights = [(folder / model / "model.safetensors").read_bytes() for folder in (first, second)]
+    first, second = (node.folder for node in room.nodes)
+    for model in ("actor", "critic", "actor_ema"):
+        weights = [(folder / "ppo" / model / "model.safetensors").read_bytes() for folder in (first, second)]
         assert weights[0] == weights[1], model
-        assert (second / model / "tokenizer.json").is_file()
-    for output in ("sft", "ppo"):
-        assert json.loads((first / output / "sanbu_done.json").read_text())["flags"]["output_dir"] == output
-        assert (second / output / "sanbu_done.json").is_file()
-        assert not (second / output / "metrics.jsonl").exists()   # figures are the first node's
-        assert not list(first.glob(f"{output}/.*")) + list(second.glob(f"{output}/.*"))
-    # Of a checkpoint each disk has what its own process needs.
-    assert not list(shared.glob(".*"))
-    for folder, own, other in ((first, 0, 1), (second, 1, 0)):
-        names = {path.name for path in (folder / "sft/checkpoints/step-00000030").rglob("*")}
-        assert f"generators-{own}.pt" in names and f"generators-{other}.pt" not in names
-    assert len(logged(first / "sft", "train/loss")) == 30
+        assert (second / "ppo" / model / "tokenizer.json").is_file()
+    assert json.loads((first / "ppo/sanbu_done.json").read_text())["flags"]["output_dir"] == "ppo"
+    assert (second / "ppo/sanbu_done.json").is_file()
+    assert not (second / "ppo/metrics.jsonl").exists()  # metrics are the first node's
+    assert not list(first.glob("ppo/.*")) + list(second.glob("ppo/.*"))
 
 
 def test_a_lost_node_ends_the_other_by_name_and_the_run_resumes(whole, tmp_path):
@@ -127,8 +131,13 @@ def test_a_lost_node_ends_the_other_by_name_and_the_run_resumes(whole, tmp_path)
     last = submit(whole, tmp_path, "cut")
     assert last.returncode == 0, last.stdout[-6000:] + last.stderr[-3000:]
     assert "The newest whole checkpoints differ" in last.stdout and "which every node has" in last.stdout
-    assert logged(first.folder / "cut", "train/loss") == logged(first.folder / "sft", "train/loss")
-    assert (second.folder / "cut/model.safetensors").read_bytes() == (first.folder / "sft/model.safetensors").read_bytes()
+    shared = first.folder.parent / "shared"
+    assert logged(first.folder / "cut", "train/loss") == logged(shared, "train/loss")
+    assert (second.folder / "cut/model.safetensors").read_bytes() == (shared / "model.safetensors").read_bytes()
+    # Of a checkpoint each disk has what its own process needs.
+    for node in whole.nodes:
+        names = {path.name for path in (node.folder / "cut/checkpoints/step-00000030").rglob("*")}
+        assert {name for name in names if name.startswith("generators")} == {f"generators-{node.number}.pt"}
 
 
 @pytest.mark.skipif(

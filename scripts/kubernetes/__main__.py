@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 from errors import UserError, told
+from scripts.generated import write_files
+from scripts.launch.platforms import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "configs" / "kubernetes"
 STEPS = ("steps/step1_sft.yaml", "steps/step2_reward.yaml", "steps/step3_ppo.yaml")
 # The committed set. The nine training jobs and the dialogue have predecessors elsewhere (docs/en/kubernetes.md); the rest
@@ -91,30 +92,12 @@ def set_texts(parser: argparse.ArgumentParser) -> dict[Path, str]:
     """Return path -> text of everything under configs/kubernetes."""
     from scripts.kubernetes.render import make_job, render
 
-    found = {}
+    files = {}
     for kind, recipe, names in SETS:
         path = ROOT / "configs" / f"{recipe}.yaml"
         texts = render(make_job(parser.parse_args(["render", "--kind", kind, "--recipe", str(path)])))
-        found |= {COMMITTED / kind / recipe / name: texts[name] for name in names}
-    return found
-
-
-def write_set(parser: argparse.ArgumentParser, compare: bool) -> int:
-    """Write the committed set and return 0; or list the files that differ and return 1 if there are any."""
-    wanted = set_texts(parser)
-    existing = {path: path.read_text(encoding="utf-8") for path in COMMITTED.rglob("*.yaml")}
-    different = [path for path, text in wanted.items() if existing.get(path) != text]
-    extra = sorted(existing.keys() - wanted.keys())
-    word = "differs" if compare else "written"
-    for path in different:
-        if not compare:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(wanted[path], encoding="utf-8")
-        print(f"{path.relative_to(ROOT)}: {word}")
-    for path in extra:
-        print(f"{path.relative_to(ROOT)}: belongs to no set; remove it")
-    print(f"{len(wanted)} files, {len(different)} {word}")
-    return int(compare and bool(different or extra))
+        files |= {COMMITTED / kind / recipe / name: texts[name] for name in names}
+    return files
 
 
 def render_command(args: argparse.Namespace) -> int:
@@ -158,12 +141,11 @@ def check_command(paths: list[str]) -> int:
     documents, wrong = 0, []
     for file in files:
         try:
-            number, found = check_text(file.read_text(encoding="utf-8"), str(file))
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror}; name a manifest or a folder with some.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not a UTF-8 text file.") from error
-        documents, wrong = documents + number, wrong + found
+            number, sentences = check_text(file.read_text(encoding="utf-8"), str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
+            raise UserError(f"{file}: {reason}; name a manifest or a folder with some.") from error
+        documents, wrong = documents + number, wrong + sentences
     for sentence in wrong:
         print(f"error: {sentence}", file=sys.stderr)
     print(f"{documents} documents in {len(files)} files, {len(wrong)} problems")
@@ -177,7 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "check":
         return check_command(args.paths)
-    return write_set(parser, args.check) if args.command == "set" else render_command(args)
+    if args.command == "set":
+        return write_files(set_texts(parser), COMMITTED.rglob("*.yaml"), args.check)
+    return render_command(args)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,15 @@ from scripts.launch.commands import (
     master_address,
 )
 from scripts.launch.hostfile import is_loopback, resolved
-from scripts.launch.options import add_flags, check_words, find_recipe, options_of, read_recipe
+from scripts.launch.options import (
+    add_flags,
+    check_words,
+    find_recipe,
+    options_of,
+    plain_parser,
+    plain_words,
+    read_recipe,
+)
 from scripts.launch.platforms import did_you_mean
 from steps import STEPS, Step
 from training.utils.run.environment import DONE, check_writable
@@ -85,36 +93,23 @@ class Launch:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the launcher's own flags; all others are the step's."""
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
+        "--help lists the launcher's flags.",
         prog="scripts.launch",
         usage="python -m scripts.launch STEP RECIPE [positional …] [flags of launcher and step]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="Flags of the step: python -m training.STEP.main --help",
     )
     parser.add_argument("--dry-run", action="store_true", help="print command and environment, start nothing")
     parser.add_argument("--node-rank", type=int, help="number of this node (NODE_RANK, SLURM_NODEID in the environment)")
     add_flags(parser)
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message[:1].upper()}{message[1:]}; --help lists the launcher's flags.")
-
-    parser.error = refuse
     return parser
 
 
 def prepare(argv: list[str], environ: Mapping[str, str] = os.environ) -> tuple[Launch, bool]:
     """Return the launch that a command line describes, and whether it is only to be shown. Raise UserError."""
     own = build_parser()
-    words: list[str] = []
-    for word in argv:
-        name, *value = word.split("=", 1)
-        ours = name.replace("_", "-")  # --num_gpus is --num-gpus; flags of the step keep their spelling
-        if words and words[-1] == "--launcher-args":  # argparse would take a value that begins with a dash for a flag
-            words[-1] += f"={word}"
-        else:
-            words.append("=".join([ours, *value]) if ours.startswith("--") and ours in own._option_string_actions else word)
+    words = plain_words(argv, own._option_string_actions, "--launcher-args")
     leading = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     given, step_flags = own.parse_known_args(words[leading:])
     if leading < 2:
@@ -170,19 +165,19 @@ def flag_value(flags: list[str], *names: str) -> str | None:
 
 
 def shown(launch: Launch) -> str:
-    """What would be started, as text that a shell reads: variables with their reasons, then the command."""
+    """Return what would be started, as text that a shell reads: variables with their reasons, then the command."""
     options, environment = launch.options, launch.environment
     lines = [f"# {launch.title}, {launch.recipe}", f"# platform {options.platform.name}: {options.platform.title}"]
     lines += [f"# output and log: {launch.log}", ""]
     settings = [(f"export {name}={shlex.quote(value)}", environment.reasons[name]) for name, value in environment.variables.items()]
     settings += [(f"unset {name}", "the same choice stands in --include below") for name in environment.removed]
+    file = env_file(launch.output)
     if environment.forwarded:
-        path = shlex.quote(str(env_file(launch.output)))
-        settings.append((f"export DS_ENV_FILE={path}", "what the other nodes are told; see below"))
+        settings.append((f"export DS_ENV_FILE={shlex.quote(str(file))}", "what the other nodes are told; see below"))
     width = min(max(len(text) for text, _ in settings), 52)
     lines += [f"{text:{width}}  # {reason}" for text, reason in settings]
     if environment.forwarded:
-        lines += ["", f"# {env_file(launch.output)} will be written with"]
+        lines += ["", f"# {file} will be written with"]
         lines += [f"#     {name}={value}" for name, value in environment.forwarded.items()]
     if options.several and (options.no_ssh or options.launcher == "torchrun"):
         lines += ["", f"# on node {options.node_rank} of {options.nodes}; the others are started alike, with their --node_rank"]
@@ -190,22 +185,21 @@ def shown(launch: Launch) -> str:
 
 
 def wrapped(command: list[str]) -> str:
-    """A command with one flag a line."""
-    lines: list[list[str]] = [[]]
+    """Return a command with one flag a line."""
+    text = ""
     for index, word in enumerate(command):
-        if (word.startswith("--") or (word == "-m" and index > 2)) and lines[-1]:
-            lines.append([])
-        lines[-1].append(shlex.quote(word))
-    return " \\\n    ".join(" ".join(words) for words in lines)
+        new = word.startswith("--") or (word == "-m" and index > 2)
+        text += (" \\\n    " if new else " ") + shlex.quote(word)
+    return text[1:]
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
 
 
 def check_flags(launch: Launch) -> Launch:
-    """The step's own check of its flags and recipe: one UserError here instead of one from each process in half a minute.
+    """Return the launch with the output folder as the step reads it, after the step's own check of flags and recipe.
 
-    Returns the launch with the output folder as the step reads it.
+    Raise one UserError here, in the place of one from each process in half a minute.
     """
     from training.utils.flags.parse import parse
 
@@ -219,7 +213,7 @@ def check_flags(launch: Launch) -> Launch:
 
 
 def check_machine(options: Options) -> None:
-    """UserError for what would end the run at its start: too few devices, a taken port, a launcher that is not there."""
+    """Raise UserError for what would end the run at its start: too few devices, a taken port, a launcher that is not there."""
     tools = {"openmpi": ("mpirun", "ompi_info"), "slurm": ("srun",)}.get(options.launcher or "", ("pdsh", "ssh"))
     if options.by_ssh or options.launcher == "slurm":
         for tool in tools:
@@ -241,7 +235,7 @@ def check_machine(options: Options) -> None:
 
 
 def check_deepspeed(options: Options) -> None:
-    """UserError for flags that the installed DeepSpeed's launcher does not know yet (0.14.2 has neither of these)."""
+    """Raise UserError for flags that the installed DeepSpeed's launcher does not know yet (0.14.2 has neither of these)."""
     found = importlib.util.find_spec("deepspeed")
     if found is None or found.origin is None:
         raise UserError(f"DeepSpeed is not installed for {sys.executable}: pip install -r requirements.txt, or set PYTHON.")
@@ -252,14 +246,13 @@ def check_deepspeed(options: Options) -> None:
 
 
 def check_devices(options: Options) -> None:
-    """UserError unless the devices of this machine are the platform's kind, and enough."""
+    """Raise UserError unless the devices of this machine are the platform's kind, and enough."""
     from models.device import detect_platform, device_count
 
-    found = detect_platform()
-    wanted = options.platform
-    if found.torch_device != wanted.accelerator:
+    here, wanted = detect_platform(), options.platform
+    if here.torch_device != wanted.accelerator:
         raise UserError(
-            f"platform {wanted.name} ({wanted.title}) needs {wanted.accelerator}, but torch finds {found.name} here; check the "
+            f"platform {wanted.name} ({wanted.title}) needs {wanted.accelerator}, but torch finds {here.name} here; check the "
             "driver and the torch build, or choose another recipe or --platform."
         )
     processes, count = options.processes or 1, device_count()
@@ -271,7 +264,7 @@ def check_devices(options: Options) -> None:
 
 
 def check_address(options: Options) -> None:
-    """UserError if the other nodes cannot know the first one by the address they will be given."""
+    """Raise UserError if the other nodes cannot know the first one by the address they will be given."""
     address = options.master_addr or next(iter(options.hosts))
     try:
         found = resolved(address)[1]
@@ -284,7 +277,7 @@ def check_address(options: Options) -> None:
 
 
 def check_first_node(options: Options, patience: float = 60.0) -> None:
-    """UserError if there is no way to the first node: its name means nothing, or no route leads there.
+    """Raise UserError if there is no way to the first node: its name means nothing, or no route leads there.
 
     Nobody needs to listen yet. patience: seconds in which a cluster may still make the name known.
     """
@@ -293,20 +286,20 @@ def check_first_node(options: Options, patience: float = 60.0) -> None:
     while True:
         try:
             socket.create_connection((address, port), timeout=5).close()
+            return
         except OSError as error:
-            if isinstance(error, socket.gaierror) or error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-                if time.monotonic() < ends:
-                    time.sleep(2)
-                    continue
+            if not isinstance(error, socket.gaierror) and error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+                return
+            if time.monotonic() >= ends:
                 raise UserError(
                     f"--master_addr {address}: {error.strerror} from {socket.gethostname()}, node {options.node_rank}; give the "
                     "address of the first node as this one reaches it (ip route get ADDRESS shows the way)."
                 ) from error
-        return
+        time.sleep(2)
 
 
 def check_port(options: Options) -> None:
-    """UserError if another program listens on the port that was asked for."""
+    """Raise UserError if another program listens on the port that was asked for."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -318,12 +311,12 @@ def check_port(options: Options) -> None:
 
 
 def env_file(output: Path) -> Path:
-    """What DS_ENV_FILE names: the variables of the other nodes, in the step's own folder."""
+    """Return the path for DS_ENV_FILE: the variables of the other nodes, in the step's own folder."""
     return (output / "deepspeed_env").resolve()
 
 
 def passed_on(environment: Environment, output: Path) -> dict[str, str]:
-    """The environment of the command; what other nodes are told is written to env_file, for DeepSpeed to read."""
+    """Return the environment of the command. Write what other nodes are told to env_file, for DeepSpeed to read."""
     env = environment.over(os.environ)
     if environment.forwarded:
         lines = [f"{name}={value}\n" for name, value in environment.forwarded.items()]

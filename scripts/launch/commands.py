@@ -126,26 +126,24 @@ def build_command(options: Options, module: str, flags: list[str], environ: Mapp
     return [*runner, *words, "--module", module, *flags]
 
 
+def flags_of(**values: Any) -> list[str]:
+    """Return ``--name value`` for each value that is given."""
+    return [word for name, value in values.items() if value for word in (f"--{name}", str(value))]
+
+
 def several_nodes_words(options: Options, environ: Mapping[str, str]) -> list[str]:
     """Return the words of DeepSpeed's launcher for several nodes."""
-    given: dict[str, Any] = {"--hostfile": options.hostfile}
-    launcher_args = options.launcher_args
+    words, launcher_args = flags_of(hostfile=options.hostfile), options.launcher_args
     if options.launcher == "openmpi":
         check_openmpi(options)
-        given["--launcher"] = "openmpi"
+        words += flags_of(launcher="openmpi")
         launcher_args = openmpi_arguments(options, environ)
     else:
-        given |= {"--num_nodes": options.num_nodes, "--num_gpus": options.processes}
-    words = [word for name, value in given.items() if value for word in (name, str(value))]
+        words += flags_of(num_nodes=options.num_nodes, num_gpus=options.processes)
     words += [f"--launcher_args={launcher_args}"] if launcher_args else []
     words += ["--no_ssh", "--node_rank", str(node_rank(options, environ))] if options.no_ssh else []
-    given = {
-        "--master_addr": master_address(options, environ),
-        "--master_port": options.master_port,
-        "--ssh_port": options.ssh_port,
-        "--venv_script": options.venv_script,
-    }
-    return words + [word for name, value in given.items() if value for word in (name, str(value))]
+    words += flags_of(master_addr=master_address(options, environ), master_port=options.master_port)
+    return words + flags_of(ssh_port=options.ssh_port, venv_script=options.venv_script)
 
 
 def device_words(options: Options, environ: Mapping[str, str]) -> list[str]:

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from scripts.generated import write_files
 from scripts.launch.platforms import ROOT, load_platforms
 from steps import STEPS
 from training.utils.flags.recipe import load_recipe, recipes_of
@@ -30,16 +31,11 @@ def launchers() -> dict[Path, str]:
                 continue
             sections = load_recipe(str(recipe))
             for step in (step for step in STEPS if step.section in sections and step.section != "dpo"):
-                title = step.title[0].upper() + step.title[1:]
+                values = {"room": step.room, "platform": name, "model": recipe.stem, "machine": platform.title}
+                values |= {"title": step.title[0].upper() + step.title[1:]}
+                values |= {"arguments": ARGUMENTS.get(step.section, "[OUTPUT] [ZERO_STAGE]")}
                 path = ROOT / "training" / step.room / "training_scripts" / name / f"run_{recipe.stem}.sh"
-                texts[path] = LAUNCHER.format(
-                    title=title,
-                    model=recipe.stem,
-                    machine=platform.title,
-                    arguments=ARGUMENTS.get(step.section, "[OUTPUT] [ZERO_STAGE]"),
-                    room=step.room,
-                    platform=name,
-                )
+                texts[path] = LAUNCHER.format(**values)
     return texts
 
 
@@ -47,19 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     """Write the launchers; with --check, list those that differ and return 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m scripts.launch.launchers", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare only")
-    check = parser.parse_args(argv).check
-    wanted = launchers()
-    existing = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("training/*/training_scripts/*/*.sh")}
-    different = [path for path, text in wanted.items() if existing.get(path) != text]
-    unknown = sorted(existing.keys() - wanted.keys())
-    for path in different if not check else ():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(wanted[path], encoding="utf-8")
-        path.chmod(0o755)
-    for path in [*different, *unknown]:
-        word = "belongs to no recipe; remove it" if path in unknown else "differs" if check else "written"
-        print(f"{path.relative_to(ROOT)}: {word}")
-    return int(bool(unknown or (check and different)))
+    args = parser.parse_args(argv)
+    return write_files(launchers(), ROOT.glob("training/*/training_scripts/*/*.sh"), args.check, mode=0o755)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ train.py and scripts.launch both come here. SETTINGS is the one table of keys, f
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,33 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             kind = {"action": "store_true"} if setting.type is bool else {"type": setting.type}
             variable = f" ({setting.variable} in the environment)" if setting.variable else ""
             parser.add_argument(setting.flag, default=None, help=setting.help + variable, **kind)
+
+
+def plain_parser(advice: str, **words: Any) -> argparse.ArgumentParser:
+    """Return a parser that takes no abbreviations, raises UserError with ``advice``, and shows its description as it stands."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **words)
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message[:1].upper()}{message[1:]}; {advice}")
+
+    parser.error = refuse
+    return parser
+
+
+def plain_words(argv: list[str], flags: Container[str], quoted: str) -> list[str]:
+    """Return the words with dashes in the names of our flags, and each value joined to its flag where ``quoted`` matches.
+
+    A flag of a step keeps its spelling. argparse would take the value "--offload" for a flag.
+    """
+    words: list[str] = []
+    for word in argv:
+        name, *value = word.split("=", 1)
+        ours = name.replace("_", "-")
+        if words and re.fullmatch(quoted, words[-1]):
+            words[-1] += f"={word}"
+        else:
+            words.append("=".join([ours, *value]) if ours.startswith("--") and ours in flags else word)
+    return words
 
 
 def find_recipe(name: str) -> Path:

@@ -152,7 +152,7 @@ def drain(process: subprocess.Popen, show: Callable[[bytes], None], deadline: fl
 
 
 def has_ended(process: subprocess.Popen) -> bool:
-    """Whether the process has ended, without reaping it: until then its number cannot pass to another group."""
+    """Tell whether the process has ended, without reaping it: until then its number cannot pass to another group."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -164,7 +164,7 @@ def signal_group(process: subprocess.Popen, number: int) -> None:
 
 @contextlib.contextmanager
 def signals_raise():
-    """Inside, SIGINT, SIGTERM and, unless nohup has it ignored, SIGHUP raise Interrupted."""
+    """Let SIGINT, SIGTERM and, unless nohup has it ignored, SIGHUP raise Interrupted inside."""
 
     def stop(number: int, _frame: Any) -> None:
         if number == signal.SIGHUP:  # the system and the shell both send it: the second is no order to hurry
@@ -182,7 +182,7 @@ def signals_raise():
 
 
 def exit_code(code: int, lines: list[str]) -> int:
-    """What a shell would say: 128 + signal for a killed child; under torchrun, which ends with 1 whatever its children
+    """Return what a shell would say: 128 + signal for a killed child; under torchrun, which ends with 1 whatever its children
     ended with, the code of the process that failed first, as its report names it.
     """
     if code < 0:
@@ -195,15 +195,13 @@ def exit_code(code: int, lines: list[str]) -> int:
 
 
 def explain(title: str, code: int, lines: list[str], seconds: float, log: Path) -> str:
-    """What to say about a step that failed: where, its own last error, hints, the log."""
-    said = [match[1] for line in lines if (match := re.search(r"(?:^|: )error: (.+)", line))]
-    text = "\n".join(lines)
+    """Return the sentences about a step that failed: where, its own last error, hints, the log."""
+    errors = [match[1] for line in lines if (match := re.search(r"(?:^|: )error: (.+)", line))]
+    raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
     report = [f"error: {title} ended with exit code {code} after {format_seconds(seconds)}."]
-    if said:
-        report.append(f"  it said: {said[-1]}")
-    else:
-        raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
-        report += [f"  it said: {raised[-1]}"] if raised else []
+    report += [f"  it said: {line}" for line in (errors or raised)[-1:]]
+    if not errors:
+        text = "\n".join(lines)
         report += [f"  hint: {hint}." for pattern, hint in HINTS if re.search(pattern, text, re.IGNORECASE)]
     if code == 0:
         report.append(f"  it did not write {DONE}, so it did not come to its end.")

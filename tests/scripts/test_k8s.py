@@ -10,7 +10,6 @@ import jsonschema
 import pytest
 import yaml
 
-from errors import UserError
 from scripts.kubernetes import __main__ as k8s
 from scripts.kubernetes import check, pod
 from scripts.kubernetes.render import make_job, quantity, render
@@ -94,16 +93,14 @@ def test_nine_training_jobs_have_their_counterpart(recipe):
     assert sections.sections["sft"]["model_name_or_path"] == model
     for step in STEPS[:3]:
         path = k8s.COMMITTED / "deepspeedjob" / recipe / "steps" / f"step{step.choice}_{step.section}.yaml"
-        document = yaml.safe_load(path.read_text())
-        config, main = document["spec"]["config"], trainer_of(document)
-        assert document["spec"]["worker"]["replicas"] == nodes and config["slotsPerWorker"] == devices
+        spec, main = yaml.safe_load(path.read_text())["spec"], trainer_of(yaml.safe_load(path.read_text()))
+        assert spec["worker"]["replicas"] == nodes and spec["config"]["slotsPerWorker"] == devices
         assert main["resources"]["limits"]["nvidia.com/gpu"] == str(devices)
         assert main["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
-        module, *flags = config["run"]["module"]
-        assert module == step.module and flags == ["--config", f"/opt/sanbu/configs/{recipe}.yaml", *pod.USUAL_FLAGS]
-        waiting = document["spec"]["worker"]["template"]["spec"].get("initContainers", [{"command": ["--folder"]}])[0]["command"]
-        needs = [sections.output(section) for section in sections.needs(step.section)]
-        assert waiting[waiting.index("--folder") + 1 :] == needs
+        flags = ["--config", f"/opt/sanbu/configs/{recipe}.yaml", *pod.USUAL_FLAGS]
+        assert spec["config"]["run"]["module"] == [step.module, *flags]
+        waiting = [word for one in spec["worker"]["template"]["spec"].get("initContainers", []) for word in one["command"]]
+        assert [word for word in waiting if word.startswith("output/")] == pod.former_folders(sections, step.section)
 
 
 def test_the_dialogue_asks_for_the_cards_that_it_sees():
@@ -324,20 +321,14 @@ def test_a_recipe_of_ones_own_is_checked_and_rendered(tmp_path, capsys):
 
 def test_quantities():
     assert [quantity(text) for text in ("500m", "8", 8, "64Gi", "2Ti", "1k", "1.5M")] == [0.5, 8, 8, 2**36, 2**41, 1000, 1.5e6]
-    with pytest.raises(UserError):
-        quantity("64 GB")
 
 
-def test_the_two_guides_name_the_same_commands_and_they_are_understood(repository):
-    texts = [(repository / "docs" / language / "kubernetes.md").read_text(encoding="utf-8") for language in ("en", "zh")]
-    ours = ("python -m", "kubectl", "docker")
-    english, chinese = ([line.split("#")[0].strip() for line in text.splitlines() if line.startswith(ours)] for text in texts)
-    assert english == chinese and english
-    objects = {word for line in english for word in line.split() if re.match("(job|service|deployment)/", word)}
-    for line in english:
+def test_the_commands_of_the_guide_are_understood(repository):
+    text = (repository / "docs/en/kubernetes.md").read_text(encoding="utf-8")
+    lines = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith(("python -m", "kubectl", "docker"))]
+    objects = {word.split("/")[1] for line in lines for word in line.split() if re.match("(job|service|deployment)/", word)}
+    for line in lines:
         if line.startswith("python -m scripts.k8s render"):
             texts = render(make_job(k8s.build_parser().parse_args(shlex.split(line)[3:]))).values()
-            names = {one["metadata"]["name"] for text in texts for one in yaml.safe_load_all(text)}
-            assert {word.split("/")[1] for word in objects} <= names
-        for file in [word for word in line.split() if word.endswith(".Dockerfile")]:
-            assert (repository / file).is_file()
+            assert objects <= {one["metadata"]["name"] for text in texts for one in yaml.safe_load_all(text)}
+        assert all((repository / word).is_file() for word in line.split() if word.endswith(".Dockerfile"))
