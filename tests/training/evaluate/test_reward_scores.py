@@ -55,17 +55,6 @@ def test_builtin_pairs_score_as_transformers_scores_them(reward_model, tmp_path,
     assert f"accuracy {wins / len(PAIRS):.4f} over {len(PAIRS)} pairs" in capsys.readouterr().out
 
 
-def test_batch_size_changes_no_score(reward_model, tmp_path):
-    one, many = (
-        [
-            row["chosen_score"]
-            for row in run(reward_model, tmp_path / size, "--max_seq_len", "48", "--per_device_eval_batch_size", size)["pairs"]
-        ]
-        for size in ("1", "16")
-    )
-    assert one == pytest.approx(many, abs=1e-4)
-
-
 @pytest.mark.fast
 def test_summary_by_hand():
     metrics = summary([(2.0, 1.0), (0.0, 3.0), (1.0, 1.0), (5.0, 0.0)])

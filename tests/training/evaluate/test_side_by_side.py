@@ -6,11 +6,9 @@ import unicodedata
 import pytest
 
 from errors import UserError
-from models.load import load_tokenizer
-from models.templates import load_template
-from training.evaluate.common import BUILT_IN, Answer, mean_lengths
+from models.checkpoint_folder import open_checkpoint
+from training.evaluate.common import BUILT_IN, Answer, load_for_evaluation, mean_lengths
 from training.evaluate.side_by_side import main, read_prompts, side_by_side, wrapped
-from training.utils.data.tokenize import cut_prompt
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PromptEvalArguments
 
@@ -60,12 +58,6 @@ def test_several_answers_are_sampled_and_repeatable(run):
     assert all(len(row) == 3 for row in first) and any(len(set(row)) > 1 for row in first)
 
 
-def test_six_prompts_of_each_language():
-    assert all(len(set(prompts)) == 6 for prompts in BUILT_IN["prompts"].values())
-    names = {character: unicodedata.name(character) for text in BUILT_IN["prompts"]["Japanese"] for character in text}
-    assert any("HIRAGANA" in name for name in names.values())
-
-
 def test_prompts_of_a_file_and_of_a_data_set(tmp_path, monkeypatch):
     monkeypatch.setenv("SANBU_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "prompts.txt"
@@ -86,12 +78,15 @@ def test_prompts_of_a_file_and_of_a_data_set(tmp_path, monkeypatch):
 
 
 def test_a_long_prompt_loses_its_oldest_part(llama):
-    tokenizer = load_tokenizer(llama)
-    template = load_template(llama, tokenizer)
-    ids = template.encode_prompt(tokenizer, [{"role": "user", "content": "word " * 50 + "the end"}])
-    cut = cut_prompt(ids, 20, template)
-    assert len(cut) == 20 and cut[0] == tokenizer.bos_token_id and cut[1:] == ids[-19:]
-    assert cut_prompt(ids, len(ids), template) == ids
+    """It leaves room for the answer in the 256 tokens of the model, and no more than --max_source_length."""
+    loaded = load_for_evaluation(open_checkpoint(llama), "fp32", "auto")
+    prompt = [{"role": "user", "content": "word " * 300 + "the end"}]
+    ids = loaded.template.encode_prompt(loaded.tokenizer, prompt)
+    for longest, length in ((None, 236), (20, 20)):
+        (cut,) = loaded.encode([prompt], 20, "--flag", longest)
+        assert cut == [loaded.tokenizer.bos_token_id, *ids[1 - length :]]
+    with pytest.raises(UserError, match="--flag 256 leaves no room for a prompt in the 256 tokens"):
+        loaded.encode([prompt], 256, "--flag")
 
 
 @pytest.mark.fast
@@ -104,14 +99,10 @@ def test_columns_stand_straight_whatever_the_script():
     assert "".join(line.split(" | ")[0].rstrip() for line in lines[:2]) == "天空是蓝色的，因为阳光被散射。"
 
 
-@pytest.mark.fast
-def test_wrapping_breaks_at_spaces_and_loses_no_word():
     text = "a sentence of several words, and a-word-that-is-longer-than-the-line-itself follows"
     lines = wrapped(text, 20)
-    assert all(len(line) <= 20 for line in lines)
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert "words," in " ".join(lines).split()
-    assert wrapped("", 20) == [""]
+    assert all(len(line) <= 20 for line in lines) and "words," in " ".join(lines).split()
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "") and wrapped("", 20) == [""]
 
 
 @pytest.mark.fast
@@ -123,7 +114,6 @@ def test_lengths_by_hand():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--max_new_tokens", "4000"], "leaves no room for a prompt"),
         (["--output", "{folder}/missing/all.json"], "cannot be written"),
         (["--langauge", "Chinese"], "did you mean --language"),
     ],
