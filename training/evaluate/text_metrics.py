@@ -46,32 +46,21 @@ def words(text: str) -> list[str]:
     return jieba.lcut(text)
 
 
-def bleu_4(label: str, predict: str) -> float:
-    """Return sentence BLEU (Papineni et al. 2002), 0 to 100, over sequences of up to four characters.
+def score(label: str, predict: str) -> dict[str, float]:
+    """Return the METRICS of one answer, 0 to 100. A blank answer has 0 in all; rouge_chinese would raise.
 
-    Counts that are zero get NIST's smoothing (Chen and Cherry 2014, method 3).
+    Sentence BLEU (Papineni et al. 2002) is over sequences of up to four characters; counts that are zero get NIST's smoothing
+    (Chen and Cherry 2014, method 3). ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) are F1 over jieba's words: rouge_chinese counts
+    each different n-gram once, and its ROUGE-L is the longest common subsequence of the whole texts.
     """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-
-    return 100.0 * sentence_bleu([list(label)], list(predict), smoothing_function=SmoothingFunction().method3)
-
-
-def rouge(label: str, predict: str) -> dict[str, float]:
-    """Return F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) over jieba's words, 0 to 100.
-
-    rouge_chinese counts each different n-gram once; its ROUGE-L is the longest common subsequence of the whole texts.
-    """
     from rouge_chinese import Rouge
 
-    (found,) = Rouge().get_scores(" ".join(words(predict)), " ".join(words(label)))
-    return {name: 100.0 * found[name]["f"] for name in METRICS[1:]}
-
-
-def score(label: str, predict: str) -> dict[str, float]:
-    """Return the METRICS of one answer. A blank answer has 0 in all; rouge_chinese would raise."""
     if not label.strip() or not predict.strip():
         return dict.fromkeys(METRICS, 0.0)
-    return {"bleu-4": bleu_4(label, predict)} | rouge(label, predict)
+    bleu = sentence_bleu([list(label)], list(predict), smoothing_function=SmoothingFunction().method3)
+    (rouge,) = Rouge().get_scores(" ".join(words(predict)), " ".join(words(label)))
+    return {"bleu-4": 100.0 * bleu} | {name: 100.0 * rouge[name]["f"] for name in METRICS[1:]}
 
 
 def mean_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
