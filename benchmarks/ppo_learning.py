@@ -426,8 +426,8 @@ def train_and_judge(seed: int, methods: Sequence[str], args: argparse.Namespace)
     points = []
     for method, run in runs.items():
         times = json.loads((run / "time.json").read_text(encoding="utf-8"))
-        found = judge(args.output / "sft", run / "step3/actor", args.answers, args.limit)
-        points.append({"method": method, "seed": seed} | times | found)
+        judged = judge(args.output / "sft", run / "step3/actor", args.answers, args.limit)
+        points.append({"method": method, "seed": seed} | times | judged)
         with (args.output / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(points[-1]) + "\n")
     return points

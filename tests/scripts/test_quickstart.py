@@ -98,7 +98,7 @@ def test_ci_runs_the_tests_and_may_be_executed(clone):
     assert code == 7 and calls[-1] == "-m ruff check .", "lint errors stop the tests"
 
 
-def test_what_is_installed_when(clone):
+def test_packages_are_installed_once(clone):
     """Everything once, in a line; again when the list or what it builds on changed; the tests' packages on top."""
     made = ["-m venv --clear .venv", f"{INSTALL} requirements.txt", "-m scripts.demo --seed 3"]
     assert clone.run("scripts/quickstart.sh", "--seed", "3") == (0, made, "")
@@ -146,7 +146,7 @@ def test_a_failed_installation_names_its_log_and_is_tried_again(clone, flags, in
     [("#!/bin/sh\nexit 1\n", ".venv was not made by this script"), ("", "3.11, 3.12 or 3.13")],
     ids=["an environment without pip, as `uv venv` makes", "no usable Python"],
 )
-def test_what_cannot_be_used_is_one_sentence_and_left_alone(clone, python, sentence):
+def test_an_unusable_python_is_one_sentence_and_left_alone(clone, python, sentence):
     if python:
         (clone.root / ".venv/bin").mkdir(parents=True)
         (clone.root / ".venv/bin/python").write_text(python)
@@ -169,21 +169,21 @@ def test_an_unknown_preset_names_those_there_are(clone, flags):
 
 def pins(name: str, python: str) -> dict[str, str]:
     """Package -> version that a requirements file pins for a Python version."""
-    found: dict[str, str] = {}
+    pinned: dict[str, str] = {}
     for line in (REPOSITORY / name).read_text().splitlines():
         line = line.split("#")[0].strip()
         if not line:
             continue
         if line.startswith("-r "):
-            found |= pins(line[3:], python)
+            pinned |= pins(line[3:], python)
             continue
         one = Requirement(line)
         assert re.fullmatch(r"==[^,*]+", str(one.specifier)), f"not pinned: {line}"
         if one.marker is None or one.marker.evaluate({"python_version": python}):
             key = canonical(one.name)
-            assert key not in found, f"{one.name} is pinned twice for Python {python}"
-            found[key] = str(one.specifier)[2:]
-    return found
+            assert key not in pinned, f"{one.name} is pinned twice for Python {python}"
+            pinned[key] = str(one.specifier)[2:]
+    return pinned
 
 
 def canonical(name: str) -> str:
@@ -210,7 +210,7 @@ def test_the_preset_installs_what_the_tests_ran_with():
         assert wanted.specifier.contains(preset[canonical(wanted.name)]), wanted
 
 
-def test_whatever_a_pinned_package_needs_is_pinned():
+def test_all_that_pinned_packages_need_is_pinned():
     pinned = pins("requirements-test.txt", "3.11")
     for name in pinned:
         try:
@@ -281,13 +281,13 @@ def test_kl_is_the_sum_over_the_answer_alone(tmp_path):
     tokenizer = load_tokenizer(folders[0])
     template = load_template(folders[0], tokenizer)
     dialogues = [[{"role": "user", "content": text}] for text in ("Hi", "What is the capital of France?", "你好")]
-    found = answer(actor, sft, dialogues, [1, 2, 3], tokenizer, template, longest=12)
+    together = answer(actor, sft, dialogues, [1, 2, 3], tokenizer, template, longest=12)
     alone = [  # each dialogue by itself, so nothing is padded
         answer(actor, None, [dialogue], [seed], tokenizer, template, longest=12)[0]
         for seed, dialogue in zip((1, 2, 3), dialogues, strict=True)
     ]
-    assert [row["tokens"] for row in found] == [row["tokens"] for row in alone]
-    for dialogue, row in zip(dialogues, found, strict=True):
+    assert [row["tokens"] for row in together] == [row["tokens"] for row in alone]
+    for dialogue, row in zip(dialogues, together, strict=True):
         prompt = template.encode_prompt(tokenizer, dialogue)
         with torch.no_grad():
             one, other = (policy.model(torch.tensor([prompt + row["tokens"]])).logits[0].log_softmax(-1) for policy in (actor, sft))
@@ -350,8 +350,8 @@ def test_a_demo_of_few_steps(tmp_path, capfd, monkeypatch):
     gold = [demo_score(json.loads(line)["prompt"], row["before"]) for line, row in zip(prompts, answers, strict=False)]
     assert summary["ppo"]["gold_score_before"] == pytest.approx(sum(gold) / 6)
     page = (output / "report.html").read_text(encoding="utf-8")
-    figures = set(re.findall(r'<figure id="([^"]+)">', page))
-    assert figures >= {"sft-loss", "sft-perplexity", "reward-loss", "reward-accuracy", "ppo-score", "ppo-kl", "ppo-length"}
+    curves = set(re.findall(r'<figure id="([^"]+)">', page))
+    assert curves >= {"sft-loss", "sft-perplexity", "reward-loss", "reward-accuracy", "ppo-score", "ppo-kl", "ppo-length"}
     assert f"chat.py --path {output}/ppo/actor" in printed and "gold score" in printed and "target" in printed
     done = json.loads((output / "ppo" / "sanbu_done.json").read_text())["flags"]
     assert (done["ppo_epochs"], done["generation_batches"]) == (2, 2)

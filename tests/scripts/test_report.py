@@ -44,10 +44,10 @@ def run(tmp_path) -> Path:
     write_lines(
         folder / "reward" / "metrics.jsonl", [{"step": 5, "train/loss": 0.6}, {"step": 5, "eval/accuracy": 0.9}]
     )
-    figures = {"score": 0.5, "kl": 1.5, "length": 12.0, "eos_rate": 0.5, "actor_loss": 0.0}
+    values = {"score": 0.5, "kl": 1.5, "length": 12.0, "eos_rate": 0.5, "actor_loss": 0.0}
     write_lines(
         folder / "ppo" / "metrics.jsonl",
-        [{"step": step, **{f"train/{name}": value + step for name, value in figures.items()}} for step in (1, 2)],
+        [{"step": step, **{f"train/{name}": value + step for name, value in values.items()}} for step in (1, 2)],
     )
     write_lines(
         folder / "answers.jsonl",
@@ -66,9 +66,9 @@ def run(tmp_path) -> Path:
 
 
 def svgs(page: str) -> dict[str, ElementTree.Element]:
-    """The figures of a page by their id; each must be well-formed XML."""
-    found = re.findall(r'<figure id="([^"]+)">(<svg.*?</svg>).*?</figure>', page, flags=re.DOTALL)
-    return {name: ElementTree.fromstring(text) for name, text in found}
+    """The curves of a page by their id; each must be well-formed XML."""
+    figures = re.findall(r'<figure id="([^"]+)">(<svg.*?</svg>).*?</figure>', page, flags=re.DOTALL)
+    return {name: ElementTree.fromstring(text) for name, text in figures}
 
 
 def test_page_shows_metrics_and_answers_of_all_steps(run):

@@ -69,8 +69,8 @@ def test_capitals_and_prompts_have_no_say():
 
 def test_no_topic_is_in_two_parts():
     assert len(set(smollm2_data.TOPICS)) == len(smollm2_data.TOPICS) == sum(smollm2_data.PARTS.values())
-    found = [topic for part in smollm2_data.PARTS for topic in smollm2_data.topics_of(part)]
-    assert sorted(found) == sorted(smollm2_data.TOPICS)
+    topics = [topic for part in smollm2_data.PARTS for topic in smollm2_data.topics_of(part)]
+    assert sorted(topics) == sorted(smollm2_data.TOPICS)
     for part, count in smollm2_data.PARTS.items():
         prompts = smollm2_data.prompts_of(part)
         assert len({prompt[1]["content"] for prompt in prompts}) == count * len(smollm2_data.FORMS)
@@ -90,15 +90,15 @@ def test_no_topic_is_in_two_parts():
         ("It is\na list of things.", ""),
     ],
 )
-def test_what_is_kept_of_an_answer_to_imitate(answer, sentence):
+def test_a_whole_first_sentence_is_kept_to_imitate(answer, sentence):
     assert smollm2_data.first_sentence(answer) == sentence
 
 
 def test_pairs_are_best_with_worst():
     prompt = smollm2_data.prompts_of("pairs")[0]
     answers = ["The soup was good.", "The soup was bad.", "The soup was on the table.", "The soup was warm."]
-    found = smollm2_data.pair_records([prompt], answers)
-    assert found == [
+    pairs = smollm2_data.pair_records([prompt], answers)
+    assert pairs == [
         {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
         {"prompt": prompt, "chosen": answers[3], "rejected": answers[2]},
     ]
@@ -161,7 +161,7 @@ def test_converted_checkpoint_is_the_file_s_model(package, tmp_path):
     assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
 
 
-def test_what_is_wrong_with_the_package_is_one_sentence(package, monkeypatch):
+def test_a_damaged_package_is_one_sentence(package, monkeypatch):
     package.write_bytes(package.read_bytes()[:200])
     with pytest.raises(UserError, match=r"tiny\.gguf cannot be read as a GGUF model"):
         smollm2_model.convert(package, package.parent / "base")
@@ -203,8 +203,8 @@ class Steps:
 
     def modules(self) -> list[str]:
         """The modules run since the last time this was asked."""
-        found, self.calls = [call[0].removesuffix(".main").split(".")[-1] for call in self.calls], []
-        return found
+        modules, self.calls = [call[0].removesuffix(".main").split(".")[-1] for call in self.calls], []
+        return modules
 
 
 ALL = ["smollm2_model", "smollm2_data", "step1_sft", "smollm2_data", "step2_reward", "step3_ppo"]
@@ -213,17 +213,17 @@ ALL = ["smollm2_model", "smollm2_data", "step1_sft", "smollm2_data", "step2_rewa
 @pytest.fixture
 def steps(monkeypatch) -> Steps:
     """Nothing is trained or measured."""
-    found = Steps()
+    stand_in = Steps()
     metrics = dict.fromkeys(
         ["gold_score_before", "gold_score_after", "gold_score_pretrained", "length_before", "length_after", "eos_rate", "kl"],
         0.5,
     )
-    monkeypatch.setattr(pipeline, "run_step", found)
+    monkeypatch.setattr(pipeline, "run_step", stand_in)
     monkeypatch.setattr(smollm2, "check_packages", lambda: None)
     monkeypatch.setattr(smollm2, "measure_preset", lambda args: {"metrics": metrics, "peak_memory_gb": 0.5})
     monkeypatch.setattr(pipeline, "write_report", lambda *_: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return found
+    return stand_in
 
 
 def run(output: Path, *flags: str) -> dict:

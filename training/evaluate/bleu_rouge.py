@@ -66,9 +66,9 @@ def read_records(args: EvaluateArguments) -> list[dict[str, Any]]:
     """Return records with "messages" and "chosen": the first --num_examples held-out ones of each data set."""
     records: list[dict[str, Any]] = []
     for path in args.data_path:
-        found = held_out(path, args.column_map, args.cache_dir)
-        number = min(args.num_examples or len(found), len(found))
-        rows = found.select(range(number)).to_list()
+        available = held_out(path, args.column_map, args.cache_dir)
+        number = min(args.num_examples or len(available), len(available))
+        rows = available.select(range(number)).to_list()
         if not all(row["chosen"] for row in rows):
             raise UserError(
                 f"{path}: prompts without answers, so that there is nothing to compare with; give every record an answer, "

@@ -36,13 +36,13 @@ def run(model, output, *words: str) -> dict:
 
 def test_builtin_pairs_score_as_transformers_scores_them(reward_model, tmp_path, capsys):
     """The slow way: each text alone through AutoModelForSequenceClassification, no padding anywhere."""
-    found = run(reward_model, tmp_path / "scores.json")
-    assert [row["chosen"] for row in found["pairs"]] == [pair["chosen"] for pair in PAIRS]
+    written = run(reward_model, tmp_path / "scores.json")
+    assert [row["chosen"] for row in written["pairs"]] == [pair["chosen"] for pair in PAIRS]
     model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
     tokenizer = load_tokenizer(reward_model)
     template = load_template(reward_model, tokenizer)
     wins = 0.0
-    for row, pair in zip(found["pairs"], PAIRS, strict=True):
+    for row, pair in zip(written["pairs"], PAIRS, strict=True):
         prompt = template.encode_prompt(tokenizer, [{"role": "user", "content": pair["prompt"]}])
         expected = []
         for answer in (pair["chosen"], pair["rejected"]):
@@ -51,7 +51,7 @@ def test_builtin_pairs_score_as_transformers_scores_them(reward_model, tmp_path,
                 expected.append(float(model.score(model.model(input_ids=ids).last_hidden_state[0, -1])))
         assert [row["chosen_score"], row["rejected_score"]] == pytest.approx(expected, abs=1e-4)
         wins += expected[0] > expected[1]
-    assert found["summary"]["accuracy"] == pytest.approx(wins / len(PAIRS))
+    assert written["summary"]["accuracy"] == pytest.approx(wins / len(PAIRS))
     assert f"accuracy {wins / len(PAIRS):.4f} over {len(PAIRS)} pairs" in capsys.readouterr().out
 
 

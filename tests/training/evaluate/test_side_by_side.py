@@ -33,13 +33,13 @@ def read(**changes) -> list[str]:
 
 def test_greedy_answers_in_a_batch_equal_transformers_own_one_by_one(run, llama, qwen2, slow_answers, capsys):
     published = ["--num_beams", "1", "--num_beam_groups", "1", "--top_k", "4", "--penalty_alpha", "0.6", "--add_eot_token"]
-    found = run(*published, "--language", "Chinese", "--max_new_tokens", "6")
+    written = run(*published, "--language", "Chinese", "--max_new_tokens", "6")
     shown = capsys.readouterr().out
     questions = BUILT_IN["prompts"]["Chinese"]
-    assert [row["prompt"][-1]["content"] for row in found["prompts"]] == questions
+    assert [row["prompt"][-1]["content"] for row in written["prompts"]] == questions
     for name, folder in (("baseline", llama), ("finetuned", qwen2)):
         slow = slow_answers(folder)
-        for question, row in zip(questions, found["prompts"], strict=True):
+        for question, row in zip(questions, written["prompts"], strict=True):
             (answer,) = row[name]
             assert (answer["text"], answer["tokens"], answer["ended"]) == slow(question, 6)
         assert f"{name:10}" in shown

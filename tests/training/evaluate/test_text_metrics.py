@@ -24,15 +24,15 @@ def libraries(tmp_path, monkeypatch):
 
 def test_metrics_counted_on_paper():
     assert (words(LABEL), words(PREDICT)) == (LABEL_WORDS, PREDICT_WORDS)
-    found = score(LABEL, PREDICT)
+    metrics = score(LABEL, PREDICT)
     # words in both: 的 连衣裙 ， 颜色 。 夏天 穿 很漂亮 = 8, of 11 and of 12
-    assert found["rouge-1"] == pytest.approx(100 * 2 * 8 / (11 + 12), abs=1e-4)
+    assert metrics["rouge-1"] == pytest.approx(100 * 2 * 8 / (11 + 12), abs=1e-4)
     # pairs of words in both: 夏天 穿, of 10 and of 11
-    assert found["rouge-2"] == pytest.approx(100 * 2 * 1 / (10 + 11), abs=1e-4)
+    assert metrics["rouge-2"] == pytest.approx(100 * 2 * 1 / (10 + 11), abs=1e-4)
     # in one order: 连衣裙 ， 夏天 穿, of 11 and of 12
-    assert found["rouge-l"] == pytest.approx(100 * 2 * 4 / (11 + 12), abs=1e-4)
+    assert metrics["rouge-l"] == pytest.approx(100 * 2 * 4 / (11 + 12), abs=1e-4)
     # one, two, three characters in both: 14 of 20, 8 of 19, 4 of 18; four: none of 17, the first order without any counts 1/2
-    assert found["bleu-4"] == pytest.approx(100 * (14 / 20 * 8 / 19 * 4 / 18 * 0.5 / 17) ** 0.25)
+    assert metrics["bleu-4"] == pytest.approx(100 * (14 / 20 * 8 / 19 * 4 / 18 * 0.5 / 17) ** 0.25)
     # 2 characters for 18: brevity exp(1 - 18/2); three and four: none, 1/2 and 1/4
     assert score(LABEL, "漂亮")["bleu-4"] == pytest.approx(100 * math.exp(1 - 18 / 2) * (1 * 1 * 1 / 2 * 1 / 4) ** 0.25)
     assert score(LABEL, LABEL) == pytest.approx(dict.fromkeys(text_metrics.METRICS, 100.0), abs=1e-4)
