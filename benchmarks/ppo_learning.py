@@ -35,7 +35,7 @@ from benchmarks.runs import as_flags, markdown_row
 from errors import UserError, told
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE, DATA = ROOT / "configs/cpu/demo.yaml", ROOT / "data/demo"
+DATA = ROOT / "data/demo"
 METHODS = ("gae", "grpo", "rloo", "reinforce++")
 GROUPED = ("grpo", "rloo")  # these compare answers to the same prompt
 TRL = "trl"
@@ -338,20 +338,12 @@ def run_side_by_side(commands: Sequence[tuple[Sequence[object], Path]], args: ar
 
 def prepare(args: argparse.Namespace) -> None:
     """Train the demo's SFT and reward model, unless they are there already."""
-    base, sft, reward = (args.output / name for name in ("base", "sft", "reward"))
-    common = ["--config", RECIPE, "--seed", 1234]
+    from scripts.demo import __main__ as demo
+    from scripts.demo.pipeline import run_stages
 
-    def models_of(start: Path, end: Path) -> list[object]:
-        return ["--model_name_or_path", start, "--output_dir", end]
-
-    stages = [
-        (base / "config.json", ["scripts.demo.model", base, "--seed", 1234]),
-        (sft / "sanbu_done.json", ["training.step1_sft.main", *common, *models_of(base, sft)]),
-        (reward / "sanbu_done.json", ["training.step2_reward.main", *common, *models_of(sft, reward)]),
-    ]
-    for done, command in stages:
-        if not done.is_file():
-            run_side_by_side([([sys.executable, "-m", *command], args.output / f"{done.parent.name}.log")], args)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    stages = demo.demo_stages(demo.parse(["--output", str(args.output), "--threads", str(args.threads)]))
+    run_stages(args.output, [stage for stage in stages if stage.name in ("base", "sft", "reward")], fresh=False)
 
 
 def prepare_smoke(args: argparse.Namespace) -> None:
