@@ -15,7 +15,7 @@ def test_a_former_module_runs_its_successor(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(f"training.{module}", run_name="__main__")
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "did you mean --data_path?" in error and error.count("\n") == 1
+    assert stop.value.code == 2 and error.endswith("did you mean --data_path?\n") and error.count("error: ") == 1
 
 
 @pytest.mark.parametrize("script", ["step1_sft/evaluation_scripts/run_prompt.sh", "step2_reward/evaluation_scripts/run_eval.sh"])
