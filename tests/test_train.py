@@ -80,7 +80,7 @@ def test_folders_are_named_as_in_deepspeed_chat_whatever_the_spelling_of_the_mod
 
 def test_flags_reach_the_steps_they_belong_to():
     flags = planned(
-        *"--actor-zero-stage 3 --reward-zero-stage 1 --data-path a.json b.json --step 3 1 2 --sft-flags --offload".split(),
+        *["--actor-zero-stage", "3", "--reward-zero-stage", "1", "--data-path", "a.json", "b.json", "--step", "3", "1", "2", "--sft-flags", "--offload"],
         *("--reward-flags", "--max_steps 2 --seed 5 --zero_stage 0", "--ppo-flags=--ppo_epochs 2"),
     )
     assert list(flags) == [1, 2, 3]
