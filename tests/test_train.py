@@ -79,10 +79,9 @@ def test_folders_are_named_as_in_deepspeed_chat_whatever_the_spelling_of_the_mod
 
 
 def test_flags_reach_the_steps_they_belong_to():
-    flags = planned(
-        *["--actor-zero-stage", "3", "--reward-zero-stage", "1", "--data-path", "a.json", "b.json", "--step", "3", "1", "2", "--sft-flags", "--offload"],
-        *("--reward-flags", "--max_steps 2 --seed 5 --zero_stage 0", "--ppo-flags=--ppo_epochs 2"),
-    )
+    words = "--actor-zero-stage 3 --reward-zero-stage 1 --data-path a.json b.json --step 3 1 2 --sft-flags --offload"
+    more = "--reward-flags '--max_steps 2 --seed 5 --zero_stage 0' '--ppo-flags=--ppo_epochs 2'"
+    flags = planned(*shlex.split(f"{words} {more}"))
     assert list(flags) == [1, 2, 3]
     parsed = {number: parse_step(ARGUMENTS[number], words) for number, words in flags.items()}
     assert (parsed[1].zero_stage, parsed[2].zero_stage) == (3, 0)  # flags of a step come last, so that they win

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -251,9 +250,7 @@ def host_gib(job: SimpleNamespace, step: Step) -> float | None:
 
     machine = platform_machine(job.platform, nodes=job.nodes, per_node=job.processes)
     try:
-        with warnings.catch_warnings():  # newer names of what models on the meta device are asked to do
-            warnings.simplefilter("ignore", FutureWarning)
-            planned = plan_section(job.recipe, step.section, job.platform, machine=machine, flags=job.flags)
+        planned = plan_section(job.recipe, step.section, job.platform, machine=machine, flags=job.flags)
     except UnknownModel:
         return None
     return planned.plan.on_host / 2**30

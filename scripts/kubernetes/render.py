@@ -287,17 +287,10 @@ def training(job: SimpleNamespace, steps: list[Step], about: str) -> str:
     words = [*job.vendor_env, "python", "-m", "scripts.pod", "run", "--workdir", WORK, "--recipe", job.recipe_in_pod]
     words += ["--step", *(step.choice for step in steps), "--wait-minutes", str(job.settings.wait_minutes)]
     words += [f"--flags={shlex.join(job.flags)}"] if job.flags else []
-    return fill(
-        job,
-        job.settings.kind,
-        about,
-        steps=steps,
-        component=component,
-        full_name=f"{job.name}-{component}",
-        former=former_folders(job.recipe, steps[0].section),
-        run_words=[*words, "--"],
-        step_flags=["--config", job.recipe_in_pod, *USUAL_FLAGS, *job.flags],
-    )
+    values = {"steps": steps, "component": component, "full_name": f"{job.name}-{component}", "run_words": [*words, "--"]}
+    values |= {"former": former_folders(job.recipe, steps[0].section)}
+    values |= {"step_flags": ["--config", job.recipe_in_pod, *USUAL_FLAGS, *job.flags]}
+    return fill(job, job.settings.kind, about, **values)
 
 
 def title(steps: list[Step]) -> str:
@@ -307,23 +300,20 @@ def title(steps: list[Step]) -> str:
     return f"step {steps[0].choice} ({steps[0].title})" if steps[0].choice.isdigit() else steps[0].title
 
 
-def single(job: SimpleNamespace, step: Step) -> dict[str, str]:
-    """Return file name -> text of the job that runs one step alone."""
-    about = f"{title([step])} alone; not beside 3-train.yaml, which writes to the same folders"
-    name = f"step{step.choice}_{step.section}.yaml" if step.choice.isdigit() else f"{step.choice}.yaml"
-    return {name: training(job, [step], about)}
-
-
 def render(job: SimpleNamespace, choices: list[str] | None = None) -> dict[str, str]:
     """Return file name -> text. choices: steps of one job; None: everything, each step also as a job of its own."""
-    if choices and len(choices) == 1:
-        return single(job, STEP_OF[choices[0]])
+
+    def alone(step: Step) -> dict[str, str]:
+        about = f"{title([step])} alone; not beside 3-train.yaml, which writes to the same folders"
+        name = f"step{step.choice}_{step.section}.yaml" if step.choice.isdigit() else f"{step.choice}.yaml"
+        return {name: training(job, [step], about)}
+
     if choices:
-        return {"train.yaml": training(job, [STEP_OF[choice] for choice in choices], "several steps in order")}
+        steps = [STEP_OF[choice] for choice in choices]
+        return alone(*steps) if len(steps) == 1 else {"train.yaml": training(job, steps, "several steps in order")}
     wanted = {"2-download.yaml": job.hub_words, "5-chat.yaml": job.chat_folder}
     files = {"3-train.yaml": training(job, job.steps, f"{title(job.steps)}; a step that is done is skipped")}
     for name, about in ABOUT.items():
         if wanted.get(name, True):
             files[name] = fill(job, name[2:-5], about.replace("NAME", job.name))
-    steps = {f"steps/{name}": text for step in job.steps for name, text in single(job, step).items()}
-    return dict(sorted(files.items())) | steps
+    return dict(sorted(files.items())) | {f"steps/{name}": text for step in job.steps for name, text in alone(step).items()}
