@@ -200,6 +200,8 @@ def test_a_layer_grows_as_transformers_own():
         ({"row_seeds": [1]}, "row_seeds"),
         ({"num_return_sequences": 0}, "num_return_sequences"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": 0.0}, "temperature"),
         ({"stop_strings": ["a"]}, "tokenizer"),
     ],
 )

@@ -135,13 +135,13 @@ def test_the_result_is_a_plain_language_model(runs, capsys):
 
 
 def test_implicit_accuracy_on_real_pairs_rises(shared_dir, tmp_path):
-    """Chinese preference pairs, a random tiny model, thirty steps; the figures of evaluation are those of the training pairs."""
+    """Chinese preference pairs, a random tiny model, fifteen steps; the figures of evaluation are those of the training pairs."""
     tiny_checkpoint(tmp_path / "base", "llama")
-    lines = (shared_dir / "data/preference_zh/oasst_rm_zh.jsonl").read_text(encoding="utf-8").splitlines()[:64]
+    lines = (shared_dir / "data/preference_zh/oasst_rm_zh.jsonl").read_text(encoding="utf-8").splitlines()[:32]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     words = flags(
-        tmp_path, "dpo", "--eval_fraction", "0", "--max_seq_len", "192", "--max_steps", "30", "--learning_rate", "3e-3",
-        "--global_batch_size", "16", "--per_device_train_batch_size", "16", "--eval_interval", "30",
+        tmp_path, "dpo", "--eval_fraction", "0", "--max_seq_len", "128", "--max_steps", "15", "--learning_rate", "3e-3",
+        "--global_batch_size", "16", "--per_device_train_batch_size", "16", "--eval_interval", "15",
     )  # fmt: skip
     run_several([(MODULE, words)], tmp_path, 1)
     found = figures(tmp_path / "dpo")
