@@ -22,7 +22,8 @@ def tests_by_detail(root: Path = REPOSITORY) -> dict[int, list[str]]:
     """Return for each detail the tests that carry its number, by file and place."""
     found: dict[int, list[str]] = defaultdict(list)
     for file in sorted((root / "tests").rglob("test_*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        text = file.read_text(encoding="utf-8")
+        for node in ast.parse(text).body if "pytest.mark.detail(" in text else ():
             for mark in getattr(node, "decorator_list", []):
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.detail":
                     for number in map(ast.literal_eval, mark.args):
@@ -42,11 +43,11 @@ def page_with_tests(text: str, tests: dict[int, list[str]]) -> str:
 
 def main(argv: list[str]) -> int:
     """Write the pages, or with --check return 1 if one of them is not up to date."""
-    stale = []
+    stale, tests = [], tests_by_detail()
     for name in PAGES:
         path = REPOSITORY / name
         text = path.read_text(encoding="utf-8")
-        page = page_with_tests(text, tests_by_detail())
+        page = page_with_tests(text, tests)
         if page != text:
             stale.append(name)
             if "--check" not in argv:
