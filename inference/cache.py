@@ -23,13 +23,13 @@ class RowsLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.stores = [None, None]
         end = used + key_states.shape[-2]
-        for place, new in enumerate((key_states, value_states)):
-            store = self.stores[place]
+        for number, new in enumerate((key_states, value_states)):
+            store = self.stores[number]
             if store is None or end > store.shape[-2]:
                 store = new.new_empty(*new.shape[:2], end + SPARE_COLUMNS, new.shape[3])
                 if used:
-                    store[:, :, :used] = self.stores[place][:, :, :used]
-                self.stores[place] = store
+                    store[:, :, :used] = self.stores[number][:, :, :used]
+                self.stores[number] = store
             store[:, :, used:end] = new
         self._show(end)
         return self.keys, self.values
@@ -37,11 +37,11 @@ class RowsLayer(DynamicLayer):
     def rebuild(self, rows: Tensor, front: int, drop: int) -> None:
         """Keep only these rows (they may repeat), without ``drop`` columns behind the first ``front``."""
         end = self.get_seq_length()
-        for place, store in enumerate(self.stores):
+        for number, store in enumerate(self.stores):
             new = store.new_empty(len(rows), *store.shape[1:])
             new[:, :, :front] = store[rows, :, :front]
             torch.index_select(store[:, :, front + drop : end], 0, rows, out=new[:, :, front : end - drop])
-            self.stores[place] = new
+            self.stores[number] = new
         self._show(end - drop)
 
     def replace(self, rows: Tensor, other: RowsLayer, front: int) -> None:

@@ -145,13 +145,13 @@ def generate_many(
     answers = _Answers(rules, len(prompts) * each, row_seeds, device)
 
     def padded(rows: list[int]) -> _Prompts:
-        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(row // each for row in rows))}
+        places = {prompt: position for position, prompt in enumerate(dict.fromkeys(row // each for row in rows))}
         width = max(len(prompts[prompt]) for prompt in places)
         ids = torch.full((len(places), width), rules.pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for prompt, place in places.items():
-            ids[place, width - len(prompts[prompt]) :] = torch.as_tensor(prompts[prompt])
-            mask[place, width - len(prompts[prompt]) :] = 1
+        for prompt, position in places.items():
+            ids[position, width - len(prompts[prompt]) :] = torch.as_tensor(prompts[prompt])
+            mask[position, width - len(prompts[prompt]) :] = 1
         return _Prompts(ids.to(device), mask.to(device), [places[row // each] for row in rows])
 
     order = sorted(range(len(prompts)), key=lambda prompt: -len(prompts[prompt]))
@@ -227,12 +227,12 @@ class _Answers:
         self.lengths[rows] += live
         stopped = live & (tokens[:, None] == self.stop_ids).any(dim=1)
         if self.stop_strings is not None or self.rules.on_token is not None:
-            for place in live.nonzero().squeeze(1).tolist():
-                row = int(rows[place])
+            for position in live.nonzero().squeeze(1).tolist():
+                row = int(rows[position])
                 if self.rules.on_token is not None:
-                    self.rules.on_token(row, int(tokens[place]))
+                    self.rules.on_token(row, int(tokens[position]))
                 if self.stop_strings is not None:
-                    stopped[place] |= self.stop_strings.met(self.sequences[row, : self.lengths[row]].tolist())
+                    stopped[position] |= self.stop_strings.met(self.sequences[row, : self.lengths[row]].tolist())
         self.ended[rows] |= stopped
         return self.ended[rows] | (self.lengths[rows] == self.rules.max_new_tokens)
 

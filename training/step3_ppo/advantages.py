@@ -53,11 +53,11 @@ def grpo(rewards: Tensor, mask: Tensor, group: Tensor, epsilon: float = 1e-4) ->
 
     rewards, mask [batch, time], R = sum of a row's rewards; group [batch]: equal where the prompt is the same. -> [batch, time].
     """
-    totals, mean, count, place = _groups(rewards, mask, group)
-    centred = totals - mean[place]
-    variance = torch.zeros_like(mean).index_add(0, place, centred.square()) / count
+    totals, mean, count, index = _groups(rewards, mask, group)
+    centred = totals - mean[index]
+    variance = torch.zeros_like(mean).index_add(0, index, centred.square()) / count
     # Rounding leaves 1e-7 of a mean of equal rewards; divided by epsilon that must stay small.
-    return _spread(centred / (variance.sqrt() + epsilon)[place], mask)
+    return _spread(centred / (variance.sqrt() + epsilon)[index], mask)
 
 
 @torch.no_grad()
@@ -67,28 +67,28 @@ def rloo(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
 
     rewards, mask [batch, time], R = sum of a row's rewards; group [batch]: equal where the prompt is the same. -> [batch, time].
     """
-    totals, mean, count, place = _groups(rewards, mask, group)
+    totals, mean, count, index = _groups(rewards, mask, group)
     factor = count / (count - 1).clamp(min=1)
-    return _spread((totals - mean[place]) * factor[place], mask)
+    return _spread((totals - mean[index]) * factor[index], mask)
 
 
 @torch.no_grad()
 def equal_groups(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
     """Return the share of the groups whose answers all have the same reward, to 1e-6: they teach nothing. Shapes as grpo's."""
-    totals, mean, _, place = _groups(rewards, mask, group)
-    differ = torch.zeros_like(mean).index_add(0, place, ((totals - mean[place]).abs() > 1e-6).float())
+    totals, mean, _, index = _groups(rewards, mask, group)
+    differ = torch.zeros_like(mean).index_add(0, index, ((totals - mean[index]).abs() > 1e-6).float())
     return (differ == 0).float().mean()
 
 
 def _groups(rewards: Tensor, mask: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return each row's summed reward, the mean and size of each group, and each row's place among the groups. The rows of a group
+    """Return each row's summed reward, the mean and size of each group, and the number of each row's group. The rows of a group
     may stand anywhere.
     """
     totals = rewards.float().where(mask.bool(), 0.0).sum(dim=1)
-    _, place = torch.unique(group, return_inverse=True)
-    count = torch.bincount(place).float()
-    mean = torch.zeros_like(count).index_add(0, place, totals) / count
-    return totals, mean, count, place
+    _, index = torch.unique(group, return_inverse=True)
+    count = torch.bincount(index).float()
+    mean = torch.zeros_like(count).index_add(0, index, totals) / count
+    return totals, mean, count, index
 
 
 def _spread(row_values: Tensor, mask: Tensor) -> Tensor:

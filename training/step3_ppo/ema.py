@@ -15,7 +15,7 @@ from training.utils.run.process_group import Run
 
 
 @dataclass
-class Part:
+class Share:
     """Elements start … start + length of a flattened parameter, where this process can read them in float32."""
 
     source: Tensor
@@ -34,9 +34,9 @@ class MovingAverage:
 
     def __init__(self, engine: Any, decay: float, run: Run) -> None:
         self.engine, self.decay, self.run = engine, decay, run
-        parts = self._parts()
-        self.averages = {name: part.source.to("cpu", torch.float32, copy=True) for name, part in parts.items()}
-        self.starts = {name: part.start for name, part in parts.items()}
+        shares = self._shares()
+        self.averages = {name: share.source.to("cpu", torch.float32, copy=True) for name, share in shares.items()}
+        self.starts = {name: share.start for name, share in shares.items()}
 
     @property
     def network(self) -> nn.Module:
@@ -48,9 +48,9 @@ class MovingAverage:
         """Follow the weights after a call of engine.step(); a step that DeepSpeed skipped (fp16 overflow) counts for none."""
         if not self.engine.was_step_applied():
             return
-        for name, part in self._parts().items():
+        for name, share in self._shares().items():
             # lerp, not b·a + (1-b)·w: a weight that rests has itself as average, to the last bit.
-            self.averages[name].lerp_(part.source.to("cpu", torch.float32), 1.0 - self.decay)
+            self.averages[name].lerp_(share.source.to("cpu", torch.float32), 1.0 - self.decay)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -91,21 +91,21 @@ class MovingAverage:
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.network.named_parameters() if parameter.requires_grad]
 
-    def _parts(self) -> dict[str, Part]:
+    def _shares(self) -> dict[str, Share]:
         """Return what this process owns of each trained parameter, in float32 where the optimizer has that."""
         import deepspeed
 
         masters = plain_masters(self.engine.optimizer)
-        parts: dict[str, Part] = {}
+        shares: dict[str, Share] = {}
         for name, parameter in self._trained():
             if hasattr(parameter, "ds_id"):
                 source = deepspeed.utils.safe_get_local_fp32_param(parameter).detach()
-                parts[name] = Part(source, source.numel() * dist.get_rank(parameter.ds_process_group))
+                shares[name] = Share(source, source.numel() * dist.get_rank(parameter.ds_process_group))
             elif in_shared_buffer(parameter):
                 if fragment := master_fragment(parameter):
-                    parts[name] = Part(*fragment)
+                    shares[name] = Share(*fragment)
             else:
                 flat = masters.get(id(parameter), parameter).detach().flatten()
                 first, last = (flat.numel() * rank // self.run.world_size for rank in (self.run.rank, self.run.rank + 1))
-                parts[name] = Part(flat[first:last], first)
-        return parts
+                shares[name] = Share(flat[first:last], first)
+        return shares

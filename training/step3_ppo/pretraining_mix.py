@@ -48,10 +48,10 @@ class PretrainingMix:
         return [self._example(position) for position in range(step * self.size, (step + 1) * self.size)]
 
     def _example(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.blocks))
+        epoch, offset = divmod(position, len(self.blocks))
         if self.order[0] != epoch:
             self.order = epoch, np.random.default_rng([self.args.seed, epoch]).permutation(len(self.blocks))
-        return int(self.order[1][place])
+        return int(self.order[1][offset])
 
     def micro_batches(self, step: int) -> list[SFTBatch]:
         """Return this process's share of the step's blocks, cut as its answers are."""

@@ -70,7 +70,7 @@ class PromptBatches:
         """Return this process's share of the given examples, every n-th of them so that lengths are even."""
         earlier = times_before(examples)
         mine = range(self.run.rank, len(examples), self.run.world_size)
-        rows = [self.dataset[examples[place]] | {"index": examples[place], "earlier": earlier[place]} for place in mine]
+        rows = [self.dataset[examples[i]] | {"index": examples[i], "earlier": earlier[i]} for i in mine]
         return collate_prompts(rows, pad_id=self.pad_id).to(self.run.device)
 
 
@@ -122,7 +122,7 @@ def roll_out(
     ids, mask = prompts.input_ids[:, left:], mask[:, left:]
     at_once = args.answers_at_once
     # The most that any batch of this run takes: the choice is made once, and the first batch may be a small one.
-    room = {"rows": at_once, "columns": args.max_prompt_seq_len + args.max_answer_seq_len}
+    largest = {"rows": at_once, "columns": args.max_prompt_seq_len + args.max_answer_seq_len}
     settings = {
         "max_new_tokens": args.max_answer_seq_len,
         "stop_token_ids": engine.template.stop_token_ids,
@@ -134,7 +134,7 @@ def roll_out(
         "tokenizer": engine.tokenizer,
     }
     token_ids = [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)]
-    with generation_model(engine.actor if policy is None else policy, args, engine.run, **room) as actor:
+    with generation_model(engine.actor if policy is None else policy, args, engine.run, **largest) as actor:
         generation = generate_many(
             actor.model, token_ids, max_batch=at_once, num_return_sequences=answers, row_seeds=seeds, **settings
         )

@@ -73,17 +73,17 @@ class RewardFunction:
             raise UserError(f"{self.label}: the file cannot be run ({self._complaint(error)}); correct it.") from error
         self.function = getattr(module, self.name, None)
         if not callable(self.function):
-            found = "no such name" if self.function is None else f"a {type(self.function).__name__}"
-            raise UserError(f"{self.label}: {found} in the file; expected a function {self.name}(prompts, answers).")
+            problem = "no such name" if self.function is None else f"a {type(self.function).__name__}"
+            raise UserError(f"{self.label}: {problem} in the file; expected a function {self.name}(prompts, answers).")
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Return one finite float an answer. Raises RewardError that names the sample."""
         try:
-            found = self.function(list(prompts), list(answers))
+            scores = self.function(list(prompts), list(answers))
         except (Exception, SystemExit) as error:  # one that ends its process would leave the others waiting
             where = self._culprit(prompts, answers)
             raise RewardError(f"{self.label} raised {self._complaint(error)} {where}; correct the function.") from error
-        return checked_scores(found, prompts, answers, self.label)
+        return checked_scores(scores, prompts, answers, self.label)
 
     def _culprit(self, prompts: Sequence[str], answers: Sequence[str]) -> str:
         """Name the first sample that the function cannot take alone."""
@@ -98,8 +98,8 @@ class RewardFunction:
         """Kind and text of an error, and the line of the user's file that it comes from."""
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.file)]
         line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        place = f", line {line}" if line else ""
-        return f"{type(error).__name__}: {shortened(str(error), 200)}{place}"
+        where = f", line {line}" if line else ""
+        return f"{type(error).__name__}: {shortened(str(error), 200)}{where}"
 
 
 class RewardEndpoint:
@@ -140,11 +140,11 @@ class RewardEndpoint:
             if error.code >= 500 or error.code in BUSY:
                 raise Unreachable(f"HTTP {error.code} {error.reason}") from error
             try:
-                said = shortened(error.read(500).decode("utf-8", "replace"), 200)
+                excerpt = shortened(error.read(500).decode("utf-8", "replace"), 200)
             except (OSError, HTTPException):  # the connection broke while it explained itself
-                said = ""
+                excerpt = ""
             raise RewardError(
-                f"{self.label} refused the request: HTTP {error.code} {error.reason} {said!r}; it must take a POST of "
+                f"{self.label} refused the request: HTTP {error.code} {error.reason} {excerpt!r}; it must take a POST of "
                 'JSON {"prompts": [...], "answers": [...]}.'
             ) from error
         except UnicodeError as error:  # a host or a path that cannot be written as an address
@@ -158,27 +158,27 @@ class RewardEndpoint:
         try:
             return json.loads(content)["scores"]
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            said = shortened(content[:500].decode("utf-8", "replace"), 200)
-            raise RewardError(f'{self.label} answered {said!r}; expected JSON {{"scores": [...]}}.') from error
+            excerpt = shortened(content[:500].decode("utf-8", "replace"), 200)
+            raise RewardError(f'{self.label} answered {excerpt!r}; expected JSON {{"scores": [...]}}.') from error
 
 
-def checked_scores(found: Any, prompts: Sequence[str], answers: Sequence[str], label: str) -> list[float]:
+def checked_scores(returned: Any, prompts: Sequence[str], answers: Sequence[str], label: str) -> list[float]:
     """Return the scores of a source as floats. Raises RewardError that names the sample if they are not usable."""
-    found = found.tolist() if hasattr(found, "tolist") else found
-    if not isinstance(found, (list, tuple)):
-        raise RewardError(f"{label} returned a {type(found).__name__}; expected a list with one number an answer.")
-    if len(found) != len(answers):
+    returned = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(returned, (list, tuple)):
+        raise RewardError(f"{label} returned a {type(returned).__name__}; expected a list with one number an answer.")
+    if len(returned) != len(answers):
         raise RewardError(
-            f"{label} returned {len(found)} scores for {len(answers)} answers, of which the first is "
+            f"{label} returned {len(returned)} scores for {len(answers)} answers, of which the first is "
             f"{sample(prompts[0], answers[0])}; it must return one an answer."
         )
     scores = []
-    for value, prompt, answer in zip(found, prompts, answers, strict=True):
+    for value, prompt, answer in zip(returned, prompts, answers, strict=True):
         value = value.tolist() if hasattr(value, "tolist") else value  # a tensor or array of one number
         usable = isinstance(value, numbers.Real) and abs(value) <= LARGEST  # false for NaN and infinity
         if not usable:
-            said = shortened(repr(value), 60)
-            raise RewardError(f"{label} returned {said} for {sample(prompt, answer)}; expected a finite number.")
+            excerpt = shortened(repr(value), 60)
+            raise RewardError(f"{label} returned {excerpt} for {sample(prompt, answer)}; expected a finite number.")
         scores.append(float(value))
     return scores
 
@@ -212,8 +212,8 @@ class Rewards:
         ]
         names = [MODEL] * self.with_model + [source.name for source in self.outside]
         self.names = [
-            name if names.index(name) == place else f"{name}_{names[: place + 1].count(name)}"
-            for place, name in enumerate(names)
+            name if names.index(name) == number else f"{name}_{names[: number + 1].count(name)}"
+            for number, name in enumerate(names)
         ]
         self.weights = args.reward_weight_list or [1.0] * len(names)
 
@@ -257,9 +257,9 @@ class Rewards:
 def raise_together(failure: RewardError | None, world_size: int) -> None:
     """Raise on every process what went wrong on any of them: one that went on alone would wait for the others for ever."""
     if world_size > 1:
-        said: list[str | None] = [None] * world_size
-        dist.all_gather_object(said, None if failure is None else str(failure))
-        message = next((text for text in said if text), None)
+        failures: list[str | None] = [None] * world_size
+        dist.all_gather_object(failures, None if failure is None else str(failure))
+        message = next((text for text in failures if text), None)
         if failure is None and message:
             raise RewardError(message)
     if failure is not None:

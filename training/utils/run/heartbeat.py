@@ -181,10 +181,10 @@ class Heartbeat:
 
     def _hear(self, line: Line) -> None:
         """Act on what a line brings."""
-        said = line.read()
-        if said is None:
+        texts = line.read()
+        if texts is None:
             return self._lost(line, "the connection to it ended")
-        for text in said:
+        for text in texts:
             word, _, more = text.partition(" ")
             if line.rank is None:  # nothing counts before the name
                 rank, _, token = more.partition(" ")

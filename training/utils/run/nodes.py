@@ -44,12 +44,12 @@ class Nodes:
         """Return attempt(). Of several nodes, a UserError of one process is raised by all, with its node's name."""
         if not self.several:
             return attempt()
-        result, said = None, None
+        result, problem = None, None
         try:
             result = attempt()
         except UserError as error:
-            said = str(error)
-        for name, sentence in zip(self.names, self.gather(said), strict=True):
+            problem = str(error)
+        for name, sentence in zip(self.names, self.gather(problem), strict=True):
             if sentence:
                 raise UserError(f"{name}: {sentence}")
         return result
@@ -65,19 +65,19 @@ def meet(output: Path, rank: int, local_rank: int, world_size: int) -> Nodes:
     limit = heartbeat.time_limit()
     listener = heartbeat.open_listener() if rank == 0 and limit else None
     port = listener.getsockname()[1] if listener else 0
-    told: list[Any] = [None] * world_size
-    dist.all_gather_object(told, (socket.gethostname(), local_rank, port, uuid.uuid4().hex))
+    processes: list[Any] = [None] * world_size
+    dist.all_gather_object(processes, (socket.gethostname(), local_rank, port, uuid.uuid4().hex))
     names, node = [], -1
-    for host, local, _, _ in told:
+    for host, local, _, _ in processes:
         node += local == 0
         names.append(f"node {max(node, 0)} ({host})")
     nodes = Nodes(names, several=True)
-    _, _, port, token = told[0]
+    _, _, port, token = processes[0]
     if limit and port:
         problem = heartbeat.start(rank, names, token, speaks=local_rank == 0, listener=listener, port=port)
         if problem:
             print(f"{names[rank]}: if a node is lost, this one will not say so: {problem}.", flush=True)
-    leaders = [one for one, (_, local, _, _) in enumerate(told) if local == 0]
+    leaders = [one for one, (_, local, _, _) in enumerate(processes) if local == 0]
     nodes.keeps_disk = keeps_disk(nodes, output, rank, leaders, token)
     return nodes
 

@@ -197,10 +197,10 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
 
 def timeout_minutes() -> int:
     """SANBU_TIMEOUT_MINUTES: how long a process waits for the others. Raises UserError unless it is a number from 1 up."""
-    said = os.environ.get("SANBU_TIMEOUT_MINUTES", "30").strip()
-    if not said.isdecimal() or int(said) < 1:
-        raise UserError(f"SANBU_TIMEOUT_MINUTES is {said!r}: expected a whole number of minutes, such as 30; correct or unset it.")
-    return int(said)
+    text = os.environ.get("SANBU_TIMEOUT_MINUTES", "30").strip()
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"SANBU_TIMEOUT_MINUTES is {text!r}: expected a whole number of minutes, such as 30; correct or unset it.")
+    return int(text)
 
 
 def seed_everything(seed: int) -> None:
