@@ -10,6 +10,8 @@ import pytest
 from errors import UserError
 from scripts.report import draw_curve, main, summary_rows, write_report
 
+pytestmark = pytest.mark.fast
+
 SUMMARY = {
     "sft": {"perplexity_before": 1200.34, "perplexity_after": 3.125},
     "reward": {"accuracy": 0.9512},
