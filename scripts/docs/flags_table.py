@@ -7,13 +7,13 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, Action
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from errors import told
 from scripts.docs.marked_tables import fill_pages
 from training.utils.flags.former import NOT_YET, RETIRED, FormerFlag
-from training.utils.flags.parse import FlagParser
+from training.utils.flags.parse import is_required
 from training.utils.flags.steps import STEPS, EvaluateArguments, PromptEvalArguments, RewardEvalArguments
 
 BEGIN, END = "<!-- flags:begin -->", "<!-- flags:end -->"
@@ -32,53 +32,42 @@ WORDS = {
 }
 
 
-def actions(args_class: type) -> dict[str, Action]:
-    """The flags of a step by name, without hidden ones and --help."""
-    shown = (action for action in FlagParser(args_class)._actions if action.help != SUPPRESS and action.dest != "help")
-    return {action.dest: action for action in shown}
-
-
 def flags_table(classes: tuple[type, ...], titles: tuple[str, ...], language: str) -> str:
     """Return a table with one row a flag: its name, its default in each of the classes, its meaning."""
     words = WORDS[language]
-    parsers = [actions(one) for one in classes]
-    chinese = {title: {one.name: one.metadata["zh"] for one in fields(each)} for title, each in zip(titles, classes, strict=True)}
+    columns = {title: {one.name: one for one in fields(each)} for title, each in zip(titles, classes, strict=True)}
+    hints = {name: hint for each in classes for name, hint in get_type_hints(each).items()}
     lines = [f"| {words['flag']} | {' | '.join(titles)} | {words['meaning']} |", "|---|" + "---|" * len(titles) + "---|"]
-    for name in dict.fromkeys(name for parser in parsers for name in parser):
-        found = {title: parser[name] for title, parser in zip(titles, parsers, strict=True) if name in parser}
-        texts = {title: action.help.removeprefix("Required. ") for title, action in found.items()}
-        if language == "zh":
-            texts = {title: chinese[title][name] for title in found}
-        defaults = [shown_default(found.get(title), words) for title in titles]
-        lines.append(f"| `--{name}` | {' | '.join(defaults)} | {meaning(next(iter(found.values())), texts, words)} |")
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        flags = {title: column[name] for title, column in columns.items() if name in column}
+        defaults = [shown_default(flags.get(title), words) for title in titles]
+        lines.append(f"| `--{name}` | {' | '.join(defaults)} | {meaning(flags, hints[name], language)} |")
     return "\n".join(lines)
 
 
-def shown_default(action: Action | None, words: dict[str, str]) -> str:
+def shown_default(one: Field | None, words: dict[str, str]) -> str:
     """Return the default as one writes it on the command line; a dash where the step has no such flag."""
-    if action is None:
+    if one is None:
         return "–"
-    if action.default is SUPPRESS:
+    if is_required(one):
         return words["required"]
-    if action.default in (None, []):
-        return ""
-    if isinstance(action.default, bool):
-        return words["on"] if action.default else words["off"]
-    return " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
+    default = one.default if one.default_factory is MISSING else " ".join(one.default_factory())
+    if isinstance(default, bool):
+        return words["on"] if default else words["off"]
+    return "" if default is None else str(default)
 
 
-def meaning(action: Action, texts: dict[str, str], words: dict[str, str]) -> str:
-    """Return the help text, other texts of later steps, the choices and other names."""
-    first = next(iter(texts.values()))
-    text = first
-    for title, other in texts.items():
-        if other != first:
-            text += words["other"].format(title[:1].upper() + title[1:], other)
-    if action.choices and len(action.choices) > 1:
-        text += words["one of"].format(words["comma"].join(map(str, action.choices)))
-    names = [one for one in action.option_strings[1:] if "_" in one]
-    if names:
-        text += words["also"].format(words["comma"].join(f"`{one}`" for one in names))
+def meaning(flags: dict[str, Field], hint: Any, language: str) -> str:
+    """Return the help text, other texts of later steps, the choices and other names. flags: the flag by the step's title."""
+    words = WORDS[language]
+    texts = {title: one.metadata["help" if language == "en" else "zh"] for title, one in flags.items()}
+    first, one = next(iter(texts.values())), next(iter(flags.values()))
+    others = [words["other"].format(title[:1].upper() + title[1:], text) for title, text in texts.items() if text != first]
+    text = first + "".join(others)
+    if get_origin(hint) is Literal:
+        text += words["one of"].format(words["comma"].join(map(str, get_args(hint))))
+    if one.metadata["aliases"]:
+        text += words["also"].format(words["comma"].join(f"`--{alias}`" for alias in one.metadata["aliases"]))
     return escaped(text)
 
 

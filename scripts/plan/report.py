@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from scripts.launch.platforms import MachineKind, platform_named
 from scripts.plan.section import plan_arguments, platform_machine
 from steps import STEPS, Step
 from training.utils.flags.checks import validate
-from training.utils.flags.parse import FlagParser, read_recipe
+from training.utils.flags.parse import FlagParser, is_required, read_recipe
 from training.utils.flags.recipe import Recipe
 from training.utils.memory.arithmetic import GIB, Machine, Plan
 from training.utils.memory.fit import StepMemory, StepShape, flags_of, settings
@@ -39,8 +39,8 @@ def step_arguments(
         raise UserError("no model: name one (--models lists those that are known), or a --config that does.")
     if second and (reward_model or model or second not in given):
         given[second] = reward_model or given[first]
-    required = (one.name for one in fields(step.arguments_class) if one.default is MISSING and one.default_factory is MISSING)
-    (args,) = parser.parse_dict(dict.fromkeys(required, "unused") | given)
+    required = (one.name for one in fields(step.arguments_class) if is_required(one))
+    args = step.arguments_class(**dict.fromkeys(required, "unused") | given)
     validate(args)
     return args
 

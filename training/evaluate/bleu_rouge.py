@@ -10,6 +10,12 @@ Answers are greedy unless --do_sample is given, so that two runs agree. Writes g
 
 from __future__ import annotations
 
+from training.utils.flags.parse import parse_or_exit, run_main
+from training.utils.flags.steps import EvaluateArguments
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
+    ARGS = parse_or_exit(EvaluateArguments)
+
 import json
 import os
 import time
@@ -24,8 +30,6 @@ from models.checkpoint_folder import open_checkpoint
 from models.device import detect_platform
 from training.evaluate.common import Answer, LoadedModel, held_out, load_for_evaluation, mean_lengths, write_json
 from training.evaluate.text_metrics import METRICS, check_libraries, mean_scores
-from training.utils.flags.parse import main_entry
-from training.utils.flags.steps import EvaluateArguments
 from training.utils.run.metrics import format_seconds
 from training.utils.run.process_group import check_writable, join_process_group, quiet_libraries
 
@@ -144,4 +148,4 @@ def table(metrics: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main_entry(main, EvaluateArguments)
+    run_main(main, ARGS)

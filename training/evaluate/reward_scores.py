@@ -8,6 +8,12 @@ Scores have no unit of their own; only their differences on the same prompt mean
 
 from __future__ import annotations
 
+from training.utils.flags.parse import parse_or_exit, run_main
+from training.utils.flags.steps import RewardEvalArguments
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
+    ARGS = parse_or_exit(RewardEvalArguments)
+
 import statistics
 from typing import Any
 
@@ -21,8 +27,6 @@ from models.templates import Template
 from training.evaluate.common import BUILT_IN, LoadedModel, held_out, load_for_evaluation, write_json
 from training.utils.data.batching import pad_right
 from training.utils.data.tokenize import Counts, Limits, fit
-from training.utils.flags.parse import main_entry
-from training.utils.flags.steps import RewardEvalArguments
 from training.utils.loss import pair_accuracy
 from training.utils.run.process_group import quiet_libraries
 
@@ -114,4 +118,4 @@ def summary(scores: list[tuple[float, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main_entry(main, RewardEvalArguments)
+    run_main(main, ARGS)

@@ -8,6 +8,12 @@ Each model is asked with its own template and stop tokens. Answers are greedy; -
 
 from __future__ import annotations
 
+from training.utils.flags.parse import parse_or_exit, run_main
+from training.utils.flags.steps import PromptEvalArguments
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
+    ARGS = parse_or_exit(PromptEvalArguments)
+
 import shutil
 import unicodedata
 from itertools import zip_longest
@@ -17,8 +23,6 @@ from errors import UserError
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import empty_cache
 from training.evaluate.common import BUILT_IN, Answer, Messages, held_out, load_for_evaluation, mean_lengths, write_json
-from training.utils.flags.parse import main_entry
-from training.utils.flags.steps import PromptEvalArguments
 from training.utils.run.process_group import quiet_libraries
 
 BATCH = 16  # answers in work at once
@@ -132,4 +136,4 @@ def shown_width(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main_entry(main, PromptEvalArguments)
+    run_main(main, ARGS)

@@ -6,6 +6,12 @@ deepspeed --module training.step1_sft.main --config configs/cpu/demo.yaml
 
 from __future__ import annotations
 
+from training.utils.flags.parse import parse_or_exit, run_main
+from training.utils.flags.steps import SFTArguments
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
+    ARGS = parse_or_exit(SFTArguments)
+
 import math
 from dataclasses import replace
 from functools import partial
@@ -20,8 +26,6 @@ from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step
-from training.utils.flags.parse import main_entry
-from training.utils.flags.steps import SFTArguments
 from training.utils.loss import sft_loss
 from training.utils.run.loop import GlobalBatches, Progress, due, evaluation_batches
 from training.utils.run.memory import check_run_fits
@@ -107,4 +111,4 @@ def perplexity(engine, micro_batches, run: Run) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main_entry(main, SFTArguments)
+    run_main(main, ARGS)

@@ -6,6 +6,12 @@ deepspeed --module training.step2_dpo.main --config configs/cpu/demo.yaml
 
 from __future__ import annotations
 
+from training.utils.flags.parse import parse_or_exit, run_main
+from training.utils.flags.steps import DPOArguments
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
+    ARGS = parse_or_exit(DPOArguments)
+
 import logging
 from dataclasses import replace
 from functools import partial
@@ -23,8 +29,6 @@ from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step
-from training.utils.flags.parse import main_entry
-from training.utils.flags.steps import DPOArguments
 from training.utils.loss import dpo_loss, implicit_rewards
 from training.utils.run.loop import GlobalBatches, Progress, due, evaluation_batches
 from training.utils.run.memory import check_run_fits
@@ -113,4 +117,4 @@ def check_models(args: DPOArguments, tokenizer) -> None:
 
 
 if __name__ == "__main__":
-    main_entry(main, DPOArguments)
+    run_main(main, ARGS)

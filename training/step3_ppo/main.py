@@ -7,6 +7,12 @@
 
 from __future__ import annotations
 
+from training.utils.flags.parse import parse_or_exit, run_main
+from training.utils.flags.steps import PPOArguments
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
+    ARGS = parse_or_exit(PPOArguments)
+
 import math
 import time
 from dataclasses import replace
@@ -25,8 +31,6 @@ from training.step3_ppo.rollout import PromptBatches
 from training.step3_ppo.scoring import Rewards, kept_on_failure
 from training.utils.data.prepare import prepare_phase
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
-from training.utils.flags.parse import main_entry
-from training.utils.flags.steps import PPOArguments
 from training.utils.run.loop import Progress, due
 from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
@@ -110,4 +114,4 @@ def show_answers(experience: Experience, engine: DeepSpeedRLHFEngine, args, roll
 
 
 if __name__ == "__main__":
-    main_entry(main, PPOArguments)
+    run_main(main, ARGS)

@@ -37,7 +37,6 @@ ABOVE_ZERO = Range("must be more than 0", above=0)
 BELOW_ONE = Range("must be 0 or more and less than 1", least=0, below=1)
 UP_TO_ONE = Range("must lie between 0 and 1", least=0, most=1)
 SHARE = Range("must be more than 0 and at most 1", above=0, most=1)
-OURS = ("within", "resume", "zh", "common")  # metadata that argparse does not know
 
 
 def flag(
@@ -51,16 +50,13 @@ def flag(
     common: bool = False,
     **options: Any,
 ) -> Any:
-    """Return a dataclass field that HfArgumentParser turns into a flag; required where no default is given.
+    """Return a dataclass field that becomes a flag; required where no default is given.
 
     aliases: other names, without dashes. within: the range of a number. resume: "free" where a resumed run may have
-    another value. zh: the meaning in Chinese. common: shown by --help, not only by --help all. options go to argparse (nargs,
-    const, metavar).
+    another value. zh: the meaning in Chinese. common: shown by --help, not only by --help all. options: nargs and const for
+    argparse, metavar for --help.
     """
-    metadata = {"help": help if default is not MISSING else f"Required. {help}", **options}
-    metadata |= {"within": within, "resume": resume, "zh": zh, "common": common}
-    if aliases:
-        metadata["aliases"] = [f"--{name}" for alias in aliases for name in (alias, alias.replace("_", "-"))]
+    metadata = {"help": help, "zh": zh, "aliases": aliases, "within": within, "resume": resume, "common": common, **options}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

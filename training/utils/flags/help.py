@@ -60,11 +60,9 @@ def flag_lines(one: Field, hint: Any, language: Literal["en", "zh"]) -> list[str
     if default not in (MISSING, None, []):
         shown = " ".join(default) if isinstance(default, list) else str(default)
         notes.append(f"{words['default']}: {shown.lower() if isinstance(default, bool) else shown}")
-    aliases = [alias for alias in one.metadata.get("aliases", ()) if "_" in alias]
-    if aliases:
-        notes.append(f"{words['also']}: {' '.join(aliases)}")
+    if one.metadata["aliases"]:
+        notes.append(f"{words['also']}: {' '.join(f'--{alias}' for alias in one.metadata['aliases'])}")
     head = f"  --{one.name} {value}" + (f"   ({'; '.join(notes)})" if notes else "")
     if language == "zh":
         return [head, f"      {one.metadata['zh']}"]
-    meaning = one.metadata["help"].removeprefix("Required. ")
-    return [head, *textwrap.wrap(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return [head, *textwrap.wrap(one.metadata["help"], 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]

@@ -9,17 +9,16 @@ import re
 import signal
 import sys
 import time
-from argparse import SUPPRESS, Action, Namespace
-from collections.abc import Callable, Sequence
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
-from typing import Any, NoReturn, TypeVar
-
-from transformers import HfArgumentParser
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from errors import UserError
 from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
-from training.utils.flags.common import OURS
 from training.utils.flags.former import former_flags
 from training.utils.flags.help import help_text, language_of_user, wanted_help
 from training.utils.flags.recipe import SECTIONS, load_recipe
@@ -35,7 +34,7 @@ from training.utils.run.environment import adopt_mpi_ranks
 logger = logging.getLogger("sanbu")
 
 Args = TypeVar("Args")
-NOT_GIVEN = object()
+TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 MODULES = {step.arguments_class: step.module for step in ALL_STEPS} | {
     PromptEvalArguments: "training.evaluate.side_by_side",
     EvaluateArguments: "training.evaluate.bleu_rouge",
@@ -46,41 +45,41 @@ LAUNCHER_FLAGS = {
 }  # fmt: skip
 
 
-class FlagParser(HfArgumentParser):
-    """The parser of one step: the dataclass's flags and, hidden from --help, the flags of earlier systems."""
+class FlagParser(ArgumentParser):
+    """The parser of one step: the flags of its dataclass, and those of earlier systems. Only what is given comes out."""
 
     def __init__(self, args_class: type) -> None:
-        super().__init__(args_class, add_help=False, allow_abbrev=False)
+        super().__init__(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
         self.args_class = args_class
-        for action in self._actions:   # a recipe may give them; see parse
-            if action.required:
-                action.required, action.default = False, SUPPRESS
-            if action.nargs == 0 and action.const is False:   # the --no_… twin of a flag that is on by default
-                action.help = SUPPRESS
         self.former = former_flags(args_class.section)
+        self.names: set[str] = set()  # all that it answers to, with underscores
+        hints = get_type_hints(args_class)
+        for one in fields(args_class):
+            options = reading(hints[one.name]) | {key: one.metadata[key] for key in ("nargs", "const") if key in one.metadata}
+            self.add((one.name, *one.metadata["aliases"]), one.name, **options)
+            if one.default is True:
+                self.add((f"no_{one.name}",), one.name, action="store_false")
         for name, row in self.former.items():
-            options = {} if row.values else {"nargs": "?", "const": "true"}
-            spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-            self.add_argument(*spellings, dest=f"former {name}", default=NOT_GIVEN, help=SUPPRESS, **options)
+            self.add((name,), f"former {name}", **({} if row.values else {"nargs": "?", "const": "true"}))
 
-    def add_argument(self, *names: str, **options: Any) -> Action:
-        """Add an argument as argparse does, without the metadata that only this project reads."""
-        return super().add_argument(*names, **{key: value for key, value in options.items() if key not in OURS})
+    def add(self, names: tuple[str, ...], dest: str, **options: Any) -> None:
+        """Add a flag under all its names, each with underscores and with hyphens."""
+        self.names |= set(names)
+        spellings = dict.fromkeys(f"--{one}" for name in names for one in (name, name.replace("_", "-")))
+        self.add_argument(*spellings, dest=dest, **options)
 
     def error(self, message: str) -> NoReturn:
         """argparse's complaint as a UserError, with one spelling of the flag."""
         message = re.sub(r"^argument ", "", message)
         message = re.sub(r"(--[\w-]+)(/--?[\w-]+)+", r"\1", message)
-        message = re.sub(r"Truthy value expected: got (\S+) but.*", r"\1 is neither true nor false", message)
         raise UserError(f"{message}; --help says what it takes.")
 
     def read(self, tokens: Sequence[str]) -> dict[str, Any]:
         """The fields that the tokens set, former flags turned into ours. Raises UserError for what cannot be read."""
-        blank = Namespace(**{action.dest: NOT_GIVEN for action in self._actions})
-        found, unknown = self.parse_known_args(list(tokens), blank)
+        found, unknown = self.parse_known_args(list(tokens))
         if unknown:
             raise UserError(unknown_flag(unknown[0], self))
-        given = {name: value for name, value in vars(found).items() if value is not NOT_GIVEN and name != "help"}
+        given = vars(found)
         old = {name: given.pop(f"former {name}") for name in self.former if f"former {name}" in given}
         return self.replace_former(old) | given
 
@@ -104,6 +103,27 @@ class FlagParser(HfArgumentParser):
         return given
 
 
+def reading(hint: Any) -> dict[str, Any]:
+    """Return the options of argparse that read words as this type."""
+    if get_origin(hint) is UnionType:  # X | None
+        hint = get_args(hint)[0]
+    if hint is bool:
+        return {"type": truth, "nargs": "?", "const": True}
+    if hint == list[str]:
+        return {"nargs": "+"}
+    if get_origin(hint) is Literal:
+        values = {str(value): value for value in get_args(hint)}
+        return {"type": lambda word: values.get(word, word), "choices": list(values.values())}
+    return {"type": hint}
+
+
+def truth(word: str) -> bool:
+    """Return the truth value that a word stands for. Raise ArgumentTypeError for another word."""
+    if word.lower() not in (*TRUE, *FALSE):
+        raise ArgumentTypeError(f"{word} is neither true nor false")
+    return word.lower() in TRUE
+
+
 def is_required(one: Field) -> bool:
     """True for a dataclass field without default."""
     return one.default is MISSING and one.default_factory is MISSING
@@ -111,10 +131,8 @@ def is_required(one: Field) -> bool:
 
 def switched_on(name: str, value: str) -> bool:
     """Whether a former switch is on: it stood alone, or with a word for true."""
-    if value.lower() in ("true", "yes", "1"):
-        return True
-    if value.lower() in ("false", "no", "0"):
-        return False
+    if value.lower() in (*TRUE, *FALSE):
+        return truth(value)
     if name == "deepspeed":
         raise UserError(f"--deepspeed takes no value here; to bring a configuration use --deepspeed_config {value}.")
     raise UserError(f"--{name} is a switch and takes no value, but {value!r} follows it.")
@@ -122,8 +140,7 @@ def switched_on(name: str, value: str) -> bool:
 
 def flag_names(args_class: type) -> set[str]:
     """All names that a step's parser answers to: flags, aliases and former flags, with underscores."""
-    spellings = FlagParser(args_class)._option_string_actions
-    return {spelling[2:].replace("-", "_") for spelling in spellings if spelling.startswith("--")}
+    return FlagParser(args_class).names
 
 
 def unknown_flag(token: str, parser: FlagParser) -> str:
@@ -193,8 +210,8 @@ def parse(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
         given = read_recipe(given["config"], parser) | given
     for one in fields(args_class):
         if is_required(one) and one.name not in given:
-            raise UserError(f"{args_class.title} needs --{one.name}: {one.metadata['help'].removeprefix('Required. ')}")
-    (args,) = parser.parse_dict(given)
+            raise UserError(f"{args_class.title} needs --{one.name}: {one.metadata['help']}")
+    args = args_class(**given)
     validate(args)
     return args
 
@@ -206,9 +223,30 @@ def is_main_process() -> bool:
 
 def main_entry(main: Callable[[Any], None], args_class: type, argv: Sequence[str] | None = None) -> None:
     """Parse and run. A UserError becomes one line on stderr and exit code 2."""
+    run_main(main, parse_or_exit(args_class, argv))
+
+
+def parse_or_exit(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
+    """Return the flags of a step. A UserError becomes one line on stderr and exit code 2.
+
+    A step's main.py calls this above its imports of torch: --help and a wrong flag are answered in a tenth of a second.
+    """
     adopt_mpi_ranks()
+    with errors_told():
+        return parse(args_class, argv)
+
+
+def run_main(main: Callable[[Any], None], args: Any) -> None:
+    """Run a step with its flags. A UserError becomes one line on stderr and exit code 2."""
+    with errors_told():
+        main(args)
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Tell the other nodes of an error that ends this process; say a UserError in one line and exit with code 2."""
     try:
-        main(parse(args_class, argv))
+        yield
     except UserError as error:
         heartbeat.failed(2, str(error))
         if not is_main_process():

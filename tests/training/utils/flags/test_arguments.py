@@ -435,28 +435,34 @@ def test_a_lone_process_other_than_the_first_speaks_after_a_while(monkeypatch, c
     assert waited == [10] and capsys.readouterr().err.startswith("error: ")
 
 
-def test_main_gets_the_arguments():
-    seen = []
-    main_entry(seen.append, SFTArguments, NEEDED[SFTArguments])
-    assert isinstance(seen[0], SFTArguments)
+ENTRY_POINTS = ["train", "chat", *parsing.MODULES.values()]
+START = """
+import contextlib, io, runpy, sys
+for module, word in [(module, word) for module in {modules} for word in ("--help", "--a_wrong_flag")]:
+    sys.argv, told = [module, word], io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            code = runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code
+    assert bool(code) == (word != "--help") and told.getvalue(), (module, word, code, told.getvalue())
+    heavy = {{"torch", "transformers", "deepspeed", "datasets", "peft"}} & sys.modules.keys()
+    assert not heavy, (module, word, heavy)
+"""
 
 
-def test_help_lists_every_flag_without_heavy_imports():
-    """--help loads nothing heavy beyond what transformers itself imports (5.0: torch), and shows each field."""
-    code = (
-        "import sys\n"
-        "from transformers import HfArgumentParser\n"
-        "before = set(sys.modules)\n"
-        "from training.utils.flags.parse import parse\n"
-        "from training.utils.flags.steps import PPOArguments\n"
-        "try:\n    parse(PPOArguments, ['--help', 'all'])\n"
-        "except SystemExit as end:\n    assert not end.code\n"
-        "print('heavy:', sorted({'torch', 'deepspeed', 'datasets', 'peft'} & sys.modules.keys() - before))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout.rstrip().endswith("heavy: []")
-    for one in dataclasses.fields(PPOArguments):
-        assert f"--{one.name}" in done.stdout
+def test_help_and_wrong_flags_are_answered_before_heavy_imports():
+    words = [sys.executable, "-c", START.format(modules=ENTRY_POINTS)]
+    ended = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+    assert not ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("args_class", ALL, ids=lambda one: one.section)
+def test_help_all_lists_every_flag(args_class, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        parse(args_class, ["--help", "all"])
+    shown = capsys.readouterr().out
+    assert all(f"--{one.name} " in shown for one in dataclasses.fields(args_class))
 
 
 # --- the table in the README --------------------------------------------------------------------------------
