@@ -459,7 +459,7 @@ def test_help_and_wrong_flags_are_answered_before_heavy_imports():
 
 @pytest.mark.parametrize("args_class", ALL, ids=lambda one: one.section)
 def test_help_all_lists_every_flag(args_class, capsys):
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match="0"):
         parse(args_class, ["--help", "all"])
     shown = capsys.readouterr().out
     assert all(f"--{one.name} " in shown for one in dataclasses.fields(args_class))
