@@ -14,8 +14,8 @@ pytestmark = pytest.mark.distributed
 
 COMMON = ["--dtype", "fp32", "--seed", "7", "--logging_steps", "1", "--data_split", "1,1,1", "--eval_fraction", "0.1"]
 STEPS = {
-    "sft": ("training.step1_sft.main", ["--max_seq_len", "64", "--learning_rate", "1e-3", "--max_steps", "4"]),
-    "reward": ("training.step2_reward.main", ["--max_seq_len", "64", "--learning_rate", "1e-3", "--max_steps", "4"]),
+    "sft": ("training.step1_sft.main", ["--max_seq_len", "64", "--learning_rate", "1e-3", "--max_steps", "3"]),
+    "reward": ("training.step2_reward.main", ["--max_seq_len", "64", "--learning_rate", "1e-3", "--max_steps", "3"]),
     "ppo": (
         "training.step3_ppo.main",
         ["--max_prompt_seq_len", "48", "--max_answer_seq_len", "8", "--actor_learning_rate", "1e-3",

@@ -175,7 +175,7 @@ def test_a_failure_before_anything_was_learned_leaves_no_checkpoint(folders, tmp
 
 def test_a_function_alone_is_learned(folders, tmp_path):
     run(
-        folders, tmp_path, *by_function(folders, "letters"), "--max_steps", "25", "--eval_interval", "0", "--ppo_epochs", "2",
+        folders, tmp_path, *by_function(folders, "letters"), "--max_steps", "15", "--eval_interval", "0", "--ppo_epochs", "2",
         "--per_device_generation_batch_size", "32", "--per_device_training_batch_size", "16", "--kl_coef", "0.01",
         "--actor_learning_rate", "5e-3", "--critic_learning_rate", "5e-3", "--missing_eos_penalty", "0", critic="base",
     )  # fmt: skip

@@ -315,15 +315,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def generator_states() -> dict[str, Any]:
-    """Return the states of the generators of python, numpy, torch and the device, in a form that loads without pickle."""
-    kind, keys, *rest = np.random.get_state()
-    numpy_state = (kind, keys.tolist(), *rest)
-    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "device": rng_state()}
+    """Return the states of the generators of python, numpy, torch and the device, as tensors that load without pickle."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": torch.tensor([version, *words]),
+        "python_gauss": gauss,
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_rest": [name, int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "device": rng_state(),
+    }
 
 
 def set_generator_states(states: dict[str, Any]) -> None:
     """Undo what happened since ``generator_states``."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    version, *words = states["python"].tolist()
+    random.setstate((version, tuple(words), states["python_gauss"]))
+    name, position, has_gauss, cached = states["numpy_rest"]
+    np.random.set_state((name, states["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
     set_rng_state(states["device"])
