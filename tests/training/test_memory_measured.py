@@ -14,23 +14,15 @@ from tests.training.memory_worker import config_of
 from training.utils.memory.arithmetic import Job, Machine, Network, Setting, engine_memory, plan
 from training.utils.memory.footprint import Footprint
 
-LLAMA = {
-    "model_type": "llama", "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 5,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
-}  # fmt: skip
-OPT = {
-    "model_type": "opt", "vocab_size": 1200, "hidden_size": 96, "ffn_dim": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "word_embed_proj_dim": 96, "max_position_embeddings": 128,
-}  # fmt: skip
-CHATGLM = {
-    "model_type": "chatglm", "vocab_size": 2000, "hidden_size": 96, "num_layers": 4, "num_attention_heads": 4,
-    "inner_hidden_size": 384, "max_sequence_length": 128, "bos_token_id": 1, "eos_token_id": 2, "gmask_token_id": 1998,
-    "mask_token_id": 1999,
-}  # fmt: skip
-GLM2 = {
-    "model_type": "chatglm", "padded_vocab_size": 1500, "hidden_size": 96, "num_layers": 4, "num_attention_heads": 4,
-    "ffn_hidden_size": 256, "kv_channels": 24, "multi_query_group_num": 2, "seq_length": 128,
-}  # fmt: skip
+WIDTH = {"hidden_size": 96, "num_attention_heads": 4}
+LLAMA = WIDTH | {"model_type": "llama", "vocab_size": 1000, "num_hidden_layers": 5, "num_key_value_heads": 2}
+LLAMA |= {"hidden_size": 128, "intermediate_size": 256, "pad_token_id": 0}
+OPT = WIDTH | {"model_type": "opt", "vocab_size": 1200, "num_hidden_layers": 4, "ffn_dim": 384}
+OPT |= {"word_embed_proj_dim": 96, "max_position_embeddings": 128}
+CHATGLM = WIDTH | {"model_type": "chatglm", "vocab_size": 2000, "num_layers": 4, "inner_hidden_size": 384}
+CHATGLM |= {"max_sequence_length": 128, "bos_token_id": 1, "eos_token_id": 2, "gmask_token_id": 1998, "mask_token_id": 1999}
+GLM2 = WIDTH | {"model_type": "chatglm", "padded_vocab_size": 1500, "num_layers": 4, "ffn_hidden_size": 256}
+GLM2 |= {"kv_channels": 24, "multi_query_group_num": 2, "seq_length": 128}
 QWEN = LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True, "num_hidden_layers": 3}
 BLOOM = {"model_type": "bloom", "vocab_size": 1000, "hidden_size": 96, "n_layer": 4, "n_head": 4}
 GPT2 = {"model_type": "gpt2", "vocab_size": 1000, "n_embd": 96, "n_layer": 4, "n_head": 4, "n_positions": 128}
@@ -64,11 +56,17 @@ def measured(tmp_path_factory):
 
 
 def footprint(case):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]]
     return Footprint(
-        config_of(case["config"]), dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]], attn=case["attn"],
-        scalar=case.get("scalar", False), lora_dim=case.get("lora", 0), quantization_bit=case.get("bits", 0),
-        gradient_checkpointing=case.get("checkpointing", False), lora_module_name=case.get("names", "auto"),
-    )  # fmt: skip
+        config_of(case["config"]),
+        dtype=dtype,
+        attn=case["attn"],
+        scalar=case.get("scalar", False),
+        lora_dim=case.get("lora", 0),
+        lora_module_name=case.get("names", "auto"),
+        quantization_bit=case.get("bits", 0),
+        gradient_checkpointing=case.get("checkpointing", False),
+    )
 
 
 def planned(case, processes=2):
@@ -76,12 +74,11 @@ def planned(case, processes=2):
     network = footprint(case)
     passes = network.training(*case["shape"])
     job = Job(network.dtype.itemsize, {"model": Network(network.weights, passes, passes)}, bucket=case["bucket"])
-    setting = Setting({"model": case["stage"]}, {"model": False}, offload_optimizer=case.get("offload", False))
+    away = case.get("offload", False)
+    setting = Setting({"model": case["stage"]}, {"model": False}, offload_optimizer=away)
     found = plan(job, setting, Machine(processes, 1, 0.0, 1e12, accelerator=False))
-    engine = engine_memory(
-        network.weights, job.element, case["stage"], processes, offload_optimizer=case.get("offload", False), offload_param=False,
-        bucket=case["bucket"], accelerator=False,
-    )  # fmt: skip
+    where = {"offload_optimizer": away, "offload_param": False, "bucket": case["bucket"], "accelerator": False}
+    engine = engine_memory(network.weights, job.element, case["stage"], processes, **where)
     always = sum(engine.always.values()) + sum(engine.host.values())
     return {"static": always, "passing": found.on_host - always}
 
