@@ -9,8 +9,8 @@ from torch import Tensor
 
 from training.step3_ppo.experience import plan_share
 from training.utils.data.batching import SFTBatch, collate_sft
+from training.utils.data.cache import CachedData
 from training.utils.data.plain_text import prepare_blocks
-from training.utils.data.tokenize import PhaseData
 from training.utils.loss import sft_loss
 from training.utils.run.loop import load_micro_batches
 from training.utils.run.process_group import Run
@@ -23,7 +23,7 @@ class PretrainingMix:
     processes read the same. The text comes round again, in another order, when all of it was read.
     """
 
-    def __init__(self, data: PhaseData, run: Run, args, pad_id: int, size: int) -> None:
+    def __init__(self, data: CachedData, run: Run, args, pad_id: int, size: int) -> None:
         """Take size: blocks of one optimizer step over all processes."""
         self.blocks, self.fingerprint = data.train, data.fingerprint
         self.run, self.args, self.size = run, args, size

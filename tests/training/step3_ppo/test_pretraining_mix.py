@@ -11,7 +11,7 @@ from errors import UserError
 from models.load import load_causal_lm
 from tests.training.step3_ppo.small_ppo import build, rollout
 from training.step3_ppo.pretraining_mix import PretrainingMix
-from training.utils.data.tokenize import PhaseData
+from training.utils.data.cache import CachedData
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
 
@@ -84,7 +84,7 @@ def a_mix(world_size: int = 1, rank: int = 0, blocks: int = 10, size: int = 4, p
     run = SimpleNamespace(world_size=world_size, rank=rank, device=torch.device("cpu"))
     from datasets import Dataset
 
-    return PretrainingMix(PhaseData(Dataset.from_list(rows), None, {}, ""), run, args, 0, size)
+    return PretrainingMix(CachedData({"train": Dataset.from_list(rows)}, {}, ""), run, args, 0, size)
 
 
 def test_every_block_comes_once_before_any_comes_again_and_steps_can_start_anywhere():

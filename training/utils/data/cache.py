@@ -35,8 +35,18 @@ class CachedData:
     """The content of a finished folder: its data sets by name, what its builder told about them, a hash of the files."""
 
     datasets: dict[str, Dataset]
-    about: Any
+    report: Any
     fingerprint: str
+
+    @property
+    def train(self) -> Dataset:
+        """Return the data to train on."""
+        return self.datasets["train"]
+
+    @property
+    def eval(self) -> Dataset:
+        """Return the held-out data."""
+        return self.datasets["eval"]
 
 
 def cached(
@@ -141,9 +151,9 @@ def _build(folder: Path, names: Sequence[str], build: Callable[[Path], Any], reb
         shutil.rmtree(left, ignore_errors=True)
     building.mkdir(mode=0o700)
     try:
-        about = build(building)
+        report = build(building)
         files = {f"{name}.arrow": file_digest(building / f"{name}.arrow") for name in names}
-        manifest = {"about": about, "files": files, "rebuild_id": rebuild_id}
+        manifest = {"report": report, "files": files, "rebuild_id": rebuild_id}
         (building / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=2), encoding="utf-8")
         if folder.exists():  # damaged, or not wanted; a process that has it open keeps its files
             folder.replace(old)
@@ -165,7 +175,7 @@ def _open(folder: Path, rebuild_id: str | None = None) -> CachedData | None:
                 raise ValueError(f"{name} is not what was written")
         opened = {Path(name).stem: Dataset.from_file(str(folder / name)) for name in files}
         fingerprint = hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
-        return CachedData(opened, manifest["about"], fingerprint)
+        return CachedData(opened, manifest["report"], fingerprint)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError, pyarrow.ArrowException) as error:
         if folder.exists():
             logger.warning("The cache %s is damaged (%s): building it again.", folder, error)

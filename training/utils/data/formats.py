@@ -6,9 +6,9 @@ assistant turns. In data that has only prompts, "chosen" is "".
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, str]
@@ -85,6 +85,11 @@ def message(value: Any, field: str) -> Message:
     return {"role": ROLES[role], "content": text(content, field)}
 
 
+def messages_of(value: Any, field: str) -> list[Message]:
+    """Read a list of messages."""
+    return [message(item, field) for item in items(value, field)]
+
+
 def split_turns(
     value: str, user: str = "Human", assistant: str = "Assistant", answered: bool = False
 ) -> list[Message] | None:
@@ -119,7 +124,7 @@ def prompt_messages(
 ) -> list[Message]:
     """Read a prompt: a text with or without role marks, or a list of messages."""
     if isinstance(value, list) or is_columns(value):
-        return [message(item, field) for item in items(value, field)]
+        return messages_of(value, field)
     value = text(value, field)
     return split_turns(value, user, assistant) or [{"role": "user", "content": value}]
 
@@ -127,10 +132,7 @@ def prompt_messages(
 def answer(value: Any, field: str) -> str:
     """Read an answer: a text, one message, or messages of which the last is the answer."""
     if isinstance(value, list) or is_columns(value):
-        turns = items(value, field)
-        if not turns:
-            raise Skip("an empty answer")
-        value = turns[-1]
+        value = (items(value, field) or [""])[-1]
     return message(value, field)["content"] if isinstance(value, dict) else text(value, field)
 
 
@@ -166,14 +168,16 @@ def tidy(messages: Iterable[Message]) -> list[Message]:
     return tidied
 
 
-def record(messages: list[Message], chosen: str, rejected: str | None = None, margin: Any = None) -> Record:
-    """Make one record. Raise Skip if it could not train anything."""
+def record(
+    messages: list[Message], chosen: str | None = None, rejected: str | None = None, margin: Any = None
+) -> Record:
+    """Make one record; chosen None: of a prompt alone, for step 3. Raise Skip if it could not train anything."""
     messages = tidy(messages)
     if not messages or messages[-1]["role"] != "user":
-        raise Skip("no question of a user before the answer")
-    if not chosen or rejected == "":
+        raise Skip("an empty prompt" if chosen is None else "no question of a user before the answer")
+    if chosen == "" or rejected == "":
         raise Skip("an empty answer")
-    return {"messages": messages, "chosen": chosen, "rejected": rejected, "margin": _margin(margin)}
+    return {"messages": messages, "chosen": chosen or "", "rejected": rejected, "margin": _margin(margin)}
 
 
 def _margin(value: Any) -> float | None:
@@ -183,31 +187,25 @@ def _margin(value: Any) -> float | None:
         margin = float(value)
     except (TypeError, ValueError) as error:
         raise BadRecord(f'field "margin" is {value!r}, expected a number') from error
-    if not math.isfinite(margin) or abs(margin) > LARGEST_MARGIN:  # one of them would make the loss of all NaN
+    if not abs(margin) <= LARGEST_MARGIN:  # NaN, too: one of them would make the loss of all NaN
         raise BadRecord(f'field "margin" is {value!r}, expected a finite number')
     return margin
-
-
-def prompt_only(messages: list[Message]) -> Record:
-    """Make the record of a prompt without an answer: step 3 can use it, steps 1 and 2 cannot."""
-    messages = tidy(messages)
-    if not messages or messages[-1]["role"] != "user":
-        raise Skip("an empty prompt")
-    return {"messages": messages, "chosen": "", "rejected": None, "margin": None}
 
 
 def dialogue(messages: list[Message]) -> list[Record]:
     """Return one record for each assistant turn; a dialogue without one is a prompt."""
     messages = tidy(messages)
     ends = [end for end, turn in enumerate(messages) if turn["role"] == "assistant"]
-    if not ends:
-        return [prompt_only(messages)]
-    return [record(messages[:end], messages[end]["content"]) for end in ends]
+    return [record(messages[:end], messages[end]["content"]) for end in ends] or [record(messages)]
+
+
+def _system(row: Fields) -> list[Message]:
+    return [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
 
 
 def history(row: Fields) -> list[Message]:
     """Read the earlier turns: [[question, answer], …] or messages; a "system" field comes first."""
-    turns = [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
+    turns = _system(row)
     for pair in items(row.get("history"), "history"):
         if isinstance(pair, dict):
             turns.append(message(pair, "history"))
@@ -236,62 +234,59 @@ def _pair_after_messages(row: Fields) -> list[Record]:
     """Read a pair. Where messages end with an answer they are the chosen dialogue once more (ultrafeedback_binarized)."""
     messages = _turns(row, "messages")
     if messages and messages[-1]["role"] == "assistant" and row.get("prompt"):
-        messages = history(row) + prompt_messages(row["prompt"])
+        messages = _asked(row)
     return _pair(messages, row)
 
 
 def _whole_dialogues(row: Fields) -> list[Record]:
     """Read the form of hh-rlhf: two dialogues, equal but for the last answer."""
-    dialogues = []
-    for field in ("chosen", "rejected"):
-        value = row[field]
-        whole = isinstance(value, list) or is_columns(value)
-        turns = [message(item, field) for item in items(value, field)] if whole else None
-        turns = turns if whole else split_turns(text(value, field), answered=True)
-        if not turns:
-            if isinstance(value, str) and value.strip() and not split_turns(value):
-                raise BadRecord(
-                    f'no field "prompt", and "{field}" is not a whole dialogue ("\\n\\nHuman: …\\n\\nAssistant: …")'
-                )
-            raise Skip("a dialogue that does not end with an answer")
-        dialogues.append(turns)
-    better, worse = dialogues
-    if better[-1]["role"] != "assistant" or worse[-1]["role"] != "assistant":
-        raise Skip("a dialogue that does not end with an answer")
+    better, worse = (_answered_dialogue(row[field], field) for field in ("chosen", "rejected"))
     if tidy(better[:-1]) != tidy(worse[:-1]):
         raise Skip("two dialogues that differ before the last answer")
     return [record(better[:-1], better[-1]["content"], worse[-1]["content"], row.get("margin"))]
 
 
+def _answered_dialogue(value: Any, field: str) -> list[Message]:
+    if isinstance(value, list) or is_columns(value):
+        turns = messages_of(value, field)
+    else:
+        turns = split_turns(text(value, field), answered=True)
+        if not turns and value.strip() and not split_turns(value):
+            raise BadRecord(
+                f'no field "prompt", and "{field}" is not a whole dialogue ("\\n\\nHuman: …\\n\\nAssistant: …")'
+            )
+    if not turns or turns[-1]["role"] != "assistant":
+        raise Skip("a dialogue that does not end with an answer")
+    return turns
+
+
 def _prompt_response(row: Fields) -> list[Record]:
-    reply = {"role": "assistant", "content": answer(row["response"], "response")}
-    if not reply["content"]:
-        raise Skip("an empty answer")
-    messages = history(row) + prompt_messages(row["prompt"])
-    if row.get("history"):
-        return dialogue([*messages, reply])
-    return [record(messages, reply["content"])]
+    reply, messages = answer(row["response"], "response"), _asked(row)
+    return _dialogue_with(messages, reply) if row.get("history") else [record(messages, reply)]
 
 
 def _instruction_output(row: Fields) -> list[Record]:
     output = row["output"]
-    if isinstance(output, list):  # answers, best first
-        ranked = [reply for reply in (text(reply, "output") for reply in output) if reply]
-        if not ranked:
-            raise Skip("an empty answer")
-        return [record(instruction(row), ranked[0], ranked[-1] if len(ranked) > 1 else None)]
-    reply = {"role": "assistant", "content": text(output, "output")}
-    if not reply["content"]:
+    if not isinstance(output, list):
+        return _dialogue_with(instruction(row), text(output, "output"))
+    ranked = [reply for reply in (text(reply, "output") for reply in output) if reply] or [""]  # best first
+    return [record(instruction(row), ranked[0], ranked[-1] if len(ranked) > 1 else None)]
+
+
+def _dialogue_with(messages: list[Message], reply: str) -> list[Record]:
+    if not reply:
         raise Skip("an empty answer")
-    return dialogue([*instruction(row), reply])
+    return dialogue([*messages, {"role": "assistant", "content": reply}])
+
+
+def _asked(row: Fields) -> list[Message]:
+    return history(row) + prompt_messages(row["prompt"])
 
 
 def _turns(row: Fields, field: str) -> list[Message]:
     if not isinstance(row[field], (list, str, dict)):
         raise BadRecord(f'field "{field}" is {_kind(row[field])}, expected a list of messages')
-    turns = [message(item, field) for item in items(row[field], field)]
-    system = row.get("system")
-    return [{"role": "system", "content": text(system, "system")}, *turns] if system else turns
+    return _system(row) + messages_of(row[field], field)
 
 
 def question_answer(row: Fields, question: str, chosen: str) -> list[Record]:
@@ -311,28 +306,36 @@ def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
     return [record(user_turn(text(question, "query")), text(reply, "answers"))]
 
 
-Format = tuple[tuple[str, ...], Callable[[Fields], list[Record]]]
-# (fields that a row must have, function that makes its records); the first that fits is taken.
-FORMATS: tuple[Format, ...] = (
-    (("conversations", "chosen", "rejected"), lambda row: _pair(_turns(row, "conversations"), row)),
-    (("messages", "chosen", "rejected"), _pair_after_messages),
-    (("context", "chosen", "rejected"), lambda row: _pair(prompt_messages(row["context"], "context"), row)),
-    (("instruction", "chosen", "rejected"), lambda row: _pair(instruction(row), row)),
-    (("prompt", "chosen", "rejected"), lambda row: _pair(history(row) + prompt_messages(row["prompt"]), row)),
-    (("chosen", "rejected"), _whole_dialogues),
-    (("prompt", "chosen"), lambda row: _pair(history(row) + prompt_messages(row["prompt"]), row)),
-    (("messages",), lambda row: dialogue(_turns(row, "messages"))),
-    (("conversations",), lambda row: dialogue(_turns(row, "conversations"))),
-    (("prompt", "response"), _prompt_response),
-    (("instruction", "output"), _instruction_output),
-    (("content", "summary"), lambda row: question_answer(row, "content", "summary")),
-    (("query", "queries", "answers"), lambda row: mkqa(row, "en", row["query"])),
-    (("prompt",), lambda row: [prompt_only(history(row) + prompt_messages(row["prompt"]))]),
-)
+@dataclass(frozen=True)
+class Format:
+    """A form of rows. A new one is a row of FORMATS."""
 
-# ChatGLM data often spells a dialogue out: every turn is a row, and stands in the history of the later rows too. Where
-# these formats have a history, a turn counts once.
-SPELLED_OUT = (("prompt", "response"), ("instruction", "output"))
+    needed: tuple[str, ...]  # fields that every row must have
+    convert: Callable[[Fields], list[Record]]  # makes the records of a row
+    # ChatGLM data often spells a dialogue out: every turn is a row, and stands in the history of the later rows too. The
+    # turns in this field count once.
+    history: str = ""
+    set_name: str = ""  # the named set whose rule it is
+
+
+# The first one that fits is taken.
+FORMATS: tuple[Format, ...] = (
+    Format(("conversations", "chosen", "rejected"), lambda row: _pair(_turns(row, "conversations"), row)),
+    Format(("messages", "chosen", "rejected"), _pair_after_messages),
+    Format(("context", "chosen", "rejected"), lambda row: _pair(prompt_messages(row["context"], "context"), row)),
+    Format(("instruction", "chosen", "rejected"), lambda row: _pair(instruction(row), row)),
+    Format(("prompt", "chosen", "rejected"), lambda row: _pair(_asked(row), row)),
+    Format(("chosen", "rejected"), _whole_dialogues),
+    Format(("prompt", "chosen"), lambda row: _pair(_asked(row), row)),
+    Format(("messages",), lambda row: dialogue(_turns(row, "messages"))),
+    Format(("conversations",), lambda row: dialogue(_turns(row, "conversations"))),
+    Format(("prompt", "response"), _prompt_response, history="history"),
+    Format(("instruction", "output"), _instruction_output, history="history"),
+    Format(("content", "summary"), lambda row: question_answer(row, "content", "summary")),
+    Format(("query", "queries", "answers"), lambda row: mkqa(row, "en", row["query"])),
+    Format(("prompt",), lambda row: [record(_asked(row))]),
+)
+PROMPTS = FORMATS[-1]
 
 
 def recognise(row: Fields) -> Format | None:
@@ -341,10 +344,8 @@ def recognise(row: Fields) -> Format | None:
     A field that is null does not count where the others make a format (Parquet with a column for each format). Beside a
     prompt alone it counts: the answer is missing, and such a set must not become prompts.
     """
-    found = _with_fields({name for name, value in row.items() if value is not None})
-    return _with_fields(set(row)) if found is None or found[0] == ("prompt",) else found
-
-
-def _with_fields(fields: set[str]) -> Format | None:
-    found = next((entry for entry in FORMATS if fields.issuperset(entry[0])), None)
-    return None if found and found[0] == ("prompt",) and fields.intersection(ANSWER_LIKE) else found
+    for fields in ({name for name, value in row.items() if value is not None}, set(row)):
+        found = next((one for one in FORMATS if fields.issuperset(one.needed)), None)
+        if found not in (None, PROMPTS):
+            return found
+    return None if fields.intersection(ANSWER_LIKE) else found

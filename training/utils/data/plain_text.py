@@ -16,10 +16,10 @@ from typing import Any
 
 from errors import UserError
 from models.templates import CHATGLM, Template, encode_texts
-from training.utils.data.cache import arrow_writer, cached, file_digest, new_rebuild_id
+from training.utils.data.cache import CachedData, arrow_writer, cached, file_digest, new_rebuild_id
 from training.utils.data.readers import Row, data_suffix
 from training.utils.data.sources import Table, open_source
-from training.utils.data.tokenize import BATCH, SCHEMAS, SPLITS, Counts, PhaseData, report_of, tokenizer_digest
+from training.utils.data.tokenize import BATCH, SCHEMAS, SPLITS, Counts, report_of, tokenizer_digest
 
 logger = logging.getLogger("sanbu")
 
@@ -37,7 +37,7 @@ def prepare_blocks(
     column: str | None = None,
     cache_dir: str | None = None,
     rebuild: bool = False,
-) -> PhaseData:
+) -> CachedData:
     """Return the blocks of a data set's training split, from the cache or built into it; log in one line what they hold.
 
     name: a data file, a .txt file (blank lines part its texts), a folder, a named set or an id of the hub with its
@@ -58,7 +58,7 @@ def prepare_blocks(
     digests = [table.digest for table in tables]
     content = ["plain text", digests, column, block_length, tokenizer_digest(tokenizer), asdict(template)]
     rebuild_id = new_rebuild_id() if rebuild else None
-    data = PhaseData.of(cached("tokens", content, SPLITS, build, cache_dir, rebuild_id))
+    data = cached("tokens", content, SPLITS, build, cache_dir, rebuild_id)
     counts = data.report["train"]
     empty, tail = (counts["dropped"].get(reason, 0) for reason in (EMPTY, TAIL))
     logger.info(

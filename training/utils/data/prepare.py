@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from errors import UserError
 from models.templates import Template
-from training.utils.data.cache import arrow_writer, cached, new_rebuild_id
+from training.utils.data.cache import CachedData, arrow_writer, cached, new_rebuild_id
 from training.utils.data.formats import Record
 from training.utils.data.records import load_records, record_content
 from training.utils.data.sources import open_source
@@ -29,7 +29,6 @@ from training.utils.data.tokenize import (
     Counts,
     Encoding,
     Limits,
-    PhaseData,
     drop,
     report_of,
     tokenise,
@@ -51,7 +50,7 @@ class StepRecords:
     own_eval: bool
 
 
-def prepare_phase(args: Any, phase: int, tokenizer: Any, template: Template) -> PhaseData:
+def prepare_phase(args: Any, phase: int, tokenizer: Any, template: Template) -> CachedData:
     """Return tokenised training and evaluation records of one step, from the cache or built into it.
 
     args: the flags of a step; those of data and lengths are read. Log in one line a split what was kept, cut and dropped,
@@ -87,7 +86,7 @@ def prepare_phase(args: Any, phase: int, tokenizer: Any, template: Template) -> 
         logger.info("Tokenised %d records in %.1f s into %s", number, time.monotonic() - started, folder.parent)
         return report_of(counts)
 
-    data = PhaseData.of(cached("tokens", content, SPLITS, build, args.cache_dir, rebuild_id))
+    data = cached("tokens", content, SPLITS, build, args.cache_dir, rebuild_id)
     for line in report_lines(data.report):
         logger.info("%s", line)
     return data

@@ -7,8 +7,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from datasets import Dataset, Features, Value
 
 from errors import UserError
 from training.utils.data.cache import arrow_writer, cached
-from training.utils.data.formats import OUR_NAMES, SPELLED_OUT, BadRecord, Fields, Record, Skip, recognise
+from training.utils.data.formats import OUR_NAMES, BadRecord, Fields, Format, Record, Skip, recognise
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.sources import Source, Table, open_source
 
@@ -56,7 +55,7 @@ def load_records(
 
     content = record_content(source, columns)
     found = cached("records", content, tuple(source.splits), build, cache_dir, rebuild_id)
-    for note in found.about:
+    for note in found.report:
         logger.info("%s", note)
     return found.datasets
 
@@ -85,16 +84,6 @@ def write_records(
         notes.append(f"{labels}: {written} records; left out {left_out}")
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """The way from the rows of one table to records."""
-
-    needed: tuple[str, ...]  # fields that every row must have
-    convert: Callable[[Fields], list[Record]]
-    history: str = ""  # the field of a history whose turns count once
-    set_name: str = ""  # the named set whose rule it is
-
-
 def table_records(
     table: Table, named: NamedSet | None, columns: Columns | None, skipped: Counter[str], notes: list[str]
 ) -> Iterator[Record]:
@@ -102,7 +91,7 @@ def table_records(
 
     skipped: counts what is left out, by reason. notes: gets a line where the rows are not read as the user asked.
     """
-    form: RowFormat | None = None
+    form: Format | None = None
     seen: dict[bytes, bool] = {}
     for location, row in table.read():
         location = f"{table.label}, {location}"
@@ -150,7 +139,7 @@ def without_repeats(
 
 def row_format(
     row: Fields, named: NamedSet | None, columns: Columns | None, location: str, notes: list[str]
-) -> RowFormat:
+) -> Format:
     """Choose the format by --columns, else the named set, else the fields of the first row. Raise UserError if none fits."""
     missing = [theirs for theirs in (columns or {}).values() if field_of(row, theirs, MISSING) is MISSING]
     if columns and not missing:
@@ -162,16 +151,16 @@ def row_format(
     if columns:
         notes.append(f"{location}: without the fields of --columns, so read by its own fields")
     if ruled and all(field in row for field in named.fields):
-        return RowFormat((), named.rule, set_name=named.names[0])
+        return Format((), named.rule, set_name=named.names[0])
     if ruled:
         wanted = ", ".join(named.fields)
         notes.append(f"{location}: without the fields of {named.names[0]} ({wanted}), so read by its own")
     if found is None:
         raise UserError(f"{location}: {unknown_fields(row)}")
-    return RowFormat(*found, history="history" if found[0] in SPELLED_OUT else "")
+    return found
 
 
-def mapped_format(columns: Columns) -> RowFormat:
+def mapped_format(columns: Columns) -> Format:
     """Return the format that the fields of --columns make under our names. Raise UserError if they make none."""
     unknown = [ours for ours in columns if ours not in OUR_NAMES]
     if unknown:
@@ -183,11 +172,10 @@ def mapped_format(columns: Columns) -> RowFormat:
             f"--columns {given}: these do not make a record; map at least prompt and response, or prompt, chosen and "
             "rejected, or messages, or prompt alone."
         )
-    names, convert = found
-    return RowFormat(
-        needed=tuple(columns[name] for name in names),
-        convert=lambda row: convert({ours: field_of(row, theirs) for ours, theirs in columns.items()}),
-        history=columns.get("history", "") if names in SPELLED_OUT else "",
+    return Format(
+        needed=tuple(columns[name] for name in found.needed),
+        convert=lambda row: found.convert({ours: field_of(row, theirs) for ours, theirs in columns.items()}),
+        history=columns.get(found.history, ""),
     )
 
 

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import Dataset
 
 from errors import UserError
 from models.templates import Template
-from training.utils.data.cache import CachedData
 from training.utils.data.formats import Record
 
 logger = logging.getLogger("sanbu")
@@ -64,21 +62,6 @@ class Counts:
         """Count the other's records as well."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
-
-
-@dataclass
-class PhaseData:
-    """Tokenised records of one step (columns: SCHEMAS), counts by split (vars of Counts), and a hash of the tokens."""
-
-    train: Dataset
-    eval: Dataset
-    report: dict[str, dict[str, Any]]
-    fingerprint: str
-
-    @classmethod
-    def of(cls, found: CachedData) -> PhaseData:
-        """Take the data from the cache, whose builder told what report_of gives."""
-        return cls(found.datasets["train"], found.datasets["eval"], found.about, found.fingerprint)
 
 
 def report_of(counts: dict[str, Counts]) -> dict[str, dict[str, Any]]:

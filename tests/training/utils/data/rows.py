@@ -5,8 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from models.templates import load_template
+from training.utils.data.cache import CachedData
 from training.utils.data.prepare import prepare_phase
-from training.utils.data.tokenize import PhaseData
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -48,7 +48,7 @@ def pairs(count: int, offset: int = 0) -> list[dict]:
     ]
 
 
-def run(paths, phase: int, tokenizer, template=None, **flags) -> PhaseData:
+def run(paths, phase: int, tokenizer, template=None, **flags) -> CachedData:
     """prepare_phase with all of the data for the phase; flags: those that are not so."""
     paths = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
     given = {

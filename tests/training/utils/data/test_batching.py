@@ -18,15 +18,22 @@ from training.utils.data.batching import (
     plan_micro_batches,
 )
 
+pytestmark = pytest.mark.fast
+
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 PAD = 0
-patient = settings(deadline=None)  # a busy machine is no failure
+patient = settings(deadline=None, max_examples=40)  # a busy machine is no failure
 
 
 def log_normal_lengths(count: int) -> list[int]:
     """Lengths as chat data has them: median 150 tokens, a long tail, at most 1024."""
     drawn = np.random.default_rng(3).lognormal(mean=5.0, sigma=0.9, size=count)
     return np.clip(drawn, 4, 1024).astype(int).tolist()
+
+
+def real(rank: list[list[int]]) -> list[int]:
+    """Positions of a rank's micro-batches, fillers aside."""
+    return [position for positions in rank for position in positions if position != FILLER]
 
 
 # --- epochs -----------------------------------------------------------------------------------------------------------
@@ -42,43 +49,33 @@ def test_an_epoch_holds_every_example_once_and_is_deterministic(lengths, size, s
     assert plan == plan_epoch(lengths, size, seed, epoch, shuffle, bucket)
 
 
-def test_epochs_and_seeds_differ_in_their_order():
-    lengths = log_normal_lengths(200)
-    plans = [plan_epoch(lengths, 8, seed, epoch) for seed in (1, 2) for epoch in (0, 1)]
-    assert all(one != other for place, one in enumerate(plans) for other in plans[:place])
-
-
-def test_without_shuffling_and_sorting_the_order_is_that_of_the_data():
+def test_the_order_of_an_epoch():
+    lengths = log_normal_lengths(3200)
+    plans = [plan_epoch(lengths, 16, seed, epoch) for seed in (1, 2) for epoch in (0, 1)]
+    assert all(one != other for index, one in enumerate(plans) for other in plans[:index])
+    means = [np.mean([lengths[example] for example in batch]) for batch in plans[0]]
+    halves = np.mean(means[:100]), np.mean(means[100:])
+    assert max(halves) / min(halves) < 1.6  # about 4 where the epoch is sorted as a whole
     assert plan_epoch([5, 1, 4, 2, 3], 2, 0, 0, shuffle=False, bucket=False) == [[0, 1], [2, 3], [4]]
 
 
-def test_long_examples_do_not_all_come_at_one_end_of_an_epoch():
-    lengths = log_normal_lengths(3200)
-    means = [np.mean([lengths[example] for example in batch]) for batch in plan_epoch(lengths, 16, 0, 0)]
-    halves = np.mean(means[:100]), np.mean(means[100:])
-    assert max(halves) / min(halves) < 1.6  # about 4 where the epoch is sorted as a whole
-
-
-def padded_share(lengths: list[int], batches: list[list[int]], world_size: int = 2, per_device: int = 8) -> float:
-    """Share of padding in the micro-batches of an epoch, counted from the plans."""
-    real = padded = 0
+def padded_share(lengths: list[int], batches: list[list[int]]) -> float:
+    """Share of padding in the micro-batches of an epoch."""
+    tokens = padded = 0
     for batch in batches:
         of_batch = [lengths[example] for example in batch]
-        for rank in plan_micro_batches(of_batch, world_size, per_device, None):
+        for rank in plan_micro_batches(of_batch, 2, 8, None):
             for positions in rank:
                 sizes = [of_batch[position] for position in positions if position != FILLER]
-                real += sum(sizes)
+                tokens += sum(sizes)
                 padded += max(sizes, default=0) * len(positions)
-    return 1 - real / padded
+    return 1 - tokens / padded
 
 
 def test_bucketing_removes_most_of_the_padding():
     lengths = log_normal_lengths(4000)
-    bucketed = padded_share(lengths, plan_epoch(lengths, 16, 0, 0))
-    random = padded_share(lengths, plan_epoch(lengths, 16, 0, 0, bucket=False))
-    print(f"padding: random {random:.1%}, bucketed {bucketed:.1%}")
-    assert random > 0.4
-    assert bucketed < 0.15
+    assert padded_share(lengths, plan_epoch(lengths, 16, 0, 0, bucket=False)) > 0.4
+    assert padded_share(lengths, plan_epoch(lengths, 16, 0, 0)) < 0.15
 
 
 # --- micro-batches ----------------------------------------------------------------------------------------------------
@@ -93,64 +90,28 @@ def test_micro_batches_hold_every_position_once_within_the_limits(lengths, world
     assert len(plan) == world_size
     assert len({len(rank) for rank in plan}) == 1
     assert len(plan[0]) >= 1
-    flat = [position for rank in plan for positions in rank for position in positions]
-    assert sorted(position for position in flat if position != FILLER) == list(range(len(lengths)))
+    assert sorted(position for rank in plan for position in real(rank)) == list(range(len(lengths)))
     for rank in plan:
         for positions in rank:
-            assert positions == [FILLER] or FILLER not in positions
-            real = [lengths[position] for position in positions if position != FILLER]
+            if FILLER in positions:  # only where there is no example left to share
+                assert positions == [FILLER] and all(len(other) == 1 for other in rank)
+                continue
             assert max_examples is None or len(positions) <= max_examples
-            assert max_tokens is None or max(real, default=0) * len(positions) <= max_tokens
+            assert max_tokens is None or max(lengths[p] for p in positions) * len(positions) <= max_tokens
+    loads = [sum(lengths[position] for position in real(rank)) for rank in plan]
+    assert max(loads) - min(loads) <= max(lengths)
     assert plan == plan_micro_batches(lengths, world_size, max_examples, max_tokens)
 
 
-@patient
-@given(LENGTHS, st.integers(1, 9), st.none() | st.integers(60, 300))
-def test_fillers_come_only_when_there_is_no_example_left_to_share(lengths, world_size, max_tokens):
-    for rank in plan_micro_batches(lengths, world_size, 4, max_tokens):
-        if [FILLER] in rank:
-            assert all(len(positions) == 1 for positions in rank)
+def test_the_sizes_of_micro_batches():
+    def sizes(*arguments):
+        return [[len(positions) for positions in rank] for rank in plan_micro_batches(*arguments)]
 
-
-@patient
-@given(LENGTHS, st.integers(1, 8), st.integers(0, 3))
-def test_global_batches_are_the_same_for_any_number_of_processes(lengths, size, epoch):
-    for batch in plan_epoch(lengths, size, 0, epoch):
-        of_batch = [lengths[example] for example in batch]
-        for world_size in (1, 2, 4):
-            plan = plan_micro_batches(of_batch, world_size, 3, None)
-            trained = [batch[p] for rank in plan for positions in rank for p in positions if p != FILLER]
-            assert sorted(trained) == sorted(batch)
-
-
-@patient
-@given(LENGTHS, st.integers(2, 6))
-def test_the_work_of_ranks_differs_by_no_more_than_one_example(lengths, world_size):
-    plan = plan_micro_batches(lengths, world_size, None, None)
-    loads = [sum(lengths[p] for positions in rank for p in positions if p != FILLER) for rank in plan]
-    assert max(loads) - min(loads) <= max(lengths)
-
-
-def test_micro_batches_of_equal_lengths_are_full():
-    plan = plan_micro_batches([10] * 16, 2, 4, None)
-    assert [[len(positions) for positions in rank] for rank in plan] == [[4, 4], [4, 4]]
-
-
-def test_the_token_budget_counts_padding():
-    plan = plan_micro_batches([9, 1, 1, 1, 1], 1, None, 20)
+    assert sizes([10] * 16, 2, 4, None) == [[4, 4], [4, 4]]
     # 9 + 1 + 1 real tokens would fit into 20, 3 x 9 padded ones do not
-    assert [[len(positions) for positions in rank] for rank in plan] == [[2, 3]]
-
-
-def test_a_rank_without_work_gets_a_filler():
+    assert sizes([9, 1, 1, 1, 1], 1, None, 20) == [[2, 3]]
     assert sorted(plan_micro_batches([5], 3, 4, None)) == [[[FILLER]], [[FILLER]], [[0]]]
-
-
-def test_an_empty_set_has_no_micro_batches():
     assert plan_micro_batches([], 2, 4, None) == [[], []]
-
-
-def test_an_example_over_the_budget_is_refused_with_the_flag():
     with pytest.raises(UserError, match=r"--max_tokens_per_device 64.*65 tokens"):
         plan_micro_batches([3, 65], 1, None, 64)
 
@@ -158,18 +119,12 @@ def test_an_example_over_the_budget_is_refused_with_the_flag():
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-@patient
-@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=9), min_size=1, max_size=6))
-def test_masks_come_from_lengths_though_the_pad_id_is_also_a_token(rows):
-    for pad, start in ((pad_right, lambda width, row: 0), (pad_left, lambda width, row: width - len(row))):
-        ids, mask = pad(rows, PAD)
-        width = max(map(len, rows))
-        assert ids.shape == mask.shape == (len(rows), width)
-        for place, row in enumerate(rows):
-            for column in range(width):
-                inside = start(width, row) <= column < start(width, row) + len(row)
-                assert mask[place, column] == int(inside)
-                assert ids[place, column] == (row[column - start(width, row)] if inside else PAD)
+def test_masks_come_from_lengths_though_the_pad_id_is_also_a_token():
+    rows = [[0, 1, 0], [2], [0, 0]]
+    ids, mask = pad_right(rows, PAD)
+    assert (ids.tolist(), mask.tolist()) == ([[0, 1, 0], [2, 0, 0], [0, 0, 0]], [[1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    ids, mask = pad_left(rows, PAD)
+    assert (ids.tolist(), mask.tolist()) == ([[0, 1, 0], [0, 0, 2], [0, 0, 0]], [[1, 1, 1], [0, 0, 1], [0, 1, 1]])
 
 
 SFT = [
@@ -188,11 +143,8 @@ def test_targets_are_the_answer_with_its_end_token_or_all_but_the_first_token(lo
     assert batch.loss_mask.int().tolist() == expected
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
     assert batch.input_ids.tolist() == [[7, 8, 9, 0], [5, 0, 0, 0], [4, 0, 0, 0]]
-
-
-def test_a_filler_has_no_targets():
-    batch = collate_sft(SFT, [True, False, True], pad_id=PAD)
-    assert batch.loss_mask.any(1).tolist() == [True, False, True]
+    with_filler = collate_sft(SFT, [True, False, True], pad_id=PAD, loss_on=loss_on)
+    assert with_filler.loss_mask.any(1).tolist() == [True, False, True]
 
 
 def test_pairs_stand_chosen_first_and_fillers_weigh_nothing():

@@ -50,9 +50,9 @@ def together(worker, number=2):
 def test_a_folder_is_built_once_and_opened_again(cache):
     first = opened()
     again = opened(build=lambda folder: pytest.fail("built again"))
-    assert first.datasets["train"]["number"][:] == list(range(1000)) and len(first.datasets["eval"]) == 0
-    assert (again.about, again.fingerprint) == (first.about, first.fingerprint) == ({"train": 1000}, first.fingerprint)
-    assert again.datasets["train"].cache_files == first.datasets["train"].cache_files
+    assert first.train["number"][:] == list(range(1000)) and len(first.eval) == 0
+    assert (again.report, again.fingerprint) == (first.report, first.fingerprint) == ({"train": 1000}, first.fingerprint)
+    assert again.train.cache_files == first.train.cache_files
 
 
 def test_the_folder_follows_content_and_code(cache, monkeypatch, tmp_path):
@@ -68,7 +68,7 @@ def test_the_folder_follows_content_and_code(cache, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "manifest", "missing file", "no manifest"])
 def test_what_is_damaged_is_built_again(cache, damage, caplog):
-    good = opened().datasets["train"].to_list()
+    good = opened().train.to_list()
     (folder,) = folders(cache)
     arrow, manifest = folder / "train.arrow", folder / "manifest.json"
     content = bytearray(arrow.read_bytes())
@@ -81,7 +81,7 @@ def test_what_is_damaged_is_built_again(cache, damage, caplog):
         manifest.write_text(manifest.read_text()[:40])
     else:
         (arrow if damage == "missing file" else manifest).unlink()
-    assert opened().datasets["train"].to_list() == good
+    assert opened().train.to_list() == good
     assert "building it again" in caplog.text
     assert folders(cache) == [folder]
 
@@ -92,7 +92,7 @@ def test_what_a_killed_build_left_is_neither_opened_nor_kept(cache):
     half = folder.with_name(f".{folder.name}.building")
     folder.rename(half)  # killed before it was moved into place
     (half / "train.arrow").write_bytes(b"half")
-    assert len(opened().datasets["train"]) == 1000
+    assert len(opened().train) == 1000
     assert folders(cache) == [folder]
 
 
@@ -157,12 +157,12 @@ def test_a_killed_builder_does_not_block_the_next_one(cache):
     assert started.wait(60)
     os.kill(job.pid, signal.SIGKILL)
     job.join()
-    assert len(opened().datasets["train"]) == 1000
+    assert len(opened().train) == 1000
     assert len(folders(cache)) == 1
 
 
 def test_reading_while_another_process_rebuilds():
-    data = opened().datasets["train"]
+    data = opened().train
     good = data.to_list()
     rebuilding = threading.Thread(target=lambda: [opened(rebuild_id=str(n)) for n in range(3)])
     rebuilding.start()

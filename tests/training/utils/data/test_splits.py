@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 from datasets import Dataset
@@ -11,32 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import UserError
+from tests.training.utils.data.rows import rec, turns
 from training.utils.data.records import FEATURES, load_records
 from training.utils.data.splits import opening_question, parse_split, phase_and_part, select_phase
 
 
 def pairs(count: int, per_question: int = 1, start: int = 0) -> list[dict]:
     """Records with `per_question` different pairs about each question."""
-    return [
-        {
-            "messages": [{"role": "user", "content": f"Question {start + number // per_question}?"}],
-            "chosen": f"answer {number}",
-            "rejected": f"worse {number}",
-            "margin": None,
-        }
-        for number in range(count)
-    ]
+    numbers = range(count)
+    return [rec(turns(f"Question {start + n // per_question}?"), f"answer {n}", f"worse {n}") for n in numbers]
 
 
 def dialogues(count: int, num_turns: int) -> list[dict]:
     """Every assistant turn of `count` dialogues as a record."""
     records = []
     for number in range(count):
-        messages = [{"role": "system", "content": "Be kind."}]
-        for turn in range(num_turns):
-            messages = [*messages, {"role": "user", "content": f"Question {number}, turn {turn}?"}]
-            records.append({"messages": messages, "chosen": f"{number} {turn}", "rejected": None, "margin": None})
-            messages = [*messages, {"role": "assistant", "content": f"{number} {turn}"}]
+        contents = [f"{number} {turn}" for turn in range(2 * num_turns)]
+        records += [rec(turns("system: S", *contents[:end]), contents[end]) for end in range(1, 2 * num_turns, 2)]
     return records
 
 
@@ -53,29 +42,17 @@ def split(records: list[dict], held_out: list[dict] | None = None, **settings) -
 
 
 def questions(records: list[dict]) -> set[str]:
-    return {next(turn["content"] for turn in row["messages"] if turn["role"] == "user") for row in records}
+    return {opening_question(row["messages"]) for row in records}
 
 
-def told(records: list[dict]) -> list[str]:
+def as_texts(records: list[dict]) -> list[str]:
     return sorted(json.dumps(row, sort_keys=True) for row in records)
 
 
-# ---------------------------------------------------------------------------------------------------- the pure hash
-
-
-def test_parse_split():
-    assert parse_split("2,4,4") == pytest.approx((0.2, 0.4, 0.4))
-    assert parse_split("6,2,2") == pytest.approx((0.6, 0.2, 0.2))
-    assert parse_split("10,0,0") == (1.0, 0.0, 0.0)
-    assert parse_split("0.5, 0.25, 0.25") == (0.5, 0.25, 0.25)
-
-
-@pytest.mark.parametrize(
-    "wrong", ["", "2,4", "2,4,4,4", "a,b,c", "2;4;4", "0,0,0", "-1,1,1", "nan,1,1", "inf,1,1", "2,,4"]
-)
-def test_wrong_split(wrong):
-    with pytest.raises(UserError, match=r"--data_split .*expected three proportions"):
-        parse_split(wrong)
+def check_no_leak(parts, records):
+    """Every record is in one part, and every question in one part only."""
+    assert as_texts([row for rows in parts.values() for row in rows]) == as_texts(records)
+    assert sorted(one for rows in parts.values() for one in questions(rows)) == sorted(questions(records))
 
 
 def within(found: int, total: int, share: float) -> bool:
@@ -83,7 +60,21 @@ def within(found: int, total: int, share: float) -> bool:
     return abs(found - total * share) <= 4.5 * math.sqrt(total * share * (1 - share)) + 1e-9
 
 
-@pytest.mark.parametrize("text, seed, eval_fraction", [("2,4,4", 1, 0.05), ("6,2,2", 2, 0.2), ("1,0,3", 3, 0.5)])
+# --- the hash ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+def test_parse_split():
+    assert parse_split("2,4,4") == pytest.approx((0.2, 0.4, 0.4))
+    assert parse_split("10,0,0") == (1.0, 0.0, 0.0)
+    assert parse_split("0.5, 0.25, 0.25") == (0.5, 0.25, 0.25)
+    for wrong in ("", "2,4", "2,4,4,4", "a,b,c", "2;4;4", "0,0,0", "-1,1,1", "nan,1,1", "inf,1,1", "2,,4"):
+        with pytest.raises(UserError, match=r"--data_split .*expected three proportions"):
+            parse_split(wrong)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("text, seed, eval_fraction", [("2,4,4", 1, 0.05), ("1,0,3", 3, 0.5)])
 def test_proportions(text, seed, eval_fraction):
     """Of 20 000 keys every phase gets its share, and of each phase the same share is held out."""
     ratios = parse_split(text)
@@ -94,6 +85,7 @@ def test_proportions(text, seed, eval_fraction):
         assert within(sum(held_out), len(held_out), eval_fraction)
 
 
+@pytest.mark.fast
 @given(
     st.text(st.characters(codec="utf-8")),
     st.sampled_from(["2,4,4", "10,0,0", "0,1,0", "0,0,7", "1,0,1"]),
@@ -106,121 +98,79 @@ def test_empty_phases_stay_empty_and_nothing_is_held_out_at_zero(key, text, seed
     assert phase_and_part(key, ratios, seed, 0.3)[0] == phase  # the held-out share does not move a key between steps
 
 
-def test_seeds_are_independent():
-    """Under another seed a key changes its phase as often as chance says: 1 - (0.2² + 0.4² + 0.4²) = 0.64."""
+@pytest.mark.fast
+def test_a_key_has_the_same_phase_in_every_process_and_another_under_other_seeds():
+    """Python's own hash changes from process to process: ranks would disagree."""
     ratios = parse_split("2,4,4")
+    assert [phase_and_part(str(n), ratios, 7, 0.1)[0] for n in range(10)] == [2, 2, 3, 2, 1, 1, 3, 1, 2, 1]
     moved = sum(
         phase_and_part(str(n), ratios, 1, 0.1)[0] != phase_and_part(str(n), ratios, 2, 0.1)[0] for n in range(5000)
     )
-    assert within(moved, 5000, 0.64)
+    assert within(moved, 5000, 0.64)  # by chance: 1 - (0.2² + 0.4² + 0.4²)
 
 
-def test_same_in_another_process(repository):
-    """Python's own hash changes from process to process; ours must not, or ranks would disagree."""
-    code = (
-        "from training.utils.data.splits import phase_and_part\n"
-        "print([phase_and_part(str(n), (0.2, 0.4, 0.4), 7, 0.1) for n in range(200)])"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == str([phase_and_part(str(n), (0.2, 0.4, 0.4), 7, 0.1) for n in range(200)])
+# --- whole sets -------------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------- whole sets
-
-
-def test_every_record_is_somewhere_once():
-    records = pairs(600)
-    parts = split(records)
-    assert told([row for rows in parts.values() for row in rows]) == told(records)
-    assert all(parts.values())  # with 600 questions no part is empty
-
-
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "records", [pairs(600, per_question=3), dialogues(150, num_turns=4)], ids=["pairs", "dialogues"]
 )
 def test_no_leak_between_steps_or_into_evaluation(records):
     parts = split(records)
-    owners: dict[str, set] = {}
-    for part, rows in parts.items():
-        for question in questions(rows):
-            owners.setdefault(question, set()).add(part)
-    assert len(owners) == len(questions(records))
-    assert all(len(where) == 1 for where in owners.values())
+    check_no_leak(parts, records)
+    assert all(parts.values())  # with so many questions no part is empty
 
 
-def test_the_same_on_every_call_and_in_any_order():
-    records = pairs(300, per_question=2)
-    first, again, shuffled = split(records), split(records), split(records[::-1])
-    assert first == again
-    assert {part: told(rows) for part, rows in first.items()} == {part: told(rows) for part, rows in shuffled.items()}
+@pytest.mark.fast
+def test_a_record_stays_in_any_order_and_beside_any_others():
+    """Also beside the same questions in another set, written with other white space."""
+    records = pairs(200, per_question=2)
+    first = split(records)
+    more = split(records[::-1] + pairs(500, start=10_000))
+    for part, rows in first.items():
+        assert set(as_texts(rows)) <= set(as_texts(more[part]))
+    spaced = [rec(turns(row["messages"][0]["content"].replace(" ", "  \n")), "other") for row in records]
+    assert {part: questions(rows) for part, rows in split(spaced).items()} == {
+        part: questions(rows) for part, rows in first.items()
+    }
 
 
-def test_other_records_do_not_move_a_record():
-    few, many = split(pairs(200)), split(pairs(200) + pairs(500, start=10_000))
-    for part, rows in few.items():
-        assert set(told(rows)) <= set(told(many[part]))
-
-
-def test_one_question_in_two_sets_falls_into_one_part():
-    """Two --data_path sets with the same questions, written with other white space, do not leak into each other."""
-    other = [{**row, "chosen": "other"} for row in pairs(200)]
-    for row in other:
-        row["messages"] = [{"role": "user", "content": row["messages"][0]["content"].replace(" ", "  \n")}]
-    first, second = split(pairs(200)), split(other)
-    for part in first:
-        assert questions(first[part]) == {" ".join(question.split()) for question in questions(second[part])}
-
-
+@pytest.mark.fast
 def test_opening_question_is_the_first_of_the_user():
-    messages = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": " a\n b "},
-        {"role": "assistant", "content": "c"},
-    ]
-    assert opening_question(messages) == "a b"
-    assert opening_question([*messages, {"role": "user", "content": "d"}]) == "a b"
+    assert opening_question(turns("system: s", " a\n b ", "c", "d")) == "a b"
 
 
+@pytest.mark.fast
 def test_own_held_out_split_is_kept():
     """Evaluation is the set's own; training loses the questions that stand there, and nothing else."""
     records, held_out = pairs(300), pairs(60, start=280)  # questions 280..299 are in both
     parts = split(records, held_out)
     shared = {f"Question {number}?" for number in range(280, 300)}
-    trained = [row for (_, part), rows in parts.items() if part == "train" for row in rows]
-    evaluated = [row for (_, part), rows in parts.items() if part == "eval" for row in rows]
-    assert told(evaluated) == told(held_out)
-    assert questions(trained) == questions(records) - shared
-    for phase in (1, 2, 3):
-        others = [row for (one, _), rows in parts.items() if one != phase for row in rows]
-        assert not questions(parts[phase, "train"] + parts[phase, "eval"]) & questions(others)
+    check_no_leak(parts, [row for row in records if not questions([row]) & shared] + held_out)
+    assert as_texts([row for (_, part), rows in parts.items() if part == "eval" for row in rows]) == as_texts(held_out)
 
 
+@pytest.mark.fast
 def test_constant_prompt_is_split_by_the_whole_record(caplog):
     caplog.set_level("INFO")
     records = pairs(600, per_question=600)
-    assert len(questions(records)) == 1
     parts = split(records)
-    assert told([row for rows in parts.values() for row in rows]) == told(records)
+    assert as_texts([row for rows in parts.values() for row in rows]) == as_texts(records)
     for phase, share in ((1, 0.2), (2, 0.4), (3, 0.4)):
         assert within(len(parts[phase, "train"]) + len(parts[phase, "eval"]), 600, share)
     assert caplog.text.count("Many prompts are the same text") == 3  # once a call
-
-
-def test_few_long_dialogues_are_not_a_constant_prompt():
-    """Twelve turns of one dialogue share their opening, but a dialogue is one prompt: it stays whole."""
+    # Twelve turns of one dialogue share their opening, but a dialogue is one prompt: it stays whole.
     records = dialogues(4, num_turns=12)
-    parts = split(records)
-    assert sorted(question for rows in parts.values() for question in questions(rows)) == sorted(questions(records))
+    check_no_leak(split(records), records)
 
 
-def test_sft_only_belongs_to_step_1():
+@pytest.mark.fast
+def test_steps_without_data():
     records = pairs(100)
     parts = split(records, sft_only=True, data_split="0,5,5")
-    assert told(parts[1, "train"] + parts[1, "eval"]) == told(records)
+    assert as_texts(parts[1, "train"] + parts[1, "eval"]) == as_texts(records)
     assert not any(rows for (phase, _), rows in parts.items() if phase != 1)
-
-
-def test_a_step_without_a_share_is_an_error():
     for phase, text, step in ((2, "10,0,0", "step 2"), (1, "0,1,1", "step 1"), (3, "1,1,0", "step 3")):
         with pytest.raises(UserError, match=rf"--data_split {text} leaves nothing for {step}"):
             select_phase({"train": dataset(pairs(5))}, phase, data_split=text, seed=1, eval_fraction=0.1)
@@ -228,14 +178,10 @@ def test_a_step_without_a_share_is_an_error():
         select_phase({"train": dataset(pairs(5))}, 1, data_split="1,1,1", seed=1, eval_fraction=1)
 
 
-def test_real_pairs(shared_dir, tmp_path):
+def test_real_pairs(shared_dir):
     """rm-static's English sample: proportions, and no opening question in two places."""
-    path = shared_dir / "data" / "preference_en" / "rm_static_en_train.jsonl.gz"
-    records = list(load_records(str(path), cache_dir=str(tmp_path))["train"])
+    records = list(load_records(str(shared_dir / "data/preference_en/rm_static_en_train.jsonl.gz"))["train"])
     parts = split(records, seed=5)
-    assert sum(map(len, parts.values())) == len(records)
+    check_no_leak(parts, records)
     for phase, share in ((1, 0.2), (2, 0.4), (3, 0.4)):
-        mine = parts[phase, "train"] + parts[phase, "eval"]
-        assert within(len(questions(mine)), len(questions(records)), share)
-    seen = [question for rows in parts.values() for question in questions(rows)]
-    assert len(seen) == len(set(seen))
+        assert within(len(questions(parts[phase, "train"] + parts[phase, "eval"])), len(questions(records)), share)
