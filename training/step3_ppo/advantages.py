@@ -5,8 +5,6 @@ Shapes and masks as in objectives.py: [batch, time] over the answer. Give every 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -94,19 +92,6 @@ def _groups(rewards: Tensor, mask: Tensor, group: Tensor) -> tuple[Tensor, Tenso
 def _spread(row_values: Tensor, mask: Tensor) -> Tensor:
     """Spread [batch] to [batch, time]: the same on every valid token, 0 elsewhere."""
     return row_values[:, None].where(mask.bool(), 0.0)
-
-
-@torch.no_grad()
-def sampler_weights(old_log_probs: Tensor, log_probs: Tensor, mask: Tensor, bound: float) -> Tensor:
-    """p(token) in the training forward over p(token) in the sampler, kept between 1 / bound and bound: truncated importance
-    sampling, for a sampler that computes in other numbers (Yao et al. 2025, "Your efficient RL framework secretly brings you
-    off-policy RL training"). Both bounds are cut to, nothing is dropped.
-
-    old_log_probs (training), log_probs (sampler), mask [batch, time] -> [batch, time], 1 outside the mask.
-    """
-    log_ratio = (old_log_probs.float() - log_probs.float()).where(mask.bool(), 0.0)
-    edge = math.log(bound)   # a number: a card does not clamp by a tensor of the host
-    return log_ratio.clamp(-edge, edge).exp()
 
 
 @torch.no_grad()

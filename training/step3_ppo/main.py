@@ -105,7 +105,7 @@ def main(args: PPOArguments) -> None:
 
 def show_answers(experience: Experience, engine: DeepSpeedRLHFEngine, args, rollout: int) -> None:
     """Keep a few answers of the rollout in samples.jsonl, and print them with --print_answers."""
-    if not engine.run.is_main or not due(rollout, args.print_answers_interval):
+    if not engine.run.is_main or not due(rollout, args.logging_steps):
         return
     write_samples(experience, engine, rollout, "train", rows=4)
     if args.print_answers:

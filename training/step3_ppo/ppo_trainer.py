@@ -17,7 +17,6 @@ from training.step3_ppo.advantages import (
     grpo,
     rewards_to_come,
     rloo,
-    sampler_weights,
     whiten,
 )
 from training.step3_ppo.experience import Experience, plan_minibatches
@@ -261,9 +260,4 @@ def estimate_advantages(experience: Experience, args) -> None:
     metrics["advantage"] = float(objectives.masked_mean(advantages, mask))
     if args.whiten_advantages and args.advantage in ("gae", "reinforce++"):
         advantages = whiten(advantages, mask)
-    if args.sampler_correction:
-        # A positive factor on A is the same factor on the token's loss, clipped or not.
-        advantages = advantages * sampler_weights(
-            experience.old_log_probs, experience.log_probs, mask, args.sampler_correction
-        )
     experience.advantages = advantages

@@ -37,8 +37,9 @@ class PretrainingMix:
         """Return what the flags ask for; None without --unsupervised_dataset_name or with --unsup_coef 0."""
         if not args.unsupervised_dataset_name or not args.unsup_coef:
             return None
-        options = {"config": args.unsupervised_dataset_config_name, "column": args.unsupervised_text_column}
-        options |= {"cache_dir": args.cache_dir, "rebuild": args.rebuild_cache}
+        options = {
+            "column": args.unsupervised_text_column, "cache_dir": args.cache_dir, "rebuild": args.rebuild_cache,
+        }
         length = args.max_prompt_seq_len + args.max_answer_seq_len
         data = prepare_blocks(args.unsupervised_dataset_name, tokenizer, template, length, **options)
         return cls(data, run, args, tokenizer.pad_token_id, size)

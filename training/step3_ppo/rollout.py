@@ -180,7 +180,7 @@ def complete_experience(
     (--old_log_probs). A resumed run looks again, and keeps to what was found at first.
     """
     engine.eval()
-    may_reuse = rollout > 1 and args.old_log_probs == "auto" and not args.sampler_correction
+    may_reuse = rollout > 1 and args.old_log_probs == "auto"
     if may_reuse and sampler.trusted and sampler.checked:
         forward_policies(engine, experience, args, {"ref_log_probs": engine.ref})
         experience.old_log_probs = experience.log_probs

@@ -12,10 +12,9 @@ from training.step3_ppo.advantages import (
     grpo,
     rewards_to_come,
     rloo,
-    sampler_weights,
     whiten,
 )
-from training.step3_ppo.objectives import overlong_penalty, policy_loss
+from training.step3_ppo.objectives import overlong_penalty
 
 pytestmark = [pytest.mark.ppo, pytest.mark.fast]
 NAN = float("nan")
@@ -117,29 +116,3 @@ def test_overlong_penalty_is_a_ramp():
     found = overlong_penalty(torch.full((6,), 3.0), lengths, limit=10, tokens=4, penalty=2.0)
     assert found.tolist() == [3.0, 3.0, 2.5, 2.0, 1.5, 1.0]
     assert overlong_penalty(torch.ones(6), lengths, 10, 0, 2.0).tolist() == [1.0] * 6
-
-
-@pytest.mark.detail(49)
-def test_sampler_weights_are_the_ratio_between_its_bounds():
-    """Exp(training - sampler), cut to [1/2, 2], 1 outside the mask; no weight where the two agree."""
-    training = torch.log(torch.tensor([[0.3, 0.2, 0.9, NAN]]))
-    sampler = torch.log(torch.tensor([[0.2, 0.9, 0.1, 0.5]]))
-    mask = torch.tensor([[1, 1, 1, 0]])
-    assert sampler_weights(training, sampler, mask, 2.0)[0].tolist() == pytest.approx([1.5, 0.5, 2.0, 1.0])
-    assert (sampler_weights(sampler, sampler, mask, 2.0) == 1).all()
-
-
-@pytest.mark.detail(49)
-@pytest.mark.parametrize("dual_clip", [None, 3.0])
-def test_a_weight_on_the_advantage_is_a_weight_on_the_loss(dual_clip):
-    """Why the trainer may put the weight on A: max and clip commute with a positive factor."""
-    generator = torch.Generator().manual_seed(3)
-    new, old, advantages = torch.randn(3, 5, 8, generator=generator)
-    weights = torch.rand(5, 8, generator=generator) + 0.5
-    one = torch.ones(1, 1)
-    found, _ = policy_loss(new, old, advantages * weights, torch.ones(5, 8), 40.0, 0.2, 0.28, dual_clip)
-    plain = sum(
-        float(weights[i, t] * policy_loss(*(x[i, t].view(1, 1) for x in (new, old, advantages)), one, 1.0, 0.2, 0.28, dual_clip)[0])
-        for i in range(5) for t in range(8)
-    )  # fmt: skip
-    assert found.item() == pytest.approx(plain / 40.0, rel=1e-4)

@@ -15,6 +15,7 @@ from training.step3_ppo.rollout import SAMPLER_GAP, SAMPLER_GAP_HALF, warn_of_sa
 pytestmark = pytest.mark.ppo
 
 
+@pytest.mark.detail(49)
 @pytest.mark.parametrize(
     ("gap", "dtype", "warned"),
     [
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.ppo
     ],
 )
 def test_a_gap_beyond_rounding_is_told(gap, dtype, warned, monkeypatch):
-    """Item 34, at the start of each run: |log p| of sampler and training forward, 1e-3 in float32, 5e-2 in half."""
+    """At the start of each run: |log p| of sampler and training forward, 1e-3 in float32, 5e-2 in half."""
     said = []
     monkeypatch.setattr(logging.getLogger("sanbu"), "warning", said.append)
     warn_of_sampler(gap, dtype)

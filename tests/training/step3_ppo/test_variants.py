@@ -149,17 +149,6 @@ def test_penalties_and_whitening_of_rewards(models, tmp_path):
     assert whitened.metrics["reward"] == experiences[0].metrics["reward"], "the log shows rewards as they are"
 
 
-@pytest.mark.detail(49)
-def test_the_sampler_s_weights_reach_the_advantages(models, tmp_path):
-    trainer = build(models, tmp_path)
-    experience = scored(trainer)  # whose sampler claims a probability of 1 for every token
-    assign_advantages(experience, trainer.engine, trainer.args)
-    before = experience.advantages
-    trainer.args.sampler_correction = 1.5
-    assign_advantages(experience, trainer.engine, trainer.args)
-    torch.testing.assert_close(experience.advantages, before / 1.5)
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +227,6 @@ def parsed(*flags: str) -> PPOArguments:
         (("--advantage", "rloo", "--num_return_sequences", "4", "--whiten_rewards", "true"), "--whiten_rewards"),
         (("--kl_target", "6", "--kl_coef", "0"), "0 stays 0"),
         (("--dual_clip", "0.5"), "--dual_clip 0.5"),
-        (("--sampler_correction", "1"), "--sampler_correction 1"),
         (("--overlong_penalty", "1"), "without --overlong_tokens"),
         (("--overlong_tokens", "9"), "without --overlong_penalty"),
         (("--overlong_tokens", "999", "--overlong_penalty", "1"), "--overlong_tokens 999"),

@@ -33,18 +33,17 @@ def prepare_blocks(
     template: Template,
     block_length: int,
     *,
-    config: str | None = None,
     column: str | None = None,
     cache_dir: str | None = None,
     rebuild: bool = False,
 ) -> CachedData:
     """Return the blocks of a data set's training split, from the cache or built into it; log in one line what they hold.
 
-    name: a data file, a .txt file (blank lines part its texts), a folder, a named set or an id of the hub with its
-    config. column: the field of the text; None: "text", or the only field that is text. Columns of the result: SCHEMAS[1];
+    name: a data file, a .txt file (blank lines part its texts), a folder, a named set or an id of the hub, also NAME:CONFIG.
+    column: the field of the text; None: "text", or the only field that is text. Columns of the result: SCHEMAS[1];
     its eval split is empty. Raise UserError for a set that is not there, has no text or less than one block.
     """
-    tables = open_tables(name, config)
+    tables = open_tables(name)
 
     def build(folder: Path) -> dict[str, dict[str, Any]]:
         counts = write_blocks(folder, texts(tables, column), tokenizer, template, block_length)
@@ -68,20 +67,16 @@ def prepare_blocks(
     return data
 
 
-def open_tables(name: str, config: str | None) -> list[Table]:
+def open_tables(name: str) -> list[Table]:
     """Return the files or the split that the texts are read from."""
     local = Path(name).expanduser()
-    if config and local.exists():
-        raise UserError(
-            f"{FLAG} {name} is a file or folder, so --unsupervised_dataset_config_name {config} has no effect; drop it."
-        )
     files = [local] if local.suffix == ".txt" and local.is_file() else []
     if local.is_dir() and not any(map(data_suffix, local.rglob("*"))):
         files = sorted(local.rglob("*.txt"))
     if files:
         return [Table(str(file), partial(paragraphs, file), f".txt {file_digest(file)}") for file in files]
     try:
-        return open_source(f"{name}:{config}" if config else name).splits["train"]
+        return open_source(name).splits["train"]
     except UserError as error:
         raise UserError(str(error).replace("--data_path", FLAG)) from error
 

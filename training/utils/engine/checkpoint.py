@@ -266,8 +266,8 @@ class Checkpoint:
                 )
 
     def _check_marks(self, folder: Path, marks: dict[str, Any]) -> None:
-        """Raise UserError for the first mark in which the checkpoint and this run differ."""
-        for name in sorted(self.marks.keys() | marks.keys()):
+        """Raise UserError for the first mark in which the checkpoint and this run differ. Marks of former flags do not count."""
+        for name in sorted(self.marks):
             then, now = marks.get(name), self.marks.get(name)
             if then == now:
                 continue

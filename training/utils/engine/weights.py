@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.adapters.prefix import own_encoder
-from models.device import empty_cache, free_memory
+from models.device import free_memory
 from models.heads import base_model
 from training.utils.engine.deepspeed_internals import forget_fetch_order, in_shared_buffer, kept_gathered, plain_masters
 from training.utils.engine.extras import extras
@@ -123,8 +123,6 @@ def generation_model(engine, args, run: Run, *, rows: int, columns: int) -> Iter
         whole = whole_model(engine)
     with whole as model:
         yield model
-    if args.release_inference_cache:
-        empty_cache()
 
 
 def choice(engine, args, run: Run, rows: int, columns: int) -> str:

@@ -221,9 +221,8 @@ def check_around(args: PPOArguments) -> None:
     """Flags about the moving average and the mixture need them."""
     if not args.enable_ema and args.ema_decay != type(args).ema_decay:
         raise UserError(f"--ema_decay {args.ema_decay} has no effect without --enable_ema; give it too, or drop it.")
-    for name in ("unsupervised_dataset_config_name", "unsupervised_text_column"):
-        if getattr(args, name) and not args.unsupervised_dataset_name:
-            raise UserError(f"--{name} has no effect without --unsupervised_dataset_name; name the data set, or drop it.")
+    if args.unsupervised_text_column and not args.unsupervised_dataset_name:
+        raise UserError("--unsupervised_text_column has no effect without --unsupervised_dataset_name; name the data set.")
     if not args.unsupervised_dataset_name and args.unsup_coef not in (0, type(args).unsup_coef):
         raise UserError(
             f"--unsup_coef {args.unsup_coef} has no effect without --unsupervised_dataset_name; name the data set, or drop it."
@@ -340,8 +339,6 @@ def check_objective(args: PPOArguments) -> None:
         )
     if args.dual_clip and args.dual_clip <= 1:
         raise UserError(f"--dual_clip {args.dual_clip}: must be more than 1, such as 3, or 0 for none.")
-    if args.sampler_correction and args.sampler_correction <= 1:
-        raise UserError(f"--sampler_correction {args.sampler_correction}: must be more than 1, such as 2, or 0 for none.")
     if bool(args.overlong_penalty) != bool(args.overlong_tokens):
         given, absent = ("penalty", "tokens") if args.overlong_penalty else ("tokens", "penalty")
         raise UserError(f"--overlong_{given} has no effect without --overlong_{absent}; give both, or neither.")

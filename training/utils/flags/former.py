@@ -75,6 +75,15 @@ RETIRED = (
         ("test_stop_step",), ("ppo",), 1, "--max_steps, where --enable_test_mode is given",
         becomes=("--max_steps", "{value}"),
     ),
+    FormerFlag(
+        ("release_inference_cache",), ("ppo",), 0,
+        "weights and cache of a rollout are always let go of; torch keeps their memory for the update",
+    ),
+    FormerFlag(
+        ("sampler_correction",), ("ppo",), 1,
+        "the sampler has the trained weights; --old_log_probs forward takes the ratio against the training forward", "warn",
+    ),
+    FormerFlag(("print_answers_interval",), ("ppo",), 1, "--print_answers and samples.jsonl follow --logging_steps"),
     FormerFlag(("enable_test_mode",), ("ppo",), 0, "--max_steps alone", "silent"),
     FormerFlag(
         ("num_beams", "num_beam_groups", "top_k", "penalty_alpha"), ("prompt_eval",), 1,
@@ -153,6 +162,10 @@ RETIRED = (
 )
 
 NOT_YET = (
+    FormerFlag(
+        ("unsupervised_dataset_config_name",), ("ppo",), 1,
+        "write it behind the name of the set, --unsupervised_dataset_name NAME:CONFIG", "refuse",
+    ),
     FormerFlag(
         ("dataset_config_name", "model_revision", "use_auth_token"), ("sft", "evaluate"), 1,
         "drop it; fetch what it names with scripts/download_dataset.py or huggingface-cli and give the folder",

@@ -98,12 +98,6 @@ class PPOArguments(CommonArguments):
         zh="用于 ZeRO-3。gathered：每个进程每个采样轮收集一次完整的 actor。layerwise：权重保持切分，"
         "每个 token 逐层收集，慢但省内存。auto：缓存之外放得下时用 gathered。",
     )
-    release_inference_cache: bool = flag(
-        "After each rollout give the card memory that it took back to the driver. Weights and cache of a rollout are always "
-        "let go of; without this torch keeps their memory for itself.",
-        False,
-        zh="每个采样轮之后把占用的显存还给驱动。采样用的权重和缓存总会释放；不设此项时，显存由 torch 自己留用。",
-    )
 
     # KL penalty
     kl_coef: float = flag(
@@ -221,13 +215,6 @@ class PPOArguments(CommonArguments):
         "auto",
         zh="作为概率比分母的采样策略的对数概率。forward：单独做一次前向计算；auto：float32 下直接用采样时算出的值，"
         "但须先核对与前向计算一致（1e-4）。",
-    )
-    sampler_correction: float = flag(
-        "Weigh each token by its probability in training over that in sampling, kept between 1 / this and this; 0 = off. "
-        "Of use where rollouts are computed in other numbers than training.",
-        0.0,
-        zh="用训练概率与采样概率之比给每个 token 加权，限制在 1 / 该值与该值之间；0 = 关闭。"
-        "适用于采样与训练数值类型不同的情形。",
     )
 
     # losses
@@ -408,10 +395,6 @@ class PPOArguments(CommonArguments):
         zh="保持语言能力：在 actor 的优化器步中混入纯文本。文件、文件夹或 Hub 数据集（NAME 或 NAME:CONFIG）；"
         "每步读取与回答数相同的文本块，每块 max_prompt_seq_len + max_answer_seq_len 个 token。",
     )
-    unsupervised_dataset_config_name: str | None = flag(
-        "Configuration of that data set on the hub.", None,
-        zh="该 Hub 数据集的配置名。",
-    )
     unsupervised_text_column: str | None = flag(
         'Field of that data set that holds the text. None: "text", or the only field that is text.', None,
         zh="该数据集中存放文本的字段。缺省：text，或唯一的文本字段。",
@@ -441,11 +424,6 @@ class PPOArguments(CommonArguments):
     print_answers: bool = flag(
         "Print a few prompts with answers and scores.", False, resume="free",
         zh="打印若干提示及其回答和分数。",
-    )
-    print_answers_interval: int = flag(
-        "Keep a few answers in samples.jsonl every so many rollouts, and with --print_answers print them.", 1,
-        within=ONE_OR_MORE, resume="free",
-        zh="每隔多少个采样轮在 samples.jsonl 中保存若干回答，并在 --print_answers 时打印。",
     )
 
     def __post_init__(self) -> None:

@@ -101,7 +101,6 @@ WRONG = [
     ([{"text": "a"}], {"column": "body"}, r"line 1: no text in the field 'body' \(found: text\)"),
     ([{"text": ["a"]}], {}, r"line 1: no text in the field 'text'"),
     ([{"text": "a"}], {}, r"tokens in 1 texts do not fill one block of --max_prompt_seq_len \+ --max_answer_seq_len = 7"),
-    ([{"text": "a"}], {"config": "x"}, "--unsupervised_dataset_config_name x has no effect; drop it"),
 ]
 
 
