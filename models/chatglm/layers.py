@@ -53,6 +53,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         freeze_all_but_prefix(model)
         return loaded
 
+    def post_init(self) -> None:
+        """As transformers has it; what stands beside a prefix is frozen."""
+        super().post_init()
+        freeze_all_but_prefix(self)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if hasattr(module, "inv_freq"):
@@ -64,10 +69,27 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 class Trunk(ChatGLMPreTrainedModel):
     """Embedding, blocks, final norm. With config.pre_seq_len all but the prefix encoder is frozen.
 
-    A family has: blocks, final_norm, positions(), rotation(), visible().
+    A family has: positions(), following_positions(), rotation(), visible(), and the names that its modules have in
+    checkpoints.
     """
 
+    EMBEDDING: ClassVar[str]
+    LAYERS: ClassVar[str]
+    NORM: ClassVar[str]
     final_state_is_normed = True  # whether the last of hidden_states is last_hidden_state, or what the last block gave
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers."""
+        return self.get_submodule(self.LAYERS)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the word embeddings."""
+        return self.get_submodule(self.EMBEDDING)
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embeddings."""
+        replace_submodule(self, self.EMBEDDING, value)
 
     def finish(self, prefix_input: int) -> None:
         """End the constructor: integer layers, the prefix, starting values. prefix_input: width of a projected prefix."""
@@ -83,7 +105,6 @@ class Trunk(ChatGLMPreTrainedModel):
                 config.prefix_dropout,
             )
         self.post_init()
-        freeze_all_but_prefix(self)
 
     def forward(
         self,
@@ -94,7 +115,6 @@ class Trunk(ChatGLMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [batch, time] -> last_hidden_state [batch, time, width], after the final norm.
@@ -123,7 +143,7 @@ class Trunk(ChatGLMPreTrainedModel):
             hidden, probs = block(hidden, rotation, bias, past_key_values=past_key_values, prefix=prefix)
             states.append(hidden)
             attentions.append(probs)
-        hidden = self.final_norm(hidden)
+        hidden = self.get_submodule(self.NORM)(hidden)
         if self.final_state_is_normed:
             states[-1] = hidden
         return BaseModelOutputWithPast(
@@ -144,7 +164,24 @@ class Trunk(ChatGLMPreTrainedModel):
 
 
 class LanguageModel(ChatGLMPreTrainedModel, GenerationMixin):
-    """A trunk (self.transformer) and an output matrix."""
+    """A trunk (self.transformer) and an output matrix, named OUTPUT in checkpoints."""
+
+    TRUNK: ClassVar[type[Trunk]]
+    OUTPUT: ClassVar[str]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer = self.TRUNK(config)
+        self.set_output_embeddings(nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the output matrix."""
+        return self.get_submodule(self.OUTPUT)
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the output matrix."""
+        replace_submodule(self, self.OUTPUT, value)
 
     def forward(
         self,
@@ -161,7 +198,6 @@ class LanguageModel(ChatGLMPreTrainedModel, GenerationMixin):
 
         labels [batch, time], -100 = none: the loss of each against the logits before it, a float32 mean.
         """
-        kwargs.pop("return_dict", None)
         output = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
         )
@@ -175,16 +211,43 @@ class LanguageModel(ChatGLMPreTrainedModel, GenerationMixin):
             attentions=output.attentions,
         )
 
-    def cached_length(self, past_key_values: Cache | None) -> int:
-        """Return how many tokens are cached, without the prefix."""
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_position_ids: Tensor | None = None,
+        logits_to_keep: int = 1,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the tokens that are not cached yet with their positions; prompt_position_ids: see following_positions()."""
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return max(0, cached - (self.config.pre_seq_len or 0))
+        cached = max(0, cached - (self.config.pre_seq_len or 0))
+        return {
+            "input_ids": input_ids[:, cached:],
+            "attention_mask": attention_mask,
+            "position_ids": self.transformer.following_positions(input_ids, attention_mask, cached, prompt_position_ids),
+            "past_key_values": past_key_values,
+            "logits_to_keep": logits_to_keep,
+            "use_cache": use_cache,
+        }
 
 
 class Classifier(ChatGLMPreTrainedModel):
     """A trunk (self.transformer) and a head (named HEAD) at the last real token. The head is always trained."""
 
+    TRUNK: ClassVar[type[Trunk]]
     HEAD: ClassVar[str]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = self.TRUNK(config)
+        has_bias = self.HEAD == "classifier_head"
+        setattr(self, self.HEAD, nn.Linear(config.hidden_size, config.num_labels, bias=has_bias))
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.post_init()
 
     def forward(
         self,
@@ -195,7 +258,6 @@ class Classifier(ChatGLMPreTrainedModel):
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """As Trunk.forward -> logits [batch, num_labels]; labels [batch], see classification_loss."""
-        kwargs.pop("return_dict", None)
         output = self.transformer(input_ids, attention_mask, position_ids, **kwargs)
         state = self.dropout(last_real_token(output.last_hidden_state, attention_mask))
         logits = getattr(self, self.HEAD)(state)
@@ -206,6 +268,12 @@ class Classifier(ChatGLMPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+
+def replace_submodule(module: nn.Module, name: str, value: nn.Module) -> None:
+    """Put another module in the place of a submodule, which may be several names deep."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, value)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ Where the original differs, on purpose:
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,6 @@ from models.chatglm.layers import (
     RotaryEmbedding,
     Trunk,
     causal_visibility,
-    freeze_all_but_prefix,
 )
 
 # The residual is multiplied by sqrt(2 * 28) in every ChatGLM-6B, whatever its number of layers: the original's blocks
@@ -108,6 +107,7 @@ class ChatGLMModel(Trunk):
     """Embedding, blocks, final norm."""
 
     config_class = ChatGLMConfig
+    EMBEDDING, LAYERS, NORM = "word_embeddings", "layers", "final_layernorm"
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
@@ -115,24 +115,6 @@ class ChatGLMModel(Trunk):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.finish(prefix_input=config.hidden_size)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The layers."""
-        return self.layers
-
-    @property
-    def final_norm(self) -> nn.Module:
-        """The norm behind the last block."""
-        return self.final_layernorm
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The word embeddings."""
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the word embeddings."""
-        self.word_embeddings = value
 
     def context_lengths(self, input_ids: Tensor) -> Tensor:
         """[batch, time] -> [batch]: tokens before the first <sop>, padding on the left included; all without a <sop>."""
@@ -189,6 +171,17 @@ class ChatGLMModel(Trunk):
             )
         return position_ids.view(batch, channels, time)
 
+    def following_positions(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prompt_position_ids: Tensor | None
+    ) -> Tensor:
+        """Return [batch, 2, time - cached]; prompt_position_ids [batch, 2, prompt]: those of the tokens first given."""
+        if prompt_position_ids is None:
+            return self.position_ids_for(input_ids, attention_mask)[..., cached:]
+        further = input_ids.shape[1] - prompt_position_ids.shape[-1]
+        steps = torch.arange(1, further + 1, device=input_ids.device)
+        last = prompt_position_ids[..., -1:]
+        return torch.cat([prompt_position_ids, last + torch.stack([0 * steps, steps])], dim=-1)[..., cached:]
+
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the angles, the same in all layers."""
         return self.layers[0].attention.rotary_emb(position_ids, dtype)
@@ -222,25 +215,11 @@ class ChatGLMForConditionalGeneration(LanguageModel):
     """The language model; the output matrix is the embedding's."""
 
     config_class = ChatGLMConfig
+    TRUNK, OUTPUT = ChatGLMModel, "lm_head"
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
 
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__(config)
-        self.transformer = ChatGLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-        freeze_all_but_prefix(self)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The output matrix."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the output matrix."""
-        self.lm_head = value
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate; attention_mask and position_ids may also be those of the original tokenizer.
+        """Generate as transformers does; attention_mask and position_ids may also be those of the original tokenizer.
 
         generate itself knows masks of two dimensions and positions of one channel only.
         """
@@ -251,47 +230,10 @@ class ChatGLMForConditionalGeneration(LanguageModel):
             kwargs["prompt_position_ids"] = kwargs.pop("position_ids")
         return super().generate(*args, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        prompt_position_ids: Tensor | None = None,
-        logits_to_keep: int = 1,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The tokens that are not cached yet, with their positions; prompt_position_ids [batch, 2, prompt] if given."""
-        cached = self.cached_length(past_key_values)
-        if prompt_position_ids is None:
-            positions = self.transformer.position_ids_for(input_ids, attention_mask)
-        else:
-            further = input_ids.shape[1] - prompt_position_ids.shape[-1]
-            steps = torch.arange(1, further + 1, device=input_ids.device)
-            last = prompt_position_ids[..., -1:]
-            positions = torch.cat([prompt_position_ids, last + torch.stack([0 * steps, steps])], dim=-1)
-        return {
-            "input_ids": input_ids[:, cached:],
-            "attention_mask": attention_mask,
-            "position_ids": positions[..., cached:],
-            "past_key_values": past_key_values,
-            "logits_to_keep": logits_to_keep,
-            "use_cache": use_cache,
-        }
-
 
 class ChatGLMForSequenceClassification(Classifier):
     """A score at the last real token; there is no such class in the original."""
 
     config_class = ChatGLMConfig
-    HEAD: ClassVar[str] = "score"
+    TRUNK, HEAD = ChatGLMModel, "score"
     _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # noqa: RUF012
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.transformer = ChatGLMModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.dropout = nn.Identity()
-        self.post_init()
-        freeze_all_but_prefix(self)

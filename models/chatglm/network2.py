@@ -9,8 +9,6 @@ Where the original differs, on purpose:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +23,6 @@ from models.chatglm.layers import (
     RotaryEmbedding,
     Trunk,
     causal_visibility,
-    freeze_all_but_prefix,
     prefix_width,
 )
 
@@ -131,37 +128,18 @@ class Encoder(nn.Module):
 
 
 class ChatGLMModel(Trunk):
-    """Embedding, blocks, final norm, and in a language model the output matrix, which the original keeps in here."""
+    """Embedding, blocks, final norm; a language model's output matrix is in here too, as in the original."""
 
     config_class = ChatGLM2Config
+    EMBEDDING, LAYERS, NORM = "embedding.word_embeddings", "encoder.layers", "encoder.final_layernorm"
     final_state_is_normed = False
 
-    def __init__(self, config: ChatGLM2Config, with_output_layer: bool = True) -> None:
+    def __init__(self, config: ChatGLM2Config) -> None:
         super().__init__(config)
         self.embedding = Embedding(config)
         self.rotary_pos_emb = RotaryEmbedding(config.kv_channels // 2)
         self.encoder = Encoder(config)
-        if with_output_layer:
-            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.finish(prefix_input=prefix_width(config))
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The layers."""
-        return self.encoder.layers
-
-    @property
-    def final_norm(self) -> nn.Module:
-        """The norm behind the last block."""
-        return self.encoder.final_layernorm
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The word embeddings."""
-        return self.embedding.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the word embeddings."""
-        self.embedding.word_embeddings = value
 
     @staticmethod
     def counted(input_ids: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor:
@@ -179,6 +157,12 @@ class ChatGLMModel(Trunk):
         The original counts padding too, which shifts all alike and matters to a prefix only.
         """
         return self.counted(input_ids, attention_mask, cached) if position_ids is None else position_ids
+
+    def following_positions(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prompt_position_ids: Tensor | None
+    ) -> Tensor:
+        """Return [batch, time - cached], from the mask: only it grows with the text."""
+        return self.counted(input_ids[:, cached:], attention_mask, cached)
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the angles."""
@@ -207,56 +191,12 @@ class ChatGLMForConditionalGeneration(LanguageModel):
     """The language model."""
 
     config_class = ChatGLM2Config
-
-    def __init__(self, config: ChatGLM2Config) -> None:
-        super().__init__(config)
-        self.transformer = ChatGLMModel(config)
-        self.post_init()
-        freeze_all_but_prefix(self)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The output matrix."""
-        return self.transformer.output_layer
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the output matrix."""
-        self.transformer.output_layer = value
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        logits_to_keep: int = 1,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The tokens that are not cached yet. Their positions come from the mask: only it has grown with the text."""
-        cached = self.cached_length(past_key_values)
-        fed = input_ids[:, cached:]
-        return {
-            "input_ids": fed,
-            "attention_mask": attention_mask,
-            "position_ids": self.transformer.counted(fed, attention_mask, cached),
-            "past_key_values": past_key_values,
-            "logits_to_keep": logits_to_keep,
-            "use_cache": use_cache,
-        }
+    TRUNK, OUTPUT = ChatGLMModel, "transformer.output_layer"
 
 
 class ChatGLMForSequenceClassification(Classifier):
     """A score at the last real token."""
 
     config_class = ChatGLM2Config
-    HEAD: ClassVar[str] = "classifier_head"
+    TRUNK, HEAD = ChatGLMModel, "classifier_head"
     _keys_to_ignore_on_load_unexpected = [r"output_layer\.weight"]  # noqa: RUF012
-
-    def __init__(self, config: ChatGLM2Config) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.transformer = ChatGLMModel(config, with_output_layer=False)
-        self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
-        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.post_init()
-        freeze_all_but_prefix(self)

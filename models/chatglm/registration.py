@@ -6,8 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
-
 from errors import UserError
 from models.chatglm.configuration import AnyChatGLMConfig, ChatGLM2Config, ChatGLMConfig
 
@@ -51,6 +49,8 @@ class ChatGLMTokenizer:
 
 def register() -> None:
     """Register configurations and tokenizers. Networks follow with the first configuration."""
+    from transformers import AutoConfig, AutoTokenizer  # here: their import is what asks for this function
+
     AutoConfig.register("chatglm", AnyChatGLMConfig)
     # Not for the two classes: for a config that it knows, AutoTokenizer runs the folder's code under trust_remote_code=True.
     AutoTokenizer.register(AnyChatGLMConfig, ChatGLMTokenizer)

@@ -264,6 +264,3 @@ def test_a_dialogue_that_the_chat_template_refuses_is_named():
     template = load_template(None, tokenizer)
     with pytest.raises(UserError, match="system, user, assistant, user: System role not supported"):
         template.encode_prompt(tokenizer, DIALOGUE)
-
-
-# --- --add_eot_token --------------------------------------------------------------------------------------------------
