@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -25,6 +26,12 @@ def leave_group(*group, leave=dist.destroy_process_group) -> None:
 
 dist.destroy_process_group = leave_group
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """Give every test the log level of a fresh process: runs within this one set it to their rank's."""
+    logging.getLogger("sanbu").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -48,11 +48,16 @@ def plan_arguments(args: Any, recipe: Recipe | None, machine: Machine, dtype: st
 
 def plan_sections(recipe: Recipe, platform: MachineKind, machine: Machine | None = None) -> dict[str, SectionPlan | UserError]:
     """Return the plan of every section of a recipe, or the error that stands in its way."""
-    logging.getLogger("sanbu").setLevel(logging.ERROR)  # the step itself says what replaces a former flag
+    logger = logging.getLogger("sanbu")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the step itself says what replaces a former flag
     found: dict[str, SectionPlan | UserError] = {}
-    for section in (name for name in SECTIONS if name in recipe.sections):
-        try:
-            found[section] = plan_section(recipe, section, platform, machine=machine)
-        except UserError as error:
-            found[section] = error
+    try:
+        for section in (name for name in SECTIONS if name in recipe.sections):
+            try:
+                found[section] = plan_section(recipe, section, platform, machine=machine)
+            except UserError as error:
+                found[section] = error
+    finally:
+        logger.setLevel(level)
     return found
