@@ -1,4 +1,4 @@
-"""The flags that all three steps share, and how a flag is written; arguments.py has the rest."""
+"""The flags that all three steps share, and how a flag is written; steps.py has the rest."""
 
 # ruff: noqa: RUF009  (flag() returns a dataclasses.field)
 
@@ -132,8 +132,8 @@ class CommonArguments:
         zh="按 token 数（含填充）而不是样本数切分微批；0 = 关闭。",
     )
     seed: int = flag(
-        "Random seed. The same in every step: the earlier systems leaked data where step 3 had none.", 1234,
-        zh="随机种子。各步骤应相同，否则数据会在步骤之间泄漏。",
+        "Random seed. Give every step the same one: it also decides which records a step gets.", 1234,
+        zh="随机种子。各步骤应相同：它也决定每一步分到哪些记录。",
     )
     logging_steps: int = flag(
         "Print and record metrics every this many optimizer steps.", 10, within=ONE_OR_MORE, resume="free",
@@ -192,8 +192,8 @@ class CommonArguments:
 
     # numbers
     dtype: Dtype = flag(
-        "Type of weights and activations. auto: bf16 where the device computes in it, else fp16, and fp32 on a CPU "
-        "(the earlier systems' fp16 overflowed often). Losses, log-probabilities and their sums are float32 always.",
+        "Type of weights and activations. auto: bf16 where the device computes in it, else fp16, and fp32 on a CPU. "
+        "Losses, log-probabilities and their sums are float32 always.",
         "auto", common=True,
         zh="权重和激活的数值类型。auto：设备支持时用 bf16，否则 fp16，CPU 上用 fp32。"
         "损失、对数概率及其求和始终为 float32。",
@@ -310,12 +310,7 @@ class SupervisedArguments(CommonArguments):
         "Weight decay of matrices; biases and norms have none.", 0.0,
         zh="矩阵的权重衰减；偏置和归一化层不衰减。",
     )
-    dropout: float = flag(
-        "Dropout everywhere in the model. 0 where the earlier systems kept the model's own (often 0.1): one or two "
-        "epochs do not need it.",
-        0.0, within=BELOW_ONE,
-        zh="模型各处的 dropout。",
-    )
+    dropout: float = flag("Dropout everywhere in the model.", 0.0, within=BELOW_ONE, zh="模型各处的 dropout。")
     gradient_checkpointing: bool = flag(
         "Recompute activations in the backward pass: less memory, a third more work.", False, common=True,
         zh="反向传播时重新计算激活：内存更少，计算多三分之一。",
@@ -330,9 +325,7 @@ class SupervisedArguments(CommonArguments):
         zh="LoRA 适配器的秩；0 = 训练全部权重。",
     )
     lora_alpha: float | None = flag(
-        "Adapters are scaled by lora_alpha / lora_dim. None: twice --lora_dim, so the scale is 2 whatever the rank "
-        "(it was fixed at 1 / lora_dim).",
-        None,
+        "Adapters are scaled by lora_alpha / lora_dim. None: twice --lora_dim, so the scale is 2 whatever the rank.", None,
         zh="适配器乘以 lora_alpha / lora_dim。缺省：--lora_dim 的两倍，因此无论秩多大，缩放都是 2。",
     )
     lora_dropout: float = flag(
@@ -345,18 +338,14 @@ class SupervisedArguments(CommonArguments):
         "auto",
         zh="加适配器的模块：名称的一部分，多个用逗号分隔；auto = 每个块的线性层。",
     )
-    lora_learning_rate: float = flag(
-        "Highest learning rate of the adapters. 5e-4 in the earlier systems, whose scale 1 / lora_dim made steps tiny.",
-        1e-4,
-        zh="适配器的最大学习率。",
-    )
+    lora_learning_rate: float = flag("Highest learning rate of the adapters.", 1e-4, zh="适配器的最大学习率。")
     pre_seq_len: int = flag(
         "P-Tuning v2: train so many learned places in front of every text (step 2: and the score head) and freeze all "
-        "else; only they are saved, and the folder names the model they belong to. They want a high --learning_rate: "
-        "the published launchers have 2e-2. 0 = off; a model folder that holds a saved prefix goes on with it.",
+        "else; only they are saved, and the folder names the model they belong to. They want a high --learning_rate, "
+        "such as 2e-2. 0 = off; a model folder that holds a saved prefix goes on with it.",
         0,
         zh="P-Tuning v2：在每段文本前训练这么多个可学习的位置（第二步还训练打分头），其余全部冻结；只保存这部分，"
-        "文件夹中记下所属模型。需要较大的 --learning_rate：已发布的启动脚本用 2e-2。0 = 关闭；"
+        "文件夹中记下所属模型。需要较大的 --learning_rate，例如 2e-2。0 = 关闭；"
         "模型文件夹中已有前缀时接着训练它。",
     )
     prefix_projection: bool = flag(
@@ -365,10 +354,10 @@ class SupervisedArguments(CommonArguments):
         zh="配合 --pre_seq_len：用两层网络生成前缀，起步更慢，体积更大。",
     )
     ptuning_checkpoint: str | None = flag(
-        "Start from the prefix saved in this folder (of this step or, for ChatGLM, a checkpoint-N of the original "
-        "trainer's), put before the model that it was trained on.",
+        "Start from the prefix saved in this folder (of this step or, for ChatGLM, a checkpoint-N of its ptuning), put "
+        "before the model that it was trained on.",
         None, metavar="FOLDER",
-        zh="从该文件夹保存的前缀开始（本步骤保存的，或 ChatGLM 原训练器的 checkpoint-N），放在训练它时所用的模型之前。",
+        zh="从该文件夹保存的前缀开始（本步骤保存的，或 ChatGLM ptuning 的 checkpoint-N），放在训练它时所用的模型之前。",
     )
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Flags of earlier systems (DeepSpeed-Chat, its forks, ChatGLM's ptuning) that are none here, and what replaces them.
 
-Plain renamings are aliases of the fields in arguments.py. A row here turns into flags of ours (``becomes``), or has
-nothing left to do and says why in one line, or asks for what this version cannot do and stops the run.
+Plain renamings are aliases of the fields in steps.py. A row here turns into flags of ours (``becomes``), or has nothing
+left to do and says why in one line, or asks for what this version cannot do and stops the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class FormerFlag:
     """names: flags with one fate. steps: sections of the parsers that know them. values: 0 for a switch, else 1.
 
     kind: silent (true here anyway), note (one line says ``now``), warn (one line, something is lost), refuse (UserError
-    that says ``now``). becomes: flags of ours put in its place; "{value}" stands for the value given.
+    that says ``now``). becomes: flags of ours put in its place; "{value}" stands for the value given. zh: ``now`` in
+    Chinese, for docs/flags_zh.md; not needed where ``now`` is a flag.
     """
 
     names: tuple[str, ...]
@@ -27,23 +28,36 @@ class FormerFlag:
     now: str
     kind: Literal["silent", "note", "warn", "refuse"] = "note"
     becomes: tuple[str, ...] = ()
+    zh: str = ""
 
 
 RETIRED = (
-    FormerFlag(("deepspeed", "deepscale"), TRAIN, 0, "always on", "silent"),
+    FormerFlag(
+        ("deepspeed", "deepscale"), TRAIN, 0, "always on", "silent",
+        zh="始终开启",
+    ),
     FormerFlag(
         ("num_padding_at_beginning",), ("reward", "ppo", "dpo", "rw_eval"), 1,
         "nothing to set: lengths come from masks, for every model",
+        zh="无需设置：长度由掩码得出，各种模型都一样",
     ),
-    FormerFlag(("compute_fp32_loss",), TRAIN, 0, "losses and log-probabilities are always float32"),
+    FormerFlag(
+        ("compute_fp32_loss",), TRAIN, 0, "losses and log-probabilities are always float32",
+        zh="损失和对数概率始终为 float32",
+    ),
     FormerFlag(
         ("add_eot_token",), (*TRAIN, *EVAL), 0,
         "the end token comes from the template saved with the checkpoint, the same in every step",
+        zh="结束符取自随检查点保存的模板，各步骤相同",
     ),
-    FormerFlag(("eot_token",), ("sft",), 1, "the end token comes from the template saved with the checkpoint"),
+    FormerFlag(
+        ("eot_token",), ("sft",), 1, "the end token comes from the template saved with the checkpoint",
+        zh="结束符取自随检查点保存的模板",
+    ),
     FormerFlag(("print_loss",), ("sft", "dpo"), 0, "--logging_steps 1", becomes=("--logging_steps", "1")),
     FormerFlag(
-        ("preprocessing_num_workers",), ("sft", "ppo", "evaluate"), 1, "one process prepares the data once and caches it"
+        ("preprocessing_num_workers",), ("sft", "ppo", "evaluate"), 1, "one process prepares the data once and caches it",
+        zh="由一个进程准备一次数据并缓存",
     ),
     FormerFlag(("disable_dropout",), ("sft", "reward", "dpo"), 0, "--dropout 0.0", becomes=("--dropout", "0.0")),
     FormerFlag(("disable_actor_dropout",), ("ppo",), 0, "--actor_dropout 0.0", becomes=("--actor_dropout", "0.0")),
@@ -52,6 +66,7 @@ RETIRED = (
         ("enable_hybrid_engine",), ("ppo",), 0,
         "rollouts always run in an engine of their own (inference/engine.py); under ZeRO-3 --generation_weights says with "
         "which weights",
+        zh="采样始终在单独的引擎中进行（inference/engine.py）；ZeRO-3 下由 --generation_weights 决定用怎样存放的权重",
     ),
     # There, too, it decided between all layers at once and one layer at a time.
     FormerFlag(
@@ -62,32 +77,45 @@ RETIRED = (
         ("inference_tp_size",), ("ppo",), 1,
         "each process generates alone; where whole weights do not fit a card, --generation_weights auto fetches them layer "
         "by layer (docs/en/ppo.md says why not AutoTP)",
+        zh="每个进程独立生成；一张卡放不下完整权重时，--generation_weights auto 逐层收集（为何不用 AutoTP 见 docs/zh/ppo.md）",
     ),
     FormerFlag(
         ("tp_gather_partition_size",), ("ppo",), 1, "nothing to set: weights are gathered one after the other",
+        zh="无需设置：权重逐个收集",
     ),
     FormerFlag(
         ("enable_mixed_precision_lora",), ("ppo",), 0,
         "--zero_quantized_nontrainable_weights; on several nodes add --zero_hpz_partition_size <cards of a node>",
         becomes=("--zero_quantized_nontrainable_weights", "true"),
+        zh="--zero_quantized_nontrainable_weights；多节点时再加 --zero_hpz_partition_size <一个节点的卡数>",
     ),
     FormerFlag(
         ("test_stop_step",), ("ppo",), 1, "--max_steps, where --enable_test_mode is given",
         becomes=("--max_steps", "{value}"),
+        zh="与 --enable_test_mode 同时给出时为 --max_steps",
     ),
     FormerFlag(
         ("release_inference_cache",), ("ppo",), 0,
         "weights and cache of a rollout are always let go of; torch keeps their memory for the update",
+        zh="采样所用的权重和缓存总会释放；torch 保留这部分内存供更新使用",
     ),
     FormerFlag(
         ("sampler_correction",), ("ppo",), 1,
         "the sampler has the trained weights; --old_log_probs forward takes the ratio against the training forward", "warn",
+        zh="采样用的就是训练所得的权重；--old_log_probs forward 以训练前向的值作概率比的分母",
     ),
-    FormerFlag(("print_answers_interval",), ("ppo",), 1, "--print_answers and samples.jsonl follow --logging_steps"),
-    FormerFlag(("enable_test_mode",), ("ppo",), 0, "--max_steps alone", "silent"),
+    FormerFlag(
+        ("print_answers_interval",), ("ppo",), 1, "--print_answers and samples.jsonl follow --logging_steps",
+        zh="--print_answers 和 samples.jsonl 按 --logging_steps 的间隔",
+    ),
+    FormerFlag(
+        ("enable_test_mode",), ("ppo",), 0, "--max_steps alone", "silent",
+        zh="只需 --max_steps",
+    ),
     FormerFlag(
         ("num_beams", "num_beam_groups", "top_k", "penalty_alpha"), ("prompt_eval",), 1,
         "answers are greedy, as they were: the earlier script never used this flag",
+        zh="贪心解码；原脚本也从未用到该参数",
     ),
     # ChatGLM's ptuning and its LoRA fork: step 1 and its evaluation
     FormerFlag(
@@ -121,43 +149,65 @@ RETIRED = (
     FormerFlag(
         ("history_column",), ("sft", "evaluate"), 1, "--columns history=…", becomes=("--columns", "history={value}"),
     ),
-    FormerFlag(("val_max_target_length",), ("sft",), 1, "evaluation has the limits of training: --max_target_length"),
+    FormerFlag(
+        ("val_max_target_length",), ("sft",), 1, "evaluation has the limits of training: --max_target_length",
+        zh="评估与训练的长度上限相同：--max_target_length",
+    ),
     FormerFlag(
         ("pad_to_max_length", "ignore_pad_token_for_loss"), ("sft", "evaluate"), 0,
         "padding goes to the longest of a batch and is never learned",
+        zh="填充到一批中最长的一条，填充不参与学习",
     ),
     FormerFlag(
         ("config_name", "tokenizer_name", "lang", "forced_bos_token"), ("sft", "evaluate"), 1,
         "read from the folder of the model",
+        zh="从模型文件夹读取",
     ),
     FormerFlag(
         ("use_fast_tokenizer", "resize_position_embeddings"), ("sft", "evaluate"), 0,
         "read from the folder of the model",
+        zh="从模型文件夹读取",
     ),
-    FormerFlag(("do_train", "do_eval", "debug", "overwrite_output_dir"), ("sft",), 0, "nothing to set"),
+    FormerFlag(
+        ("do_train", "do_eval", "debug", "overwrite_output_dir"), ("sft",), 0, "nothing to set",
+        zh="无需设置",
+    ),
     FormerFlag(("fp16_opt_level",), ("sft",), 1, "--dtype"),
     FormerFlag(
         ("validation_file", "test_file"), ("sft",), 1,
         "not read in training, which holds out --eval_fraction of its data; training.step1_sft.evaluate --data_path FILE "
         "scores the answers to a file of its own",
         "warn",
+        zh="训练时不读取，而是从数据中留出 --eval_fraction；用 training.step1_sft.evaluate --data_path FILE 评估另一个文件的回答",
     ),
     FormerFlag(
         ("do_predict", "predict_with_generate"), ("sft",), 0,
         "training.step1_sft.evaluate scores the answers of the trained model", "warn",
+        zh="用 training.step1_sft.evaluate 评估训练后模型的回答",
     ),
     # Where both are given, --do_predict answered the prompts of --test_file: the later row wins.
     FormerFlag(("validation_file",), ("evaluate",), 1, "--data_path", becomes=("--data_path", "{value}")),
     FormerFlag(("test_file",), ("evaluate",), 1, "--data_path", becomes=("--data_path", "{value}")),
-    FormerFlag(("do_predict", "predict_with_generate"), ("evaluate",), 0, "always on", "silent"),
+    FormerFlag(
+        ("do_predict", "predict_with_generate"), ("evaluate",), 0, "always on", "silent",
+        zh="始终开启",
+    ),
     FormerFlag(
         ("do_eval", "debug", "overwrite_output_dir", "overwrite_cache"), ("evaluate",), 0, "nothing to set",
+        zh="无需设置",
     ),
-    FormerFlag(("pre_seq_len",), ("evaluate",), 1, "the saved prefix has its length"),
-    FormerFlag(("prefix_projection",), ("evaluate",), 0, "the saved prefix has its form"),
+    FormerFlag(
+        ("pre_seq_len",), ("evaluate",), 1, "the saved prefix has its length",
+        zh="长度由已保存的前缀决定",
+    ),
+    FormerFlag(
+        ("prefix_projection",), ("evaluate",), 0, "the saved prefix has its form",
+        zh="形式由已保存的前缀决定",
+    ),
     FormerFlag(
         ("num_beams", "generation_num_beams"), ("sft", "evaluate"), 1,
         "training.step1_sft.evaluate answers greedily or, with --do_sample, by sampling; it has no beam search", "warn",
+        zh="training.step1_sft.evaluate 贪心解码，或用 --do_sample 采样；没有束搜索",
     ),
 )
 
@@ -165,18 +215,22 @@ NOT_YET = (
     FormerFlag(
         ("unsupervised_dataset_config_name",), ("ppo",), 1,
         "write it behind the name of the set, --unsupervised_dataset_name NAME:CONFIG", "refuse",
+        zh="写在数据集名之后：--unsupervised_dataset_name NAME:CONFIG",
     ),
     FormerFlag(
         ("dataset_config_name", "model_revision", "use_auth_token"), ("sft", "evaluate"), 1,
         "drop it; fetch what it names with scripts/download_dataset.py or huggingface-cli and give the folder",
         "refuse",
+        zh="去掉它；用 scripts/download_dataset.py 或 huggingface-cli 下载所指内容，再给出文件夹",
     ),
     FormerFlag(
         ("max_train_samples", "max_eval_samples", "max_predict_samples"), ("sft",), 1,
         "drop it; --max_steps and --eval_iters limit a run", "refuse",
+        zh="去掉它；用 --max_steps 和 --eval_iters 限制运行",
     ),
     FormerFlag(
         ("source_prefix",), ("sft", "evaluate"), 1, "drop it and write the prefix into the data as a system message", "refuse",
+        zh="去掉它，把前缀作为系统消息写进数据",
     ),
 )
 

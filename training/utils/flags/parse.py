@@ -1,4 +1,4 @@
-"""From a command line and a YAML recipe to the dataclasses of arguments.py; one clear sentence for what is wrong."""
+"""From a command line and a YAML recipe to the dataclasses of steps.py; one clear sentence for what is wrong."""
 
 from __future__ import annotations
 

@@ -71,11 +71,7 @@ class PPOArguments(CommonArguments):
     ppo_epochs: int = flag("Passes over a rollout.", 1, within=ONE_OR_MORE, zh="每个采样轮的数据训练几遍。")
 
     # sampling
-    temperature: float = flag(
-        "Sampling temperature. The earlier systems were greedy: nothing to compare, nothing to learn.", 1.0,
-        within=ABOVE_ZERO,
-        zh="采样温度。",
-    )
+    temperature: float = flag("Sampling temperature.", 1.0, within=ABOVE_ZERO, zh="采样温度。")
     top_p: float = flag(
         "Sample from the likeliest tokens that hold this share of probability; 1 = all.", 1.0, within=SHARE,
         zh="从累计概率达到该比例的最可能 token 中采样；1 = 全部。",
@@ -101,7 +97,7 @@ class PPOArguments(CommonArguments):
 
     # KL penalty
     kl_coef: float = flag(
-        "Weight of the KL penalty against the reference. Was fixed: 0.1 or, in forks, 0.02.", 0.05, common=True,
+        "Weight of the KL penalty against the reference.", 0.05, common=True,
         zh="KL 惩罚系数（相对参考模型）。",
     )
     kl_estimator: Literal["k1", "k2", "k3"] = flag(
@@ -256,8 +252,7 @@ class PPOArguments(CommonArguments):
 
     # optimizer; warm-up, logging and the rest count in this step's own units
     actor_learning_rate: float = flag(
-        "Highest learning rate of the actor. 9.65e-6 in the earlier systems; those that sample use 1e-6 to 3e-6.", 1e-6,
-        common=True,
+        "Highest learning rate of the actor.", 1e-6, common=True,
         zh="actor 的最大学习率。",
     )
     critic_learning_rate: float = flag(
@@ -267,8 +262,7 @@ class PPOArguments(CommonArguments):
     actor_weight_decay: float = flag("Weight decay of the actor's matrices.", 0.0, zh="actor 各矩阵的权重衰减。")
     critic_weight_decay: float = flag("Weight decay of the critic's matrices.", 0.0, zh="critic 各矩阵的权重衰减。")
     num_warmup_steps: int = flag(
-        "Optimizer steps of linear warm-up; at most half of the run. The earlier 100 was a fifth of a published run.",
-        10,
+        "Optimizer steps of linear warm-up; at most half of the run is used for it.", 10,
         zh="学习率线性预热的优化器步数；最多占全程的一半。",
     )
 
@@ -330,11 +324,11 @@ class PPOArguments(CommonArguments):
         zh="同 --lora_module_name，用于 critic。",
     )
     actor_lora_learning_rate: float = flag(
-        "Highest learning rate of the actor's adapters (5e-4 before).", 1e-5,
+        "Highest learning rate of the actor's adapters.", 1e-5,
         zh="actor 的适配器的最大学习率。",
     )
     critic_lora_learning_rate: float = flag(
-        "Highest learning rate of the critic's adapters (5e-4 before).", 5e-5,
+        "Highest learning rate of the critic's adapters.", 5e-5,
         zh="critic 的适配器的最大学习率。",
     )
     actor_pre_seq_len: int = flag(

@@ -1,8 +1,8 @@
 """The flags of the three steps, as dataclasses: one definition for command line, recipes, README and error messages.
 
-parsing.py reads command lines and recipes into them, checks.py finds values that cannot be meant, former_flags.py knows
-the flags of earlier systems. What all steps share is in common_arguments.py, step 3 in ppo_arguments.py, DPO in
-dpo_arguments.py. Nothing here imports torch: ``--help`` answers at once.
+parse.py reads command lines and recipes into them, checks.py finds values that cannot be meant, former.py knows the flags
+of earlier systems. What all steps share is in common.py, step 3 in ppo.py, DPO in dpo.py. Nothing here imports torch:
+``--help`` answers at once.
 """
 
 # ruff: noqa: RUF009  (flag() returns a dataclasses.field)
@@ -42,7 +42,7 @@ class SFTArguments(SupervisedArguments):
     )
     max_source_length: int | None = flag(
         "With --max_target_length, instead of --max_seq_len, which becomes the sum: longest prompt in tokens. Longer "
-        "ones lose their oldest part, where the earlier system cut off the question at the end.",
+        "ones lose their oldest part.",
         None, within=ONE_OR_MORE,
         zh="与 --max_target_length 一起代替 --max_seq_len（后者变为两者之和）：提示的最大 token 数。"
         "超长时丢弃最旧的部分。",
@@ -56,11 +56,7 @@ class SFTArguments(SupervisedArguments):
         "Learn the tokens of the answer, end token included, or those of the prompt too.", "answer",
         zh="只学习回答的 token（含结束符），或连同提示一起学习。",
     )
-    learning_rate: float = flag(
-        "Highest learning rate. 1e-3 in the earlier systems, which suits adapters, not whole weights.", 2e-5,
-        common=True,
-        zh="最大学习率。",
-    )
+    learning_rate: float = flag("Highest learning rate.", 2e-5, common=True, zh="最大学习率。")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,10 +73,7 @@ class RewardArguments(SupervisedArguments):
     title: ClassVar[str] = "step 2 (reward model)"
     phase: ClassVar[int] = 2
 
-    learning_rate: float = flag(
-        "Highest learning rate. 5e-5 in the earlier systems, for a 350M model.", 1e-5, common=True,
-        zh="最大学习率。",
-    )
+    learning_rate: float = flag("Highest learning rate.", 1e-5, common=True, zh="最大学习率。")
     center_rewards_coefficient: float = flag(
         "Weight of (chosen + rejected)^2 in the loss, which keeps scores around zero.", 0.0,
         zh="损失中 (chosen + rejected)^2 的权重，使分数保持在零附近。",
@@ -190,9 +183,7 @@ class EvaluateArguments:
         zh="每个进程一次回答的提示数。",
     )
     do_sample: bool = flag(
-        "Sample, each record with a seed of its own. Off, answers are greedy and two runs agree; the earlier system "
-        "sampled without saying its seed.",
-        False,
+        "Sample, each record with a seed of its own. Off, answers are greedy and two runs agree.", False,
         zh="采样，每条记录有自己的种子。关闭时为贪心解码，两次运行结果相同。",
     )
     temperature: float = flag(

@@ -479,8 +479,10 @@ def test_flags_table_writes_and_checks(tmp_path, capsys):
     for args_class in ALL:
         for name in flag_names(args_class):
             assert any(f"`--{name}`" in row for row in rows) or name.startswith("no_") or name == "help"
-    widths = {"step 1": 6, "prompt_eval": 5, "earlier flag": 2}
-    for table in text.split("\n\n")[1:-1]:
+    widths = {"earlier flag": 3, "prompt_eval": 5, "step 1": 6}
+    tables = [block for block in text.split("\n\n") if block.startswith("| ")]
+    assert len(tables) == 6
+    for table in tables:
         header = next(line for line in table.splitlines() if line.startswith("| "))
         cells = next(width for word, width in widths.items() if word in header)
         lines = [line.replace("\\|", "") for line in table.splitlines() if line.startswith("|")]

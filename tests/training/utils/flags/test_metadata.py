@@ -7,6 +7,7 @@ import pytest
 
 from errors import UserError
 from training.utils.flags.common import Range
+from training.utils.flags.former import NOT_YET, RETIRED
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import STEPS, EvaluateArguments, PromptEvalArguments, RewardEvalArguments
 
@@ -19,6 +20,11 @@ def test_every_flag_has_a_chinese_meaning(args_class):
     without = [one.name for one in fields(args_class) if not re.search(r"[\u4e00-\u9fff]", one.metadata["zh"])]
     assert not without
     assert any(one.metadata["common"] for one in fields(args_class))
+
+
+@pytest.mark.parametrize("row", (*RETIRED, *NOT_YET), ids=lambda row: row.names[0])
+def test_every_former_flag_has_a_chinese_sentence_or_is_replaced_by_a_flag(row):
+    assert re.search(r"[\u4e00-\u9fff]", row.zh) or re.fullmatch(r"--\w+( \S+)?", row.now)
 
 
 @pytest.mark.parametrize("args_class", STEPS)
@@ -61,5 +67,6 @@ def test_help(args_class, monkeypatch, capsys):
         assert all((f"  --{one.name} " in shown[language, 1]) == one.metadata["common"] for language in ("en", "zh"))
         assert all(f"  --{one.name} " in shown[language, 2] for language in ("en", "zh"))
         assert one.metadata["zh"] in shown["zh", 2]
+    assert shown["en", 1].index("First:") < shown["en", 1].index("Common:") and "Others:" not in shown["en", 1]
     with pytest.raises(UserError, match="--help all"):
         parse(args_class, ["--help", "everything"])
