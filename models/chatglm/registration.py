@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from errors import UserError
@@ -47,13 +48,15 @@ class ChatGLMTokenizer:
         )
 
 
-def register() -> None:
-    """Register configurations and tokenizers. Networks follow with the first configuration."""
-    from transformers import AutoConfig, AutoTokenizer  # here: their import is what asks for this function
+def register_config(auto: ModuleType) -> None:
+    """Register the configurations in transformers' module of AutoConfig. Networks follow with the first configuration."""
+    auto.AutoConfig.register("chatglm", AnyChatGLMConfig)
 
-    AutoConfig.register("chatglm", AnyChatGLMConfig)
+
+def register_tokenizer(auto: ModuleType) -> None:
+    """Register the tokenizers in transformers' module of AutoTokenizer."""
     # Not for the two classes: for a config that it knows, AutoTokenizer runs the folder's code under trust_remote_code=True.
-    AutoTokenizer.register(AnyChatGLMConfig, ChatGLMTokenizer)
+    auto.AutoTokenizer.register(AnyChatGLMConfig, ChatGLMTokenizer)
 
 
 @cache
