@@ -1,6 +1,6 @@
-"""``python -m scripts.make_demo_data`` runs scripts/demo/make_data.py."""
+"""A command of an earlier version; former_modules.py names what took its place."""
 
-import runpy
+from former_modules import run_successor
 
 if __name__ == "__main__":
-    runpy.run_module("scripts.demo.make_data", run_name="__main__")
+    run_successor(__spec__.name)

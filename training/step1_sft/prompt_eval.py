@@ -1,6 +1,6 @@
-"""``python -m training.step1_sft.prompt_eval`` runs training/evaluate/side_by_side.py."""
+"""A command of an earlier version; former_modules.py names what took its place."""
 
-import runpy
+from former_modules import run_successor
 
 if __name__ == "__main__":
-    runpy.run_module("training.evaluate.side_by_side", run_name="__main__")
+    run_successor(__spec__.name)

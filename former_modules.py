@@ -1,0 +1,34 @@
+"""Commands of earlier versions, ``python -m NAME``: each has a door of a few lines under its former name that asks here."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+# former name -> the module that does the same today
+SUCCESSORS = {
+    "scripts.flags_table": "scripts.docs.flags_table",
+    "scripts.k8s": "scripts.kubernetes.__main__",
+    "scripts.make_demo_data": "scripts.demo.make_data",
+    "scripts.memory_table": "scripts.docs.memory_table",
+    "scripts.pod": "scripts.kubernetes.pod",
+    "scripts.recipes_table": "scripts.docs.recipes_table",
+    "training.step1_sft.evaluate": "training.evaluate.bleu_rouge",
+    "training.step1_sft.prompt_eval": "training.evaluate.side_by_side",
+    "training.step2_reward.rw_eval": "training.evaluate.reward_scores",
+}
+# former name -> what to use instead
+GONE = {
+    "benchmarks.ppo_vocabulary": "its results stand in benchmarks/RESULTS.md under 'Larger vocabularies'; it runs at commit "
+    "44ce0bc, and benchmarks.ppo_learning compares with TRL today.",
+    "benchmarks.shared_trunk": "its results stand in benchmarks/RESULTS.md under 'Memory of the four models of PPO'; it runs at "
+    "commit 44ce0bc, and python -m scripts.plan RECIPE --step 3 --memory_mode shared tells what your models take.",
+}
+
+
+def run_successor(name: str) -> None:
+    """Run the module that took the place of ``name``. Where none did, tell what to use instead and exit with code 2."""
+    if name in GONE:
+        print(f"error: {name} is gone: {GONE[name]}", file=sys.stderr)
+        raise SystemExit(2)
+    runpy.run_module(SUCCESSORS[name], run_name="__main__")
