@@ -104,7 +104,7 @@ def _line_values(path: Path, file: IO[str], first: str) -> Iterator[tuple[str, A
             line += more
         if line.strip():
             try:
-                value = json.loads(line)
+                value = json.loads(line.rstrip("\r\n"))  # an error at its end is in this line, not at the start of the next
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{path}, line {number}: invalid JSON ({error.msg}, column {error.colno}); "

@@ -196,6 +196,8 @@ def field_of(row: Fields, name: str, default: Any = None) -> Any:
 
 def unknown_fields(row: Fields) -> str:
     """Say what is wrong with the fields of a row that fits no format."""
+    if not row:
+        return "an empty record, {}; remove it, or give it fields (docs/en/own-data.md)."
     fields = ", ".join(row)
     if {"text", "label"} <= set(row):
         return (

@@ -93,6 +93,7 @@ GOOD = json.dumps(PAIRS[1])
 BAD = {
     "comma.jsonl": (f'{GOOD}\n\n{{"prompt": "a" "chosen": "b"}}\n', "comma.jsonl, line 3: invalid JSON"),
     "cut.jsonl": (f'{GOOD}\n{{"prompt": "a", "ch', "cut.jsonl, line 2: invalid JSON"),
+    "value.jsonl": ('{"prompt": "a", "chosen": \n', r"value.jsonl, line 1: invalid JSON .Expecting value, column 27"),
     "list.json": (f'[\n{GOOD},\n{GOOD},\n{{"prompt": "a",, }}\n]', "list.json, line 4: invalid JSON in record 3"),
     "no_comma.json": (f"[\n{GOOD}\n{GOOD}\n]", 'no_comma.json, line 3: .*expected "," or "]" after record 1'),
     "open.json": (f"[\n{GOOD},\n{GOOD}\n", "open.json, line 4: the JSON list is not closed"),

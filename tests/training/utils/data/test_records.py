@@ -57,6 +57,7 @@ BAD = {
     "missing.jsonl": (f'{GOOD}\n{{"prompt": "a", "chosen": "b"}}\n', 'line 2: no field "rejected" .found: prompt, chosen'),
     "null.json": (f'[{GOOD}, {{"prompt": "a", "chosen": "b", "rejected": null}}]', r'record 2 .line 1.: no field "rejected"'),
     "labels.jsonl": ('{"text": "good", "label": 1}\n', "line 1: labelled texts .fields text, label. are no dialogues"),
+    "no_fields.jsonl": ("{}\n", "line 1: an empty record, {}; remove it"),
     "unknown.jsonl": ('{"question": "q", "reply": "r"}\n', "the fields question, reply are no known format.*--columns"),
     "prompt_answer.jsonl": ('{"prompt": "q", "answer": "r"}\n', "the fields prompt, answer are no known format"),
     "only_chosen.jsonl": ('{"chosen": "q"}\n', 'no field "prompt" or "rejected"'),
