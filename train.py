@@ -23,8 +23,9 @@ from pathlib import Path
 
 from errors import UserError, told
 from scripts.launch.__main__ import passed_on
+from scripts.launch.checks import check_step
 from scripts.launch.commands import Environment, Options, build_command, build_environment
-from scripts.launch.options import build_options, plain_parser, plain_words, read_recipe
+from scripts.launch.options import build_options, find_recipe, plain_parser, plain_words, read_recipe
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.launch.processes import run_to_end, stoppable
 from steps import METHODS, SECTIONS, step_of
@@ -135,6 +136,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--num-gpus {args.num_gpus} is not a number of processes; give 1 or more.")
     if args.config is None and (recipe := known_recipe(args)):
         args.config, args.actor_model = recipe, None
+    if args.config and (path := find_recipe(args.config, args.deployment_type)) != Path(args.config).resolve():
+        args.config = str(path)
     args.recipe = read_recipe(args.config) if args.config else {}
     if args.config and not set(SECTIONS) & args.recipe.keys():
         raise UserError(f"--config {args.config}: train.py needs sections launch, sft, reward and ppo, or dpo, with flags.")
@@ -288,17 +291,21 @@ def choose(steps: list[Step], force: bool) -> list[Step]:
 
 
 def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
-    """UserError for what would end a later step after hours: missing models, two tokenizers; no device, no hostfile."""
-    from models.device import detect_platform
-    from models.load import check_same_tokenizer, load_tokenizer
-
+    """UserError for what would end a later step after hours: wrong flags, missing data or models, two tokenizers; no device,
+    no hostfile.
+    """
     running = {step.number for step in chosen}
+    for step in chosen:
+        check_step(step_of(step.section), step.flags)
     for step in chosen:
         for number, folder in step.needs.items():
             if number not in running and not (folder / "config.json").is_file():
                 make = f"python train.py {again(args, number)}"
                 raise UserError(f"{step.title} needs {folder}, which step {number} makes; run it first: {make}")
         check_writable(step.folder)
+    from models.device import detect_platform
+    from models.load import check_same_tokenizer, load_tokenizer
+
     if args.deployment_type == "multi_node":
         hostfile = args.hostfile or "/job/hostfile"
         if not Path(hostfile).is_file():

@@ -13,16 +13,18 @@ def write_files(wanted: dict[Path, str], existing: Iterable[Path], compare: bool
 
     Returns 1 if ``compare`` finds a difference, else 0.
     """
-    word = "differs" if compare else "written"
     different = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     extra = sorted(set(existing) - wanted.keys())
     for path in different:
-        if not compare:
+        word = "written"
+        if compare:
+            word = "differs" if path.is_file() else "missing"
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted[path], encoding="utf-8")
             path.chmod(mode)
         print(f"{path.relative_to(ROOT)}: {word}")
     for path in extra:
         print(f"{path.relative_to(ROOT)}: nothing makes it; remove it")
-    print(f"{len(wanted)} files, {len(different)} {word}")
+    print(f"{len(wanted)} files, {len(different)} {'differ or are missing' if compare else 'written'}")
     return int(compare and bool(different or extra))

@@ -10,6 +10,7 @@ source scripts/venv.sh
 preset="" flags=()
 while (($#)); do
     case "$1" in
+        -h | --help) sed -n '2,5s/^# //p' scripts/quickstart.sh && exit ;;
         --preset) preset=${2-} && shift $(($# > 1 ? 2 : 1)) ;;
         --preset=*) preset=${1#*=} && shift ;;
         *) flags+=("$1") && shift && continue ;;

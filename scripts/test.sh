@@ -4,6 +4,9 @@
 # Two files of tests run at a time, each with one thread; -n 0 runs one after the other.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ "${1-}" == --help ]]; then
+    sed -n '2,4s/^# //p' scripts/test.sh && exit
+fi
 source scripts/venv.sh
 
 prepare_venv requirements-test.txt

@@ -346,6 +346,24 @@ def test_another_model_of_the_same_name_is_not_taken_for_done(fake_steps, models
     assert "name another --output-dir" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data-path", "absent.json"], "--data_path absent.json: no such file or folder"),
+        (["--data-path", "empty.jsonl"], "empty.jsonl: no records in it."),
+        (["--data-path", "broken.json"], "broken.json, line 1: the JSON list is not closed"),
+        (["--ppo-flags", "--ppo_epoch 2"], "--ppo_epoch is not a flag of step 3 (PPO); did you mean --ppo_epochs?"),
+    ],
+)
+def test_wrong_flags_and_data_of_any_step_are_told_before_the_first_starts(models, tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.json").write_text("[")
+    assert train.main([*models, *words]) == 2
+    told = capsys.readouterr()
+    assert sentence in told.err and told.err.count("\n") == 1 and not told.out and not (tmp_path / "output").exists()
+
+
 def test_two_tokenizers_are_refused_before_anything_runs(fake_steps, models, tmp_path, capsys):
     other = tiny_checkpoint(tmp_path / "bloom", "bloom")
     words = [*models[:2], "--reward-model", str(other), *models[4:], "--output-dir", str(tmp_path / "out")]

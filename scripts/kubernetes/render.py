@@ -230,12 +230,11 @@ def chat_folder(recipe: Recipe, steps: list[Step], model: str, platform: Machine
 def hub_words(recipe: Recipe) -> list[str]:
     """Return the words for `scripts.pod download`: models and data sets by id; files and other steps' output are left out."""
     from training.utils.data.named_sets import find_named_set
-    from training.utils.data.readers import data_suffix
+    from training.utils.data.readers import looks_local
 
     def by_id(value: str) -> bool:
         named = find_named_set(value)
-        local = value.startswith((".", "/", "~")) or value.count("/") > 1 or data_suffix(Path(value))
-        return not local and not (named and named.files)
+        return not looks_local(value) and not (named and named.files)
 
     sections = [values for section, values in recipe.sections.items() if section in SECTIONS]
     made = {str(values.get("output_dir")) for values in sections}

@@ -14,31 +14,17 @@ Several nodes: from the first one by ssh (--hostfile, and pdsh or --launcher ope
 from __future__ import annotations
 
 import argparse
-import errno
-import importlib.util
-import logging
 import os
 import re
 import shlex
-import shutil
-import socket
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from errors import UserError, told
-from scripts.launch.commands import (
-    DEFAULT_HOSTFILE,
-    DEFAULT_PORT,
-    Environment,
-    Options,
-    build_command,
-    build_environment,
-    master_address,
-)
-from scripts.launch.hostfile import is_loopback, resolved
+from scripts.launch.checks import check_machine, check_step
+from scripts.launch.commands import Environment, Options, build_command, build_environment
 from scripts.launch.options import (
     add_flags,
     check_words,
@@ -117,7 +103,7 @@ def prepare(argv: list[str], environ: Mapping[str, str] = os.environ) -> tuple[L
     room, name, *positional = words[:leading]
     if room not in ROOMS:
         raise UserError(f"{room!r} is no step{did_you_mean(room, ROOMS)}; there are {', '.join(ROOMS)}.")
-    step, path = ROOMS[room], find_recipe(name)
+    step, path = ROOMS[room], find_recipe(name, given.platform)
     recipe = read_recipe(path)
     if step.section not in recipe:
         raise UserError(f"{path} has no section {step.section}, which {room} reads; add one.")
@@ -196,120 +182,6 @@ def wrapped(command: list[str]) -> str:
 # --- start ------------------------------------------------------------------------------------------------------------
 
 
-def check_flags(launch: Launch) -> Launch:
-    """Return the launch with the output folder as the step reads it, after the step's own check of flags and recipe.
-
-    Raise one UserError here, in the place of one from each process in half a minute.
-    """
-    from training.utils.flags.parse import parse
-
-    logger = logging.getLogger("sanbu")
-    before, logger.level = logger.level, logging.ERROR  # what replaces a former flag is said by the step itself
-    try:
-        args = parse(launch.step.arguments_class, launch.flags)
-    finally:
-        logger.level = before
-    return replace(launch, output=Path(args.output_dir))
-
-
-def check_machine(options: Options) -> None:
-    """Raise UserError for what would end the run at its start: too few devices, a taken port, a launcher that is not there."""
-    tools = {"openmpi": ("mpirun", "ompi_info"), "slurm": ("srun",)}.get(options.launcher or "", ("pdsh", "ssh"))
-    if options.by_ssh or options.launcher == "slurm":
-        for tool in tools:
-            if shutil.which(tool) is None:
-                raise UserError(f"{tool} is not installed here; install it, or use --launcher torchrun or --no_ssh.")
-    elif options.several and options.no_ssh and not options.hosts:
-        raise UserError("--no_ssh needs --hostfile, with a line NAME slots=N for each node; the names need not be reachable.")
-    check_deepspeed(options)
-    if options.by_ssh and not options.hosts:
-        raise UserError(f"several nodes need --hostfile with lines HOST slots=N; there is no {DEFAULT_HOSTFILE}.")
-    if options.launcher != "slurm" and options.platform.accelerator != "cpu" and not options.by_ssh:
-        check_devices(options)
-    if options.by_ssh:
-        check_address(options)
-    elif not options.is_first_node:
-        check_first_node(options)
-    if options.master_port and options.is_first_node and options.launcher != "slurm":
-        check_port(options)
-
-
-def check_deepspeed(options: Options) -> None:
-    """Raise UserError for flags that the installed DeepSpeed's launcher does not know yet (0.14.2 has neither of these)."""
-    found = importlib.util.find_spec("deepspeed")
-    if found is None or found.origin is None:
-        raise UserError(f"DeepSpeed is not installed for {sys.executable}: pip install -r requirements.txt, or set PYTHON.")
-    known = (Path(found.origin).parent / "launcher" / "runner.py").read_text(encoding="utf-8")
-    for flag, given in (("--no_ssh", options.no_ssh), ("--venv_script", options.venv_script)):
-        if given and f'"{flag}"' not in known:
-            raise UserError(f"the installed DeepSpeed's launcher has no {flag}; use --launcher torchrun, or a newer DeepSpeed.")
-
-
-def check_devices(options: Options) -> None:
-    """Raise UserError unless the devices of this machine are the platform's kind, and enough."""
-    from models.device import detect_platform, device_count
-
-    here, wanted = detect_platform(), options.platform
-    if here.torch_device != wanted.accelerator:
-        raise UserError(
-            f"platform {wanted.name} ({wanted.title}) needs {wanted.accelerator}, but torch finds {here.name} here; check the "
-            "driver and the torch build, or choose another recipe or --platform."
-        )
-    processes, count = options.processes or 1, device_count()
-    if processes > count:
-        raise UserError(
-            f"the recipe wants {processes} devices, this machine shows {count}; give --num_gpus {count} (then raise "
-            "--gradient_accumulation_steps, so that the global batch stays), or show more."
-        )
-
-
-def check_address(options: Options) -> None:
-    """Raise UserError if the other nodes cannot know the first one by the address they will be given."""
-    address = options.master_addr or next(iter(options.hosts))
-    try:
-        found = resolved(address)[1]
-    except OSError as error:
-        raise UserError(f"the address of the first node, {address}, does not resolve; give --master_addr with its IP.") from error
-    if is_loopback(found) and not options.master_addr:
-        raise UserError(
-            f"{address} resolves to {found} here, which the other nodes cannot reach; give --master_addr with the IP they see."
-        )
-
-
-def check_first_node(options: Options, patience: float = 60.0) -> None:
-    """Raise UserError if there is no way to the first node: its name means nothing, or no route leads there.
-
-    Nobody needs to listen yet. patience: seconds in which a cluster may still make the name known.
-    """
-    address, port = master_address(options, os.environ), options.master_port or DEFAULT_PORT
-    ends = time.monotonic() + patience
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=5).close()
-            return
-        except OSError as error:
-            if not isinstance(error, socket.gaierror) and error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-                return
-            if time.monotonic() >= ends:
-                raise UserError(
-                    f"--master_addr {address}: {error.strerror} from {socket.gethostname()}, node {options.node_rank}; give the "
-                    "address of the first node as this one reaches it (ip route get ADDRESS shows the way)."
-                ) from error
-        time.sleep(2)
-
-
-def check_port(options: Options) -> None:
-    """Raise UserError if another program listens on the port that was asked for."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", options.master_port))
-        except OSError as error:
-            raise UserError(
-                f"--master_port {options.master_port}: {error.strerror.lower()}; another run may use it, so give another port."
-            ) from error
-
-
 def env_file(output: Path) -> Path:
     """Return the path for DS_ENV_FILE: the variables of the other nodes, in the step's own folder."""
     return (output / "deepspeed_env").resolve()
@@ -329,7 +201,8 @@ def start(launch: Launch) -> int:
     """Run the step to its end; return its exit code."""
     from scripts.launch.processes import run_to_end, say
 
-    launch = check_flags(launch)
+    # The output folder as the step reads it: it has former names.
+    launch = replace(launch, output=Path(check_step(launch.step, launch.flags).output_dir))
     check_machine(launch.options)
     check_writable(launch.output)
     env = passed_on(launch.environment, launch.output)

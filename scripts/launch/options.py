@@ -80,9 +80,17 @@ def plain_words(argv: list[str], flags: Container[str], quoted: str) -> list[str
     return words
 
 
-def find_recipe(name: str) -> Path:
-    """Return the path of a recipe given as one, or as PLATFORM/MODEL under configs. Raise UserError that lists what exists."""
+def find_recipe(name: str, platform: str | None = None) -> Path:
+    """Return the path of a recipe given as one, or as PLATFORM/MODEL under configs. Raise UserError that lists what exists.
+
+    platform: for which to read a file that serves several, where its path names none of them.
+    """
+    if platform:
+        platform_named(platform)
     for path in (Path(name), ROOT / name, ROOT / "configs" / f"{name}.yaml"):
+        named = path.parent / str(platform) / path.name
+        if path.is_file() and recipe_file(named):
+            return named.resolve()
         if recipe_file(path):
             return path.resolve()
     platform, model = Path(name).parent.name, Path(name).name.removesuffix(".yaml")
@@ -90,6 +98,11 @@ def find_recipe(name: str) -> Path:
         models = [path.stem for path in recipes_of(ROOT / "configs", platform)]
         near, known = did_you_mean(model, models), ", ".join(models) or "none"
         raise UserError(f"{name}: no recipe for {model!r} on {platform}{near}; there are {known}.")
+    if (ROOT / "configs" / f"{model}.yaml").is_file() and not did_you_mean(platform, load_platforms()):
+        raise UserError(
+            f"recipe {name}: no platform {platform}; to add it, give it an entry in configs/platforms.yaml and one under "
+            f"platforms: of configs/{model}.yaml."
+        )
     raise UserError(
         f"recipe {name}: no such file{did_you_mean(platform, load_platforms())}; those of the project are "
         f"configs/PLATFORM/MODEL.yaml, with the platforms {', '.join(load_platforms())}."

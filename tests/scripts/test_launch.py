@@ -121,6 +121,11 @@ def test_masks_that_cannot_be_served(recipe):
     assert launch.environment.over(mask)["CUDA_VISIBLE_DEVICES"] == mask["CUDA_VISIBLE_DEVICES"]
 
 
+def test_a_recipe_of_several_platforms_is_read_for_the_one_that_is_named(recipe):
+    launch = launched("step1_sft", "configs/opt-1.3b.yaml", "--platform", "dcu_z100l")
+    assert launch.recipe.endswith("configs/dcu_z100l/opt-1.3b.yaml") and launch.options.processes == 8
+
+
 def test_several_nodes_by_pdsh(recipe, hostfile):
     launch = launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--master_port", "29611", "--ssh_port", "2222")
     args = deepspeed_args(launch.command)
@@ -345,6 +350,8 @@ def test_a_dry_run_is_read_back_by_a_shell_and_makes_nothing(recipe, hostfile, t
         (["step2_reward", "{recipe}"], "has no section reward, which step2_reward reads"),
         (["step1_sft", "configs/cpu/dema.yaml"], "no recipe for 'dema' on cpu (did you mean demo?); there are "),
         (["step1_sft", "configs/cpo/demo.yaml"], "no such file (did you mean cpu?); those of the project are"),
+        (["step1_sft", "configs/mlu_370/opt-1.3b.yaml"], "no platform mlu_370; to add it, give it an entry in"),
+        (["step1_sft", "configs/opt-1.3b.yaml"], "name one of them in the path"),
         (["step1_sft", "{recipe}", "--platform", "dcu_z100"], "no platform (did you mean dcu_z100l?)"),
         (["step1_sft", "{recipe}", "out", "4"], "'4' stands where zero_stage does, a number from 0 to 3"),
         (["step1_sft", "{recipe}", "3"], "'3' stands where output_dir does, a folder"),

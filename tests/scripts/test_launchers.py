@@ -10,6 +10,7 @@ import sys
 import pytest
 from deepspeed.launcher.runner import parse_args
 
+from scripts import generated
 from scripts.launch import launchers
 from scripts.launch.__main__ import prepare
 from scripts.launch.platforms import load_platforms, platform_named
@@ -31,6 +32,16 @@ def test_the_launchers_are_those_that_the_recipes_give(capsys):
     assert all(os.access(path, os.X_OK) for path in texts), "chmod +x"
     assert {len(text.splitlines()) for text in texts.values()} == {3}
     assert max(len(line) for text in texts.values() for line in text.splitlines()) <= 132
+
+
+def test_a_comparison_says_what_is_wrong_with_each_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generated, "ROOT", tmp_path)
+    old, absent, extra = (tmp_path / name for name in ("old.sh", "absent.sh", "extra.sh"))
+    old.write_text("former")
+    assert generated.write_files({old: "x", absent: "x"}, [old, extra], compare=True) == 1
+    lines = ["old.sh: differs", "absent.sh: missing", "extra.sh: nothing makes it; remove it", "2 files, 2 differ or are missing"]
+    assert capsys.readouterr().out.splitlines() == lines and not absent.exists()
+    assert generated.write_files({old: "x", absent: "x"}, [], compare=False) == 0 and absent.read_text() == "x"
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *ADGEN], ids=name_of)

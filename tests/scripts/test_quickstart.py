@@ -164,6 +164,12 @@ def test_an_unknown_preset_names_those_there_are(clone, flags):
     assert error.startswith("error: --preset ") and "smollm2" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/test.sh"])
+def test_help_installs_nothing(clone, script):
+    code, calls, error = clone.run(script, "--help")
+    assert (code, calls, error) == (0, [], "") and f"bash {script} [" in clone.shown
+
+
 # --- requirements
 
 

@@ -38,6 +38,11 @@ def data_suffix(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
+def looks_local(path: str) -> bool:
+    """Return whether a path cannot be a hub id (NAME or OWNER/NAME)."""
+    return path.startswith((".", "/", "~")) or "\\" in path or path.count("/") > 1 or bool(data_suffix(Path(path)))
+
+
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield (location, row) for every record of a data file. Raise UserError with the line if it cannot be read."""
     suffix = data_suffix(path)

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from errors import UserError
 from training.utils.data.cache import file_digest
 from training.utils.data.named_sets import NamedSet, find_named_set, similar_name
-from training.utils.data.readers import SUFFIXES, Row, data_suffix, read_rows
+from training.utils.data.readers import SUFFIXES, Row, data_suffix, looks_local, read_rows
 
 logger = logging.getLogger("sanbu")
 
@@ -55,7 +55,7 @@ def open_source(path: str) -> Source:
         return Source(_folder_splits(local), named)
     if named and named.files and not data_suffix(local):  # a file that is meant and missing is an error
         return Source(_local_splits(path, named.files), named)
-    if _looks_local(path):
+    if looks_local(path):
         raise UserError(_missing_file(path, local, named))
     for downloaded in map(download_folder, (path, *(named.names if named else ()))):
         if downloaded.is_dir():
@@ -92,11 +92,6 @@ def _local_splits(path: str, files: dict[str, tuple[str, ...]]) -> dict[str, lis
         else:
             logger.info("%s: no %s, so a share of the set is held out (--eval_fraction).", path, candidates[0])
     return splits
-
-
-def _looks_local(path: str) -> bool:
-    """Return whether a path cannot be a hub id (NAME or OWNER/NAME)."""
-    return path.startswith((".", "/", "~")) or "\\" in path or path.count("/") > 1 or bool(data_suffix(Path(path)))
 
 
 def _missing_file(path: str, local: Path, named: NamedSet | None) -> str:
