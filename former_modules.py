@@ -22,7 +22,7 @@ GONE = {
     "benchmarks.ppo_vocabulary": "its results stand in benchmarks/RESULTS.md under 'Larger vocabularies'; it runs at commit "
     "44ce0bc, and benchmarks.ppo_learning compares with TRL today.",
     "benchmarks.shared_trunk": "its results stand in benchmarks/RESULTS.md under 'Memory of the four models of PPO'; it runs at "
-    "commit 44ce0bc, and python -m scripts.plan RECIPE --step 3 --memory_mode shared tells what your models take.",
+    "commit 44ce0bc, and python -m scripts.plan MODEL --step 3 --memory_mode shared --actor_lora_dim 16 plans for a model.",
 }
 
 

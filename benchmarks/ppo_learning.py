@@ -26,21 +26,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.runs import as_flags, markdown_row
 from errors import UserError, told
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "data/demo"
+HELD_OUT = ROOT / "data/demo/prompts_heldout.jsonl"
 METHODS = ("gae", "grpo", "rloo", "reinforce++")
 GROUPED = ("grpo", "rloo")  # these compare answers to the same prompt
 TRL = "trl"
 ANSWER_TOKENS = 24
-JUDGE_SEED, JUDGE_BATCH = 10**9, 240
+JUDGE_SEED = 10**9
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,17 @@ def train_ours(settings: dict[str, Any]) -> None:
 
     clock: list[tuple[float, float]] = []
 
-    class TimedTrainer(step3.DeepSpeedPPOTrainer):
-        def generate_experience(self, *given):
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
             clock.append(now())
-            return super().generate_experience(*given)
-
-        def train_rlhf(self, *given):
-            metrics = super().train_rlhf(*given)
+            result = method(*given)
             clock.append(now())
-            return metrics
+            return result
 
-    class WrittenPrompts(step3.PromptBatches):
-        def __init__(self, *given) -> None:
-            super().__init__(*given)
-            if settings.get("prompts"):
-                write_prompts(self, Path(settings["prompts"]))
+        return call
 
-    step3.DeepSpeedPPOTrainer, step3.PromptBatches = TimedTrainer, WrittenPrompts
+    trainer = step3.DeepSpeedPPOTrainer
+    trainer.generate_experience, trainer.train_rlhf = timed(trainer.generate_experience), timed(trainer.train_rlhf)
     step3.main(parse(PPOArguments, settings["flags"]))
     write_time(settings, clock[0], clock[-1])
 
@@ -104,17 +99,6 @@ def write_time(settings: dict[str, Any], start: tuple[float, float], end: tuple[
     """Write time.json into the run's folder."""
     seconds, cpu = (after - before for before, after in zip(start, end, strict=True))
     (Path(settings["output"]) / "time.json").write_text(json.dumps({"seconds": seconds, "cpu_seconds": cpu}))
-
-
-def write_prompts(prompts: Any, file: Path) -> None:
-    """Write [rollout][row] -> token ids as JSON; the file is there only once it is whole."""
-    rows = [
-        [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
-        for _, batch in prompts.after(0)
-    ]
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps(rows), encoding="utf-8")
-    draft.rename(file)
 
 
 def train_trl(settings: dict[str, Any]) -> None:
@@ -141,11 +125,7 @@ def train_trl(settings: dict[str, Any]) -> None:
         def on_train_begin(self, *given, **more) -> None:
             self.start = now()
 
-    prompts = Path(settings["prompts"])
-    until = time.monotonic() + 900  # ours, which runs beside, writes them
-    while not prompts.is_file() and time.monotonic() < until:
-        time.sleep(0.5)
-    rows = [row for rollout in json.loads(prompts.read_text(encoding="utf-8")) for row in rollout]
+    rows = [row for rollout in settings["prompts"] for row in rollout]
     budget = Budget(**settings["budget"])
     size, minibatches = budget.rollout_size, budget.rollout_size // budget.minibatch
     tokenizer = AutoTokenizer.from_pretrained(settings["sft"], padding_side="left")
@@ -164,16 +144,9 @@ def train_trl(settings: dict[str, Any]) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda update: max(0.0, 1 - (update * steps + (steps - 1) / 2) / (budget.rollouts * steps))
     )
+    on_a_cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     config = PPOConfig(
         output_dir=settings["output"],
-        use_cpu=True,
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         seed=settings["seed"],
         per_device_train_batch_size=size,
         gradient_accumulation_steps=1,
@@ -184,16 +157,10 @@ def train_trl(settings: dict[str, Any]) -> None:
         local_rollout_forward_batch_size=size,
         temperature=1.0,
         kl_coef=budget.kl_coef,
-        kl_estimator="k1",
-        cliprange=0.2,
-        cliprange_value=0.2,
         vf_coef=budget.vf_coef,
-        gamma=1.0,
-        lam=0.95,
-        whiten_rewards=False,
         missing_eos_penalty=1.0,
         stop_token="eos",
-        num_sample_generations=0,
+        **on_a_cpu | {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "num_sample_generations": 0},
     )
     clock = Clock()
     dataset = Dataset.from_dict({"input_ids": rows})
@@ -223,22 +190,13 @@ def judge(sft: Path, actor: Path, answers: int, limit: int) -> dict[str, float]:
 
     The random numbers are the same for every policy. limit: number of prompts, 0 = all.
     """
-    from models.load import load_tokenizer
-    from models.templates import load_template
-    from scripts.demo.measure import answer, load_policy, mean
+    from scripts.demo.measure import mean, sample_answers
     from scripts.demo.score import demo_score
     from training.utils.data.records import load_records
 
-    tokenizer = load_tokenizer(sft)
-    template = load_template(sft, tokenizer)
-    reference, policy = load_policy(sft), load_policy(actor)
-    prompts = list(load_records(str(DATA / "prompts_heldout.jsonl"))["train"]["messages"])[: limit or None]
+    prompts = list(load_records(str(HELD_OUT), cache_dir=str(sft.with_name("cache")))["train"]["messages"])[: limit or None]
     dialogues = [prompt for _ in range(answers) for prompt in prompts]
-    rows = []
-    for start in range(0, len(dialogues), JUDGE_BATCH):
-        chunk = dialogues[start : start + JUDGE_BATCH]
-        seeds = range(JUDGE_SEED + start, JUDGE_SEED + start + len(chunk))
-        rows += answer(policy, reference, chunk, list(seeds), tokenizer, template, ANSWER_TOKENS)
+    _, rows = sample_answers((sft, actor), dialogues, JUDGE_SEED, ANSWER_TOKENS)
     gold = [demo_score(dialogue, row["text"]) for dialogue, row in zip(dialogues, rows, strict=True)]
     error = statistics.stdev(gold) / len(gold) ** 0.5 if len(gold) > 1 else 0.0
     return {"gold": statistics.fmean(gold), "gold_se": error} | {name: mean(rows, name) for name in ("kl", "length", "ended")}
@@ -323,7 +281,7 @@ def groups(args: argparse.Namespace) -> list[list[str]]:
 def run_side_by_side(commands: Sequence[tuple[Sequence[object], Path]], args: argparse.Namespace) -> None:
     """Run (command, log file) at the same time. Raise UserError with the end of the log of the first that fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "SANBU_CACHE": str(args.output / "cache")}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
     running = []
     for command, log in commands:
         with log.open("w", encoding="utf-8") as file:
@@ -353,7 +311,7 @@ def prepare_smoke(args: argparse.Namespace) -> None:
 
     from scripts.demo.model import write_base_model
 
-    write_base_model(args.output / "sft", data_dir=DATA)
+    write_base_model(args.output / "sft", data_dir=HELD_OUT.parent)
     torch.manual_seed(0)
     reward = AutoModelForSequenceClassification.from_pretrained(args.output / "sft", num_labels=1)
     reward.save_pretrained(args.output / "reward")
@@ -361,18 +319,15 @@ def prepare_smoke(args: argparse.Namespace) -> None:
 
 
 def flags_of_ours(method: str, seed: int, run: Path, args: argparse.Namespace) -> list[str]:
-    """Return step 3's command line."""
+    """Return step 3's command line: the demo's recipe with another budget."""
     budget = args.budget
     answers = budget.answers_per_prompt if method in GROUPED else 1
     flags = {
+        "config": ROOT / "configs/cpu/demo.yaml",
         "actor_model_name_or_path": args.output / "sft",
         "critic_model_name_or_path": args.output / "reward",
         "output_dir": run / "step3",
-        "data_path": DATA / "prompts_train.jsonl",
-        "data_split": "0,0,1",
-        "dtype": "fp32",
-        "max_prompt_seq_len": 64,
-        "max_answer_seq_len": ANSWER_TOKENS,
+        "cache_dir": args.output / "cache",
         "max_steps": budget.rollouts,
         "per_device_generation_batch_size": budget.rollout_size // answers,
         "num_return_sequences": answers,
@@ -387,27 +342,44 @@ def flags_of_ours(method: str, seed: int, run: Path, args: argparse.Namespace) -
         "adam_beta2": budget.adam_beta2,
         "kl_coef": budget.kl_coef,
         "eval_prompts": 0,
-        "save_steps": 0,
         "seed": seed,
     }
     return as_flags(flags)
 
 
+def prompts_of_ours(flags: list[str]) -> list[list[list[int]]]:
+    """Return the prompts that step 3 will take with these flags: [rollout][row] -> token ids."""
+    from models.load import load_tokenizer
+    from models.templates import load_template
+    from training.step3_ppo.rollout import PromptBatches
+    from training.utils.data.prepare import prepare_phase
+    from training.utils.flags.parse import parse
+    from training.utils.flags.steps import PPOArguments
+
+    args = parse(PPOArguments, flags)
+    tokenizer = load_tokenizer(args.models["actor"])
+    data = prepare_phase(args, 3, tokenizer, load_template(args.models["actor"], tokenizer)).train
+    alone = SimpleNamespace(rank=0, world_size=1, device="cpu")
+    return [
+        [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+        for _, batch in PromptBatches(data, alone, args, tokenizer.pad_token_id).after(0)
+    ]
+
+
 def command(method: str, seed: int, run: Path, args: argparse.Namespace) -> list[object]:
     """Return one training as a command; its settings lie in its folder, which is emptied first."""
-    sft, reward = args.output / "sft", args.output / "reward"
     settings: dict[str, Any] = {"method": method, "seed": seed, "output": str(run)}
-    if method in ("gae", TRL):
-        settings["prompts"] = str(args.output / f"prompts-{seed}.json")
     if method == TRL:
+        sft, reward = args.output / "sft", args.output / "reward"
         stored = json.loads((reward / "config.json").read_text(encoding="utf-8"))
         settings |= {"sft": str(sft), "reward": str(reward), "budget": asdict(args.budget)}
         settings |= {"reward_mean": stored.get("reward_mean", 0.0), "reward_std": max(stored.get("reward_std", 1.0), 1e-6)}
+        settings["prompts"] = prompts_of_ours(flags_of_ours("gae", seed, run, args))
     else:
         settings["flags"] = flags_of_ours(method, seed, run, args)
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    (run / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (run / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     return [args.trl_python if method == TRL else sys.executable, "-m", "benchmarks.ppo_learning", "--run", run / "settings.json"]
 
 

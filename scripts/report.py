@@ -39,7 +39,7 @@ CURVES = {
 }
 COLOURS = {"train": "#2a6fb0", "eval": "#d1661b"}
 PICTURE = ("score_reward", "kl")
-WIDTH, HEIGHT, MARGIN = 240, 90, 6  # of a curve
+MARGIN, GUTTER = 6, 36  # pixels around a curve, and left of it for its range
 
 # preset -> name of its gold score, targets (accuracy of the reward model, gold score, ended answers, KL), and a note.
 PRESETS = {
@@ -59,9 +59,9 @@ STYLE = """
 body { font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; color: #222; margin: 2rem auto; max-width: 72rem }
 h2 { font-size: 1.25rem; border-bottom: 1px solid #ddd } table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem; border-bottom: 1px solid #e5e5e5 }
-.number { text-align: right; white-space: nowrap } .answers td { white-space: pre-wrap; overflow-wrap: anywhere }
+.summary :is(td, th):is(:nth-child(2), :nth-child(3)) { text-align: right; white-space: nowrap }
+.answers td { white-space: pre-wrap; overflow-wrap: anywhere } .good { color: #1a7f37 } .bad { color: #b3261e }
 .curves { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; font-size: .8rem } svg { background: #f8f8f8 }
-.good { color: #1a7f37 } .bad { color: #b3261e }
 """
 
 
@@ -104,76 +104,67 @@ def run_folders(folder: Path) -> list[Path]:
     return runs
 
 
-def draw_curve(
-    curves: dict[str, list[tuple[int, float]]], width: int = WIDTH, height: int = HEIGHT, gutter: int = 0
-) -> str:
-    """Return one SVG of "train" and "eval" curves, (step, value) pairs.
+def read_curves(metrics: Path, name: str) -> dict[str, list[tuple[int, float]]]:
+    """Return the (step, value) pairs of one metric under "train" and "eval", as far as the run logged them."""
+    return {part: points for part in COLOURS if (points := read_metrics(metrics, f"{part}/{name}"))}
 
-    Its range is written at its left edge, where the gutter, in pixels, is left to it.
-    """
+
+def draw_curve(curves: dict[str, list[tuple[int, float]]], width: int = 250, height: int = 90) -> str:
+    """Return one SVG of "train" and "eval" curves, (step, value) pairs, with their range at its left edge."""
     steps, values = zip(*(point for points in curves.values() for point in points), strict=True)
     low, high = min(values), max(values)
     scale = log10 if 0 < 50 * low < high else float  # logarithmic for a perplexity from a random start
 
-    def scaled(value: float, least: float, most: float, size: int) -> float:
-        return MARGIN + (size - 2 * MARGIN) * ((value - least) / (most - least) if most > least else 0.5)
+    def share(value: float, least: float, most: float) -> float:
+        return (value - least) / (most - least) if most > least else 0.5
 
-    lines = []
+    drawn = [f'<text x="2" y="{y}" font-size="9">{format_figure(value)}</text>' for y, value in ((10, high), (height - 2, low))]
     for part, points in curves.items():
-        x = [gutter + scaled(step, min(steps), max(steps), width - gutter) for step, _ in points]
-        y = [height - scaled(scale(value), scale(low), scale(high), height) for _, value in points]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        lines.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[part]}" stroke-width="1.5"/>')
-        lines.append(f'<circle cx="{x[-1]:.1f}" cy="{y[-1]:.1f}" r="2.5" fill="{COLOURS[part]}"/>')
-    marks = [f'<text x="2" y="{y}" font-size="9">{format_figure(value)}</text>' for y, value in ((10, high), (height - 2, low))]
-    return f'<svg width="{width}" height="{height}">{"".join(lines + marks)}</svg>'
+        places = [
+            (
+                GUTTER + (width - GUTTER - MARGIN) * share(step, min(steps), max(steps)),
+                height - MARGIN - (height - 2 * MARGIN) * share(scale(value), scale(low), scale(high)),
+            )
+            for step, value in points
+        ]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        drawn.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[part]}" stroke-width="1.5"/>')
+        drawn.append('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*places[-1], COLOURS[part]))
+    return f'<svg width="{width}" height="{height}">{"".join(drawn)}</svg>'
 
 
 def draw_picture(metrics: Path) -> str:
     """Return an SVG file of the curves in PICTURE side by side. Raise UserError where the run did not log one of them."""
-    width, height, gutter, panels = 390, 190, 36, []
+    width, height = 390, 190
+    shown = ['<rect width="100%" height="100%" fill="#f8f8f8"/>']
     for number, name in enumerate(PICTURE):
-        curves = {part: read_metrics(metrics, f"{part}/{name}") if metrics.is_file() else [] for part in COLOURS}
-        if not curves["train"]:
+        curves = read_curves(metrics, name) if metrics.is_file() else {}
+        if "train" not in curves:
             raise UserError(f"--picture: no train/{name} in {metrics}; see --help for the run that logs it.")
-        curves = {part: points for part, points in curves.items() if points}
-        panels.append(
-            f'<g transform="translate({number * width},24)">{draw_curve(curves, width, height, gutter)}'
-            f'<text x="{gutter}" y="-8">{escape(CURVES[name])}</text>'
-            f'<text x="{width - MARGIN}" y="{height + 12}" text-anchor="end" font-size="10">'
-            f"rollout {curves['train'][-1][0]}</text></g>"
-        )
-    legend = [
-        f'<text x="{gutter + 160 * number}" y="{height + 36}" font-size="10" fill="{COLOURS[part]}">{title}</text>'
-        for number, (part, title) in enumerate((("train", "answers of each rollout"), ("eval", "held-out prompts")))
-    ]
+        title = f'<text x="{GUTTER}" y="-8">{escape(CURVES[name])}, over {curves["train"][-1][0]} rollouts</text>'
+        shown.append(f'<g transform="translate({number * width},24)">{title}{draw_curve(curves, width, height)}</g>')
+    for part, title, x in (("train", "answers of each rollout", GUTTER), ("eval", "held-out prompts", 200)):
+        shown.append(f'<text x="{x}" y="{height + 36}" font-size="10" fill="{COLOURS[part]}">{title}</text>')
     size = f'width="{2 * width}" height="{height + 44}" font-family="sans-serif" font-size="13"'
-    background = '<rect width="100%" height="100%" fill="#f8f8f8"/>'
-    body = "\n".join([background, *panels, *legend])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{body}\n</svg>\n'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *shown, "</svg>\n"])
 
 
 def curve_section(run: Path) -> str:
     """Return small curves of all metrics in CURVES that a run has values for."""
-    metrics = run / "metrics.jsonl"
     figures = []
     for name, title in CURVES.items():
-        curves = {part: points for part in COLOURS if (points := read_metrics(metrics, f"{part}/{name}"))}
-        if curves:
+        if curves := read_curves(run / "metrics.jsonl", name):
             last = ", ".join(f"{part} {format_figure(points[-1][1])}" for part, points in curves.items())
             caption = f"<figcaption>{escape(title)}<br>{last}</figcaption>"
             figures.append(f'<figure id="{escape(run.name)}-{name}">{draw_curve(curves)}{caption}</figure>')
     return f'<h2>{escape(headline(run.name))}</h2>\n<div class="curves">{"".join(figures)}</div>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int], name: str) -> str:
-    """Return an HTML table of texts that are already HTML; numbers: the columns that are set to the right."""
-    kinds = [' class="number"' if column in numbers else "" for column in range(len(head))]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)) + "</tr>"
-
-    return f'<table class="{name}">{line("th", head)}{"".join(line("td", row) for row in rows)}</table>'
+def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table of texts that are already HTML."""
+    lines = [("th", head), *(("td", row) for row in rows)]
+    body = ("".join(f"<{tag}>{cell}</{tag}>" for cell in cells) for tag, cells in lines)
+    return f'<table class="{name}">{"".join(f"<tr>{line}</tr>" for line in body)}</table>'
 
 
 def summary_section(file: Path) -> str:
@@ -183,11 +174,9 @@ def summary_section(file: Path) -> str:
         rows = [tuple(map(escape, row)) for row in summary_rows(summary)]
         note = f"Measured on held-out prompts, seed {summary['seed']}. {PRESETS[summary.get('preset', 'demo')][2]}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} is no whole summary ({type(error).__name__}: {error}); run the demo again, or remove the file for a page "
-            "without it."
-        ) from error
-    return f"<h2>Summary</h2><p>{note}</p>" + table(("", "before", "after", "target"), rows, (1, 2), "summary")
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{file} is no whole summary ({reason}); run the demo again, or remove the file.") from error
+    return f"<h2>Summary</h2><p>{note}</p>" + table("summary", ("", "before", "after", "target"), rows)
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
@@ -204,7 +193,7 @@ def answer_section(file: Path, count: int = 24) -> str:
         rows.append((escape(row["prompt"].strip()), *before, *after))
     note = f"{len(rows)} of {len(answers)} held-out prompts; the answers are sampled at temperature 1."
     head = ("prompt", "SFT model", "gold", "after PPO", "gold")
-    return f"<h2>Answers before and after PPO</h2><p>{note}</p>" + table(head, rows, (2, 4), "answers")
+    return f"<h2>Answers before and after PPO</h2><p>{note}</p>" + table("answers", head, rows)
 
 
 def mark(gold: float) -> str:
@@ -218,7 +207,7 @@ def sample_section(file: Path, count: int = 8) -> str:
     last = max((sample["step"] for sample in samples), default=0)
     shown = [row for row in samples if row["step"] == last][:count]
     rows = [(escape(row["prompt"].strip()), escape(row["answer"]), format_figure(row["score"])) for row in shown]
-    return f"<h2>Answers after rollout {last}</h2>" + table(("prompt", "answer", "score"), rows, (2,), "answers")
+    return f"<h2>Answers after rollout {last}</h2>" + table("answers", ("prompt", "answer", "score"), rows)
 
 
 def write_report(folder: Path, output: Path) -> None:
@@ -231,10 +220,9 @@ def write_report(folder: Path, output: Path) -> None:
         sections += [sample_section(run / "samples.jsonl") for run in runs if (run / "samples.jsonl").is_file()]
     sections += map(curve_section, runs)
     title = f"Sanbu: {escape(folder.name)}"
-    head = f'<head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
-    body = "\n".join([f"<h1>{title}</h1>", *sections])
+    head = f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(f'<!DOCTYPE html>\n<html lang="en">\n{head}\n<body>{body}</body>\n</html>\n', encoding="utf-8")
+    output.write_text("\n".join([head, f"<h1>{title}</h1>", *sections, ""]), encoding="utf-8")
 
 
 @told

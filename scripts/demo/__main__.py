@@ -17,59 +17,74 @@ import shlex
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from scripts.demo import pipeline, smollm2
-from scripts.demo.pipeline import ROOT, SECTIONS, Stage
+from scripts.demo import smollm2_model
+from scripts.demo.pipeline import ROOT, SECTIONS, Stage, finish, read_recipe, run_stages, script_stage, training_stage
 from scripts.demo.score import demo_score
+from scripts.demo.smollm2_data import SYSTEM, code_digest, prompts_of, sample
+from scripts.demo.smollm2_score import vader_score
 
-HELD_OUT_PROMPTS = ROOT / "data/demo/prompts_heldout.jsonl"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model and its data. stages(args) are done one after the other, the last of them measures.
-
-    fresh: a second run starts afresh. chat_flags: of chat.py, for the model to hear what it was trained on.
-    """
-
-    stages: Callable[[Namespace], list[Stage]]
-    prompts: str
-    fresh: bool = False
-    chat_flags: str = ""
+BASE_TITLE, MEASURE_TITLE = "The base model", "Answers to held-out prompts, before and after PPO"
 
 
 def demo_stages(args: Namespace) -> list[Stage]:
-    """Return the stages of the demo."""
-    title = "The base model"
-    base = ["scripts.demo.model", args.output / "base", "--seed", args.seed, *["--pad_is_eos"] * args.pad_is_eos]
-
-    def write_base(again: bool) -> None:
-        # Random weights are written on the CPU; saying so keeps DeepSpeed from announcing what it looked for.
-        pipeline.run_step(title, base, args.output, DS_ACCELERATOR="cpu")
-
-    def measure(again: bool) -> dict[str, Any]:
-        from scripts.demo.measure import measure
-
-        return measure(args.output, args.seed, args.prompts, HELD_OUT_PROMPTS, demo_score)
-
+    """Return the stages of the demo: a model from a random start, which learns the closed world of data/demo."""
+    base = ("scripts.demo.model", args.output / "base", "--seed", args.seed, *["--pad_is_eos"] * args.pad_is_eos)
+    trained = [training_stage(section, args, *args.ppo_flags * (section == "ppo")) for section in SECTIONS]
     return [
-        Stage("base", title, write_base),
-        *(pipeline.training_stage(section, args, *args.ppo_flags * (section == "ppo")) for section in SECTIONS),
-        Stage("measure", "Answers to held-out prompts, before and after PPO", measure),
+        # Random weights are written on the CPU; saying so keeps DeepSpeed from announcing what it looked for.
+        script_stage("base", BASE_TITLE, args, *base, DS_ACCELERATOR="cpu"),
+        *trained,
+        Stage("measure", MEASURE_TITLE, lambda again: measure_demo(args)),
     ]
 
 
-PRESETS = {
-    "demo": Preset(demo_stages, "measure on so many held-out prompts; 0 = all", fresh=True),
-    "smollm2": Preset(
-        smollm2.stages, "use and measure only so many prompts; 0 = all", chat_flags=smollm2.CHAT_FLAGS
-    ),
-}
+def measure_demo(args: Namespace) -> dict[str, Any]:
+    """Measure the gold score on held-out prompts: of the SFT model and of the actor."""
+    from scripts.demo.measure import measure
+
+    return measure(args.output, args.seed, args.prompts, ROOT / "data/demo/prompts_heldout.jsonl", demo_score)
+
+
+def smollm2_stages(args: Namespace) -> list[Stage]:
+    """Return the stages of smollm2: a pretrained model learns from its own answers, then to be friendly.
+
+    Raises UserError for packages that are missing and for a recipe that cannot be used.
+    """
+    smollm2_model.check_packages()
+    recipe, data, script = read_recipe(args.config), args.output / "data", "scripts.demo.smollm2_data"
+    drawn = (data, "--seed", args.seed, "--limit", args.prompts)
+    settings = [args.seed, args.prompts, code_digest()]
+    sft, reward, ppo = (
+        training_stage(section, args, "--data_path", data / file, settings=recipe[section])
+        for section, file in zip(SECTIONS, ("sft.jsonl", "pairs.jsonl", "ppo.jsonl"), strict=True)
+    )
+    convert, own = "The pretrained model, from GGUF to safetensors", "Answers of the pretrained model, to imitate"
+    pairs = "Answers of the SFT model, in pairs by their gold score"
+    return [
+        script_stage("convert", convert, args, "scripts.demo.smollm2_model", args.output / "base"),
+        script_stage("sft data", own, args, script, "sft", args.output / "base", *drawn, settings=settings),
+        sft,
+        script_stage("pairs", pairs, args, script, "pairs", args.output / "sft", *drawn),
+        reward,
+        ppo,
+        Stage("measure", MEASURE_TITLE, lambda again: measure_smollm2(args)),
+    ]
+
+
+def measure_smollm2(args: Namespace) -> dict[str, Any]:
+    """Measure VADER's score on held-out prompts: of the pretrained model, the SFT model and the actor."""
+    from scripts.demo.measure import measure
+
+    output, held_out = args.output, args.output / "data" / "heldout.jsonl"
+    record = measure(output, args.seed, args.prompts, held_out, lambda messages, answer: vader_score(answer))
+    answers = sample(output / "base", prompts_of("heldout")[: args.prompts or None], 1, args.seed)
+    record["metrics"]["gold_score_pretrained"] = sum(vader_score(answer.text) for answer in answers) / len(answers)
+    return record
 
 
 def parse(argv: Sequence[str] | None, preset: str = "demo") -> Namespace:
@@ -80,7 +95,7 @@ def parse(argv: Sequence[str] | None, preset: str = "demo") -> Namespace:
     add("--output", type=Path, default=ROOT / folder, help=f"where results go ({folder})")
     add("--threads", type=int, default=usable_cores(), help="CPU threads (%(default)s)")
     add("--config", type=Path, default=ROOT / recipe, help=f"recipe of the steps ({recipe})")
-    add("--prompts", type=int, default=0, help=PRESETS[preset].prompts)
+    add("--prompts", type=int, default=0, help="measure on so many prompts, and draw smollm2's data from so many; 0 = all")
     if preset == "demo":
         add("--ppo_flags", type=shlex.split, default=[], metavar="FLAGS", help="further flags of step 3, as one text")
         add("--pad_is_eos", action="store_true", help="pad with the end token, as many checkpoints do")
@@ -100,9 +115,10 @@ def usable_cores() -> int:
 def run(args: Namespace, preset: str = "demo") -> dict[str, Any]:
     """Train, measure, write summary and report. Returns the summary."""
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch here and in the steps, once it is imported
-    one = PRESETS[preset]
-    records = pipeline.run_stages(args.output, one.stages(args), one.fresh)
-    return pipeline.finish(args, preset, records, one.chat_flags)
+    if preset == "demo":
+        return finish(args, preset, run_stages(args.output, demo_stages(args), fresh=True))
+    records = run_stages(args.output, smollm2_stages(args), fresh=False)
+    return finish(args, preset, records, f'--system "{SYSTEM}"')  # as in the data that the model was trained on
 
 
 def main(argv: Sequence[str] | None = None, preset: str = "demo") -> None:

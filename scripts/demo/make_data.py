@@ -10,22 +10,13 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from random import Random
 
 from scripts.demo import world
 from scripts.demo.score import UNIT, Quality, demo_score, read_question
-from scripts.demo.world import (
-    ACKNOWLEDGEMENTS,
-    COURTESY_AFTER,
-    COURTESY_BEFORE,
-    FILLERS,
-    LANGUAGES,
-    OPENINGS,
-    TASKS,
-    fill,
-    join,
-)
+from scripts.demo.world import ACKNOWLEDGEMENTS, COURTESY_AFTER, COURTESY_BEFORE, TASKS, fill, join
 
 SIZES = {"sft": (3700, 200), "pairs": (2600, 300), "prompts": (1200, 240)}  # train, held out
 HELD_OUT_SHARE = 8  # one first message in so many is kept out of training
@@ -41,14 +32,9 @@ MEMORY_TASKS = tuple(name for name, task in TASKS["en"].items() if task.statemen
 Messages = list[dict[str, str]]
 
 
-def user(content: str) -> dict[str, str]:
-    """Return a user message."""
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    """Return an assistant message."""
-    return {"role": "assistant", "content": content}
+def dialogue(*contents: str) -> Messages:
+    """Return messages of user and assistant in turn."""
+    return [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), contents)]
 
 
 def draw_quality(rng: Random, rates: dict[str, float] = RATES) -> Quality:
@@ -58,25 +44,25 @@ def draw_quality(rng: Random, rates: dict[str, float] = RATES) -> Quality:
 
 def draw_prompt(rng: Random) -> Messages:
     """Draw a dialogue that ends in a question: one turn, two questions, or a question about what was said before."""
-    language = rng.choice(LANGUAGES)
+    language = rng.choice(world.LANGUAGES)
     shape = rng.random()
     if shape < 0.55:
-        return [user(ask(rng, language, rng.choice(FACT_TASKS)))]
+        return dialogue(ask(rng, language, rng.choice(FACT_TASKS)))
     if shape < 0.70:
-        first = [user(ask(rng, language, rng.choice(FACT_TASKS)))]
+        first = ask(rng, language, rng.choice(FACT_TASKS))
         second = question(rng, language, rng.choice(FACT_TASKS))
-        reply = write_answer(rng, first, Quality(right=True, polite=rng.random() < RATES["polite"], brief=True))
-        return [*first, assistant(reply), user(second)]
+        quality = Quality(right=True, polite=rng.random() < RATES["polite"], brief=True)
+        return dialogue(first, write_answer(rng, dialogue(first), quality), second)
     facts = {task: rng.choice(TASKS[language][task].values) for task in MEMORY_TASKS}
     statements = [fill(rng.choice(TASKS[language][task].statements), y=value) for task, value in facts.items()]
-    introduction = join([rng.choice(OPENINGS[language][:4]), *statements], language)
+    introduction = join([rng.choice(world.OPENINGS[language][:4]), *statements], language)
     acknowledgement = rng.choice(ACKNOWLEDGEMENTS[language]).format(*facts.values())
-    return [user(introduction), assistant(acknowledgement), user(question(rng, language, rng.choice(list(facts))))]
+    return dialogue(introduction, acknowledgement, question(rng, language, rng.choice(list(facts))))
 
 
 def ask(rng: Random, language: str, task: str) -> str:
     """Draw a question with an opening."""
-    return join([rng.choice(OPENINGS[language]), question(rng, language, task)], language)
+    return join([rng.choice(world.OPENINGS[language]), question(rng, language, task)], language)
 
 
 def question(rng: Random, language: str, task: str) -> str:
@@ -91,7 +77,7 @@ def write_answer(rng: Random, prompt: Messages, quality: Quality) -> str:
     language = asked.language
     sentences = [answer_sentence(rng, prompt, quality.right)]
     goal = rng.randint(*RAMBLING_UNITS)
-    fillers = rng.sample(FILLERS[language], k=len(FILLERS[language]))
+    fillers = rng.sample(world.FILLERS[language], k=len(world.FILLERS[language]))
     before, after = rng.choice(COURTESY_BEFORE[language]), rng.choice(COURTESY_AFTER[language])
     early = rng.random() < 0.5
     if not quality.brief:
@@ -173,7 +159,8 @@ def make_records(kind: str, count: int, rng: Random, held_out: bool) -> Iterator
     """Yield `count` records of one file: dialogues (sft), preference pairs (pairs) or prompts."""
     for _, prompt in zip(range(count), prompts(rng, held_out), strict=False):
         if kind == "sft":
-            yield {"messages": [*prompt, assistant(write_answer(rng, prompt, draw_quality(rng)))]}
+            answer = write_answer(rng, prompt, draw_quality(rng))
+            yield {"messages": [*prompt, {"role": "assistant", "content": answer}]}
         elif kind == "pairs":
             chosen, rejected = draw_pair(rng, prompt)
             yield {"prompt": render(prompt), "chosen": f" {chosen}", "rejected": f" {rejected}"}

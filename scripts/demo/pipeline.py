@@ -23,10 +23,17 @@ from typing import Any
 from errors import UserError
 from scripts.report import headline, summary_rows, write_report
 from steps import step_of
+from training.utils.flags.recipe import Recipe
 from training.utils.run.metrics import format_seconds, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = ("sft", "reward", "ppo")
+# section of the recipe -> flags of its models and the folders in the output that they come from
+MODELS = {
+    "sft": {"--model_name_or_path": "base"},
+    "reward": {"--model_name_or_path": "sft"},
+    "ppo": {"--actor_model_name_or_path": "sft", "--critic_model_name_or_path": "reward"},
+}
+SECTIONS = tuple(MODELS)
 STAGES = "stages.json"  # in the output folder: a record of each stage; it marks the results beside it as ours
 RESULTS = ("base", "data", *SECTIONS, "cache", STAGES, "answers.jsonl", "summary.json", "report.html")
 
@@ -50,13 +57,21 @@ def run_step(title: str, command: Sequence[object], output: Path, **environment:
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = {"SANBU_CACHE": str(output / "cache")} | os.environ | quiet | environment
     code = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, env=environment, check=False).returncode
+    if code == 0:
+        return
+    reason = f"failed with exit code {code}; its reason stands above"
     if code < 0:
         killed = " (often: not enough memory)" if code == -signal.SIGKILL else ""
-        print(f"error: {title} was ended by {signal.Signals(-code).name}{killed}.", file=sys.stderr, flush=True)
-        raise SystemExit(128 - code)
-    if code:
-        print(f"error: {title} failed with exit code {code}; its reason stands above.", file=sys.stderr, flush=True)
-        raise SystemExit(code)
+        reason = f"was ended by {signal.Signals(-code).name}{killed}"
+    print(f"error: {title} {reason}.", file=sys.stderr, flush=True)
+    raise SystemExit(code if code > 0 else 128 - code)
+
+
+def script_stage(
+    name: str, title: str, args: Namespace, *command: object, settings: Any = None, **environment: str
+) -> Stage:
+    """Return the stage that runs ``python -m command``."""
+    return Stage(name, title, lambda again: run_step(title, command, args.output, **environment), settings)
 
 
 def training_stage(section: str, args: Namespace, *flags: object, settings: Any = None) -> Stage:
@@ -64,25 +79,28 @@ def training_stage(section: str, args: Namespace, *flags: object, settings: Any 
 
     flags: further ones. Its checkpoints go once it is done.
     """
-    output = args.output
-    models = {
-        "sft": ("--model_name_or_path", output / "base"),
-        "reward": ("--model_name_or_path", output / "sft"),
-        "ppo": ("--actor_model_name_or_path", output / "sft", "--critic_model_name_or_path", output / "reward"),
-    }
-    folder, title = output / section, headline(section)
-    command = [step_of(section).module, "--config", args.config, "--output_dir", folder]
-    command += [*models[section], *flags, "--seed", args.seed]
+    folder, title = args.output / section, headline(section)
+    command = [step_of(section).module, "--config", args.config, "--output_dir", folder, *flags, "--seed", args.seed]
+    for flag, source in MODELS[section].items():
+        command += [flag, args.output / source]
 
     def train(again: bool) -> None:
-        if again and any(folder.glob("checkpoints/step-*")):
-            run_step(title, [*command, "--resume"], output)
-        else:
+        resume = again and any(folder.glob("checkpoints/step-*"))
+        if not resume:
             shutil.rmtree(folder, ignore_errors=True)
-            run_step(title, command, output)
+        run_step(title, [*command, *["--resume"] * resume], args.output)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     return Stage(section, title, train, settings)
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """Return the sections sft, reward and ppo of the recipe. Raise UserError if it cannot be read or lacks one."""
+    sections = Recipe.read(str(file)).sections
+    missing = [section for section in SECTIONS if section not in sections]
+    if missing:
+        raise UserError(f"--config {file}: no section {missing[0]}; start from a copy of configs/cpu/smollm2.yaml.")
+    return {section: sections[section] for section in SECTIONS}
 
 
 def open_output(output: Path, fresh: bool) -> dict[str, dict[str, Any]]:
@@ -92,7 +110,7 @@ def open_output(output: Path, fresh: bool) -> dict[str, dict[str, Any]]:
     """
     present = [output / name for name in RESULTS if (output / name).exists()]
     # .sanbu_demo marked the folders of earlier versions.
-    if present and not (output / STAGES).is_file() and not (output / ".sanbu_demo").is_file():
+    if present and not any((output / mark).is_file() for mark in (STAGES, ".sanbu_demo")):
         raise UserError(f"--output {output} holds {present[0].name}, which the demo did not make; name another folder.")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -100,9 +118,6 @@ def open_output(output: Path, fresh: bool) -> dict[str, dict[str, Any]]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         records = json.loads((output / STAGES).read_text(encoding="utf-8")) if (output / STAGES).is_file() else {}
         write_records(output, records)
-    except ValueError as error:
-        file = output / STAGES
-        raise UserError(f"{file} is damaged ({error}); remove the folder {output}, or name another.") from error
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from error
     return records
@@ -152,17 +167,14 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def finish(args: Namespace, preset: str, records: dict[str, dict[str, Any]], chat_flags: str) -> dict[str, Any]:
-    """Write summary and report, print the table and what to do next; return the summary.
-
-    records: of the stages, by name. chat_flags: of chat.py, for the model to hear what it was trained on.
-    """
+def finish(args: Namespace, preset: str, records: dict[str, dict[str, Any]], chat_flags: str = "") -> dict[str, Any]:
+    """Write summary and report, print the table and what to do next; return the summary. chat_flags: of chat.py."""
     output = args.output
     summary = summarise(output, preset, records, args.seed)
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     write_report(output, output / "report.html")
     rows = [("", "before", "after", "target"), *summary_rows(summary)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
     for name, before, after, target in rows:
         print(f"{name:<{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}  {target}".rstrip())

@@ -16,6 +16,7 @@ measured on, nor on what another step has seen.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -32,7 +33,8 @@ from scripts.demo.smollm2_score import games, load_analyzer, plain, vader_score
 if TYPE_CHECKING:
     from training.evaluate.common import Answer
 
-_PROMPTS = yaml.safe_load(Path(__file__).with_name("smollm2_prompts.yaml").read_text(encoding="utf-8"))
+FOLDER = Path(__file__).parent
+_PROMPTS = yaml.safe_load((FOLDER / "smollm2_prompts.yaml").read_text(encoding="utf-8"))
 FORMS, TOPICS = _PROMPTS["forms"], _PROMPTS["topics"]
 SYSTEM = "Answer in one short sentence."  # its own default is eighteen tokens, and its answers are long
 PARTS = {"sft": 32, "pairs": 20, "ppo": 32, "heldout": 12}  # topics of each
@@ -45,6 +47,12 @@ SENTENCE = re.compile(r"[A-Z][^.!?\n]*[a-z)\"'][.!?](?=\s|$)")
 LEAST_DIFFERENCE = 0.2  # in gold score between the answers of a pair
 
 Messages = list[dict[str, str]]
+
+
+def code_digest() -> str:
+    """Return a digest of the files that make the data."""
+    files = ("smollm2_data.py", "smollm2_prompts.yaml", "smollm2_score.py")
+    return hashlib.sha256(b"".join((FOLDER / name).read_bytes() for name in files)).hexdigest()
 
 
 def topics_of(part: str, seed: int = 0) -> list[str]:
@@ -71,12 +79,6 @@ def write_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
     draft.replace(file)
 
 
-def write_prompts(folder: Path, seed: int) -> None:
-    """Write ppo.jsonl and heldout.jsonl."""
-    for part in ("ppo", "heldout"):
-        write_lines(folder / f"{part}.jsonl", ({"messages": prompt} for prompt in prompts_of(part, seed)))
-
-
 def first_sentence(answer: str) -> str:
     """Return the first sentence of an answer; "" if it is not whole, not plain text, or a game (too short, or repetitive)."""
     match = SENTENCE.match(answer)
@@ -86,12 +88,8 @@ def first_sentence(answer: str) -> str:
 
 def sft_records(prompts: Sequence[Messages], answers: Sequence[str]) -> list[dict[str, Any]]:
     """Return dialogues to imitate, of one answer to each prompt."""
-    sentences = map(first_sentence, answers)
-    return [
-        {"messages": [*prompt, {"role": "assistant", "content": sentence}]}
-        for prompt, sentence in zip(prompts, sentences, strict=True)
-        if sentence
-    ]
+    kept = [(prompt, sentence) for prompt, answer in zip(prompts, answers, strict=True) if (sentence := first_sentence(answer))]
+    return [{"messages": [*prompt, {"role": "assistant", "content": sentence}]} for prompt, sentence in kept]
 
 
 def pair_records(prompts: Sequence[Messages], answers: Sequence[str]) -> list[dict[str, Any]]:
@@ -134,7 +132,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--limit", type=int, default=0, help="only so many prompts; 0 = all")
     args = parser.parse_args()
-    write_prompts(args.folder, seed=0)
+    for part in ("ppo", "heldout"):
+        write_lines(args.folder / f"{part}.jsonl", ({"messages": prompt} for prompt in prompts_of(part)))
     prompts = prompts_of(args.part)[: args.limit or None]
     each, sampling, records_of = (1, SFT_SAMPLING, sft_records) if args.part == "sft" else (PAIR_ANSWERS, {}, pair_records)
     answers = sample(args.model, prompts, each, args.seed, **sampling)

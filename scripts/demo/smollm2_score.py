@@ -50,11 +50,9 @@ def said_once(text: str, lexicon: Any) -> str:
 
     def keep(match: re.Match[str]) -> str:
         word = match.group()
-        if word not in lexicon:
-            return word
-        first = word not in seen
-        seen.add(word)
-        return word if first else ""
+        again = word in seen
+        seen.update({word} & lexicon.keys())
+        return "" if again else word
 
     return WORD.sub(keep, text)
 

@@ -10,33 +10,26 @@ import yaml
 class Task:
     """Questions of one kind; the fields are explained in world.yaml."""
 
-    questions: tuple[str, ...]
-    answers: tuple[str, ...]
-    mistakes: tuple[str, ...]
+    questions: list[str]
+    answers: list[str]
+    mistakes: list[str]
     facts: dict[str, str] = field(default_factory=dict)
-    statements: tuple[str, ...] = ()
-    values: tuple[str, ...] = ()
+    statements: list[str] = field(default_factory=list)
+    values: list[str] = field(default_factory=list)
 
     @property
-    def category(self) -> tuple[str, ...]:
+    def category(self) -> list[str]:
         """Everything that counts as an answer, true ones first, without repetition."""
-        return tuple(dict.fromkeys((*self.values, *self.facts.values(), *self.mistakes)))
-
-
-def frozen(fields: dict) -> dict:
-    """Return the fields with tuples in place of lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        return list(dict.fromkeys([*self.values, *self.facts.values(), *self.mistakes]))
 
 
 _WORLD = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 # language -> name -> task
-TASKS = {
-    language: {name: Task(**frozen(fields)) for name, fields in tasks.items()} for language, tasks in _WORLD["tasks"].items()
-}
+TASKS = {language: {name: Task(**one) for name, one in tasks.items()} for language, tasks in _WORLD["tasks"].items()}
 LANGUAGES = tuple(TASKS)
 # language -> sentences
 OPENINGS, ACKNOWLEDGEMENTS, COURTESY_BEFORE, COURTESY_AFTER, FILLERS = (
-    frozen(_WORLD[name]) for name in ("openings", "acknowledgements", "courtesy_before", "courtesy_after", "fillers")
+    _WORLD[name] for name in ("openings", "acknowledgements", "courtesy_before", "courtesy_after", "fillers")
 )
 
 

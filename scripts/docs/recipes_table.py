@@ -31,7 +31,7 @@ WORDS = {
 }  # fmt: skip
 
 
-# Not in the tables: the recipe of scripts/demo/smollm2.py, which makes its model and data first, and those of step 1 alone.
+# Not in the tables: the recipe of scripts.smollm2, which makes its model and data first, and those of step 1 alone.
 LEFT_OUT = re.compile("smollm2|ptuning_.*|finetune_.*")
 
 

@@ -19,7 +19,7 @@ LAUNCHER = """#!/usr/bin/env bash
 exec bash "$(dirname "$0")/../../../../scripts/launch.sh" {room} configs/{platform}/{model}.yaml "$@"
 """
 ARGUMENTS = {"ppo": "[ACTOR CRITIC ACTOR_ZERO CRITIC_ZERO OUTPUT]"}
-WITHOUT = "smollm2"  # whose model and data scripts/demo/smollm2.py makes first
+WITHOUT = "smollm2"  # whose model and data scripts.smollm2 makes first
 
 
 def launchers() -> dict[Path, str]:

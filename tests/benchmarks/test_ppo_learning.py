@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import ppo_learning
-from benchmarks.ppo_learning import groups, main, parse, table
+from benchmarks.ppo_learning import flags_of_ours, groups, main, parse, prompts_of_ours, table
 from tests.launching import succeed
 
 
@@ -35,7 +35,7 @@ def test_an_interpreter_without_trl_is_refused(tmp_path, capsys):
 def forked(commands, args) -> None:
     """Stands for run_side_by_side: the runs import nothing anew."""
     for (_, _, module, *flags), _ in commands:
-        succeed(module, list(map(str, flags)), SANBU_CACHE=str(args.output / "cache"))
+        succeed(module, list(map(str, flags)))
 
 
 def test_smoke(tmp_path, capfd, monkeypatch):
@@ -46,7 +46,7 @@ def test_smoke(tmp_path, capfd, monkeypatch):
     (point,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     assert point["kl"] > 0.01, "the policy never moved"
     assert point["seconds"] > 0 and point["cpu_seconds"] > 0
-    rollouts = json.loads((tmp_path / "prompts-1.json").read_text(encoding="utf-8"))
+    rollouts = prompts_of_ours(flags_of_ours("gae", 1, tmp_path, parse(["--smoke", "--output", str(tmp_path)])))
     assert [len(rows) for rows in rollouts] == [8, 8], "what TRL would be given are not the prompts of each rollout"
     assert main(["--smoke", "--output", str(tmp_path)]) == 2
     assert "results of an earlier run" in capfd.readouterr().err

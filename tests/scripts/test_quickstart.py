@@ -21,11 +21,10 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 from errors import UserError
-from models.load import load_tokenizer
+from models.load import load_causal_lm, load_tokenizer
 from models.templates import load_template
 from scripts.demo import __main__ as demo
-from scripts.demo import pipeline
-from scripts.demo.measure import answer, load_policy
+from scripts.demo import measure, pipeline
 from scripts.demo.pipeline import open_output
 from scripts.demo.score import demo_score
 from steps import STEPS
@@ -281,25 +280,23 @@ def test_threads_where_the_system_does_not_say_which_cores_are_ours(monkeypatch)
     assert demo.parse([]).threads == 6
 
 
-def test_kl_is_the_sum_over_the_answer_alone(tmp_path):
-    folders = [tiny_checkpoint(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1)]
-    actor, sft = map(load_policy, folders)
-    tokenizer = load_tokenizer(folders[0])
-    template = load_template(folders[0], tokenizer)
+def test_kl_is_the_sum_over_the_answer_alone(tmp_path, monkeypatch):
+    """Beside the same answers to each dialogue by itself, where nothing is padded."""
+    sft, actor = folders = [tiny_checkpoint(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1)]
     dialogues = [[{"role": "user", "content": text}] for text in ("Hi", "What is the capital of France?", "你好")]
-    together = answer(actor, sft, dialogues, [1, 2, 3], tokenizer, template, longest=12)
-    alone = [  # each dialogue by itself, so nothing is padded
-        answer(actor, None, [dialogue], [seed], tokenizer, template, longest=12)[0]
-        for seed, dialogue in zip((1, 2, 3), dialogues, strict=True)
-    ]
+    _, together = measure.sample_answers(folders, dialogues, seed=1, longest=12)
+    monkeypatch.setattr(measure, "BATCH", 1)
+    (alone,) = measure.sample_answers([actor], dialogues, seed=1, longest=12)
     assert [row["tokens"] for row in together] == [row["tokens"] for row in alone]
+    tokenizer = load_tokenizer(sft)
+    template = load_template(sft, tokenizer)
+    models = [load_causal_lm(folder, dtype=torch.float32).eval() for folder in (actor, sft)]
     for dialogue, row in zip(dialogues, together, strict=True):
-        prompt = template.encode_prompt(tokenizer, dialogue)
+        prompt, drawn = template.encode_prompt(tokenizer, dialogue), torch.tensor(row["tokens"])[:, None]
         with torch.no_grad():
-            one, other = (policy.model(torch.tensor([prompt + row["tokens"]])).logits[0].log_softmax(-1) for policy in (actor, sft))
-        places = range(len(prompt) - 1, len(prompt) - 1 + len(row["tokens"]))
-        expected = sum(float(one[at, token] - other[at, token]) for at, token in zip(places, row["tokens"], strict=True))
-        assert row["length"] == len(row["tokens"]) and row["kl"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+            logits = [model(torch.tensor([prompt + row["tokens"]])).logits[0, len(prompt) - 1 : -1] for model in models]
+        one, other = (each.log_softmax(-1).gather(1, drawn).sum() for each in logits)
+        assert row["length"] == len(row["tokens"]) and row["kl"] == pytest.approx(float(one - other), rel=1e-4, abs=1e-4)
         assert row["ended"] == (row["tokens"][-1] in template.stop_token_ids)
 
 

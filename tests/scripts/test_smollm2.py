@@ -13,7 +13,7 @@ import torch
 
 from errors import UserError
 from scripts.demo import __main__ as demo
-from scripts.demo import pipeline, smollm2, smollm2_data, smollm2_model
+from scripts.demo import pipeline, smollm2_data, smollm2_model
 from scripts.demo.smollm2_score import vader, vader_score
 from tests.launching import REPOSITORY
 from tests.scripts.smollm2_package import HEAD, HEADS, KV_HEADS, merges_of, weights, write_package
@@ -207,6 +207,7 @@ class Steps:
         return modules
 
 
+RECIPE = REPOSITORY / "configs/cpu/smollm2.yaml"
 ALL = ["smollm2_model", "smollm2_data", "step1_sft", "smollm2_data", "step2_reward", "step3_ppo"]
 
 
@@ -219,8 +220,8 @@ def steps(monkeypatch) -> Steps:
         0.5,
     )
     monkeypatch.setattr(pipeline, "run_step", stand_in)
-    monkeypatch.setattr(smollm2, "check_packages", lambda: None)
-    monkeypatch.setattr(smollm2, "measure_preset", lambda args: {"metrics": metrics, "peak_memory_gb": 0.5})
+    monkeypatch.setattr(smollm2_model, "check_packages", lambda: None)
+    monkeypatch.setattr(demo, "measure_smollm2", lambda args: {"metrics": metrics, "peak_memory_gb": 0.5})
     monkeypatch.setattr(pipeline, "write_report", lambda *_: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return stand_in
@@ -246,7 +247,7 @@ def test_another_recipe_for_ppo_trains_ppo_again(steps, tmp_path):
     run(tmp_path / "out")
     steps.modules()
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text((REPOSITORY / smollm2.RECIPE).read_text().replace("kl_coef: ", "kl_coef: 1"))
+    recipe.write_text(RECIPE.read_text().replace("kl_coef: ", "kl_coef: 1"))
     run(tmp_path / "out", "--config", str(recipe))
     assert steps.modules() == ["step3_ppo"]
     run(tmp_path / "out", "--config", str(recipe), "--seed", "5")
@@ -293,8 +294,8 @@ def test_help_and_missing_packages_need_no_torch(tmp_path):
 
 def test_recipe_agrees_with_the_data(steps):
     """PPO's answers are as long as those that the SFT model and the reward model learned from; both scores are weighed."""
-    ppo = smollm2.read_recipe(REPOSITORY / smollm2.RECIPE)["ppo"]
+    ppo = pipeline.read_recipe(RECIPE)["ppo"]
     assert ppo["max_answer_seq_len"] == smollm2_data.LONGEST
     assert ppo["reward_function"] == ["scripts/demo/smollm2_score.py:vader"] and ppo["reward_weights"].count(",") == 1
-    for section in smollm2.read_recipe(REPOSITORY / smollm2.RECIPE).values():
+    for section in pipeline.read_recipe(RECIPE).values():
         assert section["output_dir"].startswith("output/smollm2/")
