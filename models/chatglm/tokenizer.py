@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from errors import UserError
-from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside, read
+from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside
 
 LONGEST_BLANK = 80  # the vocabulary has <|blank_2|> to <|blank_80|>
 BLANKS = re.compile(f" {{2,{LONGEST_BLANK}}}")
@@ -38,7 +37,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         end_token: str = "</s>",
         do_lower_case: bool = False,
         remove_space: bool = False,
-        num_image_tokens: int = 0,
+        num_image_tokens: int = 20000,
         **options: Any,
     ) -> None:
         # transformers 5 gathers what it does not know and would make it special in every text.
@@ -47,7 +46,12 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
             if isinstance(options.get(key), dict):
                 named |= options.pop(key)
         options.pop("chatglm_version", None)
-        refuse_image_tokens(num_image_tokens, vocab_file)
+        if num_image_tokens:
+            raise UserError(
+                f"{vocab_file} is of a ChatGLM-6B release before v1.1 (num_image_tokens {num_image_tokens} in {CONFIG}, which "
+                "is also the default where the key is missing; 150528 ids); take THUDM/chatglm-6b as it is now, with "
+                '"num_image_tokens": 0 and 130528 ids.'
+            )
         self.gmask_token, self.end_token = str(named.pop("gmask_token")), str(named.pop("end_token"))
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
         usual = {
@@ -65,14 +69,6 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
                 f"{vocab_file} lacks the pieces {', '.join(lost)}: it is not ChatGLM-6B v1.1's (2,706,249 bytes); copy "
                 "ice_text.model from THUDM/chatglm-6b."
             )
-
-    @classmethod
-    def look_at(cls, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-        """Raise UserError for the old releases, whose ids are 20000 higher."""
-        if folder.is_dir():
-            number = options.get("num_image_tokens", read(folder / CONFIG).get("num_image_tokens", 20000))
-            refuse_image_tokens(number, folder)
-        return options
 
     @property
     def gmask_token_id(self) -> int:
@@ -147,13 +143,3 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         kept = super().saved_config(config)
         kept.pop("model_specific_special_tokens", None)
         return kept | own
-
-
-def refuse_image_tokens(number: int, where: str | Path) -> None:
-    """UserError for the tokenizers of March 2023."""
-    if number:
-        raise UserError(
-            f"{where} is of a ChatGLM-6B release before v1.1 (num_image_tokens {number} in {CONFIG}, which is also the "
-            'default where the key is missing; 150528 ids); take THUDM/chatglm-6b as it is now, with "num_image_tokens": '
-            "0 and 130528 ids."
-        )

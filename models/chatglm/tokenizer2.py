@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside, read
+from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside
+from models.weight_files import read_json
 
 logger = logging.getLogger("sanbu")
 
@@ -36,11 +37,12 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
     def __init__(
         self,
         vocab_file: str,
-        chatglm_version: str = "chatglm2",
+        chatglm_version: str | None = None,
         encode_special_tokens: bool = False,
         changed_tokens: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
+        chatglm_version = chatglm_version or find_version(Path(vocab_file).parent)
         if chatglm_version not in VERSIONS:
             raise UserError(
                 f"{CONFIG} beside {vocab_file}: chatglm_version {chatglm_version!r}, expected {' or '.join(VERSIONS)}."
@@ -51,11 +53,6 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         self.literals = ROLES if encode_special_tokens and chatglm_version == "chatglm3" else ()
         given = {key: value for key, value in options.items() if value is not None}
         super().__init__(vocab_file, **(USUAL | given | (changed_tokens or {})))
-
-    @classmethod
-    def look_at(cls, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-        """Find out which generation the folder is of."""
-        return options if options.get("chatglm_version") else options | {"chatglm_version": find_version(folder)}
 
     def get_command(self, token: str) -> int:
         """Id of a control token by its name; also <bos>, <eos> and <pad>. The original's method."""
@@ -113,7 +110,8 @@ def find_version(folder: Path) -> str:
     What our own save writes (chatglm_version), else the name that tokenizer_config.json or config.json gives, else the
     published lengths (seq_length). transformers overwrites names when it loads: the files are read here.
     """
-    tokenizer, model = (read(folder / name) for name in (CONFIG, "config.json"))
+    files = (folder / name for name in (CONFIG, "config.json"))
+    tokenizer, model = (read_json(file, folder) if file.is_file() else {} for file in files)
     if tokenizer.get("chatglm_version"):
         return tokenizer["chatglm_version"]
     for name in (tokenizer.get("name_or_path"), model.get("_name_or_path")):

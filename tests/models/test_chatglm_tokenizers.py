@@ -4,24 +4,24 @@ import copy
 import inspect
 import json
 import pickle
-import time
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from errors import UserError
-from models.chatglm.configuration import ChatGLM2Config, ChatGLMConfig
 from models.chatglm.registration import ChatGLMTokenizer
 from models.load import load_tokenizer
-from tests.closeness import assert_close
 from tests.models.chatglm_folders import GENERATIONS, change_json, golden, tokenizer_folder
+from tests.tiny_chatglm import small_vocabulary
 
 LENGTHS = {"chatglm": 130344, "chatglm2": 64794, "chatglm3": 64798}
 # Spelled-out control tokens, alone and inside a text.
-NAMES = ("[gMASK]", "[MASK]", "[sMASK]", "<sop>", "<eop>", "sop", "eop", "</s>", "<s>", "<pad>", "<unk>", "<|user|>",
-         "<|assistant|>", "<|observation|>", "<|system|>", "<ENC>", "<dBLOCK>", "<unused_0>", "<0x0A>")  # fmt: skip
+NAMES = (
+    *("[gMASK]", "[MASK]", "[sMASK]", "<sop>", "<eop>", "sop", "eop", "</s>", "<s>", "<pad>", "<unk>", "<|user|>"),
+    *("<|assistant|>", "<|observation|>", "<|system|>", "<ENC>", "<dBLOCK>", "<unused_0>", "<0x0A>"),
+)
 
 
 @pytest.fixture(scope="module", params=GENERATIONS)
@@ -146,22 +146,21 @@ def test_half_a_surrogate_pair_is_replaced(tokenizer):
     assert half == tokenizer.encode_plain(["a\ufffd"])[0]
 
 
-@pytest.mark.parametrize("texts", [["你好", "晚上睡不着怎么办", "a"], ["填空：[MASK]，是", "b"]])
-def test_padding_on_the_right_is_the_row_alone_and_pads_behind_it(tokenizer, version, texts):
-    left, right = (tokenizer(texts, padding=True, padding_side=side) for side in ("left", "right"))
-    for place, text in enumerate(texts):
-        alone = tokenizer([text], padding=True)
-        length = len(alone["input_ids"][0])
-        for batch, real in ((left, slice(-length, None)), (right, slice(length))):
-            assert batch["input_ids"][place][real] == alone["input_ids"][0]
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_is_the_row_alone_and_pads_beside_it(tokenizer, version, side):
+    for texts in (["你好", "晚上睡不着怎么办", "a"], ["填空：[MASK]，是", "b"]):
+        batch = tokenizer(texts, padding=True, padding_side=side)
+        for place, text in enumerate(texts):
+            alone = tokenizer([text], padding=True)
+            length, width = len(alone["input_ids"][0]), len(batch["input_ids"][place])
+            real = np.zeros(width, dtype=bool)
+            real[-length if side == "left" else 0 : None if side == "left" else length] = True
+            assert np.array(batch["input_ids"][place])[real].tolist() == alone["input_ids"][0]
             positions, mask = np.array(batch["position_ids"][place]), np.array(batch["attention_mask"][place])
-            assert np.array_equal(positions[..., real], alone["position_ids"][0])
-            square = mask[..., real, real] if version == "chatglm" else mask[real]
-            assert np.array_equal(square, alone["attention_mask"][0])
-            pad = np.ones(len(batch["input_ids"][place]), dtype=bool)
-            pad[real] = False
-            assert not positions[..., pad].any()
-            assert mask[..., pad].all() if version == "chatglm" else not mask[pad].any()
+            assert np.array_equal(positions[..., real], alone["position_ids"][0]) and not positions[..., ~real].any()
+            seen = mask[..., real, :][..., real] if version == "chatglm" else mask[real]
+            assert np.array_equal(seen, alone["attention_mask"][0])
+            assert mask[..., ~real].all() if version == "chatglm" else not mask[~real].any()
 
 
 @pytest.mark.detail(9)
@@ -191,49 +190,8 @@ def test_batches_of_other_kinds(tokenizer):
     mask = tokenizer("a", "b", return_special_tokens_mask=True)["special_tokens_mask"]
     assert mask == [int(token in tokenizer.control_ids) for token in tokenizer("a", "b")["input_ids"]]
     assert 0 < sum(mask) < len(mask)
-    with pytest.raises(ValueError, match="padding_side"):
+    with pytest.raises(ValueError, match="above"):
         tokenizer(texts, padding=True, padding_side="above")
-
-
-def test_what_it_returns_can_be_generated_from(tokenizer, version):
-    """Padded on the left, each row continues as it does alone; the prompts end where an answer begins."""
-    torch.manual_seed(0)
-    if version == "chatglm":
-        config = ChatGLMConfig(
-            vocab_size=130528, hidden_size=16, num_layers=2, num_attention_heads=2, inner_hidden_size=32,
-            max_sequence_length=64, bos_token_id=130004, eos_token_id=130005, pad_token_id=3, mask_token_id=130000,
-            gmask_token_id=130001,
-        )  # fmt: skip
-    else:
-        config = ChatGLM2Config(
-            hidden_size=16, num_layers=2, num_attention_heads=2, kv_channels=8, ffn_hidden_size=32, seq_length=64
-        )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():  # the default start is so small that tokens differ by rounding only
-        parameter.data.mul_(6.0 if parameter.dim() > 1 else 1.0)
-    texts = ["你好", "What is the capital of France?", "晚上睡不着怎么办"]
-    options = {
-        "max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id,
-        "return_dict_in_generate": True, "output_logits": True,
-    }  # fmt: skip
-
-    def logits(texts, padding: bool) -> torch.Tensor:  # [rows, steps, vocabulary]
-        found = model.generate(**tokenizer(texts, return_tensors="pt", padding=padding), **options)
-        return torch.stack(found.logits, dim=1)
-
-    together = logits(texts, True)
-    for place, text in enumerate(texts):
-        assert_close(logits(text, True)[0], together[place])
-        assert_close(logits(text, False)[0], together[place])
-        assert (together[place] - together[place - 1]).abs().max() > 0.01
-
-
-def test_many_texts_are_fast(tokenizer):
-    texts = [f"问题{number}：How do I bake bread? 今天天气怎么样\n" for number in range(20000)]
-    began = time.monotonic()
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    assert time.monotonic() - began < 12  # 0.2 s on an idle core; one by one it would be longer than this
-    assert ids[777] == tokenizer(texts[777], add_special_tokens=False)["input_ids"]
 
 
 # --- saved and read back ----------------------------------------------------------------------------------------------
@@ -334,11 +292,6 @@ def test_chatglm2_and_chatglm3_are_told_apart(shared_dir, tmp_path, tokenizer_co
     assert (tokenizer.chatglm_version, len(tokenizer)) == (expected, LENGTHS[expected])
 
 
-def test_load_tokenizer_opens_every_generation(folder, version):
-    assert load_tokenizer(folder).chatglm_version == version
-    assert load_tokenizer(folder).pad_token_id is not None
-
-
 @pytest.mark.parametrize(
     ("version", "break_it", "message"),
     [
@@ -350,9 +303,10 @@ def test_load_tokenizer_opens_every_generation(folder, version):
         ("chatglm", lambda at: (at / "ice_text.model").write_bytes(b""), "no SentencePiece model"),
         ("chatglm", lambda at: change_json(at / "tokenizer_config.json", num_image_tokens=20000), "20000"),
         ("chatglm", lambda at: change_json(at / "tokenizer_config.json", num_image_tokens=None), "20000"),
-        ("chatglm", lambda at: (at / "tokenizer_config.json").write_text("{"), "tokenizer_config.json"),
-        ("chatglm2", lambda at: (at / "tokenizer_config.json").write_text("{"), "tokenizer_config.json"),
+        ("chatglm", lambda at: (at / "tokenizer_config.json").write_text("{"), "copy its tokenizer files"),
+        ("chatglm2", lambda at: (at / "tokenizer_config.json").write_text("{"), "copy its tokenizer files"),
         ("chatglm2", lambda at: change_json(at / "tokenizer_config.json", chatglm_version="chatglm9"), "chatglm9"),
+        ("chatglm", lambda at: (at / "ice_text.model").write_bytes(small_vocabulary("chatglm2-6b")), r"pieces .*\[gMASK\]"),
     ],
 )
 def test_a_broken_folder_is_told_in_one_sentence(shared_dir, tmp_path, version, break_it, message):
@@ -366,10 +320,3 @@ def test_a_broken_folder_is_told_in_one_sentence(shared_dir, tmp_path, version, 
 
 def cut_short(file) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def test_another_model_s_vocabulary_under_chatglm_6b_s_name(shared_dir, tmp_path):
-    folder = tokenizer_folder(tmp_path, shared_dir, "chatglm")
-    (folder / "ice_text.model").write_bytes((shared_dir / "golden/chatglm2-6b/tokenizer/tokenizer.model").read_bytes())
-    with pytest.raises(UserError, match=r"lacks the pieces .*\[gMASK\]"):
-        load_tokenizer(folder)
