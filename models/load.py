@@ -185,10 +185,6 @@ def read_weights(
             checkpoint.weights, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
         )
     except RuntimeError as error:
-        if "unexpected EOF" in str(error):  # a pickle from before torch 1.6 shows its length only now
-            raise UserError(
-                f"a weight file of {checkpoint.path} is truncated ({first_line(error)}); copy the checkpoint again."
-            ) from error
         if "mismatch" not in str(error).lower():
             raise
         raise UserError(

@@ -1,7 +1,6 @@
 """Checkpoints in and out: what is loaded, what is refused and in which words, what a saved folder holds."""
 
-import json
-from dataclasses import dataclass
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,30 +16,17 @@ from transformers import (
 
 from errors import UserError
 from models.checkpoint_folder import check_context_length, open_checkpoint
-from models.load import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import check_same_tokenizer, load_scalar_model, load_tokenizer
 from models.save import new_draft, publish, save_model
 from tests.closeness import assert_close
-from tests.tiny import FAMILIES, SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
-
-
-@dataclass
-class PlayTemplate:
-    """As much of a template as save_model asks for."""
-
-    stop_token_ids: tuple[int, ...] = (0, 5)
-
-    def save(self, folder: Path) -> None:
-        (Path(folder) / "sanbu_template.json").write_text("{}", encoding="utf-8")
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def checkpoint(request, tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+from tests.models.chatglm_folders import change_json
+from tests.models.common import Stops, load
+from tests.tiny import SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
 
 
 @pytest.fixture
-def gpt2(tmp_path):
-    return tiny_checkpoint(tmp_path / "gpt2", "gpt2")
+def gpt2(folder_of, tmp_path):
+    return shutil.copytree(folder_of("gpt2"), tmp_path / "gpt2")
 
 
 def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
@@ -49,14 +35,12 @@ def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 
 def test_loads_what_transformers_loads_and_no_dropout(checkpoint):
-    model = load_causal_lm(checkpoint, dtype=torch.float32)
+    model = load(checkpoint)
     assert same_weights(model, AutoModelForCausalLM.from_pretrained(checkpoint))
     assert model.training
     assert all(layer.p == 0 for layer in model.modules() if isinstance(layer, torch.nn.Dropout))
-    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "hidden_dropout"):
-        assert not getattr(model.config, name, 0)
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        assert not getattr(model.config, name, 0)
+    dropouts = {name: value for name, value in model.config.to_dict().items() if "drop" in name and value is not None}
+    assert not any(dropouts.values())
     # spare rows stay: the embedding is never cut to the tokenizer's length
     rows = model.get_input_embeddings().weight.shape[0]
     assert rows == len(load_tokenizer(checkpoint)) + SPARE_ROWS
@@ -74,40 +58,43 @@ def test_loads_what_transformers_loads_and_no_dropout(checkpoint):
 )
 def test_dropout_flag_reaches_every_field(tmp_path, family, fields):
     folder = tiny_checkpoint(tmp_path, family, **({"layerdrop": 0.5} if family == "opt" else {}))
-    config = load_causal_lm(folder, dtype=torch.float32, dropout=0.25).config
+    config = load(folder, dropout=0.25).config
     assert {getattr(config, name) for name in fields} == {0.25}
     assert getattr(config, "layerdrop", 0.0) == 0.0
-    kept = load_causal_lm(folder, dtype=torch.float32, dropout=None).config
+    kept = load(folder, dropout=None).config
     before = AutoConfig.from_pretrained(folder)
     assert [getattr(kept, name) for name in fields] == [getattr(before, name) for name in fields]
 
 
-def test_scalar_model_has_the_trunk_and_a_fresh_seeded_head(checkpoint):
-    model = load_scalar_model(checkpoint, dtype=torch.float32, seed=3)
-    again = load_scalar_model(checkpoint, dtype=torch.float32, seed=3)
-    other = load_scalar_model(checkpoint, dtype=torch.float32, seed=4)
-    trunk = AutoModelForCausalLM.from_pretrained(checkpoint).base_model
-    assert same_weights(model.base_model, trunk)
+def test_scalar_model_has_the_trunk_and_a_fresh_seeded_head_and_is_saved_with_it(checkpoint, tmp_path):
+    model, again, other = (load(checkpoint, load_scalar_model, seed=seed) for seed in (3, 3, 4))
+    assert same_weights(model.base_model, AutoModelForCausalLM.from_pretrained(checkpoint).base_model)
     assert same_weights(model, again)
     assert not torch.equal(model.score.weight, other.score.weight)
     assert model.score.weight.shape == (1, 32)
-    assert model.score.weight.std().item() == pytest.approx(1 / 33**0.5, rel=0.4)  # 32 numbers
+    model.config.update({"reward_mean": 1.5, "reward_std": 0.25})
+    save_model(model, load_tokenizer(checkpoint), Stops(), tmp_path)
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert same_weights(model, opened) and opened.config.num_labels == 1
+    again = load(tmp_path, load_scalar_model, seed=99)
+    assert same_weights(model, again)
+    assert (again.config.reward_mean, again.config.reward_std) == (1.5, 0.25)
 
 
 @pytest.mark.detail(43)
 @pytest.mark.ppo
 def test_fresh_head_has_the_right_spread(tmp_path):
     folder = tiny_checkpoint(tmp_path, "gpt2", n_embd=2000, n_layer=1, n_head=4)
-    weight = load_scalar_model(folder, dtype=torch.float32).score.weight
+    weight = load(folder, load_scalar_model).score.weight
     assert weight.std().item() == pytest.approx(1 / 2001**0.5, rel=0.05)
     assert abs(weight.mean().item()) < 4 / 2001
 
 
 def test_saved_actor_opens_with_transformers(checkpoint, tmp_path):
-    model, tokenizer = load_causal_lm(checkpoint, dtype=torch.float32), load_tokenizer(checkpoint)
+    model, tokenizer = load(checkpoint), load_tokenizer(checkpoint)
     with torch.no_grad():
         model.get_input_embeddings().weight[3] += 1.0
-    save_model(model, tokenizer, PlayTemplate((2, 5)), tmp_path / "actor")
+    save_model(model, tokenizer, Stops((2, 5)), tmp_path / "actor")
     opened, report = AutoModelForCausalLM.from_pretrained(tmp_path / "actor", output_loading_info=True)
     assert same_weights(model, opened)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -117,57 +104,38 @@ def test_saved_actor_opens_with_transformers(checkpoint, tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path / "actor").eos_token_id == [2, 5]
     assert (tmp_path / "actor" / "sanbu_template.json").exists()
     assert not list(tmp_path.rglob(".*"))  # no draft left
-    assert same_weights(load_causal_lm(tmp_path / "actor", dtype=torch.float32), model)
-
-
-def test_saved_reward_model_opens_with_transformers_and_keeps_head_and_statistics(checkpoint, tmp_path):
-    model, tokenizer = load_scalar_model(checkpoint, dtype=torch.float32), load_tokenizer(checkpoint)
-    model.config.update({"reward_mean": 1.5, "reward_std": 0.25})
-    save_model(model, tokenizer, PlayTemplate(), tmp_path / "reward")
-    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
-    assert same_weights(model, opened) and opened.config.num_labels == 1
-    again = load_scalar_model(tmp_path / "reward", dtype=torch.float32, seed=99)
-    assert same_weights(model, again)
-    assert (again.config.reward_mean, again.config.reward_std) == (1.5, 0.25)
+    assert same_weights(load(tmp_path / "actor"), model)
 
 
 def test_saved_dtype_is_the_trained_one(gpt2, tmp_path):
-    model, tokenizer = load_causal_lm(gpt2, dtype=torch.bfloat16), load_tokenizer(gpt2)
+    model, tokenizer = load(gpt2, dtype=torch.bfloat16), load_tokenizer(gpt2)
     masters = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    save_model(model, tokenizer, PlayTemplate(), tmp_path / "out", masters)
+    save_model(model, tokenizer, Stops(), tmp_path / "out", masters)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_save_replaces_a_checkpoint_and_spares_its_neighbours(gpt2, tmp_path):
+def test_interrupted_save_leaves_the_old_checkpoint_or_none(gpt2, tmp_path, monkeypatch):
     """The output folder also holds metrics and the run's own checkpoints."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").write_text("{}\n")
     (out / "model-00001-of-00002.safetensors").write_text("left by an older, sharded save")
-    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
-    save_model(model, tokenizer, PlayTemplate(), out)
+    model, tokenizer = load(gpt2), load_tokenizer(gpt2)
+    save_model(model, tokenizer, Stops(), out)
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
-    save_model(model, tokenizer, PlayTemplate(), out)
-    assert (out / "metrics.jsonl").exists()
-    assert not (out / "model-00001-of-00002.safetensors").exists()
-    assert same_weights(load_causal_lm(out, dtype=torch.float32), model)
+    save_model(model, tokenizer, Stops(), out)
+    assert (out / "metrics.jsonl").exists() and not (out / "model-00001-of-00002.safetensors").exists()
 
-
-def test_interrupted_save_leaves_the_old_checkpoint_or_none(gpt2, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
-    save_model(model, tokenizer, PlayTemplate(), out)
-
-    class Broken(PlayTemplate):
+    class Broken(Stops):
         def save(self, folder):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):  # before anything is moved: the old one is whole
         save_model(model, tokenizer, Broken(), out)
-    assert same_weights(load_causal_lm(out, dtype=torch.float32), model)
+    assert same_weights(load(out), model)
     assert not list(out.glob(".*"))  # weights that nobody will read take no room
 
     move = Path.replace
@@ -178,16 +146,18 @@ def test_interrupted_save_leaves_the_old_checkpoint_or_none(gpt2, tmp_path, monk
         return move(self, target)
 
     monkeypatch.setattr(Path, "replace", stumble)
-    with pytest.raises(
-        KeyboardInterrupt
-    ):  # in the middle of the move: no config.json, so nothing takes it for a checkpoint
-        save_model(model, tokenizer, PlayTemplate(), out)
+    # in the middle of the move: no config.json, so nothing takes it for a checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model, tokenizer, Stops(), out)
     with pytest.raises(UserError, match=r"has no config\.json"):
         _ = open_checkpoint(out).weights
 
 
-def test_a_disk_that_lies_is_noticed(gpt2, tmp_path, monkeypatch):
-    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
+def test_lost_and_empty_tensors_are_not_published(gpt2, tmp_path, monkeypatch):
+    model, tokenizer = load(gpt2), load_tokenizer(gpt2)
+    empty = {name: torch.empty(0) for name in model.state_dict()}  # what ZeRO-3 leaves where nobody gathered
+    with pytest.raises(OSError, match="are empty"):
+        save_model(model, tokenizer, Stops(), tmp_path / "out", empty)
     write = type(model).save_pretrained
 
     def lose_a_tensor(self, folder, state_dict):
@@ -198,31 +168,22 @@ def test_a_disk_that_lies_is_noticed(gpt2, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(model), "save_pretrained", lose_a_tensor)
     with pytest.raises(OSError, match="read back"):
-        save_model(model, tokenizer, PlayTemplate(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_empty_tensors_are_not_published(gpt2, tmp_path):
-    """What ZeRO-3 leaves in a model whose weights nobody gathered."""
-    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
-    empty = {name: torch.empty(0) for name in model.state_dict()}
-    with pytest.raises(OSError, match="are empty"):
-        save_model(model, tokenizer, PlayTemplate(), tmp_path / "out", empty)
+        save_model(model, tokenizer, Stops(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_draft_lies_in_the_folder(gpt2, tmp_path, monkeypatch):
     """--output_dir . and folders that are mounts, whose neighbours are on another disk or belong to somebody else."""
-    model, tokenizer = load_causal_lm(gpt2, dtype=torch.float32), load_tokenizer(gpt2)
+    model, tokenizer = load(gpt2), load_tokenizer(gpt2)
     room = tmp_path / "room"
     (room / ".draft" / "left").mkdir(parents=True)   # by a save that was killed
     monkeypatch.chdir(room)
     tmp_path.chmod(0o555)
     try:
-        save_model(model, tokenizer, PlayTemplate(), ".")
+        save_model(model, tokenizer, Stops(), ".")
     finally:
         tmp_path.chmod(0o755)
-    assert same_weights(load_causal_lm(room, dtype=torch.float32), model)
+    assert same_weights(load(room), model)
     assert not (room / ".draft").exists() and not (room / "left").exists()
 
 
@@ -242,8 +203,8 @@ def test_published_folders_can_be_entered(tmp_path):
 def test_pad_is_eos_where_there_is_none_and_scoring_by_transformers_stays_right(gpt2, tmp_path):
     tokenizer = load_tokenizer(gpt2)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
-    model = load_scalar_model(gpt2, dtype=torch.float32).eval()
-    save_model(model, tokenizer, PlayTemplate((0,)), tmp_path / "reward")
+    model = load(gpt2, load_scalar_model).eval()
+    save_model(model, tokenizer, Stops((0,)), tmp_path / "reward")
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
     ids = torch.tensor([[9, 30, 41, 0]])  # ends in the end token, which is also the pad token
     with torch.no_grad():
@@ -255,37 +216,60 @@ def test_more_tokens_than_rows_grow_the_embedding(gpt2):
     tokenizer = load_tokenizer(gpt2)
     rows = len(tokenizer) + SPARE_ROWS
     tokenizer.add_tokens([f"<new{i}>" for i in range(SPARE_ROWS)])
-    before = load_causal_lm(gpt2, dtype=torch.float32, tokenizer=tokenizer)
+    before = load(gpt2, tokenizer=tokenizer)
     assert before.get_input_embeddings().weight.shape[0] == rows  # the spare rows take them
     tokenizer.add_tokens(["<one more>"])
-    grown = load_causal_lm(gpt2, dtype=torch.float32, tokenizer=tokenizer)
+    grown = load(gpt2, tokenizer=tokenizer)
     assert grown.get_input_embeddings().weight.shape[0] == rows + 1 == grown.config.vocab_size
     assert grown.lm_head.weight is grown.get_input_embeddings().weight
     assert torch.equal(grown.lm_head.weight[:rows], before.lm_head.weight)
 
 
-def test_position_tables_end(tmp_path):
+def test_position_tables_end(folder_of, tmp_path):
     folder = tiny_checkpoint(tmp_path / "gpt2", "gpt2", n_positions=128)
     check_context_length(folder, 128, "--max_seq_len")
     with pytest.raises(UserError, match=r"--max_seq_len 129.*128 positions"):
         check_context_length(folder, 129, "--max_seq_len")
-    check_context_length(tiny_checkpoint(tmp_path / "bloom", "bloom"), 10**6, "--max_seq_len")
+    check_context_length(folder_of("bloom"), 10**6, "--max_seq_len")
 
 
-def test_tokenizers_are_compared_id_by_id(tmp_path):
-    first = load_tokenizer(tiny_checkpoint(tmp_path / "a", "llama"))
-    check_same_tokenizer(first, load_tokenizer(tiny_checkpoint(tmp_path / "b", "llama", seed=1)), ("a", "b"))
+def test_tokenizers_are_compared_id_by_id(folder_of):
+    first, other = (load_tokenizer(folder_of(family)) for family in ("llama", "gpt2"))
+    check_same_tokenizer(first, load_tokenizer(folder_of("llama")), ("a", "b"))
     with pytest.raises(UserError, match=r"The tokenizers of a .* and c .* differ in \d+ tokens"):
-        check_same_tokenizer(first, load_tokenizer(tiny_checkpoint(tmp_path / "c", "gpt2")), ("a", "c"))
+        check_same_tokenizer(first, other, ("a", "c"))
 
 
-# --- what is refused
-# ---------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        load_causal_lm(tmp_path / "nowhere", dtype=torch.float32)
+def without_end_token(folder):
+    tokenizer = tiny_tokenizer("gpt2")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+
+
+def lose(pattern):
+    return lambda folder: [file.unlink() for file in folder.glob(pattern)]
+
+
+@pytest.mark.parametrize(
+    ("read", "break_it", "words"),
+    [
+        (load, shutil.rmtree, "does not exist"),
+        (open_checkpoint, lose("config.json"), r"has no config\.json"),
+        (load, lambda folder: change_json(folder / "config.json", model_type="bert"), r"'bert'.*opt, bloom, llama"),
+        (load, lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"'), r"config\.json cannot be read"),
+        (load, lambda folder: change_json(folder / "config.json", n_embd=64), "shapes"),
+        (load, lose("model.safetensors"), r"no weights.*model\.safetensors"),
+        (load_tokenizer, lose("tokenizer*"), "has no tokenizer"),
+        (load_tokenizer, without_end_token, "neither a pad nor an end token"),
+    ],
+)
+def test_a_folder_that_is_not_whole(gpt2, read, break_it, words):
+    break_it(gpt2)
+    with pytest.raises(UserError, match=words):
+        read(gpt2)
 
 
 def test_hub_id_without_network():
@@ -293,75 +277,8 @@ def test_hub_id_without_network():
         load_tokenizer("some-one/no-such-model")
 
 
-def test_folder_without_config(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json"):
-        _ = open_checkpoint(tmp_path).weights
-
-
-def test_unsupported_type(gpt2):
-    config = json.loads((gpt2 / "config.json").read_text())
-    (gpt2 / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    with pytest.raises(UserError, match=r"'bert'.*opt, bloom, llama"):
-        _ = open_checkpoint(gpt2).weights
-
-
-def test_broken_config(gpt2):
-    (gpt2 / "config.json").write_text('{"model_type": "gpt2"')
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        _ = open_checkpoint(gpt2).weights
-
-
-def test_missing_weights(gpt2):
-    (gpt2 / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no weights.*model\.safetensors"):
-        _ = open_checkpoint(gpt2).weights
-
-
-def test_truncated_weights(gpt2):
-    file = gpt2 / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
-        load_causal_lm(gpt2, dtype=torch.float32)
-    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
-        _ = open_checkpoint(gpt2).weights
-
-
-def test_missing_shard(gpt2):
-    (gpt2 / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (gpt2 / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is missing"):
-        _ = open_checkpoint(gpt2).weights
-
-
-def test_a_reward_checkpoint_is_no_language_model(tmp_path):
-    folder = tiny_checkpoint(tmp_path / "llama", "llama")  # untied: the output matrix is a weight of its own
-    model = load_scalar_model(folder, dtype=torch.float32)
-    save_model(model, load_tokenizer(folder), PlayTemplate(), tmp_path / "reward")
+def test_a_reward_checkpoint_is_no_language_model(folder_of, tmp_path):
+    folder = folder_of("llama")  # untied: the output matrix is a weight of its own
+    save_model(load(folder, load_scalar_model), load_tokenizer(folder), Stops(), tmp_path)
     with pytest.raises(UserError, match=r"lm_head\.weight"):
-        load_causal_lm(tmp_path / "reward", dtype=torch.float32)
-
-
-def test_weights_of_another_shape(gpt2):
-    config = json.loads((gpt2 / "config.json").read_text())
-    (gpt2 / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
-    with pytest.raises(UserError, match="shapes"):
-        load_causal_lm(gpt2, dtype=torch.float32)
-
-
-def test_folder_without_tokenizer(gpt2):
-    for file in gpt2.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(UserError, match="tokenizer"):
-        load_tokenizer(gpt2)
-
-
-def test_tokenizer_without_pad_and_end(gpt2):
-    tokenizer = tiny_tokenizer("gpt2")
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(gpt2)
-    config = json.loads((gpt2 / "tokenizer_config.json").read_text())
-    assert not config.get("eos_token")
-    with pytest.raises(UserError, match="neither a pad nor an end token"):
-        load_tokenizer(gpt2)
+        load(tmp_path)

@@ -2,34 +2,28 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
-from models.adapters.lora import add_lora
 from models.heads import TokenLogProbs, TokenScores, chunk_log_probs, last_token_scores
-from models.load import load_causal_lm, load_scalar_model
+from models.load import load_scalar_model
 from tests.closeness import assert_close
+from tests.models.common import load, tokens
 from tests.tiny import FAMILIES, tiny_checkpoint
 
-# OPT-350m: embeddings narrower than the hidden states, layer norm after attention
-SHAPES = {family: (family, {}) for family in FAMILIES} | {
-    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False})
-}
+# embeddings narrower than the hidden states, layer norm after attention
+OPT_350M = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def checkpoint(request, tmp_path_factory):
-    family, changes = SHAPES[request.param]
-    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), family, **changes)
+@pytest.fixture(scope="module", params=[*FAMILIES, "opt-350m"])
+def checkpoint(request, folder_of, tmp_path_factory):
+    if request.param in FAMILIES:
+        return folder_of(request.param)
+    return tiny_checkpoint(tmp_path_factory.mktemp("opt-350m"), "opt", **OPT_350M)
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("gpt2"), "gpt2")
-
-
-def tokens(batch=3, time=9, seed=0):
-    ids = torch.randint(7, 390, (batch, time), generator=torch.Generator().manual_seed(seed))
-    return ids, torch.ones_like(ids)
+@pytest.fixture
+def gpt2(folder_of):
+    return folder_of("gpt2")
 
 
 def plain_log_probs(model, ids, temperature=1.0):
@@ -51,13 +45,13 @@ def pad(ids, mask, left=0, right=0, value=0):
 @pytest.mark.ppo
 def test_log_probs_and_gradients_equal_the_plain_form(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
-    ids, mask = tokens()
+    ids, mask = tokens(3, 9)
     weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     plain = plain_log_probs(model, ids)
     (plain * weights).sum().backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
 
-    ours = load_causal_lm(checkpoint, dtype=torch.float32)
+    ours = load(checkpoint)
     vocab = ours.get_output_embeddings().weight.shape[0]
     for chunk in (vocab * 5, vocab * 1000):  # five chunks, one chunk
         ours.zero_grad()
@@ -72,9 +66,9 @@ def test_log_probs_and_gradients_equal_the_plain_form(checkpoint):
 @pytest.mark.detail(2)
 @pytest.mark.ppo
 def test_padding_changes_nothing(checkpoint):
-    log_probs = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32))
-    scores = TokenScores(load_scalar_model(checkpoint, dtype=torch.float32))
-    ids, mask = tokens()
+    log_probs, network = TokenLogProbs(load(checkpoint)), load(checkpoint, load_scalar_model)
+    scores = TokenScores(network)
+    ids, mask = tokens(3, 9)
     with torch.no_grad():
         expected, expected_scores = log_probs(ids, mask), scores(ids, mask)
         assert (last_token_scores(expected_scores, mask) == expected_scores[:, -1]).all()
@@ -84,13 +78,15 @@ def test_padding_changes_nothing(checkpoint):
             found = scores(*padded)
             assert_close(found[:, left : left + 9], expected_scores)
             assert_close(last_token_scores(found, padded[1]), expected_scores[:, -1])
+        assert torch.equal(log_probs.eval()(ids, mask), expected)  # training is without dropout
+    assert {name.removeprefix("model.") for name in scores.state_dict()} == set(network.state_dict())  # each weight once
 
 
 def test_ragged_rows_equal_rows_alone(checkpoint):
     """A batch as the steps see it: rows of different lengths, padded on the right with the end token."""
-    model = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32))
+    model = TokenLogProbs(load(checkpoint))
     lengths = [9, 4, 6]
-    ids, mask = tokens()
+    ids, mask = tokens(3, 9)
     for row, length in enumerate(lengths):
         ids[row, length:], mask[row, length:] = 2, 0
     with torch.no_grad():
@@ -101,8 +97,8 @@ def test_ragged_rows_equal_rows_alone(checkpoint):
 
 
 def test_scores_equal_transformers_own(checkpoint):
-    scalar = load_scalar_model(checkpoint, dtype=torch.float32, attn="eager").eval()
-    ids, mask = tokens(batch=1)
+    scalar = load(checkpoint, load_scalar_model, attn="eager").eval()
+    ids, mask = tokens(1, 9)
     scalar.config.pad_token_id = None  # transformers then reads the last token, of one row only
     with torch.no_grad():
         expected = scalar(ids, attention_mask=mask).logits
@@ -111,8 +107,8 @@ def test_scores_equal_transformers_own(checkpoint):
 
 
 def test_target_mask_gives_the_same_numbers_and_zeros(gpt2):
-    model = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.float32))
-    ids, mask = tokens()
+    model = TokenLogProbs(load(gpt2))
+    ids, mask = tokens(3, 9)
     targets = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.4
     full = model(ids, mask)
     found = model(ids, mask, target_mask=targets)
@@ -124,19 +120,15 @@ def test_target_mask_gives_the_same_numbers_and_zeros(gpt2):
     model(ids, mask).where(targets[:, 1:], 0.0).sum().backward()
     for name, parameter in model.named_parameters():
         assert_close(masked[name], parameter.grad, 1e-4)
-
-
-def test_no_target_at_all_still_has_a_backward(gpt2):
-    """A filler micro-batch: every process must run the same backward, also the one that has nothing to learn."""
-    model = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.float32))
-    ids, mask = tokens()
+    # A filler micro-batch: every process must run the same backward, also the one that has nothing to learn.
+    model.zero_grad()
     model(ids, mask, target_mask=torch.zeros_like(ids, dtype=torch.bool)).sum().backward()
     assert all((p.grad == 0).all() for p in model.parameters())
 
 
 def test_keep_temperature_and_entropy(gpt2):
-    model = load_causal_lm(gpt2, dtype=torch.float32)
-    ids, mask = tokens()
+    model = load(gpt2)
+    ids, mask = tokens(3, 9)
     with torch.no_grad():
         log_probs, entropy = TokenLogProbs(model, 408 * 2)(ids, mask, keep=3, temperature=0.7, with_entropy=True)
         assert_close(log_probs, plain_log_probs(model, ids, 0.7)[:, -3:])
@@ -158,8 +150,8 @@ def test_logits_that_encode_the_position():
 
 def test_logits_are_never_whole(gpt2):
     """No tensor as large as [batch, time, vocab], nor half of it, is made or kept for the backward."""
-    model = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.float32), chunk_logits=408 * 4)
-    ids, mask = tokens(batch=8, time=41)
+    model = TokenLogProbs(load(gpt2), chunk_logits=408 * 4)
+    ids, mask = tokens(8, 41)
     sizes = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -181,8 +173,8 @@ def test_logits_are_never_whole(gpt2):
 def test_pad_equal_to_eos_still_teaches_the_end_token(tmp_path):
     """nn.Embedding(padding_idx=eos) would give the end token no gradient; LLaMA reads it from the config."""
     folder = tiny_checkpoint(tmp_path, "llama", pad_token_id=2, eos_token_id=2)
-    model = TokenLogProbs(load_causal_lm(folder, dtype=torch.float32))
-    ids, mask = tokens()
+    model = TokenLogProbs(load(folder))
+    ids, mask = tokens(3, 9)
     ids[:, 4] = 2
     model(ids, mask).sum().backward()
     assert model.model.get_input_embeddings().weight.grad[2].abs().sum() > 0
@@ -191,47 +183,23 @@ def test_pad_equal_to_eos_still_teaches_the_end_token(tmp_path):
 @pytest.mark.detail(32, 37)
 @pytest.mark.ppo
 def test_sixteen_bit_models_give_float32(gpt2):
-    ids, mask = tokens()
-    exact = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.float32))(ids, mask)
-    rounded = TokenLogProbs(load_causal_lm(gpt2, dtype=torch.bfloat16))(ids, mask)
-    scores = TokenScores(load_scalar_model(gpt2, dtype=torch.bfloat16))(ids, mask)
+    ids, mask = tokens(3, 9)
+    exact = TokenLogProbs(load(gpt2))(ids, mask)
+    rounded = TokenLogProbs(load(gpt2, dtype=torch.bfloat16))(ids, mask)
+    scores = TokenScores(load(gpt2, load_scalar_model, dtype=torch.bfloat16))(ids, mask)
     assert rounded.dtype == scores.dtype == torch.float32
     assert (rounded - exact).abs().max() < 0.15
 
 
-def test_dropout_does_not_touch_probabilities(checkpoint):
-    model = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32)).train()
-    ids, mask = tokens()
-    with torch.no_grad():
-        training = model(ids, mask)
-        assert torch.equal(training, model.eval()(ids, mask))
-
-
 def test_gradient_checkpointing_changes_no_gradient(checkpoint):
-    ids, mask = tokens()
+    ids, mask = tokens(3, 9)
     gradients = []
     for on in (False, True):
-        model = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32, gradient_checkpointing=on))
+        model = TokenLogProbs(load(checkpoint, gradient_checkpointing=on))
         model(ids, mask).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, again in zip(*gradients, strict=True):
         assert_close(plain, again)
-
-
-def test_heads_work_around_an_adapter(checkpoint):
-    ids, mask = tokens()
-    plain = TokenLogProbs(load_causal_lm(checkpoint, dtype=torch.float32))(ids, mask)
-    adapted = TokenLogProbs(add_lora(load_causal_lm(checkpoint, dtype=torch.float32), 2, 4))(ids, mask)
-    torch.testing.assert_close(adapted, plain)  # B is 0 at the start
-    adapted.sum().backward()
-    scores = TokenScores(load_scalar_model(checkpoint, dtype=torch.float32))(ids, mask)
-    scalar = add_lora(load_scalar_model(checkpoint, dtype=torch.float32), 2, 4)
-    adapted_scores = TokenScores(scalar)(ids, mask)
-    torch.testing.assert_close(adapted_scores, scores)
-    adapted_scores.sum().backward()
-    trained = {name for name, p in scalar.named_parameters() if p.grad is not None}
-    assert any("lora_B" in name for name in trained)
-    assert any("score.modules_to_save" in name for name in trained)
 
 
 @pytest.mark.detail(21)
@@ -245,8 +213,8 @@ def test_last_token_by_mask_not_by_id():
 @pytest.mark.detail(21)
 @pytest.mark.ppo
 def test_text_after_the_end_cannot_change_the_score(gpt2):
-    model = TokenScores(load_scalar_model(gpt2, dtype=torch.float32))
-    ids, mask = tokens()
+    model = TokenScores(load(gpt2, load_scalar_model))
+    ids, mask = tokens(3, 9)
     mask[:, 6:] = 0
     changed = ids.clone()
     changed[:, 6:] = 300
@@ -259,17 +227,9 @@ def test_text_after_the_end_cannot_change_the_score(gpt2):
 @pytest.mark.detail(44)
 @pytest.mark.ppo
 def test_one_forward_for_pairs_equals_two(gpt2):
-    model = TokenScores(load_scalar_model(gpt2, dtype=torch.float32))
-    ids, mask = tokens(batch=4)
+    model = TokenScores(load(gpt2, load_scalar_model))
+    ids, mask = tokens(4, 9)
     with torch.no_grad():
         both = last_token_scores(model(ids, mask), mask)
         halves = [last_token_scores(model(i, m), m) for i, m in zip(ids.chunk(2), mask.chunk(2), strict=True)]
     assert_close(both, torch.cat(halves))
-
-
-def test_state_dict_has_every_weight_once(checkpoint):
-    network = load_scalar_model(checkpoint, dtype=torch.float32)
-    model = TokenScores(network)
-    model(*tokens())
-    assert {name.removeprefix("model.") for name in model.state_dict()} == set(network.state_dict())
-    assert isinstance(network, AutoModelForSequenceClassification._model_mapping[type(network.config)])

@@ -15,25 +15,15 @@ from models.checkpoint_folder import check_context_length
 from models.heads import TokenLogProbs, TokenScores, score_layer
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from tests.closeness import assert_close
+from tests.models.chatglm_folders import change_json
+from tests.models.common import Stops, load, shake, trained
 from tests.models.golden import golden
-from tests.models.test_prefix import Template, shake, trained
-from tests.tiny_chatglm import tiny_chatglm
+from tests.models.test_prefix import save
 
 FAMILIES = ("chatglm-6b", "chatglm2-6b")
 TUNED = ("tiny-prefix", "tiny-prefix-proj")
 OWN = "transformer.prefix_encoder."
 LENGTH = 4
-
-
-@pytest.fixture(scope="module")
-def base_of(shared_dir, tmp_path_factory):
-    """family -> a tiny checkpoint in the published layout, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("bases")
-    return {family: tiny_chatglm(folder / family, family, shared_dir) for family in FAMILIES}
-
-
-def load(path, read=load_causal_lm, **options):
-    return read(path, dtype=torch.float32, **options)
 
 
 def texts(base) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,16 +34,11 @@ def texts(base) -> tuple[torch.Tensor, torch.Tensor]:
     return batch["input_ids"], (~mask[:, 0, -1].bool()).long() if mask.dim() == 4 else mask
 
 
-def save(model, base, folder):
-    save_prefix(model, load_tokenizer(base), Template(), folder, trained(model))
-    return folder
-
-
 def without_prefix(source, target):
     """The base that a golden folder's prefix was trained on: its other weights, and a config that knows no prefix."""
     target.mkdir()
-    config = json.loads((source / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | {"pre_seq_len": None, "prefix_projection": False}))
+    shutil.copyfile(source / "config.json", target / "config.json")
+    change_json(target / "config.json", pre_seq_len=None, prefix_projection=False)
     whole = source / "model.safetensors"
     tensors = load_file(whole) if whole.exists() else torch.load(source / "pytorch_model.bin", weights_only=True)
     torch.save({name: t for name, t in tensors.items() if not name.startswith(OWN)}, target / "pytorch_model.bin")
@@ -80,7 +65,7 @@ def test_a_prefix_of_the_original_trainer_gives_the_originals_logits(shared_dir,
     theirs = torch.load(official, weights_only=True)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert names == set(theirs)
-    save_prefix(model, _NoTokenizer(), Template(), tmp_path / "ours", trained(model))
+    save_prefix(model, _NoTokenizer(), Stops(), tmp_path / "ours", trained(model))
     ours = torch.load(tmp_path / "ours" / "prefix_only.bin", weights_only=True)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -112,8 +97,8 @@ def no_tokenizer_to_check(monkeypatch):
 
 @pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_the_prefix_is_trained_saved_and_opened_again(base_of, family, projection, tmp_path):
-    base = base_of[family]
+def test_only_the_prefix_is_trained_saved_and_opened_again(chatglm_of, family, projection, tmp_path):
+    base = chatglm_of(family)
     model = load_causal_lm(base, dtype=torch.bfloat16, pre_seq_len=LENGTH, prefix_projection=projection)
     assert all(name.startswith(OWN) for name in trained(model))
     assert {tensor.dtype for tensor in trained(model).values()} == {torch.float32}  # in a network of bfloat16
@@ -123,7 +108,7 @@ def test_only_the_prefix_is_trained_saved_and_opened_again(base_of, family, proj
     log_probs.sum().backward()
     grown = {name for name, p in model.named_parameters() if p.grad is not None}
     assert grown == set(trained(model)) and all(model.get_parameter(name).grad.abs().sum() > 0 for name in grown)
-    shake(model)
+    shake(model, size=0.3)
     expected = TokenLogProbs(model)(ids, mask).detach()
     assert (expected - log_probs).abs().max() > 1e-3
     folder = save(model, base, tmp_path / "tuned")
@@ -140,13 +125,13 @@ def test_only_the_prefix_is_trained_saved_and_opened_again(base_of, family, proj
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_reward_model_keeps_its_head(base_of, family, tmp_path):
-    base = base_of[family]
+def test_a_reward_model_keeps_its_head(chatglm_of, family, tmp_path):
+    base = chatglm_of(family)
     model = load(base, load_scalar_model, pre_seq_len=LENGTH, seed=3)
     plain = load(base, load_scalar_model, seed=3)
     assert torch.equal(score_layer(model).weight, score_layer(plain).weight)
     assert len(trained(model)) == (2 if family == "chatglm-6b" else 3)  # ChatGLM2's head has a bias
-    shake(model)
+    shake(model, size=0.3)
     model.config.update({"reward_mean": 0.5, "reward_std": 2.0})
     folder = save(model, base, tmp_path / "reward")
     again = load(folder, load_scalar_model, seed=99)
@@ -158,21 +143,9 @@ def test_a_reward_model_keeps_its_head(base_of, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_changes_no_gradient(base_of, family):
-    ids, mask = texts(base_of[family])
-    gradients = []
-    for recompute in (False, True):
-        model = load(base_of[family], pre_seq_len=LENGTH, gradient_checkpointing=recompute)
-        TokenLogProbs(model)(ids, mask).sum().backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for plain, again in zip(*gradients, strict=True):
-        assert_close(plain, again, 1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_over_a_quantised_base(base_of, family, tmp_path):
+def test_over_a_quantised_base(chatglm_of, family, tmp_path):
     """The prefix belongs to the checkpoint as it is on disk, whatever the base was held in while it was trained."""
-    base = base_of[family]
+    base = chatglm_of(family)
     model = load(base, pre_seq_len=LENGTH, quantization_bit=8)
     TokenLogProbs(model)(*texts(base)).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -182,7 +155,7 @@ def test_over_a_quantised_base(base_of, family, tmp_path):
     assert all(torch.equal(tensor, trained(again)[name]) for name, tensor in trained(model).items())
 
 
-def test_a_whole_checkpoint_with_a_prefix_goes_on_with_it(shared_dir, base_of, tmp_path):
+def test_a_whole_checkpoint_with_a_prefix_goes_on_with_it(shared_dir):
     folder = shared_dir / "golden" / "chatglm-6b" / "tiny-prefix"  # holds all weights, and the prefix alone beside them
     model = load(folder)
     (name,) = trained(model)
@@ -192,25 +165,25 @@ def test_a_whole_checkpoint_with_a_prefix_goes_on_with_it(shared_dir, base_of, t
     check_context_length(folder, 10**6, "--max_seq_len")
 
 
-def test_numbers_and_bases_that_do_not_fit(base_of, tmp_path):
-    base = base_of["chatglm-6b"]
+def test_numbers_and_bases_that_do_not_fit(chatglm_of, tmp_path):
+    base = chatglm_of("chatglm-6b")
     folder = save(load(base, pre_seq_len=LENGTH, prefix_projection=True), base, tmp_path / "tuned")
     with pytest.raises(UserError, match=r"--pre_seq_len 128, but the prefix in .*prefix_only.bin has 4 places"):
         load(folder, pre_seq_len=128)
     with pytest.raises(UserError, match=r"--prefix_projection false, but .* was saved with a projection; add the flag"):
         load(base, ptuning_checkpoint=folder, pre_seq_len=LENGTH)
     with pytest.raises(UserError, match=r"prefix_only.bin: embedding.weight has the shape"):
-        load(base_of["chatglm2-6b"], ptuning_checkpoint=folder)
-    file = folder / "config.json"
-    content = json.loads(file.read_text())
-    for changes, words in (
-        ({"pre_seq_len": 6}, r"says pre_seq_len 6, but the prefix in .*prefix_only.bin has 4 places"),
-        ({"base_model_name_or_path": "/nowhere"}, r'"base_model_name_or_path" names /nowhere, .* correct that field'),
+        load(chatglm_of("chatglm2-6b"), ptuning_checkpoint=folder)
+    gone = str(tmp_path / "gone")
+    for name, value, words in (
+        ("pre_seq_len", 6, r"says pre_seq_len 6, but the prefix in .*prefix_only.bin has 4 places"),
+        ("base_model_name_or_path", gone, rf'"base_model_name_or_path" names {gone}, .* correct that field'),
     ):
-        file.write_text(json.dumps(content | changes))
+        before = json.loads((folder / "config.json").read_text())[name]
+        change_json(folder / "config.json", **{name: value})
         with pytest.raises(UserError, match=f"config.json.*{words}"):
             load(folder)
-    file.write_text(json.dumps(content))
+        change_json(folder / "config.json", **{name: before})
     half = folder / "prefix_only.bin"
     half.write_bytes(half.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"prefix_only\.bin is truncated or damaged"):

@@ -1,6 +1,5 @@
 """One trunk under actor, critic, reward model and reference: equal to four models, and in memory once."""
 
-import json
 import shutil
 
 import pytest
@@ -12,13 +11,13 @@ from models.adapters.lora import add_lora, merged_state_dict, save_adapter
 from models.adapters.quantization import quantized_layers
 from models.adapters.shared_trunk import SharedTrunk, check_scorer
 from models.heads import TokenLogProbs, TokenScores, base_model
-from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import load_scalar_model, load_tokenizer
 from models.save import save_model
 from models.templates import load_template
 from tests.closeness import assert_close
-from tests.models.test_adapters import shake, tokens
-from tests.tiny import FAMILIES, tiny_checkpoint
-from tests.tiny_chatglm import tiny_chatglm
+from tests.models.chatglm_folders import change_json
+from tests.models.common import load, shake, tokens
+from tests.tiny import tiny_checkpoint
 
 RANK = 3
 ROLES = ("ref", "reward", "actor", "critic")
@@ -37,21 +36,23 @@ def write_reward_model(actor, folder, dtype=torch.float32, rank=RANK, bits=0):
 
 def separate(actor, reward, **options):
     """The four networks as --memory_mode separate has them."""
-    options = {"dtype": torch.float32} | options
     return {
-        "ref": load_causal_lm(actor, **options),
-        "reward": load_scalar_model(reward, **options),
-        "actor": load_causal_lm(actor, gradient_checkpointing=True, **options),
-        "critic": load_scalar_model(reward, gradient_checkpointing=True, **options),
+        "ref": load(actor, **options),
+        "reward": load(reward, load_scalar_model, **options),
+        "actor": load(actor, gradient_checkpointing=True, **options),
+        "critic": load(reward, load_scalar_model, gradient_checkpointing=True, **options),
     }
+
+
+def trunk_of(actor, **options):
+    return SharedTrunk(load(actor, **options), str(actor))
 
 
 def shared(actor, reward, **options):
     """The same four over one trunk."""
-    model = load_causal_lm(actor, **({"dtype": torch.float32} | options))
-    trunk = SharedTrunk(model, str(actor))
+    trunk = trunk_of(actor, **options)
     return {
-        "ref": model,
+        "ref": trunk.model,
         "reward": trunk.scalar_model(str(reward)),
         "actor": trunk.causal_lm(gradient_checkpointing=True),
         "critic": trunk.scalar_model(str(reward), gradient_checkpointing=True),
@@ -85,25 +86,23 @@ def outputs_and_gradients(models, ids, mask):
     return {name: value.detach() for name, value in found.items()}
 
 
-def compare(actor, reward, ids, limit=1e-5, **options):
+def compare(actor, reward, ids):
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    one, four = (outputs_and_gradients(with_heads(make(actor, reward, **options)), ids, mask) for make in (shared, separate))
+    one, four = (outputs_and_gradients(with_heads(make(actor, reward)), ids, mask) for make in (shared, separate))
     assert one.keys() == four.keys() and len(one) > 6
     for name, value in four.items():
         assert value.abs().max() > 1e-4, f"{name} says nothing"
-        assert float((one[name] - value).abs().max()) <= limit * max(float(value.abs().max()), 1.0), name
+        assert_close(one[name], value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_and_gradients_of_four_models(family, tmp_path):
-    actor = tiny_checkpoint(tmp_path / "actor", family)
-    compare(actor, write_reward_model(actor, tmp_path / "reward"), tokens()[0])
+def test_outputs_and_gradients_of_four_models(checkpoint, tmp_path):
+    compare(checkpoint, write_reward_model(checkpoint, tmp_path / "reward"), tokens()[0])
 
 
 @pytest.mark.parametrize("generation", ["chatglm-6b", "chatglm2-6b"])
-def test_outputs_and_gradients_of_four_chatglms(generation, tmp_path, shared_dir):
-    actor = tiny_chatglm(tmp_path / "actor", generation, shared_dir)
+def test_outputs_and_gradients_of_four_chatglms(generation, chatglm_of, tmp_path):
+    actor = chatglm_of(generation)
     tokenizer = load_tokenizer(actor)
     ids = torch.tensor([tokenizer("你好").input_ids + list(range(start, start + 6)) for start in (300, 400)])
     compare(actor, write_reward_model(actor, tmp_path / "reward"), ids)
@@ -128,7 +127,7 @@ def folders(tmp_path_factory):
 
 def test_the_weights_are_in_memory_once(folders):
     one, four = (with_heads(make(*folders)) for make in (shared, separate))
-    model = sum(held(load_causal_lm(folders[0], dtype=torch.float32)).values())
+    model = sum(held(load(folders[0])).values())
     adapters = {
         tensor.data_ptr(): tensor.nbytes
         for role in ("actor", "critic")
@@ -165,7 +164,7 @@ def test_only_adapters_and_heads_are_trained(folders):
 
 
 def test_dropout_is_each_network_s_own(folders):
-    trunk = SharedTrunk(load_causal_lm(folders[0], dtype=torch.float32), str(folders[0]))
+    trunk = trunk_of(folders[0])
     calm, noisy = (TokenScores(trunk.scalar_model(str(folders[1]), dropout=dropout)) for dropout in (0.0, 0.5))
     with torch.no_grad():
         assert torch.equal(calm(*tokens()), calm(*tokens())) and not torch.equal(noisy(*tokens()), noisy(*tokens()))
@@ -176,8 +175,8 @@ def test_dropout_is_each_network_s_own(folders):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "glm4"])
-def test_merged_weights_hold_both_adapters(family, tmp_path):
-    actor = tiny_checkpoint(tmp_path / "actor", family)
+def test_merged_weights_hold_both_adapters(family, folder_of, tmp_path):
+    actor = folder_of(family)
     reward = write_reward_model(actor, tmp_path / "reward")
     one, four = (with_heads(make(actor, reward)) for make in (shared, separate))
     for role in ("actor", "critic"):
@@ -192,26 +191,26 @@ def test_merged_weights_hold_both_adapters(family, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_agrees_within_its_rounding(dtype, tmp_path):
+def test_half_precision_agrees_within_its_rounding(dtype, folder_of, tmp_path):
     """A reward model saved in 16 bits is known as the trunk's own, and scores as its merged weights do."""
-    actor = tiny_checkpoint(tmp_path / "actor", "opt")
+    actor = folder_of("opt")
     reward = write_reward_model(actor, tmp_path / "reward", dtype)
     ids, mask = tokens()
     for run in (dtype, torch.float32):
-        trunk = SharedTrunk(load_causal_lm(actor, dtype=run), str(actor))
+        trunk = trunk_of(actor, dtype=run)
         with torch.no_grad():
             found, expected = (
                 TokenScores(network)(ids, mask)
-                for network in (trunk.scalar_model(str(reward)), load_scalar_model(reward, dtype=torch.float32))
+                for network in (trunk.scalar_model(str(reward)), load(reward, load_scalar_model))
             )
         assert float((found - expected).abs().max()) < 30 * torch.finfo(dtype).eps * float(expected.abs().max())
 
 
 @pytest.mark.parametrize(("family", "bits"), [("llama", 8), ("gpt2", 4)])
 @pytest.mark.parametrize("trained_over", ["integers", "floats"])
-def test_a_trunk_of_integers_is_shared_too(family, bits, trained_over, tmp_path):
+def test_a_trunk_of_integers_is_shared_too(family, bits, trained_over, folder_of, tmp_path):
     """The integers are one set of tensors, and the adapter is added to what they stand for."""
-    actor = tiny_checkpoint(tmp_path / "actor", family)
+    actor = folder_of(family)
     reward = write_reward_model(actor, tmp_path / "reward", bits=bits if trained_over == "integers" else 0)
     networks = shared(actor, reward, quantization_bit=bits)
     layers = {role: quantized_layers(network) for role, network in networks.items()}
@@ -221,14 +220,12 @@ def test_a_trunk_of_integers_is_shared_too(family, bits, trained_over, tmp_path)
     ids, mask = tokens()
     scores = TokenScores(networks["reward"])(ids, mask)
     if trained_over == "integers":   # whose merged weights are exact
-        expected = TokenScores(load_scalar_model(reward, dtype=torch.float32))(ids, mask)
+        expected = TokenScores(load(reward, load_scalar_model))(ids, mask)
         assert_close(scores, expected, 1e-4)
     models = with_heads(networks)
     outputs_and_gradients(models, ids, mask)
-    merged = merged_state_dict(models["critic"].model)
-    merged = {name: tensor.float() for name, tensor in merged.items()}
-    plain = load_scalar_model(reward, dtype=torch.float32)
-    plain.load_state_dict(merged)
+    plain = load(reward, load_scalar_model)
+    plain.load_state_dict(merged_state_dict(models["critic"].model))
     with torch.no_grad():
         assert_close(TokenScores(plain)(ids, mask), models["critic"](ids, mask), 1e-4)
 
@@ -237,23 +234,22 @@ def test_a_trunk_of_integers_is_shared_too(family, bits, trained_over, tmp_path)
 
 
 def refused(actor, reward, words, **options):
-    model = load_causal_lm(actor, dtype=torch.float32, **options)
+    trunk = trunk_of(actor, **options)
     with pytest.raises(UserError, match=words) as error:
-        SharedTrunk(model, str(actor)).scalar_model(str(reward))
+        trunk.scalar_model(str(reward))
     assert str(error.value).count(". ") == 0 and "--memory_mode separate" in str(error.value)
 
 
-def test_the_reward_model_of_another_base_is_refused(folders, tmp_path):
+def test_the_reward_model_of_another_base_is_refused(folders, folder_of, tmp_path):
     _, reward = folders
     other = tiny_checkpoint(tmp_path / "other", "llama", seed=1, hidden_size=128, intermediate_size=512, head_dim=32)
     refused(other, reward, "differs by .*train step 2 with --lora_dim from .*other")
     wide = tiny_checkpoint(tmp_path / "wide", "llama", hidden_size=64, intermediate_size=512, head_dim=16)
     refused(wide, reward, "other sizes")
     shallow = shutil.copytree(folders[0], tmp_path / "shallow")
-    config = json.loads((shallow / "config.json").read_text())
-    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    change_json(shallow / "config.json", num_hidden_layers=1)
     refused(shallow, reward, "does not have")
-    opt = tiny_checkpoint(tmp_path / "opt", "opt")
+    opt = folder_of("opt")
     refused(opt, reward, "type llama, not opt")
     with pytest.raises(UserError, match="type llama, not opt"):
         check_scorer(str(reward), str(opt))
@@ -279,25 +275,24 @@ def test_weights_that_were_trained_themselves_are_refused(folders, tmp_path):
 
 def test_adapters_of_other_kinds_are_refused(folders, tmp_path):
     actor, reward = folders
+    layer = "base_model.model.model.layers.9.mlp.up_proj"
+    down, up = {f"{layer}.lora_A.weight": torch.zeros(3, 128)}, {f"{layer}.lora_B.weight": torch.zeros(512, 3)}
     for changes, words in (
         ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 3)}, "no LoRA of a linear layer"),
-        ({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(3, 128),
-          "base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": torch.zeros(512, 3)}, "not among its weights"),
-        ({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(3, 128)}, "lacks one of the two"),
-    ):  # fmt: skip
+        (down | up, "not among its weights"),
+        (down, "lacks one of the two"),
+    ):
         odd = shutil.copytree(reward, tmp_path / "odd", dirs_exist_ok=True)
         file = odd / "adapter" / "adapter_model.safetensors"
         save_file(load_file(reward / "adapter" / file.name) | changes, file)
         refused(actor, odd, words)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="truncated or damaged"):
-        SharedTrunk(load_causal_lm(actor, dtype=torch.float32), str(actor)).scalar_model(str(odd))
+        trunk_of(actor).scalar_model(str(odd))
 
 
 def test_a_critic_may_start_from_the_language_model_itself(folders):
     actor, _ = folders
-    trunk = SharedTrunk(load_causal_lm(actor, dtype=torch.float32), str(actor))
     ids, mask = tokens()
-    found = TokenScores(trunk.scalar_model(str(actor), seed=3))(ids, mask)
-    torch.testing.assert_close(found, TokenScores(load_scalar_model(actor, dtype=torch.float32, seed=3))(ids, mask))
-    assert json.loads((actor / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    found = TokenScores(trunk_of(actor).scalar_model(str(actor), seed=3))(ids, mask)
+    torch.testing.assert_close(found, TokenScores(load(actor, load_scalar_model, seed=3))(ids, mask))

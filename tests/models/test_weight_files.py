@@ -7,18 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
-from models import load as factory
 from models.checkpoint_folder import open_checkpoint
-from models.load import load_causal_lm
 from models.weight_files import tensor_names
-from tests.tiny import tiny_checkpoint
+from tests.models.common import load
 
 KINDS = ("bin", "old", "safetensors")
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+@pytest.fixture
+def llama(folder_of):
+    return folder_of("llama")
 
 
 def shards_of(llama, folder, kind):
@@ -47,69 +45,42 @@ def test_every_kind_is_read(llama, tmp_path, kind):
     files, _ = shards_of(llama, tmp_path / kind, kind)
     tensors = load_file(llama / "model.safetensors")
     assert set.union(*map(tensor_names, files)) == tensors.keys()
-    loaded = load_causal_lm(tmp_path / kind, dtype=torch.float32).state_dict()
+    loaded = load(tmp_path / kind).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.fixture
-def nothing_loads(monkeypatch):
-    """What is wrong is told before a network is built."""
-    monkeypatch.setattr(factory.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loading began"))
+def kept(share):
+    return lambda files, _: files[1].write_bytes(files[1].read_bytes()[: int(share * files[1].stat().st_size)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_missing_shard_is_named(llama, tmp_path, kind, number, nothing_loads):
-    files, _ = shards_of(llama, tmp_path / kind, kind)
-    files[number].unlink()
-    with pytest.raises(UserError, match=rf"{files[number].name} is missing, though the index"):
-        load_causal_lm(tmp_path / kind, dtype=torch.float32)
+def replaced(content):
+    return lambda files, _: files[1].write_bytes(content)
 
 
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
-def test_a_cut_shard_is_named(llama, tmp_path, kind, kept, nothing_loads):
-    files, _ = shards_of(llama, tmp_path / kind, kind)
-    content = files[1].read_bytes()
-    files[1].write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(UserError, match=rf"{files[1].name} (is truncated|holds no weights).*copy the checkpoint again"):
-        load_causal_lm(tmp_path / kind, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("kept", [0.01, 0.9])
-def test_a_cut_pickle_of_the_old_kind(llama, tmp_path, kept):
-    files, _ = shards_of(llama, tmp_path / "old", "old")
-    content = files[1].read_bytes()
-    files[1].write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(UserError, match=r"(damaged|truncated).*copy the checkpoint again"):
-        load_causal_lm(tmp_path / "old", dtype=torch.float32)
+def index_of(content):
+    return lambda files, index: index.write_text(content.replace("FILE", files[0].name))
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-
-
-@pytest.mark.parametrize("content", [POINTER, b"<html>404</html>" * 100, b"\x80\x02" + b"x" * 2000])
-def test_a_file_of_something_else(llama, tmp_path, content, nothing_loads):
-    files, _ = shards_of(llama, tmp_path / "bin", "bin")
-    files[0].write_bytes(content)
-    with pytest.raises(UserError, match=rf"{files[0].name} (holds no weights|is damaged)"):
-        _ = open_checkpoint(tmp_path / "bin").weights
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_index_that_names_what_no_shard_has(llama, tmp_path, kind, nothing_loads):
-    files, index = shards_of(llama, tmp_path / kind, kind)
-    places = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": places | {"model.layers.9.extra.weight": files[0].name}}))
-    with pytest.raises(UserError, match=rf"model\.layers\.9\.extra\.weight is in {files[0].name}, but it is not \(1 "):
-        load_causal_lm(tmp_path / kind, dtype=torch.float32)
+DAMAGED = r"00002-of-00002\.\w+ (is truncated|is damaged|holds no weights).*copy the checkpoint again"
+EXTRA = '{"weight_map": {"extra.weight": "FILE"}}'
+BROKEN_INDEX = r"index\.json .*copy the checkpoint again"
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}', "{"]
+    ("kind", "break_it", "words"),
+    [
+        *((kind, lambda files, _: files[1].unlink(), "00002-of-00002.* is missing, though the index") for kind in KINDS),
+        *((kind, kept(share), DAMAGED) for kind in ("bin", "safetensors") for share in (0.0, 0.01, 0.5, 0.999)),
+        *(("old", kept(share), DAMAGED) for share in (0.01, 0.9)),
+        ("safetensors", replaced(POINTER), DAMAGED),
+        *(("bin", replaced(text), DAMAGED) for text in (POINTER, b"<html>404</html>" * 100, b"\x80\x02" + b"x" * 2000)),
+        *((kind, index_of(EXTRA), r"extra\.weight is in .*, but it is not \(1 ") for kind in KINDS),
+        *(("bin", index_of(text), BROKEN_INDEX) for text in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}')),
+        *(("bin", index_of(text), BROKEN_INDEX) for text in ('{"weight_map": ["a"]}', "{")),
+    ],
 )
-def test_a_broken_index(llama, tmp_path, content, nothing_loads):
-    _, index = shards_of(llama, tmp_path / "bin", "bin")
-    index.write_text(content)
-    with pytest.raises(UserError, match=rf"{index.name} .*copy the checkpoint again"):
-        _ = open_checkpoint(tmp_path / "bin").weights
+def test_what_is_wrong_is_told_before_a_network_is_built(llama, tmp_path, kind, break_it, words):
+    break_it(*shards_of(llama, tmp_path / kind, kind))
+    with pytest.raises(UserError, match=words):
+        _ = open_checkpoint(tmp_path / kind).weights
