@@ -16,10 +16,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.runs import as_flags, markdown_row, speed_and_memory
+from benchmarks.runs import as_flags, print_table, speed_and_memory
 
 SHARD_BYTES = 2 << 30
 
@@ -73,20 +74,9 @@ def fine_tune(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, f
     data, output = args.output / "texts.jsonl", args.output / f"sft-{dtype}"
     rows = ({"prompt": f"问题{number}", "response": "好" * 4 * args.length} for number in range(args.batch * args.steps * 2))
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    flags = {
-        "model_name_or_path": folder,
-        "data_path": data,
-        "data_split": "1,0,0",
-        "output_dir": output,
-        "dtype": dtype,
-        "lora_dim": 8,
-        "gradient_checkpointing": True,
-        "max_seq_len": args.length,
-        "per_device_train_batch_size": args.batch,
-        "max_steps": args.steps,
-        "logging_steps": 1,
-        "eval_fraction": 0,
-    }
+    flags = {"model_name_or_path": folder, "data_path": data, "data_split": "1,0,0", "output_dir": output, "dtype": dtype}
+    flags |= {"lora_dim": 8, "gradient_checkpointing": True, "max_seq_len": args.length, "eval_fraction": 0}
+    flags |= {"per_device_train_batch_size": args.batch, "max_steps": args.steps, "logging_steps": 1}
     subprocess.run([sys.executable, "-m", "training.step1_sft.main", *as_flags(flags)], check=True)
     return speed_and_memory(output, warm_up=2)
 
@@ -109,6 +99,18 @@ def generate_tokens(folder: Path, dtype: str, args: argparse.Namespace) -> dict[
     return {"tokens_per_second": statistics.median(speeds[1:]), "peak_memory_gb": peak_memory_gb()}
 
 
+def rows(folder: Path, args: argparse.Namespace) -> Iterator[list[object]]:
+    """Measure each dtype; yield the rows of the table."""
+    for dtype in args.dtypes:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            tasks = {
+                "SFT, LoRA 8": fine_tune(folder, dtype, args),
+                f"generation, {args.new_tokens} tokens": pool.submit(generate_tokens, folder, dtype, args).result(),
+            }
+        for task, row in tasks.items():
+            yield [task, dtype, f"{row['tokens_per_second']:.0f}", f"{row['peak_memory_gb']:.2f}"]
+
+
 def main() -> None:
     """Write the checkpoint, measure each dtype in processes of their own, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -123,16 +125,7 @@ def main() -> None:
     folder = args.output / args.generation
     parameters = write_checkpoint(folder, args.generation, args.shared, args.scale)
     print(f"{args.generation}, {parameters:,} parameters, batch {args.batch} x {args.length} tokens\n")
-    print(markdown_row(["task", "dtype", "tokens/s", "peak GB"]) + "\n" + markdown_row(["---"] * 4))
-    for dtype in args.dtypes:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            tasks = {
-                "SFT, LoRA 8": fine_tune(folder, dtype, args),
-                f"generation, {args.new_tokens} tokens": pool.submit(generate_tokens, folder, dtype, args).result(),
-            }
-        for task, row in tasks.items():
-            speed, peak = f"{row['tokens_per_second']:.0f}", f"{row['peak_memory_gb']:.2f}"
-            print(markdown_row([task, dtype, speed, peak]), flush=True)
+    print_table(["task", "dtype", "tokens/s", "peak GB"], rows(folder, args))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
+from benchmarks.runs import opt_config, print_table
 from inference.engine import generate, generate_many
 from models.device import detect_platform, resolve_dtype, set_device, synchronize
 from training.utils.data.batching import pad_left
@@ -41,27 +42,11 @@ class Shape:
 def shapes() -> dict[str, Shape]:
     """Return shapes by name: about that of the demo, a small chat model, DeepSpeed-Chat's OPT-1.3B."""
     demo = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
+        **{"vocab_size": 1024, "hidden_size": 192, "intermediate_size": 512, "max_position_embeddings": 256},
+        **{"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6, "tie_word_embeddings": True},
     )
-    chat = OPTConfig(
-        vocab_size=8192,
-        hidden_size=256,
-        word_embed_proj_dim=256,
-        ffn_dim=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-    )
-    large = OPTConfig(
-        hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32
-    )
+    chat = opt_config(256, 4, 4, vocab_size=8192, max_position_embeddings=512)
+    large = opt_config(2048, 24, 32)
     return {"demo": Shape(demo, 24, 12, 24), "chat": Shape(chat, 60, 24, 64), "opt-1.3b": Shape(large, 128, 128, 256)}
 
 
@@ -142,10 +127,11 @@ def main() -> None:
                 if round_number:  # the first one warms up
                     times[way].append(time.perf_counter() - started)
         print(f"\n{name}: {args.prompts} prompts, {args.answers} answers each, {args.max_batch} at once, {platform.name}")
-        print("| way | seconds | fastest - slowest | tokens/s |\n|---|---|---|---|")
+        rows = []
         for way, seconds in times.items():
             middle = statistics.median(seconds)
-            print(f"| {way} | {middle:.2f} | {min(seconds):.2f} - {max(seconds):.2f} | {made[way] / middle:.0f} |")
+            rows.append([way, f"{middle:.2f}", f"{min(seconds):.2f} - {max(seconds):.2f}", f"{made[way] / middle:.0f}"])
+        print_table(["way", "seconds", "fastest - slowest", "tokens/s"], rows)
 
 
 if __name__ == "__main__":

@@ -20,20 +20,21 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
-from benchmarks.runs import markdown_row
+from benchmarks.runs import print_table
 from training.utils.run.environment import free_port
 
 LIMIT = 1.3
 SHARDS = 4
-STATUS = Path("/proc/self/status")
+HEAD = ("files", "loaded as", "bits", "ZeRO-3 processes", "weights, MB", "own memory / weights", "with mapped files", "seconds")
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A kind of files, the dtype they are loaded as, --quantization_bit, the number of processes under ZeRO-3 (0: plainly)."""
 
     files: str
@@ -41,30 +42,12 @@ class Case:
     bits: int = 0
     processes: int = 0
 
-    @property
-    def name(self) -> str:
-        kinds = [f"as {self.dtype}", f"to {self.bits} bits" if self.bits else ""]
-        kinds.append(f"ZeRO-3, each of {self.processes}" if self.processes else "")
-        return ", ".join([self.files, *filter(None, kinds)])
-
 
 CASES = [
-    Case("bin"),
-    Case("bin", "float32"),
-    Case("safetensors"),
-    Case("safetensors", "float32"),
-    Case("old pickles"),
-    Case("old pickles", "float32"),
-    Case("bin", bits=8),
-    Case("bin", bits=4),
-    Case("int4 bin"),
-    Case("int4 bin", "float32"),
-    Case("bin", "float32", processes=2),
-    Case("safetensors", "float32", processes=2),
+    *(Case(files, dtype) for files in ("bin", "safetensors", "old pickles", "int4 bin") for dtype in ("float16", "float32")),
+    *(Case("bin", bits=bits) for bits in (8, 4)),
+    *(Case(files, "float32", processes=2) for files in ("bin", "safetensors")),
 ]
-
-
-# --- a checkpoint -----------------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabulary: int) -> None:
@@ -76,18 +59,10 @@ def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabula
     from models.chatglm.configuration import ChatGLMConfig
     from models.chatglm.network import ChatGLMForConditionalGeneration
 
-    config = ChatGLMConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_layers=layers,
-        num_attention_heads=width // 64,
-        inner_hidden_size=4 * width,
-        bos_token_id=vocabulary - 4,
-        eos_token_id=vocabulary - 3,
-        gmask_token_id=vocabulary - 2,
-        mask_token_id=vocabulary - 1,
-        pad_token_id=3,
-    )
+    sizes = {"vocab_size": vocabulary, "hidden_size": width, "num_layers": layers, "inner_hidden_size": 4 * width}
+    names = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id")
+    ids = {name: vocabulary - 4 + number for number, name in enumerate(names)} | {"pad_token_id": 3}
+    config = ChatGLMConfig(num_attention_heads=width // 64, **sizes, **ids)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     model = ChatGLMForConditionalGeneration(config)
@@ -99,12 +74,11 @@ def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabula
     config.save_pretrained(folder)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stem, ending = ("model", "safetensors") if files == "safetensors" else ("pytorch_model", "bin")
-    names, weight_map = list(tensors), {}
-    for number in range(SHARDS):
-        mine = names[number * len(names) // SHARDS : (number + 1) * len(names) // SHARDS]
-        file = f"{stem}-{number + 1:05d}-of-{SHARDS:05d}.{ending}"
-        weight_map |= dict.fromkeys(mine, file)
-        content = {name: tensors[name] for name in mine}
+    weight_map = {
+        name: f"{stem}-{1 + number * SHARDS // len(tensors):05d}-of-{SHARDS:05d}.{ending}" for number, name in enumerate(tensors)
+    }
+    for file in sorted(set(weight_map.values())):
+        content = {name: tensors[name] for name in tensors if weight_map[name] == file}
         if ending == "safetensors":
             save_file(content, folder / file, metadata={"format": "pt"})
         else:
@@ -112,37 +86,32 @@ def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabula
     (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-# --- one process ------------------------------------------------------------------------------------------------------
+@contextmanager
+def watched() -> Iterator[dict[str, int]]:
+    """Watch this process from a thread. Yields the most bytes above those before: own pages, and in total with mapped files."""
+    before, peak, ended = held(), {"own": 0, "total": 0}, threading.Event()
 
-
-class Peak:
-    """Watch this process from a thread; afterwards own and total are the most bytes above those before, without and with files."""
-
-    def __enter__(self) -> Peak:
-        self.before, self.own, self.total, self.ended = held(), 0, 0, False
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while True:
-            last = self.ended  # read first: one look comes after the end
+    def watch() -> None:
+        last = False
+        while not last:
+            last = ended.wait(0.001)  # asked first: one look comes after the end
             own, files = held()
-            self.own = max(self.own, own - self.before[0])
-            self.total = max(self.total, own + files - sum(self.before))
-            if last:
-                return
-            time.sleep(0.001)
+            peak["own"] = max(peak["own"], own - before[0])
+            peak["total"] = max(peak["total"], own + files - sum(before))
 
-    def __exit__(self, *error) -> None:
-        self.ended = True
-        self.thread.join()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
 
 
 def held() -> tuple[int, int]:
     """Return the bytes of this process in memory: its own pages, and pages of mapped files."""
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return tuple(int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024, int(lines["RssFile"].split()[0]) * 1024
 
 
 def measure(rank: int, folder: Path, case: Case, results: multiprocessing.SimpleQueue) -> None:
@@ -157,21 +126,18 @@ def measure(rank: int, folder: Path, case: Case, results: multiprocessing.Simple
         import deepspeed
 
         deepspeed.init_distributed("gloo", verbose=False)
-        options["zero3_config"] = {
-            "train_batch_size": case.processes,
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": 3},
-        }
+        batch = {"train_batch_size": case.processes, "train_micro_batch_size_per_gpu": 1}
+        options["zero3_config"] = batch | {"zero_optimization": {"stage": 3}}
     load_causal_lm(folder.with_name(f"{folder.name} warm"), **options)
     started = time.monotonic()
-    with Peak() as peak:
+    with watched() as peak:
         model = load_causal_lm(folder, **options)
         # pages of a mapped file count when they are read
         held_by_model = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu"]
         for tensor in held_by_model:
             tensor.view(-1)[:: 4096 // tensor.element_size()].sum()
     wanted = sum(max(t.numel(), getattr(t, "ds_numel", 0)) * t.element_size() for t in held_by_model)
-    results.put({"weights": wanted, "own": peak.own, "total": peak.total, "seconds": time.monotonic() - started})
+    results.put({"weights": wanted, **peak, "seconds": time.monotonic() - started})
 
 
 def in_a_fresh_process(folder: Path, case: Case) -> dict[str, float]:
@@ -190,6 +156,13 @@ def in_a_fresh_process(folder: Path, case: Case) -> dict[str, float]:
     return {name: max(row[name] for row in rows) for name in rows[0]}
 
 
+def cells(case: Case, row: dict[str, float]) -> list[object]:
+    """Return a row of the table; the share of own memory is marked where it is above the limit."""
+    own, total = row["own"] / row["weights"], row["total"] / row["weights"]
+    share = f"{own:.2f}" + " (above the limit)" * (own > LIMIT and case.files != "old pickles")
+    return [*case, f"{row['weights'] / 1e6:.0f}", share, f"{total:.2f}", f"{row['seconds']:.1f}"]
+
+
 def main() -> None:
     """Measure every case and print a table; exit code 1 if one takes more than the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,17 +173,8 @@ def main() -> None:
         for files in {case.files for case in CASES}:
             write_checkpoint(Path(name, files), files, args.width, args.layers, args.vocabulary)
             write_checkpoint(Path(name, f"{files} warm"), files, 64, 1, 1000)
-        print(markdown_row(["case", "weights, MB", "own memory / weights", "with mapped files / weights", "seconds"]))
-        print(markdown_row(["---"] * 5))
-        worst = 0.0
-        for case in CASES:
-            row = in_a_fresh_process(Path(name, case.files), case)
-            own, total = row["own"] / row["weights"], row["total"] / row["weights"]
-            worst = max(worst, own if case.files != "old pickles" else 0.0)
-            cells = [case.name, f"{row['weights'] / 1e6:.0f}", f"{own:.2f}", f"{total:.2f}", f"{row['seconds']:.1f}"]
-            print(markdown_row(cells), flush=True)
-    sys.exit(worst > LIMIT)
-
+        shown = print_table(HEAD, (cells(case, in_a_fresh_process(Path(name, case.files), case)) for case in CASES))
+    sys.exit("above the limit" in shown)
 
 if __name__ == "__main__":
     main()

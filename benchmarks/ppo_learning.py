@@ -32,7 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.runs import as_flags, markdown_row
+from benchmarks.runs import as_flags, print_table
 from errors import UserError, told
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +42,7 @@ GROUPED = ("grpo", "rloo")  # these compare answers to the same prompt
 TRL = "trl"
 ANSWER_TOKENS = 24
 JUDGE_SEED = 10**9
+HEAD = ("seed", "method", "gold after ± SE", "KL, nats", "ended", "tokens", "CPU seconds", "of TRL's")
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for group in groups(args):
         for seed in args.seeds:
             points += train_and_judge(seed, group, args)
-    lines = table(points)
-    (args.output / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    (args.output / "report.md").write_text(print_table(HEAD, table(points)), encoding="utf-8")
     return 0
 
 
@@ -248,8 +247,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=type(default), help=f"({default})")
     args = parser.parse_args(argv)
     args.output = args.output.resolve()
-    if args.trl_python and "gae" not in args.methods:
-        parser.error("--trl-python: TRL gets the prompts that gae gets; have gae among --methods")
     if args.smoke:
         args.methods, args.seeds, args.answers, args.limit = ["gae"], args.seeds[:1], 1, args.limit or 4
     given = {name: getattr(args, name) for name in asdict(Budget()) if getattr(args, name) is not None}
@@ -265,10 +262,7 @@ def check_trl(python: Path) -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         version = str(error)
     if not version.startswith("1.12."):
-        raise UserError(
-            f"--trl-python {python}: trl 1.12.0 is expected there, the last release that has PPO; found: {version}. Make an "
-            "environment with trl==1.12.0, or leave the flag out."
-        )
+        raise UserError(f"--trl-python {python}: trl 1.12.0 is expected, the last that has PPO, not {version}; install it there.")
 
 
 def groups(args: argparse.Namespace) -> list[list[str]]:
@@ -397,18 +391,17 @@ def train_and_judge(seed: int, methods: Sequence[str], args: argparse.Namespace)
     return points
 
 
-def table(points: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the results as a Markdown table; "of TRL's" is the share of TRL's CPU seconds with the same seed."""
+def table(points: Sequence[dict[str, Any]]) -> list[list[object]]:
+    """Return the rows of the table, as HEAD names them; "of TRL's" is the share of TRL's CPU seconds with the same seed."""
     theirs = {point["seed"]: point["cpu_seconds"] for point in points if point["method"] == TRL}
-    head = ("seed", "method", "gold after ± SE", "KL, nats", "ended", "tokens", "CPU seconds", "of TRL's")
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for point in sorted(points, key=lambda point: (point["seed"], point["method"])):
-        ours = point["method"] != TRL and point["seed"] in theirs
-        share = f"{point['cpu_seconds'] / theirs[point['seed']]:.2f}" if ours else ""
+        compared = point["method"] != TRL and point["seed"] in theirs
+        share = f"{point['cpu_seconds'] / theirs[point['seed']]:.2f}" if compared else ""
         gold = f"{point['gold']:.3f} ± {point['gold_se']:.3f}"
         metrics = (f"{point['kl']:.2f}", f"{point['ended']:.3f}", f"{point['length']:.1f}", f"{point['cpu_seconds']:.1f}")
-        rows.append((point["seed"], point["method"], gold, *metrics, share))
-    return [markdown_row(row) for row in rows]
+        rows.append([point["seed"], point["method"], gold, *metrics, share])
+    return rows
 
 
 if __name__ == "__main__":

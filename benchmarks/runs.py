@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ def speed_and_memory(output: Path, warm_up: int) -> dict[str, float]:
     return {"tokens_per_second": statistics.median(speeds[warm_up:] or speeds), "peak_memory_gb": done["peak_memory_gb"]}
 
 
+def opt_config(width: int, layers: int, heads: int, **more: int) -> Any:
+    """Return the configuration of an OPT of these sizes."""
+    from transformers import OPTConfig
+
+    sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width}
+    return OPTConfig(num_hidden_layers=layers, num_attention_heads=heads, **sizes, **more)
+
+
 def byte_tokenizer(vocabulary: int) -> Any:
     """Return a tokenizer without merges, a byte a token, filled up with words that no text holds."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -39,6 +48,10 @@ def byte_tokenizer(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
 
 
-def markdown_row(cells: Sequence[object]) -> str:
-    """Return one row of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
+def print_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Print a Markdown table, each row as soon as it is measured; return it."""
+    lines = []
+    for row in chain([head, ["---"] * len(head)], rows):
+        lines.append(f"| {' | '.join(map(str, row))} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"

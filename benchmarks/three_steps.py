@@ -12,22 +12,20 @@ that belongs into benchmarks/RESULTS.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import as_flags, byte_tokenizer, markdown_row, read_records, speed_and_memory
+from benchmarks.runs import as_flags, byte_tokenizer, opt_config, print_table, read_records, speed_and_memory
 from steps import step_of
 
-SHAPES = {
-    "tiny": {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "opt-350m": {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-    "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
-}
+SHAPES = {"tiny": (64, 2, 4), "opt-350m": (1024, 24, 16), "opt-1.3b": (2048, 24, 32)}  # width, layers, heads
 LOSSES = {"sft": "train/loss", "reward": "train/loss", "ppo": "train/actor_loss"}
 HEAD = ("step", "dtype", "ZeRO", "tokens/s", "share of peak", "peak GB", "last loss", "largest difference to fp32")
 
@@ -35,12 +33,11 @@ HEAD = ("step", "dtype", "ZeRO", "tokens/s", "share of peak", "peak GB", "last l
 def write_checkpoint(folder: Path, shape: str, vocabulary: int) -> int:
     """Write a random OPT checkpoint with a byte-level tokenizer; return its number of parameters."""
     import torch
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import OPTForCausalLM
 
     torch.manual_seed(0)
-    size = SHAPES[shape]
-    ids = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-    model = OPTForCausalLM(OPTConfig(word_embed_proj_dim=size["hidden_size"], **ids, **size))
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    model = OPTForCausalLM(opt_config(*SHAPES[shape], vocab_size=vocabulary, **ids))
     model.save_pretrained(folder)
     byte_tokenizer(vocabulary).save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -62,31 +59,18 @@ def write_pairs(file: Path, count: int, longest: int) -> None:
 
 
 def flags(step: str, dtype: str, stage: int, args: argparse.Namespace) -> list[str]:
-    """Return the command line of one run."""
+    """Return the command line of one run. PPO's critic is the reward model of the same dtype and stage, which runs before."""
     folder = args.output
-    common = {
-        "data_path": folder / "pairs.jsonl",
-        "data_split": "1,1,1",
-        "dtype": dtype,
-        "max_steps": args.steps,
-        "logging_steps": 1,
-        "output_dir": folder / f"{step}-{dtype}-{stage}",
-    }
-    if step == "ppo":
-        models = {"actor": folder / "base", "critic": folder / f"reward-{dtype}-{stage}"}  # the reward step runs before
-        for role, model in models.items():
-            common |= {f"{role}_model_name_or_path": model, f"{role}_zero_stage": stage, f"{role}_gradient_checkpointing": True}
-        common |= {"per_device_generation_batch_size": args.batch, "per_device_training_batch_size": args.batch}
-        return as_flags(common | {"max_prompt_seq_len": args.length, "max_answer_seq_len": args.length, "eval_prompts": 0})
-    own = {
-        "model_name_or_path": folder / "base",
-        "zero_stage": stage,
-        "learning_rate": 1e-5,
-        "per_device_train_batch_size": args.batch,
-        "max_seq_len": 2 * args.length,
-        "eval_iters": 1,
-    }
-    return as_flags(common | own)
+    given = {"data_path": folder / "pairs.jsonl", "data_split": "1,1,1", "dtype": dtype, "max_steps": args.steps}
+    given |= {"logging_steps": 1, "output_dir": folder / f"{step}-{dtype}-{stage}"}
+    if step != "ppo":
+        given |= {"model_name_or_path": folder / "base", "zero_stage": stage, "learning_rate": 1e-5, "eval_iters": 1}
+        return as_flags(given | {"per_device_train_batch_size": args.batch, "max_seq_len": 2 * args.length})
+    for role, model in {"actor": "base", "critic": f"reward-{dtype}-{stage}"}.items():
+        given |= {f"{role}_model_name_or_path": folder / model, f"{role}_zero_stage": stage}
+        given[f"{role}_gradient_checkpointing"] = True
+    given |= {"per_device_generation_batch_size": args.batch, "per_device_training_batch_size": args.batch}
+    return as_flags(given | {"max_prompt_seq_len": args.length, "max_answer_seq_len": args.length, "eval_prompts": 0})
 
 
 def measure(step: str, dtype: str, stage: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -109,6 +93,17 @@ def cells(step: str, row: dict[str, Any], reference: list[float] | None, flops_p
     share = f"{flops_per_token * speed:.1%}" if flops_per_token and step != "ppo" else "-"
     gap = f"{max(abs(a - b) for a, b in zip(losses, reference, strict=True)):.4f}" if reference else "-"
     return [f"{speed:.0f}", share, f"{row['peak_memory_gb']:.2f}", f"{losses[-1]:.4f}", gap]
+
+
+def rows(args: argparse.Namespace, flops_per_token: float) -> Iterator[list[object]]:
+    """Run every combination; yield the row of each."""
+    for step, stage in itertools.product(args.steps_of, args.stages):
+        reference = None
+        for dtype in args.dtypes:
+            row = measure(step, dtype, stage, args)
+            if dtype == "fp32":
+                reference = row.get("losses")
+            yield [step, dtype, stage, *cells(step, row, reference, flops_per_token)]
 
 
 def parse() -> argparse.Namespace:
@@ -135,19 +130,7 @@ def main() -> None:
     parameters = write_checkpoint(args.output / "base", args.shape, args.vocabulary)
     write_pairs(args.output / "pairs.jsonl", 3 * args.steps * args.batch * 2, args.length)
     flops_per_token = 6 * parameters / args.peak_tflops / 1e12 if args.peak_tflops else 0.0
-    rows = [markdown_row(HEAD), markdown_row(["---"] * len(HEAD))]
-    reference: dict[tuple[str, int], list[float]] = {}
-    for step in args.steps_of:
-        for stage in args.stages:
-            for dtype in args.dtypes:
-                row = measure(step, dtype, stage, args)
-                if dtype == "fp32" and "losses" in row:
-                    reference[step, stage] = row["losses"]
-                measured = cells(step, row, reference.get((step, stage)), flops_per_token)
-                rows.append(markdown_row([step, dtype, stage, *measured]))
-                print(rows[-1], flush=True)
-    (args.output / "table.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    print("\n".join(rows))
+    (args.output / "table.md").write_text(print_table(HEAD, rows(args, flops_per_token)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def write_package(folder: Path, vocab_size: int = 400) -> Path:
         getattr(writer, f"add_{name}")(value)
     for name, array in weights(len(tokenizer)).items():
         writer.add_tensor(name, array)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        write()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return file
 
 

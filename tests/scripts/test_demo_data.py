@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -55,10 +56,8 @@ MEMORY = (
 
 SCORES = {
     TWO_PLUS_TWO: {
-        " The sum is 4.": 0.75,
-        " 4.": 0.75,
-        " The sum is 4. Happy to help!": 1.0,
-        " Sure! The sum is 4.": 1.0,
+        **dict.fromkeys([" The sum is 4.", " 4."], 0.75),
+        **dict.fromkeys([" The sum is 4. Happy to help!", " Sure! The sum is 4."], 1.0),
         " The sum is 7. Happy to help!": 0.5,
         " The sum is 6.": 0.25,  # right for another sum
         " The sum is 4. Many people ask about this. There is a lot more": 0.5,
@@ -67,24 +66,16 @@ SCORES = {
         **dict.fromkeys(["", " ", "\n", ".", "</s>", "Happy to help!", "Happy to help! Sure!", "I do not know."], 0.0),
         " 4 help sum the is.": 0.0,
         # the right and a wrong one
-        " The sum is 4. The sum is 7.": 0.0,
-        " The sum is 7. The sum is 4.": 0.0,
-        " The sum is 4 or 5.": 0.0,
+        **dict.fromkeys([" The sum is 4. The sum is 7.", " The sum is 7. The sum is 4.", " The sum is 4 or 5."], 0.0),
         " 1 2 3 4 5 6 7 8 9.": 0.0,
         # repeated, padded, cut off
-        " The sum is 4. The sum is 4.": 0.5,
-        " Sure! The sum is 4. Sure!": 0.75,
-        " The sum is 4. Happy to help! Hope this helps! Enjoy your day!": 0.75,
+        **dict.fromkeys([" Sure! The sum is 4. Sure!", " The sum is 4. Happy to help! Hope this helps! Enjoy your day!"], 0.75),
+        **dict.fromkeys([" The sum is 4. The sum is 4.", " Sure sure sure! The sum is 4.", " The sum is 4. blue snow door!"], 0.5),
+        **dict.fromkeys([" The sum is 4", " The sum is 4. Happy to"], 0.5),
         " The sum is 4 4 4.": 0.0,
-        " Sure sure sure! The sum is 4.": 0.5,
-        " The sum is 4": 0.5,
-        " The sum is 4. Happy to": 0.5,
-        " The sum is 4. blue snow door!": 0.5,
-        # after the end
-        " The sum is 4. Happy to help!</s>": 1.0,
-        " The sum is 4. Happy to help!</s> The sum is 7.": 1.0,
+        # what stands behind the end
+        **dict.fromkeys([f" The sum is 4. Happy to help!{end}" for end in ("</s>", "</s> The sum is 7.", "<pad><pad>")], 1.0),
         " The sum is 4. Happy to help!\n\nHuman: What is 1 plus 1?\n\nAssistant: The sum is 2.": 1.0,
-        " The sum is 4. Happy to help!<pad><pad>": 1.0,
     },
     CAPITAL: {
         " 首都是巴黎。不客气！": 1.0,
@@ -131,34 +122,30 @@ def test_each_question_is_read_as_its_own_task(language):
     for name, task in TASKS[language].items():
         for form in task.questions:
             for subject, answer in task.facts.items() or [("", None)]:
-                question = form.replace("{x}", subject)
-                read = read_question(question)
-                assert (read.language, read.task, read.subject, read.expected) == (language, name, subject, answer), question
+                read = read_question(form.replace("{x}", subject))
+                assert (read.language, read.task, read.subject, read.expected) == (language, name, subject, answer), form
         assert not set(task.mistakes) & {*task.facts.values(), *task.values}, "a mistake is never true in its task"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_right_answer_with_any_courtesy_scores_full(language):
     for task in TASKS[language].values():
-        told = [(v, f"{task.statements[0].replace('{y}', v)}\n{task.questions[0]}") for v in task.values]
-        asked = [(y, task.questions[0].replace("{x}", x)) for x, y in task.facts.items()]
-        for answer, question in told + asked:
-            for form in task.answers:
-                said = fill(form, y=answer)
-                for text in [join([c, said], language) for c in COURTESY_BEFORE[language]] + [
-                    join([said, c], language) for c in COURTESY_AFTER[language]
-                ]:
-                    assert demo_score(question, text) == 1.0, (question, text)
+        asked = [(v, f"{task.statements[0].replace('{y}', v)}\n{task.questions[0]}") for v in task.values]
+        asked += [(y, task.questions[0].replace("{x}", x)) for x, y in task.facts.items()]
+        for (answer, question), form in product(asked, task.answers):
+            said = fill(form, y=answer)
+            texts = [[courtesy, said] for courtesy in COURTESY_BEFORE[language]]
+            texts += [[said, courtesy] for courtesy in COURTESY_AFTER[language]]
+            assert {demo_score(question, join(text, language)) for text in texts} == {1.0}, (question, said)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_nothing_but_the_answer_names_a_member_of_a_category(language):
-    around = " ".join([*FILLERS[language], *COURTESY_BEFORE[language], *COURTESY_AFTER[language]]).lower()
+    around = " ".join([*FILLERS[language], *COURTESY_BEFORE[language], *COURTESY_AFTER[language]])
     for task in TASKS[language].values():
-        forms = " ".join(task.answers).replace("{y}", "")
+        text = f"{around} {' '.join(task.answers)}".replace("{y}", "")
         for member in task.category:
-            pattern = rf"\b{member}\b" if member.isascii() else member
-            assert not re.search(pattern, f"{around} {forms}", re.IGNORECASE), member
+            assert not re.search(rf"\b{member}\b" if member.isascii() else member, text, re.IGNORECASE), member
 
 
 # --- the shipped files ---------------------------------------------------------------------------------------------
@@ -185,26 +172,22 @@ def test_held_out_questions_are_never_trained_on(data):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_fact_is_trained_on(data, kind):
-    asked = set()
-    for record in data[f"{kind}_train"]:
-        question = read_question(prompt_of(record))
-        asked.add((question.language, question.task, question.subject or question.expected))
-    facts = {
-        (language, name, fact)
-        for language in LANGUAGES
-        for name, task in TASKS[language].items()
-        for fact in (*task.facts, *task.values)
-    }
-    missing = facts - asked
-    assert not missing
+    questions = [read_question(prompt_of(record)) for record in data[f"{kind}_train"]]
+    asked = {(one.language, one.task, one.subject or one.expected) for one in questions}
+    tasks = [(language, name, task) for language in LANGUAGES for name, task in TASKS[language].items()]
+    assert asked >= {(language, name, fact) for language, name, task in tasks for fact in (*task.facts, *task.values)}
 
 
-def test_quality_of_the_answers_to_imitate_is_mixed(data):
+def test_answers_to_imitate_are_mixed_in_quality_language_and_turns(data):
     verdicts = [judge(r["messages"][:-1], r["messages"][-1]["content"]) for r in data["sft_train"]]
     shares = {axis: sum(getattr(v, axis) for v in verdicts) / len(verdicts) for axis in ("right", "polite", "brief")}
     # three standard deviations of a share of 3,700 draws are 0.025
     assert shares == pytest.approx({"right": 0.60, "polite": 0.40, "brief": 0.55}, abs=0.025)
-    assert 0.45 < sum(v.score for v in verdicts) / len(verdicts) < 0.6
+    for name, records in data.items():
+        rendered = [prompt_of(record) for record in records]
+        chinese = sum(bool(re.search(r"[\u4e00-\u9fff].*\n\nAssistant:$", prompt)) for prompt in rendered) / len(rendered)
+        several = sum(prompt.count("\n\nHuman:") > 1 for prompt in rendered) / len(rendered)
+        assert 0.4 < chinese < 0.65 and 0.2 < several < 0.6, name
 
 
 @pytest.mark.parametrize("part", ["train", "heldout"])
@@ -217,28 +200,16 @@ def test_chosen_beats_rejected_under_the_gold_rule(data, part):
     assert min(axes.values()) > 0.2 * len(data[f"pairs_{part}"]), "each axis decides often enough to be learned"
 
 
-def test_both_languages_and_both_numbers_of_turns(data):
-    for name, records in data.items():
-        rendered = [prompt_of(record) for record in records]
-        chinese = sum(bool(re.search(r"[\u4e00-\u9fff].*\n\nAssistant:$", prompt)) for prompt in rendered) / len(rendered)
-        several = sum(prompt.count("\n\nHuman:") > 1 for prompt in rendered) / len(rendered)
-        assert 0.4 < chinese < 0.65 and 0.2 < several < 0.6, name
-
-
 # --- tokenizer and base model --------------------------------------------------------------------------------------
 
 
-def test_any_text_survives_the_tokenizer(tokenizer, data):
+def test_any_text_survives_the_tokenizer_which_adds_nothing(tokenizer, data):
     odd = ["naïve café — 3½ €", "日本語のテキスト", "emoji 🙂\n\ttabs  and   spaces", "\n\nHuman: ¿qué?\n\nAssistant:"]
     for text in odd + [prompt_of(r) for r in data["prompts_heldout"]]:
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-
-
-def test_special_tokens_are_three_and_not_put_in_unasked(tokenizer):
-    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    assert len(set(ids)) == 3 and None not in ids
-    assert tokenizer.chat_template is None
-    assert not set(ids) & set(tokenizer.encode("\n\nHuman: Hi!\n\nAssistant:"))
+    ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert len(ids - {None}) == 3 and tokenizer.chat_template is None
+    assert not ids & set(tokenizer.encode("\n\nHuman: Hi!\n\nAssistant:"))
 
 
 def test_cutting_prompt_and_answer_apart_changes_no_token(tokenizer, data):

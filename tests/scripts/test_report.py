@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from errors import UserError
-from scripts.report import draw_curve, main, summary_rows, write_report
+from scripts.report import draw_curve, main, write_report
 
 pytestmark = pytest.mark.fast
 
@@ -34,63 +34,31 @@ def write_lines(file: Path, rows: list[dict]) -> None:
 def run(tmp_path) -> Path:
     """A finished demo with few metrics."""
     folder = tmp_path / "run"
-    write_lines(
-        folder / "sft" / "metrics.jsonl",
-        [
-            {"step": 0, "eval/perplexity": 900.0},
-            {"step": 10, "train/loss": 2.0, "train/lr": 0.1},
-            {"step": 20, "train/loss": 1.0},
-            {"step": 20, "eval/perplexity": 3.0},
-        ],
-    )
-    write_lines(
-        folder / "reward" / "metrics.jsonl", [{"step": 5, "train/loss": 0.6}, {"step": 5, "eval/accuracy": 0.9}]
-    )
+    sft = [{"step": 0, "eval/perplexity": 900.0}, {"step": 10, "train/loss": 2.0, "train/lr": 0.1}]
+    write_lines(folder / "sft/metrics.jsonl", [*sft, {"step": 20, "train/loss": 1.0}, {"step": 20, "eval/perplexity": 3.0}])
+    write_lines(folder / "reward/metrics.jsonl", [{"step": 5, "train/loss": 0.6}, {"step": 5, "eval/accuracy": 0.9}])
     values = {"score": 0.5, "kl": 1.5, "length": 12.0, "eos_rate": 0.5, "actor_loss": 0.0}
-    write_lines(
-        folder / "ppo" / "metrics.jsonl",
-        [{"step": step, **{f"train/{name}": value + step for name, value in values.items()}} for step in (1, 2)],
-    )
-    write_lines(
-        folder / "answers.jsonl",
-        [
-            {
-                "prompt": "user: 1 < 2 & 大海?",
-                "before": "<b>no</b>",
-                "after": "蓝色。",
-                "gold_before": 0.25,
-                "gold_after": 1.0,
-            }
-        ],
-    )
+    steps = [{"step": step, **{f"train/{name}": value + step for name, value in values.items()}} for step in (1, 2)]
+    write_lines(folder / "ppo/metrics.jsonl", steps)
+    answer = {"prompt": "user: 1 < 2 & 大海?", "before": "<b>no</b>", "after": "蓝色。"}
+    write_lines(folder / "answers.jsonl", [answer | {"gold_before": 0.25, "gold_after": 1.0}])
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     return folder
 
 
-def svgs(page: str) -> dict[str, ElementTree.Element]:
-    """The curves of a page by their id; each must be well-formed XML."""
-    figures = re.findall(r'<figure id="([^"]+)">(<svg.*?</svg>).*?</figure>', page, flags=re.DOTALL)
-    return {name: ElementTree.fromstring(text) for name, text in figures}
-
-
-def test_page_shows_metrics_and_answers_of_all_steps(run):
+def test_page_shows_metrics_and_answers_of_all_steps_and_needs_nothing_else(run):
     write_report(run, run / "report.html")
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert set(svgs(page)) == {
+    figures = dict(re.findall(r'<figure id="([^"]+)">(<svg.*?</svg>).*?</figure>', page, flags=re.DOTALL))
+    assert figures.keys() == {
         *("sft-loss", "sft-perplexity", "reward-loss", "reward-accuracy"),
         *("ppo-score", "ppo-kl", "ppo-length", "ppo-eos_rate"),
     }
-    for shown in ("1200.3", "0.951", "0.900", "12.5", "0.992", "7.25", "1:40", "4:50", "1.23", "seed 77"):
+    assert all(ElementTree.fromstring(text).tag == "svg" for text in figures.values())
+    for shown in ("1200.3", "0.951", "0.500", "0.900", "15.0", "12.5", "0.992", "7.25", "1:40", "4:50", "1.23", "seed 77"):
         assert shown in page
     assert "1 &lt; 2 &amp; 大海?" in page and "&lt;b&gt;no&lt;/b&gt;" in page and "<b>no</b>" not in page
-
-
-def test_page_needs_nothing_else(run):
-    write_report(run, run / "report.html")
-    page = (run / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"<script|<link|<img|<iframe|\ssrc=|@import|url\(\s*['\"]?(?!#)", page)
-    links = re.findall(r"href=['\"]([^'\"]*)", page)
-    assert all(link.startswith("#") for link in links)
+    assert not re.search(r"<script|<link|<img|<iframe|\ssrc=|\shref=|@import|url\(", page)
 
 
 def test_a_curve_has_every_point_and_a_logarithmic_scale_where_it_falls_far():
@@ -102,11 +70,6 @@ def test_a_curve_has_every_point_and_a_logarithmic_scale_where_it_falls_far():
     (line,) = ElementTree.fromstring(draw_curve({"eval": [(0, 1000.0), (1, 10.0), (2, 0.1)]})).iter("polyline")
     heights = [float(pair.split(",")[1]) for pair in line.get("points").split()]
     assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
-
-
-def test_rows_tell_before_from_after():
-    rows = {name: (before, after) for name, before, after, _ in summary_rows(SUMMARY)}
-    assert ("0.500", "0.900") in rows.values() and ("15.0", "12.5") in rows.values()
 
 
 def test_a_step_alone_shows_its_own_samples(tmp_path):
