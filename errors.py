@@ -15,6 +15,12 @@ class UserError(Exception):
     """
 
 
+def refuse(wrong: object, sentence: str) -> None:
+    """Raise UserError with the sentence if something is wrong."""
+    if wrong:
+        raise UserError(sentence)
+
+
 def told(main: Callable[..., Any]) -> Callable[..., Any]:
     """main, the body of a command line, with a UserError told on stderr and 2 returned for it."""
 

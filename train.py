@@ -21,11 +21,22 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from errors import UserError, told
+import yaml
+
+from errors import UserError, refuse, told
 from scripts.launch.__main__ import passed_on
-from scripts.launch.checks import check_step
-from scripts.launch.commands import Environment, Options, build_command, build_environment
-from scripts.launch.options import build_options, find_recipe, plain_parser, plain_words, read_recipe
+from scripts.launch.checks import check_data, step_arguments
+from scripts.launch.commands import Environment, build_command, build_environment, flags_of
+from scripts.launch.options import (
+    DEFAULT_HOSTFILE,
+    Options,
+    build_options,
+    find_recipe,
+    plain_parser,
+    plain_words,
+    read_recipe,
+    split_words,
+)
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.launch.processes import run_to_end, stoppable
 from steps import METHODS, SECTIONS, step_of
@@ -36,32 +47,6 @@ from training.utils.run.metrics import format_seconds
 ROOT = Path(__file__).resolve().parent
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")  # stand for facebook/opt-SIZE
 DEPLOYMENTS = tuple(load_platforms())
-# Without a recipe, by the number of devices: batches, ZeRO and LoRA of the launchers that DeepSpeed-Chat published for such
-# deployments (1.3B on one card and on a node, 66B on several). PPO, DPO and LoRA keep our learning rates: theirs were for
-# greedy rollouts.
-STARTING_FLAGS = {
-    "single_gpu": {
-        "sft": "--gradient_accumulation_steps 8 --lora_dim 128",
-        "reward": "--gradient_accumulation_steps 4 --weight_decay 0.1",
-        "ppo": "--gradient_accumulation_steps 2 --actor_lora_dim 128 --actor_gradient_checkpointing",
-        "dpo": "--per_device_train_batch_size 8 --gradient_accumulation_steps 8 --lora_dim 128",
-    },
-    "single_node": {
-        "sft": "--zero_stage 2 --per_device_train_batch_size 8 --learning_rate 9.65e-6",
-        "reward": "--per_device_train_batch_size 4 --learning_rate 5e-5 --weight_decay 0.1",
-        "ppo": "--actor_zero_stage 2 --critic_zero_stage 2 --per_device_generation_batch_size 4 "
-        "--per_device_training_batch_size 4",
-        "dpo": "--zero_stage 2 --per_device_train_batch_size 4",
-    },
-    "multi_node": {
-        "sft": "--zero_stage 3 --lora_dim 128 --gradient_checkpointing --per_device_train_batch_size 4",
-        "reward": "--per_device_train_batch_size 2 --learning_rate 5e-5 --weight_decay 0.1",
-        "ppo": "--actor_zero_stage 3 --critic_zero_stage 3 --actor_lora_dim 128 --actor_gradient_checkpointing "
-        "--per_device_generation_batch_size 4 --per_device_training_batch_size 4",
-        "dpo": "--zero_stage 3 --lora_dim 128 --gradient_checkpointing --per_device_train_batch_size 2",
-    },
-    "cpu": dict.fromkeys(SECTIONS, ""),
-}
 
 
 @dataclass
@@ -84,7 +69,7 @@ class Step:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags; DeepSpeed-Chat's train.py and e2e_rlhf.py have the same names."""
+    """Build the parser; DeepSpeed-Chat's train.py and e2e_rlhf.py have the same names."""
     parser = plain_parser("train.py --help lists the flags.", prog="train.py", description=__doc__)
     add = parser.add_argument
     add("--step", type=int, nargs="+", choices=(1, 2, 3), help="steps to run (default: all of the method)")
@@ -109,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line with the recipe's launch section filled in. UserError for whatever is wrong with them."""
+    """Return the command line with the recipe's launch section filled in. Raise UserError for what is wrong with them."""
     parser = build_parser()
     known = parser._option_string_actions
     args, unknown = parser.parse_known_args(plain_words(argv, known, rf"--({'|'.join(SECTIONS)})-flags"))
@@ -120,39 +105,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"Unknown flag {flag}{f'; did you mean {near[0]}?' if near else '.'} Flags of a step itself go into "
             '--sft-flags, --reward-flags, --ppo-flags or --dpo-flags "…".'
         )
-    if args.force and args.resume:
-        raise UserError("--force runs a step from its beginning, --resume from its checkpoint; drop one of the two.")
     for section in SECTIONS:
-        try:
-            setattr(args, f"{section}_flags", shlex.split(getattr(args, f"{section}_flags")))
-        except ValueError as error:
-            raise UserError(f"--{section}-flags cannot be read ({error}); check its quotes.") from error
-        if any(re.fullmatch(r"--output[_-]dir(=.*)?", word) for word in getattr(args, f"{section}_flags")):
-            raise UserError(  # where a finished step and the next one's input are looked for
-                f"--{section}-flags: --output_dir cannot be passed on to a step; give --output-dir, under which each step has "
-                "its folder, or output_dir in the recipe's sections."
-            )
-    if args.num_gpus is not None and args.num_gpus < 1:
-        raise UserError(f"--num-gpus {args.num_gpus} is not a number of processes; give 1 or more.")
+        words = split_words(f"--{section}-flags", getattr(args, f"{section}_flags"))
+        setattr(args, f"{section}_flags", words)
+        refuse(  # where a finished step and the next one's input are looked for
+            any(re.fullmatch(r"--output[_-]dir(=.*)?", word) for word in words),
+            f"--{section}-flags: --output_dir cannot be passed on to a step; give --output-dir, under which each step has "
+            "its folder, or output_dir in the recipe's sections.",
+        )
+    read_config(args)
+    args.step = sorted(set(args.step or numbered(args.method)))
+    check_method(args)
+    return args
+
+
+def read_config(args: argparse.Namespace) -> None:
+    """Fill in the recipe, and what its launch section says where the command line does not."""
     if args.config is None and (recipe := known_recipe(args)):
         args.config, args.actor_model = recipe, None
     if args.config and (path := find_recipe(args.config, args.deployment_type)) != Path(args.config).resolve():
         args.config = str(path)
     args.recipe = read_recipe(args.config) if args.config else {}
-    if args.config and not set(SECTIONS) & args.recipe.keys():
-        raise UserError(f"--config {args.config}: train.py needs sections launch, sft, reward and ppo, or dpo, with flags.")
-    launch = args.recipe.get("launch", {})
-    for key in ("deployment_type", "platform"):
-        if launch.get(key, "cpu") not in DEPLOYMENTS:
-            raise UserError(f"{args.config}, launch: {key} {launch[key]!r}; use one of {', '.join(DEPLOYMENTS)}.")
-    args.deployment_type = (
-        args.deployment_type or launch.get("deployment_type") or launch.get("platform") or "single_gpu"
+    refuse(
+        args.config and not set(SECTIONS) & args.recipe.keys(),
+        f"--config {args.config}: train.py needs sections launch, sft, reward and ppo, or dpo, with flags.",
     )
-    args.num_gpus = args.num_gpus or launch.get("processes")
+    launch = args.recipe.get("launch", {})
+    deployment = args.deployment_type or launch.get("deployment_type") or launch.get("platform") or "single_gpu"
+    args.deployment_type = platform_named(deployment).name
+    args.num_gpus = launch.get("processes") if args.num_gpus is None else args.num_gpus
     args.hostfile = args.hostfile or launch.get("hostfile")
-    args.step = sorted(set(args.step or numbered(args.method)))
-    check_method(args)
-    return args
 
 
 def numbered(method: str) -> dict[int, str]:
@@ -161,17 +143,25 @@ def numbered(method: str) -> dict[int, str]:
 
 
 def check_method(args: argparse.Namespace) -> None:
-    """UserError for steps and flags that the method does not have."""
-    if args.step[-1] not in numbered(args.method):
-        raise UserError("--step 3 with --method dpo: DPO takes the place of steps 2 and 3; it is --step 2.")
+    """Raise UserError for flags that contradict, and for steps and flags that the method does not have."""
+    refuse(
+        args.force and args.resume,
+        "--force runs a step from its beginning, --resume from its checkpoint; drop one of the two.",
+    )
+    wrong = args.num_gpus is not None and args.num_gpus < 1
+    refuse(wrong, f"--num-gpus {args.num_gpus} is not a number of processes; give 1 or more.")
+    refuse(
+        args.step[-1] not in numbered(args.method),
+        "--step 3 with --method dpo: DPO takes the place of steps 2 and 3; it is --step 2.",
+    )
     others = {"ppo": ("dpo_flags",), "dpo": ("reward_model", "reward_zero_stage", "reward_flags", "ppo_flags")}
     for name in others[args.method]:
-        if getattr(args, name) not in (None, []):
-            raise UserError(f"--{name.replace('_', '-')} has no effect with --method {args.method}; drop one of the two.")
+        flag, given = name.replace("_", "-"), getattr(args, name) not in (None, [])
+        refuse(given, f"--{flag} has no effect with --method {args.method}; drop one of the two.")
 
 
 def known_recipe(args: argparse.Namespace) -> str | None:
-    """The recipe of --deployment-type for an --actor-model that is neither a folder nor a hub id but a recipe's name."""
+    """Return the recipe of --deployment-type for an --actor-model that is neither a folder nor a hub id but a recipe's name."""
     name = args.actor_model
     if not name or "/" in name or name in OPT_SIZES or Path(name).exists():
         return None
@@ -180,43 +170,47 @@ def known_recipe(args: argparse.Namespace) -> str | None:
 
 
 def model_name(model: str) -> str:
-    """What a model's folder is called: 1.3b for facebook/opt-1.3b as in DeepSpeed-Chat, else the path's last part."""
+    """Return what a model's folder is called: 1.3b for facebook/opt-1.3b as in DeepSpeed-Chat, else the path's last part."""
     return model.removeprefix("facebook/opt-") if model.startswith("facebook/opt-") else Path(model).resolve().name
 
 
+def starting_flags(deployment_type: str, section: str) -> list[str]:
+    """Return the flags of a step without a recipe, by the number of devices."""
+    text = (ROOT / "configs" / "starting_flags.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)[platform_named(deployment_type).deployment].get(section, "").split()
+
+
 def plan(args: argparse.Namespace) -> list[Step]:
-    """The steps to run with all their flags."""
-    sections = {section: args.recipe.get(section, {}) for section in SECTIONS}
-    start = {}
-    for section, given, default in (("sft", args.actor_model, "1.3b"), ("reward", args.reward_model, "350m")):
-        model = given or sections[section].get("model_name_or_path") or default
-        start[section] = f"facebook/opt-{model}" if model in OPT_SIZES else str(model)
-    folders = {
-        section: Path(args.output_dir or "./output") / step_of(section).folder / model_name(start.get(section, start["sft"]))
-        if args.output_dir or "output_dir" not in sections[section]
-        else Path(sections[section]["output_dir"])
-        for section in SECTIONS
-    }
-    sft, reward = folders["sft"], folders["reward"]
-    if not args.reward_model and start["reward"] == sections["sft"].get("output_dir"):
-        start["reward"] = str(sft)  # the recipe's reward model starts from its SFT model
-    needs = {"ppo": {1: sft, 2: reward}, "dpo": {1: sft}, "reward": {1: sft} if Path(start["reward"]) == sft else {}}
+    """Return the steps to run with all their flags."""
+    recipe = {section: args.recipe.get(section, {}) for section in SECTIONS}
+    actor = args.actor_model or recipe["sft"].get("model_name_or_path") or "1.3b"
+    reward = args.reward_model or recipe["reward"].get("model_name_or_path") or "350m"
+    actor, reward = (f"facebook/opt-{model}" if model in OPT_SIZES else str(model) for model in (actor, reward))
+    folders = {}
+    for section in SECTIONS:
+        name = model_name(reward if section == "reward" else actor)
+        made = Path(args.output_dir or "./output", step_of(section).folder, name)
+        folders[section] = made if args.output_dir else Path(recipe[section].get("output_dir", made))
+    sft, critic = folders["sft"], folders["reward"]
+    if not args.reward_model and reward == recipe["sft"].get("output_dir"):
+        reward = str(sft)  # the recipe's reward model starts from its SFT model
+    needs = {"ppo": {1: sft, 2: critic}, "dpo": {1: sft}, "reward": {1: sft} if Path(reward) == sft else {}}
     models = {
-        "sft": {"--model_name_or_path": start["sft"], "--zero_stage": args.actor_zero_stage},
-        "reward": {"--model_name_or_path": start["reward"], "--zero_stage": args.reward_zero_stage},
+        "sft": {"model_name_or_path": actor, "zero_stage": args.actor_zero_stage},
+        "reward": {"model_name_or_path": reward, "zero_stage": args.reward_zero_stage},
         "ppo": {
-            "--actor_model_name_or_path": str(sft), "--actor_zero_stage": args.actor_zero_stage,
-            "--critic_model_name_or_path": str(reward), "--critic_zero_stage": args.reward_zero_stage,
+            "actor_model_name_or_path": sft,
+            "actor_zero_stage": args.actor_zero_stage,
+            "critic_model_name_or_path": critic,
+            "critic_zero_stage": args.reward_zero_stage,
         },
-        "dpo": {"--model_name_or_path": str(sft), "--zero_stage": args.actor_zero_stage},
-    }  # fmt: skip
+        "dpo": {"model_name_or_path": sft, "zero_stage": args.actor_zero_stage},
+    }
     steps = []
     for number in args.step:
         section = numbered(args.method)[number]
-        starting = STARTING_FLAGS[platform_named(args.deployment_type).deployment][section].split()
-        flags = ["--config", args.config] if args.config else starting
-        for name, value in {**models[section], "--output_dir": str(folders[section])}.items():
-            flags += [] if value is None else [name, str(value)]
+        flags = ["--config", args.config] if args.config else starting_flags(args.deployment_type, section)
+        flags += flags_of(**models[section], output_dir=folders[section])
         flags += ["--data_path", *args.data_path] if args.data_path else []
         flags += ["--resume"] if args.resume else []
         flags += getattr(args, f"{section}_flags")  # last, so that it wins
@@ -232,26 +226,25 @@ def options(args: argparse.Namespace) -> Options:
     platform = platform_named(args.deployment_type)
     several = platform.deployment == "multi_node"
     every = several or platform.deployment == "single_node"  # all devices of a node
-    given = argparse.Namespace(num_gpus=args.num_gpus, hostfile=args.hostfile)
+    given = argparse.Namespace(num_gpus=args.num_gpus, hostfile=args.hostfile if several else None)
     if not several:
-        given.hostfile = None
         launch = {key: value for key, value in launch.items() if key in ("platform", "master_port", "env")}
     written_for = platform_named(launch.get("platform") or platform.name)
     if "cpu" not in (platform.accelerator, written_for.accelerator):
         platform = replace(written_for, nodes=platform.nodes)
-    found = build_options(platform, given, launch, {}, processes=None if every else 1)
+    chosen = build_options(platform, given, launch, {}, processes=None if every else 1)
     if platform.accelerator == "cpu":
-        found.env["DS_ACCELERATOR"] = "cpu"
-    return found
+        chosen.env["DS_ACCELERATOR"] = "cpu"
+    return chosen
 
 
 def launch_command(step: Step, args: argparse.Namespace) -> list[str]:
-    """The launcher around a step."""
+    """Return the launcher around a step."""
     return build_command(options(args), step_of(step.section).module, step.flags)
 
 
 def environment(args: argparse.Namespace) -> Environment:
-    """The environment of a step: the platform's variables, the recipe's, and the modules of this repository."""
+    """Return the environment of a step: the platform's variables, the recipe's, and the modules of this repository."""
     return build_environment(options(args))
 
 
@@ -259,29 +252,30 @@ def environment(args: argparse.Namespace) -> Environment:
 
 
 def is_done(step: Step) -> bool:
-    """Whether the step has ended well in its folder. UserError if it was another model that was trained there."""
+    """Return whether the step has ended well in its folder. Raise UserError if it was another model that was trained there."""
     try:
         done = json.loads((step.folder / DONE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    flag = "actor_model_name_or_path" if step.section == "ppo" else "model_name_or_path"
-    before, now = done.get("flags", {}).get(flag), step.flags[step.flags.index(f"--{flag}") + 1]
-    if before is not None and model_name(str(before)) == model_name(now) and before != now and step.section != "ppo":
-        raise UserError(
-            f"{step.folder} holds what was trained from {before}, not {now}; name another --output-dir, or --force."
+    flag = "model_name_or_path"
+    before = done.get("flags", {}).get(flag)
+    if before is not None and step.section != "ppo":
+        now = step.flags[step.flags.index(f"--{flag}") + 1]
+        refuse(
+            before != now and model_name(str(before)) == model_name(now),
+            f"{step.folder} holds what was trained from {before}, not {now}; name another --output-dir, or --force.",
         )
     return True
 
 
 def choose(steps: list[Step], force: bool) -> list[Step]:
-    """The steps that are not done, or whose inputs are made anew; says which ones are skipped.
+    """Return the steps that are not done, or whose inputs are made anew. Print which ones are skipped.
 
     With new inputs a step begins anew, --resume or not: a checkpoint of it belongs to the old ones.
     """
     chosen: list[Step] = []
     for step in steps:
-        renewed = [needed for needed in step.needs if needed in {other.number for other in chosen}]
-        if renewed:
+        if step.needs.keys() & {other.number for other in chosen}:
             chosen.append(replace(step, flags=[flag for flag in step.flags if flag != "--resume"]))
         elif force or not is_done(step):
             chosen.append(step)
@@ -291,39 +285,37 @@ def choose(steps: list[Step], force: bool) -> list[Step]:
 
 
 def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
-    """UserError for what would end a later step after hours: wrong flags, missing data or models, two tokenizers; no device,
-    no hostfile.
+    """Raise UserError for what would end a later step after hours: wrong flags, missing data or models, two tokenizers; no
+    device, no hostfile.
     """
     running = {step.number for step in chosen}
-    for step in chosen:
-        check_step(step_of(step.section), step.flags)
+    arguments = [step_arguments(step_of(step.section), step.flags) for step in chosen]
+    for one in arguments:
+        check_data(one)
     for step in chosen:
         for number, folder in step.needs.items():
-            if number not in running and not (folder / "config.json").is_file():
-                make = f"python train.py {again(args, number)}"
-                raise UserError(f"{step.title} needs {folder}, which step {number} makes; run it first: {make}")
+            refuse(
+                number not in running and not (folder / "config.json").is_file(),
+                f"{step.title} needs {folder}, which step {number} makes; run it first: python train.py {again(args, number)}",
+            )
         check_writable(step.folder)
     from models.device import detect_platform
     from models.load import check_same_tokenizer, load_tokenizer
 
     if args.deployment_type == "multi_node":
-        hostfile = args.hostfile or "/job/hostfile"
-        if not Path(hostfile).is_file():
-            raise UserError(f"--deployment-type multi_node needs --hostfile; there is no {hostfile}.")
+        hostfile = args.hostfile or DEFAULT_HOSTFILE
+        absent = not Path(hostfile).is_file()
+        refuse(absent, f"--deployment-type multi_node needs --hostfile; there is no {hostfile}.")
     elif args.deployment_type != "cpu" and detect_platform().name == "cpu":
         raise UserError(f"--deployment-type {args.deployment_type}: no accelerator found here; use cpu.")
-    models = {
-        f"{step.number}/{flag}": path for step in chosen for flag, path in itertools.pairwise(step.flags)
-        if flag.endswith("model_name_or_path")
-    }  # fmt: skip
-    models = {name: path for name, path in models.items() if Path(path) not in {step.folder for step in chosen}}
-    tokenizers = [load_tokenizer(path) for path in models.values()]
-    if len(models) == 2:
-        check_same_tokenizer(*tokenizers, tuple(models.values()))
+    models = dict.fromkeys(str(path) for one in arguments for path in one.models.values())
+    tokenizers = {path: load_tokenizer(path) for path in models if Path(path) not in {step.folder for step in chosen}}
+    for (first, one), (second, other) in itertools.pairwise(tokenizers.items()):
+        check_same_tokenizer(one, other, (first, second))
 
 
 def again(args: argparse.Namespace, number: int) -> str:
-    """The flags that run another step of the same pipeline."""
+    """Return the flags that run another step of the same pipeline."""
     words = ["--step", str(number), *(["--method", args.method] if args.method != "ppo" else [])]
     for flag in ("actor_model", "reward_model", "deployment_type", "num_gpus", "hostfile", "config", "output_dir"):
         if getattr(args, flag) is not None:

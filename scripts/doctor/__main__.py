@@ -21,8 +21,8 @@ from dataclasses import asdict, replace
 from errors import UserError, told
 from scripts.doctor import cluster, machine, versions
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, probe
-from scripts.launch.commands import LAUNCHERS
 from scripts.launch.hostfile import read_hostfile
+from scripts.launch.options import LAUNCHERS, find_recipe, options_of, read_recipe
 from scripts.launch.platforms import load_platforms, platform_named
 from training.utils.flags.recipe import Recipe
 
@@ -66,7 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
 def situation_of(args: argparse.Namespace) -> tuple[Situation, list[Check]]:
     """Return what is asked for, and what is wrong with it. Raise UserError for an unknown recipe or platform."""
     from scripts.launch.__main__ import build_parser as launch_parser
-    from scripts.launch.__main__ import find_recipe, options_of, read_recipe
 
     if not 0 < args.timeout < 3600:
         raise UserError(f"--timeout {args.timeout:g}: give a number of seconds, for instance 20.")

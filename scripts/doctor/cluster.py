@@ -19,8 +19,9 @@ import psutil
 
 from errors import UserError
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, ask
-from scripts.launch.commands import DEFAULT_HOSTFILE, DEFAULT_PORT, FORWARDED, build_environment, master_address
+from scripts.launch.commands import FORWARDED, build_environment, master_address
 from scripts.launch.hostfile import is_loopback, read_hostfile, resolved
+from scripts.launch.options import DEFAULT_HOSTFILE, DEFAULT_PORT
 from scripts.launch.platforms import variable_reasons
 
 HCCL_PORTS = 60000  # the first of 32; HCCL_IF_BASE_PORT moves them

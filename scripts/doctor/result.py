@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripts.launch.commands import Options
+from scripts.launch.options import Options
 from scripts.launch.platforms import ROOT, MachineKind
 from training.utils.flags.recipe import Recipe
 

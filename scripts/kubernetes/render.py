@@ -17,7 +17,7 @@ from typing import Any
 
 from errors import UserError
 from scripts.kubernetes.pod import STEP_OF, USUAL_FLAGS, former_folders
-from scripts.launch.__main__ import find_recipe, read_recipe
+from scripts.launch.options import find_recipe, read_recipe
 from scripts.launch.platforms import ROOT, MachineKind, did_you_mean, platform_named
 from steps import SECTIONS, STEPS, Step
 from training.utils.flags.recipe import Recipe, recipe_file

@@ -19,22 +19,16 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from errors import UserError, told
-from scripts.launch.checks import check_machine, check_step
-from scripts.launch.commands import Environment, Options, build_command, build_environment
-from scripts.launch.options import (
-    add_flags,
-    check_words,
-    find_recipe,
-    options_of,
-    plain_parser,
-    plain_words,
-    read_recipe,
-)
+from errors import UserError, refuse, told
+from scripts.launch.checks import check_data, check_machine, check_several, step_arguments
+from scripts.launch.commands import Environment, build_command, build_environment
+from scripts.launch.options import Options, add_flags, find_recipe, options_of, plain_parser, plain_words, read_recipe
 from scripts.launch.platforms import did_you_mean
+from scripts.launch.processes import run_to_end, say, stoppable
 from steps import STEPS, Step
 from training.utils.run.environment import DONE, check_writable
 from training.utils.run.metrics import format_seconds
@@ -56,16 +50,20 @@ class Launch:
 
     step: Step
     recipe: str
-    flags: list[str]  # of the step
+    args: Any  # of the step
     options: Options
     command: list[str]
     environment: Environment
-    output: Path
+
+    @property
+    def output(self) -> Path:
+        """The folder that the step writes to."""
+        return Path(self.args.output_dir)
 
     @property
     def title(self) -> str:
         """Such as ``step 1 (SFT)``."""
-        return self.step.arguments_class.title
+        return self.args.title
 
     @property
     def log(self) -> Path:
@@ -104,20 +102,13 @@ def prepare(argv: list[str], environ: Mapping[str, str] = os.environ) -> tuple[L
     if room not in ROOMS:
         raise UserError(f"{room!r} is no step{did_you_mean(room, ROOMS)}; there are {', '.join(ROOMS)}.")
     step, path = ROOMS[room], find_recipe(name, given.platform)
-    recipe = read_recipe(path)
-    if step.section not in recipe:
-        raise UserError(f"{path} has no section {step.section}, which {room} reads; add one.")
-    options = options_of(given, recipe.get("launch", {}), str(path), environ)
-    check_words(options, given)
-    flags = [*positional_flags(step, positional), *step_flags]
-    output = flag_value(flags, "output_dir", "check_points_path") or recipe[step.section].get("output_dir")
-    if not output:
-        raise UserError(f"{path}, section {step.section}, names no output_dir; add it, or give --output_dir.")
-    shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-    environment = build_environment(options, environ)
-    flags = ["--config", shown, *flags]
+    options = options_of(given, read_recipe(path).get("launch", {}), str(path), environ)
+    check_several(options, given)
+    recipe = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    flags = ["--config", recipe, *positional_flags(step, positional), *step_flags]
+    args, environment = step_arguments(step, flags), build_environment(options, environ)
     command = build_command(options, step.module, flags, environ)
-    return Launch(step, shown, flags, options, command, environment, Path(output)), given.dry_run
+    return Launch(step, recipe, args, options, command, environment), given.dry_run
 
 
 def positional_flags(step: Step, values: list[str]) -> list[str]:
@@ -129,22 +120,11 @@ def positional_flags(step: Step, values: list[str]) -> list[str]:
     flags = []
     for name, value in zip(names, values, strict=False):
         stage = name.endswith("zero_stage")
-        if stage and not re.fullmatch(r"[0-3]|auto|", value):
-            raise UserError(f"{value!r} stands where {name} does, a number from 0 to 3; {order}.")
-        if not stage and re.fullmatch(r"[0-3]", value):
-            raise UserError(f"{value!r} stands where {name} does, a folder; {order}.")
+        wanted = "a number from 0 to 3" if stage else "a folder"
+        wrong = not re.fullmatch(r"[0-3]|auto|", value) if stage else re.fullmatch(r"[0-3]", value)
+        refuse(wrong, f"{value!r} stands where {name} does, {wanted}; {order}.")
         flags += [f"--{name}", value] if value else []
     return flags
-
-
-def flag_value(flags: list[str], *names: str) -> str | None:
-    """Return the value of a flag under any of its names; of several the last one, which wins."""
-    result = None
-    for word, following in zip(flags, [*flags[1:], ""], strict=False):
-        spelling, *value = word.split("=", 1)
-        if spelling.startswith("--") and spelling[2:].replace("-", "_") in names:
-            result = value[0] if value else following
-    return result
 
 
 # --- show -------------------------------------------------------------------------------------------------------------
@@ -155,13 +135,13 @@ def shown(launch: Launch) -> str:
     options, environment = launch.options, launch.environment
     lines = [f"# {launch.title}, {launch.recipe}", f"# platform {options.platform.name}: {options.platform.title}"]
     lines += [f"# output and log: {launch.log}", ""]
-    settings = [(f"export {name}={shlex.quote(value)}", environment.reasons[name]) for name, value in environment.variables.items()]
-    settings += [(f"unset {name}", "the same choice stands in --include below") for name in environment.removed]
+    settings = {f"export {name}={shlex.quote(value)}": environment.reasons[name] for name, value in environment.variables.items()}
+    settings |= {f"unset {name}": "the same choice stands in --include below" for name in environment.removed}
     file = env_file(launch.output)
     if environment.forwarded:
-        settings.append((f"export DS_ENV_FILE={shlex.quote(str(file))}", "what the other nodes are told; see below"))
-    width = min(max(len(text) for text, _ in settings), 52)
-    lines += [f"{text:{width}}  # {reason}" for text, reason in settings]
+        settings[f"export DS_ENV_FILE={shlex.quote(str(file))}"] = "what the other nodes are told; see below"
+    width = min(max(map(len, settings)), 52)
+    lines += [f"{text:{width}}  # {reason}" for text, reason in settings.items()]
     if environment.forwarded:
         lines += ["", f"# {file} will be written with"]
         lines += [f"#     {name}={value}" for name, value in environment.forwarded.items()]
@@ -199,14 +179,10 @@ def passed_on(environment: Environment, output: Path) -> dict[str, str]:
 
 def start(launch: Launch) -> int:
     """Run the step to its end; return its exit code."""
-    from scripts.launch.processes import run_to_end, say
-
-    # The output folder as the step reads it: it has former names.
-    launch = replace(launch, output=Path(check_step(launch.step, launch.flags).output_dir))
+    check_data(launch.args)
     check_machine(launch.options)
     check_writable(launch.output)
-    env = passed_on(launch.environment, launch.output)
-    done = launch.output / DONE
+    env, done = passed_on(launch.environment, launch.output), launch.output / DONE
     if not launch.options.is_first_node:  # the first process of this node leaves a mark of its own
         done = launch.output / f".done-node{launch.options.node_rank}"
         env["SANBU_NODE_DONE"] = str(done)
@@ -222,8 +198,6 @@ def start(launch: Launch) -> int:
 @told
 def main(argv: list[str] | None = None) -> int:
     """Start or show one step; return the exit code."""
-    from scripts.launch.processes import say, stoppable
-
     launch, dry_run = prepare(sys.argv[1:] if argv is None else argv)
     if dry_run:
         say(shown(launch))

@@ -1,66 +1,134 @@
 """From the command line, the shell's environment and a recipe's launch section to the options of a launch.
 
-train.py and scripts.launch both come here. SETTINGS is the one table of keys, flags and variables.
+train.py and scripts.launch both come here. The fields of Options are the one table of keys, flags and variables.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args, get_type_hints
 
-from errors import UserError
-from scripts.launch.commands import DEFAULT_HOSTFILE, LAUNCHERS, Options, accelerator_name
+from errors import UserError, refuse
+from scripts.launch.hostfile import read_hostfile
 from scripts.launch.platforms import ROOT, MachineKind, did_you_mean, load_platforms, platform_named
 from training.utils.flags.recipe import load_recipe, recipe_file, recipes_of
 
-
-class Setting(NamedTuple):
-    """A key of a recipe's launch section, with the launcher's flag and the environment variable that win over it."""
-
-    type: type
-    flag: str = ""
-    help: str = ""
-    variable: str = ""
+LAUNCHERS = ("pdsh", "openmpi", "torchrun", "slurm")
+DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's own
+DEFAULT_PORT = 29500  # several nodes must agree on one; a single node takes any that is free
 
 
-SETTINGS = {
-    "platform": Setting(str, "--platform", "another platform of configs/platforms.yaml than the recipe's"),
-    "deployment_type": Setting(str),  # for train.py
-    "processes": Setting(int, "--num-gpus", "processes on each node", "NUM_GPUS"),
-    "num_nodes": Setting(int, "--num-nodes", "the first N hosts of the hostfile; torchrun: how many nodes there are"),
-    "hostfile": Setting(str, "--hostfile", f"lines HOST slots=N (several nodes: {DEFAULT_HOSTFILE})"),
-    "master_port": Setting(int, "--master-port", "port of the first node", "MASTER_PORT"),
-    "master_addr": Setting(str, "--master-addr", "address of the first node", "MASTER_ADDR"),
-    "launcher": Setting(str, "--launcher", f"{', '.join(LAUNCHERS)}; default: DeepSpeed's own, with pdsh for several nodes"),
-    "launcher_args": Setting(str, "--launcher-args", "more words for pdsh, mpirun or srun, as one quoted string"),
-    "no_ssh": Setting(bool, "--no-ssh", "the same command is started on every node"),
-    "ssh_port": Setting(int, "--ssh-port", "where sshd listens on the other nodes"),
-    "venv_script": Setting(str, "--venv-script", "file to source on the other nodes first, as /opt/dtk/env.sh"),
-    "env": Setting(dict),
-}
 NOUNS = {str: "text", int: "a whole number", bool: "true or false", dict: "a list of NAME: value"}
 
 
+def setting(help: str, variable: str = "") -> Any:
+    """Return a field of Options. help: of its flag. variable: of the environment, with the same meaning."""
+    return field(default=None, metadata={"help": help, "variable": variable})
+
+
+@dataclass
+class Options:
+    """Where and how processes are started: the keys of a recipe's launch section, and what follows from them."""
+
+    platform: MachineKind
+    processes: int | None = setting("processes on each node", "NUM_GPUS")  # None: every device
+    num_nodes: int | None = setting("the first N hosts of the hostfile; torchrun: how many nodes there are")
+    hostfile: str | None = setting(f"lines HOST slots=N (several nodes: {DEFAULT_HOSTFILE})")
+    master_port: int | None = setting("port of the first node", "MASTER_PORT")
+    master_addr: str | None = setting("address of the first node", "MASTER_ADDR")
+    launcher: str | None = setting(f"{', '.join(LAUNCHERS)}; default: DeepSpeed's own, with pdsh for several nodes")
+    launcher_args: str | None = setting("more words for pdsh, mpirun or srun, as one quoted string")
+    no_ssh: bool | None = setting("the same command is started on every node")
+    ssh_port: int | None = setting("where sshd listens on the other nodes")
+    venv_script: str | None = setting("file to source on the other nodes first, as /opt/dtk/env.sh")
+    env: dict | None = field(default=None, metadata={"help": "", "variable": ""})
+    node_rank: int | None = None
+    hosts: dict[str, int] = field(default_factory=dict)  # what the hostfile says, empty where there is none
+
+    def __post_init__(self) -> None:
+        """Read the hostfile. Raise UserError for a value that no machine has."""
+        near, known = did_you_mean(str(self.launcher), LAUNCHERS), ", ".join(LAUNCHERS)
+        refuse(
+            self.launcher not in (None, *LAUNCHERS),
+            f"--launcher {self.launcher} is unknown{near}; use {known}, or none of them: pdsh for several nodes.",
+        )
+        for flag, count in (("--num-gpus", self.processes), ("--num-nodes", self.num_nodes)):
+            refuse(count is not None and count < 1, f"{flag} {count} is not a number of them; give 1 or more.")
+        for flag, port in (("--master_port", self.master_port), ("--ssh_port", self.ssh_port)):
+            refuse(port not in (None, *range(1, 65536)), f"{flag} {port} is no port; give a number from 1 to 65535.")
+        split_words("--launcher_args", self.launcher_args or "")
+        self.env = {name: str(value) for name, value in (self.env or {}).items()}
+        if self.hostfile and Path(self.hostfile).is_file():
+            self.hosts = read_hostfile(self.hostfile)
+            more = (self.num_nodes or 0) > len(self.hosts)
+            refuse(more, f"--num_nodes {self.num_nodes}, but {self.hostfile} names {len(self.hosts)} hosts; add some.")
+            self.hosts = dict(islice(self.hosts.items(), self.num_nodes))
+        for host, slots in self.hosts.items():
+            refuse(
+                (self.processes or 0) > slots,
+                f"{self.processes} processes a node are wanted, but {self.hostfile} gives {host} slots={slots}; give "
+                f"--num_gpus {slots} or correct the line.",
+            )
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes take part."""
+        return len(self.hosts) or self.num_nodes or self.platform.nodes
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one node takes part."""
+        return self.nodes > 1
+
+    @property
+    def by_ssh(self) -> bool:
+        """Whether this machine starts the processes of the other nodes: then their environment travels with the command."""
+        return self.several and not self.no_ssh and self.launcher in (None, "pdsh", "openmpi")
+
+    @property
+    def is_first_node(self) -> bool:
+        """Whether the process with rank 0 runs under this command."""
+        return not self.node_rank or self.by_ssh or self.launcher == "slurm"
+
+
+SETTINGS = {one.name: one.metadata for one in fields(Options) if one.metadata}
+TYPES = {name: get_args(hint)[0] for name, hint in get_type_hints(Options).items() if name in SETTINGS}
+TYPES = {"platform": str, "deployment_type": str} | TYPES  # deployment_type: for train.py
+
+
+# --- command lines ----------------------------------------------------------------------------------------------------
+
+
+def flag_name(key: str) -> str:
+    """Return the flag of a key of the launch section, as argparse names it."""
+    return "num_gpus" if key == "processes" else key
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of SETTINGS to a parser."""
-    for setting in SETTINGS.values():
-        if setting.flag:
-            kind = {"action": "store_true"} if setting.type is bool else {"type": setting.type}
-            variable = f" ({setting.variable} in the environment)" if setting.variable else ""
-            parser.add_argument(setting.flag, default=None, help=setting.help + variable, **kind)
+    """Add the launchers' flags to a parser."""
+    parser.add_argument("--platform", help="another platform of configs/platforms.yaml than the recipe's")
+    for key, words in SETTINGS.items():
+        kind = {"action": "store_true"} if TYPES[key] is bool else {"type": TYPES[key]}
+        variable = f" ({words['variable']} in the environment)" if words["variable"] else ""
+        if words["help"]:
+            flag = f"--{flag_name(key).replace('_', '-')}"
+            parser.add_argument(flag, default=None, help=words["help"] + variable, **kind)
 
 
 def plain_parser(advice: str, **words: Any) -> argparse.ArgumentParser:
     """Return a parser that takes no abbreviations, raises UserError with ``advice``, and shows its description as it stands."""
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **words)
 
-    def refuse(message: str) -> None:
+    def error(message: str) -> None:
         raise UserError(f"{message[:1].upper()}{message[1:]}; {advice}")
 
-    parser.error = refuse
+    parser.error = error
     return parser
 
 
@@ -80,6 +148,17 @@ def plain_words(argv: list[str], flags: Container[str], quoted: str) -> list[str
     return words
 
 
+def split_words(flag: str, text: str) -> list[str]:
+    """Return the words of a quoted string as a shell reads them. Raise UserError for an open quote."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{flag} cannot be read ({error}); check its quotes.") from error
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
 def find_recipe(name: str, platform: str | None = None) -> Path:
     """Return the path of a recipe given as one, or as PLATFORM/MODEL under configs. Raise UserError that lists what exists.
 
@@ -94,18 +173,18 @@ def find_recipe(name: str, platform: str | None = None) -> Path:
         if recipe_file(path):
             return path.resolve()
     platform, model = Path(name).parent.name, Path(name).name.removesuffix(".yaml")
+    near, platforms = did_you_mean(platform, load_platforms()), ", ".join(load_platforms())
     if platform in load_platforms():
         models = [path.stem for path in recipes_of(ROOT / "configs", platform)]
-        near, known = did_you_mean(model, models), ", ".join(models) or "none"
-        raise UserError(f"{name}: no recipe for {model!r} on {platform}{near}; there are {known}.")
-    if (ROOT / "configs" / f"{model}.yaml").is_file() and not did_you_mean(platform, load_platforms()):
-        raise UserError(
-            f"recipe {name}: no platform {platform}; to add it, give it an entry in configs/platforms.yaml and one under "
-            f"platforms: of configs/{model}.yaml."
-        )
+        known = f"{did_you_mean(model, models)}; there are {', '.join(models) or 'none'}"
+        raise UserError(f"{name}: no recipe for {model!r} on {platform}{known}.")
+    refuse(
+        not near and (ROOT / "configs" / f"{model}.yaml").is_file(),
+        f"recipe {name}: no platform {platform}; to add it, give it an entry in configs/platforms.yaml and one under "
+        f"platforms: of configs/{model}.yaml.",
+    )
     raise UserError(
-        f"recipe {name}: no such file{did_you_mean(platform, load_platforms())}; those of the project are "
-        f"configs/PLATFORM/MODEL.yaml, with the platforms {', '.join(load_platforms())}."
+        f"recipe {name}: no such file{near}; those of the project are configs/PLATFORM/MODEL.yaml, with the platforms {platforms}."
     )
 
 
@@ -113,13 +192,14 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     """Return the sections of a recipe. Raise UserError for a wrong launch section; the steps check their own."""
     recipe = load_recipe(str(path))
     for key, value in recipe.get("launch", {}).items():
-        if key not in SETTINGS:
-            near = did_you_mean(key, SETTINGS)
-            raise UserError(f"{path}, launch: unknown key {key!r}{near}; known: {', '.join(SETTINGS)}.")
-        wanted = SETTINGS[key].type
-        if value is not None and not isinstance(value, wanted):
-            raise UserError(f"{path}, launch: {key}: {value!r} is not {NOUNS[wanted]}; correct the value.")
+        near, known = did_you_mean(key, TYPES), ", ".join(TYPES)
+        refuse(key not in TYPES, f"{path}, launch: unknown key {key!r}{near}; known: {known}.")
+        wrong = value is not None and not isinstance(value, TYPES[key])
+        refuse(wrong, f"{path}, launch: {key}: {value!r} is not {NOUNS[TYPES[key]]}; correct the value.")
     return recipe
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def build_options(
@@ -134,11 +214,11 @@ def build_options(
     processes: on each node, where neither of the three nor a hostfile says it.
     """
     values = {}
-    for key, setting in SETTINGS.items():
-        value = getattr(given, setting.flag[2:].replace("-", "_"), None)
-        if value is None and environ.get(setting.variable):
-            value = environ[setting.variable]
-            value = number(setting.variable, value) if setting.type is int else value
+    for key, words in SETTINGS.items():
+        value = getattr(given, flag_name(key), None)
+        if value is None and environ.get(words["variable"]):
+            value = environ[words["variable"]]
+            value = number(words["variable"], value) if TYPES[key] is int else value
         values[key] = launch.get(key) if value is None else value
     allocated = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES")
     if values["launcher"] == "slurm" and allocated and values["num_nodes"] is None:
@@ -146,63 +226,35 @@ def build_options(
     several = (values["num_nodes"] or platform.nodes) > 1
     if values["launcher"] != "slurm" and several and Path(DEFAULT_HOSTFILE).is_file():
         values["hostfile"] = values["hostfile"] or DEFAULT_HOSTFILE
-    values |= {
-        "platform": platform,
-        "launcher_args": values["launcher_args"] or "",
-        "no_ssh": bool(values["no_ssh"]),
-        "node_rank": getattr(given, "node_rank", None),
-        "env": {name: str(value) for name, value in (launch.get("env") or {}).items()},
-    }
-    del values["deployment_type"]
-    options = Options(**values)
+    options = Options(platform, **values, node_rank=getattr(given, "node_rank", None))
     if options.processes is None and not options.hosts:
         options.processes = processes
     return options
 
 
-def options_of(
-    given: argparse.Namespace, launch: dict[str, Any], path: str, environ: Mapping[str, str]
-) -> Options:
+def options_of(given: argparse.Namespace, launch: dict[str, Any], path: str, environ: Mapping[str, str]) -> Options:
     """Return the options of scripts.launch. Raise UserError where no platform is named, or not that of DS_ACCELERATOR."""
     name = given.platform or launch.get("platform")
-    if name is None:
-        raise UserError(f"{path}, launch: no platform is named; add platform: one of {', '.join(load_platforms())}.")
+    known = ", ".join(load_platforms())
+    refuse(name is None, f"{path}, launch: no platform is named; add platform: one of {known}.")
     platform = platform_named(name)
     accelerator = environ.get("DS_ACCELERATOR", "").lower()
-    if accelerator and accelerator_name(accelerator) != platform.accelerator:
-        raise UserError(
-            f"DS_ACCELERATOR={accelerator} is set, but platform {name} ({platform.title}) runs on {platform.accelerator}; unset "
-            f"it, or choose another recipe or --platform."
-        )
+    refuse(
+        accelerator and accelerator_name(accelerator) != platform.accelerator,
+        f"DS_ACCELERATOR={accelerator} is set, but platform {name} ({platform.title}) runs on {platform.accelerator}; unset "
+        "it, or choose another recipe or --platform.",
+    )
     if name != launch.get("platform"):  # the recipe's numbers are those of its own platform
         launch = {key: value for key, value in launch.items() if key not in ("processes", "num_nodes")}
     return build_options(platform, given, launch, environ, platform.devices)
 
 
+def accelerator_name(word: str) -> str:
+    """Return DeepSpeed's name of a device: it calls a DCU cuda."""
+    return {"dcu": "cuda"}.get(word.lower(), word.lower())
+
+
 def number(name: str, text: str) -> int:
     """Return a whole number out of the environment. Raise UserError for anything else."""
-    if not text.isdigit():
-        raise UserError(f"{name}={text} in the environment is not a whole number; correct or unset it.")
+    refuse(not text.isdigit(), f"{name}={text} in the environment is not a whole number; correct or unset it.")
     return int(text)
-
-
-def check_words(options: Options, given: argparse.Namespace) -> None:
-    """Raise UserError for a hostfile that is not there, and for flags of several nodes where there is one.
-
-    Each node would train alone then, all of them the same. MASTER_ADDR in the environment and a recipe's no_ssh are left
-    alone.
-    """
-    if options.hostfile and not Path(options.hostfile).is_file():
-        raise UserError(f"--hostfile {options.hostfile}: no such file; write one line HOST slots=N for each node.")
-    if options.several or options.launcher == "slurm":
-        return
-    no_ssh, address, rank = given.no_ssh, given.master_addr, given.node_rank
-    if given.num_nodes == 1 or len(options.hosts) == 1:  # said so: a script for any number of nodes may give all its flags
-        no_ssh, address, rank = None, None, rank or None
-    here = (None, "127.0.0.1", "::1", "localhost")
-    words = {f"--node_rank {rank}": rank is not None, "--no_ssh": no_ssh, f"--master_addr {address}": address not in here}
-    for word, wrong in words.items():
-        if wrong:
-            raise UserError(
-                f"{word} is for several nodes, and this is a run on one; give --num_nodes N or --hostfile FILE, or leave it out."
-            )

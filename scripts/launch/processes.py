@@ -135,25 +135,18 @@ def say(words: str | bytes, end: str = "\n", stream: TextIO | None = None) -> No
 
 def drain(process: subprocess.Popen, show: Callable[[bytes], None], deadline: float | None) -> None:
     """Pass on what the group prints until nobody is left who could; stragglers get five seconds after the launcher."""
-    while True:
-        ready, _, _ = select.select([process.stdout], [], [], 0.5)
+    streams = [process.stdout]
+    while deadline is None or time.monotonic() < deadline:
+        ready, _, _ = select.select(streams, [], [], 0.1)
         if ready:
             chunk = os.read(process.stdout.fileno(), 65536)
-            if not chunk:
-                # Output may be closed while the launcher still tidies up.
-                while not has_ended(process) and (deadline is None or time.monotonic() < deadline):
-                    time.sleep(0.05)
-                return
             show(chunk)
-        if deadline is None and has_ended(process):
-            deadline = time.monotonic() + 5.0
-        if deadline is not None and time.monotonic() > deadline:
-            return
-
-
-def has_ended(process: subprocess.Popen) -> bool:
-    """Tell whether the process has ended, without reaping it: until then its number cannot pass to another group."""
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            streams = streams if chunk else []
+        # Without reaping it: until then its number cannot pass to another group.
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if not streams:  # output may be closed while the launcher still tidies up
+                return
+            deadline = deadline or time.monotonic() + 5.0
 
 
 def signal_group(process: subprocess.Popen, number: int) -> None:

@@ -13,7 +13,7 @@ from errors import UserError
 from scripts.doctor import __main__ as doctor
 from scripts.doctor import cluster, machine, probe, versions
 from scripts.doctor.result import MARK, Check, Situation, ask
-from scripts.launch.commands import Options
+from scripts.launch.options import Options
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.plan.known import config_of
 from scripts.plan.section import plan_section

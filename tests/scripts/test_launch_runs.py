@@ -17,6 +17,7 @@ import pytest
 
 from errors import UserError
 from scripts.launch import __main__ as launching
+from scripts.launch import checks
 from scripts.launch.__main__ import prepare
 from scripts.launch.processes import exit_code
 from tests.launching import environment, logged, write_pairs
@@ -88,7 +89,7 @@ def test_the_output_folder_is_the_one_that_the_step_writes_to(monkeypatch, folde
     other.parent.mkdir(parents=True, exist_ok=True)
     other.write_text("{}")
     program = "import pathlib; pathlib.Path('former/sanbu_done.json').write_text('{}')"
-    launch = replace(launch, command=[sys.executable, "-c", program], output=other.parent)   # however the flag was spelled
+    launch = replace(launch, command=[sys.executable, "-c", program])
     assert launching.start(launch) == 0
     assert other.is_file() and (folder / "former" / "training.log").is_file()
 
@@ -101,7 +102,6 @@ def ended(monkeypatch, folder: Path, program: str, *words: str) -> int:
     monkeypatch.chdir(folder)
     launch, _ = prepare(["step1_sft", "recipe.yaml", "ends", *words], {})
     monkeypatch.setattr(launching, "check_machine", lambda options: None)
-    monkeypatch.setattr(launching, "check_flags", lambda launch: launch)
     return launching.start(replace(launch, command=[sys.executable, "-c", textwrap.dedent(program)]))
 
 
@@ -141,7 +141,6 @@ DRIVER = """
         return replace(launch, command=[sys.executable, '-c', program]), dry
     launching.prepare = replaced
     launching.check_machine = lambda options: None
-    launching.check_flags = lambda launch: launch
     sys.exit(launching.main(sys.argv[1:]))
 """
 
@@ -239,7 +238,7 @@ def test_a_first_node_to_which_no_way_leads_is_told_before_anything_starts(monke
 
     monkeypatch.setattr(socket, "create_connection", connect)
     if sentence is None:
-        launching.check_first_node(launch.options, patience=0)
+        checks.check_first_node(launch.options, patience=0)
     else:
         with pytest.raises(UserError, match=sentence):
-            launching.check_first_node(launch.options, patience=0)
+            checks.check_first_node(launch.options, patience=0)
