@@ -133,7 +133,8 @@ def file_digest(*files: Path) -> str:
 def code_files() -> list[Path]:
     """Return the files between a data file and its tokens: this folder, the templates, ChatGLM's folder."""
     models = Path(__file__).parents[3] / "models"
-    return sorted([*Path(__file__).parent.glob("*.py"), models / "templates.py", *models.glob("chatglm/*.py")])
+    templates = [models / name for name in ("templates.py", "tool_calls.py")]
+    return sorted([*Path(__file__).parent.glob("*.py"), *templates, *models.glob("chatglm/*.py")])
 
 
 def code_digest() -> str:

@@ -1,139 +1,91 @@
 """Turn rows into records; the fields of a row tell its format. Nothing behind this file knows about columns.
 
 A record is {"messages": the prompt, [{"role", "content"}, …] that ends with a user message, "chosen": the answer,
-"rejected": a worse answer or None, "margin": how much better, or None}. A dialogue gives one record for each of its
-assistant turns. In data that has only prompts, "chosen" is "".
+"rejected": a worse answer or None, "margin": how much better, or None, "calls": None}. A dialogue gives one record for each
+of its assistant turns. In data that has only prompts, "chosen" is "". Of a dialogue with tools "calls" is JSON of all that
+a chat template takes ({"messages", "chosen", "rejected", "tools"}), and messages and answers show the calls as text.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, str]
-Record = dict[str, Any]
-Fields = dict[str, Any]
+from training.utils.data.turns import (
+    MESSAGE_FIELDS,
+    BadRecord,
+    Fields,
+    Message,
+    Skip,
+    from_json,
+    is_empty,
+    is_turns,
+    items,
+    kind_of,
+    messages_of,
+    normal,
+    prompt_messages,
+    read_item,
+    split_turns,
+    text,
+    tidy,
+    truth,
+)
 
-ROLES = {
-    "system": "system",
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
-}
+Record = dict[str, Any]
+
 OUR_NAMES = ("prompt", "response", "chosen", "rejected", "messages", "conversations", "context", "instruction")
-OUR_NAMES += ("input", "output", "history", "system", "content", "summary", "margin")
+OUR_NAMES += ("input", "output", "history", "system", "content", "summary", "margin", "score", "label", "tools")
+# Other names that published sets and tools use for ours.
+ALIASES = {
+    **dict.fromkeys(("query", "问题", "提问"), "prompt"),
+    **dict.fromkeys(("completion", "回答", "答案"), "response"),
+    **dict.fromkeys(("rejected_response", "rejected_messages"), "rejected"),
+    **dict.fromkeys(("scores", "rating", "ratings", "reward", "rewards"), "score"),
+    **{"conversation": "conversations", "指令": "instruction", "输入": "input", "输出": "output"},
+    **{"系统": "system", "历史": "history"},
+}
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
-ANSWER_LIKE = ("answer", "answers", "completion", "output", "target", "reply", "label", "text", "summary")
+ANSWER_LIKE = {"answer", "answers", "output", "target", "reply", "label", "text", "summary"}
+# Fields that are plainly no content. Other texts that no format reads are warned of.
+NO_CONTENT = {
+    "id",
+    "idx",
+    "index",
+    "uid",
+    "uuid",
+    "source",
+    "src",
+    "dataset",
+    "data_source",
+    "lang",
+    "language",
+    "category",
+}
+NO_CONTENT |= {
+    "task",
+    "task_type",
+    "type",
+    "kind",
+    "tag",
+    "tags",
+    "topic",
+    "domain",
+    "license",
+    "model",
+    "models",
+    "split",
+}
+NO_CONTENT |= {"url", "link", "date", "time", "timestamp", "created_at", "version", "name", "author", "title", "origin"}
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 LARGEST_MARGIN = 3e38  # of float32, as margins are kept
+DIFFERENT = "two dialogues that differ before the last answer"
+NOT_IN_DIALOGUE = "a prompt that is not in the dialogue beside it"
+UNLEARNED = "an answer marked not to learn"
 
 
-class BadRecord(Exception):
-    """A record that is wrong. It ends the reading; the reader adds the file and the line."""
-
-
-class Skip(Exception):
-    """A record that is sound but of no use (an empty answer). It is left out and counted under this reason."""
-
-
-def text(value: Any, field: str) -> str:
-    """Return a text without white space around it; half a surrogate pair (text cut inside an emoji) is replaced."""
-    if not isinstance(value, str):
-        raise BadRecord(f'field "{field}" is {_kind(value)}, expected a text')
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value.strip()
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
-
-
-def items(value: Any, field: str) -> list:
-    """Return a list, also from a CSV cell that holds it as JSON, and from Arrow's {"role": [...], "content": [...]}."""
-    if value is None or value == "":
-        return []
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRecord(f'field "{field}" starts like a list, but is invalid JSON ({error.msg})') from error
-    if is_columns(value):
-        return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
-    if not isinstance(value, list):
-        raise BadRecord(f'field "{field}" is {_kind(value)}, expected a list')
-    return value
-
-
-def is_columns(value: Any) -> bool:
-    """Return whether a value is Arrow's form of a list of messages: {"role": [...], "content": [...]}."""
-    return isinstance(value, dict) and bool(value) and all(isinstance(column, list) for column in value.values())
-
-
-def message(value: Any, field: str) -> Message:
-    """Read one turn: {role, content}, {from, value} or {role, text}."""
-    if not isinstance(value, dict):
-        raise BadRecord(f'field "{field}" holds {_kind(value)}, expected {{"role": "user", "content": "…"}}')
-    role = value.get("role", value.get("from"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRecord(f'field "{field}" has the role {role!r}, expected one of {", ".join(sorted(ROLES))}')
-    content = next((value[name] for name in ("content", "value", "text") if value.get(name) is not None), None)
-    if isinstance(content, list):  # [{"type": "text", "text": "…"}]
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return {"role": ROLES[role], "content": text(content, field)}
-
-
-def messages_of(value: Any, field: str) -> list[Message]:
-    """Read a list of messages."""
-    return [message(item, field) for item in items(value, field)]
-
-
-def split_turns(
-    value: str, user: str = "Human", assistant: str = "Assistant", answered: bool = False
-) -> list[Message] | None:
-    """Return the turns of a text with role marks; None for a text without them.
-
-    answered: the last turn is an answer; else it is the open "Assistant:". The published sets put a blank line before a
-    mark ("\\n\\nHuman: …\\n\\nAssistant:"), others a line break or only a space (" Human: … Assistant:"). The widest
-    separation under which the text ends as it must is taken, so that "… the Assistant: …" within a sentence stays text.
-    """
-    body = value.strip()
-    mark = rf"({user}|{assistant})[:：]"
-    starts = re.match(mark, body) is not None
-    if not starts and not re.search(rf"\n\s*\n{user}[:：]", body):
-        return None
-    for separator in (r"\n\s*\n", r"\n", r"\s"):
-        before, *pieces = re.split(rf"(?:^|{separator}){mark}", body)
-        roles, contents = pieces[0::2], [content.strip() for content in pieces[1::2]]
-        if user in roles and roles[-1] == assistant and bool(contents[-1]) == answered:
-            system = [{"role": "system", "content": before.strip()}] if before.strip() else []
-            names = {user: "user", assistant: "assistant"}
-            turns = zip(roles, contents, strict=True)
-            return system + [{"role": names[role], "content": content} for role, content in turns]
-        if not starts:
-            return None  # a text that only quotes a dialogue
-    if not answered and re.match(rf"{user}[:：]", body):  # "Human: …" without the open "Assistant:" at its end
-        return split_turns(f"{body}\n\n{assistant}:", user, assistant)
-    return None
-
-
-def prompt_messages(
-    value: Any, field: str = "prompt", user: str = "Human", assistant: str = "Assistant"
-) -> list[Message]:
-    """Read a prompt: a text with or without role marks, or a list of messages."""
-    if isinstance(value, list) or is_columns(value):
-        return messages_of(value, field)
-    value = text(value, field)
-    return split_turns(value, user, assistant) or [{"role": "user", "content": value}]
-
-
-def answer(value: Any, field: str) -> str:
-    """Read an answer: a text, one message, or messages of which the last is the answer."""
-    if isinstance(value, list) or is_columns(value):
-        value = (items(value, field) or [""])[-1]
-    return message(value, field)["content"] if isinstance(value, dict) else text(value, field)
+# --- records ----------------------------------------------------------------------------------------------------------
 
 
 def user_turn(content: str) -> list[Message]:
@@ -141,43 +93,42 @@ def user_turn(content: str) -> list[Message]:
     return [{"role": "user", "content": content}]
 
 
-def tidy(messages: Iterable[Message]) -> list[Message]:
-    """Join neighbours of one role, keep only a system message before the first user turn, cut off the open end.
-
-    Raise Skip where another turn is empty: without it the turns around it would be taken for one.
-    """
-    turns: list[Message] = []
-    for turn in messages:
-        if turns and turns[-1]["role"] == turn["role"]:
-            contents = (turns[-1]["content"], turn["content"])
-            turns[-1] = {"role": turn["role"], "content": "\n\n".join(filter(None, contents))}
-        elif turn["content"] or turn["role"] != "system":
-            turns.append(dict(turn))
-    for role in ("assistant", "user"):  # the open "Assistant:" of a prompt, and a question that was not asked
-        if turns and turns[-1]["role"] == role and not turns[-1]["content"]:
-            turns.pop()
-    tidied: list[Message] = []
-    asked = False
-    for turn in turns:
-        asked = asked or (turn["role"] == "user" and bool(turn["content"]))
-        if not asked and turn["role"] != "system":
-            continue
-        if not turn["content"]:
-            raise Skip("an empty turn")
-        tidied.append(turn)
-    return tidied
+def assistant_turn(content: str) -> Message:
+    """Return the message of an answer."""
+    return {"role": "assistant", "content": content}
 
 
 def record(
-    messages: list[Message], chosen: str | None = None, rejected: str | None = None, margin: Any = None
+    messages: list[Message],
+    chosen: str | Message | None = None,
+    rejected: str | Message | None = None,
+    margin: Any = None,
+    tools: Any = None,
 ) -> Record:
     """Make one record; chosen None: of a prompt alone, for step 3. Raise Skip if it could not train anything."""
     messages = tidy(messages)
-    if not messages or messages[-1]["role"] != "user":
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise Skip("an empty prompt" if chosen is None else "no question of a user before the answer")
-    if chosen == "" or rejected == "":
+    answers = [assistant_turn(one) if isinstance(one, str) else one for one in (chosen, rejected)]
+    if any(one is not None and is_empty(one) for one in answers):
         raise Skip("an empty answer")
-    return {"messages": messages, "chosen": chosen or "", "rejected": rejected, "margin": _margin(margin)}
+    if answers[0] and answers[0].get("learn") is False:
+        raise Skip(UNLEARNED)
+    calls = None
+    used = [*messages, *filter(None, answers)]
+    if tools or any(turn["role"] == "tool" or "tool_calls" in turn for turn in used):
+        for_template = [{name: turn[name] for name in turn if name != "learn"} for turn in messages]
+        calls = {"messages": for_template, "chosen": answers[0], "rejected": answers[1], "tools": tools or None}
+        calls = json.dumps(calls, ensure_ascii=False)
+    better, worse = (_shown(one) if one else None for one in answers)
+    messages = [{"role": turn["role"], "content": _shown(turn)} for turn in messages]
+    return {"messages": messages, "chosen": better or "", "rejected": worse, "margin": _margin(margin), "calls": calls}
+
+
+def _shown(turn: Message) -> str:
+    """Return the text of a turn, its calls as JSON behind it."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
+    return "\n".join(filter(None, [turn["content"], *calls])) if calls else turn["content"]
 
 
 def _margin(value: Any) -> float | None:
@@ -192,15 +143,40 @@ def _margin(value: Any) -> float | None:
     return margin
 
 
-def dialogue(messages: list[Message]) -> list[Record]:
-    """Return one record for each assistant turn; a dialogue without one is a prompt."""
-    messages = tidy(messages)
+def dialogue(messages: list[Message], tools: Any = None) -> list[Record | Skip]:
+    """Return a record for each assistant turn, and a Skip for each that gives none; a dialogue without one is a prompt."""
+    given, messages = messages, tidy(messages)
+    results: list[Record | Skip] = greetings(given)
     ends = [end for end, turn in enumerate(messages) if turn["role"] == "assistant"]
-    return [record(messages[:end], messages[end]["content"]) for end in ends] or [record(messages)]
+    for end in ends:
+        try:
+            results.append(record(messages[:end], messages[end], tools=tools))
+        except Skip as reason:
+            results.append(reason)
+    if not ends:
+        return [*results, record(messages, tools=tools)]
+    if ends[-1] < len(messages) - 1:
+        results.append(Skip("a last question without an answer", 0))
+    return results
+
+
+def greetings(messages: list[Message]) -> list[Skip]:
+    """Return a Skip for the answers before the first question, which tidy drops."""
+    asked = next((n for n, turn in enumerate(messages) if turn["role"] == "user" and not is_empty(turn)), 0)
+    count = sum(turn["role"] == "assistant" and not is_empty(turn) for turn in messages[:asked])
+    return [Skip("an answer before the first question", count)] if count else []
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def _system(row: Fields) -> list[Message]:
     return [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
+
+
+def _tools(row: Fields) -> Any:
+    tools = row.get("tools")
+    return from_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
 
 
 def history(row: Fields) -> list[Message]:
@@ -208,10 +184,10 @@ def history(row: Fields) -> list[Message]:
     turns = _system(row)
     for pair in items(row.get("history"), "history"):
         if isinstance(pair, dict):
-            turns.append(message(pair, "history"))
+            turns += read_item(pair, "history")
         elif isinstance(pair, list) and len(pair) == 2:
-            question, reply = (text(turn, "history") for turn in pair)
-            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+            question, reply = (text(turn, "history", strip=not place) for place, turn in enumerate(pair))
+            turns += [*user_turn(question), assistant_turn(reply)]
         else:
             raise BadRecord('field "history" holds something that is not a pair [question, answer]')
     return turns
@@ -224,33 +200,102 @@ def instruction(row: Fields) -> list[Message]:
     return history(row) + user_turn("\n".join(filter(None, lines)))
 
 
-def _pair(messages: list[Message], row: Fields) -> list[Record]:
-    rejected = row.get("rejected")
-    worse = None if rejected is None else answer(rejected, "rejected")
-    return [record(messages, answer(row["chosen"], "chosen"), worse, row.get("margin"))]
+def _asked(row: Fields) -> list[Message]:
+    return history(row) + prompt_messages(row["prompt"])
 
 
-def _pair_after_messages(row: Fields) -> list[Record]:
-    """Read a pair. Where messages end with an answer they are the chosen dialogue once more (ultrafeedback_binarized)."""
+def _turns(row: Fields, field: str) -> list[Message]:
+    if not isinstance(row[field], (list, str, dict)):
+        raise BadRecord(f'field "{field}" is {kind_of(row[field])}, expected a list of messages')
+    return _system(row) + messages_of(row[field], field)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def answer_turns(row: Fields, field: str) -> list[Message]:
+    """Read an answer: a text, one message, or messages. Behind a prompt with role marks a space before the text goes."""
+    value = row[field]
+    if is_turns(value):
+        turns = items(value, field)
+        if turns and all(isinstance(one, str) for one in turns):
+            if len(turns) > 1:
+                raise BadRecord(
+                    f'field "{field}" is a list of {len(turns)} texts and nothing says which is better; give their '
+                    'scores in a field "score", or a single text'
+                )
+            return [assistant_turn(text(turns[0], field, strip=False))]
+        return messages_of(value, field) or [assistant_turn("")]
+    if isinstance(value, dict):
+        return read_item({"role": "assistant"} | value, field)
+    reply = text(value, field, strip=False)
+    prompt = row.get("prompt", row.get("context"))
+    marked = reply.startswith(" ") and isinstance(prompt, str) and split_turns(text(prompt, "prompt"))
+    return [assistant_turn(reply.removeprefix(" ") if marked else reply)]
+
+
+def joined(asked: list[Message], turns: list[Message]) -> list[Message]:
+    """Return the whole dialogue: turns behind what was asked, or turns alone where they repeat it."""
+    if turns[0]["role"] in ("assistant", "tool"):
+        return asked + turns
+    said = [(turn["role"], normal(turn["content"])) for turn in turns]
+    before = [(turn["role"], normal(turn["content"])) for turn in asked]
+    if all(turn in said for turn in before if turn[0] != "system"):
+        system = [turn for turn in asked if turn["role"] == "system"]
+        return ([] if turns[0]["role"] == "system" else system) + turns
+    first = next((turn for turn in said if turn[0] != "system"), None)
+    if first in before:
+        return asked[: before.index(first)] + turns
+    raise Skip(NOT_IN_DIALOGUE, sum(turn[0] == "assistant" for turn in said))
+
+
+def pair(asked: list[Message], row: Fields) -> list[Record | Skip]:
+    """Read the answers "chosen" and "rejected" (perhaps null), each alone or behind the whole dialogue."""
+    sides = [answer_turns(row, field) for field in ("chosen", "rejected") if row.get(field) is not None]
+    dialogues = [joined(asked, turns) for turns in sides]
+    if any(one[-1]["role"] != "assistant" for one in dialogues):
+        raise Skip("a dialogue that does not end with an answer")
+    whole = [one[:-1] for one, turns in zip(dialogues, sides, strict=True) if len(turns) > 1] or [asked]
+    if len(whole) > 1 and _compared(whole[0]) != _compared(whole[1]):
+        raise Skip(DIFFERENT)
+    answers = [one[-1] for one in dialogues]
+    return [*greetings(whole[0]), record(whole[0], *answers, margin=row.get("margin"), tools=_tools(row))]
+
+
+def _compared(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(turn["role"], normal(_shown(turn))) for turn in tidy(messages)]
+
+
+def _pair_after_messages(row: Fields) -> list[Record | Skip]:
+    """Read a pair. Messages that end with an answer are the chosen dialogue once more, or stand for it."""
     messages = _turns(row, "messages")
-    if messages and messages[-1]["role"] == "assistant" and row.get("prompt"):
-        messages = _asked(row)
-    return _pair(messages, row)
+    if row.get("prompt"):
+        joined(prompt_messages(row["prompt"]), messages)  # the prompt says nothing that they do not
+    if messages and messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        if row.get("chosen") is None:
+            row = row | {"chosen": last}
+        elif normal(answer_turns(row, "chosen")[-1]["content"]) != normal(last["content"]):
+            raise Skip("messages that end with another answer than the chosen one")
+    if row.get("chosen") is None:
+        raise Skip("a dialogue that does not end with an answer")
+    return pair(messages, row)
 
 
-def _whole_dialogues(row: Fields) -> list[Record]:
+def _whole_dialogues(row: Fields) -> list[Record | Skip]:
     """Read the form of hh-rlhf: two dialogues, equal but for the last answer."""
-    better, worse = (_answered_dialogue(row[field], field) for field in ("chosen", "rejected"))
-    if tidy(better[:-1]) != tidy(worse[:-1]):
-        raise Skip("two dialogues that differ before the last answer")
-    return [record(better[:-1], better[-1]["content"], worse[-1]["content"], row.get("margin"))]
+    better, worse = (_system(row) + _answered_dialogue(row[field], field) for field in ("chosen", "rejected"))
+    if _compared(better[:-1]) != _compared(worse[:-1]):
+        raise Skip(DIFFERENT)
+    return [*greetings(better), record(better[:-1], better[-1], worse[-1], row.get("margin"), _tools(row))]
 
 
 def _answered_dialogue(value: Any, field: str) -> list[Message]:
-    if isinstance(value, list) or is_columns(value):
+    if is_turns(value):
         turns = messages_of(value, field)
     else:
-        turns = split_turns(text(value, field), answered=True)
+        value = text(value, field, strip=False)
+        turns = split_turns(value, answered=True)
         if not turns and value.strip() and not split_turns(value):
             raise BadRecord(
                 f'no field "prompt", and "{field}" is not a whole dialogue ("\\n\\nHuman: …\\n\\nAssistant: …")'
@@ -260,38 +305,47 @@ def _answered_dialogue(value: Any, field: str) -> list[Message]:
     return turns
 
 
-def _prompt_response(row: Fields) -> list[Record]:
-    reply, messages = answer(row["response"], "response"), _asked(row)
-    return _dialogue_with(messages, reply) if row.get("history") else [record(messages, reply)]
+def _prompt_response(row: Fields) -> list[Record | Skip]:
+    several = isinstance(row["response"], list) and all(isinstance(one, str) for one in row["response"])
+    if several and row.get("score") is not None:
+        return _ranked(_asked(row), row["response"], "response", row["score"])
+    turns, asked = answer_turns(row, "response"), _asked(row)
+    if len(turns) > 1 or row.get("history"):
+        return _answered(asked, turns)
+    return [record(asked, *turns)]
 
 
-def _instruction_output(row: Fields) -> list[Record]:
-    output = row["output"]
-    if not isinstance(output, list):
-        return _dialogue_with(instruction(row), text(output, "output"))
-    ranked = [reply for reply in (text(reply, "output") for reply in output) if reply] or [""]  # best first
-    return [record(instruction(row), ranked[0], ranked[-1] if len(ranked) > 1 else None)]
+def _instruction_output(row: Fields) -> list[Record | Skip]:
+    if is_turns(row["output"]):
+        return _ranked(instruction(row), row["output"], "output", row.get("score"))
+    return _answered(instruction(row), [assistant_turn(text(row["output"], "output", strip=False))])
 
 
-def _dialogue_with(messages: list[Message], reply: str) -> list[Record]:
-    if not reply:
+def _answered(asked: list[Message], turns: list[Message]) -> list[Record | Skip]:
+    if is_empty(turns[-1]):
         raise Skip("an empty answer")
-    return dialogue([*messages, {"role": "assistant", "content": reply}])
+    return dialogue(joined(asked, turns))
 
 
-def _asked(row: Fields) -> list[Message]:
-    return history(row) + prompt_messages(row["prompt"])
-
-
-def _turns(row: Fields, field: str) -> list[Message]:
-    if not isinstance(row[field], (list, str, dict)):
-        raise BadRecord(f'field "{field}" is {_kind(row[field])}, expected a list of messages')
-    return _system(row) + messages_of(row[field], field)
+def _ranked(asked: list[Message], answers: Any, field: str, scores: Any) -> list[Record | Skip]:
+    """Read several answers: a pair of the best and the worst. scores None: they stand in order, best first."""
+    texts = [text(reply, field, strip=False) for reply in items(answers, field)]
+    if scores is not None:
+        numbers = [_margin(score) for score in items(scores, "score")]
+        if len(numbers) != len(texts) or None in numbers:
+            raise BadRecord(f'field "score" has {len(numbers)} numbers for the {len(texts)} answers of "{field}"')
+        order = sorted(range(len(texts)), key=lambda place: -numbers[place])
+        if len(texts) > 1 and numbers[order[0]] == numbers[order[-1]]:
+            raise Skip("answers with the same score", len(texts))
+        texts = [texts[place] for place in order]
+    texts = [reply for reply in texts if reply.strip()] or [""]
+    between = [Skip("a rank between the best and the worst", len(texts) - 2)] if len(texts) > 2 else []
+    return [record(asked, texts[0], texts[-1] if len(texts) > 1 else None), *between]
 
 
 def question_answer(row: Fields, question: str, chosen: str) -> list[Record]:
     """Read plain texts out of two fields."""
-    return [record(user_turn(text(row[question], question)), text(row[chosen], chosen))]
+    return [record(user_turn(text(row[question], question)), text(row[chosen], chosen, strip=False))]
 
 
 def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
@@ -306,46 +360,139 @@ def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
     return [record(user_turn(text(question, "query")), text(reply, "answers"))]
 
 
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Format:
     """A form of rows. A new one is a row of FORMATS."""
 
     needed: tuple[str, ...]  # fields that every row must have
-    convert: Callable[[Fields], list[Record]]  # makes the records of a row
+    convert: Callable[[Fields], list[Record | Skip]]  # makes the records of a row
+    optional: tuple[str, ...] = ()  # further fields that it reads
     # ChatGLM data often spells a dialogue out: every turn is a row, and stands in the history of the later rows too. The
     # turns in this field count once.
     history: str = ""
+    judged: bool = False  # "label" may say whether the answer is good or bad
     set_name: str = ""  # the named set whose rule it is
 
+    @property
+    def fields(self) -> set[str]:
+        """Return all fields that it reads."""
+        return {*self.needed, *self.optional, *(["label"] if self.judged else [])}
+
+
+EARLIER = ("history", "system")
+MORE = ("system", "tools", "margin")
 
 # The first one that fits is taken.
 FORMATS: tuple[Format, ...] = (
-    Format(("conversations", "chosen", "rejected"), lambda row: _pair(_turns(row, "conversations"), row)),
-    Format(("messages", "chosen", "rejected"), _pair_after_messages),
-    Format(("context", "chosen", "rejected"), lambda row: _pair(prompt_messages(row["context"], "context"), row)),
-    Format(("instruction", "chosen", "rejected"), lambda row: _pair(instruction(row), row)),
-    Format(("prompt", "chosen", "rejected"), lambda row: _pair(_asked(row), row)),
-    Format(("chosen", "rejected"), _whole_dialogues),
-    Format(("prompt", "chosen"), lambda row: _pair(_asked(row), row)),
-    Format(("messages",), lambda row: dialogue(_turns(row, "messages"))),
-    Format(("conversations",), lambda row: dialogue(_turns(row, "conversations"))),
-    Format(("prompt", "response"), _prompt_response, history="history"),
-    Format(("instruction", "output"), _instruction_output, history="history"),
+    Format(("conversations", "chosen", "rejected"), lambda row: pair(_turns(row, "conversations"), row), MORE),
+    Format(("messages", "chosen", "rejected"), _pair_after_messages, ("prompt", *MORE)),
+    Format(("messages", "rejected"), _pair_after_messages, ("prompt", *MORE)),
+    Format(
+        ("context", "chosen", "rejected"),
+        lambda row: pair(_system(row) + prompt_messages(row["context"], "context"), row),
+        MORE,
+    ),
+    Format(("instruction", "chosen", "rejected"), lambda row: pair(instruction(row), row), ("input", "history", *MORE)),
+    Format(("prompt", "chosen", "rejected"), lambda row: pair(_asked(row), row), ("history", *MORE)),
+    Format(("chosen", "rejected"), _whole_dialogues, MORE),
+    Format(("prompt", "chosen"), lambda row: pair(_asked(row), row), ("history", *MORE)),
+    Format(("messages",), lambda row: dialogue(_turns(row, "messages"), _tools(row)), ("system", "tools"), judged=True),
+    Format(
+        ("conversations",),
+        lambda row: dialogue(_turns(row, "conversations"), _tools(row)),
+        ("system", "tools"),
+        judged=True,
+    ),
+    Format(("prompt", "response"), _prompt_response, (*EARLIER, "score"), history="history", judged=True),
+    Format(
+        ("instruction", "output"), _instruction_output, (*EARLIER, "input", "score"), history="history", judged=True
+    ),
     Format(("content", "summary"), lambda row: question_answer(row, "content", "summary")),
-    Format(("query", "queries", "answers"), lambda row: mkqa(row, "en", row["query"])),
-    Format(("prompt",), lambda row: [record(_asked(row))]),
+    Format(("prompt", "queries", "answers"), lambda row: mkqa(row, "en", row["prompt"])),
+    Format(("prompt",), lambda row: [record(_asked(row))], EARLIER),
 )
 PROMPTS = FORMATS[-1]
 
 
-def recognise(row: Fields) -> Format | None:
+def with_our_names(row: Fields) -> Fields:
+    """Return a row whose fields of other known names (ALIASES) have ours, where ours are free."""
+    if not ALIASES.keys() & row.keys():
+        return row
+    taken = {name for name, value in row.items() if value is not None}
+    renamed = {name: ALIASES.get(name, name) for name in row}
+    return {name if ours in taken else ours: row[name] for name, ours in renamed.items()}
+
+
+def recognise(row: Fields, mapped: set[str] = frozenset()) -> Format | None:
     """Return the first of FORMATS whose fields a row has; None if none fits or the answer's field cannot be told.
 
     A field that is null does not count where the others make a format (Parquet with a column for each format). Beside a
-    prompt alone it counts: the answer is missing, and such a set must not become prompts.
+    prompt alone it counts: the answer is missing, and such a set must not become prompts. mapped: fields that it must read.
     """
     for fields in ({name for name, value in row.items() if value is not None}, set(row)):
-        found = next((one for one in FORMATS if fields.issuperset(one.needed)), None)
+        found = next((one for one in FORMATS if fields.issuperset(one.needed) and mapped <= one.fields), None)
         if found not in (None, PROMPTS):
             return found
-    return None if fields.intersection(ANSWER_LIKE) else found
+    return None if fields & ANSWER_LIKE - mapped and not mapped else found
+
+
+def judgement(form: Format, row: Fields) -> bool | None:
+    """Return whether the answer of a row is labelled good (True) or bad (False); None without such a label."""
+    return truth(row["label"]) if form.judged and row.get("label") is not None else None
+
+
+def check_media(row: Fields) -> None:
+    """Raise Skip for a row with an image or the like, without which its text means something else."""
+    for name in MEDIA:
+        if row.get(name):
+            raise Skip(f'something that is no text (field "{name}")')
+
+
+def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
+    """Return the fields that hold something and are not read -> whether they look like content.
+
+    A text that stands in the fields that are read too is not missing.
+    """
+    read = form.fields - ({"label"} if judgement(form, row) is None else set())
+    unread = {}
+    for name, value in row.items():
+        if name in read - {"tools"} and isinstance(value, list):
+            inner = {key for item in value if isinstance(item, dict) for key in item if item[key]} - MESSAGE_FIELDS
+            unread |= {f"{name}.{key}": key not in NO_CONTENT for key in inner}
+        elif name not in read and value not in (None, "", [], {}):
+            if isinstance(value, str) and value in set(texts_in([row.get(one) for one in read])):
+                continue  # such as the question beside its dialogue
+            content = name.lower() not in NO_CONTENT | {"label"} and not name.lower().endswith(
+                ("_id", "_source", "_url")
+            )
+            unread[name] = content and next(texts_in(value), None) is not None
+    return unread
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield all texts within a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(one)
+
+
+def suggested_columns(row: Fields) -> str:
+    """Return what --columns could be for the texts of a row, as an example."""
+    names = [name for name, value in row.items() if isinstance(value, str) and name.lower() not in NO_CONTENT]
+    known = [name for name in names if name in OUR_NAMES]
+    others = [name for name in names if name not in OUR_NAMES]
+    question = next((name for name in known if name in ("prompt", "instruction")), None)
+    parts = [] if question or not others else [("prompt", others.pop(0))]
+    bad = ("neg", "bad", "reject", "worse", "lose", "other", "差")
+    worse = next((name for name in others if any(word in name.lower() for word in bad)), None)
+    better = next((name for name in others if name != worse), None)
+    if len(others) >= 2:
+        parts += [("chosen", better), ("rejected", worse or others[1])]
+    elif others:
+        parts += [("response", others[0])]
+    return ",".join("=".join(part) for part in parts) if parts and others else "prompt=question,response=answer"

@@ -10,19 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from training.utils.data.formats import (
-    Fields,
-    Record,
-    Skip,
-    items,
-    mkqa,
-    prompt_messages,
-    question_answer,
-    record,
-    text,
-    user_turn,
-)
+from training.utils.data.formats import Record, mkqa, question_answer, record, user_turn
 from training.utils.data.readers import SUFFIXES
+from training.utils.data.turns import Fields, Skip, items, prompt_messages, text
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,7 @@ def _shp(row: Fields) -> list[Record]:
 
 
 def _vicuna(row: Fields) -> list[Record]:
-    return [record(prompt_messages(row["prompt"], "prompt", "USER", "ASSISTANT"), text(row["label"], "label"))]
+    return [record(prompt_messages(row["prompt"]), text(row["label"], "label"))]
 
 
 def _miracl(row: Fields) -> list[Record]:

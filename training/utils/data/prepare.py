@@ -16,7 +16,7 @@ from errors import UserError
 from models.templates import Template
 from training.utils.data.cache import CachedData, arrow_writer, cached, new_rebuild_id
 from training.utils.data.formats import Record
-from training.utils.data.records import load_records, record_content
+from training.utils.data.records import Reading, check_columns_used, read_records, readings, record_content
 from training.utils.data.sources import open_source
 from training.utils.data.splits import held_out_questions, question_of, select_phase
 from training.utils.data.tokenize import (
@@ -45,6 +45,7 @@ class StepRecords:
     """The records of one path that belong to the step. own_eval: the set came with a held-out split."""
 
     path: str
+    reading: Reading  # of the training split
     train: Dataset
     eval: Dataset
     own_eval: bool
@@ -73,13 +74,18 @@ def prepare_phase(args: Any, phase: int, tokenizer: Any, template: Template) -> 
 
     def build(folder: Path) -> dict[str, dict[str, Any]]:
         started = time.monotonic()
+        # Who asks for --rebuild_cache trusts nothing that is there, the records included.
+        options = {"columns": args.column_map, "cache_dir": args.cache_dir, "rebuild_id": rebuild_id}
+        read = [read_records(source, **options) for source in sources]
+        check_columns_used(read, args.column_map)
+        share = {"data_split": args.data_split, "seed": args.seed, "eval_fraction": args.eval_fraction}
         sets = []
-        for source, (path, sft_only) in zip(sources, paths, strict=True):
-            # Who asks for --rebuild_cache trusts nothing that is there, the records included.
-            records = load_records(source, columns=args.column_map, cache_dir=args.cache_dir, rebuild_id=rebuild_id)
-            share = {"data_split": args.data_split, "seed": args.seed, "eval_fraction": args.eval_fraction}
-            train, held_out = select_phase(records, phase, sft_only=sft_only, **share)
-            sets.append(StepRecords(path, train, held_out, own_eval="eval" in records))
+        for one, (path, sft_only) in zip(read, paths, strict=True):
+            train, held_out = select_phase(one.datasets, phase, sft_only=sft_only, **share)
+            sets.append(StepRecords(path, readings(one)["train"], train, held_out, own_eval="eval" in one.datasets))
+            for reading in readings(one).values():
+                for note in reading.notes:
+                    logger.info("%s", note)
         counts = write_tokens(folder, encoding, sets)
         check_something_left([path for path, _ in paths], encoding, counts["train"])
         number = sum(of_split.records for of_split in counts.values())
@@ -123,7 +129,7 @@ def write_tokens(folder: Path, encoding: Encoding, sets: list[StepRecords]) -> d
             totals["eval"].add(tokenise_records(one.eval, encoding, set(), write["eval"]))
             counts = tokenise_records(one.train, encoding, elsewhere, write["train"])
             totals["train"].add(counts)
-            check_usable(one.path, encoding.phase, counts)
+            check_usable(one, encoding.phase, counts)
     return totals
 
 
@@ -146,9 +152,15 @@ def batches(records: Dataset) -> Iterator[list[Record]]:
         yield [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
 
-def check_usable(path: str, phase: int, counts: Counts) -> None:
+def check_usable(one: StepRecords, phase: int, counts: Counts) -> None:
     """Raise UserError if a whole set lacks what the step needs, though it has records."""
     candidates = counts.records - counts.dropped[HELD_OUT]
+    path, others = one.path, [name for name, content in one.reading.unread.items() if content]
+    if candidates and counts.dropped[NO_ANSWER] == candidates and others:
+        raise UserError(
+            f"{path}: read as prompts alone, for the fields {', '.join(others)} are not known, and step {phase} needs answers; "
+            f"say which is which, for example --columns {one.reading.example} (docs/en/own-data.md)."
+        )
     if candidates and counts.dropped[NO_ANSWER] == candidates:
         raise UserError(
             f"{path}: prompts without answers, which only step 3 can use; step {phase} needs an answer in every record."

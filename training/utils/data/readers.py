@@ -1,5 +1,7 @@
 """Read data files row by row: JSON, JSONL, CSV, TSV, Parquet, each gzipped or not. Nothing here knows about columns.
 
+A list of messages where a record is expected is the row {"messages": the list}.
+
 Each row comes with its location ("line 7", "record 7"), so that an error can name it. A file is never held in memory: a
 JSON list of several gigabytes is parsed record by record.
 """
@@ -54,7 +56,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         if suffix == ".parquet":
             yield from _parquet_rows(path)
         elif suffix in (".csv", ".tsv"):
-            yield from _csv_rows(path, "," if suffix == ".csv" else "\t")
+            yield from _csv_rows(path, suffix)
         else:
             yield from _json_rows(path, suffix)
     except UnicodeDecodeError as error:
@@ -80,7 +82,7 @@ def _open_text(path: Path) -> IO[str]:
 
 
 def _json_rows(path: Path, suffix: str) -> Iterator[Row]:
-    """Read a list of objects, objects one a line (even in .json, as ADGEN), or objects one after the other."""
+    """Read a list of objects, objects one a line (even in .json, as ADGEN), objects one after the other, or dialogues."""
     with _open_text(path) as file:
         first = ""
         while not first.strip():  # blank lines before the first record
@@ -90,13 +92,26 @@ def _json_rows(path: Path, suffix: str) -> Iterator[Row]:
             first += line
         start = first.strip()
         whole = start.startswith("{") and start.endswith("}")  # as against the first line of a pretty-printed object
-        one_a_line = whole or (suffix != ".json" and not start.startswith("["))
+        one_a_line = whole or _is_dialogue(start) or (suffix != ".json" and not start.startswith("["))
         values = _line_values(path, file, first) if one_a_line else _stream_values(JsonWindow(path, file, first))
         for location, value in values:
+            if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+                value = {"messages": value}
             if not isinstance(value, dict):
                 kind = type(value).__name__
                 raise UserError(f'{path}, {location}: a {kind}, expected an object {{"prompt": …, …}}.')
             yield location, value
+
+
+def _is_dialogue(line: str) -> bool:
+    """Return whether a line is a whole list of messages, and not the list of all records."""
+    if not (line.startswith("[") and line.endswith("]")):
+        return False
+    try:
+        turns = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return bool(turns) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
 
 
 def _line_values(path: Path, file: IO[str], first: str) -> Iterator[tuple[str, Any]]:
@@ -109,7 +124,9 @@ def _line_values(path: Path, file: IO[str], first: str) -> Iterator[tuple[str, A
             line += more
         if line.strip():
             try:
-                value = json.loads(line.rstrip("\r\n"))  # an error at its end is in this line, not at the start of the next
+                value = json.loads(
+                    line.rstrip("\r\n")
+                )  # an error at its end is in this line, not at the start of the next
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{path}, line {number}: invalid JSON ({error.msg}, column {error.colno}); "
@@ -198,10 +215,13 @@ class JsonWindow:
         return bool(more)
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+def _csv_rows(path: Path, suffix: str) -> Iterator[Row]:
+    """Read rows of cells. A .csv has the delimiter that its first line has most of: spreadsheets also write ; and tabs."""
     csv.field_size_limit(LONGEST_RECORD)
     with _open_text(path) as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        first = file.readline(CHUNK)
+        delimiter = max(",;\t", key=first.count) if suffix == ".csv" else "\t"
+        reader = csv.DictReader(chain([first], file), delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 location = f"line {reader.line_num}"

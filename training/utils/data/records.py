@@ -6,8 +6,8 @@ Records are built one by one and written in small batches, so memory does not gr
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,21 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from errors import UserError
-from training.utils.data.cache import arrow_writer, cached
-from training.utils.data.formats import OUR_NAMES, BadRecord, Fields, Format, Record, Skip, recognise
+from training.utils.data.cache import CachedData, arrow_writer, cached
+from training.utils.data.formats import (
+    OUR_NAMES,
+    Format,
+    Record,
+    check_media,
+    judgement,
+    recognise,
+    suggested_columns,
+    unread_fields,
+    with_our_names,
+)
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.sources import Source, Table, open_source
+from training.utils.data.turns import BadRecord, Fields, Skip
 
 logger = logging.getLogger("sanbu")
 
@@ -30,11 +41,40 @@ FEATURES = Features(
         "chosen": Value("string"),
         "rejected": Value("string"),
         "margin": Value("float32"),
+        "calls": Value("string"),
     }
 )
 WRITE_BATCH = 500
 MISSING = object()
 REPEATED = "a turn of a history that is there already"
+JUDGED_BAD = "an answer judged bad"
+
+
+@dataclass
+class Reading:
+    """What became of the rows of one split, as the report of a data set tells it."""
+
+    form: str = ""  # the fields that the first row was read by
+    records: int = 0
+    # reason -> [times, answers that it cost, where it was first met]
+    left_out: dict[str, list[Any]] = field(default_factory=dict)
+    unread: dict[str, bool] = field(default_factory=dict)  # fields that are not read -> whether they look like content
+    notes: list[str] = field(default_factory=list)
+    columns_used: bool = False
+    example: str = ""  # what --columns could be for the first row
+
+    def leave_out(self, reason: str, answers: int, location: str) -> None:
+        """Count what is left out."""
+        counted = self.left_out.setdefault(reason, [0, 0, location])
+        counted[0] += 1
+        counted[1] += answers
+
+    def left_out_words(self, label: str) -> str:
+        """Return the counts in words: "2 with an empty turn (5 answers; first: line 3)". label: of the whole, not repeated."""
+        return ", ".join(
+            f"{count} with {reason} ({f'{answers} answers; ' if answers > 1 else ''}first: {first.removeprefix(f'{label}, ')})"
+            for reason, (count, answers, first) in sorted(self.left_out.items(), key=lambda item: -item[1][0])
+        )
 
 
 def load_records(
@@ -45,19 +85,39 @@ def load_records(
     columns: for sets that are not recognised by themselves. cache_dir, rebuild_id: see cache.cached. Raise UserError with
     the file and the line or record number of what is wrong.
     """
+    read = read_records(path, columns=columns, cache_dir=cache_dir, rebuild_id=rebuild_id)
+    check_columns_used([read], columns)
+    for reading in readings(read).values():
+        for line in reading.notes:
+            logger.info("%s", line)
+    return read.datasets
+
+
+def read_records(
+    path: str | Source, *, columns: Columns | None = None, cache_dir: str | None = None, rebuild_id: str | None = None
+) -> CachedData:
+    """Return the records of load_records with their readings, without a word in the log."""
     source = open_source(path) if isinstance(path, str) else path
 
-    def build(folder: Path) -> list[str]:
-        notes: list[str] = []
-        for split, tables in source.splits.items():
-            write_records(folder / f"{split}.arrow", tables, source.named, columns, notes)
-        return notes
+    def build(folder: Path) -> dict[str, Any]:
+        return {
+            split: asdict(write_records(folder / f"{split}.arrow", tables, source.named, columns))
+            for split, tables in source.splits.items()
+        }
 
-    content = record_content(source, columns)
-    found = cached("records", content, tuple(source.splits), build, cache_dir, rebuild_id)
-    for note in found.report:
-        logger.info("%s", note)
-    return found.datasets
+    return cached("records", record_content(source, columns), tuple(source.splits), build, cache_dir, rebuild_id)
+
+
+def readings(read: CachedData) -> dict[str, Reading]:
+    """Return the reading of each split."""
+    return {split: Reading(**values) for split, values in read.report.items()}
+
+
+def check_columns_used(read: list[CachedData], columns: Columns | None) -> None:
+    """Raise UserError if no set has the fields of --columns."""
+    if columns and not any(reading.columns_used for one in read for reading in readings(one).values()):
+        given = ",".join("=".join(pair) for pair in columns.items())
+        raise UserError(f"--columns {given}: no data set has these fields; leave the flag out, or correct the names.")
 
 
 def record_content(source: Source, columns: Columns | None) -> list[Any]:
@@ -65,48 +125,51 @@ def record_content(source: Source, columns: Columns | None) -> list[Any]:
     return [*source.content, sorted((columns or {}).items())]
 
 
-def write_records(
-    file: Path, tables: list[Table], named: NamedSet | None, columns: Columns | None, notes: list[str]
-) -> None:
+def write_records(file: Path, tables: list[Table], named: NamedSet | None, columns: Columns | None) -> Reading:
     """Write the records of some tables into one Arrow file. Raise UserError if there is none."""
-    skipped: Counter[str] = Counter()
-    records = chain.from_iterable(table_records(table, named, columns, skipped, notes) for table in tables)
-    written = 0
+    reading = Reading()
+    records = chain.from_iterable(table_records(table, named, columns, reading) for table in tables)
     with arrow_writer(file, FEATURES.arrow_schema) as write:
         while batch := list(islice(records, WRITE_BATCH)):
             write(batch)
-            written += len(batch)
-    left_out = ", ".join(f"{count} with {reason}" for reason, count in skipped.most_common())
+            reading.records += len(batch)
     labels = ", ".join(table.label for table in tables)
-    if not written:
-        raise UserError(f"{labels}: " + (f"no usable record; left out {left_out}." if skipped else "no records in it."))
-    if skipped:
-        notes.append(f"{labels}: {written} records; left out {left_out}")
+    left_out = reading.left_out_words(labels)
+    if not reading.records:
+        raise UserError(
+            f"{labels}: " + (f"no usable record; left out {left_out}." if left_out else "no records in it.")
+        )
+    if left_out:
+        reading.notes.append(f"{labels}: {reading.records} records; left out {left_out}")
+    for words, content in (("texts in fields that are not read", True), ("fields without content, not read", False)):
+        names = [name for name, looks_so in reading.unread.items() if looks_so == content]
+        if names:
+            more = "; --columns says what a field is (docs/en/own-data.md)" if content else ""
+            reading.notes.append(f"{labels}: {words}: {', '.join(names)}{more}")
+    return reading
 
 
-def table_records(
-    table: Table, named: NamedSet | None, columns: Columns | None, skipped: Counter[str], notes: list[str]
-) -> Iterator[Record]:
+def table_records(table: Table, named: NamedSet | None, columns: Columns | None, reading: Reading) -> Iterator[Record]:
     """Yield the records of one table. The first row decides the format, and every later row must have its fields.
 
-    skipped: counts what is left out, by reason. notes: gets a line where the rows are not read as the user asked.
+    reading: counts what is left out and not read.
     """
     form: Format | None = None
     seen: dict[bytes, bool] = {}
-    for location, row in table.read():
+    judged: dict[str, tuple[list[Record], list[Record]]] = {}
+    for location, raw in table.read():
         location = f"{table.label}, {location}"
-        form = form or row_format(row, named, columns, location, notes)
-        for field in form.needed:
-            if field_of(row, field) is None:
-                present = ", ".join(name for name, value in row.items() if value is not None) or "nothing"
-                raise UserError(
-                    f'{location}: no field "{field}" (found: {present}). Give every record one, as the first record '
-                    "has, or put records of another kind into a file of their own."
-                )
+        if form is None:
+            form, mapping = row_format(raw, named, columns, location, reading)
+            reading.form = reading.form or form.set_name or ", ".join(form.needed)
+            reading.example = reading.example or suggested_columns(raw)
+        row = raw if form.set_name else renamed(raw, mapping)
+        check_needed(form, row, raw, mapping, location)
         try:
-            records = form.convert(row)
+            check_media(raw)
+            results = form.convert(row)
         except Skip as reason:
-            skipped[str(reason)] += 1
+            reading.leave_out(str(reason), reason.answers, location)
             continue
         except BadRecord as error:
             raise UserError(f"{location}: {error}.") from error
@@ -114,13 +177,50 @@ def table_records(
             if not form.set_name:
                 raise
             raise UserError(f"{location}: not of the form of {form.set_name} ({error!r}).") from error
+        if not form.set_name:
+            reading.unread |= unread_fields(row, form)
+        records = [one for one in results if not isinstance(one, Skip)]
+        for reason in (one for one in results if isinstance(one, Skip)):
+            reading.leave_out(str(reason), reason.answers, location)
         if form.history:
-            records = without_repeats(records, field_of(row, form.history, MISSING) is not MISSING, seen, skipped)
+            records = list(
+                without_repeats(records, row.get(form.history, MISSING) is not MISSING, seen, reading, location)
+            )
+        good = judgement(form, row)
+        if good is not None and records:
+            sides = judged.setdefault(json.dumps(records[-1]["messages"]), ([], []))
+            sides[not good].append(records.pop())
+        if good is False:
+            reading.leave_out(JUDGED_BAD, len(records) + 1, location)
+            continue
         yield from records
+    yield from paired(judged)
+
+
+def paired(judged: dict[str, tuple[list[Record], list[Record]]]) -> Iterator[Record]:
+    """Yield the answers judged good, each with one to the same question that was judged bad, as long as there are some.
+
+    They are held until the whole table is read: the two need not be neighbours.
+    """
+    for good, bad in judged.values():
+        worse = iter(bad)
+        for record in good:
+            yield record | {"rejected": next(worse, {"chosen": None})["chosen"]}
+
+
+def check_needed(form: Format, row: Fields, raw: Fields, mapping: Columns, location: str) -> None:
+    """Raise UserError if a row lacks a field of the format."""
+    missing = next((name for name in form.needed if row.get(name) is None), None)
+    if missing is not None:
+        present = ", ".join(name for name, value in raw.items() if value is not None) or "nothing"
+        raise UserError(
+            f'{location}: no field "{mapping.get(missing, missing)}" (found: {present}). Give every record one, as the '
+            "first record has, or put records of another kind into a file of their own."
+        )
 
 
 def without_repeats(
-    records: list[Record], has_history: bool, seen: dict[bytes, bool], skipped: Counter[str]
+    records: list[Record], has_history: bool, seen: dict[bytes, bool], reading: Reading, location: str
 ) -> Iterator[Record]:
     """Yield the turns that were not there before. Equal rows that have no history stay: somebody repeated them on purpose.
 
@@ -132,51 +232,60 @@ def without_repeats(
         before = seen.get(key)
         seen[key] = has_history or before is True
         if before or (has_history and before is not None):
-            skipped[REPEATED] += 1
+            reading.leave_out(REPEATED, 0, location)
         else:
             yield record
 
 
 def row_format(
-    row: Fields, named: NamedSet | None, columns: Columns | None, location: str, notes: list[str]
-) -> Format:
-    """Choose the format by --columns, else the named set, else the fields of the first row. Raise UserError if none fits."""
+    row: Fields, named: NamedSet | None, columns: Columns | None, location: str, reading: Reading
+) -> tuple[Format, Columns]:
+    """Choose the format by --columns, else the named set, else the fields of the first row; also return the columns to use.
+
+    Raise UserError if none fits.
+    """
+    unknown = [ours for ours in columns or () if ours not in OUR_NAMES]
+    if unknown:
+        raise UserError(f"--columns {unknown[0]}=…: no such name of ours; use {', '.join(OUR_NAMES)}.")
     missing = [theirs for theirs in (columns or {}).values() if field_of(row, theirs, MISSING) is MISSING]
     if columns and not missing:
-        return mapped_format(columns)
-    found = recognise(row)
+        reading.columns_used = True
+        return mapped_format(row, columns), columns
+    found = recognise(with_our_names(row))
     ruled = named is not None and named.rule is not None
     if columns and (len(missing) < len(columns) or not (found or ruled)):
         raise UserError(f'{location}: --columns names "{missing[0]}", which is not there (found: {", ".join(row)}).')
     if columns:
-        notes.append(f"{location}: without the fields of --columns, so read by its own fields")
+        reading.notes.append(f"{location}: without the fields of --columns, so read by its own fields")
     if ruled and all(field in row for field in named.fields):
-        return Format((), named.rule, set_name=named.names[0])
+        return Format((), named.rule, set_name=named.names[0]), {}
     if ruled:
         wanted = ", ".join(named.fields)
-        notes.append(f"{location}: without the fields of {named.names[0]} ({wanted}), so read by its own")
+        reading.notes.append(f"{location}: without the fields of {named.names[0]} ({wanted}), so read by its own")
     if found is None:
         raise UserError(f"{location}: {unknown_fields(row)}")
-    return found
+    return found, {}
 
 
-def mapped_format(columns: Columns) -> Format:
-    """Return the format that the fields of --columns make under our names. Raise UserError if they make none."""
-    unknown = [ours for ours in columns if ours not in OUR_NAMES]
-    if unknown:
-        raise UserError(f"--columns {unknown[0]}=…: no such name of ours; use {', '.join(OUR_NAMES)}.")
-    found = recognise(columns)
+def mapped_format(row: Fields, columns: Columns) -> Format:
+    """Return the format that the fields of --columns make together with the others. Raise UserError if they make none."""
+    found = recognise(renamed(row, columns), mapped=set(columns))
     if found is None:
         given = ",".join("=".join(pair) for pair in columns.items())
         raise UserError(
             f"--columns {given}: these do not make a record; map at least prompt and response, or prompt, chosen and "
             "rejected, or messages, or prompt alone."
         )
-    return Format(
-        needed=tuple(columns[name] for name in found.needed),
-        convert=lambda row: found.convert({ours: field_of(row, theirs) for ours, theirs in columns.items()}),
-        history=columns.get(found.history, ""),
-    )
+    return found
+
+
+def renamed(row: Fields, columns: Columns) -> Fields:
+    """Return a row under our names: what --columns maps, and the other fields that are known."""
+    if not columns:
+        return with_our_names(row)
+    mapped = {theirs.split(".")[0] if theirs not in row else theirs for theirs in columns.values()}
+    others = with_our_names({name: value for name, value in row.items() if name not in mapped})
+    return others | {ours: field_of(row, theirs) for ours, theirs in columns.items()}
 
 
 def field_of(row: Fields, name: str, default: Any = None) -> Any:
@@ -209,5 +318,5 @@ def unknown_fields(row: Fields) -> str:
     return (
         f"the fields {fields} are no known format (prompt/chosen/rejected, prompt/response, messages, "
         "conversations, instruction/output, content/summary, prompt); say which is which, for example "
-        "--columns prompt=question,response=answer (docs/en/own-data.md)."
+        f"--columns {suggested_columns(row)} (docs/en/own-data.md)."
     )

@@ -16,6 +16,7 @@ import pyarrow
 
 from errors import UserError
 from models.templates import Template
+from models.tool_calls import check_tools, encode_tool_dialogue
 from training.utils.data.formats import Record
 
 logger = logging.getLogger("sanbu")
@@ -39,6 +40,7 @@ SCHEMAS = {
     ),
     3: pyarrow.schema({"prompt_ids": TOKENS, "length": COUNT}),
 }
+ANSWERS = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}  # the answers that a step needs
 BATCH = 500  # records tokenised at once: enough for the tokenizer's threads, few enough to keep memory flat
 SPLITS = ("train", "eval")
 # Reasons for dropping a record, as the report gives them.
@@ -88,15 +90,26 @@ class Encoding:
     limits: Limits
 
 
+@dataclass(frozen=True)
+class Example:
+    """A record with the tokens of its prompt and of the answers that the step needs."""
+
+    record: Record
+    prompt: list[int]
+    answers: list[list[int]]
+
+
 def tokenise(records: list[Record], encoding: Encoding, counts: Counts) -> list[Row]:
     """Return rows (SCHEMAS) of a batch of records, fewer where some are dropped; they are added to counts."""
+    if any(record["calls"] for record in records):
+        check_tools(encoding.tokenizer, encoding.template)
     if encoding.phase != 3:
         records = drop(records, lambda record: not record["chosen"], NO_ANSWER, counts)
     if encoding.phase == 2:
         records = drop(records, lambda record: record["rejected"] is None, NO_REJECTED, counts)
         records = drop(records, lambda record: record["chosen"] == record["rejected"], SAME, counts)
-    records, prompts = encode_prompts(records, encoding, counts)
-    rows = {1: answer_rows, 2: pair_rows, 3: prompt_rows}[encoding.phase](records, prompts, encoding, counts)
+    examples = encode_records(records, encoding, counts)
+    rows = {1: answer_rows, 2: pair_rows, 3: prompt_rows}[encoding.phase](examples, encoding, counts)
     counts.kept += len(rows)
     counts.tokens += sum(row["length"] for row in rows)
     return rows
@@ -110,56 +123,68 @@ def drop(records: list[Record], unfit: Callable[[Record], bool], reason: str, co
     return fit
 
 
-def encode_prompts(
-    records: list[Record], encoding: Encoding, counts: Counts
-) -> tuple[list[Record], list[list[int]]]:
-    """Return the records whose dialogue the template takes, and the tokens of their prompts."""
+def encode_records(records: list[Record], encoding: Encoding, counts: Counts) -> list[Example]:
+    """Return the records whose dialogue the template takes, with the tokens of their prompts and answers."""
     template, tokenizer = encoding.template, encoding.tokenizer
+    fields = ANSWERS[encoding.phase]
+    plain = [record for record in records if not record["calls"]]
+    examples, rest = [], [record for record in records if record["calls"]]
     try:
-        return records, template.encode_prompts(tokenizer, [record["messages"] for record in records])
+        prompts = template.encode_prompts(tokenizer, [record["messages"] for record in plain])
+        answers = [template.encode_answers(tokenizer, [record[field] for record in plain]) for field in fields]
+        pairs = zip(*answers, strict=True) if answers else [()] * len(plain)
+        examples = [Example(*one) for one in zip(plain, prompts, map(list, pairs), strict=True)]
     except UserError:  # the chat template refuses at least one, for instance for its roles: ask one by one
-        kept, prompts = [], []
-        for record in records:
-            try:
-                prompts.append(template.encode_prompt(tokenizer, record["messages"]))
-                kept.append(record)
-            except UserError as error:
-                if not counts.dropped[REFUSED]:
-                    logger.warning("%s The record is left out; more of the kind are only counted.", error)
-                counts.dropped[REFUSED] += 1
-        return kept, prompts
+        rest = records
+    for record in rest:
+        try:
+            examples.append(Example(record, *encode_one(record, encoding, fields)))
+        except UserError as error:
+            if not counts.dropped[REFUSED]:
+                logger.warning("%s The record is left out; more of the kind are only counted.", error)
+            counts.dropped[REFUSED] += 1
+    return examples
 
 
-def answer_rows(records: list[Record], prompts: list[list[int]], encoding: Encoding, counts: Counts) -> list[Row]:
+def encode_one(record: Record, encoding: Encoding, fields: tuple[str, ...]) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens of a record's prompt and answers. Raise UserError if the template refuses them."""
+    template, tokenizer = encoding.template, encoding.tokenizer
+    if record["calls"]:
+        calls = json.loads(record["calls"])
+        answers = [calls[field] for field in fields]
+        return encode_tool_dialogue(tokenizer, template, calls["messages"], answers, calls["tools"])
+    prompt = template.encode_prompt(tokenizer, record["messages"])
+    return prompt, [template.encode_answer(tokenizer, record[field]) for field in fields]
+
+
+def answer_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> list[Row]:
     """Return rows of step 1."""
-    answers = encoding.template.encode_answers(encoding.tokenizer, [record["chosen"] for record in records])
     rows = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        prompt, answer = fit(prompt, [answer], encoding.limits, encoding.template, counts)
+    for example in examples:
+        prompt, answer = fit(example.prompt, example.answers, encoding.limits, encoding.template, counts)
         ids = prompt + answer
         rows.append({"input_ids": ids, "prompt_length": len(prompt), "length": len(ids)})
     return rows
 
 
-def pair_rows(records: list[Record], prompts: list[list[int]], encoding: Encoding, counts: Counts) -> list[Row]:
+def pair_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> list[Row]:
     """Return rows of step 2. Both answers follow the same prompt, which is cut for the longer of them."""
-    template, tokenizer = encoding.template, encoding.tokenizer
-    chosen = template.encode_answers(tokenizer, [record["chosen"] for record in records])
-    rejected = template.encode_answers(tokenizer, [record["rejected"] for record in records])
     rows = []
-    for record, prompt, *pair in zip(records, prompts, chosen, rejected, strict=True):
-        prompt, good, bad = fit(prompt, pair, encoding.limits, template, counts)
+    for example in examples:
+        prompt, good, bad = fit(example.prompt, example.answers, encoding.limits, encoding.template, counts)
         if good == bad:
-            counts.dropped[SAME if pair[0] == pair[1] else SAME_CUT] += 1
+            counts.dropped[SAME if example.answers[0] == example.answers[1] else SAME_CUT] += 1
             continue
         lengths = len(prompt) + len(good), len(prompt) + len(bad)
         row = {"chosen_ids": prompt + good, "rejected_ids": prompt + bad, "prompt_length": len(prompt)}
-        rows.append(row | {"margin": record["margin"], "length": sum(lengths), "padded_length": 2 * max(lengths)})
+        margin = example.record["margin"]
+        rows.append(row | {"margin": margin, "length": sum(lengths), "padded_length": 2 * max(lengths)})
     return rows
 
 
-def prompt_rows(records: list[Record], prompts: list[list[int]], encoding: Encoding, counts: Counts) -> list[Row]:
+def prompt_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> list[Row]:
     """Return rows of step 3. A prompt that is too long is dropped: cut, it would be another question."""
+    prompts = [example.prompt for example in examples]
     rows = [{"prompt_ids": ids, "length": len(ids)} for ids in prompts if len(ids) <= encoding.limits.max_seq_len]
     if len(rows) < len(prompts):
         counts.dropped[TOO_LONG] += len(prompts) - len(rows)

@@ -17,7 +17,7 @@ def turns(*contents: str) -> list[dict[str, str]]:
 
 
 def rec(messages: list[dict[str, str]], chosen: str, rejected: str | None = None, margin: float | None = None) -> dict:
-    return {"messages": messages, "chosen": chosen, "rejected": rejected, "margin": margin}
+    return {"messages": messages, "chosen": chosen, "rejected": rejected, "margin": margin, "calls": None}
 
 
 def write_lines(path: Path, rows: list) -> Path:

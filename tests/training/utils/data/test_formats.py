@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from tests.training.utils.data.rows import HH, HH_TURNS, rec, turns, write_lines
 from training.utils.data import named_sets
-from training.utils.data.formats import OUR_NAMES, split_turns
+from training.utils.data.formats import OUR_NAMES
 from training.utils.data.named_sets import NAMED_SETS
+from training.utils.data.turns import split_turns
 
 pytestmark = pytest.mark.fast
 
@@ -205,7 +206,7 @@ def test_examples_of_the_docs_load(name, load, tmp_path, repository):
     """Every two-line example is read, and every named set and name for --columns is listed."""
     page = (repository / "docs" / name).read_text(encoding="utf-8")
     examples = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
-    assert len(examples) == 11
+    assert len(examples) == 13
     for number, example in enumerate(examples):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(example, encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 
 from errors import UserError
 from tests.training.utils.data.rows import PAIR_RECORDS, PAIRS, rec, turns, write_lines
-from training.utils.data.records import load_records
+from training.utils.data.records import check_columns_used, load_records, read_records, readings
 
 GOOD = json.dumps(PAIRS[1])
 
@@ -28,11 +28,16 @@ def test_columns(load, tmp_path):
 
 
 @pytest.mark.fast
-def test_columns_leave_sets_without_these_fields_alone(load, tmp_path, caplog):
-    caplog.set_level("INFO")
-    path = write_lines(tmp_path / "a.jsonl", PAIRS)
-    assert load(path, columns={"prompt": "question", "response": "answer"}) == {"train": PAIR_RECORDS}
-    assert "without the fields of --columns" in caplog.text
+def test_columns_leave_sets_without_these_fields_alone(load, tmp_path):
+    """Unless no set has them."""
+    path, columns = write_lines(tmp_path / "a.jsonl", PAIRS), {"prompt": "question", "response": "answer"}
+    read = read_records(str(path), columns=columns)
+    assert read.train.to_list() == PAIR_RECORDS
+    assert "without the fields of --columns" in readings(read)["train"].notes[0]
+    other = write_lines(tmp_path / "b.jsonl", [{"question": "Q", "answer": "A"}])
+    check_columns_used([read, read_records(str(other), columns=columns)], columns)
+    with pytest.raises(UserError, match="no data set has these fields"):
+        load(path, columns=columns)
 
 
 WRONG_COLUMNS = [
@@ -63,7 +68,7 @@ BAD = {
     "only_chosen.jsonl": ('{"chosen": "q"}\n', 'no field "prompt" or "rejected"'),
     "no_dialogue.jsonl": ('{"chosen": "a", "rejected": "b"}\n', '"prompt", and "chosen" is not a whole dialogue'),
     "type.jsonl": ('{"prompt": 5, "response": "b"}\n', 'line 1: field "prompt" is a int, expected a text'),
-    "role.jsonl": ('{"messages": [{"role": "tool", "content": "x"}]}\n', "line 1: .* the role 'tool', expected one of"),
+    "role.jsonl": ('{"messages": [{"role": "critic", "content": "x"}]}\n', "line 1: .* the role 'critic', expected one of"),
     "odd_role.jsonl": ('{"messages": [{"role": ["user"], "content": "Q"}]}\n', r"has the role \['user'\]"),
     "string.jsonl": ('{"messages": "hello"}\n', 'field "messages" is a str, expected a list'),
     "history.jsonl": ('{"prompt": "a", "response": "b", "history": [["x"]]}\n', "not a pair .question, answer"),

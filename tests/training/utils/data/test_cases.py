@@ -1,0 +1,303 @@
+"""Records as people have them are read for what they mean: the files of ../shared/cases, and the same kinds in small rows."""
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from errors import UserError
+from tests.training.utils.data.rows import rec, run, turns, write_lines
+from training.utils.data.records import read_records, readings
+
+pytestmark = pytest.mark.fast
+
+PERU, CHILE = rec(turns("Capital of Peru?"), "Lima."), rec(turns("Capital of Chile?"), "Santiago.")
+FRUIT = turns("system: One word.", "Name a fruit.", "Pear.", "And its colour?")
+SKY = turns("system: One word.", "Colour of grass?", "Green.")
+# Of a file of ../shared/cases/read: its records, and words of the note about what is left out.
+CASES = {
+    "labels_good_bad": (
+        [rec(turns("How do I greet a guest?"), "Say welcome, and offer a chair.", "Shout at him.")],
+        "2 with an answer judged bad",
+    ),
+    "pair_text_prompt_dialogues": ([rec(FRUIT, "Green.", "Seven.")], ""),
+    "query_response_history_system": (
+        [rec(SKY[:2], "Green."), rec([*SKY, *turns("And the sky?")], "Blue.")],
+        "",
+    ),
+    "answer_list_with_scores": ([rec(turns("Say hello."), "Hello!", "Go away.")], ""),
+    "content_parts": ([rec(turns("2+2?"), "4."), rec(turns("2+2?", "4.", "3+3?"), "6.")], ""),
+    "turns_not_to_learn": (
+        [
+            rec(turns("Draft?", "A bad draft.", "Better?"), "A good one."),
+            rec(turns("Draft?", "Bad.", "Better?"), "Good."),
+        ],
+        "2 with an answer marked not to learn",
+    ),
+    "role_marks": ([rec(turns("Capital of Peru?"), "Lima.", "Rome.")], ""),
+    "pairs_other_names": (
+        [rec(turns("Capital of Peru?"), "")],
+        "texts in fields that are not read: pos_resp, neg_resp",
+    ),
+    "conversation_pairs": (
+        [PERU, rec(turns("Capital of Peru?", "Lima.", "And of Chile?"), "Santiago.")],
+        "",
+    ),
+    "list_of_messages_a_line": ([PERU, CHILE], ""),
+    "indented_answer": ([rec(turns("Body of f, which returns x:"), "    return x\n")], ""),
+}
+
+
+def read(path: Path, **arguments):
+    """The training records of a file and its notes as one text."""
+    found = read_records(str(path), **arguments)
+    return found.train.to_list(), " ".join(readings(found)["train"].notes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name, shared_dir):
+    file = shared_dir / "cases/read" / f"{name}.jsonl"
+    if not file.is_file():
+        pytest.skip("../shared/cases is not there")
+    expected, note = CASES[name]
+    records, notes = read(file)
+    assert records == expected
+    assert note in notes and bool(note) == bool(notes), notes
+
+
+def one(*contents, role="role", content="content"):
+    """Turns under other names."""
+    return [{role: turn["role"], content: turn["content"]} for turn in turns(*contents)]
+
+
+WHOLE = {"chosen": turns("Q1", "A1", "Q2", "A"), "rejected": turns("Q1", "A1", "Q2", "B")}
+TWO = rec(turns("Q1", "A1", "Q2"), "A", "B")
+UNLEARNED = "1 with an answer marked not to learn"
+ROWS = {
+    # pairs as whole dialogues beside a prompt
+    "the first question": ([{"prompt": "Q1", **WHOLE}], [TWO], ""),
+    "the last question": ([{"prompt": "Q2", **WHOLE}], [TWO], ""),
+    "the prompt and a system text": (
+        [{"prompt": "Q1", "system": "S", **WHOLE}],
+        [rec(turns("system: S", "Q1", "A1", "Q2"), "A", "B")],
+        "",
+    ),
+    "an instruction": ([{"instruction": "Q1", **WHOLE}], [TWO], ""),
+    "ultrafeedback": ([{"prompt": "Q1", "messages": WHOLE["chosen"], **WHOLE}], [TWO], ""),
+    "messages and rejected": ([{"messages": WHOLE["chosen"], "rejected_response": "B"}], [TWO], ""),
+    "one whole, one alone": ([{"prompt": "Q1", "chosen": WHOLE["chosen"], "rejected": "B"}], [TWO], ""),
+    "turns behind the prompt": (
+        [{"prompt": "Q1", "chosen": WHOLE["chosen"][1:], "rejected": WHOLE["rejected"][1:]}],
+        [TWO],
+        "",
+    ),
+    "a response of messages": (
+        [{"prompt": "Q1", "response": turns("Q1", "A1", "Q2", "A2")}],
+        [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")],
+        "",
+    ),
+    "pairs that differ before": (
+        [
+            {"prompt": "Q1", **WHOLE},
+            {"prompt": "Q1", "chosen": WHOLE["chosen"], "rejected": turns("Q1", "X", "Q2", "B")},
+        ],
+        [TWO],
+        "1 with two dialogues that differ before the last answer (first: line 2)",
+    ),
+    "another prompt": (
+        [{"prompt": "Q1", **WHOLE}, {"prompt": "Who?", **WHOLE}],
+        [TWO],
+        "1 with a prompt that is not in the dialogue",
+    ),
+    # labels and scores
+    "labels 1 and 0": (
+        [{"prompt": "Q", "completion": f"A{n}", "label": n % 2} for n in range(4)]
+        + [{"prompt": "Q", "completion": "A5", "label": True}],
+        [rec(turns("Q"), "A1", "A0"), rec(turns("Q"), "A3", "A2"), rec(turns("Q"), "A5")],
+        "2 with an answer judged bad",
+    ),
+    "labels that judge nothing": (
+        [{"messages": turns("Q", "A"), "label": "math"}],
+        [rec(turns("Q"), "A")],
+        "not read: label",
+    ),
+    "a dialogue judged bad": (
+        [{"messages": turns("Q", "A"), "label": None}, {"messages": turns("Q", "A", "R", "B"), "label": "false"}],
+        [rec(turns("Q"), "A")],
+        "1 with an answer judged bad (2 answers; first: line 2)",
+    ),
+    "scores": (
+        [{"instruction": "Q", "input": "", "output": ["a", "b", "c"], "scores": [2, 3.5, 1]}],
+        [rec(turns("Q"), "b", "c")],
+        "1 with a rank between the best and the worst",
+    ),
+    "equal scores": (
+        [{"prompt": "Q", "response": ["a"], "reward": [1]}, {"prompt": "Q", "response": ["a", "b"], "reward": [1, 1]}],
+        [rec(turns("Q"), "a")],
+        "1 with answers with the same score (2 answers",
+    ),
+    # turns that are not learned, or no text
+    "masked": (
+        [{"messages": [*turns("Q"), {"role": "assistant", "content": "X", "masked": True}, *turns("R", "A")]}],
+        [rec(turns("Q", "X", "R"), "A")],
+        UNLEARNED,
+    ),
+    "train": (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "Q"},
+                    {"from": "gpt", "value": "X", "train": False},
+                    {"from": "human", "value": "R"},
+                    {"from": "gpt", "value": "A", "train": True},
+                ]
+            }
+        ],
+        [rec(turns("Q", "X", "R"), "A")],
+        UNLEARNED,
+    ),
+    "an image": (
+        [
+            {"messages": turns("Q", "A")},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+                    *turns("Q", "A", "R", "B")[1:],
+                ]
+            },
+        ],
+        [rec(turns("Q"), "A")],
+        "1 with a part of a message that is no text (image_url) (2 answers; first: line 2)",
+    ),
+    "an image beside": (
+        [{"messages": turns("Q", "A"), "images": []}, {"messages": turns("Q", "A"), "images": ["x.png"]}],
+        [rec(turns("Q"), "A")],
+        'no text (field "images")',
+    ),
+    "a greeting and a last question": (
+        [{"messages": [{"role": "assistant", "content": "Welcome"}, *turns("Q", "A", "R")]}],
+        [rec(turns("Q"), "A")],
+        "1 with an answer before the first question (first: line 1), 1 with a last question without an answer (first: line 1)",
+    ),
+    "an empty turn": (
+        [{"messages": turns("Q", "A")}, {"messages": turns("Q", "A", "", "B", "R", "C")}],
+        [rec(turns("Q"), "A")],
+        "1 with an empty turn (3 answers; first: line 2)",
+    ),
+    # names
+    "Chinese marks": (
+        [{"prompt": "[Round 0]\n问：甲\n答：乙\n[Round 1]\n问：丙\n答：", "response": "丁"}],
+        [rec(turns("甲", "乙", "丙"), "丁")],
+        "",
+    ),
+    "Human and AI": (
+        [{"prompt": "Human: Hi\nAI: Yo\nHuman: Who?\nAI:", "chosen": " A", "rejected": " B"}],
+        [rec(turns("Hi", "Yo", "Who?"), "A", "B")],
+        "",
+    ),
+    "问题 and 回答": ([{"问题": "甲", "回答": "乙"}], [rec(turns("甲"), "乙")], ""),
+    "指令, 输入 and 输出": (
+        [{"指令": "甲", "输入": "乙", "输出": "丙", "历史": [["丁", "戊"]]}],
+        [rec(turns("丁"), "戊"), rec(turns("丁", "戊", "甲\n乙"), "丙")],
+        "",
+    ),
+    "input and output in a list": (
+        [{"conversation": [{"system": "S", "input": "Q", "output": "A"}]}],
+        [rec(turns("system: S", "Q"), "A")],
+        "",
+    ),
+    "developer": (
+        [{"messages": [{"role": "developer", "content": "S"}, *turns("Q", "A")]}],
+        [rec(turns("system: S", "Q"), "A")],
+        "",
+    ),
+    # fields that are not read
+    "no content": (
+        [{"prompt": "Q", "response": "A", "id": "7", "source": "web"}],
+        [rec(turns("Q"), "A")],
+        "fields without content, not read: id, source",
+    ),
+    "content": (
+        [{"prompt": "Q", "response": "A", "thought": "T"}],
+        [rec(turns("Q"), "A")],
+        "texts in fields that are not read: thought; --columns",
+    ),
+    "content in a message": (
+        [{"messages": [*turns("Q"), {"role": "assistant", "content": "A", "reasoning_content": "T"}]}],
+        [rec(turns("Q"), "A")],
+        "texts in fields that are not read: messages.reasoning_content",
+    ),
+    "white space of answers": (
+        [{"prompt": "Q", "response": "  x\n", "history": [["P", " y "]]}],
+        [rec(turns("P"), " y "), rec(turns("P", " y ", "Q"), "  x\n")],
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name, tmp_path):
+    rows, expected, note = ROWS[name]
+    records, notes = read(write_lines(tmp_path / "a.jsonl", rows))
+    assert records == expected
+    assert note in notes and bool(note) == bool(notes), notes
+
+
+REFUSED = {
+    "scores missing": ({"prompt": "Q", "response": ["a", "b"]}, "a list of 2 texts and nothing says which is better"),
+    "scores of another number": ({"prompt": "Q", "response": ["a", "b"], "score": [1]}, "1 numbers for the 2 answers"),
+    "half a weight": (
+        {"messages": [*turns("Q"), {"role": "assistant", "content": "A", "weight": 0.5}]},
+        '"weight" 0.5, expected true',
+    ),
+    "parts of a turn": (
+        {"messages": [*turns("Q"), {"role": "assistant", "content": "A", "train_detail": [1]}]},
+        "only whole turns",
+    ),
+    "a call without a name": (
+        {"messages": [*turns("Q"), {"role": "function_call", "content": '{"x": 1}'}]},
+        "a call that is not of the form",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, tmp_path):
+    row, message = REFUSED[name]
+    with pytest.raises(UserError, match=f"line 1: .*{message}"):
+        read(write_lines(tmp_path / "a.jsonl", [row]))
+
+
+def test_columns_leave_the_other_known_fields(tmp_path):
+    row = {"q": "And?", "response": "Red.", "history": [["Colour?", "Blue."]], "system": "S"}
+    records, notes = read(write_lines(tmp_path / "a.jsonl", [row]), columns={"prompt": "q"})
+    before = turns("system: S", "Colour?", "Blue.")
+    assert records == [rec(before[:2], "Blue."), rec([*before, *turns("And?")], "Red.")] and not notes
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_prompts_beside_texts_that_are_not_understood(phase, tmp_path, llama):
+    """Steps 1 and 2 name the fields and the --columns that read them; step 3 takes the prompts."""
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": f"Q{n}", "neg_resp": "B", "pos_resp": "A"} for n in range(3)])
+    if phase == 3:
+        assert len(run(path, 3, llama).train) == 3
+        return
+    message = r"the fields neg_resp, pos_resp .*--columns chosen=pos_resp,rejected=neg_resp"
+    with pytest.raises(UserError, match=message):
+        run(path, phase, llama)
+    columns = {"chosen": "pos_resp", "rejected": "neg_resp"}
+    assert read(path, columns=columns)[0][0] == rec(turns("Q0"), "A", "B")
+    assert len(run(path, phase, llama, column_map=columns).train) == 3
+
+
+def test_labelled_answers_in_the_steps(tmp_path, llama):
+    rows = [{"messages": turns("Q", "A"), "label": True}, {"messages": turns("Q", "B"), "label": False}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    assert len(run(path, 1, llama).train) == len(run(path, 2, llama).train) == 1
+
+
+def test_a_text_that_became_a_time(tmp_path):
+    Dataset.from_dict({"prompt": ["When?"], "response": [datetime(2020, 1, 1)]}).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(UserError, match=r"\"response\" is a datetime and no longer the text it was.*original file"):
+        read(tmp_path / "set")
