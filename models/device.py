@@ -57,20 +57,17 @@ def detect_platform() -> Platform:
         raise UserError(
             f"DS_ACCELERATOR={wanted} is not supported; set it to one of {', '.join(PLATFORMS)}, or leave it unset."
         )
-    hip = torch.version.hip is not None
-    if wanted == "cpu":
-        platform = PLATFORMS["cpu"]
-    elif wanted in ("", "npu") and not hip and _npu_answers():
-        platform = PLATFORMS["npu"]
+    hip, name = torch.version.hip is not None, "cpu"
+    if wanted in ("", "npu") and not hip and _npu_answers():
+        name = "npu"
     elif wanted in ("", "cuda", "dcu") and _cuda_answers():
-        platform = PLATFORMS["dcu" if hip else "cuda"]
-    elif wanted:
+        name = "dcu" if hip else "cuda"
+    elif wanted not in ("", "cpu"):
         raise UserError(
             f"DS_ACCELERATOR={wanted}, but torch {torch.__version__} finds no such device; check the driver and the "
             "visible devices, install the torch build for it, or set DS_ACCELERATOR=cpu."
         )
-    else:
-        platform = PLATFORMS["cpu"]
+    platform = PLATFORMS[name]
     os.environ["DS_ACCELERATOR"] = platform.torch_device
     return platform
 
@@ -197,9 +194,7 @@ def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
     """--dtype fp32 | fp16 | bf16 | auto -> torch.dtype. UserError if this device cannot train in it."""
     if name not in (*DTYPES, "auto"):
         raise UserError(f"--dtype {name} is unknown; choose fp32, fp16, bf16 or auto.")
-    index = int(
-        os.environ.get("LOCAL_RANK", "0")
-    )  # probe one's own card: a probe on card 0 would cost it memory for every process
+    index = int(os.environ.get("LOCAL_RANK", "0"))  # one's own card: a probe on card 0 would cost it memory for every process
     if platform.name == "npu":
         _take_card(platform, index)  # and its compile mode, which the probe's operators must find
     chip = chip_name(platform, index)
@@ -232,26 +227,24 @@ def attention_implementation(choice: str, platform: Platform) -> str:
     """--attention auto | eager | sdpa | flash_attention_2 -> the name transformers uses. auto: eager on dcu and on the
     NPU, else sdpa. UserError for what the device or the installation does not have.
     """
-    choices = ("eager", "sdpa", "flash_attention_2")
-    if choice == "auto":
-        if platform.name not in SDPA_TROUBLE:
-            return "sdpa"
-        logger.info("Attention: eager, because %s.", SDPA_TROUBLE[platform.name])
-        return "eager"
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    if choice == "sdpa" and platform.name == "dcu" and "bf16" not in chip_dtypes(chip_name(platform, index)):
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        logger.info("Attention: sdpa in plain operators, because its flash kernels do not serve this chip.")
-    if choice == "flash_attention_2" and "bf16" not in chip_dtypes(chip_name(platform, index)):
-        raise UserError(
-            f"attention flash_attention_2 has no kernels for this device ({platform.name}, {chip_name(platform, index)}); use "
-            "auto."
-        )
+    choices = ("auto", "eager", "sdpa", "flash_attention_2")
     if choice not in choices:
-        raise UserError(f"attention {choice} is unknown; choose auto, {', '.join(choices)}.")
-    if choice == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError("attention flash_attention_2 needs the package flash_attn, which is not installed; use sdpa.")
+        raise UserError(f"attention {choice} is unknown; choose {', '.join(choices)}.")
+    if choice == "auto":
+        choice = "eager" if platform.name in SDPA_TROUBLE else "sdpa"
+        if choice == "eager":
+            logger.info("Attention: eager, because %s.", SDPA_TROUBLE[platform.name])
+    elif choice == "flash_attention_2" or (choice == "sdpa" and platform.name == "dcu"):
+        chip = chip_name(platform, int(os.environ.get("LOCAL_RANK", "0")))
+        has_kernels = "bf16" in chip_dtypes(chip)
+        if choice == "sdpa" and not has_kernels:
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
+            logger.info("Attention: sdpa in plain operators, because its flash kernels do not serve this chip.")
+        elif choice == "flash_attention_2" and not has_kernels:
+            raise UserError(f"attention {choice} has no kernels for this device ({platform.name}, {chip}); use auto.")
+        elif choice == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise UserError(f"attention {choice} needs the package flash_attn, which is not installed; use sdpa.")
     return choice
 
 
@@ -280,8 +273,7 @@ def overflow_flag() -> bool:
     return bool(torch.npu.get_npu_overflow_flag())
 
 
-# --- memory, streams, random numbers of the current device
-# --------------------------------------------------------------
+# --- memory, streams, random numbers of the current device --------------------------------------------------------------
 
 
 def peak_memory_gb() -> float:

@@ -7,14 +7,18 @@ whole only there.
 from __future__ import annotations
 
 import inspect
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
 
 from models.zero3 import gathered
+
+if TYPE_CHECKING:  # transformers' networks take seconds to import
+    from transformers import Cache
 
 # Logits held at a time: 2^25 float32 values are 128 MiB. Smaller chunks save memory that nobody misses and add up more partial
 # gradients of the output matrix in the model's dtype.
@@ -50,9 +54,8 @@ class TokenLogProbs(nn.Module):
         n = input_ids.shape[1] - 1 if keep is None else keep
         if not 0 < n < input_ids.shape[1]:
             raise ValueError(f"keep={keep} of {input_ids.shape[1]} tokens: the first token has no past")
-        hidden = last_hidden_state(self.model, input_ids, attention_mask)[
-            :, -n - 1 : -1
-        ]  # the state before a token predicts it
+        # the state before a token predicts it
+        hidden = last_hidden_state(self.model, input_ids, attention_mask)[:, -n - 1 : -1]
         targets = input_ids[:, -n:]
         self.project.use(base_model(self.model).get_output_embeddings())
         if target_mask is None:
@@ -99,19 +102,10 @@ class _TokenProjection(_BorrowedWeight):
         rows = max(1, self.chunk_logits // weight.shape[0])
         if hidden.shape[0] <= rows:  # one chunk: keeping its logits costs what computing them again would
             return chunk_log_probs(hidden, targets, weight, bias, temperature, with_entropy)
+        compute = partial(checkpoint, chunk_log_probs, use_reentrant=False, preserve_rng_state=False)
         chunks = [
-            checkpoint(
-                chunk_log_probs,
-                h,
-                t,
-                weight,
-                bias,
-                temperature,
-                with_entropy,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+            compute(states, tokens, weight, bias, temperature, with_entropy)
+            for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
@@ -165,11 +159,11 @@ class _ScoreProjection(_BorrowedWeight):
         return F.linear(hidden.float(), self.layer.weight.float(), None if bias is None else bias.float()).squeeze(-1)
 
 
-def last_token_scores(scores: Tensor, attention_mask: Tensor) -> Tensor:
-    """scores, attention_mask: [batch, time] -> [batch], the score at the last real token, padded left or right."""
-    positions = torch.arange(scores.shape[1], device=scores.device)
+def at_last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
+    """Take the values of each row at its last real token, padded left or right: [batch, time, ...] -> [batch, ...]."""
+    positions = torch.arange(values.shape[1], device=values.device)
     last = positions.masked_fill(~attention_mask.bool(), -1).amax(dim=1).clamp(min=0)
-    return scores.gather(1, last[:, None]).squeeze(1)
+    return values[torch.arange(len(values), device=values.device), last]
 
 
 def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -208,12 +208,7 @@ def set_dropout(config: PretrainedConfig, value: float | None) -> None:
     for name, now in config.to_dict().items():
         if "layerdrop" in name:
             setattr(config, name, 0.0)
-        elif (
-            value is not None
-            and re.search(r"drop(out)?$", name)
-            and isinstance(now, (int, float))
-            and not isinstance(now, bool)
-        ):
+        elif value is not None and re.search(r"drop(out)?$", name) and type(now) in (int, float):
             setattr(config, name, float(value))
 
 

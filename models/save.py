@@ -10,17 +10,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from models.adapters.prefix import (
-    PREFIX_FILE,
-)
-from models.adapters.quantization import config_of, model_bits, plain_state_dict
+from models.adapters.prefix import PREFIX_FILE
+from models.adapters.quantization import model_bits, plain_state_dict
 from models.heads import base_model
 
 
@@ -46,22 +39,21 @@ def save_model(
         if not hasattr(network.config, "quantization_bit"):  # only ChatGLM has checkpoints of integers
             state_dict = plain_state_dict(network, state_dict, network.dtype)
     aliases = network.all_tied_weights_keys  # {second name: first name} of tied weights, which are stored once
-    state_dict = {
-        name: (
-            tensor.detach().to("cpu", network.dtype)
-            if tensor.is_floating_point() and not name.endswith(".weight_scale")
-            else tensor.detach().cpu()
-        ).contiguous()
-        for name, tensor in state_dict.items()
-        if aliases.get(name) not in state_dict
-    }
+    integers = any(name.endswith(".weight_scale") for name in state_dict)
+    if hasattr(network.config, "quantization_bit"):  # LoRA over integers is merged into floats
+        network.config.quantization_bit = model_bits(network) if integers else 0
+
+    def stored(name: str, tensor: Tensor) -> Tensor:
+        as_trained = tensor.is_floating_point() and not name.endswith(".weight_scale")
+        return tensor.detach().to("cpu", network.dtype if as_trained else None).contiguous()
+
+    state_dict = {name: stored(name, tensor) for name, tensor in state_dict.items() if aliases.get(name) not in state_dict}
     settle_special_ids(network, tokenizer, template)
     with new_draft(folder) as draft:
         # Newer transformers write in rank 0 only; nodes that share no disk have a process each that calls this.
         network.should_save_on_this_rank = lambda is_main_process: True
         try:
-            with config_of(network.config, state_dict, model_bits(network)):
-                network.save_pretrained(draft, state_dict=dict(state_dict))
+            network.save_pretrained(draft, state_dict=dict(state_dict))
         finally:
             del network.should_save_on_this_rank
         tokenizer.save_pretrained(draft)

@@ -146,32 +146,23 @@ def load_template(folder: str | Path | CheckpointFolder | None, tokenizer: Any) 
         raise UserError(
             f"{file} is damaged ({error}); copy the checkpoint again, or delete the file: the tokenizer then decides."
         ) from error
-    known = len(tokenizer)
+    known, wrong = len(tokenizer), None
     if any(token >= known for token in template.stop_token_ids):
-        raise UserError(
-            f"{file} stops answers at the tokens {list(template.stop_token_ids)}, but the tokenizer beside it knows "
-            f"only {known}; take both from the same checkpoint."
-        )
-    if template.kind != version and (version is not None or template.kind in CHATGLM):
-        raise UserError(
-            f"{file} writes dialogues as {template.kind!r}, and the tokenizer beside it is {version or 'not ChatGLM'}'s; "
-            "take both from the same checkpoint."
-        )
-    if template.kind == "chat_template" and not tokenizer.chat_template:
-        raise UserError(
-            f"{file} asks for the tokenizer's own chat template, and the tokenizer has none; copy chat_template.jinja "
-            "from the same checkpoint."
-        )
+        wrong = f"stops answers at the tokens {list(template.stop_token_ids)}, but the tokenizer beside it knows only {known}"
+    elif template.kind != version and (version is not None or template.kind in CHATGLM):
+        wrong = f"writes dialogues as {template.kind!r}, and the tokenizer beside it is {version or 'not ChatGLM'}'s"
+    elif template.kind == "chat_template" and not tokenizer.chat_template:
+        wrong = "asks for the tokenizer's own chat template (chat_template.jinja), and the tokenizer has none"
+    if wrong:
+        raise UserError(f"{file} {wrong}; take both from the same checkpoint.")
     return template
 
 
 def chatglm_template(tokenizer: Any) -> Template:
     """The form of dialogue of a generation of ChatGLM, which its tokenizer names (chatglm_version)."""
     prompts = CHATGLM[tokenizer.chatglm_version]
-    stops, opening, closing = (
-        tuple(tokenizer.convert_tokens_to_ids(list(names)))
-        for names in (prompts.stops, prompts.opening, prompts.closing)
-    )
+    names = (prompts.stops, prompts.opening, prompts.closing)
+    stops, opening, closing = (tuple(tokenizer.convert_tokens_to_ids(list(tokens))) for tokens in names)
     return Template(kind=tokenizer.chatglm_version, stop_token_ids=stops, prefix_ids=opening, suffix_ids=closing)
 
 

@@ -31,22 +31,15 @@ def check_weights(folder: Path, path: str | Path, quantization_bit: int | None) 
     found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"model {path} has no weights (looked for {', '.join(WEIGHTS)}); copy the whole checkpoint.")
-    shards = {found: None}
-    if found.endswith(".index.json"):
-        shards = {}
-        for tensor, name in weight_map(folder / found).items():
-            shards.setdefault(name, []).append(tensor)
-    names: set[str] = set()
-    for shard, expected in shards.items():
-        stored = tensor_names(folder / shard)
-        absent = sorted(set(expected or ()) - stored)
-        if absent:
-            raise UserError(
-                f"{folder / found} says that {absent[0]} is in {shard}, but it is not ({len(absent)} tensors are "
-                "missing); index and files are of different checkpoints: copy all of them again."
-            )
-        names |= stored
-    check_scales(path, names, quantization_bit)
+    places = weight_map(folder / found) if found.endswith(".index.json") else {}
+    stored = {shard: tensor_names(folder / shard) for shard in dict.fromkeys(places.values()) or [found]}
+    absent = sorted(tensor for tensor, shard in places.items() if tensor not in stored[shard])
+    if absent:
+        raise UserError(
+            f"{folder / found} says that {absent[0]} is in {places[absent[0]]}, but it is not ({len(absent)} tensors are "
+            "missing); index and files are of different checkpoints: copy all of them again."
+        )
+    check_scales(path, set().union(*stored.values()), quantization_bit)
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -216,11 +216,7 @@ def own_encoder(model: nn.Module) -> nn.Module | None:
 
 def base_of(model: nn.Module) -> str:
     """The folder or hub id of the model that a prefix belongs to."""
-    return (
-        model.peft_config[_NAME].base_model_name_or_path
-        if is_peft(model)
-        else getattr(model.config, BASE_FIELD)
-    )
+    return model.peft_config[_NAME].base_model_name_or_path if is_peft(model) else getattr(model.config, BASE_FIELD)
 
 
 def check_prefix(plan: PrefixPlan, config: PretrainedConfig, gradient_checkpointing: bool) -> None:

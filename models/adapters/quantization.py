@@ -12,7 +12,6 @@ in the forward pass and once more in the backward pass, so that no float copy of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -97,9 +96,7 @@ class QuantizedLinear(nn.Linear):
 
     transposed = False
 
-    def __init__(
-        self, in_features: int, out_features: int, bits: int, bias: bool = True, device=None, dtype=None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True, device=None, dtype=None) -> None:
         """Empty: values and scales are 0 until a checkpoint or ``of`` fills them."""
         nn.Module.__init__(self)  # Linear's own would make the float weight first
         largest_value(bits)
@@ -107,9 +104,8 @@ class QuantizedLinear(nn.Linear):
         columns = in_features // 2 if bits == 4 else in_features
         self.register_buffer("weight", torch.zeros(out_features, columns, dtype=torch.int8, device=device))
         # inside deepspeed.zero.Init new floats get the training dtype; integers looked at as float16 do not
-        self.register_buffer(
-            "weight_scale", torch.zeros(out_features, dtype=torch.int16, device=device).view(torch.float16)
-        )
+        scale = torch.zeros(out_features, dtype=torch.int16, device=device).view(torch.float16)
+        self.register_buffer("weight_scale", scale)
         empty = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
@@ -146,10 +142,6 @@ class QuantizedLinear(nn.Linear):
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
-    def extra_repr(self) -> str:
-        """For print(model)."""
-        return f"{super().extra_repr()}, bits={self.bits}"
-
 
 # --- whole models -----------------------------------------------------------------------------------------------------
 
@@ -159,9 +151,8 @@ def block_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
     A block is an entry of a ModuleList; embeddings, output matrix, scalar head and prefix encoder are in none.
     """
-    lists = tuple(
-        f"{name}." if name else "" for name, layer in model.named_modules() if isinstance(layer, nn.ModuleList)
-    )
+    blocks = (name for name, layer in model.named_modules() if isinstance(layer, nn.ModuleList))
+    lists = tuple(f"{name}." if name else "" for name in blocks)
     for parent_name, parent in model.named_modules():
         for name, layer in parent.named_children():
             full_name = f"{parent_name}.{name}" if parent_name else name
@@ -176,9 +167,7 @@ def quantize_linears(model: nn.Module, bits: int) -> None:
         try:
             setattr(parent, name, QuantizedLinear.of(getattr(parent, name), bits))
         except ValueError as error:
-            raise UserError(
-                f"--quantization_bit {bits}: the layer {full_name} cannot be quantised: {error}."
-            ) from error
+            raise UserError(f"--quantization_bit {bits}: the layer {full_name} cannot be quantised: {error}.") from error
 
 
 def replace_with_quantized(module: nn.Module, bits: int) -> None:
@@ -216,21 +205,3 @@ def plain_state_dict(model: nn.Module, state_dict: dict[str, Tensor], dtype: tor
         scale = plain.pop(f"{name}.weight_scale")
         plain[f"{name}.weight"] = layer.plain_weight(plain[f"{name}.weight"].cpu(), scale.cpu(), dtype)
     return plain
-
-
-@contextmanager
-def config_of(config, state_dict: dict[str, Tensor], bits: int = 0) -> Iterator[None]:
-    """Inside, the config's quantization_bit says what the state dict holds: ``bits`` if integers, else 0.
-
-    For saving: a model in memory may be quantised and its checkpoint plain (LoRA merged), or the other way round.
-    """
-    before = getattr(config, "quantization_bit", None)
-    holds = bits if any(name.endswith(".weight_scale") for name in state_dict) else 0
-    if before is None and not holds:
-        yield
-        return
-    config.quantization_bit = holds
-    try:
-        yield
-    finally:
-        config.quantization_bit = before

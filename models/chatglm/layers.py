@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
 )
 
 from models.adapters.quantization import replace_with_quantized
-from models.heads import CHUNK_LOGITS
+from models.heads import CHUNK_LOGITS, at_last_token
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
@@ -257,12 +257,17 @@ class Classifier(ChatGLMPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """As Trunk.forward -> logits [batch, num_labels]; labels [batch], see classification_loss."""
+        """As Trunk.forward -> logits [batch, num_labels]; labels [batch] give transformers' loss for config.problem_type."""
         output = self.transformer(input_ids, attention_mask, position_ids, **kwargs)
-        state = self.dropout(last_real_token(output.last_hidden_state, attention_mask))
-        logits = getattr(self, self.HEAD)(state)
+        states = output.last_hidden_state
+        flat = attention_mask is not None and attention_mask.dim() == 2
+        state = at_last_token(states, attention_mask) if flat else states[:, -1]
+        logits = getattr(self, self.HEAD)(self.dropout(state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config)
         return SequenceClassifierOutputWithPast(
-            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
+            loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
@@ -459,24 +464,3 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-
-
-def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """Loss of pooled scores [batch, num_labels] in float32: squared error for one label or "regression", else
-    cross-entropy, or binary cross-entropy for "multi_label_classification".
-    """
-    logits = logits.float()
-    if problem_type == "regression" or (problem_type is None and logits.shape[-1] == 1):
-        return F.mse_loss(logits.squeeze(-1), labels.float().view_as(logits.squeeze(-1)))
-    if problem_type == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(logits, labels.float())
-    return F.cross_entropy(logits, labels.view(-1))
-
-
-def last_real_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """[batch, time, width] -> [batch, width]: the state at the last place whose mask is 1, at the last place without one."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return hidden[:, -1]
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    last = places.masked_fill(~attention_mask.bool(), -1).amax(dim=1).clamp(min=0)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from errors import UserError
@@ -69,30 +70,21 @@ def rounds(messages: Messages) -> tuple[list[tuple[str, str]], str]:
     return history, "\n".join(waiting)
 
 
-def dialogue(messages: Messages) -> str:
-    """Return the text of a dialogue with ChatGLM-6B, up to where the answer begins."""
+def write_rounds(messages: Messages, *, gap: str, first: int, bare: bool) -> str:
+    """Return the text of a dialogue up to where the answer begins.
+
+    gap: between the lines of a round. first: the number of the first round. bare: a single question stands alone.
+    """
     history, question = rounds(messages)
-    if not history:
+    if bare and not history:
         return question
-    turns = [f"[Round {number}]\n问：{asked}\n答：{answer}\n" for number, (asked, answer) in enumerate(history)]
-    return "".join(turns) + f"[Round {len(history)}]\n问：{question}\n答："
+    turns = [f"问：{asked}{gap}答：{answer}{gap}" for asked, answer in history] + [f"问：{question}{gap}答："]
+    return "".join(f"[Round {number}]{gap}{turn}" for number, turn in enumerate(turns, first))
 
 
-def dialogue2(messages: Messages) -> str:
-    """Return the text of a dialogue with ChatGLM2-6B, up to where the answer begins."""
-    history, question = rounds(messages)
-    turns = [f"[Round {number}]\n\n问：{asked}\n\n答：{answer}\n\n" for number, (asked, answer) in enumerate(history, 1)]
-    return "".join(turns) + f"[Round {len(history) + 1}]\n\n问：{question}\n\n答："
-
-
-def encode_rounds(tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
-    """Prompts.encode_dialogues of ChatGLM-6B."""
-    return tokenizer.encode_plain([dialogue(messages) for messages in dialogues])
-
-
-def encode_rounds2(tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
-    """Prompts.encode_dialogues of ChatGLM2-6B."""
-    return tokenizer.encode_plain([dialogue2(messages) for messages in dialogues])
+def encode_rounds(tokenizer: Any, dialogues: Sequence[Messages], **form: Any) -> list[list[int]]:
+    """Prompts.encode_dialogues of ChatGLM-6B and ChatGLM2-6B; form as in write_rounds."""
+    return tokenizer.encode_plain([write_rounds(messages, **form) for messages in dialogues])
 
 
 def encode_plain_answers(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
@@ -151,9 +143,13 @@ def encode_answers_behind_heading(tokenizer: Any, answers: Sequence[str]) -> lis
 
 
 # By the chatglm_version of their tokenizers.
+FORMS = {"chatglm": {"gap": "\n", "first": 0, "bare": True}, "chatglm2": {"gap": "\n\n", "first": 1, "bare": False}}
+ROUNDS = {version: partial(encode_rounds, **form) for version, form in FORMS.items()}
 CHATGLM = {
-    "chatglm": Prompts((), ("[gMASK]", "<sop>"), ("<eop>",), encode_rounds, encode_plain_answers, clean_punctuation),
-    "chatglm2": Prompts(("[gMASK]", "sop"), (), ("</s>",), encode_rounds2, encode_plain_answers, clean_reply),
+    "chatglm": Prompts(
+        (), ("[gMASK]", "<sop>"), ("<eop>",), ROUNDS["chatglm"], encode_plain_answers, clean_punctuation
+    ),
+    "chatglm2": Prompts(("[gMASK]", "sop"), (), ("</s>",), ROUNDS["chatglm2"], encode_plain_answers, clean_reply),
     "chatglm3": Prompts(
         ("[gMASK]", "sop"),
         ("<|assistant|>",),

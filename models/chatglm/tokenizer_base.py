@@ -91,13 +91,8 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         Half a surrogate pair (text cut inside an emoji) becomes U+FFFD.
         """
         prepared = [self.prepare_text(text) for text in texts]
-        if not prepared:
-            return []
-        try:
-            return self.sentence_pieces.encode(prepared)
-        except (RuntimeError, TypeError, UnicodeError):  # by version of sentencepiece
-            whole = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in prepared]
-            return self.sentence_pieces.encode(whole)
+        whole = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in prepared]
+        return self.sentence_pieces.encode(whole) if whole else []
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
         return [self._convert_id_to_token(token) for token in self.encode_plain([text])[0]]

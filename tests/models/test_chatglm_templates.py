@@ -3,7 +3,7 @@
 import pytest
 
 from errors import UserError
-from models.chatglm.prompts import dialogue, dialogue2
+from models.chatglm.prompts import FORMS, write_rounds
 from models.chatglm.registration import ChatGLMTokenizer
 from models.templates import CHATGLM, FILE_NAME, Template, load_template
 from tests.models.chatglm_folders import GENERATIONS, change_json, golden, tokenizer_folder
@@ -46,12 +46,8 @@ def template(tokenizer):
 
 
 def messages_of(history: list[list[str]], question: str) -> list[dict]:
-    turns = [
-        {"role": role, "content": text}
-        for turn in history
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    return [*turns, {"role": "user", "content": question}]
+    texts = [text for turn in history for text in turn] + [question]
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
 # --- equal to the originals -------------------------------------------------------------------------------------------
@@ -63,10 +59,9 @@ def test_rounds_are_written_as_the_original_chat_writes_them(tokenizers, shared_
     template = load_template(None, tokenizer)
     dialogues = golden(shared_dir, version, "prompts")["dialogs"]
     assert any(case["history"] for case in dialogues)
-    dialogues_of = {"chatglm": dialogue, "chatglm2": dialogue2}
     for case in dialogues:
         messages = messages_of(case["history"], case["query"])
-        assert dialogues_of[version](messages) == case["prompt"]
+        assert write_rounds(messages, **FORMS[version]) == case["prompt"]
         assert template.encode_prompt(tokenizer, messages) == case["input_ids"]
 
 
@@ -115,8 +110,8 @@ def test_training_rows_are_those_of_the_published_fine_tuning(tokenizers, shared
             prompt = template.encode_prompt(tokenizer, messages_of(history, example["prompt"]))
             answer = template.encode_answer(tokenizer, example["response"])
             cut = len(prompt) > case["max_source_length"] or len(answer) > case["max_target_length"]
-            odd = version == "chatglm" and case["use_history"] and not history
-            if cut or odd or (version == "chatglm" and "[MASK]" in example["prompt"]):
+            odd = (case["use_history"] and not history) or "[MASK]" in example["prompt"]
+            if cut or (version == "chatglm" and odd):
                 continue
             row, labels = case["train_input_ids"][place], case["train_labels"][place]
             length = len(prompt) + len(answer)
@@ -133,19 +128,11 @@ def test_training_rows_are_those_of_the_published_fine_tuning(tokenizers, shared
 # --- what our template adds -------------------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_decides_the_form_and_it_reads_back_as_it_was_saved(tokenizer, template, tmp_path):
+def test_the_tokenizer_decides_the_form(tokenizer, template):
     version = tokenizer.chatglm_version
     assert template.kind == version
     assert (template.stop_token_ids, template.prefix_ids, template.suffix_ids) == FRAMES[version]
     assert template.frame_length == {"chatglm": 2, "chatglm2": 2, "chatglm3": 3}[version]
-    assert template.end_token_id == tokenizer.eos_token_id
-    template.save(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    again = ChatGLMTokenizer.from_pretrained(tmp_path)
-    assert load_template(tmp_path, again) == template == load_template(None, again)
-    assert template.encode_prompt(again, DIALOGUE) == template.encode_prompt(tokenizer, DIALOGUE)
-    again.chat_template = "{{ messages }}"  # as later releases of ChatGLM3 have one, which is text only
-    assert load_template(None, again) == template
 
 
 def test_no_text_becomes_a_control_token(tokenizer, template):
@@ -163,43 +150,14 @@ def test_no_text_becomes_a_control_token(tokenizer, template):
         assert [token for token in answer if token in tokenizer.control_ids] == [template.end_token_id]
 
 
-def test_an_answer_decodes_to_itself_and_ends_in_a_stop_token(tokenizer, template):
-    answers = [
-        "The capital of France is Paris.",
-        "把面粉，水混合。",
-        "",
-        "x",
-        "1. one\n2. two",
-        "a  b\n\n\tc",
-        "def f():\n    pass",
-    ]
-    for answer in answers:
-        ids = template.encode_answer(tokenizer, answer)
-        assert ids[-1] == template.end_token_id
-        assert template.decode_answer(tokenizer, ids) == answer
-        assert template.decode_answer(tokenizer, [*ids, *ids]) == answer
-        assert template.decode_answer(tokenizer, ids[:-1]) == answer
-        for stop in template.stop_token_ids:
-            assert template.decode_answer(tokenizer, [*ids[:-1], stop, *ids]) == answer
-    for text, single in zip(answers, template.encode_answers(tokenizer, answers), strict=True):
-        assert single == template.encode_answer(tokenizer, text)
-
-
 def test_what_a_random_network_writes_decodes_without_control_tokens(tokenizer, template):
     ids = template.encode_answer(tokenizer, "好 good")[:-1]
-    noise = sorted(tokenizer.control_ids - set(template.stop_token_ids)) + list(
-        range(len(tokenizer), len(tokenizer) + 180)
-    )
+    noise = sorted(tokenizer.control_ids - set(template.stop_token_ids))
+    noise += range(len(tokenizer), len(tokenizer) + 180)
     assert template.decode_answer(tokenizer, [*noise, *ids, *noise]) == "好 good"
     assert template.decode_answer(tokenizer, noise) == ""
-
-
-def test_many_at_once_are_the_same_as_one_by_one(tokenizer, template):
-    dialogues = [ASK, DIALOGUE, [SYSTEM, *DIALOGUE], ASK]
-    assert template.encode_prompts(tokenizer, dialogues) == [
-        template.encode_prompt(tokenizer, one) for one in dialogues
-    ]
-    assert template.encode_prompts(tokenizer, []) == template.encode_answers(tokenizer, []) == []
+    for stop in template.stop_token_ids:
+        assert template.decode_answer(tokenizer, [*ids, stop, *ids]) == "好 good"
 
 
 def test_a_system_message_goes_in_front_of_the_first_question(tokenizers):

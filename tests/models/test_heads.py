@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.heads import TokenLogProbs, TokenScores, chunk_log_probs, last_token_scores
+from models.heads import TokenLogProbs, TokenScores, at_last_token, chunk_log_probs
 from models.load import load_scalar_model
 from tests.closeness import assert_close
 from tests.models.common import load, tokens
@@ -71,13 +71,13 @@ def test_padding_changes_nothing(checkpoint):
     ids, mask = tokens(3, 9)
     with torch.no_grad():
         expected, expected_scores = log_probs(ids, mask), scores(ids, mask)
-        assert (last_token_scores(expected_scores, mask) == expected_scores[:, -1]).all()
+        assert (at_last_token(expected_scores, mask) == expected_scores[:, -1]).all()
         for left, right in ((3, 0), (0, 3), (2, 5)):
             padded = pad(ids, mask, left, right, value=11)
             assert_close(log_probs(*padded)[:, left : left + 8], expected)
             found = scores(*padded)
             assert_close(found[:, left : left + 9], expected_scores)
-            assert_close(last_token_scores(found, padded[1]), expected_scores[:, -1])
+            assert_close(at_last_token(found, padded[1]), expected_scores[:, -1])
         assert torch.equal(log_probs.eval()(ids, mask), expected)  # training is without dropout
     assert {name.removeprefix("model.") for name in scores.state_dict()} == set(network.state_dict())  # each weight once
 
@@ -102,7 +102,7 @@ def test_scores_equal_transformers_own(checkpoint):
     scalar.config.pad_token_id = None  # transformers then reads the last token, of one row only
     with torch.no_grad():
         expected = scalar(ids, attention_mask=mask).logits
-        found = last_token_scores(TokenScores(scalar)(ids, mask), mask)
+        found = at_last_token(TokenScores(scalar)(ids, mask), mask)
     assert_close(found[:, None], expected)
 
 
@@ -207,7 +207,7 @@ def test_gradient_checkpointing_changes_no_gradient(checkpoint):
 def test_last_token_by_mask_not_by_id():
     scores = torch.arange(12.0).view(3, 4)
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
-    assert last_token_scores(scores, mask).tolist() == [1.0, 7.0, 11.0]
+    assert at_last_token(scores, mask).tolist() == [1.0, 7.0, 11.0]
 
 
 @pytest.mark.detail(21)
@@ -220,7 +220,7 @@ def test_text_after_the_end_cannot_change_the_score(gpt2):
     changed[:, 6:] = 300
     with torch.no_grad():
         torch.testing.assert_close(
-            last_token_scores(model(ids, mask), mask), last_token_scores(model(changed, mask), mask)
+            at_last_token(model(ids, mask), mask), at_last_token(model(changed, mask), mask)
         )
 
 
@@ -230,6 +230,6 @@ def test_one_forward_for_pairs_equals_two(gpt2):
     model = TokenScores(load(gpt2, load_scalar_model))
     ids, mask = tokens(4, 9)
     with torch.no_grad():
-        both = last_token_scores(model(ids, mask), mask)
-        halves = [last_token_scores(model(i, m), m) for i, m in zip(ids.chunk(2), mask.chunk(2), strict=True)]
+        both = at_last_token(model(ids, mask), mask)
+        halves = [at_last_token(model(i, m), m) for i, m in zip(ids.chunk(2), mask.chunk(2), strict=True)]
     assert_close(both, torch.cat(halves))

@@ -14,7 +14,6 @@ from models.adapters.lora import add_lora, merged_state_dict, save_adapter
 from models.adapters.quantization import (
     QuantizedLinear,
     block_linears,
-    config_of,
     dequantize,
     plain_state_dict,
     quantize,
@@ -296,17 +295,3 @@ def test_empty_layers_on_the_meta_device_have_the_official_names_and_shapes():
     }
     with pytest.raises(UserError, match="quantization_bit 3; 4 and 8"):
         replace_with_quantized(nn.ModuleList([nn.Linear(2, 2)]), 3)
-
-
-def test_the_config_says_what_a_state_dict_holds():
-    config = type("Config", (), {"quantization_bit": 8})()
-    with config_of(config, {"a.weight": torch.ones(1)}):
-        assert config.quantization_bit == 0
-    assert config.quantization_bit == 8
-    config.quantization_bit = 0
-    with config_of(config, {"a.weight_scale": torch.ones(1)}, 4):
-        assert config.quantization_bit == 4
-    assert config.quantization_bit == 0
-    other = type("Config", (), {})()
-    with config_of(other, {}):
-        assert not hasattr(other, "quantization_bit")

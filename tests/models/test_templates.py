@@ -1,6 +1,7 @@
 """One template for every step: prompt and answer join without a seam, and everybody stops at the same tokens."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from errors import UserError
+from models.load import load_tokenizer
 from models.templates import FILE_NAME, load_template
-from tests.tiny import FAMILIES, TEXT, tiny_tokenizer
+from tests.tiny import TEXT, tiny_tokenizer
 
 ASK = [{"role": "user", "content": "What is 2+2?"}]
 DIALOGUE = [
@@ -67,20 +69,25 @@ def with_chat(family: str, chat: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-TOKENIZERS = {family: lambda family=family: tiny_tokenizer(family) for family in FAMILIES} | {
+# of mistral, qwen3, gpt_neox and glm the tokenizers are those of llama, qwen2, gpt2 and glm4
+TOKENIZERS = {name: partial(tiny_tokenizer, name) for name in ("opt", "bloom", "llama", "qwen2", "gpt2", "glm4")} | {
     "sentencepiece": sentencepiece_like,
-    "sentencepiece chat": lambda: sentencepiece_like(LLAMA2_CHAT),
-    "forgetful chat": lambda: with_chat("llama", FORGETFUL_CHAT),
-    "thinking chat": lambda: with_chat("llama", THINKING_CHAT),
+    "sentencepiece chat": partial(sentencepiece_like, LLAMA2_CHAT),
+    "forgetful chat": partial(with_chat, "llama", FORGETFUL_CHAT),
+    "thinking chat": partial(with_chat, "llama", THINKING_CHAT),
 }
+CHATGLMS = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b")
 
 
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(params=[*TOKENIZERS, *CHATGLMS])
 def tokenizer(request):
-    return TOKENIZERS[request.param]()
+    if request.param in TOKENIZERS:
+        return TOKENIZERS[request.param]()
+    return load_tokenizer(request.getfixturevalue("chatglm_of")(request.param))
 
 
-# A reasoning template writes a thought before the answer and leaves it out of the history, on purpose.
+# A reasoning template writes a thought before the answer and leaves it out of the history, on purpose. ChatGLM ends an
+# answer in another way in the history.
 @pytest.mark.parametrize("tokenizer", [name for name in TOKENIZERS if name != "thinking chat"], indirect=True)
 def test_prompt_and_answer_are_how_the_next_turn_sees_them(tokenizer, request):
     template = load_template(None, tokenizer)
@@ -105,9 +112,7 @@ def test_an_answer_decodes_to_itself_and_ends_in_a_stop_token(tokenizer):
 def test_many_at_once_are_the_same_as_one_by_one(tokenizer):
     template = load_template(None, tokenizer)
     dialogues = [ASK, DIALOGUE[1:], DIALOGUE[1:2], DIALOGUE[1:]]
-    assert template.encode_prompts(tokenizer, dialogues) == [
-        template.encode_prompt(tokenizer, one) for one in dialogues
-    ]
+    assert template.encode_prompts(tokenizer, dialogues) == [template.encode_prompt(tokenizer, one) for one in dialogues]
     assert template.encode_answers(tokenizer, ANSWERS) == [template.encode_answer(tokenizer, one) for one in ANSWERS]
     assert template.encode_prompts(tokenizer, []) == template.encode_answers(tokenizer, []) == []
 
@@ -115,16 +120,15 @@ def test_many_at_once_are_the_same_as_one_by_one(tokenizer):
 def test_it_reads_back_as_it_was_saved(tokenizer, tmp_path):
     template = load_template(None, tokenizer)
     template.save(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)  # ChatGLM2's says by itself that it is not ChatGLM3's
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert load_template(tmp_path, again) == template
     assert template.encode_prompt(again, ASK) == template.encode_prompt(tokenizer, ASK)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_text_that_spells_a_special_token_does_not_become_it(name):
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, indirect=True)
+def test_a_text_that_spells_a_special_token_does_not_become_it(tokenizer):
     """An answer would end in its middle, and a prompt of the Human/Assistant form hold an end that nobody wrote."""
-    tokenizer = TOKENIZERS[name]()
     template = load_template(None, tokenizer)
     for special in tokenizer.all_special_tokens:
         text = f"The mark {special} ends it."

@@ -66,7 +66,9 @@ def test_two_processes_learn_what_one_learns(trained, case):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert_close(torch.load(trained / f"{case.name}.pt"), torch.stack(losses))
+    found = torch.load(trained / f"{case.name}.pt")
+    assert_close(found, torch.stack(losses))
+    assert found[0] != found[1]  # the worker learned something
     opener = AutoModelForSequenceClassification if case.scalar else AutoModelForCausalLM
     saved = opener.from_pretrained(trained / case.name).state_dict()
     expected = merged_state_dict(model)
@@ -75,9 +77,3 @@ def test_two_processes_learn_what_one_learns(trained, case):
         torch.testing.assert_close(
             saved[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
         )
-
-
-def test_the_worker_learned_something(trained):
-    for case in CASES:
-        losses = torch.load(trained / f"{case.name}.pt")
-        assert losses.shape == (STEPS,) and losses.isfinite().all() and losses[0] != losses[1]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from models.adapters.lora import add_lora, merged_state_dict
-from models.heads import TokenLogProbs, TokenScores, last_token_scores
+from models.heads import TokenLogProbs, TokenScores, at_last_token
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import save_model
+from tests.models.common import Stops
 
 STEPS = 3
 LEARNING_RATE = 0.003
@@ -40,15 +41,6 @@ CASES = [
     Case("gpt2", scalar=True, lora=True, recompute=True),
     Case("chatglm2-int4", scalar=False, lora=True, recompute=True),
 ]
-
-
-class Stops:
-    """As much of a template as save_model asks for."""
-
-    stop_token_ids = (2,)
-
-    def save(self, folder: Path) -> None:
-        """Nothing to keep."""
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +90,7 @@ def train(case: Case, folder: Path) -> None:
         if rank == 1:  # other shapes as well
             ids, wanted, mask = (torch.nn.functional.pad(t, (0, 3)) for t in (ids, wanted, mask))
         if case.scalar:
-            loss = (last_token_scores(engine(ids, mask), mask) - 1).square().sum() / 4
+            loss = (at_last_token(engine(ids, mask), mask) - 1).square().sum() / 4
         else:
             loss = -engine(ids, mask, target_mask=wanted).sum() / targets.sum()
         engine.backward(loss * 2)  # gradients are averaged over the two processes

@@ -6,7 +6,7 @@ Processes are played one after the other in this one; the two-process runs of te
 import pytest
 import torch
 
-from models.heads import TokenLogProbs, TokenScores, last_token_scores
+from models.heads import TokenLogProbs, TokenScores, at_last_token
 from models.load import load_causal_lm, load_scalar_model
 from tests.tiny import tiny_checkpoint
 from training.step3_ppo.objectives import policy_loss, value_loss
@@ -93,7 +93,7 @@ def test_reward_gradient(folder, rows):
     for world_size, max_examples, max_tokens in CUTS:
         def micro(part, real):
             batch = collate_pairs(part, real, pad_id=PAD)
-            chosen, rejected = last_token_scores(model(batch.input_ids, batch.attention_mask), batch.attention_mask).chunk(2)
+            chosen, rejected = at_last_token(model(batch.input_ids, batch.attention_mask), batch.attention_mask).chunk(2)
             return bradley_terry_loss(chosen, rejected, batch.weight, len(rows), margin=batch.margin)
 
         setting = (world_size, max_examples, max_tokens and 2 * max_tokens)

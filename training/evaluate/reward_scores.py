@@ -21,7 +21,7 @@ import torch
 
 from errors import UserError
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
-from models.heads import TokenScores, last_token_scores
+from models.heads import TokenScores, at_last_token
 from models.load import load_scalar_model
 from models.templates import Template
 from training.evaluate.common import BUILT_IN, LoadedModel, held_out, load_for_evaluation, write_json
@@ -95,7 +95,7 @@ def score_pairs(loaded: LoadedModel, rows: list[list[int]], batch_size: int) -> 
         batch = order[start : start + batch_size]
         padded = pad_right([rows[row] for row in batch], loaded.tokenizer.pad_token_id)
         ids, mask = (tensor.to(loaded.device) for tensor in padded)
-        for row, score in zip(batch, last_token_scores(scorer(ids, mask), mask).tolist(), strict=True):
+        for row, score in zip(batch, at_last_token(scorer(ids, mask), mask).tolist(), strict=True):
             scores[row] = score
     half = len(rows) // 2
     return list(zip(scores[:half], scores[half:], strict=True))

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from models.heads import TokenScores, last_token_scores
+from models.heads import TokenScores, at_last_token
 from models.load import load_scalar_model, load_tokenizer
 from models.templates import load_template
 from training.utils.data.batching import PairBatch, collate_pairs
@@ -96,7 +96,7 @@ def main(args: RewardArguments) -> None:
 
 def pair_scores(engine, micro: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scores [pairs] of the chosen and of the rejected answers, on their last real token, from one forward."""
-    scores = last_token_scores(engine(micro.input_ids, micro.attention_mask), micro.attention_mask)
+    scores = at_last_token(engine(micro.input_ids, micro.attention_mask), micro.attention_mask)
     chosen, rejected = scores.chunk(2)
     return chosen, rejected
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from inference.engine import check_finite, generate_many
-from models.heads import last_token_scores
+from models.heads import at_last_token
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch
@@ -231,7 +231,7 @@ def score_answers(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> 
         mine += real
         if rewards.with_model:
             joined = rows.joined()
-            last = last_token_scores(engine.reward(joined.input_ids, joined.attention_mask), joined.attention_mask)
+            last = at_last_token(engine.reward(joined.input_ids, joined.attention_mask), joined.attention_mask)
             scores[real, 0] = last[: len(real)].float()
     if rewards.outside:
         texts = engine.texts(experience.select(mine))
