@@ -113,9 +113,8 @@ def load_scalar_model(
     From a reward checkpoint the head is kept, and in the config what step 2 measured (reward_mean, reward_std). From a
     language model the head is new (heads.start_head). With a prefix, the head is trained too.
     """
-    model, missing, plan = _load(
-        AutoModelForSequenceClassification, path, dtype, attn, dropout, num_labels=1, seed=seed, **options
-    )
+    options |= {"num_labels": 1, "seed": seed}
+    model, missing, plan = _load(AutoModelForSequenceClassification, path, dtype, attn, dropout, **options)
     own = {name for name in missing if name.startswith(OWN)}
     head = {name for name in missing if name.startswith(f"{score_name(model)}.")}
     if missing - own - head:
@@ -146,12 +145,8 @@ def _load(
     """The model in training mode, the names of the weights that the checkpoint did not have, and the prefix to give it."""
     checkpoint = open_checkpoint(path)
     bits = checkpoint.stored_bits  # weights that are missing or damaged end it here
-    plan = checkpoint.prefix(
-        pre_seq_len=pre_seq_len,
-        prefix_projection=prefix_projection,
-        ptuning_checkpoint=ptuning_checkpoint,
-        seed=seed,
-    )
+    prefix = {"pre_seq_len": pre_seq_len, "prefix_projection": prefix_projection, "ptuning_checkpoint": ptuning_checkpoint}
+    plan = checkpoint.prefix(seed=seed, **prefix)
     config = checkpoint.config(**config_fields)
     if plan is not None:
         check_prefix(plan, config, gradient_checkpointing)
@@ -181,9 +176,8 @@ def read_weights(
         logger.info("%s has no sdpa attention; eager is used.", network.__name__)
         attn = "eager"
     try:
-        model, info = auto_class.from_pretrained(
-            checkpoint.weights, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
-        )
+        options = {"config": config, "dtype": dtype, "attn_implementation": attn, "output_loading_info": True}
+        model, info = auto_class.from_pretrained(checkpoint.weights, **options)
     except RuntimeError as error:
         if "mismatch" not in str(error).lower():
             raise

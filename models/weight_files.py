@@ -6,7 +6,6 @@ Only headers are read: of a .safetensors its table, of a .bin the pickles that d
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator
@@ -51,31 +50,21 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def tensor_names(file: Path) -> set[str]:
-    """The names of the tensors in a weight file.
+    """Return the names of the tensors in a weight file.
 
     UserError if the file is missing or shorter than its header says, as interrupted downloads leave it.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing, though the index beside it names it; copy the checkpoint again.")
-    if file.suffix == ".safetensors":
-        try:
+    try:
+        if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as content:
                 return set(content.keys())
-        except Exception as error:  # SafetensorError is not public in every version
-            raise UserError(f"{file} is truncated or damaged ({error}); copy the checkpoint again.") from error
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(4)
-    is_zip = zipfile.is_zipfile(file)  # the table at its end is there
-    if not is_zip and start[:2] == b"PK":
-        raise UserError(f"{file} is truncated ({size} bytes, its end is missing); copy the checkpoint again.")
-    if not is_zip and start[:1] != b"\x80":  # no pickle either, as torch before 1.6 wrote; a pointer of git-lfs?
-        raise UserError(f"{file} holds no weights ({size} bytes); copy the checkpoint again.")
-    try:
-        return set(torch.load(file, map_location="meta", mmap=is_zip, weights_only=True))
-    except (RuntimeError, OSError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        return set(torch.load(file, map_location="meta", mmap=zipfile.is_zipfile(file), weights_only=True))
+    except Exception as error:  # by format and version: RuntimeError, EOFError, UnpicklingError, SafetensorError, …
         raise UserError(
-            f"{file} is damaged, or not a table of tensors ({first_line(error)}); copy the checkpoint again."
+            f"{file} ({file.stat().st_size} bytes) is truncated, damaged or no file of weights ({first_line(error)}); copy "
+            "the checkpoint again."
         ) from error
 
 

@@ -29,9 +29,7 @@ if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where ther
 _NAME = "default"  # peft can hold several adapters; we use one
 
 
-def add_lora(
-    model: PreTrainedModel, dim: int, alpha: float, dropout: float = 0.0, module_name: str = "auto"
-) -> PeftModel:
+def add_lora(model: PreTrainedModel, dim: int, alpha: float, dropout: float = 0.0, module_name: str = "auto") -> PeftModel:
     """Put LoRA (Hu et al. 2021, arXiv 2106.09685) into the model: W x + alpha/dim · B A x, B = 0 at the start.
 
     module_name: "auto" for all linear layers of attention and MLP, or parts of module names separated by commas; a
@@ -87,8 +85,8 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def is_named(layer: str, module_name: str) -> bool:
-    """Whether a layer's name contains one of the parts of names."""
-    return any(part in layer for part in (text.strip() for text in module_name.split(",")) if part)
+    """Return True if a layer's name contains one of the parts of names."""
+    return any(part.strip() in layer for part in module_name.split(",") if part.strip())
 
 
 @contextmanager
@@ -158,10 +156,9 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: dict[str, Ten
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     draft = folder / "adapter_model.safetensors.tmp"
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft, metadata={"format": "pt"}
-    )
+    save_file(tensors, draft, metadata={"format": "pt"})
     draft.replace(folder / "adapter_model.safetensors")
     model.peft_config[_NAME].save_pretrained(folder)
     return True

@@ -142,22 +142,37 @@ def plan_prefix(
     """Return the prefix that a model shall have: the one in its folder, the one in ptuning_checkpoint, or a new one of
     pre_seq_len positions; None for none.
 
-    0 positions and no projection mean "as saved". Raises UserError for two prefixes, and for numbers that differ from a
-    saved one's.
+    0 positions and no projection mean "as saved". Raises UserError for two prefixes, for numbers that differ from a saved
+    one's, and if config.json contradicts the file.
     """
-    base, saved = saved_prefix(checkpoint, ptuning_checkpoint)
-    if saved is None:
-        config = checkpoint.content  # a ChatGLM checkpoint may have a prefix among its weights
-        length = config.get("pre_seq_len") or 0
+    path, folder, content = checkpoint.path, checkpoint.folder, checkpoint.content
+    named = base_named_in(folder)
+    if named is None:
+        base = str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
+        source = Path(ptuning_checkpoint).expanduser() if ptuning_checkpoint else None
+        if source is not None and not source.is_dir():
+            raise UserError(f"--ptuning_checkpoint {ptuning_checkpoint}: no such folder; name one that P-Tuning saved.")
+    else:
+        base, source = named[1], folder
+        if ptuning_checkpoint:
+            raise UserError(
+                f"model {path} has a prefix already and --ptuning_checkpoint {ptuning_checkpoint} names another; drop the "
+                f"flag, or give {base} as the model."
+            )
+    if source is None:
+        length = content.get("pre_seq_len") or 0  # a ChatGLM checkpoint may have a prefix among its weights
         if length and pre_seq_len not in (0, length):
             raise UserError(
-                f"--pre_seq_len {pre_seq_len}, but model {checkpoint.path} has a prefix of {length} places; give {length} or "
-                "drop it."
+                f"--pre_seq_len {pre_seq_len}, but model {path} has a prefix of {length} places; give {length} or drop it."
             )
-        if not length and not pre_seq_len:
-            return None
-        projection = bool(config.get("prefix_projection")) if length else prefix_projection
-        return PrefixPlan(length or pre_seq_len, projection, base, None, seed)
+        projection = bool(content.get("prefix_projection")) if length else prefix_projection
+        return PrefixPlan(length or pre_seq_len, projection, base, None, seed) if length or pre_seq_len else None
+    saved = read_prefix(source)
+    if named and saved.own and content.get("pre_seq_len") != saved.length:
+        raise UserError(
+            f"{folder / 'config.json'} says pre_seq_len {content.get('pre_seq_len')}, but the prefix in {saved.file} has "
+            f"{saved.length} places; copy the folder again."
+        )
     if pre_seq_len not in (0, saved.length):
         raise UserError(
             f"--pre_seq_len {pre_seq_len}, but the prefix in {saved.file} has {saved.length} places; give "
@@ -169,35 +184,6 @@ def plan_prefix(
             f"{'with' if saved.projection else 'without'} a projection; {'add' if saved.projection else 'drop'} the flag."
         )
     return PrefixPlan(saved.length, saved.projection, base, saved, seed)
-
-
-def saved_prefix(checkpoint: CheckpointFolder, ptuning_checkpoint: str | Path | None) -> tuple[str, SavedPrefix | None]:
-    """Return the model that a prefix would belong to, and the prefix saved in its folder or in ptuning_checkpoint, if any.
-
-    Raises UserError if both hold one, and if config.json contradicts the file.
-    """
-    path, folder = checkpoint.path, checkpoint.folder
-    named = base_named_in(folder)
-    if named is None:
-        base = str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
-        if not ptuning_checkpoint:
-            return base, None
-        other = Path(ptuning_checkpoint).expanduser()
-        if not other.is_dir():
-            raise UserError(f"--ptuning_checkpoint {ptuning_checkpoint}: no such folder; name one that P-Tuning saved.")
-        return base, read_prefix(other)
-    if ptuning_checkpoint:
-        raise UserError(
-            f"model {path} has a prefix already and --ptuning_checkpoint {ptuning_checkpoint} names another; drop the "
-            f"flag, or give {named[1]} as the model."
-        )
-    saved, told = read_prefix(folder), checkpoint.content.get("pre_seq_len")
-    if saved.own and told != saved.length:
-        raise UserError(
-            f"{folder / 'config.json'} says pre_seq_len {told}, but the prefix in {saved.file} has {saved.length} places; "
-            "copy the folder again."
-        )
-    return named[1], saved
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------

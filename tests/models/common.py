@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from models.load import load_causal_lm
 
@@ -27,9 +28,12 @@ def load(path, read=load_causal_lm, **options):
     return read(path, **{"dtype": torch.float32} | options)
 
 
-def tokens(batch: int = 2, time: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random ids [batch, time] of the tiny vocabularies and a mask without padding."""
+def tokens(batch: int = 2, time: int = 8, seed: int = 0, folder: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Random ids [batch, time] of the tiny vocabularies and a mask without padding; folder: of the model that reads them."""
     ids = torch.randint(7, 390, (batch, time), generator=torch.Generator().manual_seed(seed))
+    if folder is not None and folder.name == "chatglm-6b":  # which needs the marks that a prompt ends in
+        config = AutoConfig.from_pretrained(folder)
+        ids[:, 2:4] = torch.tensor([config.gmask_token_id, config.bos_token_id])
     return ids, torch.ones_like(ids)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from models.heads import TokenLogProbs, TokenScores, at_last_token, chunk_log_probs
@@ -14,11 +15,11 @@ from tests.tiny import FAMILIES, tiny_checkpoint
 OPT_350M = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "opt-350m"])
+@pytest.fixture(scope="module", params=[*FAMILIES, "chatglm-6b", "chatglm2-6b", "opt-350m"])
 def checkpoint(request, folder_of, tmp_path_factory):
-    if request.param in FAMILIES:
-        return folder_of(request.param)
-    return tiny_checkpoint(tmp_path_factory.mktemp("opt-350m"), "opt", **OPT_350M)
+    if request.param == "opt-350m":
+        return tiny_checkpoint(tmp_path_factory.mktemp("opt-350m"), "opt", **OPT_350M)
+    return folder_of(request.param)
 
 
 @pytest.fixture
@@ -35,17 +36,11 @@ def plain_log_probs(model, ids, temperature=1.0):
     return torch.stack(rows).float()
 
 
-def pad(ids, mask, left=0, right=0, value=0):
-    """The same rows with columns of padding; value is a token that also occurs in texts."""
-    ids = torch.nn.functional.pad(ids, (left, right), value=value)
-    return ids, torch.nn.functional.pad(mask, (left, right), value=0)
-
-
 @pytest.mark.detail(37)
 @pytest.mark.ppo
 def test_log_probs_and_gradients_equal_the_plain_form(checkpoint):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
-    ids, mask = tokens(3, 9)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32)
+    ids, mask = tokens(3, 9, folder=checkpoint)
     weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     plain = plain_log_probs(model, ids)
     (plain * weights).sum().backward()
@@ -65,40 +60,33 @@ def test_log_probs_and_gradients_equal_the_plain_form(checkpoint):
 
 @pytest.mark.detail(2)
 @pytest.mark.ppo
-def test_padding_changes_nothing(checkpoint):
+def test_rows_of_a_padded_batch_equal_rows_alone(checkpoint):
+    """Rows of different lengths, padded on either side or on both, with a token that also occurs in texts."""
     log_probs, network = TokenLogProbs(load(checkpoint)), load(checkpoint, load_scalar_model)
     scores = TokenScores(network)
-    ids, mask = tokens(3, 9)
+    ids, mask = tokens(3, 9, folder=checkpoint)
+    rows = [ids[row : row + 1, :length] for row, length in enumerate((9, 5, 6))]
     with torch.no_grad():
-        expected, expected_scores = log_probs(ids, mask), scores(ids, mask)
-        assert (at_last_token(expected_scores, mask) == expected_scores[:, -1]).all()
-        for left, right in ((3, 0), (0, 3), (2, 5)):
-            padded = pad(ids, mask, left, right, value=11)
-            assert_close(log_probs(*padded)[:, left : left + 8], expected)
-            found = scores(*padded)
-            assert_close(found[:, left : left + 9], expected_scores)
-            assert_close(at_last_token(found, padded[1]), expected_scores[:, -1])
-        assert torch.equal(log_probs.eval()(ids, mask), expected)  # training is without dropout
+        alone = [(log_probs(row, torch.ones_like(row))[0], scores(row, torch.ones_like(row))[0]) for row in rows]
+        for left in (0, 3, 12):
+            spare = [(min(left, 12 - row.shape[1]), max(0, 12 - row.shape[1] - left)) for row in rows]
+            padded, mask = (
+                torch.cat([F.pad(row, pads, value=value) for row, pads in zip(batch, spare, strict=True)])
+                for batch, value in ((rows, 11), ([torch.ones_like(row) for row in rows], 0))
+            )
+            found, found_scores = log_probs(padded, mask), scores(padded, mask)
+            for row, (expected, expected_scores) in enumerate(alone):
+                real = slice(spare[row][0], 12 - spare[row][1])
+                assert_close(found[row, real.start : real.stop - 1], expected)
+                assert_close(found_scores[row, real], expected_scores)
+                assert_close(at_last_token(found_scores, mask)[row], expected_scores[-1])
+        assert torch.equal(log_probs.eval()(padded, mask), found)  # training is without dropout
     assert {name.removeprefix("model.") for name in scores.state_dict()} == set(network.state_dict())  # each weight once
-
-
-def test_ragged_rows_equal_rows_alone(checkpoint):
-    """A batch as the steps see it: rows of different lengths, padded on the right with the end token."""
-    model = TokenLogProbs(load(checkpoint))
-    lengths = [9, 4, 6]
-    ids, mask = tokens(3, 9)
-    for row, length in enumerate(lengths):
-        ids[row, length:], mask[row, length:] = 2, 0
-    with torch.no_grad():
-        batch = model(ids, mask)
-        for row, length in enumerate(lengths):
-            alone = model(ids[row : row + 1, :length], mask[row : row + 1, :length])
-            assert_close(batch[row : row + 1, : length - 1], alone)
 
 
 def test_scores_equal_transformers_own(checkpoint):
     scalar = load(checkpoint, load_scalar_model, attn="eager").eval()
-    ids, mask = tokens(1, 9)
+    ids, mask = tokens(1, 9, folder=checkpoint)
     scalar.config.pad_token_id = None  # transformers then reads the last token, of one row only
     with torch.no_grad():
         expected = scalar(ids, attention_mask=mask).logits
@@ -192,7 +180,7 @@ def test_sixteen_bit_models_give_float32(gpt2):
 
 
 def test_gradient_checkpointing_changes_no_gradient(checkpoint):
-    ids, mask = tokens(3, 9)
+    ids, mask = tokens(3, 9, folder=checkpoint)
     gradients = []
     for on in (False, True):
         model = TokenLogProbs(load(checkpoint, gradient_checkpointing=on))

@@ -6,27 +6,27 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from errors import UserError
 from inference.engine import generate
 from models.adapters.lora import add_lora, save_prefix
+from models.adapters.prefix import PEFT_FILES
 from models.checkpoint_folder import check_context_length, gets_prefix
 from models.heads import TokenLogProbs, TokenScores, position_ids_for, prefix_length, score_layer
 from models.load import load_scalar_model, load_tokenizer
 from models.save import save_model
 from tests.closeness import assert_close
 from tests.models.chatglm_folders import change_json
-from tests.models.common import Stops, load, shake, trained
+from tests.models.common import Stops, load, shake, tokens, trained
 
 LENGTH = 5
 
 
-def rows(lengths=(9, 6, 4), seed=0):
-    """Right-padded rows."""
-    width = max(lengths)
-    ids = torch.randint(7, 390, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
-    return ids, (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+def rows(lengths=(9, 6, 4), folder=None):
+    """Right-padded rows; folder: of the model that reads them."""
+    ids, _ = tokens(len(lengths), max(lengths), folder=folder)
+    return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
 
 def save(model, base, folder):
@@ -129,54 +129,66 @@ def test_positions_of_a_table_are_counted(folder_of):
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
-@pytest.mark.parametrize("family", ["bloom", "qwen3"])
+@pytest.mark.parametrize("family", ["bloom", "qwen3", "chatglm-6b", "chatglm2-6b"])
 def test_saved_alone_and_opened_again(folder_of, family, projection, tmp_path):
-    base = folder_of(family)
+    base, own = folder_of(family), family.startswith("chatglm")
     model = load(base, pre_seq_len=LENGTH, prefix_projection=projection)
+    ids, mask = rows(folder=base)
+    log_probs = TokenLogProbs(model)(ids, mask)
+    log_probs.sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == set(trained(model))
     shake(model, size=0.3)
-    ids, mask = rows()
     expected = TokenLogProbs(model)(ids, mask).detach()
+    assert (expected - log_probs).abs().max() > 1e-3
     folder = save(model, base, tmp_path / "tuned")
     names = {file.name for file in folder.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert {"config.json", "prefix_only.bin"} if own else set(PEFT_FILES) <= names
     assert not [name for name in names if name.startswith(("model", "pytorch_model"))]
-    (prompts,) = load_file(folder / "adapter_model.safetensors").values()
-    assert prompts.dtype == torch.float32 and prompts.shape[0] == LENGTH
-
-    for again in (load(folder), load(base, ptuning_checkpoint=folder), load(folder, pre_seq_len=LENGTH)):
+    asked = {"pre_seq_len": LENGTH, "prefix_projection": projection and own}
+    for again in (load(folder), load(base, ptuning_checkpoint=folder, **asked), load(folder, **asked)):
         assert_close(TokenLogProbs(again)(ids, mask).detach(), expected)
-        assert list(trained(again)) == ["prompt_encoder.default.embedding.weight"]
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-    assert_close(TokenLogProbs(theirs)(ids, mask).detach(), expected)
+        if own:
+            assert trained(again).keys() == trained(model).keys()
+        else:
+            assert list(trained(again)) == ["prompt_encoder.default.embedding.weight"]
+    if not own:
+        (prompts,) = load_file(folder / "adapter_model.safetensors").values()
+        assert prompts.dtype == torch.float32 and prompts.shape[0] == LENGTH
+        theirs = PeftModel.from_pretrained(load(base), folder)
+        assert_close(TokenLogProbs(theirs)(ids, mask).detach(), expected)
     assert load_tokenizer(folder)("It is good.").input_ids == load_tokenizer(base)("It is good.").input_ids
 
     again = load(folder)
     shake(again, seed=2, size=0.3)
     second = save(again, base, tmp_path / "tuned-on")  # belongs to the base, not to the first prefix
-    assert json.loads((second / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base.resolve())
+    named = second / ("config.json" if own else "adapter_config.json")
+    assert json.loads(named.read_text())["base_model_name_or_path"] == str(base.resolve())
     found, now = (TokenLogProbs(one)(ids, mask).detach() for one in (load(second), again))
     assert_close(found, now)
     assert (now - expected).abs().max() > 1e-3
 
 
-def test_a_reward_model_keeps_head_and_figures(folder_of, tmp_path):
-    base = folder_of("llama")
+@pytest.mark.parametrize(("family", "count"), [("llama", 2), ("chatglm-6b", 2), ("chatglm2-6b", 3)])
+def test_a_reward_model_keeps_head_and_figures(folder_of, family, count, tmp_path):
+    """ChatGLM2's head has a bias."""
+    base = folder_of(family)
+    given = rows(folder=base)
     plain = load(base, load_scalar_model, seed=5)
     model = load(base, load_scalar_model, seed=5, pre_seq_len=LENGTH)
-    assert torch.equal(score_layer(model).weight, plain.score.weight)  # the same head as without a prefix
-    TokenScores(model)(*rows()).sum().backward()
+    assert torch.equal(score_layer(model).weight, score_layer(plain).weight)  # the same head as without a prefix
+    TokenScores(model)(*given).sum().backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trained(model))
-    assert len(trained(model)) == 2
+    assert len(trained(model)) == count
     shake(model, size=0.3)
     model.config.update({"reward_mean": 0.5, "reward_std": 2.0})
     folder = save(model, base, tmp_path / "reward")
     again = load(folder, load_scalar_model, seed=99)
     assert (again.config.reward_mean, again.config.reward_std) == (0.5, 2.0)
-    expected, found = (TokenScores(one)(*rows()).detach() for one in (model, again))
-    torch.testing.assert_close(found, expected)
-    theirs = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-    theirs = PeftModel.from_pretrained(theirs, folder)
-    assert_close(TokenScores(theirs)(*rows()).detach(), expected)
+    expected, found = (TokenScores(one)(*given).detach() for one in (model, again))
+    assert_close(found, expected)
+    if family == "llama":
+        theirs = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        assert_close(TokenScores(PeftModel.from_pretrained(theirs, folder))(*given).detach(), expected)
     with pytest.raises(UserError, match="is a reward model"):
         load(folder)
 

@@ -9,14 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from errors import UserError
-from inference.engine import generate
 from models.adapters.lora import save_prefix
 from models.checkpoint_folder import check_context_length
-from models.heads import TokenLogProbs, TokenScores, score_layer
-from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.heads import TokenLogProbs
 from tests.closeness import assert_close
 from tests.models.chatglm_folders import change_json
-from tests.models.common import Stops, load, shake, trained
+from tests.models.common import Stops, load, tokens, trained
 from tests.models.golden import golden
 from tests.models.test_prefix import save
 
@@ -24,14 +22,6 @@ FAMILIES = ("chatglm-6b", "chatglm2-6b")
 TUNED = ("tiny-prefix", "tiny-prefix-proj")
 OWN = "transformer.prefix_encoder."
 LENGTH = 4
-
-
-def texts(base) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rows of real token ids, padded on the left."""
-    tokenizer = load_tokenizer(base)
-    batch = tokenizer(["问：今天天气怎么样？", "你好"], padding=True, return_tensors="pt", padding_side="left")
-    mask = batch["attention_mask"]
-    return batch["input_ids"], (~mask[:, 0, -1].bool()).long() if mask.dim() == 4 else mask
 
 
 def without_prefix(source, target):
@@ -95,59 +85,13 @@ def no_tokenizer_to_check(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_the_prefix_is_trained_saved_and_opened_again(chatglm_of, family, projection, tmp_path):
-    base = chatglm_of(family)
-    model = load_causal_lm(base, dtype=torch.bfloat16, pre_seq_len=LENGTH, prefix_projection=projection)
-    assert all(name.startswith(OWN) for name in trained(model))
-    assert {tensor.dtype for tensor in trained(model).values()} == {torch.float32}  # in a network of bfloat16
-    model = load(base, pre_seq_len=LENGTH, prefix_projection=projection)
-    ids, mask = texts(base)
-    log_probs = TokenLogProbs(model)(ids, mask)
-    log_probs.sum().backward()
-    grown = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert grown == set(trained(model)) and all(model.get_parameter(name).grad.abs().sum() > 0 for name in grown)
-    shake(model, size=0.3)
-    expected = TokenLogProbs(model)(ids, mask).detach()
-    assert (expected - log_probs).abs().max() > 1e-3
-    folder = save(model, base, tmp_path / "tuned")
-    names = {file.name for file in folder.iterdir()}
-    assert {"prefix_only.bin", "config.json"} <= names and not any(name.startswith(("model", "pytorch")) for name in names)
-    for again in (load(folder), load(base, ptuning_checkpoint=folder, pre_seq_len=LENGTH, prefix_projection=projection)):
-        torch.testing.assert_close(TokenLogProbs(again)(ids, mask).detach(), expected)
-        assert trained(again).keys() == trained(model).keys()
-    ask = {"max_new_tokens": 6, "stop_token_ids": [], "pad_token_id": 3, "greedy": True}
-    found = generate(load(folder), ids, mask, **ask)
-    assert found.sequences.tolist() == generate(model, ids, mask, **ask).sequences.tolist()
-    alone = generate(model, ids[1:, mask[1].argmax() :], mask[1:, mask[1].argmax() :], **ask)
-    assert_close(found.log_probs[1:], alone.log_probs, 1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_reward_model_keeps_its_head(chatglm_of, family, tmp_path):
-    base = chatglm_of(family)
-    model = load(base, load_scalar_model, pre_seq_len=LENGTH, seed=3)
-    plain = load(base, load_scalar_model, seed=3)
-    assert torch.equal(score_layer(model).weight, score_layer(plain).weight)
-    assert len(trained(model)) == (2 if family == "chatglm-6b" else 3)  # ChatGLM2's head has a bias
-    shake(model, size=0.3)
-    model.config.update({"reward_mean": 0.5, "reward_std": 2.0})
-    folder = save(model, base, tmp_path / "reward")
-    again = load(folder, load_scalar_model, seed=99)
-    ids, mask = texts(base)
-    torch.testing.assert_close(TokenScores(again)(ids, mask), TokenScores(model)(ids, mask))
-    assert (again.config.reward_mean, again.config.num_labels) == (0.5, 1)
-    with pytest.raises(UserError, match="is a reward model"):
-        load(folder)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_over_a_quantised_base(chatglm_of, family, tmp_path):
+def test_over_a_quantised_base(folder_of, family, tmp_path):
     """The prefix belongs to the checkpoint as it is on disk, whatever the base was held in while it was trained."""
-    base = chatglm_of(family)
-    model = load(base, pre_seq_len=LENGTH, quantization_bit=8)
-    TokenLogProbs(model)(*texts(base)).sum().backward()
+    base = folder_of(family)
+    model = load(base, pre_seq_len=LENGTH, quantization_bit=8, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in trained(model).values()} == {torch.float32}  # in a network of bfloat16
+    TokenLogProbs(model)(*tokens(folder=base)).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     folder = save(model, base, tmp_path / "tuned")
     assert not json.loads((folder / "config.json").read_text()).get("quantization_bit")
@@ -165,15 +109,15 @@ def test_a_whole_checkpoint_with_a_prefix_goes_on_with_it(shared_dir):
     check_context_length(folder, 10**6, "--max_seq_len")
 
 
-def test_numbers_and_bases_that_do_not_fit(chatglm_of, tmp_path):
-    base = chatglm_of("chatglm-6b")
+def test_numbers_and_bases_that_do_not_fit(folder_of, tmp_path):
+    base = folder_of("chatglm-6b")
     folder = save(load(base, pre_seq_len=LENGTH, prefix_projection=True), base, tmp_path / "tuned")
     with pytest.raises(UserError, match=r"--pre_seq_len 128, but the prefix in .*prefix_only.bin has 4 places"):
         load(folder, pre_seq_len=128)
     with pytest.raises(UserError, match=r"--prefix_projection false, but .* was saved with a projection; add the flag"):
         load(base, ptuning_checkpoint=folder, pre_seq_len=LENGTH)
     with pytest.raises(UserError, match=r"prefix_only.bin: embedding.weight has the shape"):
-        load(chatglm_of("chatglm2-6b"), ptuning_checkpoint=folder)
+        load(folder_of("chatglm2-6b"), ptuning_checkpoint=folder)
     gone = str(tmp_path / "gone")
     for name, value, words in (
         ("pre_seq_len", 6, r"says pre_seq_len 6, but the prefix in .*prefix_only.bin has 4 places"),

@@ -83,7 +83,7 @@ CHATGLMS = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b")
 def tokenizer(request):
     if request.param in TOKENIZERS:
         return TOKENIZERS[request.param]()
-    return load_tokenizer(request.getfixturevalue("chatglm_of")(request.param))
+    return load_tokenizer(request.getfixturevalue("folder_of")(request.param))
 
 
 # A reasoning template writes a thought before the answer and leaves it out of the history, on purpose. ChatGLM ends an
@@ -165,27 +165,37 @@ def test_the_human_assistant_form_of_deepspeed_chat(family, bos, eos):
     )
 
 
-def test_chatml_of_qwen():
-    tokenizer = tiny_tokenizer("qwen2")
-    template = load_template(None, tokenizer)
-    assert template.kind == "chat_template"
-    assert tokenizer.convert_ids_to_tokens(list(template.stop_token_ids)) == ["<|im_end|>"]
-    text = tokenizer.decode(template.encode_prompt(tokenizer, ASK) + template.encode_answer(tokenizer, "4"))
-    assert text == "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"
-
-
-def test_an_end_of_turn_that_is_not_eos_is_found():
+def base_qwen() -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer("qwen2")
     tokenizer.eos_token = "<|endoftext|>"  # as in the base checkpoints of Qwen2
-    template = load_template(None, tokenizer)
-    assert tokenizer.convert_ids_to_tokens(list(template.stop_token_ids)) == ["<|im_end|>", "<|endoftext|>"]
+    return tokenizer
 
 
-def test_glm_4_ends_an_answer_with_the_next_turn_s_mark():
-    tokenizer = tiny_tokenizer("glm4")
+# tokenizer, a question with its answer, stop tokens
+CHATML = "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"
+FORGETFUL = "<|user|>\nWhat is 2+2?</s>\n<|assistant|>\n4</s>"
+WRITTEN = {
+    "chatml": (TOKENIZERS["qwen2"], CHATML, ["<|im_end|>"]),
+    "end of turn is not eos": (base_qwen, CHATML, ["<|im_end|>", "<|endoftext|>"]),
+    "the next turn's mark ends": (
+        TOKENIZERS["glm4"], "[gMASK]<sop><|user|>\nWhat is 2+2?<|assistant|>\n4<|user|>", ["<|user|>", "<|endoftext|>"]
+    ),
+    "plain text": (partial(with_chat, "llama", PLAIN_CHAT), "### user: What is 2+2?\n### assistant: 4</s>", ["</s>"]),
+    "what opens an answer": (TOKENIZERS["forgetful chat"], FORGETFUL, ["</s>"]),
+    "a thought opens it": (TOKENIZERS["thinking chat"], FORGETFUL.replace("4", "<think>\n\n</think>\n\n4"), ["</s>"]),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_a_chat_template_writes(name):
+    make, text, stops = WRITTEN[name]
+    tokenizer = make()
     template = load_template(None, tokenizer)
-    assert tokenizer.convert_ids_to_tokens(list(template.stop_token_ids)) == ["<|user|>", "<|endoftext|>"]
-    assert tokenizer.convert_ids_to_tokens(list(template.prefix_ids)) == ["[gMASK]", "<sop>"]
+    assert template.kind == "chat_template"
+    assert tokenizer.convert_ids_to_tokens(list(template.stop_token_ids)) == stops
+    prompt, answer = template.encode_prompt(tokenizer, ASK), template.encode_answer(tokenizer, "4")
+    assert tokenizer.decode(prompt + answer) == text
+    assert tokenizer.decode(answer) == "4" + stops[0]  # what opens an answer belongs to the prompt
 
 
 def test_space_between_prompt_answer_and_end_token_is_kept():
@@ -201,25 +211,6 @@ def test_sentencepiece_answers_begin_with_one_space():
     template = load_template(None, tokenizer)
     whole = tokenizer("\n\nHuman: What is 2+2?\n\nAssistant: The capital")["input_ids"]
     assert template.encode_prompt(tokenizer, ASK) + template.encode_answer(tokenizer, "The capital")[:-1] == whole
-
-
-def test_a_template_of_plain_text_ends_in_eos():
-    tokenizer = with_chat("llama", PLAIN_CHAT)
-    template = load_template(None, tokenizer)
-    assert template.stop_token_ids == (tokenizer.eos_token_id,)
-    text = tokenizer.decode(template.encode_prompt(tokenizer, ASK) + template.encode_answer(tokenizer, "4"))
-    assert text == "### user: What is 2+2?\n### assistant: 4</s>"
-
-
-def test_what_opens_an_answer_belongs_to_the_prompt():
-    for chat, opening in (
-        (FORGETFUL_CHAT, "<|assistant|>\n"),
-        (THINKING_CHAT, "<|assistant|>\n<think>\n\n</think>\n\n"),
-    ):
-        tokenizer = with_chat("llama", chat)
-        template = load_template(None, tokenizer)
-        assert tokenizer.decode(template.encode_prompt(tokenizer, ASK)).endswith(opening)
-        assert tokenizer.decode(template.encode_answer(tokenizer, "4")) == "4</s>"
 
 
 # --- saved with the checkpoint ----------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def index_of(content):
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-DAMAGED = r"00002-of-00002\.\w+ (is truncated|is damaged|holds no weights).*copy the checkpoint again"
+DAMAGED = r"00002-of-00002\.\w+ .* is truncated, damaged or no file of weights .*copy the checkpoint again"
 EXTRA = '{"weight_map": {"extra.weight": "FILE"}}'
 BROKEN_INDEX = r"index\.json .*copy the checkpoint again"
 
