@@ -31,7 +31,7 @@ def save_model(
     in it and read back before it is moved to its place, config.json last: what is interrupted on the way does not look
     like a checkpoint.
     """
-    network, folder = base_model(model), Path(folder)
+    network = base_model(model)
     if state_dict is None:
         if network is not model:
             raise ValueError("a model with an adapter needs state_dict, for instance adapters.merged_state_dict(model)")
@@ -48,18 +48,14 @@ def save_model(
         return tensor.detach().to("cpu", network.dtype if as_trained else None).contiguous()
 
     state_dict = {name: stored(name, tensor) for name, tensor in state_dict.items() if aliases.get(name) not in state_dict}
-    settle_special_ids(network, tokenizer, template)
-    with new_draft(folder) as draft:
+    with new_checkpoint(network, tokenizer, template, Path(folder)) as draft:
         # Newer transformers write in rank 0 only; nodes that share no disk have a process each that calls this.
         network.should_save_on_this_rank = lambda is_main_process: True
         try:
             network.save_pretrained(draft, state_dict=dict(state_dict))
         finally:
             del network.should_save_on_this_rank
-        tokenizer.save_pretrained(draft)
-        template.save(draft)
-        check_saved(draft, state_dict, tokenizer)
-    publish(draft, folder)
+        check_saved(draft, state_dict)
 
 
 def settle_special_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template) -> None:
@@ -77,8 +73,8 @@ def settle_special_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         network.config.pad_token_id = None
 
 
-def check_saved(folder: Path, state_dict: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Read a saved checkpoint back: names and shapes of all tensors, the bits of one, the tokenizer. OSError if they
+def check_saved(folder: Path, state_dict: dict[str, Tensor]) -> None:
+    """Read a saved checkpoint back: names and shapes of all tensors, the bits of one. OSError if they
     differ, or if a tensor is empty, as ZeRO-3's are that nobody has gathered.
     """
     empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
@@ -97,7 +93,6 @@ def check_saved(folder: Path, state_dict: dict[str, Tensor], tokenizer: PreTrain
     odd_written = sorted(shape for name, shape in written.items() if name not in found)
     if odd_found != odd_written or any(found[name] != written[name] for name in found.keys() & written.keys()):
         raise OSError(f"{folder}: {len(found)} tensors read back, {len(written)} written, or their shapes differ")
-    check_tokenizer(folder, tokenizer)
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -108,20 +103,27 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 @contextmanager
-def new_draft(folder: Path) -> Iterator[Path]:
-    """An empty hidden folder in ``folder`` for what publish moves; what a save that was killed left there is removed. Of one
-    that fails inside nothing stays.
+def new_checkpoint(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template, folder: Path
+) -> Iterator[Path]:
+    """Give an empty hidden folder in ``folder`` for config and weights; tokenizer and template follow, and all of it is moved
+    into ``folder``. What a save that was killed left there is removed. Of one that fails inside nothing stays.
 
     In the folder, not beside it: the folder may be "." or on a disk of its own, and its parent may be another user's.
     """
+    settle_special_ids(network, tokenizer, template)
     draft, made = folder / ".draft", not folder.exists()
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
+        tokenizer.save_pretrained(draft)
+        template.save(draft)
+        check_tokenizer(draft, tokenizer)
     except BaseException:
         shutil.rmtree(folder if made else draft, ignore_errors=True)
         raise
+    publish(draft, folder)
 
 
 def publish(draft: Path, folder: Path) -> None:

@@ -20,7 +20,7 @@ from models.adapters.quantization import QuantizedLinear
 from models.adapters.shared_trunk import frozen_change
 from models.families import FAMILIES
 from models.heads import SCALAR_HEADS, base_model, is_peft, score_name
-from models.save import check_tokenizer, new_draft, publish, settle_special_ids
+from models.save import new_checkpoint
 
 if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where there is an adapter
     from peft import PeftModel
@@ -175,15 +175,12 @@ def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, train
     network, folder = base_model(model), Path(folder)
     if Path(base_of(model)).is_dir() and Path(base_of(model)).resolve() == folder.resolve():
         raise UserError(f"--output_dir: {folder} holds the model that the prefix belongs to; give another folder.")
-    settle_special_ids(network, tokenizer, template)
     network.config.architectures = [type(network).__name__]
     tensors = prefix_tensors(model, trained)
-    with new_draft(folder) as draft:
+    with new_checkpoint(network, tokenizer, template, folder) as draft:
         network.config.save_pretrained(draft)
         if network.can_generate():
             network.generation_config.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        template.save(draft)
         if is_peft(model):
             save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
             peft_config_to_save(model).save_pretrained(draft)
@@ -193,5 +190,3 @@ def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, train
             found = torch.load(draft / PREFIX_FILE, map_location="cpu", weights_only=True)
         if found.keys() != tensors.keys() or not all(torch.equal(found[name], tensors[name]) for name in tensors):
             raise OSError(f"{draft}: the prefix reads back differently; the disk or the file system is at fault")
-        check_tokenizer(draft, tokenizer)
-    publish(draft, folder)

@@ -154,22 +154,13 @@ class ChatGLMModel(Trunk):
     def positions(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cached: int, behind_cache: bool
     ) -> Tensor:
-        """Return [batch, 2, time], those given or position_ids_for(); behind a cache they must be given.
-
-        Raises ValueError for position_ids that are missing or not these.
-        """
-        (batch, time), channels = input_ids.shape, 2 if self.config.position_encoding_2d else 1
-        if position_ids is None:
-            if behind_cache:
-                raise ValueError("tokens behind a cache need position_ids [batch, 2, time]; see position_ids_for(room=…)")
-            flat = attention_mask is not None and attention_mask.dim() == 2
-            position_ids = self.position_ids_for(input_ids, attention_mask if flat else None)
-        if position_ids.shape[-1] != time or position_ids.numel() != batch * channels * time:
-            raise ValueError(
-                f"position_ids are {list(position_ids.shape)}, expected [{batch}, {channels}, {time}]; leave them out and "
-                "the network computes them"
-            )
-        return position_ids.view(batch, channels, time)
+        """Return [batch, 2, time], those given or position_ids_for(). Raises ValueError behind a cache without any."""
+        if position_ids is not None:
+            return position_ids.view(len(input_ids), -1, input_ids.shape[1])
+        if behind_cache:
+            raise ValueError("tokens behind a cache need position_ids [batch, 2, time]; see position_ids_for(room=…)")
+        flat = attention_mask is not None and attention_mask.dim() == 2
+        return self.position_ids_for(input_ids, attention_mask if flat else None)
 
     def following_positions(
         self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prompt_position_ids: Tensor | None
@@ -194,21 +185,14 @@ class ChatGLMModel(Trunk):
         """
         time = input_ids.shape[1]
         if attention_mask is not None and attention_mask.dim() == 4:
-            visible = ~attention_mask.bool()
-        elif time == 1 and attention_mask is None:
+            return ~attention_mask.bool()
+        if time == 1 and attention_mask is None:
             return None
-        else:
-            visible = causal_visibility(time, cached + time, input_ids.device)[None, None]
-            if not cached:
-                places = torch.arange(time, device=input_ids.device)
-                visible = visible | (places < self.context_lengths(input_ids)[:, None])[:, None, None]
-            if attention_mask is not None:
-                visible = visible & attention_mask.bool()[:, None, None]
-        if visible.shape[-1] != cached + time:
-            raise ValueError(
-                f"attention_mask covers {visible.shape[-1]} tokens, but {cached} are cached and {time} are given"
-            )
-        return visible
+        visible = causal_visibility(time, cached + time, input_ids.device)[None, None]
+        if not cached:
+            places = torch.arange(time, device=input_ids.device)
+            visible = visible | (places < self.context_lengths(input_ids)[:, None])[:, None, None]
+        return visible if attention_mask is None else visible & attention_mask.bool()[:, None, None]
 
 
 class ChatGLMForConditionalGeneration(LanguageModel):

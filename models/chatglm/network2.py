@@ -170,17 +170,12 @@ class ChatGLMModel(Trunk):
 
     def visible(self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prefix: int) -> Tensor | None:
         """Return who sees whom, bool [batch or 1, 1, time, cached + time]; None where plain causality says it all."""
-        batch, time = input_ids.shape
+        time = input_ids.shape[1]
         if attention_mask is None and (time == 1 or not cached + prefix):
             return None
         visible = causal_visibility(time, cached + time, input_ids.device)[None, None]
         if attention_mask is None:
             return visible
-        if attention_mask.shape != (batch, cached + time):
-            raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)}, expected [{batch}, {cached + time}]: {cached} "
-                f"tokens are cached and {time} are given"
-            )
         visible = visible & attention_mask.bool()[:, None, None]
         if not cached + prefix:  # the original lets padding see everything, and nobody sees padding
             visible = visible | ~attention_mask.bool()[:, None, :, None]

@@ -130,25 +130,6 @@ def test_names_and_shapes_of_the_published_checkpoints(root, family):
             assert ours == rows, part
 
 
-@pytest.mark.parametrize("family", ["chatglm-6b", "chatglm2-6b"])
-@pytest.mark.parametrize("folder", ["tiny-prefix", "tiny-prefix-proj"])
-def test_prefix_encoder(root, family, folder):
-    """Keys and values of the prefix itself, what is trained beside it, and its float32 in a float16 model."""
-    cases, figures = golden.golden(root / family / folder)
-    model = golden.network(root / family / folder, "sdpa")
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained == figures["requires_grad"]
-    assert trained == list(torch.load(root / family / folder / "prefix_only.bin", weights_only=True))
-    config = model.config
-    groups = getattr(config, "num_groups", config.num_attention_heads)
-    for layer, pair in enumerate(model.transformer.prefix_encoder(2, config.num_layers, groups, torch.float32)):
-        for name, ours in zip(("key", "value"), pair, strict=True):
-            assert gap(ours.permute(2, 0, 1, 3), cases["prefix"][f"past.{layer}.{name}"]) <= ROUNDING
-    half = golden.network(root / family / folder, "sdpa", torch.float16)
-    dtypes = {name.split(".")[1] == "prefix_encoder": p.dtype for name, p in half.named_parameters()}
-    assert dtypes == {True: torch.float32, False: torch.float16}
-
-
 # --- opening and saving -----------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from transformers import (
 from errors import UserError
 from models.checkpoint_folder import check_context_length, open_checkpoint
 from models.load import check_same_tokenizer, load_scalar_model, load_tokenizer
-from models.save import new_draft, publish, save_model
+from models.save import save_model
 from tests.closeness import assert_close
 from tests.models.chatglm_folders import change_json
 from tests.models.common import Stops, load
@@ -185,17 +185,18 @@ def test_the_draft_lies_in_the_folder(gpt2, tmp_path, monkeypatch):
     assert not (room / ".draft").exists() and not (room / "left").exists()
 
 
-def test_published_folders_can_be_entered(tmp_path):
+def test_published_folders_can_be_entered(gpt2, tmp_path):
     """Files get the mode of config.json, which has no x bit; a folder with it could not be listed."""
-    with new_draft(tmp_path) as draft:
-        (draft / "config.json").write_text("{}")
-        (draft / "config.json").chmod(0o644)
-        (draft / "parts").mkdir(mode=0o755)
-        (draft / "parts" / "one").write_text("1")
-        (draft / "parts" / "one").chmod(0o600)
-    publish(draft, tmp_path)
-    assert (tmp_path / "parts").stat().st_mode & 0o100
-    assert (tmp_path / "parts" / "one").stat().st_mode & 0o777 == 0o644
+
+    class WithParts(Stops):
+        def save(self, folder):
+            (folder / "parts").mkdir(mode=0o755)
+            (folder / "parts" / "one").write_text("1")
+            (folder / "parts" / "one").chmod(0o600)
+
+    save_model(load(gpt2), load_tokenizer(gpt2), WithParts(), tmp_path / "out")
+    assert (tmp_path / "out" / "parts").stat().st_mode & 0o100
+    assert (tmp_path / "out" / "parts" / "one").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
 
 
 def test_pad_is_eos_where_there_is_none_and_scoring_by_transformers_stays_right(gpt2, tmp_path):

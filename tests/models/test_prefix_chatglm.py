@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from errors import UserError
+from models import save
 from models.adapters.lora import save_prefix
 from models.checkpoint_folder import check_context_length
 from models.heads import TokenLogProbs
 from tests.closeness import assert_close
+from tests.models import test_prefix
 from tests.models.chatglm_folders import change_json
 from tests.models.common import Stops, load, tokens, trained
 from tests.models.golden import golden
-from tests.models.test_prefix import save
 
 FAMILIES = ("chatglm-6b", "chatglm2-6b")
 TUNED = ("tiny-prefix", "tiny-prefix-proj")
@@ -37,7 +39,7 @@ def without_prefix(source, target):
 
 @pytest.mark.parametrize("tuned", TUNED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prefix_of_the_original_trainer_gives_the_originals_logits(shared_dir, family, tuned, tmp_path):
+def test_a_prefix_of_the_original_trainer_gives_the_originals_logits(monkeypatch, shared_dir, family, tuned, tmp_path):
     """And ours is stored as theirs: same names, shapes and type, so that the original opens it."""
     source = shared_dir / "golden" / family / tuned
     base = without_prefix(source, tmp_path / "base")
@@ -55,7 +57,9 @@ def test_a_prefix_of_the_original_trainer_gives_the_originals_logits(shared_dir,
     theirs = torch.load(official, weights_only=True)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert names == set(theirs)
-    save_prefix(model, _NoTokenizer(), Stops(), tmp_path / "ours", trained(model))
+    monkeypatch.setattr(save, "check_tokenizer", lambda *_: None)  # the golden vocabulary of 512 has none of its own
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    save_prefix(model, SimpleNamespace(**ids, save_pretrained=lambda folder: None), Stops(), tmp_path / "ours", trained(model))
     ours = torch.load(tmp_path / "ours" / "prefix_only.bin", weights_only=True)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -63,26 +67,6 @@ def test_a_prefix_of_the_original_trainer_gives_the_originals_logits(shared_dir,
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert (config["pre_seq_len"], config["prefix_projection"]) == (8, "proj" in tuned)
     assert config["base_model_name_or_path"] == str(base)
-
-
-class _NoTokenizer:
-    """The golden vocabulary of 512 has no tokenizer of its own."""
-
-    bos_token_id = eos_token_id = pad_token_id = 0
-
-    def save_pretrained(self, folder) -> None:
-        """Nothing to keep."""
-
-
-@pytest.fixture(autouse=True)
-def no_tokenizer_to_check(monkeypatch):
-    """Read tokenizers back, but for the one that is none."""
-    from models.adapters import lora as adapters
-
-    check = adapters.check_tokenizer
-    monkeypatch.setattr(
-        adapters, "check_tokenizer", lambda folder, one: isinstance(one, _NoTokenizer) or check(folder, one)
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +77,7 @@ def test_over_a_quantised_base(folder_of, family, tmp_path):
     assert {tensor.dtype for tensor in trained(model).values()} == {torch.float32}  # in a network of bfloat16
     TokenLogProbs(model)(*tokens(folder=base)).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    folder = save(model, base, tmp_path / "tuned")
+    folder = test_prefix.save(model, base, tmp_path / "tuned")
     assert not json.loads((folder / "config.json").read_text()).get("quantization_bit")
     again = load(folder)
     assert all(torch.equal(tensor, trained(again)[name]) for name, tensor in trained(model).items())
@@ -111,7 +95,7 @@ def test_a_whole_checkpoint_with_a_prefix_goes_on_with_it(shared_dir):
 
 def test_numbers_and_bases_that_do_not_fit(folder_of, tmp_path):
     base = folder_of("chatglm-6b")
-    folder = save(load(base, pre_seq_len=LENGTH, prefix_projection=True), base, tmp_path / "tuned")
+    folder = test_prefix.save(load(base, pre_seq_len=LENGTH, prefix_projection=True), base, tmp_path / "tuned")
     with pytest.raises(UserError, match=r"--pre_seq_len 128, but the prefix in .*prefix_only.bin has 4 places"):
         load(folder, pre_seq_len=128)
     with pytest.raises(UserError, match=r"--prefix_projection false, but .* was saved with a projection; add the flag"):

@@ -86,19 +86,23 @@ def outputs_and_gradients(models, ids, mask):
     return {name: value.detach() for name, value in found.items()}
 
 
-def compare(actor, reward, ids):
-    mask = torch.ones_like(ids)
+def test_outputs_gradients_and_merged_weights_of_four_models(any_checkpoint, tmp_path):
+    reward = write_reward_model(any_checkpoint, tmp_path / "reward")
+    ids, mask = tokens(folder=any_checkpoint)
     mask[0, :2] = 0
-    one, four = (outputs_and_gradients(with_heads(make(actor, reward)), ids, mask) for make in (shared, separate))
+    networks = [with_heads(make(any_checkpoint, reward)) for make in (shared, separate)]
+    one, four = (outputs_and_gradients(heads, ids, mask) for heads in networks)
     assert one.keys() == four.keys() and len(one) > 6
     for name, value in four.items():
         assert value.abs().max() > 1e-4, f"{name} says nothing"
         assert_close(one[name], value)
-
-
-def test_outputs_and_gradients_of_four_models(any_checkpoint, tmp_path):
-    reward = write_reward_model(any_checkpoint, tmp_path / "reward")
-    compare(any_checkpoint, reward, tokens(folder=any_checkpoint)[0])
+    for role in ("actor", "critic"):  # the critic's hold the reward model's adapter and its own
+        found, expected = (merged_state_dict(heads[role].model) for heads in networks)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert_close(found[name], tensor)
+        configs = [base_model(heads[role].model).config.to_dict() for heads in networks]
+        assert configs[0] == configs[1]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -162,22 +166,6 @@ def test_dropout_is_each_network_s_own(folders):
     with torch.no_grad():
         assert torch.equal(calm(*tokens()), calm(*tokens())) and not torch.equal(noisy(*tokens()), noisy(*tokens()))
         assert torch.equal(calm(*tokens()), noisy.eval()(*tokens()))
-
-
-# --- saving -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["gpt2", "glm4"])
-def test_merged_weights_hold_both_adapters(family, folder_of, tmp_path):
-    actor = folder_of(family)
-    reward = write_reward_model(actor, tmp_path / "reward")
-    one, four = (with_heads(make(actor, reward)) for make in (shared, separate))
-    for role in ("actor", "critic"):
-        found, expected = (merged_state_dict(models[role].model) for models in (one, four))
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert_close(found[name], tensor)
-        assert base_model(one[role].model).config.to_dict() == base_model(four[role].model).config.to_dict()
 
 
 # --- other precisions -------------------------------------------------------------------------------------------------
