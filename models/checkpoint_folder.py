@@ -29,7 +29,7 @@ class CheckpointFolder:
 
     @cached_property
     def weights(self) -> Path:
-        """The folder with the weights: this one, or for a folder with nothing but a prefix the prefix's model.
+        """Return the folder with the weights: this one, or for a folder with nothing but a prefix the prefix's model.
 
         Raises UserError for an unsupported type and for weights that are missing, cut, or not what config.json says.
         Reads headers only, the first time.
@@ -57,33 +57,33 @@ class CheckpointFolder:
 
     @cached_property
     def stored_bits(self) -> int:
-        """4 or 8 where the weights are integers, else 0."""
+        """Return 4 or 8 where the weights are integers, else 0."""
         content = self.content if self.weights == self.folder else read_json(self.weights / "config.json", self.path)
         return content.get("quantization_bit") or 0
 
     @property
     def stored_dtype(self) -> str | None:
-        """The dtype of the weights as config.json names it: "float16", ...; None where it says nothing."""
+        """Return the dtype of the weights as config.json names it: "float16", ...; None where it says nothing."""
         return self.content.get("dtype") or self.content.get("torch_dtype")  # transformers before 5
 
     @property
     def architecture(self) -> str:
-        """The class of network that saved it: LlamaForCausalLM, ...; "no architecture named" if config.json names none."""
+        """Return the class of network that saved it: LlamaForCausalLM, ...; "no architecture named" if config.json names none."""
         return str((self.content.get("architectures") or ["no architecture named"])[0])
 
     @property
     def gives_scores(self) -> bool:
-        """True for a reward model or a critic."""
+        """Return True for a reward model or a critic."""
         return self.architecture.endswith(SCALAR)
 
     def config(self, **fields: Any) -> Any:
-        """A config of the caller's own (transformers' PretrainedConfig), with some fields set."""
+        """Return a config of the caller's own (transformers' PretrainedConfig), with some fields set."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.folder, **fields)
 
     def prefix(self, **options: Any) -> PrefixPlan | None:
-        """The prefix that the model shall have: saved in the folder, or from options (pre_seq_len and the rest, as in
+        """Return the prefix that the model shall have: saved in the folder, or from options (pre_seq_len and the rest, as in
         load_causal_lm); None for none. Raises UserError for options that contradict the folder.
         """
         return plan_prefix(self, **options)

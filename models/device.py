@@ -99,13 +99,13 @@ def _current() -> Platform:
 
 
 def device_count() -> int:
-    """How many cards this process may use; 0 on a CPU."""
+    """Return the number of cards that this process may use; 0 on a CPU."""
     module = _backend_module()
     return 0 if module is None else module.device_count()
 
 
 def has_accelerator() -> bool:
-    """True where there is a card beside the CPU."""
+    """Return True where there is a card beside the CPU."""
     return _current().torch_device != "cpu"
 
 
@@ -132,12 +132,12 @@ def _take_card(platform: Platform, local_rank: int) -> None:
 
 
 def torch_build() -> dict[str, str | None]:
-    """Which toolkit this torch was built for: cuda, hip; None for those that it was not."""
+    """Return the toolkit that this torch was built for: cuda, hip; None for those that it was not."""
     return {"cuda": torch.version.cuda, "hip": torch.version.hip}
 
 
 def cards() -> list[dict[str, object]]:
-    """The cards that this process sees: name, chip, total and free memory in bytes (None where nobody can tell)."""
+    """Return the cards that this process sees: name, chip, total and free memory in bytes (None where nobody can tell)."""
     platform, module = _current(), _backend_module()
     found = []
     for index in range(device_count()):
@@ -151,7 +151,7 @@ def cards() -> list[dict[str, object]]:
 
 
 def chip_name(platform: Platform, index: int = 0) -> str:
-    """The chip as the tables name it: sm80, gfx906, Ascend910B1, cpu."""
+    """Return the chip as the tables name it: sm80, gfx906, Ascend910B1, cpu."""
     if platform.name == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
         return f"sm{major}{minor}"
@@ -163,7 +163,7 @@ def chip_name(platform: Platform, index: int = 0) -> str:
 
 
 def chip_dtypes(chip: str) -> tuple[str, ...]:
-    """The dtypes a chip can train in, the best first.
+    """Return the dtypes a chip can train in, the best first.
 
     From a table, because torch.cuda.is_bf16_supported() says True on every HIP build and, by emulation, on old NVIDIA
     cards.
@@ -252,7 +252,7 @@ def attention_implementation(choice: str, platform: Platform) -> str:
 
 
 def saturates() -> bool:
-    """True on an NPU that knows no infinity: where others overflow it gives the largest number, and 0 for NaN.
+    """Return True on an NPU that knows no infinity: where others overflow it gives the largest number, and 0 for NaN.
 
     The first Ascend 910 generation (910A); INF_NAN_MODE_ENABLE has no effect there. DeepSpeed's search for infinities in
     the gradients finds none then, and the loss scale only rises. SANBU_OVERFLOW_FLAG=0 answers False.
@@ -269,7 +269,7 @@ def clear_overflow_flag() -> None:
 
 
 def overflow_flag() -> bool:
-    """Whether an operator has overflowed on this card since clear_overflow_flag(). Only where saturates()."""
+    """Return True if an operator has overflowed on this card since clear_overflow_flag(). Only where saturates()."""
     return bool(torch.npu.get_npu_overflow_flag())
 
 
@@ -277,7 +277,7 @@ def overflow_flag() -> bool:
 
 
 def peak_memory_gb() -> float:
-    """The most memory so far, GB: of the card since reset_peak_memory(), on a CPU of the process since it started
+    """Return the most memory so far, GB: of the card since reset_peak_memory(), on a CPU of the process since it started
     (resident set).
     """
     module = _backend_module()
@@ -296,7 +296,7 @@ def reset_peak_memory() -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still take: of its card, torch's own reserve included; on a CPU its share of what the
+    """Return the bytes that this process can still take: of its card, torch's own reserve included; on a CPU its share of what the
     host has available, which the processes of a node divide. None where nobody can tell.
     """
     module = _backend_module()
@@ -327,7 +327,7 @@ def empty_cache() -> None:
 
 
 def rng_state() -> torch.Tensor | None:
-    """State of the card's random numbers, None on a CPU (torch.get_rng_state() has those)."""
+    """Return the state of the card's random numbers, None on a CPU (torch.get_rng_state() has those)."""
     module = _backend_module()
     return None if module is None else module.get_rng_state()
 

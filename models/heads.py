@@ -182,7 +182,7 @@ def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
 
 
 def position_ids_for(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, room: int = 0) -> Tensor | None:
-    """The position ids of the tokens and of ``room`` more that will be generated behind them; slice the last dimension.
+    """Return the position ids of the tokens and of ``room`` more that will be generated behind them; slice the last dimension.
 
     input_ids, attention_mask: [batch, time]. Returns [batch, time + room]: real tokens count from 0, or from the length
     of the prefix that peft holds. A decoder with positions of its own kind is asked for them (ChatGLM-6B: [batch, 2,
@@ -199,13 +199,13 @@ def position_ids_for(model: nn.Module, input_ids: Tensor, attention_mask: Tensor
 
 
 def prefix_length(model: nn.Module) -> int:
-    """How many places the prefix takes that peft holds outside the network; 0 without one, and for ChatGLM's own."""
+    """Return the number of places of the prefix that peft holds outside the network; 0 without one, and for ChatGLM's own."""
     config = getattr(model, "active_peft_config", None)
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
 def prefix_cache(model: nn.Module, batch: int) -> Cache | None:
-    """The keys and values of the prefix that peft holds, for a batch of this size; None without one."""
+    """Return the keys and values of the prefix that peft holds, for a batch of this size; None without one."""
     return model.get_prompt(batch) if prefix_length(model) else None
 
 
@@ -225,12 +225,12 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def score_name(model: nn.Module) -> str | None:
-    """The name of the scalar head in a network of ours or transformers'; None if it has none."""
+    """Return the name of the scalar head in a network of ours or transformers'; None if it has none."""
     return next((name for name in SCALAR_HEADS if hasattr(base_model(model), name)), None)
 
 
 def score_layer(model: nn.Module) -> nn.Module:
-    """The scalar head. peft trains a copy of it, which counts unless the adapter is disabled."""
+    """Return the scalar head. peft trains a copy of it, which counts unless the adapter is disabled."""
     head = getattr(base_model(model), score_name(model) or "score")
     if not hasattr(head, "modules_to_save"):
         return head

@@ -73,7 +73,7 @@ def load_tokenizer(path: str | Path | CheckpointFolder) -> PreTrainedTokenizerBa
 def load_causal_lm(
     path: str | Path | CheckpointFolder, *, dtype: torch.dtype, attn: str = "sdpa", dropout: float | None = 0.0, **options
 ) -> PreTrainedModel | PeftModel:
-    """The language model of a checkpoint, for SFT, actor and reference.
+    """Return the language model of a checkpoint, for SFT, actor and reference.
 
     dropout: every dropout of the config, None keeps the checkpoint's. options: gradient_checkpointing=False;
     zero3_config=None, a DeepSpeed config with stage 3, splits the weights over the processes while they are read;
@@ -108,7 +108,7 @@ def load_scalar_model(
     seed: int = 0,
     **options,
 ) -> PreTrainedModel | PeftModel:
-    """A network with one score per position, for reward model and critic. options as in load_causal_lm.
+    """Return a network with one score per position, for reward model and critic. options as in load_causal_lm.
 
     From a reward checkpoint the head is kept, and in the config what step 2 measured (reward_mean, reward_std). From a
     language model the head is new (heads.start_head). With a prefix, the head is trained too.
@@ -142,7 +142,7 @@ def _load(
     seed: int = 0,
     **config_fields,
 ) -> tuple[PreTrainedModel, set[str], PrefixPlan | None]:
-    """The model in training mode, the names of the weights that the checkpoint did not have, and the prefix to give it."""
+    """Return the model in training mode, the names of the weights that the checkpoint did not have, and the prefix to give it."""
     checkpoint = open_checkpoint(path)
     bits = checkpoint.stored_bits  # weights that are missing or damaged end it here
     prefix = {"pre_seq_len": pre_seq_len, "prefix_projection": prefix_projection, "ptuning_checkpoint": ptuning_checkpoint}
@@ -229,7 +229,7 @@ def check_same_tokenizer(
     names: tuple[str, str],
     advice: str = "train the reward model from a model with the actor's tokenizer",
 ) -> None:
-    """UserError unless both give every token the same id: the reward model reads the ids that the actor writes."""
+    """Raise UserError unless both give every token the same id: the reward model reads the ids that the actor writes."""
     ours, theirs = first.get_vocab(), second.get_vocab()
     if ours != theirs:
         differing = sum(1 for token, number in ours.items() if theirs.get(token) != number)

@@ -96,7 +96,7 @@ def check_saved(folder: Path, state_dict: dict[str, Tensor]) -> None:
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """OSError if the tokenizer in a saved folder does not read text as this one does."""
+    """Raise OSError if the tokenizer in a saved folder does not read text as this one does."""
     sample = "Hello 你好\n"
     if AutoTokenizer.from_pretrained(folder)(sample).input_ids != tokenizer(sample).input_ids:
         raise OSError(f"{folder}: the tokenizer reads back differently")

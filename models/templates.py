@@ -52,20 +52,20 @@ class Template:
 
     @property
     def end_token_id(self) -> int:
-        """The token that closes an answer in training."""
+        """Return the token that closes an answer in training."""
         return self.stop_token_ids[0]
 
     @property
     def frame_length(self) -> int:
-        """How many tokens around a prompt the network cannot do without: ChatGLM's marks. 0 elsewhere, where bos may go."""
+        """Count the tokens around a prompt that the network cannot do without: ChatGLM's marks. 0 elsewhere, where bos may go."""
         return len(self.prefix_ids) + len(self.suffix_ids) if self.kind in CHATGLM else 0
 
     def encode_prompt(self, tokenizer: Any, messages: Messages) -> list[int]:
-        """Tokens of a dialogue whose last message is the user's, ready for an answer to follow."""
+        """Return the tokens of a dialogue whose last message is the user's, ready for an answer to follow."""
         return self.encode_prompts(tokenizer, [messages])[0]
 
     def encode_answer(self, tokenizer: Any, answer: str) -> list[int]:
-        """Tokens of an answer with the end token behind."""
+        """Return the tokens of an answer with the end token behind."""
         return self.encode_answers(tokenizer, [answer])[0]
 
     def encode_prompts(self, tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
@@ -103,7 +103,7 @@ class Template:
         return [[*ids, self.end_token_id] for ids in encoded]
 
     def decode_answer(self, tokenizer: Any, ids: Sequence[int]) -> str:
-        """Text of generated tokens up to the first stop token, without special tokens and surrounding space.
+        """Return the text of generated tokens up to the first stop token, without special tokens and surrounding space.
 
         For ChatGLM also with the corrections that the original makes before it shows an answer (clean_reply).
         """
@@ -159,7 +159,7 @@ def load_template(folder: str | Path | CheckpointFolder | None, tokenizer: Any) 
 
 
 def chatglm_template(tokenizer: Any) -> Template:
-    """The form of dialogue of a generation of ChatGLM, which its tokenizer names (chatglm_version)."""
+    """Return the form of dialogue of a generation of ChatGLM, which its tokenizer names (chatglm_version)."""
     prompts = CHATGLM[tokenizer.chatglm_version]
     names = (prompts.stops, prompts.opening, prompts.closing)
     stops, opening, closing = (tuple(tokenizer.convert_tokens_to_ids(list(tokens))) for tokens in names)
@@ -167,7 +167,7 @@ def chatglm_template(tokenizer: Any) -> Template:
 
 
 def human_assistant_template(tokenizer: Any) -> Template:
-    """The "\\n\\nHuman: ...\\n\\nAssistant: ..." form of DeepSpeed-Chat and hh-rlhf; every answer ends in eos."""
+    """Return the "\\n\\nHuman: ...\\n\\nAssistant: ..." form of DeepSpeed-Chat and hh-rlhf; every answer ends in eos."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {name_of(tokenizer)} has no end token, so that no answer could ever end; set eos_token in "
@@ -183,7 +183,7 @@ def human_assistant_template(tokenizer: Any) -> Template:
 
 
 def human_assistant_pieces(messages: Messages) -> list[str]:
-    """Text to encode, piece by piece: even places are blocks up to "Assistant:", odd places are earlier answers."""
+    """Return the text to encode, piece by piece: even places are blocks up to "Assistant:", odd places are earlier answers."""
     pieces = [""]
     for message in messages:
         if message["role"] == "assistant":
@@ -197,7 +197,7 @@ def human_assistant_pieces(messages: Messages) -> list[str]:
 
 
 def chat_template(tokenizer: Any) -> Template:
-    """What the tokenizer's own chat template does around an answer, read off a dialogue rendered with it."""
+    """Read what the tokenizer's own chat template does around an answer off a dialogue rendered with it."""
     question, answer, further = "sanbu question", "sanbu answer", "sanbu further"
     ask = [{"role": "user", "content": question}]
     answered = [*ask, {"role": "assistant", "content": answer}]
@@ -232,7 +232,7 @@ def chat_template(tokenizer: Any) -> Template:
 
 
 def render_chat(tokenizer: Any, messages: Messages, *, open_answer: bool = True) -> str:
-    """The dialogue as the tokenizer's chat template writes it. Raises UserError if the template refuses it."""
+    """Return the dialogue as the tokenizer's chat template writes it. Raises UserError if the template refuses it."""
     try:
         # enable_thinking: the reasoning templates (Qwen3, GLM-4.5) then put an empty thought into the prompt, so that
         # the answer holds nothing but the answer; the others do not look at it.
@@ -245,12 +245,12 @@ def render_chat(tokenizer: Any, messages: Messages, *, open_answer: bool = True)
 
 
 def name_of(tokenizer: Any) -> str:
-    """What to call a tokenizer in a message."""
+    """Return a tokenizer's name for a message."""
     return tokenizer.name_or_path or type(tokenizer).__name__
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], *, literal: bool = False) -> list[list[int]]:
-    """Tokens of each text, nothing added. literal: a text that spells a special token ("</s>") does not become it."""
+    """Return the tokens of each text, nothing added. literal: a text that spells a special token ("</s>") does not become it."""
     if not texts:
         return []
     return tokenizer(
@@ -259,7 +259,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, literal: bool = False)
 
 
 def opening_ids(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer itself puts before a text: bos for LLaMA and OPT, none for BLOOM, Qwen, GPT-2."""
+    """Return the tokens that the tokenizer itself puts before a text: bos for LLaMA and OPT, none for BLOOM, Qwen, GPT-2."""
     plain = encode_texts(tokenizer, ["a"])[0]
     whole = tokenizer("a", verbose=False)["input_ids"]
     return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(plain)] == plain), [])
@@ -277,7 +277,7 @@ def leading_ids(tokenizer: Any, ids: list[int]) -> list[int]:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of all tokens that text is first cut at; runs of spaces, which some tokenizers list there, are none."""
+    """Return the ids of all tokens that text is first cut at; runs of spaces, which some tokenizers list there, are none."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if str(content).strip()}
     return added | set(tokenizer.all_special_ids)
 
@@ -292,7 +292,7 @@ def first_special(tokenizer: Any, text: str) -> tuple[str, int | None]:
 
 
 def find_anchor(tokenizer: Any, character: str) -> str:
-    """Empty if a text has the same tokens alone and behind a line break; else the character to tokenise answers behind.
+    """Return "" if a text has the same tokens alone and behind a line break; else the character to tokenise answers behind.
 
     SentencePiece tokenizers (LLaMA 2) put a space before each text; an answer on its own would begin with two of them.
     """

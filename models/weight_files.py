@@ -23,7 +23,7 @@ QUANTIZED = re.compile(r"\.layers\.\d+\..*\b(query_key_value|dense|dense_h_to_4h
 
 
 def check_weights(folder: Path, path: str | Path, quantization_bit: int | None) -> None:
-    """UserError if the weights of the checkpoint ``path`` in ``folder`` are missing, cut, or not what its config says.
+    """Raise UserError if the weights of the checkpoint ``path`` in ``folder`` are missing, cut, or not what its config says.
 
     quantization_bit: as config.json has it, None where it has none.
     """
@@ -86,7 +86,7 @@ def stored_rows(folder: Path, rows: int) -> Iterator[tuple[str, tuple[int, ...],
 
 
 def check_scales(path: str | Path, names: set[str], quantization_bit: int | None) -> None:
-    """UserError unless the weights are integers with scales where config.json says so, and floats where it does not."""
+    """Raise UserError unless the weights are integers with scales where config.json says so, and floats where it does not."""
     if quantization_bit not in (None, 0, 4, 8):
         raise UserError(
             f"model {path}: config.json says quantization_bit {quantization_bit!r}; 4 and 8 can be read. Copy the "
@@ -113,7 +113,7 @@ def check_scales(path: str | Path, names: set[str], quantization_bit: int | None
 
 
 def read_json(file: Path, path: str | Path) -> dict:
-    """The object in a JSON file of the checkpoint ``path``; UserError if it is missing or broken."""
+    """Return the object in a JSON file of the checkpoint ``path``; UserError if it is missing or broken."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -128,5 +128,5 @@ def read_json(file: Path, path: str | Path) -> dict:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, for a sentence of our own."""
+    """Return the first line of an error's text, for a sentence of our own."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def zero3_loading(config: dict | None) -> Iterator[None]:
-    """Inside, transformers loads models split over the processes by this DeepSpeed config; None: plainly."""
+    """Let transformers load models, inside the block, split over the processes by this DeepSpeed config; None: plainly."""
     if config is None:
         yield
         return
@@ -27,7 +27,7 @@ def zero3_loading(config: dict | None) -> Iterator[None]:
 
 @contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters are whole on every process, and what process 0 writes counts; no effect without ZeRO-3."""
+    """Make the parameters whole inside on every process, and what process 0 writes counts; no effect without ZeRO-3."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return

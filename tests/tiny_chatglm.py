@@ -16,12 +16,11 @@ import models  # noqa: F401  (registers the networks)
 from tests.tiny import TEXT
 
 GENERATIONS = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b")
+SIZE = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4}
 SMALL = {
-    "chatglm-6b": {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "inner_hidden_size": 64},
-    "chatglm2-6b": {
-        "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 8, "ffn_hidden_size": 48,
-    },
-}  # fmt: skip
+    "chatglm-6b": SIZE | {"inner_hidden_size": 64},
+    "chatglm2-6b": SIZE | {"kv_channels": 8, "ffn_hidden_size": 48},
+}
 SMALL["chatglm3-6b"] = SMALL["chatglm2-6b"]
 
 

@@ -64,7 +64,7 @@ def add_lora(model: PreTrainedModel, dim: int, alpha: float, dropout: float = 0.
 
 
 def lora_targets(model: PreTrainedModel, module_name: str = "auto") -> list[str]:
-    """The full names of the linear layers (GPT-2's Conv1D included) that module_name selects."""
+    """Return the full names of the linear layers (GPT-2's Conv1D included) that module_name selects."""
     layers = linear_layers(model)
     if module_name == "auto":
         return [name for name in layers if name.rsplit(".", 1)[-1] in FAMILIES[model.config.model_type].lora_targets]
@@ -79,7 +79,7 @@ def lora_targets(model: PreTrainedModel, module_name: str = "auto") -> list[str]
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """The names of all layers that an adapter can be put on."""
+    """Return the names of all layers that an adapter can be put on."""
     heads = (model.get_output_embeddings(), *(getattr(model, name, None) for name in SCALAR_HEADS))
     return [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer not in heads]
 
@@ -91,7 +91,7 @@ def is_named(layer: str, module_name: str) -> bool:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes as if there were no adapter: the reference of PPO without a second copy of the
+    """Let the model compute inside as if there were no adapter: the reference of PPO without a second copy of the
     weights.
     """
     if has_prefix(model):
@@ -101,7 +101,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of the plain model with the adapter added in: W + alpha/dim · B A, summed in float32, in W's dtype.
+    """Return the weights of the plain model with the adapter added in: W + alpha/dim · B A, summed in float32, in W's dtype.
 
     state_dict: whole tensors named as in model.state_dict(), where the module's own are split (ZeRO-3). Returns the
     names of the plain model; the module is not changed. What a shared trunk's reward model adds is in them. Quantised

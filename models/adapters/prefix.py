@@ -51,12 +51,12 @@ class SavedPrefix:
 
     @property
     def length(self) -> int:
-        """How many places it has."""
+        """Return its number of places."""
         return next(tensor for name, tensor in self.tensors.items() if "embedding" in name).shape[0]
 
     @property
     def projection(self) -> bool:
-        """Whether its embeddings go through a network of two layers; what peft stores went through it already."""
+        """Return True if its embeddings go through a network of two layers; what peft stores went through it already."""
         return any(".trans." in name for name in self.tensors)
 
 
@@ -77,7 +77,7 @@ class PrefixPlan:
 
 
 def base_named_in(folder: Path) -> tuple[Path, str] | None:
-    """The file that names the base of a folder with nothing but a prefix, and the name; None for any other folder.
+    """Return the file that names the base of a folder with nothing but a prefix, and the name; None for any other folder.
 
     Raises UserError if the file names none.
     """
@@ -101,7 +101,7 @@ def base_named_in(folder: Path) -> tuple[Path, str] | None:
 
 
 def read_prefix(folder: Path) -> SavedPrefix:
-    """The prefix of a folder of ours, of peft's, or of the original trainer's (checkpoint-N). UserError if it has none."""
+    """Return the prefix of a folder of ours, of peft's, or of the original trainer's (checkpoint-N). UserError if it has none."""
     names = (PREFIX_FILE, PEFT_FILES[1], OFFICIAL_FILE)
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
@@ -190,23 +190,23 @@ def plan_prefix(
 
 
 def has_prefix(model: nn.Module) -> bool:
-    """Whether a prefix stands before every text of the model."""
+    """Return True if a prefix stands before every text of the model."""
     return prefix_length(model) > 0 or own_encoder(model) is not None
 
 
 def own_encoder(model: nn.Module) -> nn.Module | None:
-    """The prefix encoder inside a ChatGLM network, or None."""
+    """Return the prefix encoder inside a ChatGLM network, or None."""
     network = base_model(model)
     return getattr(getattr(network, "base_model", network), "prefix_encoder", None)
 
 
 def base_of(model: nn.Module) -> str:
-    """The folder or hub id of the model that a prefix belongs to."""
+    """Return the folder or hub id of the model that a prefix belongs to."""
     return model.peft_config[_NAME].base_model_name_or_path if is_peft(model) else getattr(model.config, BASE_FIELD)
 
 
 def check_prefix(plan: PrefixPlan, config: PretrainedConfig, gradient_checkpointing: bool) -> None:
-    """Before any weight is read: UserError for a saved prefix of the other kind, and outside ChatGLM for gradient
+    """Raise, before any weight is read, UserError for a saved prefix of the other kind, and outside ChatGLM for gradient
     checkpointing, which drops the cache that peft's prefix is in.
     """
     own = hasattr(config, "pre_seq_len")
@@ -223,7 +223,7 @@ def check_prefix(plan: PrefixPlan, config: PretrainedConfig, gradient_checkpoint
 
 
 def add_prefix(model: PreTrainedModel, plan: PrefixPlan, fresh: bool = True) -> nn.Module:
-    """The model with its prefix; trained are the prefix and, if the model has one, the scalar head, all else is frozen.
+    """Return the model with its prefix; trained are the prefix and, if the model has one, the scalar head, all else is frozen.
 
     A ChatGLM network that was built with config.pre_seq_len has an encoder, whose values stay if not ``fresh``; around
     any other one comes a PeftModel. The prefix is float32 whatever the model's dtype (but under ZeRO-3, where DeepSpeed
@@ -273,7 +273,7 @@ def _peft_config(model: PreTrainedModel, plan: PrefixPlan) -> PrefixTuningConfig
 
 
 def _start(encoder: nn.Module, seed: int) -> None:
-    """Random values as the original's (embedding N(0, 1), linear layers as torch makes them), the same on every process
+    """Draw random values as the original's (embedding N(0, 1), linear layers as torch makes them), the same on every process
     and under every ZeRO stage.
     """
     parameters = list(encoder.parameters())
@@ -305,7 +305,7 @@ def copy_into(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> None
 
 
 def prefix_tensors(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a prefix's file holds. trained: every trained parameter, whole, named as in model.named_parameters().
+    """Return what a prefix's file holds. trained: every trained parameter, whole, named as in model.named_parameters().
 
     ChatGLM: the names of the original trainer, and those of the scalar head. peft: "prompt_embeddings", the keys and
     values themselves with any projection computed (peft keeps none), and the head under peft's name. All float32.
@@ -327,7 +327,7 @@ def prefix_tensors(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Te
 
 
 def peft_config_to_save(model: PeftModel) -> PrefixTuningConfig:
-    """What adapter_config.json shall say: the keys and values are stored themselves, so there is no projection left."""
+    """Return the config for adapter_config.json: the keys and values are stored themselves, so there is no projection left."""
     config = copy.deepcopy(model.peft_config[_NAME])
     config.prefix_projection, config.inference_mode = False, True
     return config

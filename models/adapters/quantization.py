@@ -79,7 +79,7 @@ class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of x is gradient · W; the weights have none."""
+        """Return the gradient of x is gradient · W; the weights have none."""
         values, scale = ctx.saved_tensors
         of_x = gradient @ dequantize(values, scale, ctx.bits, gradient.dtype) if ctx.needs_input_grad[0] else None
         of_bias = gradient.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[3] else None
@@ -97,7 +97,7 @@ class QuantizedLinear(nn.Linear):
     transposed = False
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True, device=None, dtype=None) -> None:
-        """Empty: values and scales are 0 until a checkpoint or ``of`` fills them."""
+        """Make an empty layer: values and scales are 0 until a checkpoint or ``of`` fills them."""
         nn.Module.__init__(self)  # Linear's own would make the float weight first
         largest_value(bits)
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
@@ -111,7 +111,7 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def of(cls, layer: nn.Linear | Conv1D, bits: int) -> QuantizedLinear:
-        """A quantised layer in place of a float one on the same device, with its bias."""
+        """Return a quantised layer in place of a float one on the same device, with its bias."""
         transposed = isinstance(layer, Conv1D)
         weight = layer.weight.detach().T if transposed else layer.weight.detach()
         with torch.device("meta"):
@@ -123,14 +123,14 @@ class QuantizedLinear(nn.Linear):
         return quantized.train(layer.training)
 
     def reset_parameters(self) -> None:
-        """Nothing to draw: integers come from a checkpoint."""
+        """Draw nothing: integers come from a checkpoint."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x."""
         return _QuantizedProduct.apply(x, self.weight, self.weight_scale, self.bias, self.bits)
 
     def plain_weight(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The float weight as a plain checkpoint stores it, from a state dict's values and scale."""
+        """Return the float weight as a plain checkpoint stores it, from a state dict's values and scale."""
         weight = dequantize(values, scale, self.bits, dtype)
         return weight.T if self.transposed else weight
 
@@ -186,17 +186,17 @@ def replace_with_quantized(module: nn.Module, bits: int) -> None:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The quantised layers of a model by name; empty for a plain model."""
+    """Return the quantised layers of a model by name; empty for a plain model."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
 def model_bits(model: nn.Module) -> int:
-    """4 or 8 for a model with quantised layers, else 0."""
+    """Return 4 or 8 for a model with quantised layers, else 0."""
     return next((layer.bits for layer in quantized_layers(model).values()), 0)
 
 
 def plain_state_dict(model: nn.Module, state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict (named as in model.state_dict()) with float weights instead of values and scales.
+    """Return the state dict (named as in model.state_dict()) with float weights instead of values and scales.
 
     They are computed in host memory: on a card that holds a quantised model there may be no room for the plain one.
     """

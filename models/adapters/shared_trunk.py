@@ -49,7 +49,7 @@ class Change:
     scale: float
 
     def matrix(self) -> Tensor:
-        """What it adds to the weight, [out, in] in float32."""
+        """Return the matrix that it adds to the weight, [out, in] in float32."""
         return self.scale * (self.up.float() @ self.down.float())
 
 
@@ -74,7 +74,7 @@ class SharedTrunk:
         self._scorers: dict[str, Scorer] = {}
 
     def causal_lm(self, *, dropout: float | None = None, gradient_checkpointing: bool = False) -> PreTrainedModel:
-        """Another language model with the trunk's weights. dropout as in load_causal_lm."""
+        """Return another language model with the trunk's weights. dropout as in load_causal_lm."""
         config = copy.deepcopy(self.model.config)
         set_dropout(config, dropout)
         network = self._built(type(self.model), config)
@@ -84,7 +84,7 @@ class SharedTrunk:
     def scalar_model(
         self, path: str, *, dropout: float | None = None, gradient_checkpointing: bool = False, seed: int = 0
     ) -> PreTrainedModel:
-        """The reward model in the folder ``path``, as load_scalar_model gives it, with the trunk's weights: its adapter,
+        """Return the reward model in the folder ``path``, as load_scalar_model gives it, with the trunk's weights: its adapter,
         frozen, and its head. From the trunk's own folder, or another with the same weights, the head is new.
 
         Raises UserError if the folder's weights are not the trunk's with the adapter in them.
@@ -108,7 +108,7 @@ class SharedTrunk:
         return ready_to_train(network, gradient_checkpointing)
 
     def _built(self, network_class: type, config: PretrainedConfig) -> PreTrainedModel:
-        """A network without weights."""
+        """Return a network without weights."""
         with torch.device("meta"):
             return network_class._from_config(config, attn_implementation=self.model.config._attn_implementation)
 
@@ -145,7 +145,7 @@ def _changed(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Te
 
 
 def frozen_change(layer: nn.Module) -> Change | None:
-    """The change that a layer adds to its output; None if it adds none."""
+    """Return the change that a layer adds to its output; None if it adds none."""
     return Change(layer.frozen_down, layer.frozen_up, layer.frozen_scale) if hasattr(layer, "frozen_scale") else None
 
 
@@ -185,7 +185,7 @@ def read_scorer(path: str | CheckpointFolder, trunk: PreTrainedModel, name: str)
 
 
 def read_changes(file: Path, path: str, name: str) -> dict[str, Change]:
-    """The LoRA matrices in an adapter's file, in host memory, by the full name of their layer. UserError for what is none."""
+    """Read the LoRA matrices of an adapter's file to host memory, by the full name of their layer. UserError for what is none."""
     config = read_json(file.with_name("adapter_config.json"), file.parent)
     try:
         found = load_file(file)
@@ -206,7 +206,7 @@ def read_changes(file: Path, path: str, name: str) -> dict[str, Change]:
 
 
 def compare(path: str, folder: Path, trunk: PreTrainedModel, name: str, changes: dict[str, Change]) -> dict[str, Tensor]:
-    """The head of a reward model, after its weights were compared with the trunk's, the changes added: the first rows of
+    """Return the head of a reward model, after its weights were compared with the trunk's, the changes added: the first rows of
     every tensor. All processes call it. UserError if they differ by more than rounding.
     """
     own = trunk.state_dict(keep_vars=True)
@@ -255,12 +255,12 @@ def trunk_rows(trunk: PreTrainedModel, name: str, tensor: Tensor) -> tuple[tuple
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding to dtype; 0 for integers."""
+    """Return the largest relative error of rounding to dtype; 0 for integers."""
     return torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
 
 
 def other_base(path: str, name: str, found: str) -> UserError:
-    """The sentence for a reward model that is not the trunk with an adapter."""
+    """Return the sentence for a reward model that is not the trunk with an adapter."""
     return UserError(
         f"--memory_mode shared: the reward model {path} is not {name} with the adapter in {Path(path) / ADAPTER} added "
         f"({found}); train step 2 with --lora_dim from {name}, or take --memory_mode separate."

@@ -95,7 +95,7 @@ class ChatGLMConfig(_SharedConfig):
 
     @property
     def num_groups(self) -> int:
-        """Key and value heads of a layer: as many as queries have."""
+        """Return key and value heads of a layer: as many as queries have."""
         return self.num_attention_heads
 
 
@@ -161,7 +161,7 @@ class ChatGLM2Config(_SharedConfig):
 
     @property
     def num_groups(self) -> int:
-        """Key and value heads of a layer."""
+        """Return key and value heads of a layer."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Trunk(ChatGLMPreTrainedModel):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The layers."""
+        """Return the layers."""
         return self.get_submodule(self.LAYERS)
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -297,7 +297,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", self.frequencies())
 
     def frequencies(self) -> Tensor:
-        """[dim / 2] float32."""
+        """Return [dim / 2] float32."""
         exact = 1.0 / 10000 ** (torch.arange(0, self.dim, 2, device="cpu").float() / self.dim)
         return exact.half().float() if self.rounded else exact
 
@@ -425,7 +425,7 @@ class PrefixEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, batch: int, layers: int, groups: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Key and value of each layer, [batch, groups, length, dim] in the given dtype; computed in the encoder's own."""
+        """Return key and value of each layer, [batch, groups, length, dim] in the given dtype; computed in the encoder's own."""
         places = torch.arange(self.length, device=self.embedding.weight.device)
         vectors = self.embedding(places)
         if self.projection:
@@ -436,7 +436,7 @@ class PrefixEncoder(nn.Module):
 
 
 def freeze_all_but_prefix(model: nn.Module) -> None:
-    """Where the configuration asks for a prefix, only that is trained, and the scalar head of a network that has one."""
+    """Train only the prefix where the configuration asks for one, and the scalar head of a network that has one."""
     if model.config.pre_seq_len:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("prefix_encoder." in name or name.startswith(("score.", "classifier_head.")))
@@ -446,7 +446,7 @@ def freeze_all_but_prefix(model: nn.Module) -> None:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy, in float32, of labels[:, 1:] under logits[:, :-1]; labels of -100 do not count.
+    """Return the mean cross-entropy, in float32, of labels[:, 1:] under logits[:, :-1]; labels of -100 do not count.
 
     logits [batch, time, vocab] in any dtype, labels [batch, time]. Logits become float32 a chunk at a time, in the
     backward pass again. Without any label the loss is 0.

@@ -72,7 +72,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
 
     @property
     def gmask_token_id(self) -> int:
-        """[gMASK], the mask token of every prompt: what follows is the answer."""
+        """Return [gMASK], the mask token of every prompt: what follows is the answer."""
         return self.convert_tokens_to_ids(self.gmask_token)
 
     @property
@@ -98,7 +98,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         return ids if token_ids_1 is None else [*ids, *token_ids_1, vocabulary["<eop>"]]
 
     def pad_beside(self, row: dict[str, Any], length: int, pads: int, side: str, with_mask: bool) -> None:
-        """Mask and positions as soon as padding is asked for, as in the original."""
+        """Add mask and positions as soon as padding is asked for, as in the original."""
         ids, (left, right) = list(row["input_ids"]), (pads, 0) if side == "left" else (0, pads)
         real = ids[left : left + length]
         if with_mask:
@@ -108,18 +108,18 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         row["position_ids"] = [beside(list(channel), [0] * pads, side) for channel in positions]
 
     def context_length(self, ids: list[int]) -> int:
-        """Tokens before the first <sop>; all of them where there is none."""
+        """Return the tokens before the first <sop>; all of them where there is none."""
         start = self.vocabulary["<sop>"]
         return ids.index(start) if start in ids else len(ids)
 
     def hidden(self, ids: list[int]) -> np.ndarray:
-        """[1, length, length], True = hidden: every row sees the whole context, the rest is causal."""
+        """Return [1, length, length], True = hidden: every row sees the whole context, the rest is causal."""
         mask = ~np.tri(len(ids), dtype=bool)
         mask[:, : self.context_length(ids)] = False
         return mask[None]
 
     def positions(self, ids: list[int]) -> list[list[int]]:
-        """[2, length]: the place in the context, then that of the mask token; and the place in the answer, from 1.
+        """Return [2, length]: the place in the context, then that of the mask token; and the place in the answer, from 1.
 
         The mask token is [MASK] if the row has one, else [gMASK]; the network looks for them the other way round.
         """
@@ -131,13 +131,13 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         return [places, [0] * context + list(range(1, len(ids) - context + 1))]
 
     def text_of(self, ids: list[int]) -> str:
-        """Text of ids; <pad> and control tokens leave no trace, <unk> is " ⁇ "."""
+        """Return the text of ids; <pad> and control tokens leave no trace, <unk> is " ⁇ "."""
         pad = self.vocabulary["<pad>"]
         text = self.sentence_pieces.decode([at for at in ids if 0 <= at < self.vocabulary_size and at != pad])
         return WRITTEN.sub(lambda found: " " * int(found[1]) if found[1] else "\n" if found[0] == "<n>" else "\t", text)
 
     def saved_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """As the original's: the names of all its tokens, and that there are no image tokens (its default is 20000)."""
+        """Name all its tokens, as the original does, and say that there are no image tokens (its default is 20000)."""
         own = {"gmask_token": self.gmask_token, "end_token": self.end_token, "num_image_tokens": 0}
         own |= {"do_lower_case": self.do_lower_case, "remove_space": self.remove_space}
         kept = super().saved_config(config)

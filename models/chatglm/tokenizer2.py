@@ -55,7 +55,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         super().__init__(vocab_file, **(USUAL | given | (changed_tokens or {})))
 
     def get_command(self, token: str) -> int:
-        """Id of a control token by its name; also <bos>, <eos> and <pad>. The original's method."""
+        """Return the id of a control token by its name; also <bos>, <eos> and <pad>. The original's method."""
         pieces = self.sentence_pieces
         names = {"<bos>": pieces.bos_id(), "<eos>": pieces.eos_id(), "<pad>": pieces.unk_id()}
         if token not in names and token not in self.control:
@@ -63,13 +63,13 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         return names[token] if token in names else self.vocabulary[token]
 
     def get_prefix_tokens(self) -> list[int]:
-        """[gMASK] sop, which opens every text. The original's method."""
+        """Return [gMASK] sop, which opens every text. The original's method."""
         return [self.vocabulary["[gMASK]"], self.vocabulary["sop"]]
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """[gMASK] sop text, or [gMASK] sop prompt answer </s>."""
+        """Return [gMASK] sop text, or [gMASK] sop prompt answer </s>."""
         ids = [*self.get_prefix_tokens(), *token_ids_0]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.get_command("<eos>")]
 
@@ -84,7 +84,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         return "" if self.chatglm_version == "chatglm2" and index >= len(self.sentence_pieces) else name
 
     def text_of(self, ids: list[int]) -> str:
-        """Text of ids. ChatGLM3 writes control tokens by name, and the space of the word behind them is kept."""
+        """Return the text of ids. ChatGLM3 writes control tokens by name, and the space of the word behind them is kept."""
         if self.chatglm_version == "chatglm2":
             return super().text_of(ids)
         known = [at for at in ids if 0 <= at < self.vocabulary_size]
@@ -105,7 +105,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
 
 
 def find_version(folder: Path) -> str:
-    """ "chatglm2" or "chatglm3", told by the files of a folder, which hold the same vocabulary in both.
+    """Return "chatglm2" or "chatglm3", told by the files of a folder, which hold the same vocabulary in both.
 
     What our own save writes (chatglm_version), else the name that tokenizer_config.json or config.json gives, else the
     published lengths (seq_length). transformers overwrites names when it loads: the files are read here.

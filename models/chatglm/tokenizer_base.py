@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,11 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     always_masked = True  # whether a row has mask and positions also where no padding is asked for
 
     def __init__(self, vocab_file: str, **options: Any) -> None:
-        read = read_vocabulary(vocab_file)
-        self.sentence_pieces, self.vocabulary_bytes = read.pieces, read.content
-        self.vocabulary = read.ids | {token: len(read.ids) + place for place, token in enumerate(self.control)}
+        self.vocabulary_bytes, self.sentence_pieces, ids, without_text = read_vocabulary(vocab_file)
+        self.vocabulary = ids | {token: len(ids) + place for place, token in enumerate(self.control)}
         self.vocabulary_size = len(self.vocabulary)
         # Ids that stand for no text: unknown, begin, end, pad, masks, start and end of a piece, roles.
-        self.control_ids = read.without_text | set(range(len(read.ids), self.vocabulary_size))
+        self.control_ids = without_text | set(range(len(ids), self.vocabulary_size))
         # What the vocabulary knows keeps its id and is no "added" token; only tokens of the user's own are.
         added = options.get("added_tokens_decoder") or {}
         options["added_tokens_decoder"] = {at: token for at, token in added.items() if int(at) >= self.vocabulary_size}
@@ -58,16 +56,16 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Ids without those of added tokens."""
+        """Return the ids without those of added tokens."""
         return self.vocabulary_size
 
     @property
     def vocab_file(self) -> str:
-        """The name of the vocabulary file inside a checkpoint."""
+        """Return the name of the vocabulary file inside a checkpoint."""
         return self.vocab_files_names["vocab_file"]
 
     def get_vocab(self) -> dict[str, int]:
-        """Every token and its id, control and added tokens included."""
+        """Return every token and its id, control and added tokens included."""
         return {**self.vocabulary, **self._added_tokens_encoder}
 
     def _convert_token_to_id(self, token: str) -> int:
@@ -82,11 +80,11 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     # --- text to ids ---
 
     def prepare_text(self, text: str) -> str:
-        """What is written differently before SentencePiece reads it."""
+        """Rewrite in a text what SentencePiece would lose."""
         return text
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, nothing added; text that spells a control token stays text. Many texts at once are fast.
+        """Return the tokens of each text, nothing added; text that spells a control token stays text. Many texts at once are fast.
 
         Half a surrogate pair (text cut inside an emoji) becomes U+FFFD.
         """
@@ -139,7 +137,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     # --- ids to text ---
 
     def text_of(self, ids: list[int]) -> str:
-        """Text of ids of this vocabulary, none of them of an added token."""
+        """Return the text of ids of this vocabulary, none of them of an added token."""
         return self.sentence_pieces.decode([at for at in ids if 0 <= at < len(self.sentence_pieces)])
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -182,28 +180,18 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
 
 def beside(values: list, pads: list, side: str) -> list:
-    """Values with pads on one side."""
+    """Return values with pads on one side."""
     return pads + values if side == "left" else values + pads
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """A vocabulary file. ids: piece -> id. without_text: ids of pieces that stand for no text. content: its bytes."""
-
-    pieces: sentencepiece.SentencePieceProcessor
-    ids: dict[str, int]
-    without_text: set[int]
-    content: bytes
-
-
-def read_vocabulary(file: str | Path) -> Vocabulary:
-    """Read the SentencePiece model in a file. UserError if it is none or only a part of one."""
+def read_vocabulary(file: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProcessor, dict[str, int], set[int]]:
+    """Read the SentencePiece model in a file: its bytes, and as parse_vocabulary. UserError if it is none, or a part of one."""
     try:
         content = Path(file).read_bytes()
     except (OSError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy the vocabulary file again.") from error
     try:
-        return parse_vocabulary(content)
+        return content, *parse_vocabulary(content)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{file} ({len(content)} bytes) is no SentencePiece model, or only a part of one; copy the vocabulary file "
@@ -212,12 +200,15 @@ def read_vocabulary(file: str | Path) -> Vocabulary:
 
 
 @lru_cache(maxsize=2)
-def parse_vocabulary(content: bytes) -> Vocabulary:
-    """Parse a SentencePiece model, once: 130,000 pieces take 0.8 s, and a run opens a tokenizer several times."""
+def parse_vocabulary(content: bytes) -> tuple[sentencepiece.SentencePieceProcessor, dict[str, int], set[int]]:
+    """Return the pieces, their ids, and the ids that stand for no text.
+
+    Parsed once: 130,000 pieces take 0.8 s, and a run opens a tokenizer several times.
+    """
     if not content:
         raise ValueError("it is empty")
     pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
     numbers = range(len(pieces))
     ids = {piece: number for number, piece in enumerate(pieces.id_to_piece(list(numbers)))}
     without_text = {number for number in numbers if pieces.is_control(number) or pieces.is_unknown(number)}
-    return Vocabulary(pieces, ids, without_text, content)
+    return pieces, ids, without_text

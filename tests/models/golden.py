@@ -150,10 +150,10 @@ def compare_decoding(model, tensors: dict[str, Tensor]) -> dict[str, float]:
         seen = torch.cat([seen, forced[:, step : step + 1]], dim=1)
         flat = real_tokens(given).long()
         grown = torch.cat([flat, flat.new_ones(len(flat), step + 1)], dim=1)
-        inputs = model.prepare_inputs_for_generation(
-            seen, past_key_values=output.past_key_values, attention_mask=None if mask is None else grown,
-            **({"prompt_position_ids": positions} if positions is not None and positions.dim() == 3 else {}),
-        )  # fmt: skip
+        options = {"past_key_values": output.past_key_values, "attention_mask": None if mask is None else grown}
+        if positions is not None and positions.dim() == 3:
+            options["prompt_position_ids"] = positions
+        inputs = model.prepare_inputs_for_generation(seen, **options)
         if step == 0:
             assert torch.equal(inputs["input_ids"], tensors["step1.input_ids"])
             differences = inputs["position_ids"] - tensors["step1.position_ids"]

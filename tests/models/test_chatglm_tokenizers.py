@@ -24,6 +24,9 @@ NAMES = (
 )
 
 
+SPECIAL = [f"{role}_token{end}" for role in ("pad", "eos", "bos") for end in ("", "_id")] + ["unk_token", "mask_token_id"]
+
+
 @pytest.fixture(scope="module", params=GENERATIONS)
 def version(request):
     return request.param
@@ -87,8 +90,7 @@ def test_special_tokens_and_sizes_are_the_original_s(tokenizer, known, version):
     """For ChatGLM2 and ChatGLM3 the original lists no special tokens; here pad and end token are skipped as such."""
     special = known["special"]
     assert len(tokenizer) == tokenizer.vocab_size == special["len"] == LENGTHS[version] == len(tokenizer.get_vocab())
-    for name in ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "bos_token", "bos_token_id", "unk_token",
-                 "mask_token_id", "padding_side", "model_input_names"):  # fmt: skip
+    for name in (*SPECIAL, "padding_side", "model_input_names"):
         assert getattr(tokenizer, name) == special[name], name
     if version == "chatglm":
         for name in ("gmask_token", "gmask_token_id", "end_token", "end_token_id", "all_special_tokens"):

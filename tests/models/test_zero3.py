@@ -13,6 +13,7 @@ from tests.closeness import assert_close
 from tests.launching import succeed
 from tests.models.zero3_worker import CASES, LEARNING_RATE, STEPS, batch, load
 from tests.tiny import tiny_checkpoint
+from tests.tiny_chatglm import SMALL
 
 pytestmark = pytest.mark.distributed
 
@@ -30,10 +31,7 @@ def trained(tmp_path_factory):
 def tiny_integers(folder):
     """A random ChatGLM2 checkpoint whose blocks are stored in 4 bits."""
     torch.manual_seed(0)
-    config = ChatGLM2Config(
-        padded_vocab_size=408, hidden_size=32, num_layers=2, num_attention_heads=4, kv_channels=8, ffn_hidden_size=48,
-        seq_length=256,
-    )  # fmt: skip
+    config = ChatGLM2Config(padded_vocab_size=408, seq_length=256, **SMALL["chatglm2-6b"])
     model = ChatGLMForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():
