@@ -139,12 +139,12 @@ def torch_build() -> dict[str, str | None]:
 def cards() -> list[dict[str, object]]:
     """Return the cards that this process sees: name, chip, total and free memory in bytes (None where nobody can tell)."""
     platform, module = _current(), _backend_module()
-    found = []
+    listed = []
     for index in range(device_count()):
         free, total = module.mem_get_info(index) if hasattr(module, "mem_get_info") else (None, None)
         name = module.get_device_name(index)
-        found.append({"name": name, "chip": chip_name(platform, index), "total": total, "free": free})
-    return found
+        listed.append({"name": name, "chip": chip_name(platform, index), "total": total, "free": free})
+    return listed
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------

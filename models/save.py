@@ -80,19 +80,19 @@ def check_saved(folder: Path, state_dict: dict[str, Tensor]) -> None:
     empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
     if empty:
         raise OSError(f"{folder}: {len(empty)} tensors to be saved are empty, such as {empty[0]}")
-    found = {}
+    read_back = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118  (no iterator of its own)
-                found[name] = tuple(content.get_slice(name).get_shape())
+                read_back[name] = tuple(content.get_slice(name).get_shape())
                 if name == min(state_dict) and not torch.equal(content.get_tensor(name), state_dict[name]):
                     raise OSError(f"{file}: {name} reads back differently; the disk or the file system is at fault")
     written = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     # transformers stores some weights under published names (GPT-NeoX: embed_out); those must agree in shape at least
-    odd_found = sorted(shape for name, shape in found.items() if name not in written)
-    odd_written = sorted(shape for name, shape in written.items() if name not in found)
-    if odd_found != odd_written or any(found[name] != written[name] for name in found.keys() & written.keys()):
-        raise OSError(f"{folder}: {len(found)} tensors read back, {len(written)} written, or their shapes differ")
+    odd_read = sorted(shape for name, shape in read_back.items() if name not in written)
+    odd_written = sorted(shape for name, shape in written.items() if name not in read_back)
+    if odd_read != odd_written or any(read_back[name] != written[name] for name in read_back.keys() & written.keys()):
+        raise OSError(f"{folder}: {len(read_back)} tensors read back, {len(written)} written, or their shapes differ")
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -27,15 +27,15 @@ def check_weights(folder: Path, path: str | Path, quantization_bit: int | None) 
 
     quantization_bit: as config.json has it, None where it has none.
     """
-    found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
-    if found is None:
+    listing = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if listing is None:
         raise UserError(f"model {path} has no weights (looked for {', '.join(WEIGHTS)}); copy the whole checkpoint.")
-    places = weight_map(folder / found) if found.endswith(".index.json") else {}
-    stored = {shard: tensor_names(folder / shard) for shard in dict.fromkeys(places.values()) or [found]}
-    absent = sorted(tensor for tensor, shard in places.items() if tensor not in stored[shard])
+    file_of = weight_map(folder / listing) if listing.endswith(".index.json") else {}
+    stored = {shard: tensor_names(folder / shard) for shard in dict.fromkeys(file_of.values()) or [listing]}
+    absent = sorted(tensor for tensor, shard in file_of.items() if tensor not in stored[shard])
     if absent:
         raise UserError(
-            f"{folder / found} says that {absent[0]} is in {places[absent[0]]}, but it is not ({len(absent)} tensors are "
+            f"{folder / listing} says that {absent[0]} is in {file_of[absent[0]]}, but it is not ({len(absent)} tensors are "
             "missing); index and files are of different checkpoints: copy all of them again."
         )
     check_scales(path, set().union(*stored.values()), quantization_bit)
@@ -70,8 +70,8 @@ def tensor_names(file: Path) -> set[str]:
 
 def stored_rows(folder: Path, rows: int) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Name, shape and first rows of every tensor of a checkpoint, file by file; check_weights has found it whole."""
-    found = folder / next(name for name in WEIGHTS if (folder / name).is_file())
-    names = set(weight_map(found).values()) if found.name.endswith(".index.json") else {found.name}
+    listing = folder / next(name for name in WEIGHTS if (folder / name).is_file())
+    names = set(weight_map(listing).values()) if listing.name.endswith(".index.json") else {listing.name}
     for file in (folder / name for name in sorted(names)):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as content:

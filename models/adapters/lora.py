@@ -184,9 +184,9 @@ def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, train
         if is_peft(model):
             save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
             peft_config_to_save(model).save_pretrained(draft)
-            found = load_file(draft / "adapter_model.safetensors")
+            read_back = load_file(draft / "adapter_model.safetensors")
         else:
             torch.save(tensors, draft / PREFIX_FILE)
-            found = torch.load(draft / PREFIX_FILE, map_location="cpu", weights_only=True)
-        if found.keys() != tensors.keys() or not all(torch.equal(found[name], tensors[name]) for name in tensors):
+            read_back = torch.load(draft / PREFIX_FILE, map_location="cpu", weights_only=True)
+        if read_back.keys() != tensors.keys() or not all(torch.equal(read_back[name], tensors[name]) for name in tensors):
             raise OSError(f"{draft}: the prefix reads back differently; the disk or the file system is at fault")

@@ -108,24 +108,24 @@ def read_prefix(folder: Path) -> SavedPrefix:
         raise UserError(f"{folder} holds no prefix (looked for {', '.join(names)}); name a folder that P-Tuning saved.")
     try:
         if file.suffix == ".safetensors":
-            found = load_file(file)
+            stored = load_file(file)
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            found = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+            stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            stored = {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
     except Exception as error:  # by format and version: RuntimeError, EOFError, UnpicklingError, SafetensorError, …
         raise UserError(f"{file} is truncated or damaged ({first_line(error)}); copy it again.") from error
     own = file.suffix == ".bin"
     tensors = {
-        name: tensor.float() for name, tensor in found.items() if (name.startswith(OWN) if own else "prompt" in name)
+        name: tensor.float() for name, tensor in stored.items() if (name.startswith(OWN) if own else "prompt" in name)
     }
     if not any("embedding" in name for name in tensors):
         raise UserError(
-            f"{file} holds no prefix (its tensors are named like {min(found, default='nothing')!r}, looked for "
+            f"{file} holds no prefix (its tensors are named like {min(stored, default='nothing')!r}, looked for "
             f"{OWN + 'embedding.weight' if own else 'prompt_embeddings'}); name a folder that P-Tuning saved."
         )
     head = {
         name.rsplit(".", 1)[-1]: tensor.float()
-        for name, tensor in found.items()
+        for name, tensor in stored.items()
         if not name.startswith(OWN) and set(name.split(".")) & set(SCALAR_HEADS)
     }
     return SavedPrefix(file, own, tensors, head)
@@ -288,11 +288,11 @@ def copy_into(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> None
     """Fill the module's parameters, whatever the ZeRO stage. UserError unless names and shapes are the module's."""
     parameters = dict(module.named_parameters())
     wanted = {name: list(getattr(one, "ds_shape", one.shape)) for name, one in parameters.items()}
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != found:
-        name = next(name for name in sorted(wanted | found) if wanted.get(name) != found.get(name))
+    given = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != given:
+        name = next(name for name in sorted(wanted | given) if wanted.get(name) != given.get(name))
         raise UserError(
-            f"{file}: {name} has the shape {found.get(name, 'none')}, this model takes {wanted.get(name, 'none')}; the prefix "
+            f"{file}: {name} has the shape {given.get(name, 'none')}, this model takes {wanted.get(name, 'none')}; the prefix "
             "was trained on another model, or with another --prefix_projection."
         )
     with gathered(list(parameters.values())), torch.no_grad():

@@ -188,13 +188,13 @@ def read_changes(file: Path, path: str, name: str) -> dict[str, Change]:
     """Read the LoRA matrices of an adapter's file to host memory, by the full name of their layer. UserError for what is none."""
     config = read_json(file.with_name("adapter_config.json"), file.parent)
     try:
-        found = load_file(file)
+        stored = load_file(file)
     except Exception as error:  # SafetensorError is not public in every version
         raise UserError(f"{file} is truncated or damaged ({first_line(error)}); copy it again.") from error
     rank, alpha = config.get("r") or 1, config.get("lora_alpha") or 0
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     downs, ups = {}, {}
-    for key, tensor in found.items():
+    for key, tensor in stored.items():
         layer, dot, kind = key.removeprefix(_PREFIX).partition(".lora_")
         if dot and kind in ("A.weight", "B.weight"):
             (downs if kind[0] == "A" else ups)[layer] = tensor
@@ -210,33 +210,33 @@ def compare(path: str, folder: Path, trunk: PreTrainedModel, name: str, changes:
     every tensor. All processes call it. UserError if they differ by more than rounding.
     """
     own = trunk.state_dict(keep_vars=True)
-    head, seen = {}, set()
+    head, adapted = {}, set()
     for tensor_name, shape, rows in stored_rows(folder, ROWS):
-        parts = tensor_name.split(".")
-        if set(parts) & set(SCALAR_HEADS):
-            head[parts[-1]] = rows
+        names = tensor_name.split(".")
+        if set(names) & set(SCALAR_HEADS):
+            head[names[-1]] = rows
             continue
         layer = tensor_name.removesuffix(".weight")
         change = changes.get(layer) if layer != tensor_name else None
         if tensor_name not in own:
             raise other_base(path, name, f"it has {tensor_name}, which {name} does not have")
-        wide, base, room = trunk_rows(trunk, tensor_name, own[tensor_name])
+        base_shape, base, tolerance = trunk_rows(trunk, tensor_name, own[tensor_name])
         wanted = base
-        if wide != shape or (change is not None and len(change.down.T) * len(change.up) != math.prod(shape)):
-            raise other_base(path, name, f"{tensor_name} has other sizes ({list(shape)}, there {list(wide)})")
+        if base_shape != shape or (change is not None and len(change.down.T) * len(change.up) != math.prod(shape)):
+            raise other_base(path, name, f"{tensor_name} has other sizes ({list(shape)}, there {list(base_shape)})")
         if change is not None:
-            seen.add(layer)
+            adapted.add(layer)
             module = trunk.get_submodule(layer)
             as_rows = isinstance(module, Conv1D) or getattr(module, "transposed", False)  # stored as [in, out]
             wanted = base + (change.matrix().T if as_rows else change.matrix())[:ROWS]
         # Step 2 may have rounded the base to its dtype, and then the sum; this run rounds the base to its own.
         size = base.abs() + wanted.abs()
-        room = room + size * (rounding(rows.dtype) + rounding(own[tensor_name].dtype)) + 1e-6 * wanted.abs().max()
-        if not bool(((rows.float() - wanted).abs() <= room).all()):
+        tolerance = tolerance + size * (rounding(rows.dtype) + rounding(own[tensor_name].dtype)) + 1e-6 * wanted.abs().max()
+        if not bool(((rows.float() - wanted).abs() <= tolerance).all()):
             gap = float((rows.float() - wanted).abs().max())
-            raise other_base(path, name, f"{tensor_name} differs by {gap:.2g}, rounding explains {float(room.max()):.2g}")
-    if len(seen) < len(changes):
-        raise other_base(path, name, f"its adapter changes {min(changes.keys() - seen)}, which is not among its weights")
+            raise other_base(path, name, f"{tensor_name} differs by {gap:.2g}, rounding explains {float(tolerance.max()):.2g}")
+    if len(adapted) < len(changes):
+        raise other_base(path, name, f"its adapter changes {min(changes.keys() - adapted)}, which is not among its weights")
     return head
 
 
@@ -248,8 +248,8 @@ def trunk_rows(trunk: PreTrainedModel, name: str, tensor: Tensor) -> tuple[tuple
         shape = (layer.in_features, layer.out_features) if layer.transposed else (layer.out_features, layer.in_features)
         kept = slice(None) if layer.transposed else slice(ROWS)
         whole = layer.plain_weight(values[kept].cpu(), scale[kept].cpu(), torch.float32)
-        room = scale[kept].cpu().float()
-        return shape, whole[:ROWS], room[None, :] if layer.transposed else room[:, None]
+        tolerance = scale[kept].cpu().float()
+        return shape, whole[:ROWS], tolerance[None, :] if layer.transposed else tolerance[:, None]
     with gathered([tensor]) if isinstance(tensor, nn.Parameter) else gathered([]):
         return tuple(tensor.shape), tensor.detach()[:ROWS].float().cpu(), 0.0
 
@@ -259,9 +259,9 @@ def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
 
 
-def other_base(path: str, name: str, found: str) -> UserError:
+def other_base(path: str, name: str, difference: str) -> UserError:
     """Return the sentence for a reward model that is not the trunk with an adapter."""
     return UserError(
         f"--memory_mode shared: the reward model {path} is not {name} with the adapter in {Path(path) / ADAPTER} added "
-        f"({found}); train step 2 with --lora_dim from {name}, or take --memory_mode separate."
+        f"({difference}); train step 2 with --lora_dim from {name}, or take --memory_mode separate."
     )
