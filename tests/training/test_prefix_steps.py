@@ -14,6 +14,7 @@ from models.load import load_causal_lm, load_scalar_model
 from tests.launching import logged, write_pairs
 from tests.several import run_several
 from tests.tiny import tiny_checkpoint
+from tests.training.runs import assert_same_curves, step
 from training.evaluate.reward_scores import main as rw_eval
 from training.evaluate.side_by_side import main as prompt_eval
 from training.utils.flags.parse import parse
@@ -22,60 +23,40 @@ from training.utils.flags.steps import PromptEvalArguments, RewardEvalArguments
 pytestmark = pytest.mark.distributed
 
 LENGTH = 6
-COMMON = ["--dtype", "fp32", "--seed", "7", "--logging_steps", "1", "--data_split", "1,1,1", "--eval_fraction", "0.1"]
-SUPERVISED = ["--max_seq_len", "64", "--learning_rate", "1e-2", "--max_steps", "3", "--per_device_train_batch_size", "2"]
-PPO = [
-    "--max_prompt_seq_len", "48", "--max_answer_seq_len", "8", "--actor_learning_rate", "1e-2", "--critic_learning_rate",
-    "1e-2", "--num_warmup_steps", "0", "--max_steps", "2", "--ppo_epochs", "2", "--eval_prompts", "4",
-]  # fmt: skip
-SFT, REWARD, RLHF = "training.step1_sft.main", "training.step2_reward.main", "training.step3_ppo.main"
-PREFIX = ("--pre_seq_len", str(LENGTH))
-PROJECTED = (*PREFIX, "--prefix_projection")
-ZERO3 = ("--zero_stage", "3", "--save_steps", "1", "--save_total_limit", "0")
+SUPERVISED, PPO = "--learning_rate 1e-2", "--actor_learning_rate 1e-2 --critic_learning_rate 1e-2 --max_steps 2 --ppo_epochs 2"
+PPO += " --adam_epsilon 1e-8"
+PREFIX = f"{SUPERVISED} --pre_seq_len {LENGTH}"
+PROJECTED = f"{PREFIX} --prefix_projection"
+ZERO3 = f"{PROJECTED} --zero_stage 3 --save_steps 1 --save_total_limit 0"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Data, base models, and the output folders of all runs by name. ..-2: by two processes under ZeRO-3."""
+    """Base models and the output folders of all runs by name. ..-2: by two processes under ZeRO-3."""
     folder = tmp_path_factory.mktemp("runs")
-    names = ("sft", "reward", "llama", "llama-2", "resumed-2", "ppo", "ppo-2", "new")
-    found = {name: folder / name for name in names} | {
-        "data": write_pairs(folder / "pairs.jsonl", 120),
-        "base-llama": tiny_checkpoint(folder / "base-llama", "llama"),
-        "base-opt": tiny_checkpoint(folder / "base-opt", "opt"),
-    }
+    data = write_pairs(folder / "pairs.jsonl", 120)
+    for family in ("llama", "opt"):
+        tiny_checkpoint(folder / f"base-{family}", family)
+
+    def run(kind: str, name: str, model: str, more: str, processes: int = 1) -> tuple[str, list[str]]:
+        return step(kind, folder / name, data, folder / model, more, critic=folder / "reward", processes=processes)
+
     alone = [
-        (SFT, supervised(found, "sft", "base-opt", *PREFIX)),
-        (REWARD, supervised(found, "reward", "base-opt", *PROJECTED)),
-        (SFT, supervised(found, "llama", "base-llama", *PROJECTED)),
-        (RLHF, rlhf(found, "ppo", "sft")),
-        (RLHF, rlhf(found, "new", "base-opt", "--actor_pre_seq_len", "4", "--dtype", "bf16", "--max_steps", "1")),
+        run("sft", "sft", "base-opt", PREFIX),
+        run("reward", "reward", "base-opt", PROJECTED),
+        run("sft", "llama", "base-llama", PROJECTED),
+        run("ppo", "ppo", "sft", PPO),
+        run("ppo", "new", "base-opt", f"{PPO} --actor_pre_seq_len 4 --dtype bf16 --max_steps 1"),
     ]
     run_several(alone, folder, 1)
-    stages = ("--actor_zero_stage", "3", "--critic_zero_stage", "3")
-    mark = str(found["llama-2"] / "checkpoints" / "step-00000002")
+    mark = folder / "llama-2" / "checkpoints" / "step-00000002"
     together = [
-        (SFT, supervised(found, "llama-2", "base-llama", *PROJECTED, *ZERO3)),
-        (SFT, supervised(found, "resumed-2", "base-llama", *PROJECTED, *ZERO3, "--resume", mark)),
-        (RLHF, rlhf(found, "ppo-2", "sft", *stages, processes=2)),
+        run("sft", "llama-2", "base-llama", ZERO3, 2),
+        run("sft", "resumed-2", "base-llama", f"{ZERO3} --resume {mark}", 2),
+        run("ppo", "ppo-2", "sft", f"{PPO} --actor_zero_stage 3 --critic_zero_stage 3", 2),
     ]
     run_several(together, folder, 2)
-    return found
-
-
-def supervised(runs, output: str, model: str, *more: str) -> list[str]:
-    """The flags of step 1 or 2; the global batch is 8 whatever the number of processes."""
-    files = ["--data_path", str(runs["data"]), "--output_dir", str(runs[output]), "--model_name_or_path", str(runs[model])]
-    return [*COMMON, *SUPERVISED, *files, "--global_batch_size", "8", *more]
-
-
-def rlhf(runs, output: str, actor: str, *more: str, processes: int = 1) -> list[str]:
-    """The flags of step 3; its critic is the reward model with a prefix."""
-    files = ["--data_path", str(runs["data"]), "--output_dir", str(runs[output])]
-    models = ["--actor_model_name_or_path", str(runs[actor]), "--critic_model_name_or_path", str(runs["reward"])]
-    batch = ["--per_device_generation_batch_size", str(8 // processes)]
-    batch += ["--per_device_training_batch_size", str(4 // processes)]
-    return [*COMMON, *PPO, *files, *models, *batch, *more]
+    return {run.name: run for run in folder.iterdir()}
 
 
 def prompts_in(folder: Path) -> torch.Tensor:
@@ -104,9 +85,7 @@ def test_steps_1_and_2_save_the_prefix_alone(runs):
 
 
 def test_step_1_on_two_processes_under_zero_3_equals_one(runs):
-    for name in ("train/loss", "eval/loss"):
-        found, expected = logged(runs["llama-2"], name), logged(runs["llama"], name)
-        assert len(found) == len(expected) >= 2 and found == pytest.approx(expected, abs=1e-4), name
+    assert_same_curves(runs["llama-2"], runs["llama"], ("train/loss", "eval/loss"))
     torch.testing.assert_close(prompts_in(runs["llama-2"]), prompts_in(runs["llama"]), atol=1e-3, rtol=0)
 
 
@@ -117,9 +96,7 @@ def test_resumed_is_bit_for_bit_the_uninterrupted_run(runs):
 
 def test_step_3_goes_on_with_the_prefixes_of_steps_1_and_2(runs):
     """Two processes under ZeRO-3 equal one; the reference is the model as step 1 left it, so the penalty starts at 0."""
-    for name in ("train/score", "train/actor_loss", "train/critic_loss", "eval/kl"):
-        found, expected = logged(runs["ppo-2"], name), logged(runs["ppo"], name)
-        assert len(found) == len(expected) == 2 and found == pytest.approx(expected, abs=1e-4), name
+    assert_same_curves(runs["ppo-2"], runs["ppo"], ("train/score", "train/actor_loss", "train/critic_loss", "eval/kl"))
     first, last = logged(runs["ppo"], "eval/kl")
     assert first == pytest.approx(0, abs=1e-4) and abs(last) > 1e-4
     for output in (runs["ppo"], runs["ppo-2"]):

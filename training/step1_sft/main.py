@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 
+from models.checkpoint_folder import open_checkpoint
 from models.heads import TokenLogProbs
 from models.load import load_causal_lm, load_tokenizer
 from models.templates import load_template
@@ -35,16 +36,17 @@ from training.utils.run.process_group import Run
 def main(args: SFTArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
-    check_trained_model(args)
-    args = run.args = replace(args, **check_run_fits(args, run))  # --zero_stage auto becomes a number
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    template = load_template(args.model_name_or_path, tokenizer)
+    model = open_checkpoint(args.model_name_or_path)
+    check_trained_model(args, model)
+    args = run.args = replace(args, **check_run_fits(args, run, {"model": model}))  # --zero_stage auto becomes a number
+    tokenizer = load_tokenizer(model)
+    template = load_template(model, tokenizer)
     data = prepare_phase(args, 1, tokenizer, template)
     collate = partial(collate_sft, pad_id=tokenizer.pad_token_id, loss_on=args.loss_on)
     targets = target_counts(data.train, args.loss_on)
     batches = GlobalBatches(data.train, targets, collate, run, args, per_device=args.per_device_train_batch_size)
 
-    engine = trained_engine(load_causal_lm, TokenLogProbs, args, run, tokenizer, batches.total_steps)
+    engine = trained_engine(load_causal_lm, model, TokenLogProbs, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)

@@ -18,7 +18,7 @@ from functools import partial
 
 from torch import Tensor
 
-from models.checkpoint_folder import check_context_length, check_quantized_base, open_checkpoint
+from models.checkpoint_folder import CheckpointFolder, check_context_length, check_quantized_base, open_checkpoint
 from models.heads import TokenLogProbs
 from models.load import check_same_tokenizer, load_causal_lm, load_tokenizer
 from models.templates import load_template
@@ -43,17 +43,18 @@ SHOWN = ("loss", "accuracy", "margin", "chosen", "rejected", "lr")
 def main(args: DPOArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    check_models(args, tokenizer)
-    args = run.args = replace(args, **check_run_fits(args, run))  # --zero_stage auto becomes a number
-    template = load_template(args.model_name_or_path, tokenizer)
+    models = {role: open_checkpoint(path) for role, path in args.models.items()}
+    tokenizer = load_tokenizer(models["model"])
+    check_models(args, models, tokenizer)
+    args = run.args = replace(args, **check_run_fits(args, run, models))  # --zero_stage auto becomes a number
+    template = load_template(models["model"], tokenizer)
     data = prepare_phase(args, 2, tokenizer, template)
     collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id)
     batches = GlobalBatches(
         data.train, [1.0] * len(data.train), collate, run, args, per_device=args.per_device_train_batch_size
     )
-    reference = load_reference(args, tokenizer, run)
-    engine = trained_engine(load_causal_lm, TokenLogProbs, args, run, tokenizer, batches.total_steps)
+    reference = load_reference(args, models, tokenizer, run)
+    engine = trained_engine(load_causal_lm, models["model"], TokenLogProbs, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
@@ -104,16 +105,15 @@ def main(args: DPOArguments) -> None:
     run.finish()
 
 
-def check_models(args: DPOArguments, tokenizer) -> None:
-    """UserError if the model or the reference cannot be what the flags ask for; no weight is read."""
-    check_trained_model(args)
-    other = args.ref_model_name_or_path
-    if other:
-        reference = open_checkpoint(other)
+def check_models(args: DPOArguments, models: dict[str, CheckpointFolder], tokenizer) -> None:
+    """Raise UserError if the model or the reference cannot be what the flags ask for; no weight is read."""
+    check_trained_model(args, models["model"])
+    if args.ref_model_name_or_path:
+        reference = models["reference"]
         check_context_length(reference, args.max_seq_len, "--max_seq_len")
         check_quantized_base(reference, args.quantization_bit, adapters=True)
         advice = "give a --ref_model_name_or_path with the tokenizer of the trained model"
-        check_same_tokenizer(tokenizer, load_tokenizer(reference), (args.model_name_or_path, other), advice)
+        check_same_tokenizer(tokenizer, load_tokenizer(reference), (args.model_name_or_path, reference.path), advice)
 
 
 if __name__ == "__main__":

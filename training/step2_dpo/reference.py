@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.adapters.lora import adapter_disabled
+from models.checkpoint_folder import CheckpointFolder
 from models.heads import TokenLogProbs
 from models.load import load_causal_lm
 from training.utils.data.batching import AnswerPairBatch
@@ -15,7 +16,7 @@ from training.utils.loss import sequence_log_probs
 from training.utils.run.process_group import Run
 
 
-def load_reference(args, tokenizer, run: Run) -> nn.Module | None:
+def load_reference(args, models: dict[str, CheckpointFolder], tokenizer, run: Run) -> nn.Module | None:
     """Load the frozen reference, on the device or split by ZeRO-3; None where the trained model without its adapter is it.
 
     It is --ref_model_name_or_path, or the model that the run starts from: without a new prefix of --pre_seq_len, with the
@@ -23,7 +24,6 @@ def load_reference(args, tokenizer, run: Run) -> nn.Module | None:
     """
     if args.lora_dim and not args.ref_model_name_or_path:
         return None
-    other = args.ref_model_name_or_path
     # In host memory from the start, in parts, with --offload_reference_model.
     on_host = frozen_config(run, offload=True) if args.offload_reference_model else None
     options = {
@@ -33,10 +33,10 @@ def load_reference(args, tokenizer, run: Run) -> nn.Module | None:
         "zero3_config": on_host or EngineOptions.of(args).loading_config(run),
         "tokenizer": tokenizer,
         "quantization_bit": args.quantization_bit,
-        "ptuning_checkpoint": None if other else args.ptuning_checkpoint,
+        "ptuning_checkpoint": None if args.ref_model_name_or_path else args.ptuning_checkpoint,
         "seed": args.seed,
     }
-    model = read_in_turn(load_causal_lm, other or args.model_name_or_path, run, options)
+    model = read_in_turn(load_causal_lm, models.get("reference", models["model"]), run, options)
     return build_frozen(TokenLogProbs(model), run, stage=args.zero_stage, offload=args.offload_reference_model)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UserError
-from training.utils.engine.deepspeed_internals import in_shared_buffer, master_fragment, plain_masters
+from training.utils.run.deepspeed_internals import in_shared_buffer, master_fragment, plain_masters
 from training.utils.run.process_group import Run
 
 

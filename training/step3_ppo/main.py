@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from errors import UserError
-from models.checkpoint_folder import check_context_length
+from models.checkpoint_folder import check_context_length, open_checkpoint
 from models.load import load_tokenizer
 from models.templates import load_template
 from training.step3_ppo.evaluation import HeldOut, sample_table, write_samples
@@ -43,13 +43,14 @@ def main(args: PPOArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
     rewards = Rewards(args)
+    models = {role: open_checkpoint(path) for role, path in args.models.items()}
     lengths = "--max_prompt_seq_len + --max_answer_seq_len ="
-    for role, model in args.models.items():
+    for role, model in models.items():
         longest = args.max_prompt_seq_len + args.max_answer_seq_len
         check_context_length(model, longest, lengths, **args.prefix_options(role))
-    args = run.args = replace(args, **check_run_fits(args, run))  # --zero_stage auto becomes a number
-    tokenizer = load_tokenizer(args.actor_model_name_or_path)
-    template = load_template(args.actor_model_name_or_path, tokenizer)
+    args = run.args = replace(args, **check_run_fits(args, run, models))  # --zero_stage auto becomes a number
+    tokenizer = load_tokenizer(models["actor"])
+    template = load_template(models["actor"], tokenizer)
     data = prepare_phase(args, 3, tokenizer, template)
     prompts = PromptBatches(data.train, run, args, tokenizer.pad_token_id)
     minibatches = math.ceil(prompts.size * args.num_return_sequences / minibatch_size(args, run.world_size))
@@ -61,10 +62,10 @@ def main(args: PPOArguments) -> None:
             "actor would never learn; lower it."
         )
     mixture = PretrainingMix.of(args, run, tokenizer, template, minibatch_size(args, run.world_size))
-    check_models(args, rewards, tokenizer)
+    check_models(args, models, tokenizer)
 
-    models = args.actor_model_name_or_path, args.critic_model_name_or_path
-    engine = DeepSpeedRLHFEngine(*models, tokenizer, steps["critic"], args, run, rewards, steps["actor"])
+    paths = models["actor"], models.get("critic")
+    engine = DeepSpeedRLHFEngine(*paths, tokenizer, steps["critic"], args, run, rewards, steps["actor"])
     trainer = DeepSpeedPPOTrainer(engine, args, mixture)
     content = data.fingerprint + (mixture.fingerprint if mixture else "")
     states = {"trainer": trainer} | ({"actor_ema": engine.actor_ema} if engine.actor_ema else {})

@@ -10,10 +10,14 @@ global minibatch: the losses of all micro-batches and processes add up to the me
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from training.step3_ppo.experience import Experience
+    from training.utils.flags.steps import PPOArguments
 
 Reduction = Literal["token", "sequence"]
 Estimator = Literal["k1", "k2", "k3"]
@@ -268,3 +272,41 @@ def value_loss(
         near = old_values + (values - old_values).clamp(-clip, clip)
         losses = torch.max(losses, (near - returns).square())
     return aggregate(0.5 * losses, mask, denominator, reduction)
+
+
+def actor_loss(
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    rows: Experience,
+    denominator: float | Tensor,
+    kl_coef: float,
+    args: PPOArguments,
+) -> tuple[Tensor, dict[str, float]]:
+    """Return what the actor minimises: the policy loss, the KL penalty and the entropy bonus where the flags ask for them.
+
+    A further term is added here, its flag in training/utils/flags/ppo.py; whatever it puts into the metrics is logged.
+    log_probs, entropy [batch, time]: of the actor now, on the answers of rows; entropy None without a bonus. Returns the loss
+    (scalar) and sums over the valid tokens; the trainer divides them by the number of tokens, "ratio_deviation" excepted.
+    """
+    mask, reduction = rows.action_mask, args.loss_reduction
+    loss, metrics = policy_loss(
+        log_probs,
+        rows.old_log_probs,
+        rows.advantages,
+        mask,
+        denominator,
+        clip_low=args.cliprange_low,
+        clip_high=args.cliprange_high,
+        dual_clip=args.dual_clip or None,
+        reduction=reduction,
+    )
+    if args.kl_in == "loss":
+        estimator = args.kl_estimator, args.kl_clip
+        penalty, cut = kl_loss(log_probs, rows.ref_log_probs, mask, denominator, *estimator, reduction)
+        loss = loss + kl_coef * penalty
+        estimate, _ = kl_estimate(log_probs.detach(), rows.ref_log_probs, mask, *estimator)
+        metrics |= {"kl_per_token": float(estimate.sum()), "kl_clipped_share": float(cut)}
+    if entropy is not None:
+        loss = loss - args.entropy_coef * aggregate(entropy, mask, denominator, reduction)
+        metrics["entropy"] = float(masked_sum(entropy.detach(), mask))
+    return loss, metrics

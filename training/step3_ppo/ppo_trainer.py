@@ -163,33 +163,11 @@ class DeepSpeedPPOTrainer:
         return metrics | {"ratio_deviation": deviation}
 
     def _actor_loss(self, micro: Experience, denominator: float) -> tuple[Tensor, dict[str, float]]:
-        """Return the policy loss with the KL penalty and the entropy bonus that the flags add, and sums over its tokens."""
-        args, mask = self.args, micro.action_mask
-        bonus = args.entropy_coef > 0
+        """Return the actor's loss on a micro-batch, and the sums over its tokens that the log shows."""
+        bonus = self.args.entropy_coef > 0
         outputs = self.engine.answer_log_probs(self.engine.actor, micro.joined(), with_entropy=bonus)
         log_probs, entropy = outputs if bonus else (outputs, None)
-        loss, metrics = objectives.policy_loss(
-            log_probs,
-            micro.old_log_probs,
-            micro.advantages,
-            mask,
-            denominator,
-            clip_low=args.cliprange_low,
-            clip_high=args.cliprange_high,
-            dual_clip=args.dual_clip or None,
-            reduction=args.loss_reduction,
-        )
-        if args.kl_in == "loss":
-            penalty, cut = objectives.kl_loss(
-                log_probs, micro.ref_log_probs, mask, denominator, args.kl_estimator, args.kl_clip, args.loss_reduction
-            )
-            loss = loss + self.kl_coef * penalty
-            estimate, _ = objectives.kl_estimate(log_probs.detach(), micro.ref_log_probs, mask, args.kl_estimator, args.kl_clip)
-            metrics |= {"kl_per_token": float(estimate.sum()), "kl_clipped_share": float(cut)}
-        if entropy is not None:
-            loss = loss - args.entropy_coef * objectives.aggregate(entropy, mask, denominator, args.loss_reduction)
-            metrics["entropy"] = float(objectives.masked_sum(entropy.detach(), mask))
-        return loss, metrics
+        return objectives.actor_loss(log_probs, entropy, micro, denominator, self.kl_coef, self.args)
 
     def _critic_loss(self, micro: Experience, denominator: float) -> Tensor:
         """Return the clipped value loss of a micro-batch."""

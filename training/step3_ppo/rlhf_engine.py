@@ -11,7 +11,7 @@ from torch import Tensor
 from errors import UserError
 from models.adapters.lora import add_lora
 from models.adapters.shared_trunk import SharedTrunk, check_scorer
-from models.checkpoint_folder import check_quantized_base, gets_prefix, open_checkpoint
+from models.checkpoint_folder import CheckpointFolder, check_quantized_base, gets_prefix, open_checkpoint
 from models.heads import TokenLogProbs, TokenScores
 from models.load import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
 from models.templates import load_template
@@ -46,8 +46,8 @@ class DeepSpeedRLHFEngine:
 
     def __init__(
         self,
-        actor_model_name_or_path: str,
-        critic_model_name_or_path: str | None,
+        actor_model_name_or_path: str | CheckpointFolder,
+        critic_model_name_or_path: str | CheckpointFolder | None,
         tokenizer,
         num_total_iters: int,
         args,
@@ -59,15 +59,14 @@ class DeepSpeedRLHFEngine:
         self.rewards = rewards or Rewards(args)
         self.run = run or Run.start(args)
         self.tokenizer = tokenizer
-        self.template = load_template(actor_model_name_or_path, tokenizer)
-        self.paths = {"actor": actor_model_name_or_path, "critic": critic_model_name_or_path}
-        # role -> whether the trained model is a frozen base and something small over it
-        self.adapted = adapted_roles(args, learning_models(args, self.rewards))
+        paths = {"actor": actor_model_name_or_path, "critic": critic_model_name_or_path}
+        self.checkpoints = {role: open_checkpoint(paths[role]) for role in args.models}
+        self.template = load_template(self.checkpoints["actor"], tokenizer)
         self.trunk: SharedTrunk | None = None
         reference = self._causal_lm(**self._on_host(args.offload_reference_model))
         self.ref = self._frozen(TokenLogProbs(reference), "actor", args.offload_reference_model)
         if args.memory_mode == "shared":
-            self.trunk = SharedTrunk(reference, actor_model_name_or_path)
+            self.trunk = SharedTrunk(reference, self.checkpoints["actor"].path)
         self.reward, self.reward_mean, self.reward_std = None, 0.0, 1.0
         if self.rewards.with_model:
             reward = self._scalar_model(**self._on_host(args.offload_reward_model))
@@ -88,15 +87,15 @@ class DeepSpeedRLHFEngine:
         """Load reference or actor; under --memory_mode shared only the first one has weights of its own."""
         if self.trunk is not None:
             return self.trunk.causal_lm(gradient_checkpointing=options["gradient_checkpointing"])
-        return read_in_turn(load_causal_lm, self.paths["actor"], self.run, self._loading("actor") | options)
+        return read_in_turn(load_causal_lm, self.checkpoints["actor"], self.run, self._loading("actor") | options)
 
     def _scalar_model(self, **options):
         """Load reward model or critic."""
         if self.trunk is not None:
             checkpointing = options.get("gradient_checkpointing", False)
             fresh = {"dropout": self.args.critic_dropout, "seed": self.args.seed}
-            return self.trunk.scalar_model(self.paths["critic"], gradient_checkpointing=checkpointing, **fresh)
-        return read_in_turn(load_scalar_model, self.paths["critic"], self.run, self._loading("critic") | options)
+            return self.trunk.scalar_model(self.checkpoints["critic"].path, gradient_checkpointing=checkpointing, **fresh)
+        return read_in_turn(load_scalar_model, self.checkpoints["critic"], self.run, self._loading("critic") | options)
 
     def _loading(self, role: str) -> dict[str, Any]:
         """Return how both models of a role are read. They have the same base, so the penalty starts at zero."""
@@ -104,7 +103,7 @@ class DeepSpeedRLHFEngine:
             "dtype": self.run.dtype,
             "attn": self.run.attention,
             "dropout": getattr(self.args, f"{role}_dropout"),
-            "quantization_bit": self.args.quantization_bit if self.adapted[role] else 0,
+            "quantization_bit": self.args.quantization_bit if is_adapted(self.args, role, self.checkpoints[role]) else 0,
             "ptuning_checkpoint": getattr(self.args, f"{role}_ptuning_checkpoint"),
             "seed": self.args.seed,
             "zero3_config": EngineOptions.of(self.args, role).loading_config(self.run),
@@ -166,55 +165,42 @@ class DeepSpeedRLHFEngine:
                 model.eval()
 
 
-def learning_models(args, rewards: Rewards) -> dict[str, str]:
-    """Return role -> path of the models that the run reads; no critic where nothing needs one."""
-    models = {"actor": args.actor_model_name_or_path}
-    if args.has_critic or rewards.with_model:
-        models["critic"] = args.critic_model_name_or_path
-    return models
+def has_prefix(args, role: str, checkpoint: CheckpointFolder) -> bool:
+    """Tell whether the trained model of a role gets a prefix (P-Tuning), new or saved."""
+    return gets_prefix(checkpoint, Path(args.output_dir) / role, **args.prefix_options(role))
 
 
-def adapted_roles(args, models: dict[str, str]) -> dict[str, bool]:
-    """Return for each role whether its trained model is a frozen base and something small over it: LoRA or a prefix."""
-    return {
-        role: bool(getattr(args, f"{role}_lora_dim"))
-        or gets_prefix(path, Path(args.output_dir) / role, **args.prefix_options(role))
-        for role, path in models.items()
-    }
+def is_adapted(args, role: str, checkpoint: CheckpointFolder) -> bool:
+    """Tell whether the trained model of a role is a frozen base and something small over it: LoRA or a prefix."""
+    return bool(getattr(args, f"{role}_lora_dim")) or has_prefix(args, role, checkpoint)
 
 
-def check_models(args, rewards: Rewards, tokenizer) -> None:
-    """Raise UserError if the models cannot play the parts that the flags give them. Reads no weights of 16 or 32 bits."""
-    models = learning_models(args, rewards)
-    if "critic" in models:
-        check_same_tokenizer(tokenizer, load_tokenizer(models["critic"]), tuple(models.values()))
-    check_kinds(models["actor"], models["critic"] if rewards.with_model else None)
-    for role, path in models.items():
-        prefixed = gets_prefix(path, Path(args.output_dir) / role, **args.prefix_options(role))
-        if prefixed and args.memory_mode == "shared":
-            raise UserError(
-                f"--memory_mode shared: {path} has a prefix (P-Tuning), which cannot be shared; take --memory_mode separate."
-            )
-        adapted = prefixed or bool(getattr(args, f"{role}_lora_dim"))
-        check_quantized_base(path, args.quantization_bit if adapted else 0, adapters=adapted)
-    if args.memory_mode == "shared" and "critic" in models:
-        check_scorer(models["critic"], models["actor"])
+def check_models(args, models: dict[str, CheckpointFolder], tokenizer) -> None:
+    """Raise UserError if the models cannot play the parts that the flags give them. Reads no weights of 16 or 32 bits.
 
-
-def check_kinds(actor: str, reward: str | None) -> None:
-    """Raise UserError for a reward model in the actor's place, or a language model in the reward model's: one would lose its
-    scores, the other get a random head, and PPO would learn from noise. A critic may start from a language model.
+    models: those of args.models. A reward model as actor would lose its scores, a language model as reward model would get a
+    random head, and PPO would learn from noise. A critic may start from a language model.
     """
-    if open_checkpoint(actor).gives_scores:
-        raise UserError(f"--actor_model_name_or_path {actor} is a reward model; name the SFT model, which step 1 trains.")
-    if reward is None:
-        return
-    checkpoint = open_checkpoint(reward)
-    if not checkpoint.gives_scores:
+    actor, critic = models["actor"], models.get("critic")
+    if critic is not None:
+        check_same_tokenizer(tokenizer, load_tokenizer(critic), (actor.path, critic.path))
+    if actor.gives_scores:
+        raise UserError(f"--actor_model_name_or_path {actor.path} is a reward model; name the SFT model, which step 1 trains.")
+    if args.reward_model and not critic.gives_scores:
         raise UserError(
-            f"--critic_model_name_or_path {reward} is no reward model ({checkpoint.architecture}); name one that step 2 "
+            f"--critic_model_name_or_path {critic.path} is no reward model ({critic.architecture}); name one that step 2 "
             "trained, or score with --reward_function or --reward_endpoint and --reward_model false."
         )
+    for role, checkpoint in models.items():
+        if args.memory_mode == "shared" and has_prefix(args, role, checkpoint):
+            raise UserError(
+                f"--memory_mode shared: {checkpoint.path} has a prefix (P-Tuning), which cannot be shared; take --memory_mode "
+                "separate."
+            )
+        adapted = is_adapted(args, role, checkpoint)
+        check_quantized_base(checkpoint, args.quantization_bit if adapted else 0, adapters=adapted)
+    if args.memory_mode == "shared" and critic is not None:
+        check_scorer(critic, actor)
 
 
 def score_unit(config, normalize: bool) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from inference.engine import Generation
+from models.checkpoint_folder import open_checkpoint
 from models.load import load_scalar_model, load_tokenizer
 from models.save import save_model
 from models.templates import load_template
@@ -16,7 +17,6 @@ from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantage
 from training.step3_ppo.pretraining_mix import PretrainingMix
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine, check_models
 from training.step3_ppo.rollout import complete_experience
-from training.step3_ppo.scoring import Rewards
 from training.utils.data.batching import PromptBatch, collate_prompts
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
@@ -36,21 +36,31 @@ def write_models(folder: Path) -> tuple[Path, Path]:
     return actor, folder / "reward"
 
 
+FLAGS = (
+    "--dtype fp32 --data_path unused.jsonl --max_prompt_seq_len 9 --max_answer_seq_len 7 --num_warmup_steps 0 "
+    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --actor_learning_rate 1e-3 "
+    "--critic_learning_rate 1e-3"
+)
+
+
+def parsed(*flags: str) -> PPOArguments:
+    """Arguments of step 3 from flags, of which several may stand in one string."""
+    words = [word for flag in flags for word in (flag.split() if flag.startswith("--") else [flag])]
+    start = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c", "--output_dir", "o", "--data_path", "d"]
+    return parse(PPOArguments, [*start, *words])
+
+
 def build(models: tuple[Path, Path], output: Path, *flags: str, pad_is_end: bool = False) -> DeepSpeedPPOTrainer:
     """A trainer; each of its rollouts is one optimizer step unless the flags say otherwise."""
-    args = parse(PPOArguments, [
-        "--actor_model_name_or_path", str(models[0]), "--critic_model_name_or_path", str(models[1]), "--dtype", "fp32",
-        "--data_path", "unused.jsonl", "--output_dir", str(output), "--max_prompt_seq_len", "9", "--max_answer_seq_len", "7",
-        "--num_warmup_steps", "0", "--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "4",
-        "--actor_learning_rate", "1e-3", "--critic_learning_rate", "1e-3", *flags,
-    ])  # fmt: skip
+    paths = f"--actor_model_name_or_path {models[0]} --critic_model_name_or_path {models[1]} --output_dir {output}"
+    args = parsed(paths, FLAGS, *flags)
     tokenizer = load_tokenizer(models[0])
     if pad_is_end:
         tokenizer.pad_token = tokenizer.eos_token
     run = Run.start(args)
     size = args.per_device_training_batch_size * args.gradient_accumulation_steps
     mixture = PretrainingMix.of(args, run, tokenizer, load_template(models[0], tokenizer), size)
-    check_models(args, Rewards(args), tokenizer)
+    check_models(args, {role: open_checkpoint(path) for role, path in args.models.items()}, tokenizer)
     engine = DeepSpeedRLHFEngine(str(models[0]), str(models[1]), tokenizer, 10, args, run=run)
     return DeepSpeedPPOTrainer(engine, args, mixture)
 

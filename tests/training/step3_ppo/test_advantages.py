@@ -1,20 +1,14 @@
-"""Advantages without a critic, whitening that keeps the mean, weights for a sampler of other numbers: against plain loops."""
+"""Advantages with and without a critic, and whitening: against plain loops."""
 
 import math
 import statistics
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from training.step3_ppo.advantages import (
-    equal_groups,
-    gae,
-    grpo,
-    rewards_to_come,
-    rloo,
-    whiten,
-)
-from training.step3_ppo.objectives import overlong_penalty
+from training.step3_ppo.advantages import equal_groups, explained_variance, gae, grpo, rewards_to_come, rloo, whiten
 
 pytestmark = [pytest.mark.ppo, pytest.mark.fast]
 NAN = float("nan")
@@ -37,29 +31,20 @@ def members(row: int) -> list[int]:
 
 @pytest.mark.detail(28)
 @pytest.mark.parametrize("seed", range(3))
-def test_rloo_by_hand(seed):
-    """The reward of an answer less the mean of the others to its prompt = n / (n - 1) (R - mean)."""
+def test_rloo_and_grpo_by_hand(seed):
+    """On every token of an answer: its reward less the mean of the others to its prompt = n / (n - 1) (R - mean); or item 28,
+    (R - mean) / (std + epsilon) over the group.
+    """
     x = rewards(seed)
     whole = totals(x)
-    found = rloo(x, MASK, GROUP)
+    found = rloo(x, MASK, GROUP), grpo(x, MASK, GROUP, epsilon=1e-4)
     for row, length in enumerate(LENGTHS):
+        group = [whole[other] for other in members(row)]
         others = [whole[other] for other in members(row) if other != row]
-        expected = whole[row] - statistics.fmean(others)
-        assert expected == pytest.approx(3 / 2 * (whole[row] - statistics.fmean([whole[i] for i in members(row)])))
-        assert found[row].tolist() == pytest.approx([expected] * length + [0.0] * (4 - length), abs=1e-5)
-
-
-@pytest.mark.detail(28)
-@pytest.mark.parametrize("seed", range(3))
-def test_grpo_by_hand(seed):
-    """Item 28: (R - mean) / (std + epsilon) over the group, on every token of the answer."""
-    x = rewards(seed)
-    whole = totals(x)
-    found = grpo(x, MASK, GROUP, epsilon=1e-4)
-    for row, length in enumerate(LENGTHS):
-        group = [whole[i] for i in members(row)]
-        expected = (whole[row] - statistics.fmean(group)) / (statistics.pstdev(group) + 1e-4)
-        assert found[row].tolist() == pytest.approx([expected] * length + [0.0] * (4 - length), abs=1e-4)
+        left_out = whole[row] - statistics.fmean(others)
+        normalised = (whole[row] - statistics.fmean(group)) / (statistics.pstdev(group) + 1e-4)
+        for values, expected in zip(found, (left_out, normalised), strict=True):
+            assert values[row].tolist() == pytest.approx([expected] * length + [0.0] * (4 - length), abs=1e-4)
 
 
 @pytest.mark.detail(28)
@@ -98,21 +83,63 @@ def test_rewards_to_come_by_hand(gamma):
     torch.testing.assert_close(found, gae(x, torch.zeros(6, 4), MASK, gamma, 1.0)[0])
 
 
-@pytest.mark.detail(22)
-def test_reward_whitening_keeps_the_mean():
-    """Variance 1 over all valid tokens, the mean as it was."""
+# --- with a critic ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.detail(23, 25, 26)
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
+def test_gae_by_the_double_sum(gamma, lam):
+    """A_t = sum_l (gamma lam)^l delta_{t+l} with the value 0 after the end; returns are advantages plus the old values."""
+    for seed in range(3):
+        x, values = rewards(seed), rewards(seed + 100)
+        advantages, returns = gae(x, values, MASK, gamma, lam)
+        for row, length in enumerate(LENGTHS):
+            r, v = x[row, :length].tolist(), values[row, :length].tolist()
+            deltas = [now + gamma * after - value for now, value, after in zip(r, v, [*v[1:], 0.0], strict=True)]
+            sums = [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, length)) for t in range(length)]
+            outside = [0.0] * (4 - length)
+            assert advantages[row].tolist() == pytest.approx(sums + outside, abs=1e-5)
+            assert returns[row].tolist() == pytest.approx([a + b for a, b in zip(sums, v, strict=True)] + outside, abs=1e-5)
+
+
+@pytest.mark.detail(24)
+@given(st.integers(0, 2**31), st.lists(st.booleans(), min_size=1, max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_masked_columns_may_be_deleted(seed, holes):
+    """Also inside an answer (the output of a tool) a masked column changes no advantage."""
+    keep = torch.tensor(holes)
+    x, values = torch.randn(2, 1, len(holes), generator=torch.Generator().manual_seed(seed))
+    advantages, returns = gae(x, values, keep[None], 0.97, 0.9)
+    assert (advantages[:, ~keep] == 0).all() and (returns[:, ~keep] == 0).all()
+    if keep.any():
+        short = gae(x[:, keep], values[:, keep], torch.ones(1, int(keep.sum())), 0.97, 0.9)
+        torch.testing.assert_close((advantages[:, keep], returns[:, keep]), short)
+
+
+def test_explained_variance():
+    """1 for the returns themselves, also shifted; 0 for a constant; below 0 for their opposite."""
+    returns = torch.tensor([[1.0, 2.0, 4.0, NAN]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    for values, expected in ((returns, 1.0), (returns + 7, 1.0), (torch.full((1, 4), 3.0), 0.0), (-returns, -3.0)):
+        assert explained_variance(values, returns, mask).item() == pytest.approx(expected, abs=1e-5)
+    assert explained_variance(returns, torch.ones(1, 4), mask).item() == 0.0
+
+
+# --- whitening --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.detail(22, 27)
+def test_whitening_of_a_whole_rollout():
+    """Mean 0 (or, for rewards, as it was) and population variance 1 over all valid tokens together, in any order of rows."""
     x = rewards() * 5 + 2
-    found = whiten(x, MASK, keep_mean=True)[MASK]
-    assert found.mean().item() == pytest.approx(x[MASK].mean().item(), rel=1e-5)
-    assert found.var(unbiased=False).item() == pytest.approx(1.0, rel=1e-4)
-    spread = math.sqrt(float(x[MASK].var(unbiased=False)))
-    torch.testing.assert_close(found, (x[MASK] - x[MASK].mean()) / spread + x[MASK].mean(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.detail(19)
-def test_overlong_penalty_is_a_ramp():
-    """Nothing until 4 tokens before the limit of 10, then a quarter a token, all of it at the limit."""
-    lengths = torch.tensor([1, 6, 7, 8, 9, 10])
-    found = overlong_penalty(torch.full((6,), 3.0), lengths, limit=10, tokens=4, penalty=2.0)
-    assert found.tolist() == [3.0, 3.0, 2.5, 2.0, 1.5, 1.0]
-    assert overlong_penalty(torch.ones(6), lengths, 10, 0, 2.0).tolist() == [1.0] * 6
+    valid = x[MASK]
+    expected = (valid - valid.mean()) / math.sqrt(float(valid.var(unbiased=False)))
+    whole = whiten(x, MASK)
+    torch.testing.assert_close(whole[MASK], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whiten(x, MASK, keep_mean=True)[MASK], expected + valid.mean(), rtol=1e-4, atol=1e-5)
+    assert (whole[~MASK] == 0).all()
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    torch.testing.assert_close(whiten(x[order], MASK[order]), whole[order])
+    # One token has no spread, nothing is divided; equal tokens whiten to 0, not to NaN.
+    assert whiten(torch.tensor([[3.0, NAN]]), torch.tensor([[1, 0]])).tolist() == [[3.0, 0.0]]
+    assert whiten(torch.full((2, 2), 3.0), torch.ones(2, 2)).tolist() == [[0.0, 0.0], [0.0, 0.0]]

@@ -1,17 +1,13 @@
 """The moving average of the actor, in float32 from what the optimizer moves, against the formula as a plain loop."""
 
-import json
-
 import pytest
 import torch
 
 from errors import UserError
 from models.load import load_causal_lm
-from tests.training.step3_ppo.small_ppo import build, rollout
+from tests.training.step3_ppo.small_ppo import build, parsed, rollout
 from training.utils.engine.checkpoint import Checkpoint, export
 from training.utils.engine.weights import trained_weights
-from training.utils.flags.parse import parse
-from training.utils.flags.steps import PPOArguments
 
 pytestmark = pytest.mark.ppo
 DECAY = 0.8
@@ -31,10 +27,8 @@ CASES = [("fp32", 0, 0), ("fp32", 2, 0), ("fp32", 3, 0), ("bf16", 0, 0), ("bf16"
 @pytest.mark.detail(46)
 @pytest.mark.parametrize(("dtype", "stage", "lora"), CASES)
 def test_equals_the_plain_loop_over_the_weights_after_each_step(models, tmp_path, dtype, stage, lora):
-    trainer = averaged(
-        models, tmp_path, "--dtype", dtype, "--actor_zero_stage", str(stage), "--actor_lora_dim", str(lora),
-        *(["--actor_lora_learning_rate", "1e-3"] if lora else []),
-    )  # fmt: skip
+    rate = " --actor_lora_learning_rate 1e-3" if lora else ""
+    trainer = averaged(models, tmp_path, f"--dtype {dtype} --actor_zero_stage {stage} --actor_lora_dim {lora}{rate}")
     expected = {name: value.double() for name, value in now(trainer).items()}
     start = {name: value.clone() for name, value in expected.items()}
     for number in (1, 2, 3):
@@ -50,21 +44,16 @@ def test_equals_the_plain_loop_over_the_weights_after_each_step(models, tmp_path
     assert any(not torch.equal(start[name], expected[name]) for name in start)
 
 
-def test_a_skipped_step_moves_no_average(models, tmp_path, monkeypatch):
-    trainer = averaged(models, tmp_path)
-    trainer.train_rlhf(rollout(trainer, 1), 1)
-    before = trainer.engine.actor_ema.weights()
-    monkeypatch.setattr(trainer.engine.actor, "was_step_applied", lambda: False)
-    trainer.train_rlhf(rollout(trainer, 2), 2)
-    assert all(torch.equal(before[name], value) for name, value in trainer.engine.actor_ema.weights().items())
-
-
-def test_weights_that_rest_are_their_own_average(models, tmp_path):
-    trainer = averaged(models, tmp_path, "--actor_learning_rate", "0")
-    start = now(trainer)
-    for number in (1, 2):
-        trainer.train_rlhf(rollout(trainer, number), number)
-    assert all(torch.equal(start[name], value) for name, value in trainer.engine.actor_ema.weights().items())
+def test_weights_that_rest_and_skipped_steps_move_no_average(models, tmp_path, monkeypatch):
+    """To the last bit."""
+    rests = averaged(models, tmp_path / "rests", "--actor_learning_rate 0")
+    skips = averaged(models, tmp_path / "skips")
+    monkeypatch.setattr(skips.engine.actor, "was_step_applied", lambda: False)
+    for trainer in (rests, skips):
+        start = now(trainer)
+        for number in (1, 2):
+            trainer.train_rlhf(rollout(trainer, number), number)
+        assert all(torch.equal(start[name], value) for name, value in trainer.engine.actor_ema.weights().items())
 
 
 @pytest.mark.parametrize("lora", [0, 4])
@@ -87,21 +76,10 @@ def test_saved_as_a_model_of_its_own_while_the_actor_stays(models, tmp_path, lor
         torch.testing.assert_close(value, DECAY * start[name] + (1 - DECAY) * last[name], atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.detail(46)
-def test_resumed_bit_for_bit(models, tmp_path):
+def test_an_average_of_other_parameters_is_refused(models, tmp_path):
     whole = averaged(models, tmp_path)
-    checkpoint = Checkpoint(whole.run, {}, {}, {"actor_ema": whole.engine.actor_ema})
-    for number in (1, 2):
-        whole.train_rlhf(rollout(whole, number), number)
-    checkpoint.save(2)
-    saved = whole.engine.actor_ema.weights()
-    whole.train_rlhf(rollout(whole, 3), 3)
-    other = averaged(models, tmp_path, "--resume")
-    assert Checkpoint(other.run, {}, {}, {"actor_ema": other.engine.actor_ema}).resume() == 2
-    assert all(torch.equal(saved[name], value) for name, value in other.engine.actor_ema.weights().items())
-    manifest = json.loads((tmp_path / "checkpoints" / "step-00000002" / "checkpoint.json").read_text())
-    assert "actor_ema-0.pt" in manifest["files"]
-    small = averaged(models, tmp_path, "--resume", "--actor_lora_dim", "4")
+    Checkpoint(whole.run, {}, {}, {"actor_ema": whole.engine.actor_ema}).save(2)
+    small = averaged(models, tmp_path, "--resume --actor_lora_dim 4")
     with pytest.raises(UserError, match="moving average"):
         Checkpoint(small.run, {}, {}, {"actor_ema": small.engine.actor_ema}).resume()
 
@@ -109,11 +87,10 @@ def test_resumed_bit_for_bit(models, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--ema_decay", "0.9"], "--ema_decay 0.9 has no effect without --enable_ema"),
-        (["--enable_ema", "--ema_decay", "1.0"], "--ema_decay 1.0: must be 0 or more and less than 1"),
+        ("--ema_decay 0.9", "--ema_decay 0.9 has no effect without --enable_ema"),
+        ("--enable_ema --ema_decay 1.0", "--ema_decay 1.0: must be 0 or more and less than 1"),
     ],
 )
 def test_flags(words, sentence):
     with pytest.raises(UserError, match=sentence):
-        parse(PPOArguments, ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c", "--data_path", "d",
-                             "--output_dir", "o", *words])  # fmt: skip
+        parsed(words)

@@ -15,49 +15,42 @@ from training.step3_ppo.experience import Experience, plan_minibatches
 pytestmark = pytest.mark.ppo
 PAD = 1  # a prompt token below has the same id
 GATHERED_BY = 3  # processes
+# (prompt, answer)
+ROWS = [([5, PAD, 6], [7, 2]), ([8], [9, 9, 9, 2]), ([5, 5], [2])]
 
 
-def rollout(
-    rows: list[tuple[list[int], list[int]]],
-    *,
-    first: int = 0,
-    spare: tuple[int, int] = (0, 0),
-    pad: int = PAD,
-    filled: bool = True,
-) -> Experience:
+def rollout(rows, *, first: int = 0, spare: tuple[int, int] = (0, 0), pad: int = PAD, filled: bool = True) -> Experience:
     """Rows of (prompt, answer), written out by hand. Row i, column t of every field is 100 (first + i) + t, so that a value
     tells where it belongs. spare: extra padding on the left of prompts and on the right of answers.
     """
-    prompt = max(len(p) for p, _ in rows) + spare[0]
-    answer = max(len(a) for _, a in rows) + spare[1]
-    count = len(rows)
-    ids = torch.tensor([[pad] * (prompt - len(p)) + p for p, _ in rows])
-    mask = torch.tensor([[0] * (prompt - len(p)) + [1] * len(p) for p, _ in rows])
+    prompt, answer = (max(map(len, texts)) + more for texts, more in zip(zip(*rows, strict=True), spare, strict=True))
+    index = first + torch.arange(len(rows))
     lengths = torch.tensor([len(a) for _, a in rows])
-    names = 100.0 * (first + torch.arange(count))[:, None] + torch.arange(answer)
-    names = names.where(torch.arange(answer) < lengths[:, None], 0.0)
+    names = (100.0 * index[:, None] + torch.arange(answer)).where(torch.arange(answer) < lengths[:, None], 0.0)
     generation = Generation(
         sequences=torch.tensor([a + [pad] * (answer - len(a)) for _, a in rows]),
         lengths=lengths,
-        ended=torch.arange(count) % 2 == 0,
+        ended=index % 2 == 0,
         log_probs=names.clone(),
     )
-    experience = Experience.from_generation(ids, mask, generation, first + torch.arange(count), pad)
+    ids = torch.tensor([[pad] * (prompt - len(p)) + p for p, _ in rows])
+    mask = torch.tensor([[0] * (prompt - len(p)) + [1] * len(p) for p, _ in rows])
+    experience = Experience.from_generation(ids, mask, generation, index, pad)
     if filled:
         for name in ("old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns"):
             setattr(experience, name, names.clone())
-        experience.scores = first + torch.arange(count).float()
+        experience.scores = index.float()
     return experience
 
 
 def texts(experience: Experience) -> list[tuple[list[int], list[int], list[float], int, bool]]:
-    """Each row without padding: prompt, answer, advantages (of the answer's tokens), index, ended."""
-    split, field = experience.prompt_width, experience.log_probs if experience.advantages is None else experience.advantages
-    rows = []
+    """Each row without padding: prompt, answer, log-probabilities of the answer's tokens, index, ended."""
+    split, rows = experience.prompt_width, []
     for row in range(len(experience)):
         ids, real, actions = experience.input_ids[row], experience.attention_mask[row].bool(), experience.action_mask[row]
         prompt, answer = ids[:split][real[:split]].tolist(), ids[split:][actions].tolist()
-        rows.append((prompt, answer, field[row][actions].tolist(), int(experience.index[row]), bool(experience.ended[row])))
+        numbers = experience.log_probs[row][actions].tolist()
+        rows.append((prompt, answer, numbers, int(experience.index[row]), bool(experience.ended[row])))
     return rows
 
 
@@ -69,13 +62,11 @@ def assert_equal(one: Experience, other: Experience) -> None:
         assert not isinstance(a, Tensor) or (a.dtype == b.dtype and torch.equal(a, b)), field.name
 
 
-ROWS = [([5, PAD, 6], [7, 2]), ([8], [9, 9, 9, 2]), ([5, 5], [2])]
-
-
-@pytest.mark.detail(1)
+@pytest.mark.detail(1, 4)
 def test_layout():
-    """Prompt on the left, answer on the right, masks from lengths: a prompt token with the pad's id is real,
-    the end token is an action, what follows it is not."""
+    """Masks come from lengths: a prompt token with the pad's id is real, the end token is an action, what follows it is not;
+    with pad == eos (2) only ids under the padding differ.
+    """
     experience = rollout(ROWS)
     assert experience.input_ids.tolist() == [
         [5, PAD, 6, 7, 2, PAD, PAD],
@@ -83,69 +74,47 @@ def test_layout():
         [PAD, 5, 5, 2, PAD, PAD, PAD],
     ]
     assert experience.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0]]
-    assert experience.action_mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    assert experience.action_mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
     assert experience.prompt_width == 3 and len(experience) == 3
-
-
-@pytest.mark.detail(4)
-def test_pad_may_be_the_end_token():
-    """With pad == eos (2) only ids under the padding differ; masks and lengths are the same."""
-    one, other = rollout(ROWS), rollout(ROWS, pad=2)
-    assert torch.equal(one.attention_mask, other.attention_mask) and torch.equal(one.action_mask, other.action_mask)
-    assert texts(one) == texts(other)
-
-
-def test_select_keeps_widths_and_order():
-    """Rows in the order asked for, also twice; changes do not reach the original."""
-    experience = rollout(ROWS)
-    picked = experience.select([2, 0, 2])
-    whole = texts(experience)
-    assert texts(picked) == [whole[2], whole[0], whole[2]]
-    assert picked.scores.tolist() == [2.0, 0.0, 2.0]
-    assert picked.action_mask.shape == (3, 4)
-    picked.advantages.zero_()
-    assert texts(experience) == whole
-    assert_equal(experience.select(torch.tensor([0, 1, 2])), experience)
+    other = rollout(ROWS, pad=2)
+    assert torch.equal(experience.attention_mask, other.attention_mask) and texts(experience) == texts(other)
 
 
 @pytest.mark.detail(3)
-def test_trimmed_takes_padding_away_and_nothing_else():
-    """The longest prompt and the longest answer of the rows decide the width; padding is all that goes."""
+def test_rows_are_selected_and_trimmed():
+    """In the order asked for, also twice, in memory of their own; padding is all that trimming takes."""
     experience = rollout(ROWS, spare=(4, 3))
-    assert experience.input_ids.shape == (3, 14)
+    whole, picked = texts(experience), experience.select([2, 0, 2])
+    assert texts(picked) == [whole[2], whole[0], whole[2]] and picked.scores.tolist() == [2.0, 0.0, 2.0]
+    assert picked.action_mask.shape == experience.action_mask.shape == (3, 7)
+    picked.log_probs.zero_()
+    assert texts(experience) == whole
+    assert_equal(experience.select(torch.tensor([0, 1, 2])), experience)
     assert_equal(experience.trimmed(), rollout(ROWS))
     short = experience.select([2]).trimmed()
-    assert short.input_ids.tolist() == [[5, 5, 2]]
-    assert texts(short) == texts(experience)[2:]
+    assert short.input_ids.tolist() == [[5, 5, 2]] and texts(short) == whole[2:]
+    # Nothing to train on, yet a shape that every model accepts.
+    empty = rollout([([4], []), ([4, 5], [])], spare=(0, 2)).trimmed()
+    assert empty.action_mask.tolist() == [[False], [False]] and empty.attention_mask.tolist() == [[0, 1, 0], [1, 1, 0]]
 
 
 def test_joined_rows_have_no_padding_in_the_middle():
     """Written out by hand; values before each answer token are found where they were."""
-    joined = rollout(ROWS, spare=(2, 3)).joined()
+    experience = rollout(ROWS, spare=(2, 3))
+    joined = experience.joined()
     assert joined.input_ids.tolist() == [[5, PAD, 6, 7, 2], [8, 9, 9, 9, 2], [5, 5, 2, PAD, PAD]]
     assert joined.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert joined.answer_mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [0, 0, 1, 0, 0]]
-    columns = torch.arange(5).expand(3, 5)
-    actions = rollout(ROWS, spare=(2, 3)).action_mask
-    before = [row[real].tolist() for row, real in zip(joined.before_answers(columns), actions, strict=True)]
-    assert before == [[2, 3], [0, 1, 2, 3], [1]]
+    before = joined.before_answers(torch.arange(5).expand(3, 5))
+    assert [row[real].tolist() for row, real in zip(before, experience.action_mask, strict=True)] == [[2, 3], [0, 1, 2, 3], [1]]
     assert rollout([([4], [])], spare=(0, 2)).joined().input_ids.tolist() == [[4]]
 
 
-def test_a_row_without_an_answer_keeps_one_column():
-    """Nothing to train on, yet a shape that every model accepts."""
-    experience = rollout([([4], []), ([4, 5], [])], spare=(0, 2)).trimmed()
-    assert experience.action_mask.tolist() == [[False], [False]]
-    assert experience.attention_mask.tolist() == [[0, 1, 0], [1, 1, 0]]
-
-
-def test_concat_pads_to_the_widest():
-    """Pieces of different widths: the same as if all rows had been generated together. What is not known stays unknown."""
-    for filled in (True, False):
-        pieces = [rollout(ROWS[:1], filled=filled), rollout(ROWS[1:], first=1, filled=filled)]
-        for piece in pieces:
-            piece.ended = torch.arange(3)[piece.index] % 2 == 0
-        assert_equal(Experience.concat(pieces), rollout(ROWS, filled=filled))
+@pytest.mark.parametrize("filled", [True, False])
+def test_concat_pads_to_the_widest(filled):
+    """The same as if all rows had been generated together; what is not known stays unknown."""
+    pieces = [rollout(ROWS[:1], filled=filled), rollout(ROWS[1:], first=1, filled=filled)]
+    assert_equal(Experience.concat(pieces), rollout(ROWS, filled=filled))
     assert pieces[0].all_gather() is pieces[0], "without torch.distributed the rollout is the process's own"
 
 
@@ -189,14 +158,9 @@ def test_every_row_is_in_one_minibatch(count, size):
 
 @pytest.mark.detail(48)
 def test_minibatches_follow_from_seed_rollout_and_epoch():
-    """The same on every process and after a resume, another order in each epoch and rollout."""
-
-    def plan(seed: int, rollout: int, epoch: int) -> list[list[int]]:
-        return plan_minibatches(64, 16, seed=seed, rollout=rollout, epoch=epoch)
-
-    torch.manual_seed(0)
-    first = plan(1, 2, 0)
-    torch.manual_seed(1)
-    assert plan(1, 2, 0) == first
-    others = [plan(1, 2, 1), plan(1, 3, 0), plan(2, 2, 0), plan(12, 0, 0)]
-    assert all(other != first for other in others)
+    """The same on every process and after a resume, whatever torch has drawn; another order in each epoch and rollout."""
+    plans = []
+    for seed, number, epoch in ((1, 2, 0), (1, 2, 0), (1, 2, 1), (1, 3, 0), (2, 2, 0), (12, 0, 0)):
+        torch.manual_seed(len(plans))
+        plans.append(plan_minibatches(64, 16, seed=seed, rollout=number, epoch=epoch))
+    assert plans[1] == plans[0] and all(other != plans[0] for other in plans[2:])

@@ -13,7 +13,7 @@ from models.load import load_causal_lm, load_tokenizer
 from tests.tiny import FAMILIES, tiny_checkpoint
 from tests.training.step3_ppo.small_ppo import build, rollout
 from training.utils.engine import weights
-from training.utils.engine.build import makes_copy, read_in_turn
+from training.utils.engine.build import read_in_turn
 from training.utils.engine.extras import extras
 from training.utils.engine.weights import cache_bytes, choice
 
@@ -139,11 +139,6 @@ def held(models) -> int:
     return sum(parameter.numel() for parameter in parameters if parameter.ds_numel > 10_000)
 
 
-@pytest.mark.parametrize(("dtype", "bits", "copies"), [("float32", 0, False), ("bfloat16", 0, True), ("float32", 8, True)])
-def test_which_weights_are_mapped_as_they_are(models, dtype, bits, copies):
-    assert makes_copy(models[0], getattr(torch, dtype), bits) is copies
-
-
 def test_a_card_takes_over_what_was_copied_for_it(models):
     """In its turn; what is mapped, or split while it is read, is not waited for."""
     calls = []
@@ -158,9 +153,9 @@ def test_a_card_takes_over_what_was_copied_for_it(models):
             yield
 
     settings = {"dtype": torch.bfloat16, "quantization_bit": 0, "zero3_config": None}
-    load = lambda path, **_: torch.nn.Linear(2, 2)  # noqa: E731
-    assert read_in_turn(load, models[0], Turns("meta"), settings).weight.is_meta
-    assert not read_in_turn(load, models[0], Turns("meta"), settings | {"dtype": torch.float32}).weight.is_meta
-    assert not read_in_turn(load, models[0], Turns("meta"), settings | {"zero3_config": {"a": 1}}).weight.is_meta
-    assert not read_in_turn(load, models[0], Turns("cpu"), settings).weight.is_meta
-    assert calls == [True, False, False, False]
+    whole = settings | {"dtype": torch.float32}
+    cases = [("meta", settings, True), ("meta", whole, False), ("meta", whole | {"quantization_bit": 8}, True)]
+    cases += [("meta", settings | {"zero3_config": {"a": 1}}, False), ("cpu", settings, False)]
+    for device, how, copies in cases:
+        model = read_in_turn(lambda path, **_: torch.nn.Linear(2, 2), models[0], Turns(device), how)
+        assert model.weight.is_meta == copies == calls.pop()

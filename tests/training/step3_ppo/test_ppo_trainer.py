@@ -16,7 +16,7 @@ from tests.training.step3_ppo.small_ppo import MEAN, STD, build, hand_written, p
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import assign_advantages
 from training.step3_ppo.rlhf_engine import score_unit
-from training.step3_ppo.rollout import PromptBatches, complete_experience, row_seed, row_seeds
+from training.step3_ppo.rollout import PromptBatches, row_seed, row_seeds
 
 pytestmark = pytest.mark.ppo
 # One answer ends at once, one is cut off.
@@ -40,31 +40,23 @@ def tensors(experience) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.detail(34, 45)
-def test_first_ratio_is_1_and_the_actor_starts_as_its_reference(models, tmp_path):
-    trainer = build(models, tmp_path)
+@pytest.mark.parametrize(("dtype", "rounding"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_first_ratio_is_1_and_the_actor_starts_as_its_reference(models, tmp_path, dtype, rounding):
+    """Old and new come from the same kernels: rounding may move the first ratio and the first KL, no more."""
+    trainer = build(models, tmp_path, f"--dtype {dtype}")
     experience = rollout(trainer, 1)
     assert torch.equal(experience.old_log_probs, experience.ref_log_probs)
-    assert experience.metrics["kl"] == 0.0 and experience.sampler_gap < 1e-5
+    assert experience.metrics["kl"] == 0.0 and (dtype == "bf16" or experience.sampler_gap < 1e-5)
     metrics = trainer.train_rlhf(experience, 1)
-    assert metrics["first_ratio_deviation"] < 1e-5
-    assert metrics["clip_share"] == 0.0 and metrics["approx_kl"] < 1e-9
+    assert metrics["first_ratio_deviation"] < rounding
+    assert metrics["clip_share"] == 0.0 and metrics["approx_kl"] < rounding**2
     assert rollout(trainer, 2).metrics["kl"] != 0.0, "the step above must have moved the actor away from its reference"
-
-
-@pytest.mark.detail(34, 45)
-def test_in_half_precision(models, tmp_path):
-    """bf16 may round the first ratio and the first KL, no more: old and new come from the same kernels."""
-    trainer = build(models, tmp_path, "--dtype", "bf16")
-    experience = rollout(trainer, 1)
-    assert abs(experience.metrics["kl"]) < 1e-3
-    metrics = trainer.train_rlhf(experience, 1)
-    assert metrics["first_ratio_deviation"] < 1e-2 and metrics["clip_share"] == 0.0
 
 
 def test_learning_rate_0_changes_nothing_and_a_rollout_is_only_read(models, tmp_path):
     """Earlier systems zeroed values in place and computed advantages again each time."""
-    trainer = build(models, tmp_path, "--actor_learning_rate", "0", "--critic_learning_rate", "0", "--ppo_epochs", "3",
-                    "--per_device_training_batch_size", "2")  # fmt: skip
+    flags = "--actor_learning_rate 0 --critic_learning_rate 0 --ppo_epochs 3 --per_device_training_batch_size 2"
+    trainer = build(models, tmp_path, flags)
     before = {role: weights(engine) for role, engine in trainer.engine.trained.items()}
     experience = rollout(trainer, 1)
     fresh = tensors(experience)
@@ -106,51 +98,26 @@ def test_values_come_before_their_token_and_the_score_from_the_last_real_one(mod
         assert experience.returns[row, :length].tolist() == pytest.approx(returns, abs=1e-5)
 
 
-@pytest.mark.detail(3)
-def test_padding_changes_nothing(models, tmp_path):
-    plain, padded = (build(models, tmp_path / name) for name in ("a", "b"))
-    first, second = scored(plain), scored(padded, left=3, right=2)
+@pytest.mark.detail(3, 4, 5)
+@pytest.mark.parametrize(("padding", "pad_is_end"), [({"left": 3, "right": 2}, False), ({}, True)])
+def test_neither_padding_nor_its_id_changes_anything(models, tmp_path, padding, pad_is_end):
+    """Also where the pad is the end token, which is an action: the row of the end token in the output matrix moves."""
+    plain, other = build(models, tmp_path / "a"), build(models, tmp_path / "b", pad_is_end=pad_is_end)
+    end = plain.engine.template.stop_token_ids[0]
+    assert (other.engine.tokenizer.pad_token_id == end) == pad_is_end
+    first, second = scored(plain), scored(other, **padding)
+    assert first.action_mask.sum(1).tolist() == second.action_mask.sum(1).tolist() == LENGTHS
     width = first.action_mask.shape[1]
     for name in ("old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns"):
         torch.testing.assert_close(getattr(second, name)[:, :width], getattr(first, name), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(second.scores, first.scores, atol=1e-5, rtol=1e-5)
-    losses = [trainer.train_rlhf(experience)["actor_loss"] for trainer, experience in ((plain, first), (padded, second))]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    for name, value in weights(plain.engine.actor).items():
-        torch.testing.assert_close(weights(padded.engine.actor)[name], value, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.detail(4, 5)
-def test_pad_equal_to_the_end_token_changes_nothing_and_the_end_is_an_action(models, tmp_path):
-    apart, same = build(models, tmp_path / "a"), build(models, tmp_path / "b", pad_is_end=True)
-    assert same.engine.tokenizer.pad_token_id in same.engine.template.stop_token_ids
-    assert apart.engine.tokenizer.pad_token_id not in apart.engine.template.stop_token_ids
-    first, second = scored(apart), scored(same)
-    assert first.action_mask.sum(1).tolist() == LENGTHS  # end tokens counted, padding not
-    for name in ("action_mask", "attention_mask", "old_log_probs", "values", "scores", "rewards", "advantages"):
-        assert torch.equal(getattr(first, name), getattr(second, name)), name
     assert all(float(first.advantages[row, length - 1]) != 0.0 for row, length in enumerate(LENGTHS))
-    for trainer, experience in ((apart, first), (same, second)):
-        trainer.train_rlhf(experience)
-    # The very same update, and the row of the end token in the output matrix has moved with it.
+    found = [trainer.train_rlhf(experience)["actor_loss"] for trainer, experience in ((plain, first), (other, second))]
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
     start = load_causal_lm(models[0], dtype=torch.float32).lm_head.weight
-    end = apart.engine.template.stop_token_ids[0]
-    for name, value in weights(apart.engine.actor).items():
-        torch.testing.assert_close(weights(same.engine.actor)[name], value, atol=1e-6, rtol=1e-5)
-        if name.endswith("lm_head.weight"):
-            assert not torch.equal(value[end], start[end])
-
-
-@pytest.mark.detail(5)
-def test_a_better_than_average_end_becomes_likelier(models, tmp_path):
-    trainer = build(models, tmp_path)
-    experience = scored(trainer)
-    before = float(experience.old_log_probs[1, 2])
-    experience.advantages = torch.zeros_like(experience.advantages)
-    experience.advantages[1, 2] = 1.0  # the end token of the second answer, and nothing else
-    trainer.train_rlhf(experience)
-    complete_experience(trainer.engine, experience, trainer.args, trainer.sampler)
-    assert float(experience.old_log_probs[1, 2]) > before
+    for name, value in weights(plain.engine.actor).items():
+        torch.testing.assert_close(weights(other.engine.actor)[name], value, atol=1e-5, rtol=1e-4)
+        assert not name.endswith("lm_head.weight") or not torch.equal(value[end], start[end])
 
 
 @pytest.mark.detail(36)
@@ -223,15 +190,18 @@ def test_weights_that_are_not_finite_stop_the_run_with_a_sentence(models, tmp_pa
         rollout(trainer, 1)
 
 
-@pytest.mark.parametrize(("actor", "reward", "words"), [
-    (0, 0, "critic_model_name_or_path .* is no reward model .LlamaForCausalLM"),
-    (1, 1, "actor_model_name_or_path .* is a reward model"),
-    (1, None, "actor_model_name_or_path .* is a reward model"),
-    (0, None, None),  # a critic may start from a language model
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("actor", "reward", "words"),
+    [
+        (0, 0, "critic_model_name_or_path .* is no reward model .LlamaForCausalLM"),
+        (1, 1, "actor_model_name_or_path .* is a reward model"),
+        (1, None, "actor_model_name_or_path .* is a reward model"),
+        (0, None, None),  # a critic may start from a language model
+    ],
+)
 def test_a_model_of_the_other_kind_is_refused(models, tmp_path, actor, reward, words):
     rule = f"{Path(__file__).parents[3] / 'scripts/demo/score.py'}:reward"
-    flags = ("--reward_model", "false", "--reward_function", rule) if reward is None else ()
+    flags = (f"--reward_model false --reward_function {rule}",) if reward is None else ()
     if words:
         with pytest.raises(UserError, match=words):
             build((models[actor], models[reward or 0]), tmp_path, *flags)
@@ -267,8 +237,8 @@ def test_scores_are_normalised_by_what_the_reward_model_stores(models, tmp_path)
     assert score_unit(config, True) == (MEAN, STD) and score_unit(config, False) == (0.0, 1.0)
     del config.reward_std
     assert score_unit(config, True) == (0.0, 1.0)
-    plain = ("--clip_reward_value", "0", "--missing_eos_penalty", "0")
-    raw, unit = build(models, tmp_path / "raw", "--normalize_reward", "false", *plain), build(models, tmp_path / "unit", *plain)
+    plain = "--clip_reward_value 0 --missing_eos_penalty 0"
+    raw, unit = build(models, tmp_path / "raw", "--normalize_reward false", plain), build(models, tmp_path / "unit", plain)
     first, second = rollout(raw, 1), rollout(unit, 1)
     assert torch.equal(first.scores, second.scores), "Experience keeps the reward model's own unit"
     torch.testing.assert_close(second.rewards.sum(1), (first.rewards.sum(1) - MEAN) / STD, atol=1e-5, rtol=1e-5)
@@ -277,10 +247,8 @@ def test_scores_are_normalised_by_what_the_reward_model_stores(models, tmp_path)
 @pytest.mark.detail(41)
 def test_optimizers_of_actor_and_critic(models, tmp_path):
     """Separate rates and decays, none for biases and norms, gradients clipped, betas and epsilon as the flags say."""
-    trainer = build(
-        models, tmp_path, "--actor_learning_rate", "1e-5", "--critic_learning_rate", "7e-5", "--actor_weight_decay", "0.1",
-        "--adam_epsilon", "1e-5", "--max_grad_norm", "0.5",
-    )  # fmt: skip
+    flags = "--actor_learning_rate 1e-5 --critic_learning_rate 7e-5 --actor_weight_decay 0.1 --adam_epsilon 1e-5"
+    trainer = build(models, tmp_path, flags, "--max_grad_norm 0.5")
     for role, rate, decay in (("actor", 1e-5, 0.1), ("critic", 7e-5, 0.0)):
         engine = trainer.engine.trained[role]
         groups = engine.optimizer.param_groups

@@ -1,6 +1,7 @@
 """Sources of reward in real rollouts: the texts that they see, the sum, failures with a checkpoint, the win rate, learning."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch.distributed as dist
 import training.step3_ppo.main as ppo
 import training.step3_ppo.rlhf_engine as rlhf_engine
 from models.load import load_scalar_model, load_tokenizer
-from tests.launching import logged
-from tests.training.step3_ppo.reward_runs import by_function, flags, write_all
-from tests.training.step3_ppo.small_ppo import MEAN, STD
+from tests.launching import logged, write_pairs
+from tests.training.runs import step
+from tests.training.step3_ppo import reward_functions
+from tests.training.step3_ppo.small_ppo import MEAN, STD, write_models
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.scoring import RewardError
@@ -24,23 +26,43 @@ from training.utils.run.process_group import Run
 pytestmark = pytest.mark.ppo
 
 
+SMALL = "--data_split 0,0,1 --eval_fraction 0.2 --eval_prompts 6 --eval_interval 1 --per_device_training_batch_size 8"
+SMALL += " --adam_epsilon 1e-8"
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """What reward_runs.py writes."""
+    """An SFT model, a reward model with statistics, prompts and the file of functions."""
     leave, dist.destroy_process_group = dist.destroy_process_group, lambda *_: None  # as in tests/several.py
-    yield write_all(tmp_path_factory.mktemp("rewards"))
+    folder = tmp_path_factory.mktemp("rewards")
+    base, reward = write_models(folder)
+    data, functions = write_pairs(folder / "pairs.jsonl", 90), shutil.copy(reward_functions.__file__, folder / "f.py")
+    yield {"base": base, "reward": reward, "data": data, "f": functions, "calls": folder / "calls.txt"}
     dist.destroy_process_group = leave
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def parsed(folders, output, *more: str, critic: str | None = "reward") -> PPOArguments:
+    """A run of three rollouts with 8 prompts each and 6 held-out prompts."""
+    flags = " ".join((SMALL, *more))
+    return parse(
+        PPOArguments, step("ppo", output, folders["data"], folders["base"], flags, critic=folders.get(critic))[1]
+    )
+
+
+def by_function(folders, *names: str, model: bool = False) -> str:
+    functions = " ".join(f"{folders['f']}:{name}" for name in names)
+    return f"--reward_function {functions} --reward_model {str(model).lower()}"
+
+
 def run(folders, output, *more: str, **options) -> None:
     """The whole step in this process."""
-    ppo.main(parse(PPOArguments, flags(folders, output, *more, **options)))
+    ppo.main(parsed(folders, output, *more, **options))
 
 
 def trainer(folders, output, *more: str, **options) -> DeepSpeedPPOTrainer:
-    args = parse(PPOArguments, flags(folders, output, *more, **options))
+    args = parsed(folders, output, *more, **options)
     critic, tokenizer = args.critic_model_name_or_path, load_tokenizer(folders["base"])
     engine = DeepSpeedRLHFEngine(str(folders["base"]), critic, tokenizer, 10, args, run=Run.start(args))
     return DeepSpeedPPOTrainer(engine, args)
@@ -60,13 +82,13 @@ def samples(output: Path, step: int) -> list[dict]:
     return [row for row in rows if row["part"] == "eval" and row["step"] == step]
 
 
-QUICK = ["--actor_learning_rate", "2e-2"]  # three rollouts change the answers
+QUICK = "--actor_learning_rate 2e-2"  # three rollouts change the answers
 TEXTS = ["Hi", "What is 1 plus 1?", "Name a colour, please.", "你好", "And another one?", "x"]
 
 
 def test_sources_see_the_texts_and_the_sum_is_as_by_hand(folders, tmp_path):
     more = by_function(folders, "length", "question", model=True)
-    found = trainer(folders, tmp_path, *more, "--reward_weights", "2,0.5,1", "--clip_reward_value", "1.5")
+    found = trainer(folders, tmp_path, more, "--reward_weights 2,0.5,1 --clip_reward_value 1.5")
     experience = found.generate_experience(prompts(found, TEXTS), 1)
     engine, width = found.engine, experience.prompt_width
     model = load_scalar_model(folders["reward"], dtype=torch.float32).eval()
@@ -92,9 +114,11 @@ def test_sources_see_the_texts_and_the_sum_is_as_by_hand(folders, tmp_path):
 @pytest.mark.detail(17, 18)
 def test_one_source_more_leaves_the_reward_models_own_scores_alone(folders, tmp_path):
     alone = trainer(folders, tmp_path / "a")
-    beside = trainer(folders, tmp_path / "b", *by_function(folders, "length", model=True), "--reward_weights", "1,0")
+    beside = trainer(folders, tmp_path / "b", by_function(folders, "length", model=True), "--reward_weights 1,0")
     first, second = (found.generate_experience(prompts(found, TEXTS), 1) for found in (alone, beside))
-    assert torch.equal(first.scores, second.source_scores[:, 0]) and torch.equal(first.scores, first.source_scores[:, 0])
+    assert torch.equal(first.scores, second.source_scores[:, 0]) and torch.equal(
+        first.scores, first.source_scores[:, 0]
+    )
     assert float(second.source_scores[:, 1].min()) >= 0 and float(second.source_scores[:, 1].max()) > 0
     torch.testing.assert_close(second.rewards, first.rewards)  # a weight of 0 only shows in the log
 
@@ -103,62 +127,61 @@ def test_without_a_reward_model_none_is_loaded(folders, tmp_path, monkeypatch):
     loaded = []
     load = rlhf_engine.load_scalar_model
     monkeypatch.setattr(rlhf_engine, "load_scalar_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
-    found = trainer(folders, tmp_path / "sft", *by_function(folders, "length"), critic="base")  # a new head on the SFT model
+    found = trainer(folders, tmp_path / "sft", by_function(folders, "length"), critic="base")  # with a new head
     assert found.engine.reward is None and len(loaded) == 1
     experience = found.generate_experience(prompts(found, TEXTS), 1)
     assert torch.equal(experience.scores, experience.source_scores[:, 0]) and float(experience.scores.max()) > 0
-    unit = trainer(folders, tmp_path / "rm", *by_function(folders, "length")).engine
+    unit = trainer(folders, tmp_path / "rm", by_function(folders, "length")).engine
     assert (unit.reward_mean, unit.reward_std) == (MEAN, STD), "the critic's head is in the unit that it was trained in"
     assert unit.score_unit == (0.0, 1.0), "and that says nothing about a function"
 
 
-@pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce++"])
-def test_functions_and_no_critic_need_one_model_folder(folders, tmp_path, advantage, monkeypatch):
+def test_functions_and_no_critic_need_one_model_folder(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf_engine, "load_scalar_model", lambda *_, **__: pytest.fail("a scalar model was loaded"))
-    more = ["--advantage", advantage, "--num_return_sequences", "2", "--max_steps", "2"]
-    run(folders, tmp_path, *by_function(folders, "length"), *more, critic=None)
+    more = "--advantage rloo --num_return_sequences 2 --max_steps 2"
+    run(folders, tmp_path, by_function(folders, "length"), more, critic=None)
     assert (tmp_path / "actor" / "model.safetensors").exists() and not (tmp_path / "critic").exists()
     assert len(logged(tmp_path, "train/score")) == 2
 
 
-def test_win_rate_and_figures_of_an_evaluation_by_hand(folders, tmp_path):
-    folders["f"].with_name("calls.txt").unlink(missing_ok=True)
-    run(folders, tmp_path, *by_function(folders, "counted"), *QUICK)
+def test_win_rate_and_metrics_of_an_evaluation_by_hand(folders, tmp_path):
+    folders["calls"].unlink(missing_ok=True)
+    run(folders, tmp_path, by_function(folders, "counted"), QUICK)
     rates, scores = logged(tmp_path, "eval/win_rate"), logged(tmp_path, "eval/score")
     assert rates[0] == 0.5 and len(rates) == 4
     before = samples(tmp_path, 0)
     assert len(before) == 6 and all(row["answer"] == row["reference"] for row in before)
-    for step in range(4):
-        rows = samples(tmp_path, step)
+    for number in range(4):
+        rows = samples(tmp_path, number)
         assert [row["reference"] for row in rows] == [row["answer"] for row in before], "what the SFT model said stays"
         assert all(row["reference_score"] == pytest.approx(len(row["reference"]) / 10, abs=1e-4) for row in rows)
-        wins = sum(1.0 if row["score"] > row["reference_score"] else 0.5 * (row["score"] == row["reference_score"]) for row in rows)
-        assert rates[step] == pytest.approx(wins / 6)
-        assert scores[step] == pytest.approx(sum(len(row["answer"]) for row in rows) / 60, abs=1e-4)
-        assert logged(tmp_path, "eval/eos_rate")[step] == pytest.approx(sum(row["ended"] for row in rows) / 6)
-        assert logged(tmp_path, "eval/length")[step] == pytest.approx(sum(row["length"] for row in rows) / 6)
+        pairs = [(row["score"], row["reference_score"]) for row in rows]
+        assert rates[number] == pytest.approx(sum((ours > sft) + 0.5 * (ours == sft) for ours, sft in pairs) / 6)
+        assert scores[number] == pytest.approx(sum(len(row["answer"]) for row in rows) / 60, abs=1e-4)
+        assert logged(tmp_path, "eval/eos_rate")[number] == pytest.approx(sum(row["ended"] for row in rows) / 6)
+        assert logged(tmp_path, "eval/length")[number] == pytest.approx(sum(row["length"] for row in rows) / 6)
     assert logged(tmp_path, "eval/reference_score") == pytest.approx([scores[0]] * 4)
     assert rates[-1] != 0.5 and logged(tmp_path, "eval/kl")[0] == 0.0
     # Three rollouts of 8; an evaluation of 6 before and after each; the reference's 6 answers once.
-    assert sorted(map(int, folders["f"].with_name("calls.txt").read_text().split())) == [6] * 5 + [8] * 3
+    assert sorted(map(int, folders["calls"].read_text().split())) == [6] * 5 + [8] * 3
 
 
 def test_a_failure_leaves_a_checkpoint_and_resume_ends_where_an_unbroken_run_does(folders, tmp_path, monkeypatch):
-    calls = folders["f"].with_name("calls.txt")
-    more = [*by_function(folders, "counted", "letters", model=True), *QUICK]
+    calls = folders["calls"]
+    more = f"{by_function(folders, 'counted', 'letters', model=True)} {QUICK}"
     calls.unlink(missing_ok=True)
-    run(folders, tmp_path / "whole", *more)
-    for place, (fail_at, kept) in enumerate([(7, 2), (6, 2)]):  # in the third rollout; in the evaluation after the second
-        output = tmp_path / f"cut-{place}"
+    run(folders, tmp_path / "whole", more)
+    for fail_at in ("7", "6"):  # in the third rollout; in the evaluation after the second
+        output = tmp_path / f"cut-{fail_at}"
         calls.unlink()
-        monkeypatch.setenv("FAIL_AT", str(fail_at))
+        monkeypatch.setenv("FAIL_AT", fail_at)
         with pytest.raises(RewardError) as caught:
-            run(folders, output, *more)
-        for word in ("f.py:counted", "nan", "plus 1?", f"after rollout {kept}", "--resume"):
+            run(folders, output, more)
+        for word in ("f.py:counted", "nan", "plus 1?", "after rollout 2", "--resume"):
             assert word in str(caught.value), str(caught.value)
-        assert [folder.name for folder in (output / "checkpoints").iterdir()] == [f"step-{kept:08d}"]
+        assert [folder.name for folder in (output / "checkpoints").iterdir()] == ["step-00000002"]
         monkeypatch.delenv("FAIL_AT")
-        run(folders, output, *more, "--resume")
+        run(folders, output, more, "--resume")
         for name in ("train/score", "train/actor_loss", "train/score_letters"):
             assert logged(output, name) == logged(tmp_path / "whole", name), name
         assert logged(output, "eval/win_rate")[-1] == logged(tmp_path / "whole", "eval/win_rate")[-1]
@@ -166,19 +189,19 @@ def test_a_failure_leaves_a_checkpoint_and_resume_ends_where_an_unbroken_run_doe
 
 
 def test_a_failure_before_anything_was_learned_leaves_no_checkpoint(folders, tmp_path, monkeypatch):
-    folders["f"].with_name("calls.txt").unlink(missing_ok=True)
+    folders["calls"].unlink(missing_ok=True)
     monkeypatch.setenv("FAIL_AT", "1")
     with pytest.raises(RewardError, match="nan"):
-        run(folders, tmp_path, *by_function(folders, "counted"))
+        run(folders, tmp_path, by_function(folders, "counted"))
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_function_alone_is_learned(folders, tmp_path):
-    run(
-        folders, tmp_path, *by_function(folders, "letters"), "--max_steps", "15", "--eval_interval", "0", "--ppo_epochs", "2",
-        "--per_device_generation_batch_size", "32", "--per_device_training_batch_size", "16", "--kl_coef", "0.01",
-        "--actor_learning_rate", "5e-3", "--critic_learning_rate", "5e-3", "--missing_eos_penalty", "0", critic="base",
-    )  # fmt: skip
+    flags = (
+        "--max_steps 15 --eval_interval 0 --ppo_epochs 2 --per_device_generation_batch_size 32 --kl_coef 0.01 "
+        "--per_device_training_batch_size 16 --actor_learning_rate 5e-3 --critic_learning_rate 5e-3 --missing_eos_penalty 0"
+    )
+    run(folders, tmp_path, by_function(folders, "letters"), flags, critic="base")
     before, after = logged(tmp_path, "eval/score")
     assert after > before + 0.15, "held-out prompts; 0.45 -> 0.83 when this was written"
     assert logged(tmp_path, "eval/win_rate")[-1] > 0.7

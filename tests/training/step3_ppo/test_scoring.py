@@ -1,10 +1,14 @@
 """Sources of reward without a model: functions from files, a real HTTP server, weights - and what is wrong with them."""
 
+import contextlib
+import json
 import math
 import re
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +17,6 @@ import torch
 from errors import UserError
 from scripts.demo.score import demo_score
 from tests.launching import REPOSITORY
-from tests.training.step3_ppo.reward_runs import score_server
 from training.step3_ppo.scoring import RewardEndpoint, RewardError, RewardFunction, Rewards, shortened
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments
@@ -39,26 +42,24 @@ def function(tmp_path, body: str, name: str = "f") -> RewardFunction:
 # --- functions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", [
-    "return [len(answer) for answer in answers]",
-    "return tuple(float(len(answer)) for answer in answers)",
-    "return np.array([len(answer) for answer in answers])",
-    "return torch.tensor([len(answer) for answer in answers], dtype=torch.bfloat16)",
-    "return [torch.tensor(float(len(answer))) for answer in answers]",
-    "return [np.float32(len(answer)) for answer in answers]",
-])  # fmt: skip
-def test_whatever_holds_one_number_an_answer_is_taken(tmp_path, body):
-    found = function(tmp_path, body)(PROMPTS, ANSWERS)
-    assert found == [13.0, 23.0, 0.0] and all(type(value) is float for value in found)
-
-
-def test_truth_counts_as_one(tmp_path):
-    assert function(tmp_path, "return ['4' in answer for answer in answers]")(PROMPTS, ANSWERS) == [1.0, 0.0, 0.0]
-
-
-def test_a_function_cannot_change_our_lists(tmp_path):
+@pytest.mark.parametrize(
+    ("body", "scores"),
+    [
+        ("return [len(answer) for answer in answers]", [13.0, 23.0, 0.0]),
+        ("return tuple(float(len(answer)) for answer in answers)", [13.0, 23.0, 0.0]),
+        ("return np.array([len(answer) for answer in answers])", [13.0, 23.0, 0.0]),
+        ("return torch.tensor([len(answer) for answer in answers], dtype=torch.bfloat16)", [13.0, 23.0, 0.0]),
+        ("return [torch.tensor(float(len(answer))) for answer in answers]", [13.0, 23.0, 0.0]),
+        ("return [np.float32(len(answer)) for answer in answers]", [13.0, 23.0, 0.0]),
+        ("return ['4' in answer for answer in answers]", [1.0, 0.0, 0.0]),
+        ("prompts.clear(); return [len(answers.pop()) * 0 for _ in range(3)]", [0.0, 0.0, 0.0]),
+    ],
+)
+def test_whatever_holds_one_number_an_answer_is_taken(tmp_path, body, scores):
+    """The lists that it changes are its own."""
     prompts, answers = list(PROMPTS), list(ANSWERS)
-    assert function(tmp_path, "prompts.clear(); return [len(answers.pop()) * 0 for _ in range(3)]")(prompts, answers) == [0] * 3
+    found = function(tmp_path, body)(prompts, answers)
+    assert found == scores and all(type(value) is float for value in found)
     assert (prompts, answers) == (PROMPTS, ANSWERS)
 
 
@@ -131,8 +132,48 @@ def test_the_rule_of_the_demo_is_a_reward_function():
 
 @pytest.fixture
 def server():
-    with score_server() as running:
-        yield running
+    """A real server on a port of its own, which scores an answer with its number of characters.
+
+    replies: what it does to each request in turn, the last one for ever: seconds to wait before it scores, "hang up", or
+    (HTTP status, content). asked: the requests.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked, replies = self.server.asked, self.server.replies
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            reply = replies[min(len(asked), len(replies)) - 1]
+            if reply == "hang up":
+                self.connection.close()
+                return
+            if isinstance(reply, float):
+                time.sleep(reply)
+                reply = (200, {"scores": [len(answer) for answer in asked[-1]["answers"]]})
+            code, content = reply
+            body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def handle(self):
+            with contextlib.suppress(OSError):  # who asked did not wait
+                super().handle()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.replies = [], [0.0]
+    server.url = f"http://127.0.0.1:{server.server_port}/score"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def endpoint(url: str, timeout: float = 10.0, retries: int = 2) -> tuple[RewardEndpoint, list[float]]:
@@ -235,50 +276,54 @@ def test_names_and_means_of_the_sources():
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 
-ACTOR = ["--actor_model_name_or_path", "a", "--output_dir", "o"]
-BOTH = [*ACTOR, "--critic_model_name_or_path", "c"]
-RULE = ["--reward_function", str(REPOSITORY / "scripts/demo/score.py") + ":reward"]
-SERVER = ["--reward_endpoint", "http://127.0.0.1:1/x"]
+ACTOR = "--actor_model_name_or_path a --output_dir o"
+BOTH = f"{ACTOR} --critic_model_name_or_path c"
+RULE = f"--reward_function {REPOSITORY / 'scripts/demo/score.py'}:reward"
+SERVER = "--reward_endpoint http://127.0.0.1:1/x"
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (ACTOR, ["needs --critic_model_name_or_path", "--reward_model false"]),
-    ([*ACTOR, *RULE], ["needs --critic_model_name_or_path", "--reward_model false"]),
-    ([*ACTOR, *RULE, "--reward_model", "false"], ["--critic_model_name_or_path with --advantage gae", "grpo"]),
-    ([*BOTH, "--reward_model", "false"], ["--reward_model false", "--reward_function"]),
-    ([*BOTH, "--no_reward_model"], ["--reward_model false", "--reward_function"]),
-    ([*BOTH, "--reward_function", "missing.py:f"], ["missing.py", "no file"]),
-    ([*BOTH, "--reward_function", "rule.py"], ["rule.py", "FILE.py:NAME"]),
-    ([*BOTH, "--reward_function", "rule.py:"], ["FILE.py:NAME"]),
-    ([*BOTH, "--reward_function", "rule.txt:f"], ["FILE.py:NAME"]),
-    ([*BOTH, "--reward_endpoint", "localhost:8000"], ["localhost:8000", "http://"]),
-    ([*BOTH, "--reward_endpoint", "http://"], ["http://127.0.0.1"]),
-    ([*BOTH, "--reward_endpoint", "http://host:port/x"], ["http://127.0.0.1"]),
-    ([*BOTH, *RULE, "--reward_weights", "1"], ["expected 2 numbers", "reward model", "score.py:reward"]),
-    ([*BOTH, *RULE, *SERVER, "--reward_weights", "1,2"], ["expected 3 numbers", "http://127.0.0.1:1/x"]),
-    ([*BOTH, *RULE, "--reward_weights", "1,much"], ["expected 2 numbers"]),
-    ([*BOTH, *RULE, "--reward_weights", "1,nan"], ["expected 2 numbers"]),
-    ([*BOTH, *RULE, "--reward_weights", "1,"], ["expected 2 numbers"]),
-    ([*BOTH, *RULE, "--reward_weights", "0,0"], ["every score would be 0"]),
-    ([*BOTH, *RULE, "--reward_timeout", "5"], ["--reward_timeout", "--reward_endpoint"]),
-    ([*BOTH, *SERVER, "--reward_timeout", "0"], ["--reward_timeout 0"]),
-    ([*BOTH, *SERVER, "--reward_retries", "-1"], ["--reward_retries -1"]),
-    ([*BOTH, *RULE, "--reward_model", "false", "--offload_reward_model"], ["--offload_reward_model"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (ACTOR, ["needs --critic_model_name_or_path", "--reward_model false"]),
+        (f"{ACTOR} {RULE}", ["needs --critic_model_name_or_path", "--reward_model false"]),
+        (f"{ACTOR} {RULE} --reward_model false", ["--critic_model_name_or_path with --advantage gae", "grpo"]),
+        (f"{BOTH} --reward_model false", ["--reward_model false", "--reward_function"]),
+        (f"{BOTH} --no_reward_model", ["--reward_model false", "--reward_function"]),
+        (f"{BOTH} --reward_function missing.py:f", ["missing.py", "no file"]),
+        (f"{BOTH} --reward_function rule.py", ["rule.py", "FILE.py:NAME"]),
+        (f"{BOTH} --reward_function rule.py:", ["FILE.py:NAME"]),
+        (f"{BOTH} --reward_function rule.txt:f", ["FILE.py:NAME"]),
+        (f"{BOTH} --reward_endpoint localhost:8000", ["localhost:8000", "http://"]),
+        (f"{BOTH} --reward_endpoint http://", ["http://127.0.0.1"]),
+        (f"{BOTH} --reward_endpoint http://host:port/x", ["http://127.0.0.1"]),
+        (f"{BOTH} {RULE} --reward_weights 1", ["expected 2 numbers", "reward model", "score.py:reward"]),
+        (f"{BOTH} {RULE} {SERVER} --reward_weights 1,2", ["expected 3 numbers", "http://127.0.0.1:1/x"]),
+        (f"{BOTH} {RULE} --reward_weights 1,much", ["expected 2 numbers"]),
+        (f"{BOTH} {RULE} --reward_weights 1,nan", ["expected 2 numbers"]),
+        (f"{BOTH} {RULE} --reward_weights 1,", ["expected 2 numbers"]),
+        (f"{BOTH} {RULE} --reward_weights 0,0", ["every score would be 0"]),
+        (f"{BOTH} {RULE} --reward_timeout 5", ["--reward_timeout", "--reward_endpoint"]),
+        (f"{BOTH} {SERVER} --reward_timeout 0", ["--reward_timeout 0"]),
+        (f"{BOTH} {SERVER} --reward_retries -1", ["--reward_retries -1"]),
+        (f"{BOTH} {RULE} --reward_model false --offload_reward_model", ["--offload_reward_model"]),
+    ],
+)
 def test_flags_that_contradict_each_other(flags, words):
     with pytest.raises(UserError) as caught:
-        parse(PPOArguments, flags)
+        parse(PPOArguments, flags.split())
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_flags_that_fit_together():
-    args = parse(PPOArguments, [*BOTH, *RULE, RULE[1], *SERVER, "--reward_weights=-1,0.5,0,2"])
+    rule = RULE.split()[1]
+    args = parse(PPOArguments, f"{BOTH} {RULE} {rule} {SERVER} --reward_weights=-1,0.5,0,2".split())
     assert args.reward_weight_list == [-1.0, 0.5, 0.0, 2.0] and args.models == {"actor": "a", "critic": "c"}
     found = Rewards(args)
     assert found.names == ["model", "reward", "reward_2", "endpoint"] and found.weights == args.reward_weight_list
-    alone = [*ACTOR, *RULE, "--reward_model", "false", "--advantage", "rloo", "--num_return_sequences", "2"]
-    assert parse(PPOArguments, alone).models == {"actor": "a"}
-    assert Rewards(parse(PPOArguments, BOTH)).model_alone
+    alone = f"{ACTOR} {RULE} --reward_model false --advantage rloo --num_return_sequences 2"
+    assert parse(PPOArguments, alone.split()).models == {"actor": "a"}
+    assert Rewards(parse(PPOArguments, BOTH.split())).model_alone
 
 
 # --- the documentation ------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """The choices that the flags of step 3 leave - methods without a critic, KL in the loss, warm-up, early stop, penalties -
-with real models and engines; and over two processes and a resume as over one.
+with real models and engines. tests/training/test_steps.py has whole runs.
 """
 
 import json
@@ -10,24 +10,14 @@ import pytest
 import torch
 
 from errors import UserError
-from tests.launching import logged, write_pairs
-from tests.several import run_several
-from tests.training.step3_ppo.small_ppo import build, hand_written, rollout, unchanged, weights
+from tests.training.step3_ppo.small_ppo import build, hand_written, parsed, rollout, unchanged, weights
 from training.step3_ppo import rollout as rollout_module
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import assign_advantages
 from training.step3_ppo.rollout import complete_experience
-from training.utils.flags.parse import parse
-from training.utils.flags.steps import PPOArguments
 
 pytestmark = pytest.mark.ppo
-GROUPS = ("--num_return_sequences", "3", "--per_device_training_batch_size", "12")
-
-
-def scored(trainer) -> Experience:
-    """Three answers of 1, 4 and 7 tokens (the limit), the last cut off, scored."""
-    answers = [["E"], [11, 12, 13, "E"], [21, 22, 23, 24, 25, 26, 27]]
-    return hand_written(trainer, answers, [True, True, False], scored=False)
+GROUPS = "--num_return_sequences 3 --per_device_training_batch_size 12"
 
 
 # --- methods without a critic -----------------------------------------------------------------------------------------
@@ -36,7 +26,7 @@ def scored(trainer) -> Experience:
 @pytest.mark.detail(28)
 @pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce++"])
 def test_without_a_critic(models, tmp_path, method):
-    trainer = build(models, tmp_path, "--advantage", method, *GROUPS, "--kl_coef", "0.1")
+    trainer = build(models, tmp_path, f"--advantage {method} {GROUPS} --kl_coef 0.1")
     engine = trainer.engine
     assert engine.critic is None and list(engine.trained) == ["actor"] and engine.reward is not None
     experience = rollout(trainer, 1)
@@ -64,7 +54,7 @@ def test_without_a_critic(models, tmp_path, method):
 @pytest.mark.detail(28)
 def test_answers_to_one_prompt_differ_and_begin_with_the_answer_of_a_rollout_of_one(models, tmp_path):
     one = rollout(build(models, tmp_path / "one"), 1)
-    three = rollout(build(models, tmp_path / "three", *GROUPS), 1)
+    three = rollout(build(models, tmp_path / "three", GROUPS), 1)
     rows = [three.input_ids[row][three.attention_mask[row].bool()].tolist() for row in range(12)]
     assert len({tuple(row) for row in rows}) > 8
     alone = [one.input_ids[row][one.attention_mask[row].bool()].tolist() for row in range(4)]
@@ -77,8 +67,8 @@ def test_answers_to_one_prompt_differ_and_begin_with_the_answer_of_a_rollout_of_
 
 @pytest.mark.detail(13)
 def test_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_path):
-    trainer = build(models, tmp_path, "--kl_in", "loss", "--kl_estimator", "k3", "--kl_coef", "1.0", "--ppo_epochs", "8",
-                    "--lr_scheduler_type", "constant")  # fmt: skip
+    flags = "--kl_in loss --kl_estimator k3 --kl_coef 1.0 --ppo_epochs 8 --lr_scheduler_type constant"
+    trainer = build(models, tmp_path, flags)
     trainer.train_rlhf(rollout(trainer, 1), 1)  # away from the reference
     experience = rollout(trainer, 2)
     scores = (experience.scores - 0.3) / 1.7 - (~experience.ended).float()
@@ -100,7 +90,7 @@ def test_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_path):
 
 @pytest.mark.detail(12)
 def test_what_the_clip_cuts_is_logged(models, tmp_path):
-    trainer = build(models, tmp_path, "--kl_estimator", "k2", "--kl_clip", "1e-6", "--ppo_epochs", "2")
+    trainer = build(models, tmp_path, "--kl_estimator k2 --kl_clip 1e-6 --ppo_epochs 2")
     assert rollout(trainer, 1).metrics["kl_clipped_share"] == 0.0
     trainer.train_rlhf(rollout(trainer, 1), 1)
     assert rollout(trainer, 2).metrics["kl_clipped_share"] > 0.5
@@ -108,8 +98,7 @@ def test_what_the_clip_cuts_is_logged(models, tmp_path):
 
 @pytest.mark.detail(38)
 def test_the_bonus_raises_the_entropy(models, tmp_path):
-    flags = ("--entropy_coef", "0.5", "--ppo_epochs", "6", "--kl_coef", "0")
-    trainer = build(models, tmp_path, *flags)
+    trainer = build(models, tmp_path, "--entropy_coef 0.5 --ppo_epochs 6 --kl_coef 0")
     experience = rollout(trainer, 1)
     experience.advantages = torch.zeros_like(experience.advantages)
     ids, mask = experience.input_ids, experience.attention_mask
@@ -129,10 +118,12 @@ def test_the_bonus_raises_the_entropy(models, tmp_path):
 
 @pytest.mark.detail(17, 19, 22)
 def test_penalties_and_whitening_of_rewards(models, tmp_path):
-    flags = ("--kl_coef", "0", "--normalize_reward", "false", "--missing_eos_penalty", "0.5")
-    plain = build(models, tmp_path / "plain", *flags)
-    long = build(models, tmp_path / "long", *flags, "--overlong_penalty", "2", "--overlong_tokens", "6")
-    experiences = [scored(trainer) for trainer in (plain, long)]
+    flags = "--kl_coef 0 --normalize_reward false --missing_eos_penalty 0.5"
+    plain = build(models, tmp_path / "plain", flags)
+    long = build(models, tmp_path / "long", flags, "--overlong_penalty 2 --overlong_tokens 6")
+    # Three answers of 1, 4 and 7 tokens (the limit), the last cut off.
+    answers = [["E"], [11, 12, 13, "E"], [21, 22, 23, 24, 25, 26, 27]]
+    experiences = [hand_written(trainer, answers, [True, True, False], scored=False) for trainer in (plain, long)]
     for trainer, experience in zip((plain, long), experiences, strict=True):
         assign_advantages(experience, trainer.engine, trainer.args)
     scores = experiences[0].scores
@@ -154,7 +145,7 @@ def test_penalties_and_whitening_of_rewards(models, tmp_path):
 
 @pytest.mark.detail(41)
 def test_only_the_critic_learns_during_its_warm_up(models, tmp_path):
-    trainer = build(models, tmp_path, "--old_log_probs", "forward", "--critic_warmup_rollouts", "2", "--kl_target", "1")
+    trainer = build(models, tmp_path, "--old_log_probs forward --critic_warmup_rollouts 2 --kl_target 1")
     actor, critic = weights(trainer.engine.actor), weights(trainer.engine.critic)
     for number in (1, 2):
         metrics = trainer.train_rlhf(rollout(trainer, number), number)
@@ -168,10 +159,10 @@ def test_only_the_critic_learns_during_its_warm_up(models, tmp_path):
 
 @pytest.mark.detail(39)
 def test_epochs_end_where_the_policy_has_moved_far_enough(models, tmp_path):
-    flags = ("--ppo_epochs", "5", "--per_device_training_batch_size", "2", "--actor_learning_rate", "3e-3")
-    free = build(models, tmp_path / "free", *flags)
+    flags = "--ppo_epochs 5 --per_device_training_batch_size 2 --actor_learning_rate 3e-3"
+    free = build(models, tmp_path / "free", flags)
     assert free.train_rlhf(rollout(free, 1), 1)["optimizer_steps"] == 10
-    bound = build(models, tmp_path / "bound", *flags, "--max_approx_kl", "1e-3")
+    bound = build(models, tmp_path / "bound", flags, "--max_approx_kl 1e-3")
     found = bound.train_rlhf(rollout(bound, 1), 1)
     assert 2 <= found["optimizer_steps"] < 10, "the first minibatch has KL 0, later ones do not"
     assert found["approx_kl"] * found["optimizer_steps"] > 1e-3
@@ -179,13 +170,13 @@ def test_epochs_end_where_the_policy_has_moved_far_enough(models, tmp_path):
 
 @pytest.mark.detail(16, 50)
 def test_the_coefficient_moves_after_its_use_and_is_state(models, tmp_path):
-    trainer = build(models, tmp_path, "--kl_target", "0.5", "--kl_horizon", "40", "--kl_coef", "0.2")
+    trainer = build(models, tmp_path, "--kl_target 0.5 --kl_horizon 40 --kl_coef 0.2")
     experience = rollout(trainer, 1)
     assert experience.metrics["kl"] == 0.0 and experience.metrics["kl_coef"] == 0.2
     trainer.train_rlhf(experience, 1)
     assert trainer.kl_coef == pytest.approx(0.2 * (1 - 0.2 * 4 / 40))  # 4 answers, error at its bound
     assert rollout(trainer, 2).metrics["kl_coef"] == trainer.kl_coef
-    other = build(models, tmp_path / "other", "--kl_target", "0.5")
+    other = build(models, tmp_path / "other", "--kl_target 0.5")
     other.load_state_dict(json.loads(json.dumps(trainer.state_dict())))
     assert other.kl_coef == trainer.kl_coef and other.state_dict() == trainer.state_dict()
 
@@ -196,16 +187,16 @@ def test_micro_batches_do_not_change_the_step(models, tmp_path, reduction):
     """Two pieces of two answers, or four of one, or one of four: the same weights after the step."""
     found = []
     for size, pieces in ((4, 1), (2, 2), (1, 4)):
-        flags = ("--per_device_training_batch_size", str(size), "--gradient_accumulation_steps", str(pieces))
-        trainer = build(models, tmp_path / str(size), "--loss_reduction", reduction, "--entropy_coef", "0.01", "--kl_in",
-                        "loss", "--actor_learning_rate", "1e-4", *flags)  # fmt: skip
+        flags = f"--per_device_training_batch_size {size} --gradient_accumulation_steps {pieces} --loss_reduction {reduction}"
+        more = "--entropy_coef 0.01 --kl_in loss --actor_learning_rate 1e-4"
+        trainer = build(models, tmp_path / str(size), flags, more)
         metrics = trainer.train_rlhf(rollout(trainer, 1), 1)
         found.append((metrics["actor_loss"], metrics["critic_loss"]))
     assert found[1] == pytest.approx(found[0], abs=1e-5) and found[2] == pytest.approx(found[0], abs=1e-5)
 
 
 def test_a_symptom_is_logged_in_words(models, tmp_path, caplog):
-    trainer = build(models, tmp_path, "--clip_reward_value", "0.001")
+    trainer = build(models, tmp_path, "--clip_reward_value 0.001")
     with caplog.at_level(logging.WARNING, logger="sanbu"):
         trainer.train_rlhf(rollout(trainer, 1), 1)
     assert "rollout 1: 100% of the scores were cut" in caplog.text
@@ -214,114 +205,47 @@ def test_a_symptom_is_logged_in_words(models, tmp_path, caplog):
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
-def parsed(*flags: str) -> PPOArguments:
-    return parse(PPOArguments, ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c", "--output_dir", "o", *flags])
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--advantage", "grpo"), "--num_return_sequences 1 leaves nothing to compare"),
-        (("--advantage", "rloo", "--num_return_sequences", "1"), "give 2 or more"),
-        (("--advantage", "reinforce++", "--critic_warmup_rollouts", "5"), "--critic_warmup_rollouts"),
-        (("--advantage", "rloo", "--num_return_sequences", "4", "--whiten_rewards", "true"), "--whiten_rewards"),
-        (("--kl_target", "6", "--kl_coef", "0"), "0 stays 0"),
-        (("--dual_clip", "0.5"), "--dual_clip 0.5"),
-        (("--overlong_penalty", "1"), "without --overlong_tokens"),
-        (("--overlong_tokens", "9"), "without --overlong_penalty"),
-        (("--overlong_tokens", "999", "--overlong_penalty", "1"), "--overlong_tokens 999"),
-        (("--cliprange_low", "0"), "--cliprange_low 0"),
-        (("--kl_horizon", "0"), "--kl_horizon 0"),
-        (("--kl_clip", "-1"), "--kl_clip -1"),
-        (("--max_approx_kl", "-1"), "--max_approx_kl -1"),
+        ("--advantage grpo", "--num_return_sequences 1 leaves nothing to compare"),
+        ("--advantage rloo --num_return_sequences 1", "give 2 or more"),
+        ("--advantage reinforce++ --critic_warmup_rollouts 5", "--critic_warmup_rollouts"),
+        ("--advantage rloo --num_return_sequences 4 --whiten_rewards true", "--whiten_rewards"),
+        ("--kl_target 6 --kl_coef 0", "0 stays 0"),
+        ("--dual_clip 0.5", "--dual_clip 0.5"),
+        ("--overlong_penalty 1", "without --overlong_tokens"),
+        ("--overlong_tokens 9", "without --overlong_penalty"),
+        ("--overlong_tokens 999 --overlong_penalty 1", "--overlong_tokens 999"),
+        ("--cliprange_low 0", "--cliprange_low 0"),
+        ("--kl_horizon 0", "--kl_horizon 0"),
+        ("--kl_clip -1", "--kl_clip -1"),
+        ("--max_approx_kl -1", "--max_approx_kl -1"),
     ],
 )
 def test_flags_that_contradict_each_other(flags, words):
     with pytest.raises(UserError, match=words):
-        parsed(*flags)
+        parsed(flags)
 
 
-@pytest.mark.detail(30)
-def test_bounds_follow_cliprange_unless_given():
-    assert (parsed().cliprange_low, parsed("--cliprange", "0.3").cliprange_high) == (0.2, 0.3)
-    higher = parsed("--cliprange_high", "0.28")
+@pytest.mark.detail(12, 30)
+def test_flags_that_follow_from_others():
+    assert (parsed().cliprange_low, parsed("--cliprange 0.3").cliprange_high) == (0.2, 0.3)
+    higher = parsed("--cliprange_high 0.28")
     assert (higher.cliprange_low, higher.cliprange_high) == (0.2, 0.28)
-
-
-@pytest.mark.detail(12)
-def test_k2_and_k3_are_cut_unless_told_otherwise():
-    assert parsed().kl_clip == 0.0 and parsed("--kl_estimator", "k3").kl_clip == 10.0
-    assert parsed("--kl_estimator", "k3", "--kl_clip", "0").kl_clip == 0.0
-
-
-def test_reinforce_needs_no_group():
-    assert not parsed("--advantage", "reinforce++").has_critic
-
-
-# --- processes and resume ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runs(models, tmp_path_factory):
-    """Whole runs of step 3 by name; "resumed" goes on where "whole" was after its second rollout."""
-    folder = tmp_path_factory.mktemp("runs")
-    data = write_pairs(folder / "pairs.jsonl", 60)
-
-    def step(name: str, processes: int, *flags: str) -> tuple[str, list[str]]:
-        return "training.step3_ppo.main", [
-            "--actor_model_name_or_path", str(models[0]), "--critic_model_name_or_path", str(models[1]), "--dtype", "fp32",
-            "--data_path", str(data), "--data_split", "0,0,1", "--output_dir", str(folder / name), "--max_prompt_seq_len", "48",
-            "--max_answer_seq_len", "8", "--num_warmup_steps", "0", "--max_steps", "3", "--actor_learning_rate", "1e-3",
-            "--per_device_generation_batch_size", str(4 // processes), "--per_device_training_batch_size", str(8 // processes),
-            "--eval_prompts", "4", *flags,
-        ]  # fmt: skip
-
-    groups = ("--num_return_sequences", "3", "--kl_in", "loss", "--kl_estimator", "k3", "--loss_reduction", "sequence")
-    moving = ("--kl_target", "0.2", "--kl_horizon", "20", "--critic_warmup_rollouts", "1", "--max_approx_kl", "0.01",
-              "--ppo_epochs", "3", "--save_steps", "1", "--save_total_limit", "0")  # fmt: skip
-    methods = {method: ("--advantage", method, *groups) for method in ("grpo", "reinforce++")}
-    mark = str(folder / "whole" / "checkpoints" / "step-00000002")
-    ones = [step(f"{method}-1", 1, *flags) for method, flags in methods.items()]
-    run_several([*ones, step("whole", 1, *moving), step("resumed", 1, *moving, "--resume", mark)], folder, 1)
-    twos = [step(f"{method}-2", 2, *flags) for method, flags in methods.items()] + [step("moving-2", 2, *moving)]
-    run_several(twos, folder, 2)
-    return folder
-
-
-@pytest.mark.detail(28, 48)
-@pytest.mark.distributed
-@pytest.mark.parametrize("method", ["grpo", "reinforce++"])
-def test_groups_are_the_same_on_two_processes(runs, method):
-    for name in ("train/score", "train/actor_loss", "train/kl", "train/advantage"):
-        one, two = (logged(runs / f"{method}-{processes}", name) for processes in (1, 2))
-        assert len(one) == 3 and two == pytest.approx(one, abs=1e-4), name
-    assert (runs / f"{method}-2" / "actor" / "model.safetensors").exists()
-    assert not (runs / f"{method}-2" / "critic").exists()
-
-
-@pytest.mark.distributed
-def test_warm_up_early_stop_and_coefficient_are_the_same_on_two_processes(runs):
-    for name in ("train/score", "train/kl_coef", "train/optimizer_steps", "train/critic_loss"):
-        one, two = logged(runs / "whole", name), logged(runs / "moving-2", name)
-        assert len(one) == 3 and two == pytest.approx(one, abs=1e-4), name
-    assert len(logged(runs / "whole", "train/actor_loss")) == 2
-    assert logged(runs / "whole", "train/kl_coef")[2] != logged(runs / "whole", "train/kl_coef")[1]
-
-
-@pytest.mark.detail(16, 50)
-@pytest.mark.distributed
-def test_a_resumed_run_has_the_coefficient_of_the_whole_one(runs):
-    for name in ("train/score", "train/kl_coef", "train/actor_loss", "train/critic_loss", "eval/score"):
-        resumed, whole = logged(runs / "resumed", name), logged(runs / "whole", name)
-        assert resumed and resumed == whole[-len(resumed) :], name
+    assert parsed().kl_clip == 0.0 and parsed("--kl_estimator k3").kl_clip == 10.0
+    assert parsed("--kl_estimator k3 --kl_clip 0").kl_clip == 0.0
+    assert not parsed("--advantage reinforce++").has_critic
 
 
 def test_all_answers_to_a_generation_batch_are_in_work_at_once(models, tmp_path, monkeypatch):
     """--num_return_sequences 3 of 4 prompts: 12 rows, also where the prompts are answered once (evaluation)."""
-    trainer = build(models, tmp_path, "--advantage", "rloo", "--num_return_sequences", "3")
-    seen = []
-    generate_many = rollout_module.generate_many
-    monkeypatch.setattr(
-        rollout_module, "generate_many", lambda *given, **more: seen.append(more["max_batch"]) or generate_many(*given, **more)
-    )
+    trainer = build(models, tmp_path, "--advantage rloo --num_return_sequences 3")
+    seen, sample = [], rollout_module.generate_many
+
+    def generate_many(*given, max_batch: int, **more):
+        seen.append(max_batch)
+        return sample(*given, max_batch=max_batch, **more)
+
+    monkeypatch.setattr(rollout_module, "generate_many", generate_many)
     assert len(rollout(trainer, 1)) == 12 and seen == [12]

@@ -21,32 +21,39 @@ from models.checkpoint_folder import (
 from models.device import has_accelerator
 from models.weight_files import first_line
 from training.utils.engine.configs import EngineOptions, frozen_config
-from training.utils.engine.deepspeed_internals import plain_masters
 from training.utils.engine.extras import extras
 from training.utils.engine.half_precision import watch_saturation
 from training.utils.engine.weights import copy_structure
+from training.utils.run.deepspeed_internals import plain_masters
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
 
 
-def check_trained_model(args: Any) -> None:
-    """Raise UserError if --model_name_or_path cannot be trained as the flags ask; no weight is read."""
+def check_trained_model(args: Any, checkpoint: CheckpointFolder) -> None:
+    """Raise UserError if the checkpoint of --model_name_or_path cannot be trained as the flags ask; no weight is read."""
     prefix = args.prefix_options()
-    checkpoint = open_checkpoint(args.model_name_or_path)
     check_context_length(checkpoint, args.max_seq_len, "--max_seq_len", **prefix)
     frozen = bool(args.lora_dim) or gets_prefix(checkpoint, args.output_dir, **prefix)
     check_quantized_base(checkpoint, args.quantization_bit, adapters=frozen)
 
 
-def trained_engine(load: Callable[..., nn.Module], head: Callable[[nn.Module], nn.Module], args, run: Run, tokenizer, steps: int):
-    """Return the engine around head(model), with LoRA or a prefix where the flags ask for them.
+def trained_engine(
+    load: Callable[..., nn.Module],
+    checkpoint: CheckpointFolder,
+    head: Callable[[nn.Module], nn.Module],
+    args,
+    run: Run,
+    tokenizer,
+    steps: int,
+):
+    """Return the engine around head(load(checkpoint)), with LoRA or a prefix where the flags ask for them.
 
     load: load_causal_lm or load_scalar_model; head: TokenLogProbs or TokenScores; steps: optimizer steps of the whole run.
     """
     options = EngineOptions.of(args)
     model = load(
-        args.model_name_or_path,
+        checkpoint,
         dtype=run.dtype,
         attn=run.attention,
         dropout=args.dropout,

@@ -22,8 +22,8 @@ from models.adapters.prefix import has_prefix
 from models.device import rng_state, set_rng_state
 from models.heads import base_model
 from models.save import save_model
-from training.utils.engine.deepspeed_internals import save_on_every_disk
 from training.utils.engine.weights import trained_weights, whole_model
+from training.utils.run.deepspeed_internals import save_on_every_disk
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from models.device import clear_overflow_flag, overflow_flag, saturates
-from training.utils.engine.deepspeed_internals import overflow_checker
+from training.utils.run.deepspeed_internals import overflow_checker
 
 logger = logging.getLogger("sanbu")
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from models.adapters.prefix import own_encoder
 from models.device import free_memory
 from models.heads import base_model
-from training.utils.engine.deepspeed_internals import forget_fetch_order, in_shared_buffer, kept_gathered, plain_masters
 from training.utils.engine.extras import extras
+from training.utils.run.deepspeed_internals import forget_fetch_order, in_shared_buffer, kept_gathered, plain_masters
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")

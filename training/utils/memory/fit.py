@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from errors import UserError
-from models.checkpoint_folder import gets_prefix, open_checkpoint
+from models.checkpoint_folder import CheckpointFolder, gets_prefix, open_checkpoint
 from models.device import DTYPES
 from models.sizes import SPARE_COLUMNS
 from training.utils.flags.checks import needing_stage_3
@@ -359,14 +359,17 @@ def choose_stages(memory: StepMemory, machine: Machine) -> dict[str, int]:
     return dict.fromkeys(automatic, 3)
 
 
-def check_fits(args: Any, machine: Machine, *, dtype: torch.dtype, attn: str) -> dict[str, int]:
+def check_fits(
+    args: Any, machine: Machine, models: dict[str, CheckpointFolder], *, dtype: torch.dtype, attn: str
+) -> dict[str, int]:
     """Return the flags that --zero_stage auto becomes, for the caller to put in; {} without one. Reads no weights.
+
+    models: the checkpoints of args.models by role.
 
     Raises UserError with the nearest setting that fits if the run cannot fit; --force lets it start.
     """
     configs, prefixed = {}, []
-    for role, path in args.models.items():
-        checkpoint = open_checkpoint(path)
+    for role, checkpoint in models.items():
         configs[role] = open_checkpoint(checkpoint.weights).config()
         options = args.prefix_options("" if role == "model" else role) if role != "reference" else {}
         if options and gets_prefix(checkpoint, args.output_dir, **options):

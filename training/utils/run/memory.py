@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from models.checkpoint_folder import CheckpointFolder
 from models.device import free_memory, has_accelerator
 from training.utils.memory.arithmetic import Machine
 from training.utils.memory.container import container_free
@@ -25,6 +26,6 @@ def this_machine(run: Run) -> Machine:
     return Machine(run.world_size, local, card, host)
 
 
-def check_run_fits(args: Any, run: Run) -> dict[str, int]:
+def check_run_fits(args: Any, run: Run, models: dict[str, CheckpointFolder]) -> dict[str, int]:
     """Return ``check_fits`` of a run that has begun. All processes call it, and all come to the same end."""
-    return check_fits(args, this_machine(run), dtype=run.dtype, attn=run.attention)
+    return check_fits(args, this_machine(run), models, dtype=run.dtype, attn=run.attention)

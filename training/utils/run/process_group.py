@@ -32,6 +32,7 @@ from models.device import (
     set_device,
 )
 from training.utils.run import heartbeat
+from training.utils.run.deepspeed_internals import forget_shared_memory_collectives
 from training.utils.run.environment import DONE, check_writable
 from training.utils.run.metrics import Metrics, format_seconds
 from training.utils.run.nodes import Nodes, meet, waiting_note
@@ -179,8 +180,7 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     if platform.name == "cpu":
-        # The shared-memory operator would be compiled here, half a minute that a machine without a compiler does not survive.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        forget_shared_memory_collectives()
     if not dist.is_initialized():
         minutes = timeout_minutes()
         note = threading.Timer(60.0, lambda: print(waiting_note(), flush=True))

@@ -10,13 +10,7 @@ import pytest
 import torch
 
 from errors import UserError
-from training.utils.engine.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    generator_states,
-    set_generator_states,
-    whole_checkpoints,
-)
+from training.utils.engine.checkpoint import MANIFEST, Checkpoint, whole_checkpoints
 from training.utils.run.metrics import Metrics
 from training.utils.run.nodes import Nodes
 
@@ -45,35 +39,39 @@ def fake_run(folder: Path, resume: str = "", limit: int = 0, **flags) -> SimpleN
     return SimpleNamespace(args=args, rank=0, local_rank=0, world_size=1, barrier=lambda: None, metrics=metrics, nodes=Nodes())
 
 
+def checkpoint_of(folder: Path, value: int = 0, resume: str | Path = "", marks: dict | None = None, **flags) -> Checkpoint:
+    """A checkpoint of one engine with this value."""
+    return Checkpoint(fake_run(folder, str(resume), **flags), {"model": FakeEngine(value)}, marks or {"seed": 1})
+
+
 def test_resume_brings_back_weights_step_and_random_numbers(tmp_path):
     torch.manual_seed(3)
-    Checkpoint(fake_run(tmp_path), {"model": FakeEngine(41)}, {"seed": 1}).save(5)
+    checkpoint_of(tmp_path, 41).save(5)
     expected = (torch.rand(3), random.random(), np.random.rand())
     torch.rand(10), random.random(), np.random.rand(4)
-    engine = FakeEngine(0)
-    step = Checkpoint(fake_run(tmp_path, "auto"), {"model": engine}, {"seed": 1}).resume()
-    assert (step, engine.value) == (5, 41)
+    checkpoint = checkpoint_of(tmp_path, resume="auto")
+    assert (checkpoint.resume(), checkpoint.engines["model"].value) == (5, 41)
     assert torch.equal(torch.rand(3), expected[0])
     assert (random.random(), np.random.rand()) == expected[1:]
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "cut file", "missing file", "cut manifest"])
 def test_a_half_written_checkpoint_is_refused_and_passed_over(tmp_path, damage):
-    run = fake_run(tmp_path)
-    checkpoint = Checkpoint(run, {"model": FakeEngine(1)}, {})
+    checkpoint = checkpoint_of(tmp_path)
     checkpoint.save(1)
     checkpoint.save(2)
     newest = tmp_path / "checkpoints" / "step-00000002"
+    manifest = newest / MANIFEST
     if damage == "no manifest":
-        (newest / MANIFEST).unlink()
+        manifest.unlink()
     elif damage == "cut manifest":
-        (newest / MANIFEST).write_text((newest / MANIFEST).read_text()[:20])
+        manifest.write_text(manifest.read_text()[:20])
     elif damage == "cut file":
         (newest / "generators-0.pt").write_bytes(b"")
     else:
         (newest / "model" / "state" / "value").unlink()
     with pytest.raises(UserError, match="step-00000002"):
-        Checkpoint(fake_run(tmp_path, str(newest)), {"model": FakeEngine(0)}, {}).resume()
+        checkpoint_of(tmp_path, resume=newest).resume()
     assert [one.name for one in whole_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 
 
@@ -86,32 +84,24 @@ def test_a_half_written_checkpoint_is_refused_and_passed_over(tmp_path, damage):
     ],
 )
 def test_a_foreign_checkpoint_is_refused(tmp_path, marks, expected):
-    made_with = {"zero_stage": 2, "world_size": 2, "data": "a"}
-    Checkpoint(fake_run(tmp_path), {"model": FakeEngine(1)}, made_with).save(1)
+    checkpoint_of(tmp_path, marks={"zero_stage": 2, "world_size": 2, "data": "a"}).save(1)
     with pytest.raises(UserError, match=expected):
-        Checkpoint(fake_run(tmp_path, "auto"), {"model": FakeEngine(0)}, marks).resume()
+        checkpoint_of(tmp_path, resume="auto", marks=marks).resume()
 
 
 def test_nothing_to_resume_starts_afresh_but_a_named_folder_must_exist(tmp_path):
-    assert Checkpoint(fake_run(tmp_path, "auto"), {}, {}).resume() == 0
+    assert checkpoint_of(tmp_path, resume="auto").resume() == 0
     with pytest.raises(UserError, match="no such folder"):
-        Checkpoint(fake_run(tmp_path, str(tmp_path / "absent")), {}, {}).resume()
+        checkpoint_of(tmp_path, resume=tmp_path / "absent").resume()
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    checkpoint = Checkpoint(fake_run(tmp_path, limit=2), {"model": FakeEngine(1)}, {})
+    checkpoint = checkpoint_of(tmp_path, limit=2)
     for step in (1, 2, 3, 10):
         checkpoint.save(step)
-    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000010"]
+    assert names(tmp_path / "checkpoints") == ["step-00000003", "step-00000010"]
     manifest = json.loads((tmp_path / "checkpoints" / "step-00000010" / MANIFEST).read_text())
     assert manifest["step"] == 10 and "model/state/value" in manifest["files"]
-
-
-def test_generator_states_load_without_pickle(tmp_path):
-    torch.save(generator_states(), tmp_path / "states.pt")
-    first = (torch.rand(1), np.random.rand())
-    set_generator_states(torch.load(tmp_path / "states.pt", weights_only=True))
-    assert (torch.rand(1), np.random.rand()) == first
 
 
 def names(folder: Path) -> list[str]:
@@ -120,7 +110,7 @@ def names(folder: Path) -> list[str]:
 
 def earlier_run(folder: Path) -> None:
     """Checkpoints of steps 100 and 150, a figure, and what a kill left."""
-    checkpoint = Checkpoint(fake_run(folder, limit=2), {"model": FakeEngine(7)}, {"seed": 1})
+    checkpoint = checkpoint_of(folder, 7, limit=2)
     checkpoint.save(100)
     checkpoint.save(150)
     checkpoint.run.metrics.log(150, {"loss": 1.0})
@@ -134,7 +124,7 @@ def test_a_run_that_starts_afresh_keeps_its_own_checkpoints_and_spares_those_of_
     if resume:   # nothing to resume from: no checkpoint is whole
         for found in (tmp_path / "checkpoints").glob("step-*"):
             (found / MANIFEST).unlink()
-    checkpoint = Checkpoint(fake_run(tmp_path, resume, limit=2), {"model": FakeEngine(1)}, {"seed": 1})
+    checkpoint = checkpoint_of(tmp_path, 1, resume, limit=2)
     assert checkpoint.resume() == 0
     for step in (50, 100):
         checkpoint.save(step)
@@ -145,26 +135,24 @@ def test_a_run_that_starts_afresh_keeps_its_own_checkpoints_and_spares_those_of_
     assert not (tmp_path / "metrics.jsonl").exists()
     assert sum(f"moved to {aside}" in record.getMessage() for record in caplog.records) == 1
 
-    Checkpoint(fake_run(tmp_path), {}, {"seed": 1}).resume()
+    checkpoint_of(tmp_path).resume()
     assert names(tmp_path / "checkpoints") == ["earlier-1", "earlier-2"]
 
 
 def test_a_run_set_aside_can_be_gone_on_with(tmp_path):
     earlier_run(tmp_path)
-    fresh = Checkpoint(fake_run(tmp_path), {"model": FakeEngine(1)}, {"seed": 1})
+    fresh = checkpoint_of(tmp_path, 1)
     fresh.resume()
     fresh.save(50)
     fresh.run.metrics.log(50, {"loss": 9.0})
-    back = fake_run(tmp_path, str(tmp_path / "checkpoints/earlier-1/step-00000100"))
-    engine = FakeEngine(0)
-    assert Checkpoint(back, {"model": engine}, {"seed": 1}).resume() == 100 and engine.value == 7
+    back = checkpoint_of(tmp_path, resume=tmp_path / "checkpoints/earlier-1/step-00000100")
+    assert back.resume() == 100 and back.engines["model"].value == 7
     assert names(tmp_path / "checkpoints" / "earlier-2") == ["metrics.jsonl", "step-00000050"]
 
 
 def test_what_lies_behind_the_step_named_is_out_of_the_way(tmp_path):
     earlier_run(tmp_path)
-    named = tmp_path / "checkpoints" / "step-00000100"
-    checkpoint = Checkpoint(fake_run(tmp_path, str(named), limit=1), {"model": FakeEngine(0)}, {"seed": 1})
+    checkpoint = checkpoint_of(tmp_path, resume=tmp_path / "checkpoints" / "step-00000100", limit=1)
     assert checkpoint.resume() == 100
     checkpoint.save(120)
     assert names(tmp_path / "checkpoints") == ["earlier-1", "step-00000120"]
@@ -179,15 +167,13 @@ def test_a_run_that_cannot_be_moved_is_not_mixed_with(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(UserError, match=r"holds another run, which cannot be moved .*Permission denied"):
-        Checkpoint(fake_run(tmp_path), {}, {}).resume()
+        checkpoint_of(tmp_path).resume()
 
 
 def test_all_have_sealed_before_any_removes_an_older_one(tmp_path, monkeypatch):
     """Nodes with a disk each: while one has not sealed, the older checkpoint may be the last that all of them have."""
-    run = fake_run(tmp_path, limit=1)
-    checkpoint = Checkpoint(run, {"model": FakeEngine(1)}, {})
-    order = []
-    run.barrier = lambda: order.append("barrier")
+    checkpoint, order = checkpoint_of(tmp_path, limit=1), []
+    checkpoint.run.barrier = lambda: order.append("barrier")
     for name in ("_seal", "_prune"):
         monkeypatch.setattr(checkpoint, name, lambda *_, name=name: order.append(name))
     checkpoint.save(1)
@@ -197,9 +183,9 @@ def test_all_have_sealed_before_any_removes_an_older_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("schedule", "said"), [("cosine", True), ("constant_with_warmup", False)])
 def test_another_length_of_the_run_is_allowed_and_said(tmp_path, caplog, schedule, said):
     length = {"num_train_epochs": 1, "lr_scheduler_type": schedule}
-    Checkpoint(fake_run(tmp_path, max_steps=10, **length), {"model": FakeEngine(1)}, {}).save(5)
+    checkpoint_of(tmp_path, max_steps=10, **length).save(5)
     for steps in (10, 20):
-        Checkpoint(fake_run(tmp_path, "auto", max_steps=steps, **length), {"model": FakeEngine(0)}, {}).resume()
+        checkpoint_of(tmp_path, resume="auto", max_steps=steps, **length).resume()
         warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert len(warned) == (said and steps == 20)
     assert not said or warned[0].startswith("--max_steps 20 (it was 10): --lr_scheduler_type cosine")

@@ -12,11 +12,11 @@ from models.device import PLATFORMS
 from training.utils.engine import half_precision
 from training.utils.engine.build import build_engine
 from training.utils.engine.configs import EngineOptions
-from training.utils.engine.deepspeed_internals import as_if_overflowed, has_overflow
 from training.utils.engine.extras import extras
 from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.engine.weights import trained_weights
 from training.utils.flags.steps import SFTArguments
+from training.utils.run.deepspeed_internals import as_if_overflowed, has_overflow
 from training.utils.run.process_group import join_process_group
 
 LARGEST = torch.finfo(torch.float16).max

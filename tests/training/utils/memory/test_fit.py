@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from errors import UserError
+from models.checkpoint_folder import open_checkpoint
 from scripts.plan.known import config_of
 from tests.tiny import tiny_checkpoint
 from training.step1_sft import main as step1
@@ -36,7 +37,8 @@ def memory_of(args):
 
 
 def check(args, machine):
-    return fit.check_fits(args, machine, dtype=torch.float32, attn="sdpa")
+    models = {role: open_checkpoint(path) for role, path in args.models.items()}
+    return fit.check_fits(args, machine, models, dtype=torch.float32, attn="sdpa")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
-from tests.training.utils.engine.test_checkpoint import FakeEngine, fake_run
+from tests.training.utils.engine.test_checkpoint import FakeEngine, checkpoint_of, fake_run
 from training.utils.engine.checkpoint import Checkpoint
 from training.utils.run.nodes import Nodes
 
@@ -23,17 +23,17 @@ class Played(Nodes):
         return [value, self.answer(value)]
 
 
-def checkpoint_of(folder: Path, answer, marks: dict, resume: str = "auto") -> Checkpoint:
-    """Of the first node. Questions that the test does not ask are answered as this node does."""
-    run = fake_run(folder, resume)
+def played(folder: Path, answer=lambda value: value, **marks) -> Checkpoint:
+    """The first node's. Questions that the test does not ask are answered as this node does."""
+    run = fake_run(folder, "auto")
     run.nodes = Played(answer)
-    return Checkpoint(run, {"model": FakeEngine(0)}, marks)
+    return Checkpoint(run, {"model": FakeEngine(0)}, {"seed": 1} | marks)
 
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """A folder with the checkpoints of steps 3 and 6."""
-    checkpoint = Checkpoint(fake_run(tmp_path), {"model": FakeEngine(1)}, {"seed": 1})
+    checkpoint = checkpoint_of(tmp_path, 1)
     checkpoint.save(3)
     checkpoint.save(6)
     return tmp_path
@@ -44,7 +44,7 @@ def test_all_go_on_from_the_newest_step_that_every_node_has(saved, caplog, other
     def answer(value):
         return [f"step-{one:08d}" for one in others] if isinstance(value, list) else value
 
-    assert checkpoint_of(saved, answer, {"seed": 1}).resume() == step
+    assert played(saved, answer).resume() == step
     said = f"node 0 (a): step-00000006, node 1 (b): step-{others[0]:08d}): all go on from step-{step:08d}"
     assert (said in caplog.text) == (others != [6, 3])
 
@@ -52,11 +52,11 @@ def test_all_go_on_from_the_newest_step_that_every_node_has(saved, caplog, other
 def test_a_node_that_has_lost_its_folder_is_named(saved):
     sentence = r"no checkpoint under .* is whole on every node \(node 0 \(a\): step-00000006, node 1 \(b\): none\)"
     with pytest.raises(UserError, match=sentence):
-        checkpoint_of(saved, lambda value: [] if isinstance(value, list) else value, {"seed": 1}).resume()
+        played(saved, lambda value: [] if isinstance(value, list) else value).resume()
 
 
 def test_nothing_anywhere_is_a_beginning(tmp_path):
-    assert checkpoint_of(tmp_path, lambda value: value, {"seed": 1}).resume() == 0
+    assert played(tmp_path).resume() == 0
 
 
 def test_the_trouble_of_one_node_is_the_sentence_of_all(saved):
@@ -64,18 +64,18 @@ def test_the_trouble_of_one_node_is_the_sentence_of_all(saved):
         return value if isinstance(value, (list, dict)) else "step-00000006 is half-written"
 
     with pytest.raises(UserError, match=r"node 1 \(b\): step-00000006 is half-written"):
-        checkpoint_of(saved, answer, {"seed": 1}).resume()
+        played(saved, answer).resume()
 
 
 def test_nodes_that_have_changed_places_are_told_so(saved):
-    checkpoint = checkpoint_of(saved, lambda value: value, {"seed": 1})
+    checkpoint = played(saved)
     checkpoint.run.rank = 1
     with pytest.raises(UserError, match=r"node 0 .a.: .*step-00000006 has nothing of rank 1.*--node_rank"):
         checkpoint.resume()
 
 
 def test_a_step_that_one_node_lacks_is_written_again_by_both(saved):
-    checkpoint = checkpoint_of(saved, lambda value: False if value is True else value, {"seed": 1})
+    checkpoint = played(saved, lambda value: False if value is True else value)
     checkpoint.engines["model"].value = 2
     checkpoint.save(6)
     assert (saved / "checkpoints/step-00000006/model/state/value").read_text() == "2"
@@ -83,8 +83,7 @@ def test_a_step_that_one_node_lacks_is_written_again_by_both(saved):
 
 def test_all_nodes_must_be_started_alike():
     def build(**other):
-        marks = {"seed": 1, "data": "abc", "model_name_or_path": "/disk/a"}
-        return checkpoint_of(Path("x"), lambda value: value | other, marks)
+        return played(Path("x"), lambda value: value | other, data="abc", model_name_or_path="/disk/a")
 
     build(model_name_or_path="/disk/b")   # the same model elsewhere
     with pytest.raises(UserError, match=r"node 1 \(b\) was started with --seed 2, node 0 \(a\) with 1; start the same command"):

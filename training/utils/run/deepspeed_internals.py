@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 
+def forget_shared_memory_collectives() -> None:
+    """Keep DeepSpeed on a CPU from its shared-memory operator: compiling it takes half a minute, and a compiler."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def save_on_every_disk(engine) -> None:
     """Let this process write, too, what is equal on all below ZeRO-3; DeepSpeed lets rank 0 alone write it."""
     engine.save_non_zero_checkpoint = True
