@@ -46,7 +46,6 @@ def function(tmp_path, body: str, name: str = "f") -> RewardFunction:
     ("body", "scores"),
     [
         ("return [len(answer) for answer in answers]", [13.0, 23.0, 0.0]),
-        ("return tuple(float(len(answer)) for answer in answers)", [13.0, 23.0, 0.0]),
         ("return np.array([len(answer) for answer in answers])", [13.0, 23.0, 0.0]),
         ("return torch.tensor([len(answer) for answer in answers], dtype=torch.bfloat16)", [13.0, 23.0, 0.0]),
         ("return [torch.tensor(float(len(answer))) for answer in answers]", [13.0, 23.0, 0.0]),
@@ -69,18 +68,13 @@ def test_whatever_holds_one_number_an_answer_is_taken(tmp_path, body, scores):
     ("return [math.nan if 'Hello' in answer else 1 for answer in answers]", ["nan", "Human: Hi!", "Hello there"]),
     ("return [len(answer) and math.inf for answer in answers]", ["inf", "2 plus 2", "The sum is 4."]),
     ("return [1e39 if 'friend' in answer else 1 for answer in answers]", ["1e+39", "Hello there"]),
-    ("return [10**400 for _ in answers]", ["100000", "2 plus 2"]),
     ("return ['good' for _ in answers]", ["'good'", "2 plus 2", "number"]),
     ("return [None, 1, 2]", ["None", "2 plus 2"]),
-    ("return [[1.0], [2.0], [3.0]]", ["[1.0]", "2 plus 2"]),
     ("return [1.0, 2.0]", ["2 scores for 3 answers", "2 plus 2"]),
-    ("return [1.0] * 4", ["4 scores for 3 answers"]),
     ("return 1.0", ["float", "list"]),
-    ("return torch.tensor(1.0)", ["float", "list"]),
-    ("return None", ["NoneType", "list"]),
     ("return (len(answer) for answer in answers)", ["generator", "list"]),
     ("assert len(answers) < 2; return [1.0]", ["AssertionError", "3 answers together", "2 plus 2"]),
-])  # fmt: skip
+])
 def test_what_is_wrong_names_function_and_sample(tmp_path, body, words):
     with pytest.raises(RewardError) as caught:
         function(tmp_path, body)(PROMPTS, ANSWERS)
@@ -101,7 +95,7 @@ def test_long_texts_are_shortened_in_the_message(tmp_path):
     ("def f(p, a:\n  return 1", ["SyntaxError", "line 1"]),
     ("x = 1\nimport a_module_that_nobody_has", ["ModuleNotFoundError", "line 2"]),
     ("raise SystemExit(3)", ["SystemExit", "line 1"]),
-])  # fmt: skip
+])
 def test_a_file_that_cannot_be_used(tmp_path, content, words):
     (tmp_path / "broken.py").write_text(content)
     with pytest.raises(UserError) as caught:
@@ -197,16 +191,6 @@ def test_an_endpoint_that_fails_is_asked_again(server, reply):
     assert len(server.asked) == 3 and pauses == [1.0, 2.0]
 
 
-@pytest.mark.parametrize(("reply", "words"), [((502, ""), ["HTTP 502"]), (0.5, ["no answer in time", "--reward_timeout 0.2"])])
-def test_after_the_last_attempt_it_is_an_error(server, reply, words):
-    server.replies = [reply]
-    source, pauses = endpoint(server.url, timeout=0.2, retries=3)
-    with pytest.raises(RewardError) as caught:
-        source(PROMPTS, ANSWERS)
-    assert all(word in str(caught.value) for word in (server.url, "4 attempts", *words)), str(caught.value)
-    assert pauses == [1.0, 2.0, 4.0] and len(server.asked) == 4
-
-
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/评分", "http://a..b/score"])
 def test_an_address_that_cannot_be_asked_is_told_and_not_tried_again(url):
     source, pauses = endpoint(url)
@@ -215,23 +199,26 @@ def test_an_address_that_cannot_be_asked_is_told_and_not_tried_again(url):
     assert pauses == []
 
 
-def test_an_endpoint_that_is_down_and_pauses_that_stop_growing():
-    source, pauses = endpoint(f"http://127.0.0.1:{free_port()}", retries=9)
-    with pytest.raises(RewardError, match=r"refused.*10 attempts"):
+@pytest.mark.parametrize(("reply", "words"), [((502, ""), "HTTP 502"), (0.5, "no answer in time"), (None, "refused")])
+def test_after_the_last_attempt_it_is_an_error(server, reply, words):
+    """Whatever is in its place; the pauses stop growing at a minute."""
+    server.replies = [reply]
+    url, retries = (f"http://127.0.0.1:{free_port()}", 9) if reply is None else (server.url, 3)
+    source, pauses = endpoint(url, timeout=0.2, retries=retries)
+    with pytest.raises(RewardError, match=rf"{url}.*{words}.*{retries + 1} attempts.*--reward_timeout 0.2"):
         source(PROMPTS, ANSWERS)
-    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0][:retries]
+    assert len(server.asked) == (0 if reply is None else 4)
 
 
 @pytest.mark.parametrize(("reply", "words"), [
     ((404, "no such page"), ["HTTP 404", "no such page", '"prompts"']),
     ((200, "<html>"), ["<html>", '"scores"']),
     ((200, {"score": [1]}), ["score", '{"scores": [...]}']),
-    ((200, [1, 2, 3]), ["[1, 2, 3]", '"scores"']),
     ((200, {"scores": [1, 2]}), ["2 scores for 3 answers"]),
     ((200, {"scores": [1, math.nan, 2]}), ["nan", "Human: Hi!"]),
-    ((200, {"scores": [1, None, 2]}), ["None", "Human: Hi!"]),
     ((200, {"scores": "123"}), ["str", "list"]),
-])  # fmt: skip
+])
 def test_an_endpoint_that_does_not_keep_the_contract_is_not_asked_again(server, reply, words):
     server.replies = [reply]
     source, pauses = endpoint(server.url)
@@ -249,7 +236,7 @@ def rewards(model: bool, names: list[str], weights: list[float]) -> Rewards:
     args = SimpleNamespace(
         reward_model=model, reward_function=[], reward_endpoint=["http://x"] * len(names), reward_timeout=1, reward_retries=0,
         reward_weight_list=weights,
-    )  # fmt: skip
+    )
     return Rewards(args)
 
 
@@ -289,19 +276,14 @@ SERVER = "--reward_endpoint http://127.0.0.1:1/x"
         (f"{ACTOR} {RULE}", ["needs --critic_model_name_or_path", "--reward_model false"]),
         (f"{ACTOR} {RULE} --reward_model false", ["--critic_model_name_or_path with --advantage gae", "grpo"]),
         (f"{BOTH} --reward_model false", ["--reward_model false", "--reward_function"]),
-        (f"{BOTH} --no_reward_model", ["--reward_model false", "--reward_function"]),
         (f"{BOTH} --reward_function missing.py:f", ["missing.py", "no file"]),
         (f"{BOTH} --reward_function rule.py", ["rule.py", "FILE.py:NAME"]),
-        (f"{BOTH} --reward_function rule.py:", ["FILE.py:NAME"]),
         (f"{BOTH} --reward_function rule.txt:f", ["FILE.py:NAME"]),
         (f"{BOTH} --reward_endpoint localhost:8000", ["localhost:8000", "http://"]),
-        (f"{BOTH} --reward_endpoint http://", ["http://127.0.0.1"]),
         (f"{BOTH} --reward_endpoint http://host:port/x", ["http://127.0.0.1"]),
         (f"{BOTH} {RULE} --reward_weights 1", ["expected 2 numbers", "reward model", "score.py:reward"]),
         (f"{BOTH} {RULE} {SERVER} --reward_weights 1,2", ["expected 3 numbers", "http://127.0.0.1:1/x"]),
-        (f"{BOTH} {RULE} --reward_weights 1,much", ["expected 2 numbers"]),
         (f"{BOTH} {RULE} --reward_weights 1,nan", ["expected 2 numbers"]),
-        (f"{BOTH} {RULE} --reward_weights 1,", ["expected 2 numbers"]),
         (f"{BOTH} {RULE} --reward_weights 0,0", ["every score would be 0"]),
         (f"{BOTH} {RULE} --reward_timeout 5", ["--reward_timeout", "--reward_endpoint"]),
         (f"{BOTH} {SERVER} --reward_timeout 0", ["--reward_timeout 0"]),

@@ -25,46 +25,47 @@ def collate(rows, real):
     return Rows(row["number"] for row, is_real in zip(rows, real, strict=True) if is_real)
 
 
+def one_of(world_size: int, rank: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+
+
 def batches(rank: int = 0, world_size: int = 1, **changes) -> GlobalBatches:
-    settings = {"seed": 1, "max_steps": 0, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "global_batch_size": 4,
-                "max_tokens_per_device": 0} | changes  # fmt: skip
+    settings = {"seed": 1, "max_steps": 0, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "global_batch_size": 4}
     dataset = Dataset.from_dict({"number": list(range(len(LENGTHS))), "length": LENGTHS})
-    run = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
-    return GlobalBatches(dataset, [1.0] * len(LENGTHS), collate, run, SimpleNamespace(**settings), per_device=2)
+    args = SimpleNamespace(**(settings | {"max_tokens_per_device": 0} | changes))
+    return GlobalBatches(dataset, [1.0] * len(LENGTHS), collate, one_of(world_size, rank), args, per_device=2)
+
+
+def numbers(*found) -> list[int]:
+    """The examples of batches, sorted."""
+    return sorted(number for batch in found for micro in batch.micro_batches for number in micro)
 
 
 def test_an_epoch_holds_every_example_once_and_the_last_batch_is_short():
     found = list(batches().after(0))
-    assert len(found) == batches().total_steps == 6   # 11 examples, 4 a step: 3 steps an epoch, 2 epochs
+    assert len(found) == batches().total_steps == 6  # 11 examples, 4 a step: 3 steps an epoch, 2 epochs
     for epoch in (0, 1):
-        numbers = [n for batch in found if batch.epoch == epoch for micro in batch.micro_batches for n in micro]
-        assert sorted(numbers) == list(range(11))
+        assert numbers(*(batch for batch in found if batch.epoch == epoch)) == list(range(11))
     assert [batch.denominator for batch in found if batch.epoch == 0] == [4.0, 4.0, 3.0]
     assert [batch.ends_epoch for batch in found] == [False, False, True] * 2
     assert sum(batch.tokens for batch in found) == 2 * sum(LENGTHS)
+    more = list(batches(max_steps=8, num_train_epochs=1).after(0))
+    assert [batch.step for batch in more] == list(range(1, 9)) and more[-1].epoch == 2
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_share_the_very_same_global_batches(world_size):
-    alone = [sorted(n for micro in batch.micro_batches for n in micro) for batch in batches().after(0)]
     ranks = [list(batches(rank, world_size).after(0)) for rank in range(world_size)]
-    for step, expected in enumerate(alone):
-        together = [batch for rank in ranks for batch in [rank[step]]]
-        assert sorted(n for batch in together for micro in batch.micro_batches for n in micro) == expected
+    for alone, together in zip(batches().after(0), zip(*ranks, strict=True), strict=True):
+        assert numbers(*together) == numbers(alone)
         assert len({len(batch.micro_batches) for batch in together}) == 1, "or the processes would wait for ever"
-        assert len({batch.denominator for batch in together}) == 1
+        assert {batch.denominator for batch in together} == {alone.denominator}
 
 
 def test_a_resumed_run_sees_what_the_first_would_have_seen():
-    whole = [[list(micro) for micro in batch.micro_batches] for batch in batches().after(0)]
+    whole = [batch.micro_batches for batch in batches().after(0)]
     for stop in range(6):
-        rest = [[list(micro) for micro in batch.micro_batches] for batch in batches().after(stop)]
-        assert rest == whole[stop:]
-
-
-def test_max_steps_goes_on_into_further_epochs():
-    found = list(batches(max_steps=8, num_train_epochs=1).after(0))
-    assert [batch.step for batch in found] == list(range(1, 9)) and found[-1].epoch == 2
+        assert [batch.micro_batches for batch in batches().after(stop)] == whole[stop:]
 
 
 def test_token_budget_bounds_every_micro_batch():
@@ -96,31 +97,23 @@ def test_global_batch_size():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_takes_every_example_once(world_size):
     dataset = batches().dataset
-    found, counts = [], []
-    for rank in range(world_size):
-        run = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
-        mine = list(evaluation_batches(dataset, collate, run, per_device=2))
-        found += [n for micro in mine for n in micro]
-        counts.append(len(mine))
-    assert sorted(found) == list(range(11)) and len(set(counts)) == 1
+    shares = [list(evaluation_batches(dataset, collate, one_of(world_size, rank), 2)) for rank in range(world_size)]
+    assert sorted(number for share in shares for micro in share for number in micro) == list(range(11))
+    assert len({len(share) for share in shares}) == 1
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_limited_evaluation_takes_a_fair_sample(world_size):
+def test_a_limited_evaluation_takes_a_fair_sample():
     """Of 400 examples the mean length of 40 lies near that of all; longest first, it was the longest that were taken."""
-    lengths = [10 + place % 100 for place in range(400)]
-    rows = [{"number": place, "length": length} for place, length in enumerate(lengths)]
-    dataset, found = Dataset.from_list(rows), []
-    for rank in range(world_size):
-        run = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
-        mine = list(evaluation_batches(dataset, collate, run, per_device=40 // world_size // 2, limit=2))
-        assert len(mine) == 2
-        found += [n for micro in mine for n in micro]
-    assert len(set(found)) == len(found) == 40
-    mean = sum(lengths[n] for n in found) / 40
-    assert abs(mean - sum(lengths) / 400) < 3 * 29 / 40**0.5   # three standard errors of a mean of 40
-    taken = evaluation_batches(dataset, collate, SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu")), 20, 2)
-    assert sorted(n for micro in taken for n in micro) == sorted(found), "the same examples, however many processes share them"
+    lengths = [10 + number % 100 for number in range(400)]
+    dataset, samples = Dataset.from_dict({"number": list(range(400)), "length": lengths}), []
+    for world_size in (1, 2, 4):
+        ranks = [one_of(world_size, rank) for rank in range(world_size)]
+        shares = [list(evaluation_batches(dataset, collate, rank, 20 // world_size, limit=2)) for rank in ranks]
+        assert {len(share) for share in shares} == {2}
+        samples.append(sorted(number for share in shares for micro in share for number in micro))
+    assert len(set(samples[0])) == 40 and samples[0] == samples[1] == samples[2], "however many processes share them"
+    mean = sum(lengths[number] for number in samples[0]) / 40
+    assert abs(mean - sum(lengths) / 400) < 3 * 29 / 40**0.5  # three standard errors of a mean of 40
 
 
 def test_due():
