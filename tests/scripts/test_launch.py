@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -110,12 +111,8 @@ def test_visible_devices_are_chosen_once(recipe, platform, environ, include):
     assert [name for name in environ if name in left] == ([] if include else list(environ)), "the mask would be applied twice"
 
 
-def test_masks_that_cannot_be_served(recipe):
-    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES shows 2 devices, 8 are wanted"):
-        launched("step1_sft", recipe(), CUDA_VISIBLE_DEVICES="0,1")
+def test_torchrun_leaves_the_mask_alone(recipe):
     mask = {"CUDA_VISIBLE_DEVICES": "GPU-8a2f,GPU-91c0"}
-    with pytest.raises(UserError, match=r"reads numbers only.*--launcher torchrun"):
-        launched("step1_sft", recipe(), "--num_gpus", "2", **mask)
     launch = launched("step1_sft", recipe(), "--num_gpus", "2", "--launcher", "torchrun", **mask)
     assert launch.environment.over(mask)["CUDA_VISIBLE_DEVICES"] == mask["CUDA_VISIBLE_DEVICES"]
 
@@ -131,8 +128,6 @@ def test_several_nodes_by_pdsh(recipe, hostfile):
     assert (args.hostfile, args.master_addr, args.master_port, args.ssh_port) == (hostfile, "node-1", 29611, 2222)
     assert deepspeed_runner.fetch_hostfile(args.hostfile) == launch.options.hosts == {"node-1": 8, "node-2": 8}
     assert parse_step(SFTArguments, args.user_args).zero_stage == 1
-    fewer = deepspeed_args(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--num_gpus", "4").command)
-    assert fewer.num_gpus == 4
     alone = launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--num_nodes", "1")
     assert not alone.options.several and deepspeed_args(alone.command).hostfile == os.devnull
 
@@ -167,10 +162,6 @@ def test_every_node_by_itself(recipe, hostfile):
     assert not second.environment.forwarded, "each node brings its own"
     assert first.log.name == "training.log" and second.log.name == "training-node1.log"
     assert deepspeed_args(launched(*words, SLURM_NODEID="1").command).node_rank == 1
-    with pytest.raises(UserError, match="which of the 2 nodes is this"):
-        launched(*words)
-    with pytest.raises(UserError, match="--node_rank 2 does not exist with 2 nodes"):
-        launched(*words, "--node_rank", "2")
 
 
 def test_torchrun(recipe, hostfile):
@@ -180,8 +171,6 @@ def test_torchrun(recipe, hostfile):
     assert (args.nnodes, args.node_rank, args.nproc_per_node, args.master_addr) == ("3", 1, "8", "10.0.0.1")
     assert args.module and args.training_script == "training.step1_sft.main"
     assert parse_step(SFTArguments, args.training_script_args).zero_stage == 1
-    with pytest.raises(UserError, match="need --master_addr"):
-        launched(*words, "--node_rank", "0")
     assert "node-1" in launched(*words, "--node_rank", "0", "--hostfile", hostfile).command
     one = get_args_parser().parse_args(launched("step1_sft", recipe("cpu"), "--launcher", "torchrun").command[3:])
     assert (one.nnodes, one.nproc_per_node, one.master_addr) == ("1", "1", "127.0.0.1")
@@ -202,17 +191,6 @@ def test_openmpi(recipe, hostfile):
     assert exported["NCCL_SOCKET_IFNAME"] == "=ib0"
     given = launched(*words, "--launcher_args", "--mca btl_tcp_if_include lo --oversubscribe")
     assert deepspeed_args(given.command).launcher_args == "--mca btl_tcp_if_include lo --oversubscribe"
-    with pytest.raises(UserError, match="needs the network interface"):
-        launched(*words)
-    for more, sentence in (
-        (["--num_gpus", "4"], r"gives node-1 slots=8, not 4"),
-        (["--no_ssh"], "--no_ssh and --launcher openmpi contradict"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            launched(*words, *more, NCCL_SOCKET_IFNAME="ib0")
-    Path(hostfile).write_text("".join(f"node-{number} slots=8\n" for number in range(4)))
-    with pytest.raises(UserError, match="it names 4, not the 2 of --num_nodes; leave only the 2 in it"):
-        launched(*words, "--num_nodes", "2", NCCL_SOCKET_IFNAME="ib0")
 
 
 def test_slurm(recipe, tmp_path):
@@ -228,8 +206,6 @@ def test_slurm(recipe, tmp_path):
     args = get_args_parser().parse_args(json.loads(done.stdout)[3:])
     assert (args.nnodes, args.node_rank, args.nproc_per_node, args.master_addr) == ("2", 1, "8", "n7")
     assert parse_step(SFTArguments, args.training_script_args).data_path == ["a b", "c"]
-    with pytest.raises(UserError, match="inside an allocation"):
-        launched(*words)
 
 
 def test_a_script_for_any_number_of_nodes_may_give_its_flags_to_one(recipe):
@@ -246,8 +222,6 @@ def test_slurm_with_a_platform_of_one_node_and_some_of_its_devices(recipe):
     place = launch.command.index("--nproc_per_node")
     assert launch.command[place - 1 : place + 2] == ["4", "--nproc_per_node", "4"]
     assert launch.environment.over(shell).items() >= (shell | launch.options.platform.env_several_nodes).items()
-    with pytest.raises(UserError, match="HIP_VISIBLE_DEVICES shows 4 devices, 8 are wanted"):
-        launched("step1_sft", recipe("dcu_z100l"), "--launcher", "slurm", **shell)
     one = shell | {"SLURM_JOB_NUM_NODES": "1"}
     assert not launched("step1_sft", recipe("dcu_z100l"), "--launcher", "slurm", "--num_gpus", "4", **one).environment.removed
 
@@ -303,15 +277,6 @@ def test_other_nodes_are_told_what_they_need_and_no_secret(recipe, hostfile, tmp
     assert set(where) == {env["DS_ENV_FILE"]}
     assert dict(line.split("=", maxsplit=1) for line in Path(where[0]).read_text().splitlines()) == told
 
-    own.write_text("NOT A SETTING\n")
-    with pytest.raises(UserError, match=r"\.deepspeed_env, line 1: 'NOT A SETTING' is not NAME=VALUE"):
-        launched(*words, **shell)
-
-
-def test_a_value_that_cannot_be_passed_on_is_refused(recipe, hostfile):
-    with pytest.raises(UserError, match=r"MINE='a \$HOME' cannot be sent to the other nodes"):
-        launched("step1_sft", recipe("multi_node", "env: {MINE: 'a $HOME'}"), "--hostfile", hostfile)
-
 
 def test_a_dry_run_is_read_back_by_a_shell_and_makes_nothing(recipe, hostfile, tmp_path, capsys, monkeypatch):
     for name in ("DS_ACCELERATOR", *commands.MASKS):
@@ -341,76 +306,79 @@ def test_a_dry_run_is_read_back_by_a_shell_and_makes_nothing(recipe, hostfile, t
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["step1_sf", "{recipe}"], "'step1_sf' is no step (did you mean step1_sft?); there are step1_sft, step2_reward"),
-        (["step1_sft"], "give a step and a recipe"),
-        (["step2_reward", "{recipe}"], "has no section reward, which step 2 (reward model) reads"),
-        (["step1_sft", "configs/cpu/dema.yaml"], "no recipe for 'dema' on cpu (did you mean demo?); there are "),
-        (["step1_sft", "configs/cpo/demo.yaml"], "no such file (did you mean cpu?); those of the project are"),
-        (["step1_sft", "configs/mlu_370/opt-1.3b.yaml"], "no platform mlu_370; to add it, give it an entry in"),
-        (["step1_sft", "configs/opt-1.3b.yaml"], "name one of them in the path"),
-        (["step1_sft", "{recipe}", "--platform", "dcu_z100"], "no platform (did you mean dcu_z100l?)"),
-        (["step1_sft", "{recipe}", "out", "4"], "'4' stands where zero_stage does, a number from 0 to 3"),
-        (["step1_sft", "{recipe}", "3"], "'3' stands where output_dir does, a folder"),
-        (["step1_sft", "{recipe}", "out", "1", "x"], "'x' is one argument too many; in order they are output_dir, zero_stage"),
-        (["step1_sft", "{recipe}", "--num_gpus", "x"], "Argument --num-gpus: invalid int value: 'x'"),
-        (["step1_sft", "{recipe}", "--num_gpus", "0"], "--num-gpus 0 is not a number of them"),
-        (["step1_sft", "{recipe}", "--launcher", "pdsj"], "--launcher pdsj is unknown (did you mean pdsh?)"),
-        (["step1_sft", "{recipe}", "--hostfile", "absent"], "--hostfile absent: no such file"),
-        (["step1_sft", "{recipe}", "--hostfile", "{hosts}", "--num_nodes", "3"], "names 2 hosts"),
-        (["step1_sft", "{recipe}", "--hostfile", "{hosts}", "--num_gpus", "9"], "gives node-1 slots=8"),
-        (["step1_sft", "{recipe}", "--master_port", "99999"], "--master_port 99999 is no port; give a number from 1 to 65535"),
-        (["step1_sft", "{recipe}", "--launcher", "slurm", "--launcher-args", "--comment 'x"], "--launcher_args cannot be read"),
-        (["step1_sft", "{recipe}", "--launcher", "torchrun", "--node_rank", "1"], "--node_rank 1 is for several nodes"),
-        (["step1_sft", "{recipe}", "--no_ssh"], "--no_ssh is for several nodes, and this is a run on one; give --num_nodes N"),
-        (["step1_sft", "{recipe}", "--master_addr", "10.0.0.1"], "--master_addr 10.0.0.1 is for several nodes"),
-        (["step1_sft", "{recipe}", "--num_nodes", "1", "--node_rank", "1"], "--node_rank 1 is for several nodes"),
-    ],
-)
-def test_wrong_words_are_one_sentence_and_exit_code_2(recipe, hostfile, monkeypatch, capsys, words, sentence):
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    filled = [word.format(recipe=recipe(), hosts=hostfile) for word in words]
-    assert main([*filled, "--dry-run"]) == 2
+SFT = "step1_sft {recipe} "
+NODES = "step1_sft {nodes} --hostfile {hosts} "
+REFUSED = [
+    ("step1_sf {recipe}", "'step1_sf' is no step (did you mean step1_sft?); there are step1_sft, step2_reward"),
+    ("step1_sft", "give a step and a recipe"),
+    ("step2_reward {recipe}", "has no section reward, which step 2 (reward model) reads"),
+    ("step1_sft configs/cpu/dema.yaml", "no recipe for 'dema' on cpu (did you mean demo?); there are "),
+    ("step1_sft configs/cpo/demo.yaml", "no such file (did you mean cpu?); those of the project are"),
+    ("step1_sft configs/mlu_370/opt-1.3b.yaml", "no platform mlu_370; to add it, give it an entry in configs/platforms.yaml"),
+    ("step1_sft configs/opt-1.3b.yaml", "name one of them in the path"),
+    (SFT + "--platform dcu_z100", "no platform (did you mean dcu_z100l?)"),
+    (SFT + "out 4", "'4' stands where zero_stage does, a number from 0 to 3"),
+    (SFT + "3", "'3' stands where output_dir does, a folder"),
+    (SFT + "out 1 x", "'x' is one argument too many; in order they are output_dir, zero_stage"),
+    (SFT + "--max_seq_le 3", "--max_seq_le is not a flag of step 1 (SFT)"),
+    (SFT + "--num_gpus x", "Argument --num-gpus: invalid int value: 'x'"),
+    (SFT + "--num_gpus 0", "--num-gpus 0 is not a number of them"),
+    (SFT + "--launcher pdsj", "--launcher pdsj is unknown (did you mean pdsh?)"),
+    (SFT + "--master_port 99999", "--master_port 99999 is no port; give a number from 1 to 65535"),
+    (SFT + "--launcher-args 'x", "--launcher_args cannot be read"),
+    (SFT + "--launcher torchrun --node_rank 1", "--node_rank 1 is for several nodes"),
+    (SFT + "--no_ssh", "--no_ssh is for several nodes, and this is a run on one; give --num_nodes N"),
+    (SFT + "--master_addr 10.0.0.1", "--master_addr 10.0.0.1 is for several nodes"),
+    (SFT + "--num_nodes 1 --node_rank 1", "--node_rank 1 is for several nodes"),
+    (SFT + "CUDA_VISIBLE_DEVICES=0,1", "CUDA_VISIBLE_DEVICES shows 2 devices, 8 are wanted"),
+    (SFT + "--num_gpus 1 CUDA_VISIBLE_DEVICES=GPU-8a2f", "reads numbers only; give the numbers of the devices"),
+    (SFT + "--platform dcu_z100l DS_ACCELERATOR=cpu", "DS_ACCELERATOR=cpu is set, but platform dcu_z100l"),
+    (SFT + "NUM_GPUS=many", "NUM_GPUS=many in the environment is not a whole number"),
+    (SFT + "--hostfile absent", "--hostfile absent: no such file"),
+    (SFT + "--hostfile {hosts} --num_nodes 3", "names 2 hosts"),
+    (SFT + "--hostfile {hosts} --num_gpus 9", "gives node-1 slots=8"),
+    (NODES + "--no_ssh", "which of the 2 nodes is this"),
+    (NODES + "--no_ssh --node_rank 2", "--node_rank 2 does not exist with 2 nodes"),
+    (NODES + "DS_ENV_FILE={hosts}", "hosts, line 1: 'node-1 slots=8' is not NAME=VALUE"),
+    (NODES + "--platform dcu_z100l USER=$HOME", "MIOPEN_USER_CACHE_PATH='/tmp/miopen-$HOME' cannot be sent to the other nodes"),
+    ("step1_sft {nodes} --launcher torchrun --node_rank 0", "need --master_addr"),
+    ("step1_sft {nodes} --launcher slurm", "inside an allocation"),
+    (NODES + "--launcher openmpi", "needs the network interface"),
+    (NODES + "--launcher openmpi --num_gpus 4", "gives node-1 slots=8, not 4"),
+    (NODES + "--launcher openmpi --no_ssh", "--no_ssh and --launcher openmpi contradict"),
+]
+
+
+@pytest.mark.parametrize(("line", "sentence"), REFUSED)
+def test_wrong_words_are_one_sentence_and_exit_code_2(recipe, hostfile, monkeypatch, capsys, line, sentence):
+    for name in ("DS_ACCELERATOR", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    paths = {"recipe": recipe(), "hosts": hostfile, "nodes": "configs/multi_node/opt-1.3b.yaml"}
+    words = line.format(**paths).split()
+    for word in [word for word in words if re.match("[A-Z]", word)]:
+        words.remove(word)
+        monkeypatch.setenv(*word.split("=", 1))
+    assert main([*words, "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("hosts", "more", "sentence"),
     [
-        ("a slots=2\nb slot=2\n", r"line 2: 'b slot=2' is not HOST slots=N"),
-        ("a slots=2\n\n# x\na slots=2\n", r"line 4: a stands there a second time"),
-        ("a slots=0\n", r"line 1: 'a slots=0'"),
-        ("# nobody\n", r"names no host"),
+        ("a slots=2\nb slot=2\n", "", r"line 2: 'b slot=2' is not HOST slots=N"),
+        ("a slots=2\n\n# x\na slots=2\n", "", r"line 4: a stands there a second time"),
+        ("a slots=0\n", "", r"line 1: 'a slots=0'"),
+        ("# nobody\n", "", r"names no host"),
+        (HOSTS, "procesess: 2", r"unknown key 'procesess' \(did you mean processes\?\); known: platform"),
+        (HOSTS, "processes: two", r"launch: processes: 'two' is not a whole number"),
+        (HOSTS, "env: [A]", r"launch: env: \['A'\] is not a list of NAME: value"),
     ],
 )
-def test_a_bad_line_of_a_hostfile_is_named(recipe, tmp_path, text, sentence):
-    (tmp_path / "hosts").write_text(text)
+def test_a_bad_line_of_a_hostfile_or_recipe_is_named(recipe, hostfile, hosts, more, sentence):
+    Path(hostfile).write_text(hosts)
     with pytest.raises(UserError, match=sentence):
-        launched("step1_sft", recipe("multi_node"), "--hostfile", str(tmp_path / "hosts"))
-    with contextlib.suppress(ValueError):   # DeepSpeed takes slots=0 and starts nothing
-        assert deepspeed_runner._parse_hostfile(text.splitlines()) == {"a": 0}
-
-
-@pytest.mark.parametrize(
-    ("more", "sentence"),
-    [
-        ("procesess: 2", r"unknown key 'procesess' \(did you mean processes\?\); known: platform"),
-        ("processes: two", r"launch: processes: 'two' is not a whole number"),
-        ("env: [A]", r"launch: env: \['A'\] is not a list of NAME: value"),
-    ],
-)
-def test_a_recipes_launch_section_is_checked(recipe, more, sentence):
-    with pytest.raises(UserError, match=sentence):
-        launched("step1_sft", recipe("cpu", more))
-
-
-def test_an_accelerator_that_contradicts_the_platform(recipe):
-    with pytest.raises(UserError, match=r"DS_ACCELERATOR=cpu is set, but platform dcu_z100l .* runs on cuda; unset it"):
-        launched("step1_sft", recipe("dcu_z100l"), DS_ACCELERATOR="cpu")
-    assert launched("step1_sft", recipe("dcu_z100l"), "--platform", "cpu", DS_ACCELERATOR="cpu").command
+        launched("step1_sft", recipe("multi_node", more), "--hostfile", hostfile)
 
 
 @pytest.mark.parametrize(
