@@ -2,16 +2,12 @@
 
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
 import train
-from scripts.launch.processes import run_step
 from steps import STEPS
 from tests.tiny import tiny_checkpoint
 from training.utils.flags.parse import parse as parse_step
@@ -370,71 +366,3 @@ def test_two_tokenizers_are_refused_before_anything_runs(fake_steps, models, tmp
     assert train.main(words) == 2
     assert "tokenizer" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("training.log"))
-
-
-def test_output_comes_while_the_step_runs_and_ctrl_c_ends_only_the_steps_processes(repository, models, tmp_path):
-    """The step starts a child of its own; both must be gone, and the step must have had the time to tidy up."""
-    step = """
-        import os, pathlib, signal, subprocess, sys, time
-        folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])
-        child = subprocess.Popen(['sleep', '600'])
-        (folder / 'pids').write_text(f'{os.getpid()} {child.pid}')
-        def stop(*_):
-            (folder / 'saved').touch(); child.terminate(); child.wait(); sys.exit(143)
-        signal.signal(signal.SIGTERM, stop)
-        print('started', flush=True)
-        while True: time.sleep(0.05)
-    """
-    driver = f"""
-        import sys, textwrap, train
-        program = textwrap.dedent({step!r})
-        train.check_inputs = lambda chosen, args: chosen[0].folder.mkdir(parents=True)  # it imports torch
-        train.launch_command = lambda step, args: [sys.executable, '-c', program, *step.flags]
-        sys.exit(train.main(sys.argv[1:]))
-    """
-    bystander = subprocess.Popen(["sleep", "600"])
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(driver), *models, "--output-dir", str(tmp_path)],
-        cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        for line in process.stdout:  # arrives although the step is still running
-            if line == "started\n":
-                break
-        folder = tmp_path / "actor-models" / "actor"
-        pids = [int(pid) for pid in (folder / "pids").read_text().split()]
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
-        assert process.returncode == 130 and "--resume continues" in error
-        assert (folder / "saved").exists()
-        assert bystander.poll() is None
-        assert all(is_gone(pid) for pid in pids)
-    finally:
-        bystander.kill()
-        bystander.wait()
-        if process.poll() is None:
-            process.kill()
-
-
-def is_gone(pid: int, patience: float = 5.0) -> bool:
-    """Whether a process ends within some seconds (a zombie has ended)."""
-    import psutil
-
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_a_straggler_does_not_hold_the_run_up(tmp_path):
-    """A grandchild that keeps the pipe open after the launcher has ended is killed after a few seconds."""
-    program = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
-    started = time.monotonic()
-    code, lines = run_step([sys.executable, "-c", program], dict(os.environ), tmp_path / "log")
-    assert code == 0 and time.monotonic() - started < 20
-    assert is_gone(int(lines[-1]))

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from errors import UserError, told
+from errors import UserError, refuse, told
 from scripts.generated import write_files
 from scripts.launch.platforms import ROOT
 
@@ -76,18 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_steps(words: list[str]) -> list[str] | None:
-    """Return the steps that --step names, or None for the whole set. Raise UserError for an unknown one."""
-    from scripts.kubernetes.pod import STEP_OF
-
-    if words == ["all"]:
-        return None
-    for word in words:
-        if word not in STEP_OF:
-            raise UserError(f"--step {word} is unknown; use {', '.join(STEP_OF)} or all.")
-    return list(dict.fromkeys(words))
-
-
 def set_texts(parser: argparse.ArgumentParser) -> dict[Path, str]:
     """Return path -> text of everything under configs/kubernetes."""
     from scripts.kubernetes.render import make_job, render
@@ -107,13 +95,15 @@ def render_command(args: argparse.Namespace) -> int:
     from scripts.kubernetes.render import make_job, render
     from training.utils.flags.parse import parse
 
-    job, choices = make_job(args), chosen_steps(args.step)
-    steps = [STEP_OF[choice] for choice in choices] if choices else job.steps
+    job, choices = make_job(args), [] if args.step == ["all"] else list(dict.fromkeys(args.step))
+    for word in choices:
+        refuse(word not in STEP_OF, f"--step {word} is unknown; use {', '.join(STEP_OF)} or all.")
+    steps = [STEP_OF[choice] for choice in choices] or job.steps
     files = render(job, choices)
     for step in steps:  # a pod would hear of a wrong flag only after it got its cards
         parse(step.arguments_class, ["--config", job.recipe.path, *job.flags])
         check_memory(job, step)
-    if choices is None and "5-chat.yaml" not in files:
+    if not choices and "5-chat.yaml" not in files:
         print(f"# no 5-chat.yaml: {job.model} does not fit on one card, and chat.py uses one", file=sys.stderr)
     if not args.out:  # single steps are left out beside the job that runs them all
         print("---\n".join(text for name, text in files.items() if not name.startswith("steps/")), end="")
@@ -136,8 +126,7 @@ def check_command(paths: list[str]) -> int:
     files: list[Path] = []
     for path in map(Path, paths):
         files += sorted(path.rglob("*.y*ml")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{', '.join(paths)}: no .yaml files there; name manifests or folders with some.")
+    refuse(not files, f"{', '.join(paths)}: no .yaml files there; name manifests or folders with some.")
     documents, wrong = 0, []
     for file in files:
         try:

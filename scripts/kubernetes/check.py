@@ -1,14 +1,11 @@
 """Find what is wrong with a manifest: by the schemas that others keep, then by rules that no schema knows.
 
-kubernetes-validate knows the kinds of Kubernetes and, as a Pod, every pod template. The clients of Kubeflow know
-TrainJob and PyTorchJob: they drop an unknown field and convert a value of the wrong type without a word, so a document
-is read and written again and must come back as it was. schemas.yaml has the other two kinds and rules of ours that a
-schema can say. No cluster is needed.
+kubernetes-validate knows the kinds of Kubernetes and, as a Pod, every pod template. schemas.yaml has the kinds of training
+jobs, and rules of ours that a schema can say. No cluster is needed.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -29,7 +26,6 @@ TRAINING = {
     "TrainJob": "trainer.kubeflow.org/v1alpha1",
     "MPIJob": "kubeflow.org/v2beta1",
 }
-OVERRIDES = ("podTemplateOverrides", "podSpecOverrides")  # of Trainer 2.1 and 2.0; the client is of 2.3
 PROCESSES = {
     "DeepSpeedJob": "config.slotsPerWorker",
     "PyTorchJob": "nprocPerNode",
@@ -75,13 +71,12 @@ def problems(document: Any) -> list[str]:
         if not found:
             found = [error for spec in pods(document) for error in schema_errors(own_schemas()["Pod"], spec)]
     except ImportError as error:
-        packages = "kubernetes-validate kubeflow-trainer-api kubeflow-training"
-        raise UserError(f"check needs {error.name}, which is not installed: pip install {packages}") from error
+        raise UserError(f"check needs {error.name}: pip install kubernetes-validate jsonschema") from error
     return found or [sentence for spec in pods(document) for sentence in pod_problems(document, spec)]
 
 
 def wrong_fields(document: dict[str, Any]) -> Iterator[str]:
-    """Yield fields that do not exist and values of the wrong type, as the packages of others know them."""
+    """Yield the fields of Kubernetes' own kinds and of pods that do not exist or have a value of the wrong type."""
     import kubernetes_validate
 
     wrapped = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec} for spec in pods(document)]
@@ -90,8 +85,6 @@ def wrong_fields(document: dict[str, Any]) -> Iterator[str]:
             kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
         except kubernetes_validate.ValidationError as error:
             yield sentence_of(error)
-    if document["kind"] in ("PyTorchJob", "TrainJob"):
-        yield from changes(document, kubeflow_read(document), "")
 
 
 def schema_errors(schema: dict[str, Any], value: Any) -> list[str]:
@@ -116,45 +109,6 @@ def own_schemas() -> dict[str, Any]:
     import yaml
 
     return yaml.safe_load((Path(__file__).parent / "schemas.yaml").read_text(encoding="utf-8"))
-
-
-def kubeflow_read(document: dict[str, Any]) -> Any:
-    """Return what Kubeflow's client makes of a document, or its error as a text."""
-    try:
-        if document["kind"] == "TrainJob":
-            from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
-
-            kept = {key: value for key, value in document["spec"].items() if key in OVERRIDES}
-            read = TrainerV1alpha1TrainJob.from_dict(document).to_dict()
-            return {**read, "spec": {**read["spec"], **kept}}
-        import kubernetes.client
-        from kubeflow.training import models
-
-        for name in vars(models):  # the client looks its classes up by name, in its own module
-            if name.startswith("KubeflowOrgV1") and not hasattr(kubernetes.client.models, name):
-                setattr(kubernetes.client.models, name, getattr(models, name))
-        client = kubernetes.client.ApiClient()
-        answer = SimpleNamespace(data=json.dumps(document))
-        return client.sanitize_for_serialization(client.deserialize(answer, "KubeflowOrgV1PyTorchJob"))
-    except (ValueError, TypeError, AttributeError) as error:
-        return " ".join(str(error).split())
-
-
-def changes(before: Any, after: Any, place: str) -> Iterator[str]:
-    """Yield the places where a document did not come back as it was."""
-    if isinstance(before, dict) and isinstance(after, str):
-        yield after
-    elif isinstance(before, dict) and isinstance(after, dict):
-        for key, value in before.items():
-            if key in after:
-                yield from changes(value, after[key], f"{place}.{key}")
-            elif value not in ({}, [], None):
-                yield f"{place}.{key}: no such field.".lstrip(".")
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for index, (one, other) in enumerate(zip(before, after, strict=True)):
-            yield from changes(one, other, f"{place}[{index}]")
-    elif before != after or type(before) is not type(after):
-        yield f"{place}: expected {type(after).__name__}, found {before!r}.".lstrip(".")
 
 
 def pods(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -33,11 +33,6 @@ PATIENCE = 120.0  # seconds until a file that another node wrote is seen: NFS ke
 NOT_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "*.tflite", "*.gguf"]  # other programs' copies of a model
 
 
-def former_folders(recipe: Recipe, section: str) -> list[str]:
-    """Return the folders of other steps that a step reads its models from, in the order of the steps."""
-    return [recipe.output(other) for other in recipe.needs(section)]
-
-
 def wait_for(folders: list[str], seconds: float, pause: float = 10.0) -> None:
     """Return when every folder has its marker. Raise UserError with the missing ones when the time is over."""
     deadline = time.monotonic() + seconds
@@ -120,7 +115,7 @@ def run(args: argparse.Namespace, launcher: list[str]) -> int:
         if marker.is_file():
             print(f"{label} is done: {marker.parent} (remove {marker} to run it again)", flush=True)
             continue
-        wait_for(former_folders(recipe, step.section), args.wait_minutes * 60)
+        wait_for(recipe.inputs(step.section), args.wait_minutes * 60)
         words = [os.path.expandvars(word) for word in launcher]
         command = [*words, step.module, "--config", args.recipe, *USUAL_FLAGS, *shlex.split(args.flags)]
         print(f"{label} -> {marker.parent}\n{shlex.join(command)}", flush=True)

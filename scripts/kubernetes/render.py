@@ -10,14 +10,15 @@ import argparse
 import os.path
 import re
 import shlex
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from errors import UserError
-from scripts.kubernetes.pod import STEP_OF, USUAL_FLAGS, former_folders
-from scripts.launch.options import find_recipe, read_recipe
+from errors import UserError, refuse
+from scripts.kubernetes.pod import STEP_OF, USUAL_FLAGS
+from scripts.launch.options import find_recipe, read_recipe, split_words
 from scripts.launch.platforms import ROOT, MachineKind, did_you_mean, platform_named
 from steps import SECTIONS, STEPS, Step
 from training.utils.flags.recipe import Recipe, recipe_file
@@ -28,8 +29,7 @@ CODE, WORK = "/opt/sanbu", "/workspace"  # in the pod: the project in the image,
 PORT = 29517  # of the processes' first meeting; DeepSpeedJob and MPIJob, where no operator sets one
 GRACE = 300  # seconds between SIGTERM and the end of a pod: a step that is asked to end saves a checkpoint first
 LONGEST_NAME = 63 - len("-launcher-abcde")  # operators append to the name; a pod's may have 63 characters
-QUANTITY = r"(\d+(?:\.\d+)?)(m|k|[KMGTPE]i?)?"
-TOLERATION = r"([\w./-]+)(?:=([\w.-]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?"
+NODE_LABEL, LABEL_FORM = r"([\w./-]+)=([\w.-]*)", "KEY=VALUE, as `kubectl get nodes --show-labels` shows them"
 IMAGE = r"(?!.*:latest$).+(:[\w.-]+|@sha256:[0-9a-f]{64})"
 ABOUT = {
     "1-storage.yaml": "the claim for data, models, output and caches",
@@ -46,7 +46,7 @@ def dns_name(text: str) -> str:
 
 def quantity(text: str | int | float) -> float:
     """Return a Kubernetes quantity as a number: 2 cores, 500m, 64Gi in bytes. Raise UserError for what is none."""
-    match = re.fullmatch(QUANTITY, str(text))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(m|k|[KMGTPE]i?)?", str(text))
     if not match:
         raise UserError(f"{text!r} is no quantity of Kubernetes; write 64Gi, 2Ti, 500m or 8.")
     number, unit = float(match[1]), match[2] or ""
@@ -55,69 +55,66 @@ def quantity(text: str | int | float) -> float:
     return number * (1024 if unit.endswith("i") else 1000) ** "-KMGTPE".index(unit[:1].upper() or "-")
 
 
+def groups(flag: str, text: str, pattern: str, form: str) -> tuple[str, ...]:
+    """Return the groups of a flag's value. Raise UserError that names the form for another one."""
+    match = re.fullmatch(pattern, text)
+    if not match:
+        raise UserError(f"--{flag} {text}: write {form}.")
+    return match.groups()
+
+
 def toleration(text: str) -> dict[str, str]:
     """Return a toleration from KEY[=VALUE][:EFFECT]. Raise UserError for another form."""
-    match = re.fullmatch(TOLERATION, text)
-    if not match:
-        raise UserError(
-            f"--toleration {text}: write KEY, KEY=VALUE or KEY=VALUE:EFFECT with NoSchedule, PreferNoSchedule or NoExecute."
-        )
-    key, value, effect = match.groups()
-    one = {"key": key, "operator": "Exists"} if value is None else {"key": key, "operator": "Equal", "value": value}
-    return one | ({"effect": effect} if effect else {})
-
-
-def node_label(text: str) -> tuple[str, str]:
-    """Return a label from KEY=VALUE. Raise UserError for another form."""
-    match = re.fullmatch(r"([\w./-]+)=([\w.-]*)", text)
-    if not match:
-        raise UserError(f"--node-selector {text}: write KEY=VALUE, as `kubectl get nodes --show-labels` shows them.")
-    return match[1], match[2]
+    pattern = r"([\w./-]+)(?:=([\w.-]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?"
+    form = "KEY, KEY=VALUE or KEY=VALUE:EFFECT with NoSchedule, PreferNoSchedule or NoExecute"
+    key, value, effect = groups("toleration", text, pattern, form)
+    one = {"key": key, "operator": "Exists" if value is None else "Equal", "value": value, "effect": effect}
+    return {name: word for name, word in one.items() if word is not None}
 
 
 def check_settings(settings: argparse.Namespace) -> None:
     """Raise UserError for a value of `render` that Kubernetes or the kind of job does not take."""
-    kind = settings.kind
-    if kind not in KINDS:
-        raise UserError(f"--kind {kind} is unknown{did_you_mean(kind, KINDS)}; use one of {', '.join(KINDS)}.")
+    kind, version, image = settings.kind, settings.trainer_version, settings.image
+    kinds, versions = ", ".join(KINDS), ", ".join(TRAINER_VERSIONS)
+    refuse(kind not in KINDS, f"--kind {kind} is unknown{did_you_mean(kind, KINDS)}; use one of {kinds}.")
     for flag in ("name", "pvc", "namespace"):
-        value = getattr(settings, flag)
-        if value and (value != dns_name(value) or len(value) > LONGEST_NAME):
-            raise UserError(
-                f"--{flag} {value}: Kubernetes takes small letters, digits and dashes, here at most {LONGEST_NAME} of them, "
-                f"such as {dns_name(value)[:LONGEST_NAME]}."
-            )
-    if settings.pvc == "":
-        raise UserError("--pvc is empty: without a volume, models and checkpoints would be lost with their pod; name a claim.")
-    if settings.image and not re.fullmatch(IMAGE, settings.image):
-        raise UserError(f"--image {settings.image}: name a tag other than latest, or a restart may run other code.")
-    if settings.pvc_size:
-        quantity(settings.pvc_size)
-    if kind == "trainjob" and settings.trainer_version not in TRAINER_VERSIONS:
-        known = ", ".join(TRAINER_VERSIONS)
-        raise UserError(f"--trainer-version {settings.trainer_version} is not known; use {known} (2.3 for later ones).")
-    if kind == "trainjob" and (settings.queue or settings.priority is not None):
-        raise UserError("A TrainJob has no field for --queue or --priority; queueing systems read a label of theirs, so add that.")
-    if kind in ("pytorchjob", "mpijob") and settings.priority is not None:
-        raise UserError("--priority is a number for a DeepSpeedJob only; leave it out, and set a priorityClass by hand.")
+        value = getattr(settings, flag) or ""
+        refuse(
+            value != dns_name(value) or len(value) > LONGEST_NAME,
+            f"--{flag} {value}: Kubernetes takes small letters, digits and dashes, here at most {LONGEST_NAME} of them, "
+            f"such as {dns_name(value)[:LONGEST_NAME]}.",
+        )
+    refuse(
+        settings.pvc == "",
+        "--pvc is empty: without a volume, models and checkpoints would be lost with their pod; name a claim.",
+    )
+    wrong = image and not re.fullmatch(IMAGE, image)
+    refuse(wrong, f"--image {image}: name a tag other than latest, or a restart may run other code.")
+    quantity(settings.pvc_size or 0)
+    ranked = settings.priority is not None
+    if kind == "trainjob":
+        unknown = version not in TRAINER_VERSIONS
+        refuse(unknown, f"--trainer-version {version} is not known; use {versions} (2.3 for later ones).")
+        refuse(
+            settings.queue or ranked,
+            "A TrainJob has no field for --queue or --priority; queueing systems read a label of theirs, so add that.",
+        )
+    refuse(
+        kind in ("pytorchjob", "mpijob") and ranked,
+        "--priority is a number for a DeepSpeedJob only; leave it out, and set a priorityClass by hand.",
+    )
 
 
 def make_job(settings: argparse.Namespace) -> SimpleNamespace:
     """Return the values of the templates for the flags of `render`. Raise UserError for a wrong value or recipe."""
     check_settings(settings)
     path = settings.recipe if recipe_file(settings.recipe) else str(find_recipe(settings.recipe))
-    recipe = Recipe(path, read_recipe(path))
-    if not recipe.launch.get("platform"):
-        raise UserError(f"{path}: no platform in the section launch; a manifest asks for its devices.")
-    platform = platform_named(recipe.launch["platform"])
-    try:
-        flags = shlex.split(settings.flags)
-    except ValueError as error:
-        raise UserError(f"--flags cannot be read ({error}); check its quotes.") from error
-    model = Path(path).stem
+    recipe, flags, model = Recipe(path, read_recipe(path)), split_words("--flags", settings.flags), Path(path).stem
     name = settings.name or dns_name(f"sanbu-{model}")
-    if len(f"{name}-tensorboard") > LONGEST_NAME:
-        raise UserError(f"{name} is too long for a name that operators append to; give a shorter --name.")
+    unnamed, long = not recipe.launch.get("platform"), len(f"{name}-tensorboard") > LONGEST_NAME
+    refuse(unnamed, f"{path}: no platform in the section launch; a manifest asks for its devices.")
+    refuse(long, f"{name} is too long for a name that operators append to; give a shorter --name.")
+    platform = platform_named(recipe.launch["platform"])
     host_paths = list(platform.kubernetes.get("host_paths") or [])
     steps = [step for step in STEPS if step.section in recipe.sections and step.section != "dpo"]
     folders = [recipe.output(step.section) for step in steps]
@@ -140,7 +137,7 @@ def make_job(settings: argparse.Namespace) -> SimpleNamespace:
         vendor_env=["bash", f"{CODE}/scripts/vendor_env.sh"] if host_paths else [],
         # Two kinds log in as root over ssh, and device files belong to groups of the host.
         root=settings.as_root or settings.kind in ("deepspeedjob", "mpijob") or bool(host_paths),
-        node_selector=dict(map(node_label, settings.node_selector)),
+        node_selector=dict(groups("node-selector", one, NODE_LABEL, LABEL_FORM) for one in settings.node_selector),
         tolerations=list(map(toleration, settings.toleration)),
         work=WORK,
         code=CODE,
@@ -161,8 +158,8 @@ def machine_values(settings: argparse.Namespace, recipe: Recipe, platform: Machi
     memory = int(quantity(settings.memory) // 2**30) if settings.memory else memory
     # 4 GiB a process for data workers and NCCL, 1 on a CPU; it counts into the memory limit.
     shm = settings.shm or f"{max(1, min((1 if on_cpu else 4) * processes, memory // 4))}Gi"
-    if quantity(shm) > memory * 2**30:
-        raise UserError(f"/dev/shm may hold {shm}, above the memory limit {memory}Gi that it counts into; lower --shm.")
+    above = quantity(shm) > memory * 2**30
+    refuse(above, f"/dev/shm may hold {shm}, above the memory limit {memory}Gi that it counts into; lower --shm.")
     return {
         "processes": processes,
         "devices": platform.devices,
@@ -287,7 +284,7 @@ def training(job: SimpleNamespace, steps: list[Step], about: str) -> str:
     words += ["--step", *(step.choice for step in steps), "--wait-minutes", str(job.settings.wait_minutes)]
     words += [f"--flags={shlex.join(job.flags)}"] if job.flags else []
     values = {"steps": steps, "component": component, "full_name": f"{job.name}-{component}", "run_words": [*words, "--"]}
-    values |= {"former": former_folders(job.recipe, steps[0].section)}
+    values |= {"former": job.recipe.inputs(steps[0].section)}
     values |= {"step_flags": ["--config", job.recipe_in_pod, *USUAL_FLAGS, *job.flags]}
     return fill(job, job.settings.kind, about, **values)
 
@@ -299,8 +296,8 @@ def title(steps: list[Step]) -> str:
     return f"step {steps[0].choice} ({steps[0].title})" if steps[0].choice.isdigit() else steps[0].title
 
 
-def render(job: SimpleNamespace, choices: list[str] | None = None) -> dict[str, str]:
-    """Return file name -> text. choices: steps of one job; None: everything, each step also as a job of its own."""
+def render(job: SimpleNamespace, choices: Sequence[str] = ()) -> dict[str, str]:
+    """Return file name -> text. choices: steps of one job; none: everything, each step also as a job of its own."""
 
     def alone(step: Step) -> dict[str, str]:
         about = f"{title([step])} alone; not beside 3-train.yaml, which writes to the same folders"

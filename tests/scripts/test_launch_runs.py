@@ -19,7 +19,7 @@ from errors import UserError
 from scripts.launch import __main__ as launching
 from scripts.launch import checks
 from scripts.launch.__main__ import prepare
-from scripts.launch.processes import exit_code
+from scripts.launch.processes import exit_code, run_step
 from tests.launching import environment, logged, write_pairs
 from tests.tiny import tiny_checkpoint
 
@@ -135,7 +135,8 @@ DRIVER = """
     from dataclasses import replace
     prepare = launching.prepare
     program = "import signal, sys, time\\ndef stop(*_): time.sleep(0.5); print('saving', flush=True); sys.exit(143)\\n"
-    program += "signal.signal(signal.SIGTERM, stop)\\nprint('started', flush=True)\\n{then}"
+    program += "import subprocess\\nchild = subprocess.Popen(['sleep', '600'])\\n"
+    program += "signal.signal(signal.SIGTERM, stop)\\nprint('started', child.pid, flush=True)\\n{then}"
     def replaced(argv):
         launch, dry = prepare(argv)
         return replace(launch, command=[sys.executable, '-c', program]), dry
@@ -177,10 +178,30 @@ def driven(repository, folder):
         process.wait()
 
 
+def child_of(process: subprocess.Popen) -> int:
+    """Wait until the program has started; return the number of a process that it has started itself."""
+    return int(next(line for line in process.stdout if line.startswith("started ")).split()[1])
+
+
+def is_gone(pid: int, patience: float = 5.0) -> bool:
+    """Return whether a process ends within some seconds (a zombie has ended)."""
+    import psutil
+
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_a_closed_terminal_lets_the_step_save_first(driven, folder):
     """The system and the shell both send SIGHUP; the second must not cut the saving short."""
     process = driven("hangup", "time.sleep(60)")
-    assert any(line == "started\n" for line in process.stdout)
+    assert child_of(process)
     os.kill(process.pid, signal.SIGHUP)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGHUP)
@@ -190,7 +211,7 @@ def test_a_closed_terminal_lets_the_step_save_first(driven, folder):
 
 def test_under_nohup_a_closed_terminal_is_nothing(driven):
     process = driven("nohup", "time.sleep(1); print('through', flush=True)", "nohup")
-    assert any(line == "started\n" for line in process.stdout)
+    assert child_of(process)
     os.kill(process.pid, signal.SIGHUP)
     out, _ = process.communicate(timeout=120)
     assert "through" in out and process.returncode == 1   # it left no sanbu_done.json
@@ -212,10 +233,20 @@ def test_output_that_nobody_reads_any_more_does_not_end_the_step(driven, folder)
 def test_a_signal_reaches_the_step_through_the_script(driven, number):
     """The script, not a shell around it, is what Slurm and Kubernetes send their signal to: this process, not its group."""
     process = driven(f"signal{number}", "time.sleep(60)")
-    assert any(line == "started\n" for line in process.stdout)
+    child = child_of(process)  # its line arrives although the step is still running
     os.kill(process.pid, number)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "saving" in out and "--resume continues" in error
+    assert is_gone(child)
+
+
+def test_a_straggler_does_not_hold_the_run_up(tmp_path):
+    """A grandchild that keeps the pipe open after the launcher has ended is killed after a few seconds."""
+    program = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
+    started = time.monotonic()
+    code, lines = run_step([sys.executable, "-c", program], dict(os.environ), tmp_path / "log")
+    assert code == 0 and time.monotonic() - started < 20
+    assert is_gone(int(lines[-1]))
 
 
 @pytest.mark.parametrize(

@@ -45,14 +45,11 @@ class Recipe:
             )
         return str(folder)
 
-    def needs(self, section: str) -> tuple[str, ...]:
-        """Return the other sections whose output_dir this section reads models from, in the order of the steps."""
+    def inputs(self, section: str) -> list[str]:
+        """Return the output_dir of the other sections that this section reads models from, in the order of the steps."""
         models = {str(value) for key, value in self.sections[section].items() if key.endswith("model_name_or_path")}
-        return tuple(
-            other
-            for other in STEP_SECTIONS
-            if other != section and str(self.sections.get(other, {}).get("output_dir")) in models
-        )
+        folders = [str(self.sections.get(other, {}).get("output_dir")) for other in STEP_SECTIONS if other != section]
+        return [folder for folder in folders if folder in models]
 
     def model_of(self, model: str) -> str:
         """Return what ``model`` starts from: a folder that a section still has to write counts as that section's own model."""
