@@ -325,16 +325,6 @@ def test_other_ends_of_a_step(fake_steps, models, tmp_path, capfd, program, code
     assert words in capfd.readouterr().err
 
 
-def test_step_3_without_its_models_says_what_makes_them(models, tmp_path, capsys):
-    words = [*models, "--output-dir", str(tmp_path), "--step", "3"]
-    assert train.main(words) == 2
-    error = capsys.readouterr().err
-    assert str(tmp_path / "actor-models/actor") in error and "which step 1 makes" in error
-    command = error.split("run it first: python train.py ")[1].rstrip(". \n")
-    args = train.parse(shlex.split(command))
-    assert args.step == [1] and train.plan(args)[0].folder == tmp_path / "actor-models/actor"
-
-
 def test_another_model_of_the_same_name_is_not_taken_for_done(fake_steps, models, tmp_path, capsys):
     assert train.main([*models, "--output-dir", str(tmp_path), "--step", "1"]) == 0
     other = tiny_checkpoint(tmp_path / "other" / "actor", "opt", seed=2)

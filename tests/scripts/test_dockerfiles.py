@@ -77,6 +77,9 @@ def test_what_the_kinds_of_jobs_need_is_there(name):
     for needed in ("openssh-server", "pdsh", "openmpi-bin", "mkdir -p /run/sshd", "chown root:root /usr/lib"):
         assert needed in shell
     assert "rm -rf /var/lib/apt/lists/*" in shell and "--no-install-recommends" in shell
+    # As the MPI operator's own base image: it mounts keys from a Secret, links in a folder that others may write to.
+    assert "printf 'StrictModes no\\n' > /etc/ssh/sshd_config.d/sanbu.conf" in shell
+    assert "StrictHostKeyChecking no" in shell and "UserKnownHostsFile /dev/null" in shell
     assert ("WORKDIR", WORK) in found and ("COPY", f". {CODE}") in found
     # A TrainJob before 2.2 and every plain pod without a user of its own runs as the image says.
     users = [words for instruction, words in found if instruction == "USER"]
@@ -93,15 +96,6 @@ def test_the_platforms_name_these_images():
     tags = {platform.kubernetes["image"] for platform in load_platforms().values()}
     assert tags == {f"sanbu:{name}" for name in NAMES}
     assert {path.stem for path in FOLDER.glob("*.Dockerfile")} == set(NAMES)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_sshd_takes_keys_that_the_mpi_operator_mounts_from_a_secret(name):
-    """As the operator's own base image has it; the files of a Secret are links in a folder that others may write to."""
-    shell = " ".join(words for instruction, words in instructions(name) if instruction == "RUN")
-    assert "printf 'StrictModes no\\n' > /etc/ssh/sshd_config.d/sanbu.conf" in shell
-    for setting in ("StrictHostKeyChecking no", "UserKnownHostsFile /dev/null"):
-        assert setting in shell
 
 
 @pytest.mark.parametrize("place", ["configs/docker/dcu.Dockerfile", "docs/en/hardware/dcu.md", "docs/zh/hardware/dcu.md"])

@@ -79,16 +79,6 @@ def dry_run(script: str, folder, *words: str, **env: str) -> str:
     return done.stdout
 
 
-def test_the_dry_run_of_the_dcu_is_readable(tmp_path):
-    """The example of the documentation: variables with a reason each, one flag a line."""
-    text = dry_run("training/step3_ppo/training_scripts/dcu_z100l/run_chatglm-6b.sh", tmp_path, "A", "C", *OURS)
-    exports = [line for line in text.splitlines() if line.startswith("export")]
-    assert exports and all(re.search(r"  # \w", line) for line in exports)
-    assert "platform dcu_z100l: one node with 8 Hygon DCU Z100L" in text
-    command = text[text.rindex("\n\n") :].strip().splitlines()
-    assert all(line.count(" --") <= 1 for line in command) and command[-1].split()[0] == "--output_dir"
-
-
 FORMER = "training/step1_sft/training_scripts/run_{}.sh"
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -165,27 +164,3 @@ def test_the_vendors_environment_surrounds_the_command(tmp_path):
     shown = subprocess.check_output(["bash", str(script), "bash", "-c", show, "-", "a b"], env=env, text=True)
     assert shown.splitlines() == ["/opt/dtk x a b", "x"]
     assert subprocess.run(["bash", str(script), "bash", "-c", "exit 5"], env=env).returncode == 5
-
-
-def test_a_rank_that_has_just_ended_does_not_keep_the_signal_from_the_others(monkeypatch):
-    import psutil
-
-    class Rank:
-        def __init__(self, pid: int) -> None:
-            self.pid, self.told = pid, []
-
-        def environ(self):
-            return {"LOCAL_RANK": "0"}
-
-        def ppid(self):
-            if self.pid == 2:
-                raise psutil.NoSuchProcess(2)
-            return 1
-
-        def send_signal(self, number):
-            self.told.append(number)
-
-    ranks = [Rank(pid) for pid in (2, 3, 4)]
-    monkeypatch.setattr(psutil, "Process", lambda pid: types.SimpleNamespace(children=lambda recursive: ranks))
-    pod.signal_step(types.SimpleNamespace(pid=1), signal.SIGTERM)
-    assert [rank.told for rank in ranks] == [[], [signal.SIGTERM], [signal.SIGTERM]]
