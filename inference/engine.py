@@ -95,94 +95,56 @@ def generate(
     attention_mask: Tensor,
     *,
     num_return_sequences: int = 1,
-    row_seeds: Sequence[int] | None = None,
     **settings: Any,
 ) -> Generation:
-    """Sample until every row has met a stop token or has max_new_tokens. settings: Rules.
-
-    model: a causal language model of transformers, or a PeftModel around one (LoRA, or a prefix, which is put into the
-    cache once); it is in evaluation mode meanwhile.
-    input_ids, attention_mask: [batch, prompt], padded on the left. With num_return_sequences = n each prompt is read once
-    and gets n answers: row i * n + j of the result is answer j to prompt i. Row k of the result is sampled with random
-    numbers from row_seeds[k] (default: seeds from torch's global generator).
-    Raises ValueError for a call that cannot be meant.
-    Where ZeRO-3 keeps the model's weights split, all processes call it, each with prompts of its own (inference/lockstep.py).
-    """
+    """Do what generate_many() does, for one batch: input_ids, attention_mask [batch, prompt], padded on the left."""
     if not bool(attention_mask[:, -1].all()):
         raise ValueError("attention_mask: a prompt is empty or padded on the right; pad prompts on the left")
-    rules, count = Rules(**settings), len(input_ids) * num_return_sequences
-    answers = _Answers(rules, count, row_seeds, input_ids.device)
-
-    def all_prompts(rows: list[int]) -> _Prompts:
-        return _Prompts(input_ids, attention_mask, [row // num_return_sequences for row in rows])
-
-    return _answer(model, rules, answers, all_prompts, list(range(count)), count)
+    prompts = [ids[mask.bool()] for ids, mask in zip(input_ids.cpu(), attention_mask.cpu(), strict=True)]
+    settings |= {"max_batch": max(1, len(prompts) * num_return_sequences), "num_return_sequences": num_return_sequences}
+    return generate_many(model, prompts, **settings)
 
 
 def generate_many(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Tensor],
     *,
     max_batch: int,
     num_return_sequences: int = 1,
     row_seeds: Sequence[int] | None = None,
     **settings: Any,
 ) -> Generation:
-    """Do what generate() does for any number of prompts, of which at most max_batch rows are in work at a time; the same answers.
+    """Sample until every answer has met a stop token or has max_new_tokens; at most max_batch answers are in work at a time.
 
-    prompts: token ids, not padded. settings: Rules. Row i * num_return_sequences + j of the
-    result, of row_seeds and of on_token is answer j to prompt i.
+    model: a causal language model of transformers, or a PeftModel around one (LoRA, or a prefix, which is put into the
+    cache once); it is in evaluation mode meanwhile. prompts: token ids, not padded. settings: Rules.
+    With num_return_sequences = n each prompt is read once and gets n answers: row i * n + j of the result, of row_seeds and of
+    on_token is answer j to prompt i. Row k is sampled with random numbers from row_seeds[k] (default: seeds from torch's
+    global generator). Raises ValueError for a call that cannot be meant.
 
     Prompts of like length are together, the longest first. Finished rows give their places to prompts that wait. Where the
     network keeps more or less than keys and values of every place (sliding windows), a batch ends before the next begins.
+    Where ZeRO-3 keeps the model's weights split, all processes call it, each with prompts of its own (inference/lockstep.py).
     """
     if max_batch < 1:
         raise ValueError(f"max_batch is {max_batch}; at least one row must fit")
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("there is no prompt, or one of them is empty; a model answers to a token at least")
     rules, each = Rules(**settings), num_return_sequences
-    device = next(model.parameters()).device
-    answers = _Answers(rules, len(prompts) * each, row_seeds, device)
-
-    def padded(rows: list[int]) -> _Prompts:
-        places = {prompt: position for position, prompt in enumerate(dict.fromkeys(row // each for row in rows))}
-        width = max(len(prompts[prompt]) for prompt in places)
-        ids = torch.full((len(places), width), rules.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for prompt, position in places.items():
-            ids[position, width - len(prompts[prompt]) :] = torch.as_tensor(prompts[prompt])
-            mask[position, width - len(prompts[prompt]) :] = 1
-        return _Prompts(ids.to(device), mask.to(device), [places[row // each] for row in rows])
-
+    answers = _Answers(rules, len(prompts) * each, row_seeds, next(model.parameters()).device)
     order = sorted(range(len(prompts)), key=lambda prompt: -len(prompts[prompt]))
     queue = [prompt * each + answer for prompt in order for answer in range(each)]
-    return _answer(model, rules, answers, padded, queue, max_batch)
 
+    def begin(count: int) -> _Batch:
+        rows = queue[:count]
+        del queue[:count]
+        return _Batch(model, rules, prompts, [row // each for row in rows], rows)
 
-@dataclass(frozen=True)
-class _Prompts:
-    """Prompts to read, [batch, width] padded on the left, and for each row that is to be answered the prompt's place."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    places: list[int]
-
-
-def _answer(
-    model: nn.Module,
-    rules: Rules,
-    answers: _Answers,
-    load: Callable[[list[int]], _Prompts],
-    queue: list[int],
-    at_once: int,
-) -> Generation:
-    """Answer the rows of the queue, whose prompts may only become shorter, at_once at a time."""
     batch: _Batch | None = None
     with evaluation_mode(model), in_step(model):
         while batch is not None or queue:
             if batch is None:
-                rows, queue = queue[:at_once], queue[at_once:]
-                batch = _Batch(model, rules, load(rows), rows)
+                batch = begin(max_batch)
             batch.draw(answers)
             finished = int(batch.done.sum())
             if finished == len(batch.done):
@@ -191,13 +153,11 @@ def _answer(
                 if finished >= DROP_SHARE * len(batch.done):
                     batch.drop()
                 batch.read(answers)
-            elif finished < REPLACE_SHARE * len(batch.done):
+            else:  # the others read one token more before finished rows are replaced, so that all rows end in the same column
                 batch.read(answers)
-            else:  # the others read one token more first, so that all rows end in the same column
-                places = batch.done.nonzero().squeeze(1)[: len(queue)]
-                rows, queue = queue[: len(places)], queue[len(places) :]
-                batch.read(answers)
-                batch.replace(places, _Batch(model, rules, load(rows), rows))
+                if finished >= REPLACE_SHARE * len(batch.done):
+                    places = batch.done.nonzero().squeeze(1)[: len(queue)]
+                    batch.replace(places, begin(len(places)))
     return answers.generation()
 
 
@@ -252,22 +212,31 @@ class _Batch:
     logits [batch, vocab] of the next token. done [batch] bool. seen [batch, vocab] bool, for the repetition penalty.
     """
 
-    def __init__(self, model: nn.Module, rules: Rules, prompts: _Prompts, rows: list[int]) -> None:
+    def __init__(
+        self, model: nn.Module, rules: Rules, prompts: Sequence[Sequence[int] | Tensor], asked: list[int], rows: list[int]
+    ) -> None:
+        """Read prompts, each once. asked: the number of the prompt that each row answers; equal ones stand together."""
         self.model, self.rules, self.network = model, rules, base_model(model)
         self.takes = inspect.signature(self.network.forward).parameters
-        ids, mask = prompts.input_ids, prompts.attention_mask.long()
-        width = ids.shape[1]
+        device, places = next(model.parameters()).device, {prompt: place for place, prompt in enumerate(dict.fromkeys(asked))}
+        width = max(len(prompts[prompt]) for prompt in places)
+        ids = torch.full((len(places), width), rules.pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for prompt, place in places.items():
+            ids[place, width - len(prompts[prompt]) :] = torch.as_tensor(prompts[prompt])
+            mask[place, width - len(prompts[prompt]) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
         positions = position_ids_for(model, ids, mask, room=rules.max_new_tokens)
         self.mask, self.tokens = mask[:, :0], None
         self.cache = rows_cache(self.network, prefix_cache(model, len(ids)), prefix_length(model))
         self._forward(ids, mask, None if positions is None else positions[..., :width])
         self.ahead = None if positions is None else positions[..., width:]
         self.seen = occurring(ids, mask, self.logits.shape[1]) if rules.repetition_penalty != 1.0 else None
-        self.rows = torch.arange(len(ids), device=ids.device)
-        self.done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        if prompts.places != list(range(len(ids))):
-            self._select(torch.tensor(prompts.places, device=ids.device))
-        self.rows = torch.tensor(rows, device=ids.device)
+        self.rows = torch.arange(len(ids), device=device)
+        self.done = torch.zeros(len(ids), dtype=torch.bool, device=device)
+        if len(asked) > len(places):
+            self._select(torch.tensor([places[prompt] for prompt in asked], device=device))
+        self.rows = torch.tensor(rows, device=device)
 
     @property
     def replaces(self) -> bool:
