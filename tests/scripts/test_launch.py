@@ -28,6 +28,7 @@ launch: {{platform: {platform}{more}}}
 sft: {{model_name_or_path: base, output_dir: {out}/sft, zero_stage: 1, max_seq_len: 64}}
 ppo: {{actor_model_name_or_path: a, critic_model_name_or_path: c, output_dir: {out}/ppo}}
 """
+STEP = ["training.step1_sft.main", "--config", "recipe.yaml"]
 HOSTS = "node-1 slots=8\n\n# spare\nnode-2 slots=8\n"
 
 
@@ -79,57 +80,66 @@ def test_positional_arguments_are_those_of_earlier_launchers_and_flags_win(recip
     assert launched("step3_ppo", recipe()).output == tmp_path / "out" / "ppo", "nothing given: the recipe's"
 
 
-@pytest.mark.parametrize(
-    ("words", "environ", "wanted"),
-    [
-        ([], {}, 6),
-        ([], {"NUM_GPUS": "5"}, 5),
-        (["--num_gpus", "4"], {"NUM_GPUS": "5"}, 4),
-        (["--num-gpus=4"], {}, 4),
-        (["--platform", "single_gpu"], {}, 1),  # the recipe's number is that of its own machine
-    ],
-)
-def test_how_many_processes(recipe, words, environ, wanted):
-    launch = launched("step1_sft", recipe("dcu_z100l", "processes: 6"), *words, **environ)
-    assert deepspeed_args(launch.command).num_gpus == wanted
+def words_of(line: str, paths: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Return the words of a line, and its NAME=VALUE as an environment."""
+    words = line.format(**paths).split()
+    shell = [word for word in words if re.match("[A-Z]", word)]
+    return [word for word in words if word not in shell], dict(word.split("=", 1) for word in shell)
 
 
-@pytest.mark.parametrize(
-    ("platform", "environ", "include"),
-    [
-        ("single_node", {"CUDA_VISIBLE_DEVICES": "5,7"}, "localhost:5"),
-        ("dcu_z100l", {"HIP_VISIBLE_DEVICES": "4, 5", "CUDA_VISIBLE_DEVICES": "0,1"}, "localhost:4"),
-        ("dcu_z100l", {"CUDA_VISIBLE_DEVICES": "3"}, "localhost:3"),
-        ("ascend_910", {"ASCEND_RT_VISIBLE_DEVICES": "6,7", "CUDA_VISIBLE_DEVICES": "0"}, "localhost:6"),
-        ("cpu", {"CUDA_VISIBLE_DEVICES": "3"}, ""),
-    ],
-)
-def test_visible_devices_are_chosen_once(recipe, platform, environ, include):
-    launch = launched("step1_sft", recipe(platform), "--num_gpus", "1", **environ)
-    assert deepspeed_args(launch.command).include == include
-    left = launch.environment.over(environ)
-    assert [name for name in environ if name in left] == ([] if include else list(environ)), "the mask would be applied twice"
+ALLOCATION = " --launcher slurm SLURM_JOB_NODELIST=n7 SLURM_JOB_NUM_NODES="
+WAYS = [  # platform, words and environment, how DeepSpeed's or torchrun's own parser reads the command
+    ("dcu_z100l", "", {"num_gpus": 6}),
+    ("dcu_z100l", "NUM_GPUS=5", {"num_gpus": 5}),
+    ("dcu_z100l", "--num_gpus 4 NUM_GPUS=5", {"num_gpus": 4}),
+    ("dcu_z100l", "--num-gpus=4", {"num_gpus": 4}),
+    ("dcu_z100l", "--platform single_gpu", {"num_gpus": 1}),  # the recipe's number is that of its own machine
+    ("multi_node", "--hostfile {hosts} --ssh_port 22", {"hostfile": "{hosts}", "master_addr": "node-1", "ssh_port": 22}),
+    ("multi_node", "--hostfile {hosts} --master_port 29611 --num_gpus 4", {"master_port": 29611, "num_gpus": 4}),
+    ("multi_node", "--hostfile {hosts} --num_nodes 1", {"hostfile": os.devnull}),
+    ("multi_node", "--hostfile {hosts} --no_ssh --node_rank 1 --master_addr h", {"no_ssh": True, "master_addr": "h"}),
+    ("multi_node", "--hostfile {hosts} --no_ssh SLURM_NODEID=1", {"node_rank": 1, "master_addr": "node-1"}),
+    ("single_node", "--num_gpus 1 CUDA_VISIBLE_DEVICES=5,7", {"include": "localhost:5"}),
+    ("dcu_z100l", "--num_gpus 2 HIP_VISIBLE_DEVICES=4,5,6 CUDA_VISIBLE_DEVICES=0,1", {"include": "localhost:4,5"}),
+    ("dcu_z100l", "--num_gpus 1 CUDA_VISIBLE_DEVICES=3", {"include": "localhost:3"}),
+    ("ascend_910", "--num_gpus 1 ASCEND_RT_VISIBLE_DEVICES=6,7 CUDA_VISIBLE_DEVICES=0", {"include": "localhost:6"}),
+    ("cpu", "--num_gpus 1 CUDA_VISIBLE_DEVICES=3", {"include": "", "num_gpus": 1}),
+    ("single_node", "--launcher torchrun --num_gpus 2 CUDA_VISIBLE_DEVICES=GPU-8a,GPU-91", {"nproc_per_node": "2"}),
+    ("single_node", "MASTER_ADDR=10.0.0.1 NODE_RANK=0", {"num_gpus": 6}),  # as a pod of one replica has them
+    (
+        "multi_node",
+        "--launcher torchrun --node_rank 1 --master_addr h --num_nodes 3",
+        {"nnodes": "3", "node_rank": 1, "nproc_per_node": "6", "master_addr": "h", "master_port": 29500},
+    ),
+    ("multi_node", "--launcher torchrun --node_rank 0 --hostfile {hosts}", {"master_addr": "node-1", "nnodes": "2"}),
+    ("cpu", "--launcher torchrun", {"nnodes": "1", "nproc_per_node": "6", "master_addr": "127.0.0.1"}),
+    # a script for any number of nodes may give its flags to one
+    ("cpu", "--launcher torchrun --num_nodes 1 --node_rank 0 --master_addr 10.0.0.1", {"nproc_per_node": "6"}),
+    # the allocation says how many nodes there are, the mask which devices
+    ("dcu_z100l", ALLOCATION + "4 --num_gpus 4 HIP_VISIBLE_DEVICES=4,5,6,7", {"nnodes": "4", "nproc_per_node": "4"}),
+]
 
 
-def test_torchrun_leaves_the_mask_alone(recipe):
-    mask = {"CUDA_VISIBLE_DEVICES": "GPU-8a2f,GPU-91c0"}
-    launch = launched("step1_sft", recipe(), "--num_gpus", "2", "--launcher", "torchrun", **mask)
-    assert launch.environment.over(mask)["CUDA_VISIBLE_DEVICES"] == mask["CUDA_VISIBLE_DEVICES"]
+@pytest.mark.parametrize(("platform", "line", "wanted"), WAYS)
+def test_every_way_is_read_back_as_it_was_meant(recipe, hostfile, platform, line, wanted):
+    words, environ = words_of(line, {"hosts": hostfile})
+    launch = launched("step1_sft", recipe(platform, "processes: 6"), *words, **environ)
+    if "torch.distributed.run" in " ".join(launch.command):
+        begin = launch.command.index("--nnodes")
+        args = get_args_parser().parse_args(launch.command[begin:])
+        assert args.module and [args.training_script, *args.training_script_args] == STEP
+    else:
+        args = deepspeed_args(launch.command)
+        assert [args.user_script, *args.user_args] == STEP
+    for name, value in wanted.items():
+        assert getattr(args, name) == (hostfile if value == "{hosts}" else value), name
+    left = launch.environment.over(environ)  # a mask beside --include would be applied twice
+    assert [name for name in environ if name in left] == [name for name in environ if not wanted.get("include")]
 
 
 def test_a_recipe_of_several_platforms_is_read_for_the_one_that_is_named(recipe):
     launch = launched("step1_sft", "configs/opt-1.3b.yaml", "--platform", "dcu_z100l")
     assert launch.recipe.endswith("configs/dcu_z100l/opt-1.3b.yaml") and launch.options.processes == 8
-
-
-def test_several_nodes_by_pdsh(recipe, hostfile):
-    launch = launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--master_port", "29611", "--ssh_port", "2222")
-    args = deepspeed_args(launch.command)
-    assert (args.hostfile, args.master_addr, args.master_port, args.ssh_port) == (hostfile, "node-1", 29611, 2222)
-    assert deepspeed_runner.fetch_hostfile(args.hostfile) == launch.options.hosts == {"node-1": 8, "node-2": 8}
-    assert parse_step(SFTArguments, args.user_args).zero_stage == 1
-    alone = launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--num_nodes", "1")
-    assert not alone.options.several and deepspeed_args(alone.command).hostfile == os.devnull
 
 
 NASTY = ["q|v", "a b", 'say "yes"', "$HOME `id` \\n", "it's", "x;y", "*", "(a)", 'a\\" b', "a&b"]
@@ -157,23 +167,8 @@ def test_words_reach_the_other_nodes_as_they_are(recipe, hostfile, tmp_path):
 def test_every_node_by_itself(recipe, hostfile):
     words = ["step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--no_ssh", "--master_addr", "10.0.0.1"]
     first, second = (launched(*words, "--node_rank", rank) for rank in "01")
-    args = deepspeed_args(second.command)
-    assert (args.no_ssh, args.node_rank, args.master_addr) == (True, 1, "10.0.0.1")
     assert not second.environment.forwarded, "each node brings its own"
     assert first.log.name == "training.log" and second.log.name == "training-node1.log"
-    assert deepspeed_args(launched(*words, SLURM_NODEID="1").command).node_rank == 1
-
-
-def test_torchrun(recipe, hostfile):
-    words = ["step1_sft", recipe("multi_node"), "--launcher", "torchrun"]
-    launch = launched(*words, "--node_rank", "1", "--master_addr", "10.0.0.1", "--num_nodes", "3")
-    args = get_args_parser().parse_args(launch.command[3:])
-    assert (args.nnodes, args.node_rank, args.nproc_per_node, args.master_addr) == ("3", 1, "8", "10.0.0.1")
-    assert args.module and args.training_script == "training.step1_sft.main"
-    assert parse_step(SFTArguments, args.training_script_args).zero_stage == 1
-    assert "node-1" in launched(*words, "--node_rank", "0", "--hostfile", hostfile).command
-    one = get_args_parser().parse_args(launched("step1_sft", recipe("cpu"), "--launcher", "torchrun").command[3:])
-    assert (one.nnodes, one.nproc_per_node, one.master_addr) == ("1", "1", "127.0.0.1")
 
 
 def test_openmpi(recipe, hostfile):
@@ -208,19 +203,10 @@ def test_slurm(recipe, tmp_path):
     assert parse_step(SFTArguments, args.training_script_args).data_path == ["a b", "c"]
 
 
-def test_a_script_for_any_number_of_nodes_may_give_its_flags_to_one(recipe):
-    words = ["step1_sft", recipe(), "--launcher", "torchrun", "--num_nodes", "1", "--node_rank", "0", "--master_addr", "10.0.0.1"]
-    assert "--nproc_per_node" in launched(*words).command
-    assert launched("step1_sft", recipe(), MASTER_ADDR="10.0.0.1", NODE_RANK="0").command, "as a pod of one replica has them"
-
-
-def test_slurm_with_a_platform_of_one_node_and_some_of_its_devices(recipe):
-    """The allocation says how many nodes there are; the network's variables follow from that, and the mask stays."""
+def test_slurm_keeps_the_mask_and_brings_the_networks_variables(recipe):
     shell = {"SLURM_JOB_NODELIST": "n7", "SLURM_JOB_NUM_NODES": "4", "HIP_VISIBLE_DEVICES": "4,5,6,7"}
     launch = launched("step1_sft", recipe("dcu_z100l"), "--launcher", "slurm", "--num_gpus", "4", **shell)
     assert launch.options.several and "--nodes=4" in launch.command
-    place = launch.command.index("--nproc_per_node")
-    assert launch.command[place - 1 : place + 2] == ["4", "--nproc_per_node", "4"]
     assert launch.environment.over(shell).items() >= (shell | launch.options.platform.env_several_nodes).items()
     one = shell | {"SLURM_JOB_NUM_NODES": "1"}
     assert not launched("step1_sft", recipe("dcu_z100l"), "--launcher", "slurm", "--num_gpus", "4", **one).environment.removed
@@ -354,10 +340,9 @@ def test_wrong_words_are_one_sentence_and_exit_code_2(recipe, hostfile, monkeypa
     for name in ("DS_ACCELERATOR", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
     paths = {"recipe": recipe(), "hosts": hostfile, "nodes": "configs/multi_node/opt-1.3b.yaml"}
-    words = line.format(**paths).split()
-    for word in [word for word in words if re.match("[A-Z]", word)]:
-        words.remove(word)
-        monkeypatch.setenv(*word.split("=", 1))
+    words, environ = words_of(line, paths)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     assert main([*words, "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
