@@ -28,7 +28,7 @@ from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.loss import sft_loss
-from training.utils.run.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.run.loop import GlobalBatches, Progress, evaluation_batches
 from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
 
@@ -44,7 +44,7 @@ def main(args: SFTArguments) -> None:
     data = prepare_phase(args, 1, tokenizer, template)
     collate = partial(collate_sft, pad_id=tokenizer.pad_token_id, loss_on=args.loss_on)
     targets = target_counts(data.train, args.loss_on)
-    batches = GlobalBatches(data.train, targets, collate, run, args, per_device=args.per_device_train_batch_size)
+    batches = GlobalBatches(data.train, targets, collate, run, args)
 
     engine = trained_engine(load_causal_lm, model, TokenLogProbs, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
@@ -54,15 +54,12 @@ def main(args: SFTArguments) -> None:
     def evaluate(step: int) -> None:
         if len(data.eval) == 0:
             return
-        metrics = perplexity(
-            engine, evaluation_batches(data.eval, collate, run, args.per_device_eval_batch_size, args.eval_iters), run
-        )
+        micro_batches = evaluation_batches(data.eval, collate, run, args.per_device_eval_batch_size, args.eval_iters)
+        metrics = perplexity(engine, micro_batches, run)
         run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
-            print(
-                f"step {step}: held-out perplexity {metrics['perplexity']:.3f} over {metrics['tokens']:.0f} tokens",
-                flush=True,
-            )
+            tokens = f"{metrics['tokens']:.0f} tokens"
+            print(f"step {step}: held-out perplexity {metrics['perplexity']:.3f} over {tokens}", flush=True)
 
     if start == 0:
         evaluate(0)
@@ -74,13 +71,11 @@ def main(args: SFTArguments) -> None:
 
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
         progress.count(batch.tokens)
-        progress.report(
-            batch.step, {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine), args.logging_steps
-        )
-        last = batch.step == batches.total_steps
-        if last or due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval):
+        metrics = {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine)
+        progress.report(batch.step, metrics, args.logging_steps)
+        if batch.last or batch.evaluates:
             evaluate(batch.step)
-        if run.stopping or due(batch.step, args.save_steps) or (batch.ends_epoch and not args.save_steps and not last):
+        if run.stopping or batch.saves:
             checkpoint.save(batch.step)
         if run.stopping:
             run.leave(batch.step)

@@ -22,7 +22,7 @@ from models.checkpoint_folder import CheckpointFolder, check_context_length, che
 from models.heads import TokenLogProbs
 from models.load import check_same_tokenizer, load_causal_lm, load_tokenizer
 from models.templates import load_template
-from training.step2_dpo.evaluation import evaluate_pairs, pair_metrics, pair_sums
+from training.step2_dpo.evaluation import evaluate_pairs, evaluation_line, pair_metrics, pair_sums
 from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
 from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs
 from training.utils.data.prepare import prepare_phase
@@ -30,7 +30,7 @@ from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.loss import dpo_loss, implicit_rewards
-from training.utils.run.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.run.loop import GlobalBatches, Progress, evaluation_batches
 from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
 
@@ -50,9 +50,7 @@ def main(args: DPOArguments) -> None:
     template = load_template(models["model"], tokenizer)
     data = prepare_phase(args, 2, tokenizer, template)
     collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id)
-    batches = GlobalBatches(
-        data.train, [1.0] * len(data.train), collate, run, args, per_device=args.per_device_train_batch_size
-    )
+    batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args)
     reference = load_reference(args, models, tokenizer, run)
     engine = trained_engine(load_causal_lm, models["model"], TokenLogProbs, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
@@ -64,7 +62,7 @@ def main(args: DPOArguments) -> None:
         held_out = data.train
 
     def compare(micro: AnswerPairBatch) -> tuple[Tensor, Tensor]:
-        """Implicit rewards of the answers, and the policy's log-probabilities of them, [2 x pairs], chosen first."""
+        """Return implicit rewards of the answers, and the policy's log-probabilities of them, [2 x pairs], chosen first."""
         ref_log_probs = reference_log_probs(engine, reference, micro)
         log_probs = answer_log_probs(engine, micro)
         return implicit_rewards(log_probs, ref_log_probs, args.beta), log_probs
@@ -74,10 +72,7 @@ def main(args: DPOArguments) -> None:
         metrics = evaluate_pairs(engine, micro_batches, compare, args.label_smoothing, run)
         run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
-            kind = "held-out" if held_out is data.eval else "training"
-            rewards = f"{metrics['chosen']:.3f} (chosen) and {metrics['rejected']:.3f} (rejected)"
-            pairs = f"{kind} accuracy {metrics['accuracy']:.4f} over {metrics['pairs']:.0f} pairs"
-            print(f"step {step}: {pairs}, implicit rewards {rewards}", flush=True)
+            print(evaluation_line(step, metrics, held_out is data.eval), flush=True)
 
     if start == 0:
         evaluate(0)
@@ -93,10 +88,9 @@ def main(args: DPOArguments) -> None:
         progress.count(batch.tokens)
         metrics = pair_metrics(sums, run) | {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine)
         progress.report(batch.step, metrics, args.logging_steps, shown=SHOWN)
-        last = batch.step == batches.total_steps
-        if last or due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval):
+        if batch.last or batch.evaluates:
             evaluate(batch.step)
-        if run.stopping or due(batch.step, args.save_steps) or (batch.ends_epoch and not args.save_steps and not last):
+        if run.stopping or batch.saves:
             checkpoint.save(batch.step)
         if run.stopping:
             run.leave(batch.step)

@@ -28,7 +28,7 @@ from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.loss import bradley_terry_loss, pair_accuracy
-from training.utils.run.loop import GlobalBatches, Progress, due, evaluation_batches
+from training.utils.run.loop import GlobalBatches, Progress, evaluation_batches
 from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
 
@@ -45,9 +45,7 @@ def main(args: RewardArguments) -> None:
     template = load_template(model, tokenizer)
     data = prepare_phase(args, 2, tokenizer, template)
     collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id)
-    batches = GlobalBatches(
-        data.train, [1.0] * len(data.train), collate, run, args, per_device=args.per_device_train_batch_size
-    )
+    batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args)
     engine = trained_engine(load_scalar_model, model, TokenScores, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
@@ -58,9 +56,8 @@ def main(args: RewardArguments) -> None:
         held_out = data.train
 
     def evaluate(step: int) -> dict[str, float]:
-        metrics = score_statistics(
-            engine, evaluation_batches(held_out, collate, run, args.per_device_eval_batch_size, args.eval_iters), run
-        )
+        micro_batches = evaluation_batches(held_out, collate, run, args.per_device_eval_batch_size, args.eval_iters)
+        metrics = score_statistics(engine, micro_batches, run)
         run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
             print(evaluation_line(step, metrics, held_out is data.eval), flush=True)
@@ -78,13 +75,11 @@ def main(args: RewardArguments) -> None:
 
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
         progress.count(batch.tokens)
-        progress.report(
-            batch.step, {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine), args.logging_steps
-        )
-        last = batch.step == batches.total_steps
-        if not last and (due(batch.step, args.eval_interval) or (batch.ends_epoch and not args.eval_interval)):
+        metrics = {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine)
+        progress.report(batch.step, metrics, args.logging_steps)
+        if batch.evaluates and not batch.last:
             evaluate(batch.step)
-        if run.stopping or due(batch.step, args.save_steps) or (batch.ends_epoch and not args.save_steps and not last):
+        if run.stopping or batch.saves:
             checkpoint.save(batch.step)
         if run.stopping:
             run.leave(batch.step)
@@ -113,7 +108,7 @@ def evaluation_line(step: int, metrics: dict[str, float], held_out: bool) -> str
 
 @torch.no_grad()
 def score_statistics(engine, micro_batches, run: Run) -> dict[str, float]:
-    """Accuracy (a tie counts one half), mean scores, and mean and standard deviation over all answers of the held-out pairs."""
+    """Return accuracy (a tie counts one half), mean scores, and mean and standard deviation over all answers of the pairs."""
     engine.eval()
     right = pairs = chosen_sum = rejected_sum = squares = 0.0
     for micro in micro_batches:

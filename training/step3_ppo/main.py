@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from errors import UserError
-from models.checkpoint_folder import check_context_length, open_checkpoint
+from models.checkpoint_folder import open_checkpoint
 from models.load import load_tokenizer
 from models.templates import load_template
 from training.step3_ppo.evaluation import HeldOut, sample_table, write_samples
@@ -44,12 +44,9 @@ def main(args: PPOArguments) -> None:
     run = Run.start(args)
     rewards = Rewards(args)
     models = {role: open_checkpoint(path) for role, path in args.models.items()}
-    lengths = "--max_prompt_seq_len + --max_answer_seq_len ="
-    for role, model in models.items():
-        longest = args.max_prompt_seq_len + args.max_answer_seq_len
-        check_context_length(model, longest, lengths, **args.prefix_options(role))
-    args = run.args = replace(args, **check_run_fits(args, run, models))  # --zero_stage auto becomes a number
     tokenizer = load_tokenizer(models["actor"])
+    check_models(args, models, tokenizer)
+    args = run.args = replace(args, **check_run_fits(args, run, models))  # --zero_stage auto becomes a number
     template = load_template(models["actor"], tokenizer)
     data = prepare_phase(args, 3, tokenizer, template)
     prompts = PromptBatches(data.train, run, args, tokenizer.pad_token_id)
@@ -62,7 +59,6 @@ def main(args: PPOArguments) -> None:
             "actor would never learn; lower it."
         )
     mixture = PretrainingMix.of(args, run, tokenizer, template, minibatch_size(args, run.world_size))
-    check_models(args, models, tokenizer)
 
     paths = models["actor"], models.get("critic")
     engine = DeepSpeedRLHFEngine(*paths, tokenizer, steps["critic"], args, run, rewards, steps["actor"])

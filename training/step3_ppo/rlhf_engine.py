@@ -11,7 +11,13 @@ from torch import Tensor
 from errors import UserError
 from models.adapters.lora import add_lora
 from models.adapters.shared_trunk import SharedTrunk, check_scorer
-from models.checkpoint_folder import CheckpointFolder, check_quantized_base, gets_prefix, open_checkpoint
+from models.checkpoint_folder import (
+    CheckpointFolder,
+    check_context_length,
+    check_quantized_base,
+    gets_prefix,
+    open_checkpoint,
+)
 from models.heads import TokenLogProbs, TokenScores
 from models.load import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
 from models.templates import load_template
@@ -182,6 +188,10 @@ def check_models(args, models: dict[str, CheckpointFolder], tokenizer) -> None:
     random head, and PPO would learn from noise. A critic may start from a language model.
     """
     actor, critic = models["actor"], models.get("critic")
+    longest = args.max_prompt_seq_len + args.max_answer_seq_len
+    for role, checkpoint in models.items():
+        flags = "--max_prompt_seq_len + --max_answer_seq_len ="
+        check_context_length(checkpoint, longest, flags, **args.prefix_options(role))
     if critic is not None:
         check_same_tokenizer(tokenizer, load_tokenizer(critic), (actor.path, critic.path))
     if actor.gives_scores:

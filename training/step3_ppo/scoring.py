@@ -204,7 +204,7 @@ class Rewards:
     """
 
     def __init__(self, args) -> None:
-        """Raises UserError for a function that cannot be loaded; checks.py has looked at the rest."""
+        """Raise UserError for a function that cannot be loaded; checks.py has looked at the rest."""
         self.with_model: bool = args.reward_model
         self.outside: list[RewardFunction | RewardEndpoint] = [
             *map(RewardFunction, args.reward_function),

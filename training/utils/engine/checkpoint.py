@@ -76,7 +76,7 @@ def export(
 
 @contextmanager
 def stand_in(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Temporarily replace some parameters of the model, in their own dtype and on their own device."""
+    """Replace for a while some parameters of the model, in their own dtype and on their own device."""
     parameters = dict(model.named_parameters())
     own = {name: parameters[name].data for name in weights}
     try:

@@ -95,10 +95,17 @@ class Heartbeat:
     """
 
     def __init__(
-        self, rank: int, names: list[str], limit: float, token: str, *, speaks: bool = True,
-        listener: socket.socket | None = None, address: tuple[str, int] | None = None,
+        self,
+        rank: int,
+        names: list[str],
+        limit: float,
+        token: str,
+        *,
+        speaks: bool = True,
+        listener: socket.socket | None = None,
+        address: tuple[str, int] | None = None,
         leave: Callable[[int], None] = os._exit,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.rank, self.names, self.limit, self.token = rank, names, limit, token
         self.speaks = speaks  # one process of a node tells what happened
         self.listener, self.leave = listener, leave  # how to end the process

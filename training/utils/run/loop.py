@@ -22,7 +22,9 @@ class GlobalBatch:
     """What one optimizer step trains on, as one process sees it.
 
     step counts from 1 over the whole run; micro_batches are this process's share; denominator is the number of targets
-    (tokens, pairs) of all processes together; tokens the number of real tokens of all processes.
+    (tokens, pairs) of all processes together; tokens the number of real tokens of all processes. last: of the run.
+    evaluates, saves: an evaluation, a checkpoint follows by --eval_interval, --save_steps, or at the end of an epoch without
+    them; the end of the run has its own.
     """
 
     step: int
@@ -30,7 +32,9 @@ class GlobalBatch:
     micro_batches: list[Any]
     denominator: float
     tokens: int
-    ends_epoch: bool
+    last: bool
+    evaluates: bool
+    saves: bool
 
 
 class GlobalBatches:
@@ -39,41 +43,40 @@ class GlobalBatches:
     targets: how many targets (tokens, pairs) each example adds to the denominator of its global batch.
     """
 
-    def __init__(self, dataset, targets: Sequence[float], collate: Collate, run: Run, args, *, per_device: int) -> None:
+    def __init__(self, dataset, targets: Sequence[float], collate: Collate, run: Run, args) -> None:
         self.dataset, self.collate, self.run, self.args = dataset, collate, run, args
         self.lengths = list(dataset["length"])
         self.padded = list(dataset["padded_length"]) if "padded_length" in dataset.column_names else self.lengths
         self.targets = list(targets)
         check_token_budget(self.padded, args.max_tokens_per_device)
-        self.batch_size = global_batch_size(args, run.world_size, per_device)
-        self.per_device = per_device
+        self.per_device = args.per_device_train_batch_size
+        self.batch_size = global_batch_size(args, run.world_size, self.per_device)
         self.steps_per_epoch = math.ceil(len(self.lengths) / self.batch_size)
         self.total_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
 
     def after(self, step: int) -> Iterator[GlobalBatch]:
         """Yield the global batches that follow the given number of finished steps."""
-        while step < self.total_steps:
-            epoch = step // self.steps_per_epoch
-            plan = plan_epoch(self.padded, self.batch_size, seed=self.args.seed, epoch=epoch)
-            for position in range(step % self.steps_per_epoch, self.steps_per_epoch):
-                step += 1
-                yield self._batch(step, epoch, plan[position], ends_epoch=position == self.steps_per_epoch - 1)
-                if step == self.total_steps:
-                    return
+        planned, plan = -1, []
+        for number in range(step + 1, self.total_steps + 1):
+            epoch, position = divmod(number - 1, self.steps_per_epoch)
+            if epoch != planned:
+                planned, plan = epoch, plan_epoch(self.padded, self.batch_size, seed=self.args.seed, epoch=epoch)
+            yield self._batch(number, epoch, plan[position], ends_epoch=position == self.steps_per_epoch - 1)
 
     def _batch(self, step: int, epoch: int, examples: list[int], ends_epoch: bool) -> GlobalBatch:
-        lengths = [self.padded[example] for example in examples]
-        budget = self.args.max_tokens_per_device or None
+        args, lengths = self.args, [self.padded[example] for example in examples]
+        budget = args.max_tokens_per_device or None
         plan = plan_micro_batches(lengths, self.run.world_size, None if budget else self.per_device, budget)
+        last = step == self.total_steps
         return GlobalBatch(
             step=step,
             epoch=epoch,
-            micro_batches=load_micro_batches(
-                self.dataset, examples, plan[self.run.rank], self.collate, self.run.device
-            ),
+            micro_batches=load_micro_batches(self.dataset, examples, plan[self.run.rank], self.collate, self.run.device),
             denominator=float(sum(self.targets[example] for example in examples)),
             tokens=sum(self.lengths[example] for example in examples),
-            ends_epoch=ends_epoch,
+            last=last,
+            evaluates=due(step, args.eval_interval) or (ends_epoch and not args.eval_interval),
+            saves=due(step, args.save_steps) or (ends_epoch and not args.save_steps and not last),
         )
 
 
@@ -114,8 +117,8 @@ def evaluation_batches(dataset, collate: Collate, run: Run, per_device: int, lim
 
 
 def global_batch_size(args, world_size: int, per_device: int) -> int:
-    """Examples of one optimizer step over all processes. Raises UserError if the number of processes does not divide it, or
-    if --gradient_accumulation_steps says something else.
+    """Return the examples of one optimizer step over all processes. Raises UserError if the number of processes does not
+    divide it, or if --gradient_accumulation_steps says something else.
     """
     accumulated = per_device * args.gradient_accumulation_steps * world_size
     if not args.global_batch_size:

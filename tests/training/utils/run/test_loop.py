@@ -32,8 +32,10 @@ def one_of(world_size: int, rank: int = 0) -> SimpleNamespace:
 def batches(rank: int = 0, world_size: int = 1, **changes) -> GlobalBatches:
     settings = {"seed": 1, "max_steps": 0, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "global_batch_size": 4}
     dataset = Dataset.from_dict({"number": list(range(len(LENGTHS))), "length": LENGTHS})
-    args = SimpleNamespace(**(settings | {"max_tokens_per_device": 0} | changes))
-    return GlobalBatches(dataset, [1.0] * len(LENGTHS), collate, one_of(world_size, rank), args, per_device=2)
+    settings |= {"per_device_train_batch_size": 2, "max_tokens_per_device": 0, "eval_interval": 0, "save_steps": 0}
+    settings |= changes
+    args = SimpleNamespace(**settings)
+    return GlobalBatches(dataset, [1.0] * len(LENGTHS), collate, one_of(world_size, rank), args)
 
 
 def numbers(*found) -> list[int]:
@@ -47,7 +49,8 @@ def test_an_epoch_holds_every_example_once_and_the_last_batch_is_short():
     for epoch in (0, 1):
         assert numbers(*(batch for batch in found if batch.epoch == epoch)) == list(range(11))
     assert [batch.denominator for batch in found if batch.epoch == 0] == [4.0, 4.0, 3.0]
-    assert [batch.ends_epoch for batch in found] == [False, False, True] * 2
+    assert [batch.evaluates for batch in found] == [False, False, True] * 2
+    assert [batch.saves for batch in found] == [False, False, True, False, False, False] and found[-1].last
     assert sum(batch.tokens for batch in found) == 2 * sum(LENGTHS)
     more = list(batches(max_steps=8, num_train_epochs=1).after(0))
     assert [batch.step for batch in more] == list(range(1, 9)) and more[-1].epoch == 2
