@@ -41,7 +41,7 @@ def main(args: SFTArguments) -> None:
     args = run.args = replace(args, **check_run_fits(args, run, {"model": model}))  # --zero_stage auto becomes a number
     tokenizer = load_tokenizer(model)
     template = load_template(model, tokenizer)
-    data = prepare_phase(args, 1, tokenizer, template)
+    data = prepare_phase(args, 1, tokenizer, template, args.output_dir)
     collate = partial(collate_sft, pad_id=tokenizer.pad_token_id, loss_on=args.loss_on)
     targets = target_counts(data.train, args.loss_on)
     batches = GlobalBatches(data.train, targets, collate, run, args)

@@ -48,7 +48,7 @@ def main(args: DPOArguments) -> None:
     check_models(args, models, tokenizer)
     args = run.args = replace(args, **check_run_fits(args, run, models))  # --zero_stage auto becomes a number
     template = load_template(models["model"], tokenizer)
-    data = prepare_phase(args, 2, tokenizer, template)
+    data = prepare_phase(args, 2, tokenizer, template, args.output_dir)
     collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id)
     batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args)
     reference = load_reference(args, models, tokenizer, run)

@@ -43,7 +43,7 @@ def main(args: RewardArguments) -> None:
     args = run.args = replace(args, **check_run_fits(args, run, {"model": model}))  # --zero_stage auto becomes a number
     tokenizer = load_tokenizer(model)
     template = load_template(model, tokenizer)
-    data = prepare_phase(args, 2, tokenizer, template)
+    data = prepare_phase(args, 2, tokenizer, template, args.output_dir)
     collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id)
     batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args)
     engine = trained_engine(load_scalar_model, model, TokenScores, args, run, tokenizer, batches.total_steps)

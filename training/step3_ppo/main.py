@@ -48,7 +48,7 @@ def main(args: PPOArguments) -> None:
     check_models(args, models, tokenizer)
     args = run.args = replace(args, **check_run_fits(args, run, models))  # --zero_stage auto becomes a number
     template = load_template(models["actor"], tokenizer)
-    data = prepare_phase(args, 3, tokenizer, template)
+    data = prepare_phase(args, 3, tokenizer, template, args.output_dir)
     prompts = PromptBatches(data.train, run, args, tokenizer.pad_token_id)
     minibatches = math.ceil(prompts.size * args.num_return_sequences / minibatch_size(args, run.world_size))
     steps = {"critic": prompts.total * args.ppo_epochs * minibatches}

@@ -48,35 +48,10 @@ ALIASES = {
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
 ANSWER_LIKE = {"answer", "answers", "output", "target", "reply", "label", "text", "summary"}
 # Fields that are plainly no content. Other texts that no format reads are warned of.
-NO_CONTENT = {
-    "id",
-    "idx",
-    "index",
-    "uid",
-    "uuid",
-    "source",
-    "src",
-    "dataset",
-    "data_source",
-    "lang",
-    "language",
-    "category",
-}
-NO_CONTENT |= {
-    "task",
-    "task_type",
-    "type",
-    "kind",
-    "tag",
-    "tags",
-    "topic",
-    "domain",
-    "license",
-    "model",
-    "models",
-    "split",
-}
-NO_CONTENT |= {"url", "link", "date", "time", "timestamp", "created_at", "version", "name", "author", "title", "origin"}
+NO_CONTENT = {"id", "idx", "index", "uid", "uuid", "source", "src", "dataset", "data_source", "lang", "language"}
+NO_CONTENT |= {"category", "task", "task_type", "type", "kind", "tag", "tags", "topic", "domain", "license", "origin"}
+NO_CONTENT |= {"model", "models", "split", "url", "link", "time", "timestamp", "created_at", "version", "name"}
+NO_CONTENT |= {"author", "date"}
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 LARGEST_MARGIN = 3e38  # of float32, as margins are kept
@@ -284,10 +259,7 @@ def _pair_after_messages(row: Fields) -> list[Record | Skip]:
 
 def _whole_dialogues(row: Fields) -> list[Record | Skip]:
     """Read the form of hh-rlhf: two dialogues, equal but for the last answer."""
-    better, worse = (_system(row) + _answered_dialogue(row[field], field) for field in ("chosen", "rejected"))
-    if _compared(better[:-1]) != _compared(worse[:-1]):
-        raise Skip(DIFFERENT)
-    return [*greetings(better), record(better[:-1], better[-1], worse[-1], row.get("margin"), _tools(row))]
+    return pair(_system(row), row | {name: _answered_dialogue(row[name], name) for name in ("chosen", "rejected")})
 
 
 def _answered_dialogue(value: Any, field: str) -> list[Message]:

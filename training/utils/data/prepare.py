@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from datasets import Dataset
 
 from errors import UserError
 from models.templates import Template
 from training.utils.data.cache import CachedData, arrow_writer, cached, new_rebuild_id
-from training.utils.data.formats import Record
+from training.utils.data.overview import FILE, overview
 from training.utils.data.records import Reading, check_columns_used, read_records, readings, record_content
 from training.utils.data.sources import open_source
-from training.utils.data.splits import held_out_questions, question_of, select_phase
+from training.utils.data.splits import batches, held_out_questions, question_of, select_phase
 from training.utils.data.tokenize import (
-    BATCH,
     NO_ANSWER,
     NO_REJECTED,
     SCHEMAS,
@@ -31,6 +31,7 @@ from training.utils.data.tokenize import (
     Limits,
     drop,
     report_of,
+    sum_of,
     tokenise,
     tokenizer_digest,
 )
@@ -46,16 +47,20 @@ class StepRecords:
 
     path: str
     reading: Reading  # of the training split
+    notes: list[str]  # of all splits
     train: Dataset
     eval: Dataset
     own_eval: bool
 
 
-def prepare_phase(args: Any, phase: int, tokenizer: Any, template: Template) -> CachedData:
+def prepare_phase(
+    args: Any, phase: int, tokenizer: Any, template: Template, overview_folder: str | None = None
+) -> CachedData:
     """Return tokenised training and evaluation records of one step, from the cache or built into it.
 
-    args: the flags of a step; those of data and lengths are read. Log in one line a split what was kept, cut and dropped,
-    and why. Processes of one torch.distributed job build once. Raise UserError if nothing is left to train on.
+    args: the flags of a step; those of data and lengths are read. Log a table for each set and one line a split: what was
+    kept, cut and dropped, and why. overview_folder: gets the tables as data.txt. Processes of one torch.distributed job
+    build once. Raise UserError if nothing is left to train on.
     """
     limits = limits_of(args, phase, template)
     encoding = Encoding(phase, tokenizer, template, limits)
@@ -82,19 +87,27 @@ def prepare_phase(args: Any, phase: int, tokenizer: Any, template: Template) -> 
         sets = []
         for one, (path, sft_only) in zip(read, paths, strict=True):
             train, held_out = select_phase(one.datasets, phase, sft_only=sft_only, **share)
-            sets.append(StepRecords(path, readings(one)["train"], train, held_out, own_eval="eval" in one.datasets))
-            for reading in readings(one).values():
-                for note in reading.notes:
-                    logger.info("%s", note)
+            notes = [note for reading in readings(one).values() for note in reading.notes]
+            reading, own_eval = readings(one)["train"], "eval" in one.datasets
+            sets.append(StepRecords(path, reading, notes, train, held_out, own_eval))
         counts = write_tokens(folder, encoding, sets)
-        check_something_left([path for path, _ in paths], encoding, counts["train"])
-        number = sum(of_split.records for of_split in counts.values())
+        total = {split: sum_of([of_set[split] for of_set in counts]) for split in SPLITS}
+        check_something_left([path for path, _ in paths], encoding, total["train"])
+        number = sum(of_split.records for of_split in total.values())
         logger.info("Tokenised %d records in %.1f s into %s", number, time.monotonic() - started, folder.parent)
-        return report_of(counts)
+        told = [
+            {"form": one.reading.form, "notes": one.notes, **report_of(of_set)}
+            for one, of_set in zip(sets, counts, strict=True)
+        ]
+        return report_of(total) | {"sets": told}
 
     data = cached("tokens", content, SPLITS, build, args.cache_dir, rebuild_id)
-    for line in report_lines(data.report):
+    loss_on = getattr(args, "loss_on", "answer")  # a flag of step 1 alone
+    table = overview(data, [path for path, _ in paths], phase, tokenizer, args.show_examples, loss_on)
+    for line in (table, *report_lines(data.report)):
         logger.info("%s", line)
+    if overview_folder and not (dist.is_initialized() and dist.get_rank()):
+        Path(overview_folder, FILE).write_text(table + "\n", encoding="utf-8")
     return data
 
 
@@ -112,9 +125,12 @@ def limits_of(args: Any, phase: int, template: Template) -> Limits:
     return Limits(length, source, args.max_target_length)
 
 
-def write_tokens(folder: Path, encoding: Encoding, sets: list[StepRecords]) -> dict[str, Counts]:
-    """Write train.arrow and eval.arrow batch by batch. Raise UserError if a set is of no use to the step."""
-    totals = {split: Counts() for split in SPLITS}
+def write_tokens(folder: Path, encoding: Encoding, sets: list[StepRecords]) -> list[dict[str, Counts]]:
+    """Write train.arrow and eval.arrow batch by batch; return the counts of each set by split.
+
+    Raise UserError if a set is of no use to the step.
+    """
+    counts = []
     held_out = [set() for _ in sets]
     if len(sets) > 1:
         held_out = [held_out_questions(one.eval, [] if one.own_eval else [one.train]) for one in sets]
@@ -126,11 +142,11 @@ def write_tokens(folder: Path, encoding: Encoding, sets: list[StepRecords]) -> d
         for index, one in enumerate(sets):
             # Sets may share questions, rm-static with full-hh-rlhf, and a split of its own knows nothing of the hash.
             elsewhere = set().union(*held_out[:index], *held_out[index + 1 :])
-            totals["eval"].add(tokenise_records(one.eval, encoding, set(), write["eval"]))
-            counts = tokenise_records(one.train, encoding, elsewhere, write["train"])
-            totals["train"].add(counts)
-            check_usable(one, encoding.phase, counts)
-    return totals
+            held_back = tokenise_records(one.eval, encoding, set(), write["eval"])
+            trained = tokenise_records(one.train, encoding, elsewhere, write["train"])
+            check_usable(one, encoding.phase, trained)
+            counts.append({"train": trained, "eval": held_back})
+    return counts
 
 
 def tokenise_records(
@@ -144,12 +160,6 @@ def tokenise_records(
             batch = drop(batch, lambda record: question_of(record["messages"]) in excluded, HELD_OUT, counts)
         write(tokenise(batch, encoding, counts))
     return counts
-
-
-def batches(records: Dataset) -> Iterator[list[Record]]:
-    """Yield records in lists of BATCH."""
-    for batch in records.iter(batch_size=BATCH):
-        yield [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
 
 def check_usable(one: StepRecords, phase: int, counts: Counts) -> None:
@@ -193,7 +203,8 @@ def report_lines(report: dict[str, dict[str, Any]]) -> list[str]:
     """Return the counts in words, one line a split."""
     cuts = {"truncated_prompts": "prompts lost their oldest part", "truncated_answers": "answers lost their tail"}
     lines = []
-    for split, counts in report.items():
+    for split in SPLITS:
+        counts = report[split]
         line = f"{split}: {counts['kept']} of {counts['records']} records, {counts['tokens']} tokens"
         line += "".join(f"; {counts[name]} {words}" for name, words in cuts.items() if counts[name])
         line += "".join(f"; {count} dropped: {reason}" for reason, count in counts["dropped"].items())

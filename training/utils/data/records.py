@@ -187,12 +187,12 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
                 without_repeats(records, row.get(form.history, MISSING) is not MISSING, seen, reading, location)
             )
         good = judgement(form, row)
-        if good is not None and records:
+        if good is not None and records:  # the label judges the last answer
             sides = judged.setdefault(json.dumps(records[-1]["messages"]), ([], []))
-            sides[not good].append(records.pop())
-        if good is False:
-            reading.leave_out(JUDGED_BAD, len(records) + 1, location)
-            continue
+            sides[not good].append(records[-1])
+            if not good:
+                reading.leave_out(JUDGED_BAD, len(records), location)
+            records = records[:-1] if good else []
         yield from records
     yield from paired(judged)
 

@@ -10,6 +10,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 
 from datasets import Dataset
 
@@ -111,9 +112,14 @@ def held_out_questions(held_out: Dataset, others: list[Dataset]) -> set[str]:
     return {question for question in questions if counts[question] <= most}
 
 
+def batches(dataset: Dataset) -> Iterator[list[dict]]:
+    """Yield the rows of a data set in lists of 500."""
+    for batch in dataset.iter(batch_size=500):
+        yield [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+
+
 def _rows(dataset: Dataset, columns: list[str]) -> Iterator[dict]:
-    for batch in dataset.select_columns(columns).iter(batch_size=500):
-        yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+    return chain.from_iterable(batches(dataset.select_columns(columns)))
 
 
 def _digest(text: str) -> str:

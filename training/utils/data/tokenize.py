@@ -60,10 +60,11 @@ class Counts:
     truncated_answers: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: Counts) -> None:
-        """Count the other's records as well."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+
+def sum_of(counts: list[Counts]) -> Counts:
+    """Return the counts of several sets together."""
+    names = vars(Counts())
+    return Counts(**{name: sum((getattr(one, name) for one in counts), start=names[name]) for name in names})
 
 
 def report_of(counts: dict[str, Counts]) -> dict[str, dict[str, Any]]:

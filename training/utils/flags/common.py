@@ -111,6 +111,11 @@ class CommonArguments:
         "Tokenise again although the cache holds this content.", False, resume="free",
         zh="即使缓存中已有该内容，也重新分词。",
     )
+    show_examples: int = flag(
+        "Print this many examples of each data set as the model sees them, targets marked; also in OUTPUT/data.txt.", 1,
+        resume="free",
+        zh="按模型看到的样子打印每个数据集的这么多个样本，并标出训练目标；也写入 OUTPUT/data.txt。",
+    )
 
     # loop
     num_train_epochs: int = flag(

@@ -48,7 +48,7 @@ def pairs(count: int, offset: int = 0) -> list[dict]:
     ]
 
 
-def run(paths, phase: int, tokenizer, template=None, **flags) -> CachedData:
+def run(paths, phase: int, tokenizer, template=None, overview_folder=None, **flags) -> CachedData:
     """prepare_phase with all of the data for the phase; flags: those that are not so."""
     paths = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
     given = {
@@ -60,10 +60,11 @@ def run(paths, phase: int, tokenizer, template=None, **flags) -> CachedData:
         "eval_fraction": 0.0,
         "cache_dir": None,
         "rebuild_cache": False,
+        "show_examples": 1,
         "max_seq_len": 128,
         "max_prompt_seq_len": flags.get("max_seq_len", 128),
         "max_source_length": None,
         "max_target_length": None,
     }
     template = template or load_template(None, tokenizer)
-    return prepare_phase(SimpleNamespace(**given | flags), phase, tokenizer, template)
+    return prepare_phase(SimpleNamespace(**given | flags), phase, tokenizer, template, overview_folder)

@@ -1,0 +1,77 @@
+"""A step tells of each data set what it holds, what was left out, and shows examples with their targets marked."""
+
+import pytest
+
+from tests.training.utils.data.rows import pairs, run, turns, write_lines
+
+pytestmark = pytest.mark.fast
+
+ROWS = [
+    {"messages": turns("system: Be short.", "2+2?", "4.", "", "X")},
+    {"messages": turns("2+2?", "4.", "3+3?", "6."), "id": 1},
+]
+
+
+def test_the_table_of_each_set(tmp_path, tokenizers, caplog):
+    caplog.set_level("INFO")
+    first, second = write_lines(tmp_path / "a.jsonl", ROWS), write_lines(tmp_path / "b.jsonl", pairs(3))
+    data = run([first, second], 1, tokenizers["qwen2"], overview_folder=str(tmp_path), show_examples=2)
+    table = (tmp_path / "data.txt").read_text(encoding="utf-8")
+    assert table.strip() in caplog.text
+    one, other = table.split(f"{second}, ")
+    targets = [
+        length - prompt for length, prompt in zip(data.train["length"], data.train["prompt_length"], strict=True)
+    ]
+    for text, kept, lengths, learned in (
+        (one, 2, data.train["length"][:2], targets[:2]),
+        (other, 3, data.train["length"][2:], targets[2:]),
+    ):
+        numbers = {line[:48].strip(): line[48:].split() for line in text.splitlines() if line[48:60].strip().isnumeric()}
+        assert numbers["examples"] == [str(kept), "0"] == numbers["records of this step"]
+        assert numbers["tokens"][0] == str(sum(lengths)) and numbers["tokens that are targets"][0] == str(sum(learned))
+    assert f"{first}, read by its fields messages" in one
+    assert "left out 1 with an empty turn (2 answers; first: line 1)" in one
+    assert "fields without content, not read: id" in one
+    shown = "    | <|im_start|>user\n    | 2+2?<|im_end|>\n    | <|im_start|>assistant\n    | "
+    assert f"{shown}>>>4.<|im_end|><<<\n  example 2" in one
+    assert one.count("example ") == other.count("example ") == 2
+
+    caplog.clear()
+    again = run([first, second], 1, tokenizers["qwen2"], show_examples=0)  # from the cache
+    assert again.fingerprint == data.fingerprint
+    assert "left out 1 with an empty turn" in caplog.text and "example" not in caplog.text.replace("examples", "")
+
+
+@pytest.mark.parametrize(
+    "phase, loss_on, expected",
+    [
+        (1, "all", "    | <s>>>>"),
+        (2, "answer", "Assistant:>>> It is 7.</s><<<"),
+        (3, "answer", "Human: What is 0+1?\n    | \n    | Assistant:\n"),
+    ],
+)
+def test_what_a_step_learns_is_marked(phase, loss_on, expected, tmp_path, llama):
+    path = write_lines(tmp_path / "a.jsonl", pairs(1))
+    run(path, phase, llama, overview_folder=str(tmp_path), loss_on=loss_on)
+    table = (tmp_path / "data.txt").read_text(encoding="utf-8")
+    assert expected in table
+    assert (">>>" in table.split("):\n")[1]) == (phase != 3)
+
+
+def test_long_texts_lose_their_middle(tmp_path, llama):
+    rows = [{"prompt": "word " * 1000, "response": "end"}]
+    run(write_lines(tmp_path / "a.jsonl", rows), 1, llama, max_seq_len=4000, overview_folder=str(tmp_path))
+    table = (tmp_path / "data.txt").read_text(encoding="utf-8")
+    assert "characters …]" in table and ">>> end</s><<<" in table and len(table) < 4000
+
+
+def test_chatglm_shows_its_marks(tmp_path, chatglm_tokenizers):
+    for version, tokenizer in chatglm_tokenizers.items():
+        run(
+            write_lines(tmp_path / "a.jsonl", [{"prompt": "问题", "response": "回答"}]),
+            1,
+            tokenizer,
+            overview_folder=str(tmp_path),
+        )
+        table = (tmp_path / "data.txt").read_text(encoding="utf-8")
+        assert "[gMASK]" in table and "问题" in table and "回答" in table.split(">>>")[-1], version

@@ -1,0 +1,83 @@
+"""Tell what became of each data set: a table of counts, what was left out and why, and examples as the model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from datasets import Dataset
+
+from training.utils.data.cache import CachedData
+from training.utils.data.tokenize import SPLITS
+
+FILE = "data.txt"
+OPEN, CLOSE = ">>>", "<<<"
+LONGEST, HEAD = 2000, 500  # characters of a shown text, and how many of them are of its beginning
+
+
+def overview(data: CachedData, paths: list[str], phase: int, tokenizer: Any, number: int, loss_on: str) -> str:
+    """Return a table for each data set of a step, with the first examples to train on.
+
+    paths: the data sets in their order. number: of examples a set. loss_on: "answer" or "all" (step 1).
+    """
+    lines, starts = [], dict.fromkeys(SPLITS, 0)
+    for path, one in zip(paths, data.report["sets"], strict=True):
+        columns = []
+        for split in SPLITS:
+            counts = one[split]
+            first, starts[split] = starts[split], starts[split] + counts["kept"]
+            rows = data.datasets[split].select(range(first, starts[split]) if counts["kept"] else [])
+            columns.append(counts_of(counts, rows, phase, loss_on))
+            if split == "train":
+                shown = rows.select(range(min(number, len(rows))))
+        lines += [f"{path}, read by its fields {one['form']}", f"  {'':46}{'train':>12}{'held out':>12}"]
+        for name in dict.fromkeys([*columns[0], *columns[1]]):
+            lines.append(f"  {name:46}{columns[0].get(name, 0):12}{columns[1].get(name, 0):12}")
+        lines += [f"  {note}" for note in one["notes"]]
+        for place, row in enumerate(shown, start=1):
+            lines.append(f"  example {place} (the model learns the tokens between {OPEN} and {CLOSE}):")
+            lines += [f"    | {line}" for text in example_texts(row, phase, tokenizer, loss_on) for line in text.split("\n")]
+    return "\n".join(lines)
+
+
+def counts_of(counts: dict[str, Any], rows: Dataset, phase: int, loss_on: str) -> dict[str, int]:
+    """Return the numbers of one split of a set by their names."""
+    cuts = {"truncated_prompts": "prompts cut at the beginning", "truncated_answers": "answers cut at the end"}
+    named = {"records of this step": counts["records"]}
+    named |= {f"left out: {reason}": count for reason, count in counts["dropped"].items()}
+    named |= {words: counts[name] for name, words in cuts.items() if counts[name]}
+    named |= {"examples": counts["kept"], "tokens": counts["tokens"]}
+    if phase == 3:
+        return named
+    prompts = len(rows) if loss_on == "all" else sum(max(length, 1) for length in rows["prompt_length"])
+    return named | {"tokens that are targets": counts["tokens"] - phase * prompts}  # phase 2 has two answers a prompt
+
+
+def example_texts(row: dict[str, Any], phase: int, tokenizer: Any, loss_on: str) -> Iterator[str]:
+    """Yield the texts of an example, special tokens included, with marks around the targets."""
+    names = {1: ["input_ids"], 2: ["chosen_ids", "rejected_ids"], 3: ["prompt_ids"]}[phase]
+    for name in names:
+        first = len(row[name]) if phase == 3 else 1 if loss_on == "all" else row["prompt_length"]
+        whole, prompt = (decode(tokenizer, ids) for ids in (row[name], row[name][:first]))
+        answer = whole[len(prompt) :] if whole.startswith(prompt) else decode(tokenizer, row[name][first:])
+        yield shortened(prompt) + ("" if phase == 3 else f"{OPEN}{shortened(answer)}{CLOSE}")
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text of tokens as it is, special tokens included, also ChatGLM's, which its decode leaves out."""
+    control = getattr(tokenizer, "control_ids", ())
+    names = {token: name for name, token in tokenizer.get_vocab().items()} if control else {}
+    return "".join(
+        "".join(names.get(token, "") for token in run)
+        if marks
+        else tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for marks, run in ((marks, list(run)) for marks, run in groupby(ids, control.__contains__))
+    )
+
+
+def shortened(text: str) -> str:
+    """Return a text without the middle where it is very long."""
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:HEAD]} [… {len(text) - LONGEST} characters …] {text[HEAD - LONGEST :]}"
