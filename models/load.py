@@ -41,11 +41,8 @@ def load_tokenizer(path: str | Path | CheckpointFolder) -> PreTrainedTokenizerBa
     mistaken. ChatGLM's are our own, whatever code lies in the folder. UserError if it is missing or damaged.
     """
     checkpoint = open_checkpoint(path)
-    folder, config, path = checkpoint.folder, checkpoint.content, checkpoint.path
-    chatglm = config.get("model_type") == "chatglm"
-    needed = "tokenizer.model" if "padded_vocab_size" in config else "ice_text.model"
-    if chatglm and not (folder / needed).is_file():
-        raise UserError(f"model {path} has no {needed}, ChatGLM's vocabulary; copy it from the published checkpoint.")
+    folder, path = checkpoint.folder, checkpoint.path
+    chatglm = checkpoint.content.get("model_type") == "chatglm"
     if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty tokenizer
         raise UserError(
             f"model {path} has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy the whole checkpoint."

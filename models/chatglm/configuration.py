@@ -126,11 +126,8 @@ class ChatGLM2Config(_SharedConfig):
         "attention_dropout": 0.0,
         "add_bias_linear": False,
         "add_qkv_bias": True,
-        "bias_dropout_fusion": True,
         "multi_query_attention": True,
         "multi_query_group_num": 2,
-        "apply_query_key_layer_scaling": True,
-        "attention_softmax_in_fp32": True,
     }
     KEPT: ClassVar[dict[str, Any]] = {"eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
     AUTO_MAP: ClassVar[dict[str, str]] = {

@@ -110,23 +110,6 @@ class Block(GradientCheckpointingLayer):
         return hidden + F.dropout(changed, self.hidden_dropout, self.training), probs
 
 
-class Embedding(nn.Module):
-    """Holds the word embeddings under the name that checkpoints have."""
-
-    def __init__(self, config: ChatGLM2Config) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-
-
-class Encoder(nn.Module):
-    """Holds the blocks and the final norm under the names that checkpoints have."""
-
-    def __init__(self, config: ChatGLM2Config) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
-
-
 class ChatGLMModel(Trunk):
     """Embedding, blocks, final norm; a language model's output matrix is in here too, as in the original."""
 
@@ -136,9 +119,12 @@ class ChatGLMModel(Trunk):
 
     def __init__(self, config: ChatGLM2Config) -> None:
         super().__init__(config)
-        self.embedding = Embedding(config)
+        # dicts for the names that checkpoints have
+        self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(config.padded_vocab_size, config.hidden_size)})
         self.rotary_pos_emb = RotaryEmbedding(config.kv_channels // 2)
-        self.encoder = Encoder(config)
+        layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        norm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.encoder = nn.ModuleDict({"layers": layers, "final_layernorm": norm})
         self.finish(prefix_input=prefix_width(config))
 
     @staticmethod

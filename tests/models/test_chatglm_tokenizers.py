@@ -297,8 +297,8 @@ def test_chatglm2_and_chatglm3_are_told_apart(shared_dir, tmp_path, tokenizer_co
 @pytest.mark.parametrize(
     ("version", "break_it", "message"),
     [
-        ("chatglm", lambda at: (at / "ice_text.model").unlink(), "no ice_text.model"),
-        ("chatglm3", lambda at: (at / "tokenizer.model").unlink(), "no tokenizer.model"),
+        ("chatglm", lambda at: (at / "ice_text.model").unlink(), "no tokenizer .*ice_text.model"),
+        ("chatglm3", lambda at: (at / "tokenizer.model").unlink(), "no tokenizer .*tokenizer.model"),
         ("chatglm2", lambda at: (at / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n"), "no SentencePiece model"),
         ("chatglm", lambda at: cut_short(at / "ice_text.model"), "no SentencePiece model"),
         ("chatglm2", lambda at: cut_short(at / "tokenizer.model"), "no SentencePiece model"),

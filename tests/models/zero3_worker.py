@@ -13,7 +13,7 @@ from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import save_model
 from tests.models.common import Stops
 
-STEPS = 3
+STEPS = 2
 LEARNING_RATE = 0.003
 
 
