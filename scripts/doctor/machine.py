@@ -157,9 +157,9 @@ def disk_bytes(found: SectionPlan, keep: int) -> float:
     A checkpoint holds the weights and, of what is trained, Adam's two moments and under 16 bits the float32 masters:
     14 bytes a weight that is trained in 16 bits.
     """
-    shape = found.memory.shape
-    element, state = shape.dtype.itemsize, 8 if shape.dtype.itemsize == 4 else 12
-    counts = [found.memory.footprint(role).weights for role in shape.trained]
+    memory = found.memory
+    element, state = memory.element, 8 if memory.element == 4 else 12
+    counts = [memory.network(role).weights for role in memory.trained]
     weights = sum(element * one.total for one in counts)
     return (weights + sum(state * one.trained for one in counts)) * ((keep or 2) + 1) + weights
 

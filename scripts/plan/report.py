@@ -17,7 +17,7 @@ from training.utils.flags.checks import validate
 from training.utils.flags.parse import FlagParser, is_required, read_recipe
 from training.utils.flags.recipe import Recipe
 from training.utils.memory.arithmetic import GIB, Machine, Plan
-from training.utils.memory.fit import StepMemory, StepShape, flags_of, settings
+from training.utils.memory.fit import StepMemory
 
 
 def step_arguments(
@@ -68,7 +68,7 @@ def machine_of(options: argparse.Namespace, launch: dict[str, Any]) -> tuple[Mac
 def row_of(memory: StepMemory, found: Plan) -> dict[str, Any]:
     """Return one setting as a row of the table."""
     return {
-        "flags": flags_of(found.setting, memory.shape),
+        "flags": memory.flags_of(found.setting),
         "verdict": found.verdict,
         "moment": found.moment,
         "card_gib": {name: round(size / GIB, 3) for name, size in found.card.items()},
@@ -86,28 +86,27 @@ def totals(found: Plan | None) -> dict[str, float | None]:
     }
 
 
-def instead(shape: StepShape, machine: Machine, own_reference: bool) -> list[dict[str, Any]]:
-    """Return what could be trained instead: adapters, and in step 3 adapters over shared weights; [] for a step with adapters.
-
-    own_reference: DPO's reference is another model; else it is the trained one without its adapters.
-    """
-    if any(flags.adapted for flags in shape.roles.values()):
+def instead(memory: StepMemory, machine: Machine) -> list[dict[str, Any]]:
+    """Return what could be trained instead: adapters, and in step 3 adapters over shared weights; [] for a step with adapters."""
+    if any(memory.is_adapted(role) for role in memory.roles):
         return []
-    roles = {role: replace(flags, lora_dim=16) if flags.trained else flags for role, flags in shape.roles.items()}
-    adapters = replace(shape, roles=roles, reference=shape.reference if own_reference else None)
-    words = " ".join(f"--{roles[role].prefix}lora_dim 16" for role in shape.trained)
-    choices = {words: adapters}
-    if shape.reward_model and len({flags.config.to_json_string() for flags in roles.values()}) == 1:
-        choices[f"{words} --memory_mode shared"] = replace(adapters, shared=True)
+    ranks = {f"{memory.roles[role]}lora_dim": 16 for role in memory.trained}
+    words = " ".join(f"--{name} 16" for name in ranks)
+    choices = {words: ranks}
+    one_network = len({config.to_json_string() for config in memory.configs.values()}) == 1
+    if memory.ppo and memory.args.reward_model and "critic" in memory.roles and one_network:
+        choices[f"{words} --memory_mode shared"] = ranks | {"memory_mode": "shared"}
     rows = []
-    for words, changed in choices.items():
-        memory = StepMemory(changed)
-        found = memory.cheapest(machine)
+    for words, changes in choices.items():
+        other = StepMemory(
+            replace(memory.args, **changes), memory.configs, dtype=memory.dtype, attention=memory.attention
+        )
+        found = other.cheapest(machine)
         rows.append({
-            "flags": words + (f" {flags_of(found.setting, changed)}" if found else ""),
+            "flags": words + (f" {other.flags_of(found.setting)}" if found else ""),
             "verdict": found.verdict if found else "no",
             **totals(found),
-            "largest_batch": memory.largest_batch(found.setting, machine) if found else 0,
+            "largest_batch": other.largest_batch(found.setting, machine) if found else 0,
         })
     return rows
 
@@ -122,31 +121,29 @@ def report(model: str | None, options: argparse.Namespace, flags: list[str]) -> 
     warnings.filterwarnings("ignore", category=FutureWarning)  # a flag of transformers has a new name
     with torch.random.fork_rng(devices=[]):
         found = plan_arguments(args, recipe, machine, dtype, attention)
-        memory, shape = found.memory, found.memory.shape
-        rows = [row_of(memory, memory.plan(setting, machine)) for setting in settings(shape)]
+        memory = found.memory
+        rows = [row_of(memory, memory.plan(setting, machine)) for setting in memory.settings()]
         best, smaller = memory.cheapest(machine), ""
         if best is None:
-            best, smaller = memory.cheapest(machine, 1), f"--{shape.batch_flag} 1 "
-        others = instead(shape, machine, "reference" in args.models)
-    counts = {role: memory.footprint(role).weights for role in shape.roles}
-    if "reference" in args.models:
-        counts["reference"] = memory.job(shape.setting).frozen["reference"].weights
+            best, smaller = memory.cheapest(machine, 1), f"--{memory.batch_flag} 1 "
+        others = instead(memory, machine)
+    counts = {role: memory.network(role).weights for role in args.models}
     return {
         "models": {role: {"path": path, "parameters": counts[role].total} for role, path in args.models.items()},
-        "trained_parameters": {role: counts[role].trained for role in shape.trained},
+        "trained_parameters": {role: counts[role].trained for role in memory.trained},
         "step": step.choice,
         "machine": platform.name if platform else "the machine given",
         "devices": machine.devices,
         "per_node": machine.per_node,
         "device_memory_gib": machine.device_memory / GIB,
         "host_memory_gib": machine.host_memory / GIB,
-        "dtype": found.dtype,
-        "attention": shape.attention,
-        "length": shape.length,
-        "batch_flag": shape.batch_flag,
-        "batch": getattr(args, shape.batch_flag),
+        "dtype": memory.dtype,
+        "attention": memory.attention,
+        "length": memory.length,
+        "batch_flag": memory.batch_flag,
+        "batch": getattr(args, memory.batch_flag),
         "as_given": {"verdict": found.plan.verdict, **totals(found.plan)},
         "settings": rows,
         "instead": others,
-        "recommended": None if best is None else smaller + flags_of(best.setting, shape),
+        "recommended": None if best is None else smaller + memory.flags_of(best.setting),
     }

@@ -1,7 +1,8 @@
 """The memory of a run: pure arithmetic from counts of weights, from what a pass holds (footprint.py), setting and machine.
 
-Bytes everywhere; a GiB is 2^30. How DeepSpeed holds an engine follows training/utils/engine/configs.py and DeepSpeed's
-runtime/zero/stage_1_and_2.py and stage3.py. With T trained and F frozen weights of e bytes on n processes:
+Bytes everywhere; a GiB is 2^30. What a step holds is a list of rows: column, bytes, place, moment. How DeepSpeed holds an
+engine follows training/utils/engine/configs.py and DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py. With T trained
+and F frozen weights of e bytes on n processes:
 
     stage   card, always                                    while gradients are made             in the step
     0       e(T+F), Adam 8T, 16 bits: masters 4T            eT                                   16 bits: 4T
@@ -16,8 +17,9 @@ states in host memory are 12T/n there, with float32 gradients 4T/n and copies of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 GIB = 2**30
 BUCKET = 500_000_000  # elements; DeepSpeed's reduce_bucket_size
@@ -25,13 +27,23 @@ BUCKET = 500_000_000  # elements; DeepSpeed's reduce_bucket_size
 # would be fetched twice (1.2e9 is 6B / 5). A frozen model's engine has DeepSpeed's own window and prefetch.
 SMALL = 10_000
 LIVE, PREFETCH = 1_200_000_000, 30_000_000
-LIVE_FROZEN, PREFETCH_FROZEN = 1_000_000_000, 50_000_000
+WINDOW, WINDOW_FROZEN = LIVE + PREFETCH, 1_000_000_000 + 50_000_000
 SUB_GROUP = 1_000_000_000  # elements that ZeRO-3 steps at once
 CONTEXT = 1.5 * GIB  # of a card: driver context, communicators, fragments; vendors' pages say 1 to 1.5
 PROCESS = 1.0 * GIB  # of the host: Python, torch and DeepSpeed, before any weight
 TIGHT = 0.92  # of the memory
+CARD, HOST, ALWAYS = "card", "host", "always"
 
 Sizes = dict[str, float]  # bytes by column of the plan: weights, gradients, optimizer, activations, …
+
+
+class Row(NamedTuple):
+    """Bytes that a process holds. column: of the plan; place: CARD or HOST; moment: its name, or ALWAYS."""
+
+    column: str
+    size: float
+    place: str = CARD
+    moment: str = ALWAYS
 
 
 @dataclass(frozen=True)
@@ -58,11 +70,6 @@ class Weights:
         return self.small_trained + self.small_frozen
 
     @property
-    def all_frozen(self) -> Weights:
-        """Return the counts of the same network without training."""
-        return replace(self, trained=0, frozen=self.total, small_trained=0, small_frozen=self.small)
-
-    @property
     def trained_alone(self) -> Weights:
         """Return the counts without the frozen weights, which belong to another network."""
         return replace(self, frozen=0, small_frozen=0, integers=0, largest=min(self.largest, self.trained))
@@ -80,10 +87,9 @@ class Peak:
         """Return the sum of both."""
         return self.activations + self.logits
 
-    @property
-    def sizes(self) -> Sizes:
-        """Return both as columns."""
-        return {"activations": float(self.activations), "logits": float(self.logits)}
+    def rows(self, moment: str) -> list[Row]:
+        """Return both as rows of a moment."""
+        return [Row("activations", self.activations, CARD, moment), Row("logits", self.logits, CARD, moment)]
 
 
 @dataclass(frozen=True)
@@ -108,56 +114,6 @@ class Setting:
     offload_reference: bool = False
     offload_reward: bool = False
     layerwise: bool = False  # answers are drawn without gathering the weights (--generation_weights)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network that is trained. training, evaluation: what their passes hold."""
-
-    weights: Weights
-    training: Peak
-    evaluation: Peak
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A network that is only evaluated. role: whose stage it follows; shared: its weights are another network's."""
-
-    weights: Weights
-    evaluation: Peak
-    role: str
-    offload: bool = False
-    shared: bool = False
-
-    def stage(self, setting: Setting) -> int:
-        """Return its ZeRO stage; only stage 3 keeps weights in host memory."""
-        return 3 if self.offload else setting.stages[self.role]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Sampling: the role that answers, bytes of its KV cache, and what reading the prompts holds."""
-
-    role: str
-    cache: int
-    reading: Peak
-
-
-@dataclass(frozen=True)
-class Job:
-    """A step as far as memory is concerned. element: bytes of a weight; bucket: elements; ema: float32 averages on the
-    host; both_gradients: actor and critic have theirs at once (--align_overflow); shared: the trained networks compute
-    with the weights of a frozen one (--memory_mode shared).
-    """
-
-    element: int
-    trained: dict[str, Network]
-    frozen: dict[str, Frozen] = field(default_factory=dict)
-    rollout: Rollout | None = None
-    bucket: int = BUCKET
-    ema: bool = False
-    both_gradients: bool = False
-    shared: bool = False
 
 
 @dataclass
@@ -199,23 +155,23 @@ class Plan:
         return "no" if not self.fits else "tight" if self.load > TIGHT else "fits"
 
 
-@dataclass
-class EngineMemory:
-    """Bytes of one engine: of a card always, while gradients are made and in the step; of the host, for each process."""
-
-    always: Sizes
-    backward: Sizes
-    step: Sizes
-    host: Sizes
+def plan(rows: list[Row], setting: Setting, machine: Machine) -> Plan:
+    """Return the memory that these rows take on the machine. Without cards, the host holds their rows too."""
+    card, moment = worst(row for row in rows if row.place == CARD)
+    host, _ = worst(row for row in rows if row.place == HOST or not machine.accelerator)
+    return Plan(setting, machine, card, {column: size * machine.per_node for column, size in host.items()}, moment)
 
 
-def add(*several: Sizes) -> Sizes:
-    """Return the sum, column by column."""
-    total: Sizes = {}
-    for sizes in several:
-        for name, size in sizes.items():
-            total[name] = total.get(name, 0.0) + size
-    return total
+def worst(rows: Iterable[Row]) -> tuple[Sizes, str]:
+    """Return bytes by column at the moment that needs the most, and the name of that moment."""
+    by_moment: dict[str, Sizes] = {}
+    for column, size, _, moment in rows:
+        if size:
+            sizes = by_moment.setdefault(moment, {})
+            sizes[column] = sizes.get(column, 0.0) + size
+    always = by_moment.pop(ALWAYS, {})
+    moment, most = max(by_moment.items(), key=lambda one: sum(one[1].values()), default=(ALWAYS, {}))
+    return {column: always.get(column, 0.0) + most.get(column, 0.0) for column in always | most}, moment
 
 
 def pinned(size: float) -> float:
@@ -229,107 +185,54 @@ def weight_bytes(counts: Weights, element: int, stage: int, processes: int) -> f
     return element * split + counts.integers
 
 
-def gathered(counts: Weights, element: int, stage: int, window: int) -> Sizes:
+def gathered(counts: Weights, element: int, stage: int, moment: str, window: int = WINDOW) -> list[Row]:
     """Return what a pass has fetched of split weights: all of them, or a window of so many elements."""
-    return {"gathered": float(element * min(counts.total - counts.small, window))} if stage == 3 else {}
+    return [Row("gathered", element * min(counts.total - counts.small, window), CARD, moment)] if stage == 3 else []
 
 
-def engine_memory(
-    counts: Weights, element: int, stage: int, processes: int, *, offload_optimizer: bool, offload_param: bool,
-    bucket: int = BUCKET, accelerator: bool = True,
-) -> EngineMemory:
-    """Return the memory of an engine that trains. On a CPU the buckets count as far as they are touched."""
-    trained, half = counts.trained, element == 2
-    share = trained if stage == 0 else trained / processes
-    touched = bucket if accelerator else min(bucket, trained)
-    pin = pinned if accelerator else float
+def engine_rows(
+    counts: Weights,
+    element: int,
+    stage: int,
+    machine: Machine,
+    *,
+    offload_optimizer: bool = False,
+    offload_param: bool = False,
+    bucket: int = BUCKET,
+    label: str = "",
+) -> list[Row]:
+    """Return what an engine that trains holds, without its passes. On a CPU the buckets count as far as they are touched.
+
+    bucket: elements. label: ends the names of its moments, "training" and "optimizer step".
+    """
+    n, trained, half = machine.devices, counts.trained, element == 2
+    training, step = f"training{label}", f"optimizer step{label}"
+    share = trained if stage == 0 else trained / n
+    touched = bucket if machine.accelerator else min(bucket, trained)
+    pin = pinned if machine.accelerator else float
     on_host = offload_optimizer and stage >= 1
-    always: Sizes = {"weights": weight_bytes(counts, element, stage, processes)}
-    backward: Sizes = {}
-    step: Sizes = {"buffers": 4.0 * min(share, SUB_GROUP if stage == 3 else share)} if half and not on_host else {}
-    host: Sizes = {}
-    if on_host:
-        copies = element * share * (2 if stage == 2 else 1)
-        # masters of stages 1 and 2 are pinned, those of stage 3 are not; float32 gradients are in all
-        masters = 4 * share if stage == 3 else pin(4 * share)
-        host = {"optimizer": 8 * share + masters, "gradients": pin(4 * share) + pin(copies)}
-    else:
-        always["optimizer"] = 12.0 * share if stage or half else 8.0 * share
-    if stage <= 1:
-        backward["gradients"] = float(element * trained)
-    elif not on_host:
-        (backward if stage == 2 else always)["gradients"] = float(element * share)
-    if stage == 0:
-        reduction = element * min(trained, bucket) if processes > 1 else 0
-        step = {"buffers": max(reduction, step.get("buffers", 0.0))}
-    elif stage == 3:
-        always["buffers"] = float(element * touched)
-        backward |= gathered(counts, element, stage, LIVE + PREFETCH)
-        if processes > 1:
-            backward["buffers"] = float(element * min(bucket, trained) / processes)
-    else:
-        overlapping = stage == 2 and half  # overlap_comm has a second bucket
-        backward["buffers"] = float(element * touched * (2 if overlapping else 1))
-        if on_host:
-            always["buffers"] = float(element * counts.largest)
-            host["buffers"] = pin(element * counts.largest)
-    if stage < 3:
-        step = add(step, {"gradients": backward.get("gradients", 0.0)})
     if stage == 3 and offload_param:
-        host["weights"] = pin(element * counts.total / processes)
-        always["weights"] = float(element * counts.small + counts.integers)
-    return EngineMemory(always, backward, step, host)
-
-
-def plan(job: Job, setting: Setting, machine: Machine) -> Plan:
-    """Return the memory that the setting takes on the machine."""
-    n, element = machine.devices, job.element
-    always: Sizes = {"reserve": CONTEXT if machine.accelerator else 0.0}
-    process: Sizes = {"reserve": PROCESS if machine.accelerator else 0.0}  # of the host
-    loaded = [0.0]  # bytes of a whole network while a process reads it, beside what already is on the host
-    for model in job.frozen.values():
-        if model.shared:
-            continue
-        size = {"weights": weight_bytes(model.weights, element, model.stage(setting), n)}
-        always, process = (always, add(process, size)) if model.offload else (add(always, size), process)
-        if setting.stages[model.role] != 3:
-            loaded.append(weight_bytes(model.weights, element, 0, n))
-    engines: dict[str, EngineMemory] = {}
-    for role, network in job.trained.items():
-        counts = network.weights.trained_alone if job.shared else network.weights
-        engines[role] = engine_memory(
-            counts, element, setting.stages[role], n, bucket=job.bucket, accelerator=machine.accelerator,
-            offload_optimizer=setting.offload_optimizer, offload_param=setting.offload_param,
-        )
-        always, process = add(always, engines[role].always), add(process, engines[role].host)
-        if setting.stages[role] != 3 and not job.shared:
-            loaded.append(weight_bytes(network.weights, element, 0, n))
-        if job.ema and role != "critic":
-            process = add(process, {"optimizer": 4.0 * network.weights.trained / n})
-    moment, most = max(moments(job, setting, engines), key=lambda one: sum(one[1].values()))
-    card = {name: size for name, size in add(always, most).items() if size}
-    # With cards, weights pass through the host on their way: as much beside what is kept there, at most. Else the card is the host.
-    process = add(process, {"loading": max(loaded)} if machine.accelerator else card)
-    return Plan(setting, machine, card, {name: size * machine.per_node for name, size in process.items() if size}, moment)
-
-
-def moments(job: Job, setting: Setting, engines: dict[str, EngineMemory]) -> Iterator[tuple[str, Sizes]]:
-    """Yield name and bytes of every moment that might need the most, beside what is held always."""
-    waiting: Sizes = {}
-    for role, network in job.trained.items():
-        memory, label = engines[role], "" if role == "model" else f" of the {role}"
-        yield f"training{label}", add(waiting, memory.backward, network.training.sizes)
-        yield f"optimizer step{label}", add(waiting, memory.step)
-        trunk = gathered(network.weights, job.element, setting.stages[role], LIVE + PREFETCH)
-        yield f"evaluation{label}", add(network.evaluation.sizes, trunk)
-        if job.both_gradients:
-            waiting = {"gradients": memory.backward.get("gradients", 0.0)}
-    for name, model in job.frozen.items():
-        trunk = gathered(model.weights, job.element, model.stage(setting), LIVE_FROZEN + PREFETCH_FROZEN)
-        yield f"scoring by the {name}", add(model.evaluation.sizes, trunk)
-    if job.rollout is not None:
-        counts, stage = job.trained[job.rollout.role].weights, setting.stages[job.rollout.role]
-        whole = {"gathered": float(job.element * counts.total)} if stage == 3 else {}
-        if setting.layerwise:
-            whole = gathered(counts, job.element, stage, LIVE + PREFETCH)
-        yield "generation", add(job.rollout.reading.sizes, whole, {"kv_cache": float(job.rollout.cache)})
+        rows = [Row("weights", element * counts.small + counts.integers)]
+        rows.append(Row("weights", pin(element * counts.total / n), HOST))
+    else:
+        rows = [Row("weights", weight_bytes(counts, element, stage, n))]
+    if on_host:
+        # Masters of stages 1 and 2 are pinned, those of stage 3 are not; float32 gradients are in all.
+        rows.append(Row("optimizer", 8 * share + (4 * share if stage == 3 else pin(4 * share)), HOST))
+        rows.append(Row("gradients", pin(4 * share) + pin(element * share * (2 if stage == 2 else 1)), HOST))
+    else:
+        rows.append(Row("optimizer", 12 * share if stage or half else 8 * share))
+    gradients = element * (trained if stage <= 1 else 0 if on_host else share)
+    rows += [Row("gradients", gradients, CARD, moment) for moment in ([ALWAYS] if stage == 3 else [training, step])]
+    casts = 4 * min(share, SUB_GROUP if stage == 3 else share) if half and not on_host else 0
+    reduced = element * min(trained, bucket) if stage == 0 and n > 1 else 0
+    rows.append(Row("buffers", max(casts, reduced), CARD, step))
+    if stage in (1, 2):
+        buckets = 2 if stage == 2 and half else 1  # overlap_comm has a second one
+        rows.append(Row("buffers", element * touched * buckets, CARD, training))
+        if on_host:
+            rows += [Row("buffers", element * counts.largest), Row("buffers", pin(element * counts.largest), HOST)]
+    if stage == 3:
+        rows += [Row("buffers", element * touched), *gathered(counts, element, stage, training)]
+        rows.append(Row("buffers", element * min(bucket, trained) / n if n > 1 else 0, CARD, training))
+    return rows

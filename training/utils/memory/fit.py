@@ -5,11 +5,10 @@ No weight is read: networks are built on the meta device (footprint.py). The ari
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from errors import UserError
@@ -20,287 +19,286 @@ from training.utils.flags.checks import needing_stage_3
 from training.utils.flags.deepspeed_file import check_precision, read_deepspeed_config
 from training.utils.memory.arithmetic import (
     BUCKET,
+    CARD,
+    CONTEXT,
     GIB,
-    Frozen,
-    Job,
+    HOST,
+    PROCESS,
+    WINDOW_FROZEN,
     Machine,
-    Network,
-    Peak,
     Plan,
-    Rollout,
+    Row,
     Setting,
+    Weights,
+    engine_rows,
+    gathered,
     plan,
+    weight_bytes,
 )
 from training.utils.memory.footprint import Footprint
 
-AUTO = "auto"  # of stages, dtypes and kernels
-
-
-# --- what a step is, read from its flags once -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RoleFlags:
-    """The flags of one role as far as memory is concerned. prefix: what stands before their names ("", "actor_", "critic_")."""
-
-    prefix: str
-    config: PretrainedConfig
-    trained: bool
-    scalar: bool
-    zero_stage: int | str
-    gradient_checkpointing: bool
-    lora_dim: int
-    lora_module_name: str
-    pre_seq_len: int
-    prefix_projection: bool
-
-    @property
-    def adapted(self) -> bool:
-        """Return True where the model's own weights are frozen."""
-        return bool(self.lora_dim or self.pre_seq_len)
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """A step as its flags and the configs of its models describe it: what the plan needs, and nothing that it changes.
-
-    roles: those with flags of their own, "model", or "actor" and "critic". reference: config of DPO's frozen network, None without
-    one. length: tokens of the longest row; answer, prompt: of its two halves in step 3. rows_each: rows of an example (a pair is
-    two). rows, evaluated: rows of a micro-batch in training and in evaluation. sampled: answers in work at once.
-    """
-
-    title: str
-    batch_flag: str
-    roles: dict[str, RoleFlags]
-    dtype: torch.dtype
-    attention: str
-    setting: Setting  # that the flags ask for; a stage "auto" counts as 0
-    length: int
-    rows_each: int
-    rows: int
-    evaluated: int
-    quantization_bit: int
-    needs_stage_3: bool
-    bucket: int
-    reference: PretrainedConfig | None = None
-    prompt: int = 0
-    answer: int | None = None
-    sampled: int = 0
-    sorts_logits: bool = False
-    reward_model: bool = False
-    shared: bool = False
-    ema: bool = False
-    both_gradients: bool = False
-    chooses_weights: bool = False  # --generation_weights auto
-
-    @property
-    def trained(self) -> list[str]:
-        """Return the roles that learn."""
-        return [role for role, flags in self.roles.items() if flags.trained]
-
-
-def read_step(
-    args: Any, configs: dict[str, PretrainedConfig], *, dtype: torch.dtype, attention: str, prefixed: tuple[str, ...] = ()
-) -> StepShape:
-    """Return the shape of a step. configs: by the roles of args.models; prefixed: roles whose folder holds a saved prefix.
-
-    Raises UserError where --deepspeed_config contradicts the dtype: checks.py cannot know what --dtype auto becomes.
-    """
-    check_precision(args.deepspeed_config, next(name for name, one in DTYPES.items() if one == dtype))
-    zero = read_deepspeed_config(args.deepspeed_config).get("zero_optimization", {})
-    ppo, pairs = args.section == "ppo", args.section in ("reward", "dpo")
-    roles = {role: read_role(args, role, configs[role], role in prefixed) for role in configs if role != "reference"}
-    length = args.max_prompt_seq_len + args.max_answer_seq_len if ppo else args.max_seq_len
-    batch_flag = "per_device_training_batch_size" if ppo else "per_device_train_batch_size"
-    each = 2 if pairs else 1
-    rows = getattr(args, batch_flag) * each
-    if args.max_tokens_per_device:
-        rows = max(each, args.max_tokens_per_device // length)
-    setting = Setting(
-        stages={role: 0 if flags.zero_stage == AUTO else int(flags.zero_stage) for role, flags in roles.items()},
-        checkpointing={role: flags.gradient_checkpointing for role, flags in roles.items()},
-        offload_optimizer=args.offload or args.offload_optimizer,
-        offload_param=args.offload or args.offload_param,
-        offload_reference=(ppo or args.section == "dpo") and args.offload_reference_model,
-    )
-    shape = StepShape(
-        args.title, batch_flag, roles, dtype, attention, setting, length, each, rows,
-        evaluated=rows if ppo else args.per_device_eval_batch_size * each,
-        quantization_bit=args.quantization_bit, needs_stage_3=bool(needing_stage_3(args)),
-        bucket=int(float(zero.get("reduce_bucket_size", BUCKET))),
-    )
-    if args.section == "dpo" and (args.ref_model_name_or_path or not args.lora_dim):
-        return replace(shape, reference=configs.get("reference", configs["model"]))
-    return read_rollout(args, shape) if ppo else shape
-
-
-def read_role(args: Any, role: str, config: PretrainedConfig, prefixed: bool) -> RoleFlags:
-    """Return the flags of a role. A saved prefix counts as one of a single token: its length is that of the folder."""
-    prefix = "" if role == "model" else f"{role}_"
-    names = ("zero_stage", "gradient_checkpointing", "lora_dim", "lora_module_name", "pre_seq_len", "prefix_projection")
-    flags = {name: getattr(args, prefix + name) for name in names}
-    flags["pre_seq_len"] = flags["pre_seq_len"] or int(prefixed)
-    scalar = role == "critic" or args.section == "reward"
-    return RoleFlags(prefix, config, trained=role != "critic" or args.has_critic, scalar=scalar, **flags)
-
-
-def read_rollout(args: Any, shape: StepShape) -> StepShape:
-    """Add what step 3 has beside the other steps: rollouts, frozen networks, averages."""
-    setting = replace(
-        shape.setting, offload_reward=args.offload_reward_model, layerwise=args.generation_weights == "layerwise"
-    )
-    return replace(
-        shape, setting=setting, prompt=args.max_prompt_seq_len, answer=args.max_answer_seq_len, sampled=args.answers_at_once,
-        sorts_logits=args.top_p != 1.0 or bool(args.top_k), reward_model=args.reward_model and "critic" in shape.roles,
-        shared=args.memory_mode == "shared", ema=args.enable_ema, both_gradients=args.align_overflow,
-        chooses_weights=args.generation_weights == AUTO,
-    )
-
-
-# --- plans of settings ------------------------------------------------------------------------------------------------
+AUTO = "auto"  # of stages, dtypes, kernels and --generation_weights
+LARGEST_BATCH = 8191
+ADAPTERS = ("lora_dim", "lora_module_name", "pre_seq_len", "prefix_projection")
+# ZeRO stage and options, from the fastest to the slowest. ZeRO 1 and 2 cost next to nothing, recomputed activations a third of
+# the arithmetic, ZeRO-3 half as much communication again, states in host memory a transfer a step, weights there one in every
+# pass, and weights that are not gathered for sampling one for every token. Frozen: reference and reward model on the host.
+CANDIDATES: tuple[tuple[int, set[str]], ...] = (
+    *((stage, set()) for stage in (0, 1, 2)),
+    (2, {"recompute"}),
+    *(
+        (stage, states | frozen | again)
+        for stage, states in ((3, set()), (2, {"optimizer"}), (3, {"optimizer"}))
+        for frozen in (set(), {"frozen"})
+        for again in (set(), {"recompute"})
+    ),
+    (3, {"optimizer", "param", "frozen", "recompute"}),
+    (3, {"optimizer", "param", "frozen", "recompute", "layerwise"}),
+)
 
 
 class StepMemory:
-    """Plans of one step for any setting and machine. Keeps the networks that it has looked at."""
+    """The memory of one step, as its flags and the configs of its models describe it, for any setting and machine.
 
-    def __init__(self, shape: StepShape) -> None:
-        self.shape = shape
-        self._footprints: dict[tuple, Footprint] = {}
+    configs: by the roles of args.models. dtype: "fp32", "fp16" or "bf16". prefixed: roles whose folder holds a saved prefix.
+    Raises UserError where --deepspeed_config contradicts the dtype: checks.py cannot know what --dtype auto becomes.
 
-    def footprint(self, role: str, *, checkpointing: bool = False) -> Footprint:
-        """Return the network of a role as it is trained."""
-        flags = self.shape.roles[role]
-        return self._network(
-            role, flags, checkpointing, lora_dim=flags.lora_dim, lora_module_name=flags.lora_module_name,
-            pre_seq_len=flags.pre_seq_len, prefix_projection=flags.prefix_projection,
+    roles: those with flags of their own, and what stands before the names of these ("", "actor_", "critic_"). reference: config
+    of DPO's frozen network, None without one. each: rows of an example (a pair is two). rows, evaluated: rows of a micro-batch
+    in training and in evaluation. length: tokens of the longest row, answer: of these, the ones that are scored (None: all).
+    setting: what the flags ask for; a stage "auto" counts as 0.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        configs: dict[str, PretrainedConfig],
+        *,
+        dtype: str,
+        attention: str,
+        prefixed: tuple[str, ...] = (),
+    ) -> None:
+        check_precision(args.deepspeed_config, dtype)
+        self.args, self.configs, self.dtype, self.attention, self.prefixed = args, configs, dtype, attention, prefixed
+        self.ppo = args.section == "ppo"
+        self.roles = {role: "" if role == "model" else f"{role}_" for role in configs if role != "reference"}
+        self.trained = [role for role in self.roles if role != "critic" or args.has_critic]
+        own_reference = args.section == "dpo" and (args.ref_model_name_or_path or not args.lora_dim)
+        self.reference = configs.get("reference", configs["model"]) if own_reference else None
+        self.shared = self.ppo and args.memory_mode == "shared"
+        self.each = 2 if args.section in ("reward", "dpo") else 1
+        self.answer = args.max_answer_seq_len if self.ppo else None
+        self.length = args.max_prompt_seq_len + args.max_answer_seq_len if self.ppo else args.max_seq_len
+        self.batch_flag = "per_device_training_batch_size" if self.ppo else "per_device_train_batch_size"
+        self.rows = getattr(args, self.batch_flag) * self.each
+        if args.max_tokens_per_device:
+            self.rows = max(self.each, args.max_tokens_per_device // self.length)
+        self.evaluated = self.rows if self.ppo else args.per_device_eval_batch_size * self.each
+        stages = {role: self.flag(role, "zero_stage") for role in self.roles}
+        self.automatic = [role for role in self.roles if stages[role] == AUTO]
+        self.setting = Setting(
+            stages={role: 0 if stage == AUTO else int(stage) for role, stage in stages.items()},
+            checkpointing={role: self.flag(role, "gradient_checkpointing") for role in self.roles},
+            offload_optimizer=args.offload or args.offload_optimizer,
+            offload_param=args.offload or args.offload_param,
+            offload_reference=(self.ppo or args.section == "dpo") and args.offload_reference_model,
+            offload_reward=self.ppo and args.offload_reward_model,
+            layerwise=self.ppo and args.generation_weights == "layerwise",
         )
+        self.element = DTYPES[dtype].itemsize
+        zero = read_deepspeed_config(args.deepspeed_config).get("zero_optimization", {})
+        self.bucket = int(float(zero.get("reduce_bucket_size", BUCKET)))
+        self._networks: dict[tuple, Footprint] = {}
 
-    def _network(self, key: str, flags: RoleFlags, checkpointing: bool = False, **adapters: Any) -> Footprint:
-        if (key, checkpointing) not in self._footprints:
-            self._footprints[key, checkpointing] = Footprint(
-                flags.config, dtype=self.shape.dtype, attn=self.shape.attention, scalar=flags.scalar,
-                quantization_bit=self.shape.quantization_bit if flags.adapted else 0,
-                gradient_checkpointing=checkpointing, frozen=not adapters, **adapters,
+    def flag(self, role: str, name: str) -> Any:
+        """Return the value of a role's flag."""
+        return getattr(self.args, self.roles[role] + name)
+
+    def adapters(self, role: str) -> dict[str, Any]:
+        """Return the flags of a role's adapters. A saved prefix counts as one of a single token; its length is the folder's."""
+        flags = {name: self.flag(role, name) for name in ADAPTERS}
+        return flags | {"pre_seq_len": flags["pre_seq_len"] or int(role in self.prefixed)}
+
+    def is_adapted(self, role: str) -> bool:
+        """Return True where the model's own weights are frozen."""
+        flags = self.adapters(role)
+        return bool(flags["lora_dim"] or flags["pre_seq_len"])
+
+    def network(self, role: str, *, recompute: bool = False, trained: bool = True) -> Footprint:
+        """Return the network of a role as it is trained, or without adapters. Role "reference": DPO's frozen network."""
+        adapted = self.is_adapted("model" if role == "reference" else role)
+        adapters = self.adapters(role) if adapted and trained else {}
+        key = (role, recompute, bool(adapters))
+        if key not in self._networks:
+            self._networks[key] = Footprint(
+                self.reference if role == "reference" else self.configs[role],
+                dtype=DTYPES[self.dtype],
+                attn=self.attention,
+                scalar=role == "critic" or self.args.section == "reward",
+                gradient_checkpointing=recompute,
+                quantization_bit=self.args.quantization_bit if adapted else 0,
+                **adapters,
             )
-        return self._footprints[key, checkpointing]
+        return self._networks[key]
 
-    def _frozen(self, role: str, rows: int, offload: bool, *, config: PretrainedConfig | None = None, keep: int | None = None):
-        """Return the network of a role without what the run trains. config: of another network in its place."""
-        shape, flags = self.shape, self.shape.roles[role]
-        if config is not None:
-            flags = replace(flags, config=config)
-        if config is not None or flags.adapted or not flags.trained:
-            network = self._network(f"frozen {role}", flags)
-        else:
-            network = self.footprint(role)  # the same network, which has been looked at already
-        return Frozen(network.weights.all_frozen, network.forward(rows, shape.length, keep), role, offload)
+    # --- what a setting holds -----------------------------------------------------------------------------------------
 
-    def job(self, setting: Setting, batch: int | None = None) -> Job:
-        """Return what arithmetic.plan asks for. batch: examples in a micro-batch, where not what the flags say."""
-        shape = self.shape
-        rows = shape.rows if batch is None else batch * shape.rows_each
-        evaluated = shape.evaluated if batch is None else rows
-        trained, frozen = {}, {}
-        for role in shape.trained:
-            network = self.footprint(role, checkpointing=setting.checkpointing[role])
-            passes = network.training(rows, shape.length, shape.answer)
-            # As many rows without a backward pass hold less, and need not be looked at.
-            forward = network.forward(evaluated, shape.length, shape.answer) if evaluated > rows else passes
-            trained[role] = Network(network.weights, passes, forward)
-        if shape.sampled:
-            frozen["reference"] = self._frozen("actor", rows, setting.offload_reference, keep=shape.answer)
-        elif shape.reference is not None:
-            frozen["reference"] = self._frozen("model", rows, setting.offload_reference, config=shape.reference)
-        if shape.reward_model:
-            reward = self._frozen("critic", rows, setting.offload_reward)
-            frozen["reward model"] = replace(reward, shared=shape.shared)
-        return Job(
-            shape.dtype.itemsize, trained, frozen, self.rollout() if shape.sampled else None, shape.bucket, shape.ema,
-            shape.both_gradients, shape.shared,
+    def table(self, setting: Setting, machine: Machine, batch: int | None = None) -> list[Row]:
+        """Return all that a process holds. batch: examples in a micro-batch, where not what the flags say."""
+        rows = self.rows if batch is None else batch * self.each
+        evaluated = self.evaluated if batch is None else rows
+        table = [Row("reserve", CONTEXT), Row("reserve", PROCESS, HOST)] if machine.accelerator else []
+        waiting = 0.0  # gradients of the actor, while the critic has its own (--align_overflow)
+        for role in self.trained:
+            label = "" if role == "model" else f" of the {role}"
+            held = self.trained_rows(role, label, setting, machine, rows, evaluated)
+            table += held
+            table += [Row("gradients", waiting, CARD, f"{moment}{label}") for moment in ("training", "optimizer step")]
+            if self.ppo and self.args.align_overflow:
+                waiting = sum(row.size for row in held if row.column == "gradients" and row.moment == f"training{label}")
+        if self.ppo:
+            table += self.frozen_rows("reference", "actor", setting, machine, rows)
+            if self.args.reward_model and "critic" in self.roles:
+                table += self.frozen_rows("reward model", "critic", setting, machine, rows)
+            table += self.rollout_rows(setting)
+        elif self.reference is not None:
+            table += self.frozen_rows("reference", "model", setting, machine, rows)
+        return table
+
+    def trained_rows(
+        self, role: str, label: str, setting: Setting, machine: Machine, rows: int, evaluated: int
+    ) -> list[Row]:
+        """Return what a network holds that is trained: its engine and its passes."""
+        network, stage = self.network(role, recompute=setting.checkpointing[role]), setting.stages[role]
+        weights = network.weights
+        passes = forward = network.training(rows, self.length, self.answer)
+        if evaluated > rows:  # as many rows without a backward pass hold less, and need not be looked at
+            forward = network.forward(evaluated, self.length, self.answer)
+        engine = engine_rows(
+            weights.trained_alone if self.shared else weights,
+            self.element,
+            stage,
+            machine,
+            offload_optimizer=setting.offload_optimizer,
+            offload_param=setting.offload_param,
+            bucket=self.bucket,
+            label=label,
         )
+        loading = [] if self.shared else self.loading_rows(role, weights, stage, machine)
+        averaged = self.ppo and self.args.enable_ema and role != "critic"
+        return [
+            *engine,
+            *passes.rows(f"training{label}"),
+            *forward.rows(f"evaluation{label}"),
+            *gathered(weights, self.element, stage, f"evaluation{label}"),
+            Row("optimizer", 4 * weights.trained / machine.devices if averaged else 0, HOST),
+            *loading,
+        ]
 
-    def rollout(self) -> Rollout:
+    def frozen_rows(self, name: str, role: str, setting: Setting, machine: Machine, rows: int) -> list[Row]:
+        """Return what a network holds that is only evaluated. role: whose stage it follows; only stage 3 keeps it on the host."""
+        reference = name == "reference"
+        offload = setting.offload_reference if reference else setting.offload_reward
+        network = self.network(role if self.ppo else name, trained=False)
+        stage, moment = 3 if offload else setting.stages[role], f"scoring by the {name}"
+        passes = network.forward(rows, self.length, self.answer if reference else None).rows(moment)
+        passes += gathered(network.weights, self.element, stage, moment, WINDOW_FROZEN)
+        if self.shared and not reference:  # its weights are the reference's
+            return passes
+        size = weight_bytes(network.weights, self.element, stage, machine.devices)
+        loading = self.loading_rows(name, network.weights, setting.stages[role], machine)
+        return [Row("weights", size, HOST if offload else CARD), *passes, *loading]
+
+    def loading_rows(self, name: str, weights: Weights, stage: int, machine: Machine) -> list[Row]:
+        """Return a network on its way to the card: whole on the host of each process, beside what is kept there, at most."""
+        if stage == 3 or not machine.accelerator:
+            return []
+        return [Row("loading", weight_bytes(weights, self.element, 0, machine.devices), HOST, f"loading the {name}")]
+
+    def rollout_rows(self, setting: Setting) -> list[Row]:
         """Return sampling: the answers in work at once, with columns to spare, and the numbers that tokens are drawn from."""
-        shape, network = self.shape, self.footprint("actor")
-        cache = network.cache(shape.sampled, shape.length + SPARE_COLUMNS)
-        reading = network.forward(shape.sampled, shape.prompt, 1)
+        args, network, sampled = self.args, self.network("actor"), self.args.answers_at_once
+        cache = network.cache(sampled, self.length + SPARE_COLUMNS)
+        cache += 2 * cache // network.blocks  # a layer that grows has its old and its new buffers at once
+        reading = network.forward(sampled, args.max_prompt_seq_len, 1)
         # Float32 logits of a row, their softmax, its sum and the draw; with top-p or top-k sorted values and indices too.
-        drawn = shape.sampled * network.vocabulary * 4 * (8 if shape.sorts_logits else 4)
-        # A layer that grows has its old and its new buffers at once.
-        return Rollout("actor", cache + 2 * cache // network.blocks, Peak(reading.activations, max(reading.logits, drawn)))
+        drawn = sampled * network.vocabulary * 4 * (8 if args.top_p != 1.0 or args.top_k else 4)
+        weights, stage = network.weights, setting.stages["actor"]
+        if setting.layerwise:
+            whole = gathered(weights, self.element, stage, "generation")
+        else:
+            whole = [Row("gathered", self.element * weights.total if stage == 3 else 0, CARD, "generation")]
+        passes = replace(reading, logits=max(reading.logits, drawn)).rows("generation")
+        return [*passes, *whole, Row("kv_cache", cache, CARD, "generation")]
+
+    # --- plans of settings --------------------------------------------------------------------------------------------
 
     def plan(self, setting: Setting, machine: Machine, batch: int | None = None) -> Plan:
         """Return the memory of a setting."""
-        return plan(self.job(setting, batch), setting, machine)
+        return plan(self.table(setting, machine, batch), setting, machine)
 
     def plan_as_run(self, setting: Setting, machine: Machine) -> Plan:
         """Return the plan; with --generation_weights auto a rollout goes layer by layer where gathered weights do not fit."""
-        found = self.plan(setting, machine)
-        if found.fits or not self.shape.chooses_weights:
-            return found
+        planned = self.plan(setting, machine)
+        if planned.fits or not (self.ppo and self.args.generation_weights == AUTO):
+            return planned
         return self.plan(replace(setting, layerwise=True), machine)
 
-    def largest_batch(self, setting: Setting, machine: Machine, limit: int = 4096) -> int:
+    def largest_batch(self, setting: Setting, machine: Machine) -> int:
         """Return the largest micro-batch (examples) that fits; 0 if none does."""
-        if not self.plan(setting, machine, 1).fits:
-            return 0
-        low, high = 1, 2
-        while high <= limit and self.plan(setting, machine, high).fits:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.plan(setting, machine, middle).fits else (low, middle)
-        return low
+        return bisect_left(
+            range(1, LARGEST_BATCH + 1), True, key=lambda batch: not self.plan(setting, machine, batch).fits
+        )
+
+    def settings(self) -> list[Setting]:
+        """Return the settings that this step can take, from the fastest to the slowest."""
+        options = {"optimizer", "param"}
+        # Recomputation drops the prefixes that peft puts in; ChatGLM's networks put in their own.
+        own_prefix = all(hasattr(self.configs[role], "pre_seq_len") for role in self.roles)
+        if own_prefix or not any(self.adapters(role)["pre_seq_len"] for role in self.roles):
+            options.add("recompute")
+        options |= {"layerwise"} if self.ppo else set()
+        options |= {"frozen"} if self.ppo and not self.shared else set()
+        settings = []
+        for stage, wanted in CANDIDATES:
+            taken = wanted & options
+            setting = Setting(
+                dict.fromkeys(self.roles, stage),
+                dict.fromkeys(self.roles, "recompute" in taken),
+                offload_optimizer="optimizer" in taken,
+                offload_param="param" in taken,
+                offload_reference="frozen" in taken,
+                offload_reward="frozen" in taken,
+                layerwise="layerwise" in taken,
+            )
+            settings += [setting] if setting not in settings else []
+        return settings
 
     def cheapest(self, machine: Machine, batch: int | None = None) -> Plan | None:
         """Return the plan of the fastest setting that fits, with room to spare if any has that."""
         tight = None
-        for setting in settings(self.shape):
-            found = self.plan(setting, machine, batch)
-            if found.verdict == "fits":
-                return found
-            if found.fits and tight is None:
-                tight = found
+        for setting in self.settings():
+            planned = self.plan(setting, machine, batch)
+            if planned.verdict == "fits":
+                return planned
+            tight = tight or (planned if planned.fits else None)
         return tight
 
-
-def settings(shape: StepShape) -> Iterator[Setting]:
-    """Yield settings from the fastest to the slowest. ZeRO 1 and 2 cost next to nothing, recomputed activations a third of
-    the arithmetic, ZeRO-3 half as much communication again, states in host memory a transfer a step, weights there
-    one in every pass, and weights that are not gathered for sampling one for every token.
-    """
-    roles = shape.roles
-    # Recomputation drops the prefixes that peft puts in; ChatGLM's networks put in their own.
-    own_prefix = all(hasattr(flags.config, "pre_seq_len") for flags in roles.values())
-    recomputed = (False, True) if own_prefix or not any(flags.pre_seq_len for flags in roles.values()) else (False,)
-    frozen = (False, True) if shape.sampled and not shape.shared else (False,)  # reference and reward model on the host
-
-    def setting(stage: int, recompute: bool = False, away: bool = False, **options: bool) -> Setting:
-        stages, checkpointing = dict.fromkeys(roles, stage), dict.fromkeys(roles, recompute)
-        return Setting(stages, checkpointing, offload_reference=away, offload_reward=away, **options)
-
-    yield from (setting(stage) for stage in (0, 1, 2))
-    yield from (setting(2, recompute) for recompute in recomputed[1:])
-    for stage, offloaded in ((3, False), (2, True), (3, True)):
-        yield from (setting(stage, again, away, offload_optimizer=offloaded) for away in frozen for again in recomputed)
-    for layerwise in (False, True)[: 1 + bool(shape.sampled)]:
-        yield setting(3, recomputed[-1], frozen[-1], offload_optimizer=True, offload_param=True, layerwise=layerwise)
-
-
-def flags_of(setting: Setting, shape: StepShape) -> str:
-    """Return the flags that ask for a setting."""
-    words = []
-    for role, flags in shape.roles.items():
-        words.append(f"--{flags.prefix}zero_stage {setting.stages[role]}")
-        words += [f"--{flags.prefix}gradient_checkpointing"] if setting.checkpointing[role] else []
-    given = {
-        "--offload": setting.offload_param,
-        "--offload_optimizer": setting.offload_optimizer and not setting.offload_param,
-        "--offload_reference_model": setting.offload_reference,
-        "--offload_reward_model": setting.offload_reward and shape.reward_model,
-        "--generation_weights layerwise": setting.layerwise,
-    }
-    return " ".join([*words, *(flag for flag, wanted in given.items() if wanted)])
+    def flags_of(self, setting: Setting) -> str:
+        """Return the flags that ask for a setting."""
+        words = []
+        for role, prefix in self.roles.items():
+            words.append(f"--{prefix}zero_stage {setting.stages[role]}")
+            words += [f"--{prefix}gradient_checkpointing"] if setting.checkpointing[role] else []
+        reward_model = self.ppo and self.args.reward_model and "critic" in self.roles
+        wanted = {
+            "--offload": setting.offload_param,
+            "--offload_optimizer": setting.offload_optimizer and not setting.offload_param,
+            "--offload_reference_model": setting.offload_reference,
+            "--offload_reward_model": setting.offload_reward and reward_model,
+            "--generation_weights layerwise": setting.layerwise,
+        }
+        return " ".join([*words, *(flag for flag in wanted if wanted[flag])])
 
 
 # --- one section, one run ---------------------------------------------------------------------------------------------
@@ -316,30 +314,26 @@ class SectionPlan:
     plan: Plan
 
     @property
-    def dtype(self) -> str:
-        """Return fp32, fp16 or bf16."""
-        return next(name for name, one in DTYPES.items() if one == self.memory.shape.dtype)
-
-    @property
     def refusal(self) -> str:
         """Return the sentence for a run that does not fit; nothing where it fits."""
         return "" if self.plan.fits else refusal(self.memory, self.plan)
 
 
 def section_plan(
-    args: Any, configs: dict[str, PretrainedConfig], machine: Machine, *, dtype: str, attention: str
+    args: Any,
+    configs: dict[str, PretrainedConfig],
+    machine: Machine,
+    *,
+    dtype: str,
+    attention: str,
+    prefixed: tuple[str, ...] = (),
 ) -> SectionPlan:
     """Return the plan of a step on a machine. dtype, attention: what "auto" stands for there ("bf16", "sdpa")."""
     dtype = dtype if args.dtype == AUTO else args.dtype
     attention = attention if args.attn_implementation == AUTO else args.attn_implementation
-    return planned(read_step(args, configs, dtype=DTYPES[dtype], attention=attention), machine)
-
-
-def planned(shape: StepShape, machine: Machine) -> SectionPlan:
-    """Return the plan of a step with the stages that "auto" stands for."""
-    memory = StepMemory(shape)
+    memory = StepMemory(args, configs, dtype=dtype, attention=attention, prefixed=prefixed)
     stages = choose_stages(memory, machine)
-    setting = replace(shape.setting, stages=shape.setting.stages | stages)
+    setting = replace(memory.setting, stages=memory.setting.stages | stages)
     return SectionPlan(memory, machine, stages, memory.plan_as_run(setting, machine))
 
 
@@ -347,20 +341,19 @@ def choose_stages(memory: StepMemory, machine: Machine) -> dict[str, int]:
     """Return the stage of every role with --zero_stage auto: the lowest with which the run, otherwise as its flags say, fits
     and all flags have an effect; 3 if none does.
     """
-    shape = memory.shape
-    automatic = [role for role, flags in shape.roles.items() if flags.zero_stage == AUTO]
-    if not automatic:
+    if not memory.automatic:
         return {}
-    lowest = 3 if shape.needs_stage_3 else 1 if shape.setting.offload_optimizer else 0
+    lowest = 3 if needing_stage_3(memory.args) else 1 if memory.setting.offload_optimizer else 0
     for stage in range(lowest, 3):
-        stages = shape.setting.stages | dict.fromkeys(automatic, stage)
-        if memory.plan_as_run(replace(shape.setting, stages=stages), machine).fits:
-            return dict.fromkeys(automatic, stage)
-    return dict.fromkeys(automatic, 3)
+        stages = dict.fromkeys(memory.automatic, stage)
+        setting = replace(memory.setting, stages=memory.setting.stages | stages)
+        if memory.plan_as_run(setting, machine).fits:
+            return stages
+    return dict.fromkeys(memory.automatic, 3)
 
 
 def check_fits(
-    args: Any, machine: Machine, models: dict[str, CheckpointFolder], *, dtype: torch.dtype, attn: str
+    args: Any, machine: Machine, models: dict[str, CheckpointFolder], *, dtype: str, attention: str
 ) -> dict[str, int]:
     """Return the flags that --zero_stage auto becomes, for the caller to put in; {} without one. Reads no weights.
 
@@ -374,15 +367,15 @@ def check_fits(
         options = args.prefix_options("" if role == "model" else role) if role != "reference" else {}
         if options and gets_prefix(checkpoint, args.output_dir, **options):
             prefixed.append(role)
-    found = planned(read_step(args, configs, dtype=dtype, attention=attn, prefixed=tuple(prefixed)), machine)
-    if not args.force and not found.plan.fits:
-        raise UserError(found.refusal)
-    return {f"{found.memory.shape.roles[role].prefix}zero_stage": stage for role, stage in found.stages.items()}
+    planned = section_plan(args, configs, machine, dtype=dtype, attention=attention, prefixed=tuple(prefixed))
+    if not args.force and not planned.plan.fits:
+        raise UserError(planned.refusal)
+    return {f"{planned.memory.roles[role]}zero_stage": stage for role, stage in planned.stages.items()}
 
 
 def refusal(memory: StepMemory, wanted: Plan) -> str:
     """Return the sentence for a run that does not fit: what it needs, and the nearest setting that fits."""
-    shape, machine = memory.shape, wanted.machine
+    machine = wanted.machine
     if machine.accelerator and wanted.on_card > machine.device_memory:
         sizes = wanted.card
         has = f"{machine.device_memory / GIB:.1f}"
@@ -391,18 +384,19 @@ def refusal(memory: StepMemory, wanted: Plan) -> str:
         sizes = wanted.host
         need = f"{wanted.on_host / GIB:.2f} GiB of the host, which has {machine.host_memory / GIB:.2f}"
     largest = max((name for name in sizes if name != "reserve"), key=sizes.get)
-    kind = next(iter(shape.roles.values())).config.model_type
+    kind = next(iter(memory.configs.values())).model_type
     sentence = (
-        f"{shape.title} of this {kind} model does not fit: it needs {need} ({largest.replace('_', ' ')} {sizes[largest] / GIB:.2f})"
+        f"{memory.args.title} of this {kind} model does not fit: it needs {need} "
+        f"({largest.replace('_', ' ')} {sizes[largest] / GIB:.2f})"
     )
     smaller, other = "", memory.cheapest(machine)
     if other is None:
-        smaller, other = f"--{shape.batch_flag} 1 ", memory.cheapest(machine, 1)
+        smaller, other = f"--{memory.batch_flag} 1 ", memory.cheapest(machine, 1)
     if other is None:
-        lora = "--actor_lora_dim and --critic_lora_dim" if shape.sampled else "--lora_dim"
+        lora = "--actor_lora_dim and --critic_lora_dim" if memory.ppo else "--lora_dim"
         return f"{sentence}, and no setting does; take more cards, adapters ({lora}) or a smaller model. --force starts anyway."
     card = f"{other.on_card / GIB:.1f} GiB a card, " if machine.accelerator else ""
     return (
-        f"{sentence}. Nearest setting that fits: {smaller}{flags_of(other.setting, shape)} ({card}{other.on_host / GIB:.2f} GiB "
+        f"{sentence}. Nearest setting that fits: {smaller}{memory.flags_of(other.setting)} ({card}{other.on_host / GIB:.2f} GiB "
         "on the host). --force starts anyway."
     )

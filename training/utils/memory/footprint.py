@@ -13,8 +13,9 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,46 +110,53 @@ def fused_attention() -> Iterator[None]:
 
 
 @contextmanager
-def autocast_off() -> Iterator[None]:
-    """Make torch say of every device that autocast is off: transformers asks for meta, where torch 2.4 raises."""
+def on_meta(ledger: Ledger, fused: bool = True) -> Iterator[None]:
+    """Count tensors without content. autocast counts as off: transformers asks for meta, where torch 2.4 raises."""
     known, torch.is_autocast_enabled = torch.is_autocast_enabled, lambda *_: False
     try:
-        yield
+        with ledger, fused_attention() if fused else nullcontext(), torch.device("meta"):
+            yield
     finally:
         torch.is_autocast_enabled = known
 
 
+class Moments(NamedTuple):
+    """Bytes when the head begins (held), and peaks: until the head's gradient is there (head), while the blocks' backward
+    runs (inside), and from the embedding's gradient on (behind).
+    """
+
+    held: float
+    head: float
+    inside: float
+    behind: float
+
+
+@dataclass(eq=False)
 class Footprint:
     """One model of a run: its weights and what its passes hold. scalar: a score head in place of the language model's.
 
     lora_dim, lora_module_name, pre_seq_len, prefix_projection, quantization_bit as in the flags of the steps.
-    frozen: nothing is trained, whatever the adapters.
     """
 
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        *,
-        dtype: torch.dtype,
-        scalar: bool = False,
-        attn: str = "sdpa",
-        lora_dim: int = 0,
-        lora_module_name: str = "auto",
-        pre_seq_len: int = 0,
-        prefix_projection: bool = False,
-        quantization_bit: int = 0,
-        gradient_checkpointing: bool = False,
-        frozen: bool = False,
-    ) -> None:
-        self.config, self.dtype, self.scalar, self.frozen = config, dtype, scalar, frozen
-        self.attn = "eager" if attn == "eager" else "sdpa"
-        self.lora = (lora_dim, lora_module_name)
-        self.prefix = PrefixPlan(pre_seq_len, prefix_projection, "", None, 0) if pre_seq_len else None
-        self.quantization_bit, self.gradient_checkpointing = quantization_bit, gradient_checkpointing
-        self.blocks: int = config.num_hidden_layers
-        self.adapted, self.first_adapted = self.blocks, 0  # number of blocks with adapters, and the first of them: _few_names
+    config: PretrainedConfig
+    _: KW_ONLY
+    dtype: torch.dtype
+    scalar: bool = False
+    attn: str = "sdpa"
+    lora_dim: int = 0
+    lora_module_name: str = "auto"
+    pre_seq_len: int = 0
+    prefix_projection: bool = False
+    quantization_bit: int = 0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        self.attn = "eager" if self.attn == "eager" else "sdpa"
+        self.blocks: int = self.config.num_hidden_layers
+        self.vocabulary: int = self.config.vocab_size  # rows of the output matrix
+        self.adapted, self.first_adapted = self.blocks, 0  # number of blocks with adapters, the first of them: _few_names
         self._models: dict[int, nn.Module] = {}
-        self._found: dict[tuple, Any] = {}
+        self._measured: dict[tuple, Moments] = {}
 
     def model(self, blocks: int) -> nn.Module:
         """Return the network on the meta device with this number of blocks, under the head of the steps."""
@@ -159,8 +167,8 @@ class Footprint:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:blocks]
         set_dropout(config, 0.0)
-        if self.prefix is not None and hasattr(config, "pre_seq_len"):
-            config.pre_seq_len, config.prefix_projection = self.prefix.length, self.prefix.projection
+        if self.pre_seq_len and hasattr(config, "pre_seq_len"):
+            config.pre_seq_len, config.prefix_projection = self.pre_seq_len, self.prefix_projection
         if self.scalar:
             config.num_labels = 1
         auto = AutoModelForSequenceClassification if self.scalar else AutoModelForCausalLM
@@ -173,14 +181,12 @@ class Footprint:
             model.get_input_embeddings().padding_idx = None
             if self.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if self.prefix is not None:
-                model = add_prefix(model, self.prefix, fresh=False)
-            if self.lora[0]:
-                model = add_lora(model, dim=self.lora[0], alpha=1.0, module_name=self._few_names(model, blocks))
+            if self.pre_seq_len:
+                model = add_prefix(model, PrefixPlan(self.pre_seq_len, self.prefix_projection, "", None, 0), fresh=False)
+            if self.lora_dim:
+                model = add_lora(model, dim=self.lora_dim, alpha=1.0, module_name=self._few_names(model, blocks))
         for parameter in model.parameters():  # as build_engine does
             parameter.data = parameter.data.to(self.dtype)
-        if self.frozen:
-            model.requires_grad_(False)
         self._models[blocks] = (TokenScores if self.scalar else TokenLogProbs)(model)
         return self._models[blocks]
 
@@ -189,7 +195,7 @@ class Footprint:
 
         A name with the number of a block ("layers.18.") may fit none of these few: here every block gets what any block gets.
         """
-        module_name = self.lora[1]
+        module_name = self.lora_module_name
         if module_name == "auto":
             return module_name
         names, numbers = [], set()
@@ -204,102 +210,79 @@ class Footprint:
             self.adapted, self.first_adapted = len(numbers), min(numbers)
         return ",".join(names) or module_name
 
-    def _extended(self, one: Any, two: Any, blocks: int | None = None) -> int:
-        """Extend a count of one and of two blocks to all blocks, or to this number of them."""
-        return int(one + (two - one) * ((blocks or self.blocks) - 1))
-
-    @property
+    @cached_property
     def weights(self) -> Weights:
-        """Return the counts of the whole network."""
+        """Return the counts of the whole network: those of one block, and as often as needed what a second one adds."""
         one, two = (counted(self.model(blocks)) for blocks in (1, 2))
-        of = {"trained": self.adapted, "small_trained": self.adapted}
-        counts = {name: self._extended(getattr(one, name), getattr(two, name), of.get(name)) for name in vars(one)}
-        return Weights(**counts | {"largest": two.largest})
-
-    @property
-    def vocabulary(self) -> int:
-        """Return the rows of the output matrix."""
-        return self.config.vocab_size
+        counts = {"largest": two.largest}
+        for name in ("trained", "frozen", "small_trained", "small_frozen", "integers"):
+            more = (self.adapted if name in ("trained", "small_trained") else self.blocks) - 1
+            counts[name] = getattr(one, name) + (getattr(two, name) - getattr(one, name)) * more
+        return Weights(**counts)
 
     def training(self, batch: int, length: int, keep: int | None = None) -> Peak:
         """Return the peak of forward and backward of a micro-batch [batch, length].
 
         keep: log-probabilities of this number of last tokens; None: of all.
         """
-        key = ("training", batch, length, keep)
-        if key not in self._found:
-            two = self._point(2, batch, length, keep)
-            more = self.blocks - self.first_adapted - 2  # what lies below the first adapter needs no backward pass
-            further = (two.held - self._point(1, batch, length, keep, backward=False, graph=True).held) * more
-            held, head, inside = (int(size + further) for size in (two.held, two.head, two.inside))
-            most = max(head, inside, int(two.behind))
-            logits = max(0, head - held) if head == most and not self.scalar else 0
-            self._found[key] = Peak(most - logits, logits)
-        return self._found[key]
+        two = self._moments(2, batch, length, keep)
+        more = self.blocks - self.first_adapted - 2  # what lies below the first adapter needs no backward pass
+        further = (two.held - self._moments(1, batch, length, keep, backward=False, graph=True).held) * more
+        held, head, inside = (int(size + further) for size in (two.held, two.head, two.inside))
+        most = max(head, inside, int(two.behind))
+        logits = max(0, head - held) if head == most and not self.scalar else 0
+        return Peak(most - logits, logits)
 
     def forward(self, batch: int, length: int, keep: int | None = None) -> Peak:
         """Return the peak of a forward pass alone."""
-        key = ("forward", batch, length, keep)
-        if key not in self._found:
-            found = self._point(2, batch, length, keep, backward=False)
-            logits = 0 if self.scalar else int(found.head - found.held)
-            self._found[key] = Peak(int(found.head) - logits, logits)
-        return self._found[key]
+        pass_ = self._moments(2, batch, length, keep, backward=False, graph=False)
+        logits = 0 if self.scalar else int(pass_.head - pass_.held)
+        return Peak(int(pass_.head) - logits, logits)
 
-    def _point(
-        self, blocks: int, batch: int, length: int, keep: int | None, backward: bool = True, graph: bool | None = None
-    ) -> SimpleNamespace:
+    def _moments(
+        self, blocks: int, batch: int, length: int, keep: int | None, backward: bool = True, graph: bool = True
+    ) -> Moments:
         """Return what _passes measures. Above a few chunks of logits it grows with the rows: two batches are measured."""
-        logits = (keep or length) * self.vocabulary
-        small = batch if self.scalar else math.ceil(2 * CHUNK_LOGITS / logits)
-        measured = [batch] if batch <= 2 * small else [small, 2 * small]
-        points = []
-        for rows in measured:
+        small = batch if self.scalar else math.ceil(2 * CHUNK_LOGITS / ((keep or length) * self.vocabulary))
+        measured = []
+        for rows in [batch] if batch <= 2 * small else [small, 2 * small]:
             key = (blocks, rows, length, keep, backward, graph)
-            if key not in self._found:
-                self._found[key] = self._passes(blocks, rows, length, keep, backward, backward if graph is None else graph)
-            points.append(self._found[key])
-        if len(points) == 1:
-            return points[0]
-        first, second = map(vars, points)
+            if key not in self._measured:
+                self._measured[key] = self._passes(*key)
+            measured.append(self._measured[key])
+        if len(measured) == 1:
+            return measured[0]
         steps = (batch - small) / small
-        return SimpleNamespace(**{name: first[name] + (second[name] - first[name]) * steps for name in first})
+        return Moments(*(first + (second - first) * steps for first, second in zip(*measured, strict=True)))
 
-    def _passes(
-        self, blocks: int, batch: int, length: int, keep: int | None, backward: bool, graph: bool
-    ) -> SimpleNamespace:
-        """Measure a forward pass, and a backward pass behind it. graph: keep what a backward pass needs.
-
-        held: bytes when the head begins. head, inside, behind: peaks until the head's gradient is there, while the blocks'
-        backward runs, and from the embedding's gradient on.
-        """
+    def _passes(self, blocks: int, batch: int, length: int, keep: int | None, backward: bool, graph: bool) -> Moments:
+        """Measure a forward pass, and a backward pass behind it. graph: keep what a backward pass needs."""
         model = self.model(blocks).train(graph)
-        found = SimpleNamespace(held=0, head=0, inside=0, behind=0)
-        ledger = Ledger(list(model.parameters()) + list(model.buffers()))
+        ledger = Ledger([*model.parameters(), *model.buffers()])
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sizes = dict.fromkeys(Moments._fields, 0)
         hooks = []
 
         def at_head(_: nn.Module, inputs: tuple) -> None:
-            found.held = ledger.now
-            if inputs[0].requires_grad:
-                hooks.append(inputs[0].register_hook(lambda gradient: setattr(found, "head", ledger.take_peak())))
+            sizes["held"] = ledger.now
+            peak_at(inputs[0], "head")
 
-        def at_embedding(_: nn.Module, __: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                hooks.append(output.register_hook(lambda gradient: setattr(found, "inside", ledger.take_peak())))
+        def peak_at(tensor: Tensor, moment: str) -> None:
+            """Note the peak when the tensor's gradient is there."""
+            if tensor.requires_grad:
+                hooks.append(tensor.register_hook(lambda _: sizes.update({moment: ledger.take_peak()})))
 
         def finished(parameter: nn.Parameter) -> None:
             ledger.remove(parameter.grad.untyped_storage()._cdata)
 
+        embeddings = base_model(model.model).get_input_embeddings()
         hooks.append(model.project.register_forward_pre_hook(at_head))
-        hooks.append(base_model(model.model).get_input_embeddings().register_forward_hook(at_embedding))
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        hooks.append(embeddings.register_forward_hook(lambda _, __, output: peak_at(output, "inside")))
         hooks += [parameter.register_post_accumulate_grad_hook(finished) for parameter in trained]
-        fused = fused_attention() if self.attn == "sdpa" else nullcontext()
-        arguments = {} if self.scalar else {"keep": keep}
         try:
-            with ledger, fused, autocast_off(), torch.device("meta"), torch.set_grad_enabled(graph):
+            with on_meta(ledger, self.attn == "sdpa"), torch.set_grad_enabled(graph):
                 ids, mask = (torch.ones(batch, length, dtype=torch.long) for _ in range(2))
-                output = model(ids, mask, **arguments)
+                output = model(ids, mask, **({} if self.scalar else {"keep": keep}))
                 if backward:
                     output.sum().backward()
                 last = ledger.take_peak()
@@ -309,26 +292,24 @@ class Footprint:
                 hook.remove()
             for parameter in trained:
                 parameter.grad = None
-        if not backward or not found.head:
-            found.head = last
-        elif not found.inside:  # a frozen embedding has no gradient
-            found.inside = last
-        else:
-            found.behind = last
-        return found
+        # Without a backward pass the head's peak is the last; a frozen embedding has no gradient.
+        moment = "head" if not backward or not sizes["head"] else "behind" if sizes["inside"] else "inside"
+        return Moments(**sizes | {moment: last})
 
     def cache(self, batch: int, length: int) -> int:
         """Return bytes of the keys and values of all blocks."""
-        if "cache" not in self._found:
-            decoder = base_model(self.model(1).model).base_model
-            decoder.eval()  # with gradient checkpointing nothing is cached while training
-            with Ledger(), fused_attention(), autocast_off(), torch.device("meta"), torch.no_grad():
-                ids, mask = (torch.ones(1, 16, dtype=torch.long) for _ in range(2))
-                layers = decoder(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values.layers
-            tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-            columns = tensors[0].shape[-2]
-            self._found["cache"] = sum(tensor.nbytes for tensor in tensors) / columns
-        return int(self._found["cache"] * self.blocks * batch * length)
+        return self._cache_bytes * self.blocks * batch * length
+
+    @cached_property
+    def _cache_bytes(self) -> int:
+        """Bytes of the keys and values of one token in one block."""
+        decoder = base_model(self.model(1).model).base_model
+        decoder.eval()  # with gradient checkpointing nothing is cached while training
+        with on_meta(Ledger()), torch.no_grad():
+            ids, mask = (torch.ones(1, 16, dtype=torch.long) for _ in range(2))
+            layers = decoder(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values.layers
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in tensors) // tensors[0].shape[-2]  # a prefix makes them longer than 16
 
 
 def counted(model: nn.Module) -> Weights:

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from models.checkpoint_folder import CheckpointFolder
-from models.device import free_memory, has_accelerator
+from models.device import DTYPES, free_memory, has_accelerator
 from training.utils.memory.arithmetic import Machine
 from training.utils.memory.container import container_free
 from training.utils.memory.fit import check_fits
@@ -28,4 +28,5 @@ def this_machine(run: Run) -> Machine:
 
 def check_run_fits(args: Any, run: Run, models: dict[str, CheckpointFolder]) -> dict[str, int]:
     """Return ``check_fits`` of a run that has begun. All processes call it, and all come to the same end."""
-    return check_fits(args, this_machine(run), models, dtype=run.dtype, attn=run.attention)
+    dtype = next(name for name, one in DTYPES.items() if one == run.dtype)
+    return check_fits(args, this_machine(run), models, dtype=dtype, attention=run.attention)
