@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # it imports torch, which may be broken here
 Plans = Mapping[str, "SectionPlan | UserError"]  # by section
 SHM_LITTLE = 1 * GIB  # Docker gives 64 MB; 8 data workers and NCCL's rings want more
 BUSY = 0.1  # of a card's memory, taken by others
+BUILDS = "ds_report names what is missing: a compiler, ninja, CUDA_HOME or ROCM_HOME"
 
 
 def check_platform(situation: Situation) -> list[Check]:
@@ -43,30 +44,27 @@ def check_platform(situation: Situation) -> list[Check]:
         todo = "choose the recipe for this machine: dtypes and variables differ"
         return [Check("platform", "detected", WARN, f"{why}, but {wanted.name} is {wanted.title}", todo)]
     checks = [Check("platform", "detected", OK, why)]
-    processes = situation.options.processes if situation.options else None
+    processes = (situation.options and situation.options.processes) or 0
     if error := facts.get("cards_error"):
         checks.append(Check("platform", "cards", FAIL, f"they do not answer: {error}", "check the driver"))
-    elif situation.accelerator != "cpu" and not situation.several and (processes or 0) > len(cards):
+    elif situation.accelerator != "cpu" and not situation.several and processes > len(cards):
         todo = f"--num_gpus {len(cards)}, or show more of them"
         checks.append(Check("platform", "cards", FAIL, f"the run wants {processes}, torch sees {len(cards)}", todo))
     for index, card in enumerate(cards):
         size = f", {card['free'] / GIB:.1f} of {card['total'] / GIB:.1f} GiB free" if card["total"] else ""
         busy = bool(card["total"]) and card["free"] < (1 - BUSY) * card["total"]
         todo = "another process uses it: end that one, or choose other cards" if busy else ""
-        checks.append(
-            Check("platform", f"card {index}", WARN if busy else OK, f"{card['name']} ({card['chip']}){size}", todo)
-        )
+        why = f"{card['name']} ({card['chip']}){size}"
+        checks.append(Check("platform", f"card {index}", WARN if busy else OK, why, todo))
     return checks
 
 
 def check_dtype(situation: Situation) -> list[Check]:
     """Compare what the chip can train in, by table and by trial, with the recipe."""
-    found = situation.facts.get("dtypes")
+    found, error = situation.facts.get("dtypes"), situation.facts.get("dtypes_error")
     if found is None:
-        error = situation.facts.get("dtypes_error")
-        return [
-            Check("dtype", "probe", FAIL if error else SKIP, error or "torch gave no answer", "see the platform above")
-        ]
+        state = FAIL if error else SKIP
+        return [Check("dtype", "probe", state, error or "torch gave no answer", "see the platform above")]
     able = [name for name in found["table"] if name == "fp32" or found["works"][name]]
     broken = [name for name in found["table"] if name not in able]
     why = f"{found['chip']} trains in {', '.join(able)}; --attn_implementation auto is {found['attention']}"
@@ -75,11 +73,9 @@ def check_dtype(situation: Situation) -> list[Check]:
     checks = [Check("dtype", "probe", WARN if broken else OK, why, "update driver and torch" if broken else "")]
     sections = situation.recipe.sections if situation.recipe else {}
     asked = {name: values.get("dtype", "auto") for name, values in sections.items() if name != "launch"}
-    wrong = [f"{name}: {dtype}" for name, dtype in asked.items() if dtype not in (*able, "auto")]
+    wrong = ", ".join(f"{name}: {dtype}" for name, dtype in asked.items() if dtype not in (*able, "auto"))
     if wrong:
-        checks.append(
-            Check("dtype", "recipe", FAIL, f"{', '.join(wrong)} on {found['chip']}", f"--dtype {able[0]}, or auto")
-        )
+        checks.append(Check("dtype", "recipe", FAIL, f"{wrong} on {found['chip']}", f"--dtype {able[0]}, or auto"))
     if found["first_ascend"]:
         why = f"{found['chip']} is of the FIRST Ascend 910 generation: it has no infinity, DeepSpeed sees no overflow"
         todo = "in fp16 watch loss_scale: the overflow flag decides; if every step is skipped, see docs/en/launching.md"
@@ -87,34 +83,27 @@ def check_dtype(situation: Situation) -> list[Check]:
     return checks
 
 
-def check_operators(situation: Situation, plans: Plans) -> list[Check]:
+def check_operators(situation: Situation, plans: Plans) -> Check:
     """Say whether DeepSpeed can build the optimizers that the recipe uses. Without them a run takes torch's AdamW."""
-    can_build = situation.facts.get("ops")
-    if can_build is None:
-        return [Check("operators", "builds", SKIP, situation.facts.get("ops_error", "DeepSpeed gave no answer"))]
+    builds = situation.facts.get("ops")
+    if builds is None:
+        return Check("operators", "builds", SKIP, situation.facts.get("ops_error", "DeepSpeed gave no answer"))
     sections = situation.recipe.sections if situation.recipe else {}
-    wanted = {str(values.get("optimizer", "auto")) for values in sections.values()}
-    if situation.accelerator != "cpu" and any(offloads(plan) for plan in plans.values()):
+    wanted = {str(values.get("optimizer")) for values in sections.values()}
+    settings = [section.plan.setting for section in plans.values() if not isinstance(section, UserError)]
+    if situation.accelerator != "cpu" and any(setting.offload_optimizer for setting in settings):
         wanted.add("cpu_adam")
-    missing = sorted(name for name in wanted & can_build.keys() if not can_build[name])
-    if missing:
+    if missing := sorted(name for name in wanted & builds.keys() if not builds[name]):
         why = f"DeepSpeed cannot build {' and '.join(missing)} here; torch's AdamW takes its place"
-        todo = "ds_report names what is missing: a compiler, ninja, CUDA_HOME or ROCM_HOME"
-        return [Check("operators", "builds", WARN, why, todo)]
-    why = ", ".join(f"{name}: {'can be built' if able else 'no'}" for name, able in can_build.items())
-    return [Check("operators", "builds", OK, why)]
+        return Check("operators", "builds", WARN, why, BUILDS)
+    why = ", ".join(f"{name}: {'can be built' if able else 'no'}" for name, able in builds.items())
+    return Check("operators", "builds", OK, why)
 
 
-def offloads(plan: SectionPlan | UserError) -> bool:
-    """Return True for a section whose optimizer states lie on the host."""
-    return not isinstance(plan, UserError) and plan.plan.setting.offload_optimizer
-
-
-def check_build(name: str, situation: Situation) -> list[Check]:
+def check_build(name: str, situation: Situation) -> Check:
     """Build one of DeepSpeed's optimizers and take a step with it."""
     _, why = probe("build", name, situation=situation, times=30)
-    todo = "ds_report names what is missing; training takes torch's AdamW by itself" if why else ""
-    return [Check("operators", name, WARN if why else OK, why or "built, and it steps", todo)]
+    return Check("operators", name, WARN if why else OK, why or "built, and it steps", BUILDS if why else "")
 
 
 def run_machine(situation: Situation) -> Machine:
@@ -127,9 +116,8 @@ def run_machine(situation: Situation) -> Machine:
     if facts.get("torch_device") != platform.accelerator:
         return machine
     card = min((one["total"] for one in facts.get("cards", []) if one["total"]), default=machine.device_memory)
-    return replace(
-        machine, device_memory=card, host_memory=min(psutil.virtual_memory().total, container_limit() or math.inf)
-    )
+    host = min(psutil.virtual_memory().total, container_limit() or math.inf)
+    return replace(machine, device_memory=card, host_memory=host)
 
 
 def check_memory(plans: Plans) -> list[Check]:
@@ -141,13 +129,12 @@ def check_memory(plans: Plans) -> list[Check]:
             checks.append(Check("memory", section, WARN, f"cannot be computed: {found}", todo))
             continue
         plan, machine = found.plan, found.machine
-        card = (
-            f"{plan.on_card / GIB:.1f} of {machine.device_memory / GIB:.1f} GiB a card, " if machine.accelerator else ""
-        )
-        why = f"computed: {card}{plan.on_host / GIB:.1f} of {machine.host_memory / GIB:.1f} GiB on the host"
+        why = f"{plan.on_host / GIB:.1f} of {machine.host_memory / GIB:.1f} GiB on the host"
+        if machine.accelerator:
+            why = f"{plan.on_card / GIB:.1f} of {machine.device_memory / GIB:.1f} GiB a card, {why}"
         state = {"fits": OK, "tight": WARN, "no": FAIL}[plan.verdict]
         todo = found.refusal or ("halve the micro-batch if it runs out of memory" if state == WARN else "")
-        checks.append(Check("memory", section, state, why, todo))
+        checks.append(Check("memory", section, state, f"computed: {why}", todo))
     return checks or [Check("memory", "recipe", SKIP, "no recipe is given (--recipe)")]
 
 
@@ -158,63 +145,59 @@ def disk_bytes(found: SectionPlan, keep: int) -> float:
     14 bytes a weight that is trained in 16 bits.
     """
     memory = found.memory
-    element, state = memory.element, 8 if memory.element == 4 else 12
     counts = [memory.network(role).weights for role in memory.trained]
-    weights = sum(element * one.total for one in counts)
-    return (weights + sum(state * one.trained for one in counts)) * ((keep or 2) + 1) + weights
+    weights = sum(memory.element * one.total for one in counts)
+    states = sum((8 if memory.element == 4 else 12) * one.trained for one in counts)
+    return (weights + states) * ((keep or 2) + 1) + weights
 
 
 def check_disk(situation: Situation, plans: Plans) -> list[Check]:
     """Compare free space with the checkpoints of the recipe. DPO replaces reward and ppo: the larger counts."""
-    disks: dict[int, tuple[Path, dict[str, float]]] = {}
+    sizes: dict[str, float] = {}
+    folder = Path()
     for section, found in plans.items():
         if not isinstance(found, UserError):
             flags = situation.recipe.sections[section]
+            sizes[section] = disk_bytes(found, int(flags.get("save_total_limit", 2)))
             folder = Path(str(flags.get("output_dir", "."))).absolute()
-            folder = next(path for path in (folder, *folder.parents) if path.is_dir())
-            size = disk_bytes(found, int(flags.get("save_total_limit", 2)))
-            disks.setdefault(folder.stat().st_dev, (folder, {}))[1][section] = size
-    checks = []
-    for folder, sizes in disks.values():
-        needed = sizes.get("sft", 0) + max(sizes.get("dpo", 0), sizes.get("reward", 0) + sizes.get("ppo", 0))
-        free = shutil.disk_usage(folder).free
-        why = (
-            f"{folder}: {free / 1e9:.0f} GB free, checkpoints and models of all steps take up to {needed / 1e9:.0f} GB"
-        )
-        state = OK if free > needed else WARN if free > max(sizes.values()) else FAIL
-        todo = "--output_dir on a larger disk, a lower --save_total_limit, or remove a step's checkpoints first"
-        checks.append(Check("disk", "checkpoints", state, why, "" if state == OK else todo))
-    return checks
+    if not sizes:
+        return []
+    folder = next(path for path in (folder, *folder.parents) if path.is_dir())
+    needed = sizes.get("sft", 0) + max(sizes.get("dpo", 0), sizes.get("reward", 0) + sizes.get("ppo", 0))
+    free = shutil.disk_usage(folder).free
+    why = f"{folder}: {free / 1e9:.0f} GB free, checkpoints and models of all steps take up to {needed / 1e9:.0f} GB"
+    if free > needed:
+        return [Check("disk", "checkpoints", OK, why)]
+    todo = "--output_dir on a larger disk, a lower --save_total_limit, or remove a step's checkpoints first"
+    return [Check("disk", "checkpoints", WARN if free > max(sizes.values()) else FAIL, why, todo)]
 
 
-def check_shm(path: Path = Path("/dev/shm")) -> list[Check]:
+def check_shm(path: Path = Path("/dev/shm")) -> Check:
     """Look at shared memory: containers have little of it."""
     if not path.is_dir():
-        return [Check("disk", "/dev/shm", SKIP, f"{path} is not here")]
+        return Check("disk", "/dev/shm", SKIP, f"{path} is not here")
     free = shutil.disk_usage(path).free
     if free >= SHM_LITTLE:
-        return [Check("disk", "/dev/shm", OK, f"{free / GIB:.2f} GiB free")]
+        return Check("disk", "/dev/shm", OK, f"{free / GIB:.2f} GiB free")
     why = f"{free / GIB:.2f} GiB free: data workers and NCCL may end with a bus error"
-    todo = (
-        "docker run --shm-size 16g or --ipc host; Kubernetes: an emptyDir with medium Memory; else NCCL_SHM_DISABLE=1"
-    )
-    return [Check("disk", "/dev/shm", WARN, why, todo)]
+    todo = "docker run --shm-size 16g; Kubernetes: an emptyDir with medium Memory; else NCCL_SHM_DISABLE=1"
+    return Check("disk", "/dev/shm", WARN, why, todo)
 
 
-def check_all_reduce(situation: Situation) -> list[Check]:
+def check_all_reduce(situation: Situation) -> Check:
     """Sum over two processes on the platform's backend; over one with a single card: NCCL wants a card for each."""
     backend, cards = situation.facts.get("backend"), len(situation.facts.get("cards", []))
     if backend is None:
-        return [Check("communication", "all-reduce", SKIP, "torch gave no answer")]
+        return Check("communication", "all-reduce", SKIP, "torch gave no answer")
     count = 2 if backend == "gloo" or cards > 1 else 1
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_addr", "127.0.0.1"]
     launcher += ["--master_port", str(free_port())]
     _, why = probe("all_reduce", backend, situation=situation, launcher=launcher)
     if not why:
-        return [Check("communication", "all-reduce", OK, f"{backend}, processes: {count}; the sum is right")]
+        return Check("communication", "all-reduce", OK, f"{backend}, processes: {count}; the sum is right")
     todo = {
         "gloo": "set GLOO_SOCKET_IFNAME to an interface that exists (lo on one machine)",
         "nccl": "NCCL_DEBUG=INFO says why; try NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, and NCCL_SOCKET_IFNAME",
         "hccl": "check HCCL_IF_IP or HCCL_SOCKET_IFNAME, and that the ports 60000 to 60031 and 16666 are free",
     }
-    return [Check("communication", "all-reduce", FAIL, f"{backend}: {why}", todo[backend])]
+    return Check("communication", "all-reduce", FAIL, f"{backend}: {why}", todo[backend])

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from errors import UserError
+from scripts.launch.commands import Environment
 from scripts.launch.options import Options
 from scripts.launch.platforms import ROOT, MachineKind
 from training.utils.flags.recipe import Recipe
@@ -32,12 +34,16 @@ class Check:
 
 @dataclass
 class Situation:
-    """What the checks know. facts: the answer of the probe, or its error. seconds: for a host; a probe gets more."""
+    """What the checks know. facts: the answer of the probe, or its error. seconds: for a host; a probe gets more.
+
+    environ: the shell's variables; environment: what the launcher makes of them, None where it refuses.
+    """
 
     environ: Mapping[str, str]
     seconds: float = 20.0
     platform: MachineKind | None = None  # the one asked for
     options: Options | None = None
+    environment: Environment | None = None
     recipe: Recipe | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -59,18 +65,16 @@ class Situation:
         return bool(self.options and self.options.several)
 
 
+def refused(group: str, name: str, error: UserError) -> Check:
+    """Return a failure with the sentence of a launcher's check, whose last clause says what to do."""
+    why, clause, todo = str(error).rpartition("; ")
+    return Check(group, name, FAIL, why if clause else todo, todo if clause else "correct the recipe, flag or variable")
+
+
 def ask(words: Sequence[str], seconds: float, environ: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
     """Run a program that prints a probe's answer, for at most so long. Return the answer, or None and a reason."""
-    process = subprocess.Popen(
-        words,
-        env=environ,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, env=environ, text=True, errors="replace", start_new_session=True, **pipes)
     try:
         text, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -78,24 +82,28 @@ def ask(words: Sequence[str], seconds: float, environ: Mapping[str, str]) -> tup
         process.communicate()
         return None, f"no answer within {seconds:g} seconds"
     answers = [json.loads(line.removeprefix(MARK)) for line in text.splitlines() if line.startswith(MARK)]
-    for answer in answers:
-        if "error" in answer:
-            return None, answer["error"]
-    lines = [line.strip() for line in (errors + "\n" + text).splitlines() if line.strip()]
+    if answers:
+        error = next((answer["error"] for answer in answers if "error" in answer), "")
+        return (None, error) if error else (answers[-1], "")
+    lines = [line.strip() for line in f"{errors}\n{text}".splitlines() if line.strip()]
     # A traceback ends with its reason, a tool such as ssh begins with it.
-    reason = (
-        lines[-1 if "Traceback (most recent call last)" in errors else 0]
-        if lines
-        else f"exit code {process.returncode}"
-    )
-    return (answers[-1], "") if answers else (None, reason[:200])
+    last = -1 if "Traceback (most recent call last)" in errors else 0
+    return None, lines[last][:200] if lines else f"exit code {process.returncode}"
 
 
 def probe(
     part: str, *words: str, situation: Situation, times: float = 10, launcher: Sequence[str] = ()
 ) -> tuple[Any, str]:
-    """Run a part of scripts/doctor/probe.py in a child: this process never touches a device. Return as ``ask`` does."""
-    path = os.pathsep.join(filter(None, (str(ROOT), situation.environ.get("PYTHONPATH"))))
-    environ = {**situation.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    """Run a part of scripts/doctor/probe.py in a child, with the launcher's variables on the device that is here.
+
+    This process never touches a device. Return as ``ask`` does.
+    """
+    environ = dict(situation.environ)
+    if situation.environment:
+        environ |= situation.environment.variables
+    if "torch_device" in situation.facts:
+        environ["DS_ACCELERATOR"] = situation.facts["torch_device"]
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environ.get("PYTHONPATH"))))
+    environ["PYTHONSAFEPATH"] = "1"
     command = [sys.executable, *launcher, "-m", "scripts.doctor.probe", part, *words]
     return ask(command, situation.seconds * times, environ)

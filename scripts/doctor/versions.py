@@ -45,50 +45,43 @@ def release(version: str) -> str:
 
 def check_versions(situation: Situation) -> list[Check]:
     """Compare packages with the range of pyproject.toml and, on DCU and NPU, with the vendor's tables."""
-    installed = situation.facts.get("versions", {})
+    facts, vendor = situation.facts, situation.vendor
+    installed, tools = facts.get("versions", {}), facts.get("tools", {})
+    driver, toolkit = tools.get("driver"), tools.get("toolkit")
     checks = []
-    if "versions" in situation.facts:
+    if "versions" in facts:
         pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         for name, low, high in re.findall(r'"(torch|deepspeed|transformers)>=([\d.]+),<=([\d.]+)"', pyproject):
-            judged = judge_package(name, low, high, installed, situation.facts.get("import", {}).get(name))
+            judged = judge_package(name, low, high, installed, facts.get("import", {}).get(name))
             checks.append(Check("versions", name, *judged))
-    tools = situation.facts.get("tools", {})
-    if situation.vendor == "dcu":
-        checks.append(Check("platform", "DTK", *judge_dtk(tools.get("driver"), tools.get("toolkit"))))
+    if vendor == "cuda":
+        checks.append(Check("platform", "CUDA", *judge_cuda(driver, toolkit, facts.get("build", {}).get("cuda"))))
+    if vendor == "dcu":
+        checks.append(Check("platform", "DTK", *judge_dtk(driver, toolkit)))
         if "torch" in installed:
-            checks.append(
-                Check("versions", "torch for DTK", *judge_dtk_torch(installed["torch"], tools.get("toolkit")))
-            )
-    if situation.vendor == "cuda":
-        built = situation.facts.get("build", {}).get("cuda")
-        checks.append(Check("platform", "CUDA", *judge_cuda(tools.get("driver"), tools.get("toolkit"), built)))
-    if situation.vendor == "npu":
+            checks.append(Check("versions", "torch for DTK", *judge_dtk_torch(installed["torch"], toolkit)))
+    if vendor == "npu":
         checks.append(Check("versions", "torch_npu", *judge_torch_npu(installed)))
         if "torch_npu" in installed:
-            checks.append(Check("versions", "CANN", *judge_cann(installed["torch_npu"], tools.get("toolkit"))))
+            checks.append(Check("versions", "CANN", *judge_cann(installed["torch_npu"], toolkit)))
     return checks
 
 
-def judge_package(
-    name: str, low: str, high: str, installed: Mapping[str, str], error: str | None
-) -> tuple[str, str] | tuple[str, str, str]:
+def judge_package(name: str, low: str, high: str, installed: Mapping[str, str], error: str | None) -> tuple[str, ...]:
     """Return state, reason and advice for a package whose import ended with an error, if any."""
     version = installed.get(name)
     if version is None:
         return FAIL, "not installed", "pip install -r requirements.txt"
-    # 0.14.2 and 0.14.3 of the package index want a function that torch 2.4 removed; vendors' builds have a repair.
-    old = name == "deepspeed" and "+" not in version and Version(version) < Version("0.14.4")
     if error:
         todo = "install the versions of requirements.txt, or the vendor's wheels for this machine"
-        return FAIL, f"{version} does not import: {error}", "install deepspeed 0.14.4 or newer" if old else todo
+        return FAIL, f"{version} does not import: {error}", todo
     if Version(version) < Version(low):
         return FAIL, f"{version} is older than {low}", f"install {low} to {high}"
     if Version(release(version)) > Version(high):
-        return (
-            WARN,
-            f"{version} is newer than {high}, the newest that was tested",
-            f"if something fails, install {high}",
-        )
+        why = f"{version} is newer than {high}, the newest that was tested"
+        return WARN, why, f"if something fails, install {high}"
+    # 0.14.2 and 0.14.3 of the package index want a function that torch 2.4 removed; vendors' builds have a repair.
+    old = name == "deepspeed" and "+" not in version and Version(version) < Version("0.14.4")
     if old and Version(installed.get("torch", "0")) >= Version("2.4"):
         return WARN, f"{version} from the package index does not import with torch 2.4", "install 0.14.4 or newer"
     return OK, f"{version}, within {low} to {high}"
@@ -110,8 +103,8 @@ def judge_dtk(driver: str | None, toolkit: str | None) -> tuple[str, ...]:
         return WARN, "no DTK in ROCM_PATH or /opt/dtk", "install it, then source /opt/dtk/env.sh"
     needed = DTK_DRIVER.get(".".join(toolkit.split(".")[:2]))
     if driver is None or needed is None:
-        todo = "compare with the vendor's release notes"
-        return WARN, f"DTK {toolkit} with driver {driver or 'unknown'}: not in the tables", todo
+        why = f"DTK {toolkit} with driver {driver or 'unknown'}: not in the tables"
+        return WARN, why, "compare with the vendor's release notes"
     if Version(driver) < Version(needed):
         return FAIL, f"DTK {toolkit} needs driver {needed}, this is {driver}", "update the driver, or take an older DTK"
     return OK, f"DTK {toolkit} on driver {driver} ({needed} or newer)"
@@ -126,13 +119,10 @@ def judge_dtk_torch(torch: str, toolkit: str | None) -> tuple[str, ...]:
     made_for = f"{label[1]}.{label[2]}"
     if toolkit and not toolkit.startswith(made_for):
         return FAIL, f"torch {torch} was built for DTK {made_for}, not {toolkit}", f"install the torch of DTK {toolkit}"
-    known = DTK_TORCH.get(made_for)
+    known = DTK_TORCH.get(made_for, ())
     if known and release(torch) not in known:
-        return (
-            WARN,
-            f"torch {torch}; the tables list {' and '.join(known)} for DTK {made_for}",
-            "compare with the vendor's list",
-        )
+        why = f"torch {torch}; the tables list {' and '.join(known)} for DTK {made_for}"
+        return WARN, why, "compare with the vendor's list"
     return OK, f"torch {torch} for DTK {made_for}"
 
 
@@ -141,20 +131,17 @@ def judge_torch_npu(installed: Mapping[str, str]) -> tuple[str, ...]:
     torch, npu = installed.get("torch", "0"), installed.get("torch_npu")
     if npu and release(torch) == release(npu):
         return OK, f"{npu}, as torch {torch}"
-    return (
-        FAIL,
-        f"torch_npu {npu or 'is not installed,'} with torch {torch}",
-        f"pip install torch_npu=={release(torch)}",
-    )
+    why = f"torch_npu {npu or 'is not installed,'} with torch {torch}"
+    return FAIL, why, f"pip install torch_npu=={release(torch)}"
 
 
 def judge_cann(npu: str, cann: str | None) -> tuple[str, ...]:
     """Compare CANN with torch_npu."""
     if cann is None:
         return WARN, "CANN is not found", "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
-    fitting = CANN_TORCH_NPU.get(cann)
-    if fitting is None:
+    if cann not in CANN_TORCH_NPU:
         return WARN, f"CANN {cann} is not in the table", "compare with the notes of torch_npu"
+    fitting = CANN_TORCH_NPU[cann]
     if npu not in fitting:
         return WARN, f"CANN {cann} is listed with torch_npu {', '.join(fitting)}, not {npu}", "install one of those"
     return OK, f"CANN {cann} with torch_npu {npu}"

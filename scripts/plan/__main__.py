@@ -17,6 +17,7 @@ from typing import Any
 
 from errors import UserError, told
 from scripts.plan.known import known_models
+from scripts.plan.report import report
 from steps import STEPS
 
 COLUMNS = {
@@ -102,8 +103,6 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be more than 0.")
-    from scripts.plan.report import report  # torch and transformers: --help answers without them
-
     found = report(model, options, flags)
     print(json.dumps(found, indent=1) if options.json else text(found))
     return 0 if found["recommended"] else 1

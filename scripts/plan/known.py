@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from models.families import FAMILIES
 from scripts.launch.platforms import ROOT
+
+DEMO = "output/demo"  # what the demo makes; configs/cpu/demo.yaml reads it
 
 
 class UnknownModel(UserError):
@@ -20,10 +23,8 @@ def known_models() -> dict[str, dict[str, Any]]:
     return json.loads((ROOT / "configs" / "model_shapes.json").read_text(encoding="utf-8"))
 
 
-def config_of(model: str) -> Any:
-    """Return the config of a known model, a folder or a config.json. Raise UserError for none of these, with a near name."""
-    from models.families import FAMILIES
-
+def find_config(model: str) -> dict[str, Any]:
+    """Return the content of the config.json of a known model, a folder or a file. Raise UserError for none of these."""
     path = Path(model).expanduser()
     if path.is_dir():
         path = path / "config.json"
@@ -35,12 +36,15 @@ def config_of(model: str) -> Any:
         kind = content.get("model_type") if isinstance(content, dict) else None
         if kind not in FAMILIES:
             raise UserError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}.")
-        return config_from(content)
+        return content
     shapes = known_models()
     wanted = model.lower()
     for name, entry in shapes.items():
         if wanted in (name, *map(str.lower, entry["hub"])):
-            return config_from(entry["config"])
+            return entry["config"]
+    if Path(model).is_relative_to(DEMO):
+        demo = "bash scripts/quickstart.sh, or python -m scripts.demo"
+        raise UnknownModel(f"model {model}: no such folder; the demo makes it: {demo}.")
     if path.parent != Path() and path.parent.is_dir():
         raise UnknownModel(f"model {model}: no config.json there; name a folder with one, or one of {', '.join(shapes)}.")
     near = difflib.get_close_matches(wanted.rsplit("/", 1)[-1], shapes, 1, cutoff=0.5)
@@ -48,11 +52,11 @@ def config_of(model: str) -> Any:
     raise UnknownModel(f"model {model!r} is neither a folder nor known; known are {', '.join(shapes)}.{hint}")
 
 
-def config_from(content: dict[str, Any]) -> Any:
-    """Return the config with the fields of a config.json."""
+def config_of(model: str) -> Any:
+    """Return transformers' config of a model. Raises UserError as ``find_config`` does."""
+    content = find_config(model)
     import transformers
 
-    import models  # noqa: F401  (registers ChatGLM)
     from models.chatglm.configuration import chatglm_config_class
 
     transformers.logging.set_verbosity_error()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from dataclasses import fields, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from errors import UserError
 from scripts.launch.platforms import MachineKind, platform_named
@@ -17,7 +15,9 @@ from training.utils.flags.checks import validate
 from training.utils.flags.parse import FlagParser, is_required, read_recipe
 from training.utils.flags.recipe import Recipe
 from training.utils.memory.arithmetic import GIB, Machine, Plan
-from training.utils.memory.fit import StepMemory
+
+if TYPE_CHECKING:
+    from training.utils.memory.fit import StepMemory
 
 
 def step_arguments(
@@ -98,9 +98,7 @@ def instead(memory: StepMemory, machine: Machine) -> list[dict[str, Any]]:
         choices[f"{words} --memory_mode shared"] = ranks | {"memory_mode": "shared"}
     rows = []
     for words, changes in choices.items():
-        other = StepMemory(
-            replace(memory.args, **changes), memory.configs, dtype=memory.dtype, attention=memory.attention
-        )
+        other = memory.with_flags(**changes)
         found = other.cheapest(machine)
         rows.append({
             "flags": words + (f" {other.flags_of(found.setting)}" if found else ""),
@@ -119,14 +117,13 @@ def report(model: str | None, options: argparse.Namespace, flags: list[str]) -> 
     machine, platform = machine_of(options, recipe.launch if recipe else {})
     dtype, attention = (platform.dtype, platform.attention) if platform else ("bf16", "sdpa")
     warnings.filterwarnings("ignore", category=FutureWarning)  # a flag of transformers has a new name
-    with torch.random.fork_rng(devices=[]):
-        found = plan_arguments(args, recipe, machine, dtype, attention)
-        memory = found.memory
-        rows = [row_of(memory, memory.plan(setting, machine)) for setting in memory.settings()]
-        best, smaller = memory.cheapest(machine), ""
-        if best is None:
-            best, smaller = memory.cheapest(machine, 1), f"--{memory.batch_flag} 1 "
-        others = instead(memory, machine)
+    found = plan_arguments(args, recipe, machine, dtype, attention)
+    memory = found.memory
+    rows = [row_of(memory, memory.plan(setting, machine)) for setting in memory.settings()]
+    best, smaller = memory.cheapest(machine), ""
+    if best is None:
+        best, smaller = memory.cheapest(machine, 1), f"--{memory.batch_flag} 1 "
+    others = instead(memory, machine)
     counts = {role: memory.network(role).weights for role in args.models}
     return {
         "models": {role: {"path": path, "parameters": counts[role].total} for role, path in args.models.items()},

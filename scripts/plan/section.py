@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errors import UserError
 from scripts.launch.platforms import MachineKind
-from scripts.plan.known import UnknownModel, config_of
+from scripts.plan.known import UnknownModel, config_of, find_config
 from steps import SECTIONS, step_of
 from training.utils.flags.parse import parse
 from training.utils.flags.recipe import Recipe
 from training.utils.memory.arithmetic import GIB, Machine
-from training.utils.memory.fit import SectionPlan, section_plan
+
+if TYPE_CHECKING:
+    from training.utils.memory.fit import SectionPlan
 
 __all__ = ["UnknownModel", "plan_section", "plan_sections", "platform_machine"]
 
@@ -40,7 +42,12 @@ def plan_section(
 
 def plan_arguments(args: Any, recipe: Recipe | None, machine: Machine, dtype: str, attention: str) -> SectionPlan:
     """Return the plan of a step's arguments; recipe: the file that they come from, if any."""
-    configs = {role: config_of(recipe.model_of(str(model)) if recipe else model) for role, model in args.models.items()}
+    models = {role: recipe.model_of(str(model)) if recipe else model for role, model in args.models.items()}
+    for model in models.values():
+        find_config(model)  # refuses a wrong name before torch is imported
+    from training.utils.memory.fit import section_plan
+
+    configs = {role: config_of(model) for role, model in models.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer names of what transformers is asked to do on the meta device
         return section_plan(args, configs, machine, dtype=dtype, attention=attention)

@@ -66,7 +66,7 @@ def test_step_3_of_a_recipe_whose_first_steps_have_not_run(llama, tmp_path):
         for mode in ("separate", "shared")
     ]
     assert all(found.plan.verdict == "fits" and found.refusal == "" for found in plans)
-    actor, critic = (plans[0].memory.footprint(role).weights.frozen for role in ("actor", "critic"))
+    actor, critic = (plans[0].memory.network(role).weights.frozen for role in ("actor", "critic"))
     saved = plans[0].plan.host["weights"] - plans[1].plan.host["weights"]
     assert saved == pytest.approx(4 * (actor + 2 * critic), rel=0.02)  # actor, critic and reward model
 

@@ -11,7 +11,7 @@ from inference.cache import rows_cache
 from models.heads import TokenLogProbs
 from tests.launching import succeed
 from tests.training.memory_worker import config_of
-from training.utils.memory.arithmetic import Job, Machine, Network, Setting, engine_memory, plan
+from training.utils.memory.arithmetic import ALWAYS, Machine, engine_rows, worst
 from training.utils.memory.footprint import Footprint
 
 WIDTH = {"hidden_size": 96, "num_attention_heads": 4}
@@ -72,15 +72,14 @@ def footprint(case):
 def planned(case, processes=2):
     """Bytes that the plan says are held always (card and host), and beside them at the worst moment."""
     network = footprint(case)
-    passes = network.training(*case["shape"])
-    job = Job(network.dtype.itemsize, {"model": Network(network.weights, passes, passes)}, bucket=case["bucket"])
-    away = case.get("offload", False)
-    setting = Setting({"model": case["stage"]}, {"model": False}, offload_optimizer=away)
-    found = plan(job, setting, Machine(processes, 1, 0.0, 1e12, accelerator=False))
-    where = {"offload_optimizer": away, "offload_param": False, "bucket": case["bucket"], "accelerator": False}
-    engine = engine_memory(network.weights, job.element, case["stage"], processes, **where)
-    always = sum(engine.always.values()) + sum(engine.host.values())
-    return {"static": always, "passing": found.on_host - always}
+    machine = Machine(processes, 1, 0.0, 1e12, accelerator=False)
+    offload = case.get("offload", False)
+    rows = engine_rows(
+        network.weights, network.dtype.itemsize, case["stage"], machine, offload_optimizer=offload, bucket=case["bucket"]
+    )
+    always = sum(row.size for row in rows if row.moment == ALWAYS)
+    rows += network.training(*case["shape"]).rows("training")
+    return {"static": always, "passing": sum(worst(rows)[0].values()) - always}
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[name_of(case) for case in CASES])
@@ -115,8 +114,7 @@ AUTOGRAD += [(BLOOM, "sdpa"), (GPT2, "eager"), (GLM2, "sdpa"), (GLM4, "eager")]
 def test_what_autograd_saves_is_what_the_plan_says(config, attn):
     """Real tensors, counted by torch's own hooks; the plan's network has two blocks, this one all of them."""
     network = footprint(USUAL | {"config": config, "attn": attn})
-    two = network._point(2, 3, 64, None, backward=False, graph=True).held
-    one = network._point(1, 3, 64, None, backward=False, graph=True).held
+    one, two = (network._moments(blocks, 3, 64, None, backward=False).held for blocks in (1, 2))
     fields = config_of(config)
     attn = attn if network.model(1).model._supports_sdpa else "eager"
     model = type(network.model(1).model)._from_config(fields, attn_implementation=attn).train()

@@ -110,6 +110,11 @@ class StepMemory:
         self.bucket = int(float(zero.get("reduce_bucket_size", BUCKET)))
         self._networks: dict[tuple, Footprint] = {}
 
+    def with_flags(self, **changes: Any) -> StepMemory:
+        """Return the memory of the same step with other flags."""
+        args = replace(self.args, **changes)
+        return StepMemory(args, self.configs, dtype=self.dtype, attention=self.attention, prefixed=self.prefixed)
+
     def flag(self, role: str, name: str) -> Any:
         """Return the value of a role's flag."""
         return getattr(self.args, self.roles[role] + name)

@@ -33,12 +33,12 @@ def sft(llama):
 
 def memory_of(args):
     configs = {"model": config_of(args.model_name_or_path)}
-    return fit.StepMemory(fit.read_step(args, configs, dtype=torch.float32, attention="sdpa"))
+    return fit.StepMemory(args, configs, dtype="fp32", attention="sdpa")
 
 
 def check(args, machine):
     models = {role: open_checkpoint(path) for role, path in args.models.items()}
-    return fit.check_fits(args, machine, models, dtype=torch.float32, attn="sdpa")
+    return fit.check_fits(args, machine, models, dtype="fp32", attention="sdpa")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_auto_takes_a_stage_at_which_all_flags_have_an_effect(sft, flags, stage)
 def test_auto_takes_the_lowest_stage_that_fits(sft):
     """OPT-1.3B on eight cards that hold less and less."""
     args = sft(zero_stage="auto", per_device_train_batch_size=1, max_seq_len=128)
-    memory = fit.StepMemory(fit.read_step(args, {"model": config_of("opt-1.3b")}, dtype=torch.float16, attention="eager"))
+    memory = fit.StepMemory(args, {"model": config_of("opt-1.3b")}, dtype="fp16", attention="eager")
     needs = [memory.plan(Setting({"model": stage}, {"model": False}), Machine(8, 8, 1.0, 1.0)).on_card for stage in range(4)]
     assert needs == sorted(needs, reverse=True)
     for stage, needed in enumerate(needs):
@@ -70,7 +70,7 @@ def test_auto_takes_the_lowest_stage_that_fits(sft):
 
 def test_the_largest_batch_fits_and_the_next_does_not(sft):
     memory = memory_of(sft(max_seq_len=256))
-    setting = memory.shape.setting
+    setting = memory.setting
     largest = memory.largest_batch(setting, ONE)
     assert largest > 1
     assert memory.plan(setting, ONE, largest).fits and not memory.plan(setting, ONE, largest + 1).fits
