@@ -70,7 +70,7 @@ def read_records(args: EvaluateArguments) -> list[dict[str, Any]]:
     """Return records with "messages" and "chosen": the first --num_examples held-out ones of each data set."""
     records: list[dict[str, Any]] = []
     for path in args.data_path:
-        available = held_out(path, args.column_map, args.cache_dir)
+        available = held_out(path, args.column_map, args.cache_dir, alone=len(args.data_path) == 1)
         number = min(args.num_examples or len(available), len(available))
         rows = available.select(range(number)).to_list()
         if not all(row["chosen"] for row in rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from models.templates import Template, load_template
 from training.utils.data.records import load_records
 from training.utils.data.tokenize import cut_prompt
 
+logger = logging.getLogger("sanbu")
 BUILT_IN = json.loads(Path(__file__).with_name("builtin.json").read_text(encoding="utf-8"))
 Messages = list[dict[str, str]]
 
@@ -94,10 +96,19 @@ def mean_lengths(answers: Sequence[Answer]) -> dict[str, float]:
     }
 
 
-def held_out(path: str, columns: dict[str, str], cache_dir: str | None = None) -> Any:
-    """Return the held-out records of a data set, or all where it has no held-out part."""
-    records = load_records(path, columns=columns, cache_dir=cache_dir)
-    return records.get("eval", records["train"])
+def held_out(path: str, columns: dict[str, str], cache_dir: str | None = None, alone: bool = True) -> Any:
+    """Return the held-out records of a data set, or all where it has no held-out part. alone: see load_records.
+
+    Dialogues with tools are left out, with a line in the log: here prompts are messages alone.
+    """
+    splits = load_records(path, columns=columns, cache_dir=cache_dir, alone=alone)
+    records = splits.get("eval", splits["train"])
+    plain = [row for row, calls in enumerate(records["calls"]) if calls is None]
+    if len(plain) < len(records):
+        logger.warning("%s: %d dialogues with tools are not evaluated", path, len(records) - len(plain))
+    if not plain:
+        raise UserError(f"{path}: only dialogues with tools, which the evaluation does not read; name another set.")
+    return records.select(plain) if len(plain) < len(records) else records
 
 
 def write_json(file: Path | str, content: Any) -> None:

@@ -69,7 +69,7 @@ def read_pairs(args: RewardEvalArguments) -> list[dict[str, Any]]:
         return [pair | {"messages": [{"role": "user", "content": pair["prompt"]}]} for pair in BUILT_IN["pairs"]]
     pairs: list[dict[str, Any]] = []
     for path in args.data_path:
-        records = held_out(path, args.column_map)
+        records = held_out(path, args.column_map, alone=len(args.data_path) == 1)
         usable = [row for row, rejected in enumerate(records["rejected"]) if rejected is not None]
         if not usable:
             raise UserError(f"--data_path {path}: no record has a rejected answer; rw_eval compares good and bad ones.")

@@ -52,7 +52,7 @@ def read_prompts(args: PromptEvalArguments) -> list[Messages]:
     if args.prompts and args.data_path:
         raise UserError("--prompts and --data_path both give prompts; leave one of them out.")
     if args.data_path:
-        records = [held_out(path, args.column_map) for path in args.data_path]
+        records = [held_out(path, args.column_map, alone=len(args.data_path) == 1) for path in args.data_path]
         return [prompt for each in records for prompt in each.select(range(min(args.num_prompts, len(each))))["messages"]]
     texts = read_lines(args.prompts) if args.prompts else BUILT_IN["prompts"][args.language]
     return [[{"role": "user", "content": text}] for text in texts]

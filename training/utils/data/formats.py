@@ -7,6 +7,7 @@ a chat template takes ({"messages", "chosen", "rejected", "tools"}), and message
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +148,10 @@ def greetings(messages: list[Message]) -> list[Skip]:
 
 def _system(row: Fields) -> list[Message]:
     return [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
+
+
+def _before_pair(row: Fields) -> list[Message]:
+    return _system(row) + prompt_messages(row["context"], "context")
 
 
 def _tools(row: Fields) -> Any:
@@ -354,34 +359,23 @@ class Format:
         return {*self.needed, *self.optional, *(["label"] if self.judged else [])}
 
 
-EARLIER = ("history", "system")
-MORE = ("system", "tools", "margin")
+EARLIER, TOOLS = ("history", "system"), ("system", "tools")
+MORE = (*TOOLS, "margin")
 
 # The first one that fits is taken.
 FORMATS: tuple[Format, ...] = (
     Format(("conversations", "chosen", "rejected"), lambda row: pair(_turns(row, "conversations"), row), MORE),
     Format(("messages", "chosen", "rejected"), _pair_after_messages, ("prompt", *MORE)),
     Format(("messages", "rejected"), _pair_after_messages, ("prompt", *MORE)),
-    Format(
-        ("context", "chosen", "rejected"),
-        lambda row: pair(_system(row) + prompt_messages(row["context"], "context"), row),
-        MORE,
-    ),
+    Format(("context", "chosen", "rejected"), lambda row: pair(_before_pair(row), row), MORE),
     Format(("instruction", "chosen", "rejected"), lambda row: pair(instruction(row), row), ("input", "history", *MORE)),
     Format(("prompt", "chosen", "rejected"), lambda row: pair(_asked(row), row), ("history", *MORE)),
     Format(("chosen", "rejected"), _whole_dialogues, MORE),
     Format(("prompt", "chosen"), lambda row: pair(_asked(row), row), ("history", *MORE)),
-    Format(("messages",), lambda row: dialogue(_turns(row, "messages"), _tools(row)), ("system", "tools"), judged=True),
-    Format(
-        ("conversations",),
-        lambda row: dialogue(_turns(row, "conversations"), _tools(row)),
-        ("system", "tools"),
-        judged=True,
-    ),
-    Format(("prompt", "response"), _prompt_response, (*EARLIER, "score"), history="history", judged=True),
-    Format(
-        ("instruction", "output"), _instruction_output, (*EARLIER, "input", "score"), history="history", judged=True
-    ),
+    Format(("messages",), lambda row: dialogue(_turns(row, "messages"), _tools(row)), TOOLS, judged=True),
+    Format(("conversations",), lambda row: dialogue(_turns(row, "conversations"), _tools(row)), TOOLS, judged=True),
+    Format(("prompt", "response"), _prompt_response, (*EARLIER, "score"), "history", judged=True),
+    Format(("instruction", "output"), _instruction_output, (*EARLIER, "input", "score"), "history", judged=True),
     Format(("content", "summary"), lambda row: question_answer(row, "content", "summary")),
     Format(("prompt", "queries", "answers"), lambda row: mkqa(row, "en", row["prompt"])),
     Format(("prompt",), lambda row: [record(_asked(row))], EARLIER),
@@ -437,10 +431,8 @@ def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
         elif name not in read and value not in (None, "", [], {}):
             if isinstance(value, str) and value in set(texts_in([row.get(one) for one in read])):
                 continue  # such as the question beside its dialogue
-            content = name.lower() not in NO_CONTENT | {"label"} and not name.lower().endswith(
-                ("_id", "_source", "_url")
-            )
-            unread[name] = content and next(texts_in(value), None) is not None
+            plain = name.lower() in NO_CONTENT or name.lower().endswith(("label", "_id", "_source", "_url"))
+            unread[name] = not plain and any(texts_in(value))
     return unread
 
 
@@ -455,16 +447,10 @@ def texts_in(value: Any) -> Iterator[str]:
 
 def suggested_columns(row: Fields) -> str:
     """Return what --columns could be for the texts of a row, as an example."""
-    names = [name for name, value in row.items() if isinstance(value, str) and name.lower() not in NO_CONTENT]
-    known = [name for name in names if name in OUR_NAMES]
-    others = [name for name in names if name not in OUR_NAMES]
-    question = next((name for name in known if name in ("prompt", "instruction")), None)
-    parts = [] if question or not others else [("prompt", others.pop(0))]
-    bad = ("neg", "bad", "reject", "worse", "lose", "other", "差")
-    worse = next((name for name in others if any(word in name.lower() for word in bad)), None)
-    better = next((name for name in others if name != worse), None)
-    if len(others) >= 2:
-        parts += [("chosen", better), ("rejected", worse or others[1])]
-    elif others:
-        parts += [("response", others[0])]
-    return ",".join("=".join(part) for part in parts) if parts and others else "prompt=question,response=answer"
+    others = [name for name, value in row.items() if isinstance(value, str) and name not in NO_CONTENT | set(OUR_NAMES)]
+    asked = [] if "prompt" in row or "instruction" in row or not others else [f"prompt={others.pop(0)}"]
+    bad = re.compile("neg|bad|reject|worse|lose|other|差", re.IGNORECASE)
+    answers = sorted(others, key=lambda name: bad.search(name) is not None)[:2]
+    ours = ("chosen", "rejected") if len(answers) > 1 else ("response",)
+    named = [f"{ours}={theirs}" for ours, theirs in zip(ours, answers, strict=False)]
+    return ",".join([*asked, *named]) if named else "prompt=question,response=answer"

@@ -37,7 +37,9 @@ def overview(data: CachedData, paths: list[str], phase: int, tokenizer: Any, num
         lines += [f"  {note}" for note in one["notes"]]
         for place, row in enumerate(shown, start=1):
             lines.append(f"  example {place} (the model learns the tokens between {OPEN} and {CLOSE}):")
-            lines += [f"    | {line}" for text in example_texts(row, phase, tokenizer, loss_on) for line in text.split("\n")]
+            lines += [
+                f"    | {line}" for text in example_texts(row, phase, tokenizer, loss_on) for line in text.split("\n")
+            ]
     return "\n".join(lines)
 
 

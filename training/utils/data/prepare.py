@@ -199,8 +199,8 @@ def check_something_left(paths: list[str], encoding: Encoding, counts: Counts) -
     raise UserError(f"{names}: of {counts.records} records none is left to train on: {reasons}.")
 
 
-def report_lines(report: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the counts in words, one line a split."""
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """Return the counts of all sets together in words, one line a split."""
     cuts = {"truncated_prompts": "prompts lost their oldest part", "truncated_answers": "answers lost their tail"}
     lines = []
     for split in SPLITS:

@@ -78,26 +78,28 @@ class Reading:
 
 
 def load_records(
-    path: str | Source, *, columns: Columns | None = None, cache_dir: str | None = None, rebuild_id: str | None = None
+    path: str, *, columns: Columns | None = None, cache_dir: str | None = None, alone: bool = True
 ) -> dict[str, Dataset]:
-    """Return the records behind one --data_path: {"train": Dataset} and, if the set has its own held-out split, "eval".
+    """Return the records behind one --data_path as read_records does, and log what was left out.
 
-    columns: for sets that are not recognised by themselves. cache_dir, rebuild_id: see cache.cached. Raise UserError with
-    the file and the line or record number of what is wrong.
+    alone: no other set could have the fields of --columns, so this one must.
     """
-    read = read_records(path, columns=columns, cache_dir=cache_dir, rebuild_id=rebuild_id)
-    check_columns_used([read], columns)
-    for reading in readings(read).values():
-        for line in reading.notes:
-            logger.info("%s", line)
+    read = read_records(open_source(path), columns, cache_dir)
+    if alone:
+        check_columns_used([read], columns)
+    for line in (note for reading in readings(read).values() for note in reading.notes):
+        logger.info("%s", line)
     return read.datasets
 
 
 def read_records(
-    path: str | Source, *, columns: Columns | None = None, cache_dir: str | None = None, rebuild_id: str | None = None
+    source: Source, columns: Columns | None = None, cache_dir: str | None = None, rebuild_id: str | None = None
 ) -> CachedData:
-    """Return the records of load_records with their readings, without a word in the log."""
-    source = open_source(path) if isinstance(path, str) else path
+    """Return the records behind one --data_path: "train" and, if the set has its own held-out split, "eval".
+
+    columns: for sets that are not recognised by themselves. The report holds the readings. Raise UserError with the file
+    and the line or record number of what is wrong.
+    """
 
     def build(folder: Path) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ from datasets import Dataset
 from errors import UserError
 from tests.training.utils.data.rows import rec, run, turns, write_lines
 from training.utils.data.records import read_records, readings
+from training.utils.data.sources import open_source
 
 pytestmark = pytest.mark.fast
 
@@ -51,7 +52,7 @@ CASES = {
 
 def read(path: Path, **arguments):
     """The training records of a file and its notes as one text."""
-    found = read_records(str(path), **arguments)
+    found = read_records(open_source(str(path)), **arguments)
     return found.train.to_list(), " ".join(readings(found)["train"].notes)
 
 

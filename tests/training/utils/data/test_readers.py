@@ -81,6 +81,30 @@ def test_rows_come_with_their_place(tmp_path):
     assert [location for location, _ in read_rows(path)] == ["line 1", "line 2"]
 
 
+DIALOGUE = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+LINE = json.dumps(DIALOGUE)
+SAME = {
+    "semicolons.csv": "prompt;response\nQ;a, b\n",
+    "tabs.csv": "prompt\tresponse\nQ\ta, b\n",
+    "commas.csv": 'prompt,response\nQ,"a, b"\n',
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_csv_has_the_delimiter_of_its_first_line(name, tmp_path):
+    (tmp_path / name).write_text(SAME[name])
+    assert list(read_rows(tmp_path / name)) == [("line 2", {"prompt": "Q", "response": "a, b"})]
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [(f"{LINE}\n{LINE}\n", "a.jsonl"), (f"{LINE}\n\n{LINE}", "a.json"), (f"[{LINE},\n{LINE}]", "a.json")],
+)
+def test_lists_of_messages_are_dialogues(content, name, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert [row for _, row in read_rows(tmp_path / name)] == [{"messages": DIALOGUE}] * 2
+
+
 def test_numbers_that_only_python_writes_are_read(tmp_path):
     """What ijson refuses: NaN in a field that nobody needs, identifiers above 64 bits."""
     path = tmp_path / "a.json"

@@ -10,6 +10,7 @@ import pytest
 from errors import UserError
 from tests.training.utils.data.rows import PAIR_RECORDS, PAIRS, rec, turns, write_lines
 from training.utils.data.records import check_columns_used, load_records, read_records, readings
+from training.utils.data.sources import open_source
 
 GOOD = json.dumps(PAIRS[1])
 
@@ -31,11 +32,11 @@ def test_columns(load, tmp_path):
 def test_columns_leave_sets_without_these_fields_alone(load, tmp_path):
     """Unless no set has them."""
     path, columns = write_lines(tmp_path / "a.jsonl", PAIRS), {"prompt": "question", "response": "answer"}
-    read = read_records(str(path), columns=columns)
+    read = read_records(open_source(str(path)), columns=columns)
     assert read.train.to_list() == PAIR_RECORDS
     assert "without the fields of --columns" in readings(read)["train"].notes[0]
     other = write_lines(tmp_path / "b.jsonl", [{"question": "Q", "answer": "A"}])
-    check_columns_used([read, read_records(str(other), columns=columns)], columns)
+    check_columns_used([read, read_records(open_source(str(other)), columns=columns)], columns)
     with pytest.raises(UserError, match="no data set has these fields"):
         load(path, columns=columns)
 
