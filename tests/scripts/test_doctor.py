@@ -2,12 +2,11 @@
 
 import json
 import socket
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from transformers import OPTConfig
 
 from errors import UserError
 from scripts.doctor import __main__ as doctor
@@ -18,6 +17,7 @@ from scripts.launch.options import Options
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.plan.known import config_of
 from scripts.plan.section import plan_section
+from tests.tiny import tiny_checkpoint
 from training.utils.flags.parse import parse
 from training.utils.flags.recipe import Recipe
 from training.utils.flags.steps import SFTArguments
@@ -50,13 +50,10 @@ def states(checks: list[Check] | Check) -> dict[str, str]:
 
 
 def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
-    started = time.monotonic()
-    answer, why = ask(["sh", "-c", f"sleep 300 & echo $! > {tmp_path}/child; wait"], 0.5, {"PATH": "/usr/bin:/bin"})
-    assert time.monotonic() - started < 60
-    assert (answer, why) == (None, "no answer within 0.5 seconds")
+    answer = ask(["sh", "-c", f"sleep 300 & echo $! > {tmp_path}/child; wait"], 0.5, {"PATH": "/usr/bin:/bin"})
+    assert answer == (None, "no answer within 0.5 seconds")
     child = Path("/proc") / (tmp_path / "child").read_text().strip() / "stat"
-    while child.exists() and child.read_text().split()[2] != "Z":
-        assert time.monotonic() - started < 60, "the child still runs"
+    while child.exists() and child.read_text().split()[2] != "Z":  # the test's own limit ends it
         time.sleep(0.05)
 
 
@@ -183,11 +180,8 @@ def test_operators(small_plan):
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
-    """Return a folder with the config of a tiny network."""
-    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    folder = tmp_path_factory.mktemp("model")
-    OPTConfig(vocab_size=256, max_position_embeddings=128, **sizes).save_pretrained(folder)
-    return folder
+    """Return a folder with a tiny network."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -199,23 +193,17 @@ def small_plan(tiny_model):
     return section_plan(args, {"model": config_of(str(tiny_model))}, computer, dtype="fp16", attention="sdpa")
 
 
-def test_disk(tmp_path, monkeypatch, small_plan):
+@pytest.mark.parametrize(("share", "state"), [(2.1, "ok"), (1.5, "warn"), (0.5, "fail")])
+def test_disk(tmp_path, monkeypatch, small_plan, share, state):
     """Count 14 bytes a weight in a checkpoint, two of them at the moment of writing, and the model itself."""
     needed = machine.disk_bytes(small_plan, 1)
     assert needed == (2 * 14 + 2) * small_plan.memory.network("model").weights.total
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=share * needed))
     sections = ("sft", "reward", "dpo")
     flags = {name: {"output_dir": str(tmp_path / "new" / name), "save_total_limit": 1} for name in sections}
-    for free, state in ((2.1 * needed, "ok"), (1.5 * needed, "warn"), (0.5 * needed, "fail")):
-        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
-        checks = machine.check_disk(situation(recipe=flags), dict.fromkeys(sections, small_plan))
-        assert states(checks) == {"checkpoints": state}
-        assert str(tmp_path) in checks[0].why
-
-
-def test_shared_memory(tmp_path, monkeypatch):
-    for free, state in ((2**26, "warn"), (2**33, "ok")):
-        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
-        assert states(machine.check_shm(tmp_path)) == {"/dev/shm": state}
+    checks = machine.check_disk(situation(recipe=flags), dict.fromkeys(sections, small_plan))
+    assert states(checks) == {"checkpoints": state} and str(tmp_path) in checks[0].why
+    assert states(machine.check_shm(tmp_path)) == {"/dev/shm": "warn"}  # a few MB of it are free
     assert states(machine.check_shm(tmp_path / "none")) == {"/dev/shm": "skip"}
 
 
@@ -223,16 +211,14 @@ def test_all_reduce(monkeypatch):
     asked = []
 
     def played(part, backend, *, situation, launcher):
-        asked.append((part, backend, launcher[3]))
+        asked.append((backend, launcher[3]))
         return None, "RuntimeError: Connection reset"
 
     monkeypatch.setattr(machine, "probe", played)
-    check = machine.check_all_reduce(situation(**CUDA))
-    assert (check.state, "Connection reset" in check.why, "NCCL_DEBUG" in check.todo) == ("fail", True, True)
-    machine.check_all_reduce(situation(**CUDA | {"cards": [CARD]}))
-    assert asked == [("all_reduce", "nccl", "2"), ("all_reduce", "nccl", "1")]
-    monkeypatch.setattr(machine, "probe", lambda *_, **__: ({"processes": 2}, ""))
-    assert states(machine.check_all_reduce(situation(**CPU))) == {"all-reduce": "ok"}
+    for facts in (CUDA, CUDA | {"cards": [CARD]}, CPU):
+        check = machine.check_all_reduce(situation(**facts))
+        assert states(check) == {"all-reduce": "fail"} and "Connection reset" in check.why
+    assert asked == [("nccl", "2"), ("nccl", "1"), ("gloo", "2")]
 
 
 @pytest.fixture
@@ -255,22 +241,17 @@ def nodes(tmp_path, monkeypatch):
     return make
 
 
-def host_findings(here: Situation) -> dict[str, str]:
-    """Return host -> the one thing that is said of it."""
-    checks = [check for check in cluster.check_hosts(here, here.options.hosts) if check.name != "master address"]
-    states(checks)
-    return {check.name: f"{check.state}: {check.why}" for check in checks}
-
-
 def test_hostfile(nodes, monkeypatch, capsys):
     assert states(cluster.check_hostfile(nodes(), {"node-1": 8, "node-2": 4})) == {"hostfile": "ok"}
     assert states(cluster.check_hostfile(nodes(), {})) == {"hostfile": "warn"}
     assert states(cluster.check_hostfile(Situation({}), {})) == {"hostfile": "skip"}
-    monkeypatch.setattr(doctor, "probe", lambda *_, **__: (None, "no torch"))
+    monkeypatch.setattr(doctor, "probe", lambda *_, **__: (None, "ModuleNotFoundError: No module named 'torch'"))
     Path("hosts").write_text("node-1 slots=8\nnode-2 slot=8\n")
     assert doctor.main(["--hostfile", "hosts", "--json"]) == 2
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     assert checks["hostfile"]["state"] == "fail" and "line 2" in checks["hostfile"]["why"]
+    assert "No module named 'torch'" in checks["detected"]["why"]  # and the rest is looked at
+    assert checks["all-reduce"]["state"] == "skip" and "/dev/shm" in checks
 
 
 # Answers as a host does, with the versions that VERSIONS says and the way back walked by bash.
@@ -281,40 +262,32 @@ printf '%s, "clock": %s%s}}\\n' '{MARK}{ANSWER}' $(/bin/date +%s) "$lost" """
 
 
 @pytest.mark.parametrize(
-    ("script", "words"),
+    ("changes", "state", "words"),
     [
-        (HERE, "ok: answers"),
-        ("echo 'Permission denied (publickey).' >&2; exit 255", "fail: Permission denied"),
-        ("exec /bin/sleep 300", "fail: no answer within 3 seconds"),
-        (HERE.replace("0.14.4", "0.15.0"), "fail: deepspeed 0.15.0, here 0.14.4"),
-        (HERE.replace("$port)", "1)"), "fail: it cannot reach the master's port"),
-        (HERE.replace("+%s", "-d 2020-01-01 +%s"), "warn: its clock"),
+        ({}, "ok", "answers"),
+        ({"versions": VERSIONS | {"deepspeed": "0.15.0"}}, "fail", "deepspeed 0.15.0, here 0.14.4"),
+        ({"cards": 4}, "fail", "slots=8, but it has 4 cards"),
+        ({"unreachable": "refused"}, "fail", "it cannot reach the master's port: refused"),
+        ({"clock": 0.0}, "warn", "its clock"),
     ],
 )
-def test_a_host_that_is_not_ready_is_named_and_the_other_is_well(nodes, script, words):
-    here = nodes(f'if [[ " $* " != *" node-2 "* ]]; then\n{HERE}\nexit\nfi\n{script}', master_port=free_port())
-    here.seconds = 3.0 if "sleep" in script else 60.0
-    found = host_findings(here)
-    assert found["node-2"].startswith(words), found
-    assert found["node-1"].startswith("ok") or "sleep" in script, found  # 3 seconds may be few for the other, too
+def test_a_host_is_judged_by_its_answer(changes, state, words):
+    answer = {"versions": VERSIONS, "cards": 8, "clock": time.time()} | changes
+    check = cluster.judge_host("node-2", 8, answer, "", VERSIONS)
+    assert states(check) == {"node-2": state} and words in check.why
 
 
-def test_the_question_is_answered_by_a_host(nodes):
-    """Run what ssh would run, on this machine."""
-    root = str(Path(doctor.__file__).resolve().parents[2])
+def test_what_a_host_answers():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        words = [sys.executable, "-m", "scripts.doctor.probe", "host", "127.0.0.1", str(server.getsockname()[1])]
-        answer, why = ask(words, 120, {"PYTHONPATH": root})
-    assert why == ""
-    assert answer["versions"] == probe.versions()
+        answer = probe.host("127.0.0.1", str(server.getsockname()[1]))
     assert states(cluster.judge_host("a", 1, answer, "", probe.versions())) == {"a": "ok"}
-    assert states(cluster.judge_host("a", 9, answer | {"cards": 4}, "", {})) == {"a": "fail"}
     assert "unreachable" in probe.host("127.0.0.1", str(free_port()))
 
 
-def test_nothing_is_asked_where_nothing_is_needed(nodes):
-    assert "skip" in host_findings(nodes())["hosts"]  # no ssh
-    assert "skip" in host_findings(nodes("exit 1", launcher="torchrun"))["hosts"]
+def test_no_host_is_asked_without_ssh(nodes):
+    for options in ({}, {"script": "exit 1", "launcher": "torchrun"}):
+        here = nodes(**options)
+        assert states(cluster.check_hosts(here, here.options.hosts)) == {"hosts": "skip"}
 
 
 @pytest.mark.parametrize(
@@ -353,21 +326,17 @@ def test_ports(nodes):
         ("ASCEND_RT_VISIBLE_DEVICE", "ASCEND_RT_VISIBLE_DEVICES"),
         ("NCCL_SOCKET_IFNAMES", "NCCL_SOCKET_IFNAME"),
         ("HSA_FORCE_FINEGRAIN_PCIE", "HSA_FORCE_FINE_GRAIN_PCIE"),
+        ("PATH NCCL_NVB_DISABLE HCCL_ALGO CUDA_CACHE_PATH NVIDIA_VISIBLE_DEVICES ASCEND_VISIBLE_DEVICES MASTER_PORT", ""),
+        ("TORCH_HCCL_ASYNC_ERROR_HANDLING PYTORCH_NPU_ALLOC_CONF MKL_NUM_THREADS HF_TOKEN HF_HUB_CACHE RANK PORT", ""),
+        ("TP_SOCKET_IFNAME NCCL_P2P_DISABLE HCCL_EXEC_TIMEOUT HCCL_CONNECT_TIMEOUT HCCL_EVENT_TIMEOUT http_proxy", ""),
     ],
 )
 def test_misspelt_names(names, meant):
-    checks = cluster.check_spelling(dict.fromkeys([*names.split(), "PATH"], "0"))
-    assert [(check.state, check.todo) for check in checks] == [("warn", f"did you mean {meant}?")] * len(names.split())
-
-
-def test_names_that_are_meant():
-    """Say nothing of names that programs read and of names that only look alike."""
-    names = """NCCL_NVB_DISABLE NCCL_PXN_DISABLE NCCL_IB_TC HCCL_ALGO NCCL_MIN_NCHANNELS CUDA_CACHE_PATH CUDA_PATH ROCM_VERSION
-    NVIDIA_VISIBLE_DEVICES ASCEND_VISIBLE_DEVICES TORCH_HCCL_ASYNC_ERROR_HANDLING TORCH_NCCL_ASYNC_ERROR_HANDLING MASTER_PORT
-    PYTORCH_NPU_ALLOC_CONF PYTORCH_HIP_ALLOC_CONF MKL_NUM_THREADS HF_TOKEN HF_HOME HF_HUB_CACHE HF_DATASETS_OFFLINE RANK PORT
-    TP_SOCKET_IFNAME NCCL_P2P_DISABLE NCCL_SHM_DISABLE HCCL_EXEC_TIMEOUT HCCL_CONNECT_TIMEOUT HCCL_EVENT_TIMEOUT http_proxy"""
+    """Say nothing of the platforms' own names, of those that programs read, and of those that only look alike."""
     own = [name for platform in load_platforms().values() for name in (*platform.env, *platform.env_several_nodes)]
-    assert cluster.check_spelling(dict.fromkeys([*names.split(), *own], "1")) == []
+    assert cluster.check_spelling(dict.fromkeys(own, "1")) == []
+    checks = cluster.check_spelling(dict.fromkeys(names.split(), "0"))
+    assert [check.todo for check in checks] == ([f"did you mean {meant}?"] * len(names.split()) if meant else [])
 
 
 @pytest.mark.parametrize(
@@ -391,8 +360,6 @@ def test_visible_devices(platform, environ, expected):
     checks = cluster.check_visible(situation(platform, environ))
     assert {check.state for check in checks} == expected
     assert all(check.todo for check in checks)
-    if "10, 2,1" in environ.values():
-        assert checks[0].todo == "ASCEND_RT_VISIBLE_DEVICES=1,2,10"
 
 
 def test_forwarded(nodes):
@@ -417,20 +384,10 @@ def test_wrong_flags(flags, words):
         doctor.main(flags)
 
 
-def test_a_probe_that_says_nothing_is_a_failure_and_the_rest_is_looked_at(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(doctor, "probe", lambda *_, **__: (None, "ModuleNotFoundError: No module named 'torch'"))
-    monkeypatch.chdir(tmp_path)
-    assert doctor.main([]) == 2
-    text = capsys.readouterr().out
-    assert "No module named 'torch'" in text
-    assert "skipped communication: all-reduce" in text
-    assert "/dev/shm" in text
-
-
-def test_the_whole_command(monkeypatch, capsys, repository):
+def test_the_whole_command(tiny_model, monkeypatch, capsys, tmp_path):
     """Look at a recipe for DCUs where there are none. The facts are asked for in this process, and no group is formed."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
     asked = {}
 
     def here(part, *words, situation, **_):
@@ -439,36 +396,23 @@ def test_the_whole_command(monkeypatch, capsys, repository):
 
     monkeypatch.setattr(doctor, "probe", here)
     monkeypatch.setattr(machine, "probe", here)
-    monkeypatch.chdir(repository)
-    words = ["--recipe", "configs/dcu_z100l/chatglm-6b.yaml"]
-    assert doctor.main([*words, "--json"]) == 2
-    report = json.loads(capsys.readouterr().out)
-    assert report["exit_code"] == 2
-    checks = {f"{check['group']}: {check['name']}": check for check in report["checks"]}
-    assert asked == {"facts": ("dcu",), "all_reduce": ("gloo",)}
-    assert checks["recipe: launch"]["state"] == "fail"  # DS_ACCELERATOR contradicts the platform
-    assert checks["platform: detected"]["state"] == "fail"
-    assert "dcu_z100l" in checks["platform: detected"]["why"]
-    assert checks["dtype: probe"]["why"].startswith("cpu trains in fp32")
-    assert checks["communication: all-reduce"]["state"] == "ok"
-    assert all(check["todo"] for check in checks.values() if check["state"] in ("warn", "fail"))
-
-
-def test_the_memory_is_that_of_the_plan(tiny_model, monkeypatch, capsys, tmp_path):
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    monkeypatch.setattr(doctor, "probe", lambda *_, **__: (dict(CPU), ""))
-    monkeypatch.setattr(machine, "probe", lambda *_, **__: ({}, ""))
     flags = f"model_name_or_path: {tiny_model}, data_path: x, output_dir: {tmp_path / 'out'}, max_seq_len: 64"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"launch: {{platform: dcu_z100l}}\nsft: {{{flags}}}\nreward: {{{flags}, zero_stage: 9}}\n")
     assert doctor.main(["--recipe", str(recipe), "--json"]) == 2
-    checks = {f"{check['group']}: {check['name']}": check for check in json.loads(capsys.readouterr().out)["checks"]}
+    report = json.loads(capsys.readouterr().out)
+    assert report["exit_code"] == 2
+    checks = {f"{check['group']}: {check['name']}": check for check in report["checks"]}
+    assert all(check["todo"] for check in checks.values() if check["state"] in ("warn", "fail"))
+    assert asked == {"facts": ("dcu",), "all_reduce": ("gloo",)}
+    assert checks["platform: detected"]["state"] == "fail" and "dcu_z100l" in checks["platform: detected"]["why"]
+    assert checks["dtype: probe"]["why"].startswith("cpu trains in fp32")
+    for name in ("recipe: launch", "communication: all-reduce", "disk: checkpoints"):
+        assert checks[name]["state"] == "ok"
     expected = plan_section(Recipe.read(str(recipe)), "sft", platform_named("dcu_z100l")).plan
     sizes = f"{expected.on_card / GIB:.1f} of 30.0 GiB a card, {expected.on_host / GIB:.1f} of 512.0 GiB on the host"
     assert checks["memory: sft"]["why"] == f"computed: {sizes}"
-    assert checks["memory: reward"]["state"] == "warn"
-    assert "zero_stage" in checks["memory: reward"]["why"]
-    assert checks["disk: checkpoints"]["state"] == "ok"
+    assert checks["memory: reward"]["state"] == "warn" and "zero_stage" in checks["memory: reward"]["why"]
 
 
 def test_several_nodes_of_cards(nodes, monkeypatch, capsys, tmp_path):
