@@ -37,70 +37,49 @@ def computed(platform: str) -> dict[str, dict[str, Any]]:
     return {path.stem: plan_sections(Recipe.read(str(path)), platform_named(platform)) for path in recipe_files(platform)}
 
 
-def row(model: str, sections: dict[str, Any], card: bool) -> str:
-    """Return GiB of one card / GiB of one host for each step, on a CPU the host alone; a dash for a model that is not known."""
-    cells = []
-    for section in SECTIONS:
-        plan = getattr(sections.get(section), "plan", None)
-        if plan is None:
-            cells.append("–")
-        else:
-            host = plan.on_host / GIB
-            cells.append(f"{plan.on_card / GIB:.1f} / {host:.0f}" if card else f"{host:.1f}")
-    return f"| {model} | {' | '.join(cells)} |"
-
-
 def table(platform: str, language: str) -> str:
-    """The table of a platform's recipes; those of which nothing is known are left out."""
+    """Return GiB of one card / of one host for each step of a platform's recipes, on a CPU the host alone; a dash for what
+    is not known. Recipes of which nothing is known are left out.
+    """
     card = platform_named(platform).accelerator != "cpu"
     lines = [f"| {' | '.join(HEADS[language])} |", "|---|---|---|---|---|"]
-    for model, answer in computed(platform).items():
-        line = row(model, answer, card)
-        if re.search(r"\d / \d|\| \d", line):
-            lines.append(line)
+    for model, sections in computed(platform).items():
+        plans = {section: found.plan for section, found in sections.items() if not isinstance(found, UserError)}
+        cells = dict.fromkeys(SECTIONS, "–")
+        for section, plan in plans.items():
+            host = plan.on_host / GIB
+            cells[section] = f"{plan.on_card / GIB:.1f} / {host:.0f}" if card else f"{host:.1f}"
+        lines += [f"| {model} | {' | '.join(cells.values())} |"] if plans else []
     return "\n".join(lines) + "\n"
 
 
-def page_text(path: Path) -> str:
-    """What a page holds. UserError if there is none."""
+def filled(path: Path) -> tuple[str, str]:
+    """Return a page as it is, and as it should be. Raise UserError if it has no place for a table; a README needs none."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name an existing page, such as docs/en/hardware/dcu.md.") from error
-
-
-def filled(path: Path) -> tuple[str, str]:
-    """A page as it is, and as it should be. UserError if it has no place for a table."""
-    text = page_text(path)
-    if not TABLE.search(text):
+    if not TABLE.search(text) and not path.stem.startswith("README"):
         raise UserError(f"{path} has no lines <!-- memory:begin PLATFORM --> and <!-- memory:end -->; leave it out, or add them.")
-    language = language_of(path)
-    return text, TABLE.sub(lambda match: match[1] + table(match[2], language) + match[3], text)
+    return text, TABLE.sub(lambda match: match[1] + table(match[2], language_of(path)) + match[3], text)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--check", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--write", nargs="+", type=Path, default=[], metavar="FILE")
+    parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="FILE")
     args = parser.parse_args(argv)
     if not (args.write or args.check):
         for platform in sorted(load_platforms()):
             print(f"{platform}\n{table(platform, 'en')}")
-        return 0
-    stale = []
-    for path in args.write or args.check:
-        if not TABLE.search(page_text(path)) and path.stem.startswith("README"):
-            continue
-        text, wanted = filled(path)
-        if text != wanted:
-            stale.append(str(path))
-            if args.write:
-                path.write_text(wanted, encoding="utf-8")
-    if stale and args.check:
-        sentence = f"other tables are in {', '.join(stale)}: python -m scripts.memory_table --write docs/*/hardware/*.md"
-        print(sentence, file=sys.stderr)
-    return 1 if stale and args.check else 0
+    for path in args.write:
+        path.write_text(filled(path)[1], encoding="utf-8")
+    stale = [str(path) for path in args.check if len(set(filled(path))) > 1]
+    if stale:
+        advice = "python -m scripts.memory_table --write docs/*/hardware/*.md"
+        print(f"other tables are in {', '.join(stale)}: {advice}", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -93,12 +93,24 @@ def test_wrong_input_is_told_in_a_sentence(argv, expected):
     assert expected in str(told.value) and "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("tool", ["plan", "doctor"])
-def test_help_needs_no_torch(tool):
-    code = f"import sys\nfrom scripts.{tool}.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=100
-    )
+def test_help_and_refusals_need_no_torch():
+    """A wrong model, recipe or flag is told before the seconds that torch and transformers take to import."""
+    code = """
+import sys
+from errors import told
+from scripts.doctor.__main__ import main as doctor
+from scripts.plan.__main__ import main as plan
+for main, words in ((plan, "--help"), (doctor, "--help")):
+    try:
+        main([words])
+    except SystemExit:
+        pass
+wrong = ["--config none.yaml", "chatglm-7b", "chatglm-6b --no_flag 1", "output/demo/none"]
+print([told(plan)([*words.split(), "--platform", "cpu"]) for words in wrong], [told(doctor)(["--recipe", "none.yaml"])])
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "--platform" in done.stdout
+    assert done.stdout.count("--platform") > 1 and "[2, 2, 2, 2] [2]" in done.stdout
+    assert "the demo makes it: bash scripts/quickstart.sh" in done.stderr

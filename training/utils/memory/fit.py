@@ -42,18 +42,19 @@ LARGEST_BATCH = 8191
 ADAPTERS = ("lora_dim", "lora_module_name", "pre_seq_len", "prefix_projection")
 # ZeRO stage and options, from the fastest to the slowest. ZeRO 1 and 2 cost next to nothing, recomputed activations a third of
 # the arithmetic, ZeRO-3 half as much communication again, states in host memory a transfer a step, weights there one in every
-# pass, and weights that are not gathered for sampling one for every token. Frozen: reference and reward model on the host.
+# pass, and weights that are not gathered for sampling one for every token. Options are those of Setting.
+STATES, ALL, FROZEN = {"offload_optimizer"}, {"offload_optimizer", "offload_param"}, {"offload_reference", "offload_reward"}
 CANDIDATES: tuple[tuple[int, set[str]], ...] = (
     *((stage, set()) for stage in (0, 1, 2)),
     (2, {"recompute"}),
     *(
         (stage, states | frozen | again)
-        for stage, states in ((3, set()), (2, {"optimizer"}), (3, {"optimizer"}))
-        for frozen in (set(), {"frozen"})
+        for stage, states in ((3, set()), (2, STATES), (3, STATES))
+        for frozen in (set(), FROZEN)
         for again in (set(), {"recompute"})
     ),
-    (3, {"optimizer", "param", "frozen", "recompute"}),
-    (3, {"optimizer", "param", "frozen", "recompute", "layerwise"}),
+    (3, ALL | FROZEN | {"recompute"}),
+    (3, ALL | FROZEN | {"recompute", "layerwise"}),
 )
 
 
@@ -257,25 +258,15 @@ class StepMemory:
 
     def settings(self) -> list[Setting]:
         """Return the settings that this step can take, from the fastest to the slowest."""
-        options = {"optimizer", "param"}
+        possible = {*ALL, *(["layerwise"] if self.ppo else []), *(FROZEN if self.ppo and not self.shared else [])}
         # Recomputation drops the prefixes that peft puts in; ChatGLM's networks put in their own.
         own_prefix = all(hasattr(self.configs[role], "pre_seq_len") for role in self.roles)
         if own_prefix or not any(self.adapters(role)["pre_seq_len"] for role in self.roles):
-            options.add("recompute")
-        options |= {"layerwise"} if self.ppo else set()
-        options |= {"frozen"} if self.ppo and not self.shared else set()
+            possible.add("recompute")
         settings = []
         for stage, wanted in CANDIDATES:
-            taken = wanted & options
-            setting = Setting(
-                dict.fromkeys(self.roles, stage),
-                dict.fromkeys(self.roles, "recompute" in taken),
-                offload_optimizer="optimizer" in taken,
-                offload_param="param" in taken,
-                offload_reference="frozen" in taken,
-                offload_reward="frozen" in taken,
-                layerwise="layerwise" in taken,
-            )
+            stages, again = dict.fromkeys(self.roles, stage), dict.fromkeys(self.roles, "recompute" in wanted & possible)
+            setting = Setting(stages, again, **dict.fromkeys(wanted & possible - {"recompute"}, True))
             settings += [setting] if setting not in settings else []
         return settings
 
