@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 from errors import UserError, told
+from scripts.launch.options import plain_parser
 from scripts.plan.known import known_models
 from scripts.plan.report import report
 from steps import STEPS
@@ -35,13 +36,8 @@ COLUMNS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the plan's own flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.plan",
-        usage="python -m scripts.plan [MODEL] [flags] [flags of the step]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "python -m scripts.plan [MODEL] [flags] [flags of the step]"
+    parser = plain_parser("--help lists the flags.", prog="python -m scripts.plan", usage=usage, description=__doc__)
     add = parser.add_argument
     add("--reward-model", help="step 3: what critic and reward model start from (default: the same as MODEL)")
     choices = tuple(step.choice for step in STEPS)

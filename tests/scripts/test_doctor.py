@@ -28,7 +28,13 @@ from training.utils.run.environment import free_port
 pytestmark = pytest.mark.fast
 
 GIB = 2**30
-VERSIONS = {"torch": "2.4.0", "deepspeed": "0.14.4", "transformers": "5.0.0"}
+
+
+def packages(*numbers: str) -> dict[str, str]:
+    return dict(zip(("torch", "transformers", "deepspeed"), numbers, strict=True))
+
+
+VERSIONS = packages("2.4.0", "5.0.0", "0.14.4")
 CPU = {"platform": "cpu", "torch_device": "cpu", "backend": "gloo", "cards": [], "build": {"cuda": None, "hip": None}}
 CARD = {"name": "A100", "chip": "sm80", "total": 80 * GIB, "free": 79 * GIB}
 CUDA = {"platform": "cuda", "torch_device": "cuda", "backend": "nccl", "cards": [CARD, CARD], "build": {"cuda": "12.4"}}
@@ -89,27 +95,16 @@ def test_platform(platform, facts, expected):
 
 
 @pytest.mark.parametrize(
-    ("installed", "broken", "expected"),
-    [
-        (("2.13.0+cpu", "0.19.8", "5.23.0"), {}, "ok ok ok"),
-        (("2.4.0", "0.14.2", "5.0.0"), {}, "ok warn ok"),
-        (("2.4.0", "0.14.3", "5.0.0"), {"deepspeed": "ImportError"}, "ok fail ok"),
-        (("2.4.1+das.dtk2504", "0.14.2+das.dtk2504", "5.0.0"), {}, "ok ok ok"),
-        (("9.0.0", "0.13.0", None), {}, "warn fail fail"),
-    ],
-)
-def test_packages(installed, broken, expected):
-    names = dict(zip(VERSIONS, installed, strict=True))
-    found = states(versions.check_versions(situation(versions={k: v for k, v in names.items() if v}, **{"import": broken})))
-    assert [found[name] for name in VERSIONS] == expected.split()
-
-
-@pytest.mark.parametrize(
     ("platform", "installed", "tools", "expected"),
     [
-        ("single_node", {}, {"driver": "535", "toolkit": "12.1"}, {"CUDA": "ok"}),
-        ("single_node", {}, {"driver": "535", "toolkit": "11.8"}, {"CUDA": "warn"}),
-        ("single_node", {}, {"driver": None, "toolkit": None}, {"CUDA": "warn"}),
+        (None, packages("2.13.0+cpu", "5.23.0", "0.19.8"), {}, "ok ok ok"),
+        (None, packages("2.4.0", "5.0.0", "0.14.2"), {}, "ok ok warn"),
+        (None, packages("2.4.0", "5.0.0", "0.14.3"), {}, "ok ok fail"),
+        (None, packages("2.4.1+das.dtk2504", "5.0.0", "0.14.2+das.dtk2504"), {}, "ok ok ok"),
+        (None, {"torch": "9.0.0", "deepspeed": "0.13.0"}, {}, "warn fail fail"),
+        ("single_node", {}, {"driver": "535", "toolkit": "12.1"}, "ok"),
+        ("single_node", {}, {"driver": "535", "toolkit": "11.8"}, "warn"),
+        ("single_node", {}, {"driver": None, "toolkit": None}, "warn"),
         ("dcu_z100l", {"torch": "2.4.1+das.opt2.dtk2504"}, {"driver": "6.2.26", "toolkit": "25.04.1"}, "ok ok"),
         ("dcu_z100l", {"torch": "2.4.1+das.opt2.dtk2504"}, {"driver": "5.16.29", "toolkit": "25.04"}, "fail ok"),
         ("dcu_z100l", {"torch": "2.4.1+das.opt2.dtk2504"}, {"driver": "6.2.26", "toolkit": "24.04"}, "ok fail"),
@@ -120,16 +115,16 @@ def test_packages(installed, broken, expected):
         ("ascend_910", {"torch": "2.4.0", "torch_npu": "2.4.0.post4"}, {"toolkit": "8.0.0"}, "ok warn"),
         ("ascend_910", {"torch": "2.4.0", "torch_npu": "2.4.0"}, {"toolkit": "3.0"}, "ok warn"),
         ("ascend_910", {"torch": "2.4.0", "torch_npu": "2.4.0"}, {"toolkit": None}, "ok warn"),
-        ("ascend_910", {"torch": "2.4.0"}, {"toolkit": "8.0.0"}, {"torch_npu": "fail"}),
+        ("ascend_910", {"torch": "2.4.0"}, {"toolkit": "8.0.0"}, "fail"),
     ],
 )
-def test_tables_of_the_vendors(platform, installed, tools, expected):
-    here = situation(platform, versions=installed, tools=tools, build={"cuda": "12.4"})
-    found = {name: state for name, state in states(versions.check_versions(here)).items() if name not in VERSIONS}
-    if isinstance(expected, str):
-        names = ("DTK", "torch for DTK") if platform == "dcu_z100l" else ("torch_npu", "CANN")
-        expected = dict(zip(names, expected.split(), strict=True))
-    assert found == expected
+def test_versions_that_go_together(platform, installed, tools, expected):
+    """expected: the states of what the platform's vendor has a table for, else of the three packages."""
+    broken = {"deepspeed": "ImportError"} if installed.get("deepspeed") == "0.14.3" else {}
+    here = situation(platform, versions=installed, tools=tools, build={"cuda": "12.4"}, **{"import": broken})
+    found = states(versions.check_versions(here))
+    own = {name: state for name, state in found.items() if (name in VERSIONS) == (platform is None)}
+    assert " ".join(own.values()) == expected
 
 
 def test_versions_of_toolkits_and_drivers(tmp_path, monkeypatch):
@@ -343,9 +338,7 @@ def test_misspelt_names(names, meant):
     ("platform", "environ", "expected"),
     [
         ("single_node", {"CUDA_VISIBLE_DEVICES": "4,5"}, set()),
-        ("single_node", {"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c-4106"}, {"fail"}),
         ("single_node", {"CUDA_VISIBLE_DEVICES": ""}, {"warn"}),
-        ("single_node", {"CUDA_VISIBLE_DEVICES": "0,0"}, {"fail"}),
         ("single_node", {"HIP_VISIBLE_DEVICES": "0"}, {"warn"}),
         ("dcu_z100l", {"HIP_VISIBLE_DEVICES": "4,5"}, set()),
         ("dcu_z100l", {"HIP_VISIBLE_DEVICES": "4", "CUDA_VISIBLE_DEVICES": "4"}, {"warn"}),
