@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from steps import STEPS
 from training.utils.run.environment import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -20,20 +21,14 @@ OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 def environment(**more: str) -> dict[str, str]:
     """A user's environment for a CPU run: one thread a process, no hub."""
-    names = {
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(REPOSITORY),
-    }  # fmt: skip
+    names = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     inherited = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
-    return inherited | names | more
+    return inherited | names | {"PYTHONPATH": str(REPOSITORY)} | more
 
 
-PRELOADED = (
-    "torch", "deepspeed", "transformers", "datasets", "peft", "training.step1_sft.main", "training.step2_reward.main",
-    "training.step2_dpo.main", "training.step3_ppo.main",
-)  # fmt: skip
+PRELOADED = ["torch", "deepspeed", "transformers", "datasets", "peft", *(step.module for step in STEPS)]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(list(PRELOADED))
+FORKS.set_forkserver_preload(PRELOADED)
 
 
 def _run(module: str, flags: list[str], names: dict[str, str], output: Path) -> None:

@@ -12,12 +12,10 @@ import json
 import sys
 from pathlib import Path
 
+from steps import STEPS
 from tests.launching import succeed
 
 Runs = list[tuple[str, list[str]]]
-ARGUMENTS = {
-    "step1_sft": "SFTArguments", "step2_reward": "RewardArguments", "step3_ppo": "PPOArguments", "step2_dpo": "DPOArguments",
-}  # fmt: skip
 
 
 def run_several(runs: Runs, folder: Path, processes: int = 2) -> None:
@@ -31,13 +29,12 @@ def main(file: str) -> None:
     """What each process does."""
     import torch.distributed as dist
 
-    from training.utils.flags import steps as arguments
     from training.utils.flags.parse import parse
 
     leave, dist.destroy_process_group = dist.destroy_process_group, lambda *_: None
     for module, flags in json.loads(Path(file).read_text()):
-        args_class = getattr(arguments, ARGUMENTS[module.split(".")[1]])
-        importlib.import_module(module).main(parse(args_class, [flag for flag in flags if "local_rank" not in flag]))
+        (step,) = (step for step in STEPS if step.module == module)
+        importlib.import_module(module).main(parse(step.arguments_class, flags))
         gc.collect()
     leave()
 

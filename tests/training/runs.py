@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from steps import step_of
 from tests.launching import logged
 
-MODULES = {"sft": "step1_sft", "reward": "step2_reward", "dpo": "step2_dpo", "ppo": "step3_ppo"}
 COMMON = "--dtype fp32 --seed 7 --data_split 1,1,1 --eval_fraction 0.1 --num_warmup_steps 0 --max_steps 3 --logging_steps 1"
 SUPERVISED = "--max_seq_len 64 --learning_rate 1e-3 --per_device_train_batch_size 2 --global_batch_size 8"
 # A large epsilon keeps Adam from making steps of full size out of rounding, so that weights can be compared.
@@ -45,7 +45,7 @@ def step(
         sizes = f"--per_device_generation_batch_size {8 // processes} --per_device_training_batch_size {4 // processes} {PPO}"
     else:
         models, sizes = f"--model_name_or_path {model}", SUPERVISED
-    return f"training.{MODULES[kind]}.main", f"{COMMON} {files} {models} {sizes} {more}".split()
+    return step_of(kind).module, f"{COMMON} {files} {models} {sizes} {more}".split()
 
 
 def assert_same_curves(found: Path, expected: Path, names: tuple[str, ...], absolute: float = 1e-4) -> None:

@@ -88,10 +88,8 @@ def test_a_reference_on_the_host_is_split_while_it_is_read(start, tmp_path, monk
     monkeypatch.setattr(reference_room, "build_frozen", lambda model, run, **how: how["offload"])
     run = SimpleNamespace(dtype=torch.float32, attention="sdpa", world_size=1, device=torch.device("cpu"), in_turn=nullcontext)
     for stage in ("0", "3"):
-        args = parse(DPOArguments, [
-            "--model_name_or_path", str(start / "base"), "--data_path", "d", "--output_dir", str(tmp_path), "--zero_stage", stage,
-            "--offload_reference_model",
-        ])  # fmt: skip
+        flags = f"--model_name_or_path {start}/base --data_path d --output_dir {tmp_path} --zero_stage {stage}"
+        args = parse(DPOArguments, [*flags.split(), "--offload_reference_model"])
         assert reference_room.load_reference(args, {"model": start / "base"}, None, run) is True
     for settings in seen:
         assert settings["zero3_config"]["zero_optimization"]["offload_param"] == {"device": "cpu"}

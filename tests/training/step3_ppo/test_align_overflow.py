@@ -22,10 +22,8 @@ def half(models, tmp_path, monkeypatch):
     monkeypatch.setattr(training.utils.run.process_group, "resolve_dtype", lambda *_: torch.float16)
 
     def trainer(stage: int, *flags: str):
-        return build(
-            models, tmp_path, "--dtype", "fp16", "--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage),
-            "--enable_ema", *flags,
-        )  # fmt: skip
+        stages = f"--actor_zero_stage {stage} --critic_zero_stage {stage}"
+        return build(models, tmp_path, "--dtype fp16 --enable_ema", stages, *flags)
 
     return trainer
 

@@ -7,10 +7,8 @@ import pytest
 from training.step3_ppo.health import SILENCE, WINDOW, Health
 
 pytestmark = [pytest.mark.ppo, pytest.mark.fast]
-WELL = {
-    "first_ratio_deviation": 1e-5, "clip_share": 0.1, "kl": 0.4, "explained_variance": 0.3, "eos_rate": 0.9,
-    "score_clipped_share": 0.01,
-}  # fmt: skip
+WELL = {"first_ratio_deviation": 1e-5, "clip_share": 0.1, "kl": 0.4, "explained_variance": 0.3, "eos_rate": 0.9}
+WELL |= {"score_clipped_share": 0.01}
 # metric, its sick value, rollouts until it is said, words of the sentence
 SICK = [
     ("first_ratio_deviation", 2e-3, 1, "first minibatch"),

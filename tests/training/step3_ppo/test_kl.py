@@ -158,6 +158,6 @@ def test_either_mean_is_the_same_in_any_micro_batches(reduction):
     lengths = torch.tensor([5, 2, 1, 4])
     losses, mask = torch.randn(4, 5, generator=generator), torch.arange(5) < lengths[:, None]
     count = loss_denominator(mask, reduction)
-    parts = [aggregate(losses[rows, :width], mask[rows, :width], count, reduction)
-             for rows, width in ((slice(0, 1), 5), (slice(1, 3), 2), (slice(3, 4), 4))]  # fmt: skip
+    cuts = ((slice(0, 1), 5), (slice(1, 3), 2), (slice(3, 4), 4))
+    parts = [aggregate(losses[rows, :width], mask[rows, :width], count, reduction) for rows, width in cuts]
     torch.testing.assert_close(sum(parts), aggregate(losses, mask, count, reduction))

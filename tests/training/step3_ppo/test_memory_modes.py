@@ -65,11 +65,10 @@ def test_the_reference_answers_without_any_adapter(models, tmp_path):
 
 
 def test_without_a_critic_two_models_share(models, tmp_path):
-    flags = ("--memory_mode", "shared", "--actor_lora_dim", "4", "--num_return_sequences", "3", "--advantage", "rloo",
-             "--per_device_training_batch_size", "12")  # fmt: skip
-    trainer = build(models, tmp_path, *flags)
+    flags = "--actor_lora_dim 4 --num_return_sequences 3 --advantage rloo --per_device_training_batch_size 12"
+    trainer = build(models, tmp_path, "--memory_mode shared", flags)
     assert trainer.engine.critic is None and trainer.engine.reward is not None
-    expected = build(models, tmp_path / "separate", "--memory_mode", "separate", *flags[2:])
+    expected = build(models, tmp_path / "separate", "--memory_mode separate", flags)
     found, other = (rollout(one, 1) for one in (trainer, expected))
     torch.testing.assert_close(found.scores, other.scores, atol=1e-5, rtol=1e-5)
     assert trainer.train_rlhf(found, 1)["actor_loss"] == pytest.approx(expected.train_rlhf(other, 1)["actor_loss"], abs=1e-5)

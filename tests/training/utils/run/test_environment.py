@@ -9,9 +9,7 @@ from training.utils.run.environment import adopt_mpi_ranks
 
 pytestmark = pytest.mark.fast
 
-MPI = {
-    "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
-}  # fmt: skip
+MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in zip(("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"), "5184", strict=True)}
 
 
 def test_a_process_of_mpirun_knows_its_rank():

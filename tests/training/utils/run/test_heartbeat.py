@@ -20,13 +20,10 @@ class Room:
         self.ends: list[queue.Queue] = [queue.Queue() for _ in names]
         listener = socket.create_server(("127.0.0.1", 0))
         self.address = listener.getsockname()
+        ways = [{"listener": listener}, *({"address": self.address} for _ in names[1:])]
         self.beats = [
-            Heartbeat(
-                rank, names, 1.0, "token", listener=None if rank else listener, address=self.address if rank else None,
-                leave=self.ends[rank].put,
-            )
-            for rank in range(len(names))
-        ]  # fmt: skip
+            Heartbeat(rank, names, 1.0, "token", leave=self.ends[rank].put, **way) for rank, way in enumerate(ways)
+        ]
         while len(self.known()) < len(names) - 1:   # the first process has read all names
             pass
 
@@ -128,10 +125,13 @@ def test_strangers_are_not_listened_to(room):
 @pytest.mark.parametrize(
     ("environ", "several"),
     [
-        ({}, False), ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, False), ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, True),
-        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "1"}, True), ({"WORLD_SIZE": "2"}, False),
+        ({}, False),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, False),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, True),
+        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "1"}, True),
+        ({"WORLD_SIZE": "2"}, False),
     ],
-)  # fmt: skip
+)
 def test_only_several_nodes_are_watched(environ, several):
     assert several_nodes(environ) == several
 
