@@ -14,6 +14,7 @@ import training.step3_ppo.main as ppo
 import training.step3_ppo.rlhf_engine as rlhf_engine
 from tests.launching import write_pairs
 from tests.tiny import tiny_checkpoint
+from training.utils.engine import build
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import DPOArguments, PPOArguments, RewardArguments, SFTArguments
 
@@ -23,14 +24,8 @@ STEPS = {
     "dpo": (dpo, DPOArguments),
     "ppo": (ppo, PPOArguments),
 }
-LOADERS = (
-    (sft, "load_causal_lm"),
-    (reward, "load_scalar_model"),
-    (dpo, "load_causal_lm"),
-    (reference, "load_causal_lm"),
-    (rlhf_engine, "load_causal_lm"),
-    (rlhf_engine, "load_scalar_model"),
-)
+LOADERS = [(room, "load_causal_lm") for room in (build, reference, rlhf_engine)]
+LOADERS += [(room, "load_scalar_model") for room in (build, rlhf_engine)]
 SHORT = "--data_path {pairs} --max_prompt_seq_len 64 --max_answer_seq_len 16 --data_split 1,1,1"
 
 

@@ -19,8 +19,7 @@ from functools import partial
 import torch
 
 from models.checkpoint_folder import open_checkpoint
-from models.heads import TokenLogProbs
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_tokenizer
 from models.templates import load_template
 from training.utils.data.batching import SFTBatch, collate_sft
 from training.utils.data.prepare import prepare_phase
@@ -46,7 +45,7 @@ def main(args: SFTArguments) -> None:
     targets = target_counts(data.train, args.loss_on)
     batches = GlobalBatches(data.train, targets, collate, run, args)
 
-    engine = trained_engine(load_causal_lm, model, TokenLogProbs, args, run, tokenizer, batches.total_steps)
+    engine = trained_engine(model, args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)

@@ -19,8 +19,7 @@ from functools import partial
 from torch import Tensor
 
 from models.checkpoint_folder import CheckpointFolder, check_context_length, check_quantized_base, open_checkpoint
-from models.heads import TokenLogProbs
-from models.load import check_same_tokenizer, load_causal_lm, load_tokenizer
+from models.load import check_same_tokenizer, load_tokenizer
 from models.templates import load_template
 from training.step2_dpo.evaluation import evaluate_pairs, evaluation_line, pair_metrics, pair_sums
 from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
@@ -52,7 +51,7 @@ def main(args: DPOArguments) -> None:
     collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id)
     batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args)
     reference = load_reference(args, models, tokenizer, run)
-    engine = trained_engine(load_causal_lm, models["model"], TokenLogProbs, args, run, tokenizer, batches.total_steps)
+    engine = trained_engine(models["model"], args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)

@@ -19,8 +19,8 @@ from functools import partial
 import torch
 
 from models.checkpoint_folder import open_checkpoint
-from models.heads import TokenScores, at_last_token
-from models.load import load_scalar_model, load_tokenizer
+from models.heads import at_last_token
+from models.load import load_tokenizer
 from models.templates import load_template
 from training.utils.data.batching import PairBatch, collate_pairs
 from training.utils.data.prepare import prepare_phase
@@ -46,7 +46,7 @@ def main(args: RewardArguments) -> None:
     data = prepare_phase(args, 2, tokenizer, template, args.output_dir)
     collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id)
     batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args)
-    engine = trained_engine(load_scalar_model, model, TokenScores, args, run, tokenizer, batches.total_steps)
+    engine = trained_engine(model, args, run, tokenizer, batches.total_steps, scalar=True)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)

@@ -19,6 +19,8 @@ from models.checkpoint_folder import (
     open_checkpoint,
 )
 from models.device import has_accelerator
+from models.heads import TokenLogProbs, TokenScores
+from models.load import load_causal_lm, load_scalar_model
 from models.weight_files import first_line
 from training.utils.engine.configs import EngineOptions, frozen_config
 from training.utils.engine.extras import extras
@@ -38,19 +40,12 @@ def check_trained_model(args: Any, checkpoint: CheckpointFolder) -> None:
     check_quantized_base(checkpoint, args.quantization_bit, adapters=frozen)
 
 
-def trained_engine(
-    load: Callable[..., nn.Module],
-    checkpoint: CheckpointFolder,
-    head: Callable[[nn.Module], nn.Module],
-    args,
-    run: Run,
-    tokenizer,
-    steps: int,
-):
-    """Return the engine around head(load(checkpoint)), with LoRA or a prefix where the flags ask for them.
+def trained_engine(checkpoint: CheckpointFolder, args, run: Run, tokenizer, steps: int, *, scalar: bool = False):
+    """Return the engine around the model of a checkpoint, with LoRA or a prefix where the flags ask for them.
 
-    load: load_causal_lm or load_scalar_model; head: TokenLogProbs or TokenScores; steps: optimizer steps of the whole run.
+    It gives log-probabilities of tokens or, scalar, a score at every token. steps: optimizer steps of the whole run.
     """
+    load, head = (load_scalar_model, TokenScores) if scalar else (load_causal_lm, TokenLogProbs)
     options = EngineOptions.of(args)
     model = load(
         checkpoint,
@@ -65,8 +60,8 @@ def trained_engine(
         **args.prefix_options(),
     )
     if args.lora_dim:
-        names = args.lora_module_name
-        model = add_lora(model, args.lora_dim, args.lora_alpha, dropout=args.lora_dropout, module_name=names)
+        where = {"dropout": args.lora_dropout, "module_name": args.lora_module_name}
+        model = add_lora(model, args.lora_dim, args.lora_alpha, **where)
     return build_engine(head(model), options, run, steps)
 
 
