@@ -1,4 +1,4 @@
-"""Figures of a run that is not well, made up, and the sentences they must give - and a run that is well, and silence."""
+"""Made-up metrics of an unhealthy run give their sentences; a healthy run is silent."""
 
 import json
 

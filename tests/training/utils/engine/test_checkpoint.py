@@ -109,7 +109,7 @@ def names(folder: Path) -> list[str]:
 
 
 def earlier_run(folder: Path) -> None:
-    """Checkpoints of steps 100 and 150, a figure, and what a kill left."""
+    """Checkpoints of steps 100 and 150, a metric, and what a kill left."""
     checkpoint = checkpoint_of(folder, 7, limit=2)
     checkpoint.save(100)
     checkpoint.save(150)
