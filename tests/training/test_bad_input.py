@@ -26,6 +26,7 @@ STEPS = {
 }
 LOADERS = [(room, "load_causal_lm") for room in (build, reference, rlhf_engine)]
 LOADERS += [(room, "load_scalar_model") for room in (build, rlhf_engine)]
+OWN_RULE = "--reward_model false --reward_function {rules}:polite"
 SHORT = "--data_path {pairs} --max_prompt_seq_len 64 --max_answer_seq_len 16 --data_split 1,1,1"
 
 
@@ -85,7 +86,7 @@ def end(files, tmp_path, capsys):
         ("reward", "--data_path {lacking}", ["61", "rejected", "chosen"]),
         ("reward", "--data_path {answers}", ["answers.jsonl", "rejected"]),
         ("dpo", "--data_path {answers}", ["answers.jsonl", "rejected"]),
-        ("ppo", "--data_path {pairs} --max_prompt_seq_len 2", ["--max_prompt_seq_len"]),
+        ("ppo", f"--data_path {{pairs}} --max_prompt_seq_len 2 {OWN_RULE}", ["--max_prompt_seq_len"]),
         ("sft", "--learning_rat 1e-3", ["--learning_rat", "--learning_rate"]),
         ("sft", "--data_path Dahoas/rm-statik", ["Dahoas/rm-static"]),
         ("sft", "--data_path nobody/knows-this-set", ["scripts.download_dataset nobody/knows-this-set"]),
