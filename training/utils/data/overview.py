@@ -13,6 +13,11 @@ from training.utils.data.tokenize import SPLITS
 
 FILE = "data.txt"
 OPEN, CLOSE = ">>>", "<<<"
+SHOWN = {  # by phase
+    1: f"the model learns the tokens between {OPEN} and {CLOSE}",
+    2: f"chosen, then rejected: the answers stand between {OPEN} and {CLOSE}",
+    3: "the model writes the answer",
+}
 LONGEST, HEAD = 2000, 500  # characters of a shown text, and how many of them are of its beginning
 
 
@@ -34,9 +39,9 @@ def overview(data: CachedData, paths: list[str], phase: int, tokenizer: Any, num
         lines += [f"{path}, read by its fields {one['form']}", f"  {'':46}{'train':>12}{'held out':>12}"]
         for name in dict.fromkeys([*columns[0], *columns[1]]):
             lines.append(f"  {name:46}{columns[0].get(name, 0):12}{columns[1].get(name, 0):12}")
-        lines += [f"  {note}" for note in one["notes"]]
+        lines += [f"  {note.removeprefix(f'{path}: ')}" for note in one["notes"]]
         for place, row in enumerate(shown, start=1):
-            lines.append(f"  example {place} (the model learns the tokens between {OPEN} and {CLOSE}):")
+            lines.append(f"  example {place} ({SHOWN[phase]}):")
             lines += [
                 f"    | {line}" for text in example_texts(row, phase, tokenizer, loss_on) for line in text.split("\n")
             ]
@@ -53,7 +58,8 @@ def counts_of(counts: dict[str, Any], rows: Dataset, phase: int, loss_on: str) -
     if phase == 3:
         return named
     prompts = len(rows) if loss_on == "all" else sum(max(length, 1) for length in rows["prompt_length"])
-    return named | {"tokens that are targets": counts["tokens"] - phase * prompts}  # phase 2 has two answers a prompt
+    name = "tokens that are targets" if phase == 1 else "tokens of answers"
+    return named | {name: counts["tokens"] - phase * prompts}  # phase 2 has two answers a prompt
 
 
 def example_texts(row: dict[str, Any], phase: int, tokenizer: Any, loss_on: str) -> Iterator[str]:

@@ -34,6 +34,7 @@ MESSAGE_FIELDS = {"role", "from", "id", *TEXT_NAMES, *TOOL_NAMES, *LEARN_MARKS, 
 # Marks of the two sides in dialogues that are written as one text.
 SPEAKERS = [(user, assistant) for user in ("Human", "User", "USER") for assistant in ("Assistant", "ASSISTANT", "AI")]
 SPEAKERS += [("问", "答"), ("用户", "助手")]
+ASKS = re.compile(f"(?:{'|'.join(sorted({user for user, _ in SPEAKERS}))})[:：]")
 
 
 class BadRecord(Exception):
@@ -254,6 +255,8 @@ def split_turns(value: str, answered: bool = False) -> list[Message] | None:
 
     answered: the last turn is an answer; else it is the open "Assistant:", which may be missing behind one question.
     """
+    if not ASKS.search(value):  # most texts
+        return None
     for user, assistant in SPEAKERS:
         if turns := _split_at(value, user, assistant, answered):
             return turns
