@@ -101,12 +101,11 @@ def chosen_devices(options: Options, environ: Mapping[str, str]) -> tuple[str, l
 
 def torchrun_words(options: Options, environ: Mapping[str, str]) -> list[str]:
     """Return the words of torchrun on this node; with several nodes it is started on each of them."""
-    words = [sys.executable, "-m", TORCHRUN, "--nnodes", str(options.nodes)]
-    words += ["--nproc_per_node", str(processes_here(options, environ))]
-    if not options.several:
-        return [*words, "--master_addr", "127.0.0.1", "--master_port", str(options.master_port or free_port())]
-    words += ["--node_rank", str(node_rank(options, environ)), "--master_addr", needed_address(options, environ)]
-    return [*words, "--master_port", str(options.master_port or DEFAULT_PORT)]
+    words, address, port = [sys.executable, "-m", TORCHRUN, *size_words(options, environ)], "127.0.0.1", options.master_port
+    if options.several:
+        words += ["--node_rank", str(node_rank(options, environ))]
+        address, port = master_address(options, environ, needed=True), port or DEFAULT_PORT
+    return [*words, "--master_addr", address, "--master_port", str(port or free_port())]
 
 
 def slurm_words(options: Options, environ: Mapping[str, str]) -> list[str]:
@@ -118,8 +117,16 @@ def slurm_words(options: Options, environ: Mapping[str, str]) -> list[str]:
     words += shlex.split(options.launcher_args or "")
     # SLURM_NODEID differs by task, so a shell on the node reads it; $0 and $@ are the words that follow.
     words += ["bash", "-c", f'exec "$0" -m {TORCHRUN} --node_rank "$SLURM_NODEID" "$@"', sys.executable]
-    words += ["--nnodes", str(options.nodes), "--nproc_per_node", str(processes_here(options, environ))]
-    return [*words, "--master_addr", address, "--master_port", str(options.master_port or DEFAULT_PORT)]
+    words += [*size_words(options, environ), "--master_addr", address]
+    return [*words, "--master_port", str(options.master_port or DEFAULT_PORT)]
+
+
+def size_words(options: Options, environ: Mapping[str, str]) -> list[str]:
+    """Return how many nodes there are, and processes on this one; under Slurm on each, which show their devices alike."""
+    _, devices = chosen_devices(options, environ)
+    slots = list(options.hosts.values()) or [options.platform.devices]
+    processes = len(devices) or options.processes or slots[min(options.node_rank or 0, len(slots) - 1)]
+    return ["--nnodes", str(options.nodes), "--nproc_per_node", str(processes)]
 
 
 def first_slurm_node(environ: Mapping[str, str]) -> str:
@@ -139,13 +146,6 @@ def first_slurm_node(environ: Mapping[str, str]) -> str:
     return listed.stdout.split()[0]
 
 
-def processes_here(options: Options, environ: Mapping[str, str]) -> int:
-    """Return how many processes torchrun starts on this node; under Slurm on each, which show their devices alike."""
-    _, devices = chosen_devices(options, environ)
-    slots = list(options.hosts.values()) or [options.platform.devices]
-    return len(devices) or options.processes or slots[min(options.node_rank or 0, len(slots) - 1)]
-
-
 def node_rank(options: Options, environ: Mapping[str, str]) -> int:
     """Return this node's number: --node_rank, or what Slurm, Kubeflow or the user has set. Raise UserError if nobody says."""
     last = options.nodes - 1
@@ -162,21 +162,15 @@ def node_rank(options: Options, environ: Mapping[str, str]) -> int:
     return options.node_rank
 
 
-def master_address(options: Options, environ: Mapping[str, str]) -> str | None:
+def master_address(options: Options, environ: Mapping[str, str], needed: bool = False) -> str | None:
     """Return where rank 0 listens: --master_addr, MASTER_ADDR, else the first host of the hostfile; None where nobody says.
 
     Always given to DeepSpeed, which would take the first address that ``ssh HOST hostname -I`` prints: perhaps docker's.
+    needed: raise UserError where nobody says.
     """
-    return options.master_addr or environ.get("MASTER_ADDR") or next(iter(options.hosts), None)
-
-
-def needed_address(options: Options, environ: Mapping[str, str]) -> str:
-    """Return master_address, or raise UserError."""
-    address = master_address(options, environ)
-    refuse(
-        not address,
-        "several nodes need --master_addr, the address of the first one as the others reach it, or --hostfile.",
-    )
+    address = options.master_addr or environ.get("MASTER_ADDR") or next(iter(options.hosts), None)
+    unknown = needed and not address
+    refuse(unknown, "several nodes need --master_addr, the address of the first one as the others reach it, or --hostfile.")
     return address
 
 
@@ -306,7 +300,8 @@ def forwarded(options: Options, variables: Mapping[str, str], environ: Mapping[s
     """
     sent, launcher = {}, options.launcher or "pdsh"
     if launcher == "openmpi":  # whose processes are told their rank by mpirun, and no address
-        sent = {"MASTER_ADDR": needed_address(options, environ), "MASTER_PORT": str(options.master_port or DEFAULT_PORT)}
+        sent["MASTER_ADDR"] = master_address(options, environ, needed=True)
+        sent["MASTER_PORT"] = str(options.master_port or DEFAULT_PORT)
     for name, value in environ.items():
         wanted = FORWARDED.match(name) and not NOT_FORWARDED.search(name) and name not in variables
         if value and wanted and not UNREADABLE[launcher].search(value):
