@@ -61,7 +61,7 @@ class Step:
 
     @property
     def title(self) -> str:
-        """Such as ``step 2 (reward model)``."""
+        """Return a title such as ``step 2 (reward model)``."""
         return f"step {self.number} ({step_of(self.section).title})"
 
 

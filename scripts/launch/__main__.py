@@ -57,17 +57,17 @@ class Launch:
 
     @property
     def output(self) -> Path:
-        """The folder that the step writes to."""
+        """Return the folder that the step writes to."""
         return Path(self.args.output_dir)
 
     @property
     def title(self) -> str:
-        """Such as ``step 1 (SFT)``."""
+        """Return a title such as ``step 1 (SFT)``."""
         return self.args.title
 
     @property
     def log(self) -> Path:
-        """Where its output is kept; a file for each node, because they may share the folder."""
+        """Return the file for what it prints; one for each node, because they may share the folder."""
         own = "" if self.options.is_first_node else f"-node{self.options.node_rank}"
         return self.output / f"training{own}.log"
 

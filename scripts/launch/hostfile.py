@@ -11,7 +11,7 @@ from errors import UserError
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
-    """Host -> processes, in the order of the file. UserError with the line number for what DeepSpeed would stumble over."""
+    """Return host -> processes, in the order of the file. Raise UserError with the line that DeepSpeed would stumble over."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -34,11 +34,11 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
 
 
 def resolved(name: str) -> tuple[socket.AddressFamily, str]:
-    """What a host's name or address means on this machine, IPv4 before IPv6. OSError if nothing."""
-    found = sorted(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM), key=lambda one: one[0] != socket.AF_INET)
-    return found[0][0], found[0][4][0]
+    """Return what a host's name or address means on this machine, IPv4 before IPv6. Raise OSError if nothing."""
+    addresses = sorted(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM), key=lambda one: one[0] != socket.AF_INET)
+    return addresses[0][0], addresses[0][4][0]
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address (no name) is one that only its own machine reaches."""
+    """Return whether an address (no name) is one that only its own machine reaches."""
     return ipaddress.ip_address(address.split("%")[0]).is_loopback

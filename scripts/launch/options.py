@@ -78,22 +78,22 @@ class Options:
 
     @property
     def nodes(self) -> int:
-        """How many nodes take part."""
+        """Return the number of nodes that take part."""
         return len(self.hosts) or self.num_nodes or self.platform.nodes
 
     @property
     def several(self) -> bool:
-        """Whether more than one node takes part."""
+        """Return True where more than one node takes part."""
         return self.nodes > 1
 
     @property
     def by_ssh(self) -> bool:
-        """Whether this machine starts the processes of the other nodes: then their environment travels with the command."""
+        """Return True where this machine starts the processes of the other nodes: their environment travels with the command."""
         return self.several and not self.no_ssh and self.launcher in (None, "pdsh", "openmpi")
 
     @property
     def is_first_node(self) -> bool:
-        """Whether the process with rank 0 runs under this command."""
+        """Return True where the process with rank 0 runs under this command."""
         return not self.node_rank or self.by_ssh or self.launcher == "slurm"
 
 

@@ -44,7 +44,7 @@ def _read() -> dict[str, Any]:
 
 
 def load_platforms() -> dict[str, MachineKind]:
-    """All platforms by name, in the order of the file. UserError for an entry that is not one."""
+    """Return all platforms by name, in the order of the file. Raise UserError for an entry that is not one."""
     known = {one.name for one in fields(MachineKind)} - {"name"}
     platforms = {}
     for name, entry in _read().items():
@@ -61,12 +61,12 @@ def load_platforms() -> dict[str, MachineKind]:
 
 
 def variable_reasons() -> dict[str, str]:
-    """Why a variable of the platforms is set: name -> half a sentence."""
+    """Return why the variables of the platforms are set: name -> half a sentence."""
     return dict(_read()["variables"])
 
 
 def platform_named(name: str) -> MachineKind:
-    """The platform of that name. UserError that lists what exists."""
+    """Return the platform of that name. Raise UserError that lists what exists."""
     platforms = load_platforms()
     if name not in platforms:
         raise UserError(f"{name!r} is no platform{did_you_mean(name, platforms)}; there are {', '.join(platforms)}.")
@@ -74,6 +74,6 @@ def platform_named(name: str) -> MachineKind:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean X?)`` for a near miss, else nothing."""
+    """Return `` (did you mean X?)`` for a near miss, else nothing."""
     near = difflib.get_close_matches(str(word), list(known), 1)
     return f" (did you mean {near[0]}?)" if near else ""
