@@ -121,7 +121,7 @@ def render_command(args: argparse.Namespace) -> int:
 
 def check_command(paths: list[str]) -> int:
     """Check files, print one line a problem, and return 2 if there are any. Raise UserError for files that cannot be read."""
-    from scripts.kubernetes.check import check_text
+    from scripts.kubernetes.check import check_file
 
     files: list[Path] = []
     for path in map(Path, paths):
@@ -129,11 +129,7 @@ def check_command(paths: list[str]) -> int:
     refuse(not files, f"{', '.join(paths)}: no .yaml files there; name manifests or folders with some.")
     documents, wrong = 0, []
     for file in files:
-        try:
-            number, sentences = check_text(file.read_text(encoding="utf-8"), str(file))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-            raise UserError(f"{file}: {reason}; name a manifest or a folder with some.") from error
+        number, sentences = check_file(file)
         documents, wrong = documents + number, wrong + sentences
     for sentence in wrong:
         print(f"error: {sentence}", file=sys.stderr)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from errors import UserError
+from errors import UserError, refuse
 from scripts.kubernetes.render import quantity
 from scripts.launch.platforms import did_you_mean
 from steps import Step
@@ -34,22 +34,28 @@ PROCESSES = {
 }
 
 
-def check_text(text: str, name: str) -> tuple[int, list[str]]:
-    """Return the number of documents in a text, and a sentence for each thing that is wrong with them."""
+def check_file(path: Path) -> tuple[int, list[str]]:
+    """Return the number of documents in a file, and a sentence for each thing that is wrong with them.
+
+    Raise UserError for a file that cannot be read.
+    """
     import yaml
 
     try:
-        documents = [one for one in yaml.safe_load_all(text) if one is not None]
+        documents = [one for one in yaml.safe_load_all(path.read_text(encoding="utf-8")) if one is not None]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
+        raise UserError(f"{path}: {reason}; name a manifest or a folder with some.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{name}{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
-    found = [] if documents else [f"{name}: no document in it."]
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    sentences = [] if documents else [f"{path}: no document in it."]
     for number, document in enumerate(documents, 1):
         metadata = document.get("metadata") if isinstance(document, dict) else None
         title = f"{document.get('kind', '?')} {metadata.get('name', '')}" if isinstance(metadata, dict) else "?"
-        found += [f"{name}, document {number} ({title}): {sentence}" for sentence in problems(document)]
-    return len(documents), found
+        sentences += [f"{path}, document {number} ({title}): {sentence}" for sentence in problems(document)]
+    return len(documents), sentences
 
 
 def problems(document: Any) -> list[str]:
@@ -185,26 +191,18 @@ def training_problems(document: dict[str, Any], shared: dict[str, Any], limits: 
 
 def check_memory(job: SimpleNamespace, step: Step) -> None:
     """Raise UserError if the memory limit of a pod is below what a step needs on a host with its /dev/shm."""
-    needed = host_gib(job, step)
-    if needed is None:
-        print(f"# step {step.choice}: its models are not known to scripts.plan, so memory is not checked", file=sys.stderr)
-        return
-    shared = quantity(job.shm) / 2**30
-    if needed + shared > job.memory_gib:
-        raise UserError(
-            f"step {step.choice} needs {needed:.0f} GiB on each host and {shared:.0f} GiB for /dev/shm, but a pod has "
-            f"{job.memory_gib} GiB; give --memory {int(needed + shared) + 1}Gi or more, or see "
-            f"python -m scripts.plan --config {job.recipe.path} --step {step.choice}."
-        )
-
-
-def host_gib(job: SimpleNamespace, step: Step) -> float | None:
-    """Return the GiB that a step takes on one host, /dev/shm not counted; None where a model is neither known nor here."""
     from scripts.plan.section import UnknownModel, plan_section, platform_machine
 
     machine = platform_machine(job.platform, nodes=job.nodes, per_node=job.processes)
     try:
         planned = plan_section(job.recipe, step.section, job.platform, machine=machine, flags=job.flags)
     except UnknownModel:
-        return None
-    return planned.plan.on_host / 2**30
+        print(f"# step {step.choice}: its models are not known to scripts.plan, so memory is not checked", file=sys.stderr)
+        return
+    needed, shared = planned.plan.on_host / 2**30, quantity(job.shm) / 2**30
+    refuse(
+        needed + shared > job.memory_gib,
+        f"step {step.choice} needs {needed:.0f} GiB on each host and {shared:.0f} GiB for /dev/shm, but a pod has "
+        f"{job.memory_gib} GiB; give --memory {int(needed + shared) + 1}Gi or more, or see "
+        f"python -m scripts.plan --config {job.recipe.path} --step {step.choice}.",
+    )
