@@ -61,7 +61,7 @@ CANDIDATES: tuple[tuple[int, set[str]], ...] = (
 class StepMemory:
     """The memory of one step, as its flags and the configs of its models describe it, for any setting and machine.
 
-    configs: by the roles of args.models. dtype: "fp32", "fp16" or "bf16". prefixed: roles whose folder holds a saved prefix.
+    configs: by the roles of args.models. dtype: "fp32", "fp16" or "bf16".
     Raises UserError where --deepspeed_config contradicts the dtype: checks.py cannot know what --dtype auto becomes.
 
     roles: those with flags of their own, and what stands before the names of these ("", "actor_", "critic_"). reference: config
@@ -70,17 +70,9 @@ class StepMemory:
     setting: what the flags ask for; a stage "auto" counts as 0.
     """
 
-    def __init__(
-        self,
-        args: Any,
-        configs: dict[str, PretrainedConfig],
-        *,
-        dtype: str,
-        attention: str,
-        prefixed: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, args: Any, configs: dict[str, PretrainedConfig], *, dtype: str, attention: str) -> None:
         check_precision(args.deepspeed_config, dtype)
-        self.args, self.configs, self.dtype, self.attention, self.prefixed = args, configs, dtype, attention, prefixed
+        self.args, self.configs, self.dtype, self.attention = args, configs, dtype, attention
         self.ppo = args.section == "ppo"
         self.roles = {role: "" if role == "model" else f"{role}_" for role in configs if role != "reference"}
         self.trained = [role for role in self.roles if role != "critic" or args.has_critic]
@@ -113,22 +105,19 @@ class StepMemory:
 
     def with_flags(self, **changes: Any) -> StepMemory:
         """Return the memory of the same step with other flags."""
-        args = replace(self.args, **changes)
-        return StepMemory(args, self.configs, dtype=self.dtype, attention=self.attention, prefixed=self.prefixed)
+        return StepMemory(replace(self.args, **changes), self.configs, dtype=self.dtype, attention=self.attention)
 
     def flag(self, role: str, name: str) -> Any:
         """Return the value of a role's flag."""
         return getattr(self.args, self.roles[role] + name)
 
     def adapters(self, role: str) -> dict[str, Any]:
-        """Return the flags of a role's adapters. A saved prefix counts as one of a single token; its length is the folder's."""
-        flags = {name: self.flag(role, name) for name in ADAPTERS}
-        return flags | {"pre_seq_len": flags["pre_seq_len"] or int(role in self.prefixed)}
+        """Return the flags of a role's adapters."""
+        return {name: self.flag(role, name) for name in ADAPTERS}
 
     def is_adapted(self, role: str) -> bool:
         """Return True where the model's own weights are frozen."""
-        flags = self.adapters(role)
-        return bool(flags["lora_dim"] or flags["pre_seq_len"])
+        return bool(self.flag(role, "lora_dim") or self.flag(role, "pre_seq_len"))
 
     def network(self, role: str, *, recompute: bool = False, trained: bool = True) -> Footprint:
         """Return the network of a role as it is trained, or without adapters. Role "reference": DPO's frozen network."""
@@ -261,7 +250,7 @@ class StepMemory:
         possible = {*ALL, *(["layerwise"] if self.ppo else []), *(FROZEN if self.ppo and not self.shared else [])}
         # Recomputation drops the prefixes that peft puts in; ChatGLM's networks put in their own.
         own_prefix = all(hasattr(self.configs[role], "pre_seq_len") for role in self.roles)
-        if own_prefix or not any(self.adapters(role)["pre_seq_len"] for role in self.roles):
+        if own_prefix or not any(self.flag(role, "pre_seq_len") for role in self.roles):
             possible.add("recompute")
         settings = []
         for stage, wanted in CANDIDATES:
@@ -316,36 +305,25 @@ class SectionPlan:
 
 
 def section_plan(
-    args: Any,
-    configs: dict[str, PretrainedConfig],
-    machine: Machine,
-    *,
-    dtype: str,
-    attention: str,
-    prefixed: tuple[str, ...] = (),
+    args: Any, configs: dict[str, PretrainedConfig], machine: Machine, *, dtype: str, attention: str
 ) -> SectionPlan:
     """Return the plan of a step on a machine. dtype, attention: what "auto" stands for there ("bf16", "sdpa")."""
     dtype = dtype if args.dtype == AUTO else args.dtype
     attention = attention if args.attn_implementation == AUTO else args.attn_implementation
-    memory = StepMemory(args, configs, dtype=dtype, attention=attention, prefixed=prefixed)
-    stages = choose_stages(memory, machine)
-    setting = replace(memory.setting, stages=memory.setting.stages | stages)
-    return SectionPlan(memory, machine, stages, memory.plan_as_run(setting, machine))
+    return planned(StepMemory(args, configs, dtype=dtype, attention=attention), machine)
 
 
-def choose_stages(memory: StepMemory, machine: Machine) -> dict[str, int]:
-    """Return the stage of every role with --zero_stage auto: the lowest with which the run, otherwise as its flags say, fits
-    and all flags have an effect; 3 if none does.
+def planned(memory: StepMemory, machine: Machine) -> SectionPlan:
+    """Return the plan with the stage that --zero_stage auto stands for: the lowest with which the run, otherwise as its flags
+    say, fits and all flags have an effect; 3 if none does.
     """
-    if not memory.automatic:
-        return {}
     lowest = 3 if needing_stage_3(memory.args) else 1 if memory.setting.offload_optimizer else 0
-    for stage in range(lowest, 3):
+    for stage in range(lowest if memory.automatic else 3, 4):
         stages = dict.fromkeys(memory.automatic, stage)
-        setting = replace(memory.setting, stages=memory.setting.stages | stages)
-        if memory.plan_as_run(setting, machine).fits:
-            return stages
-    return dict.fromkeys(memory.automatic, 3)
+        found = memory.plan_as_run(replace(memory.setting, stages=memory.setting.stages | stages), machine)
+        if found.fits:
+            break
+    return SectionPlan(memory, machine, stages, found)
 
 
 def check_fits(
@@ -353,20 +331,20 @@ def check_fits(
 ) -> dict[str, int]:
     """Return the flags that --zero_stage auto becomes, for the caller to put in; {} without one. Reads no weights.
 
-    models: the checkpoints of args.models by role.
-
+    models: the checkpoints of args.models by role. A saved prefix counts as one of a single token: its length is the folder's.
     Raises UserError with the nearest setting that fits if the run cannot fit; --force lets it start.
     """
-    configs, prefixed = {}, []
+    configs, prefixes = {}, {}
     for role, checkpoint in models.items():
         configs[role] = open_checkpoint(checkpoint.weights).config()
-        options = args.prefix_options("" if role == "model" else role) if role != "reference" else {}
-        if options and gets_prefix(checkpoint, args.output_dir, **options):
-            prefixed.append(role)
-    planned = section_plan(args, configs, machine, dtype=dtype, attention=attention, prefixed=tuple(prefixed))
-    if not args.force and not planned.plan.fits:
-        raise UserError(planned.refusal)
-    return {f"{planned.memory.roles[role]}zero_stage": stage for role, stage in planned.stages.items()}
+        if role != "reference":
+            options = args.prefix_options("" if role == "model" else role)
+            if gets_prefix(checkpoint, args.output_dir, **options) and not options["pre_seq_len"]:
+                prefixes["pre_seq_len" if role == "model" else f"{role}_pre_seq_len"] = 1
+    found = section_plan(replace(args, **prefixes), configs, machine, dtype=dtype, attention=attention)
+    if not args.force and not found.plan.fits:
+        raise UserError(found.refusal)
+    return {f"{found.memory.roles[role]}zero_stage": stage for role, stage in found.stages.items()}
 
 
 def refusal(memory: StepMemory, wanted: Plan) -> str:

@@ -95,29 +95,28 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Stand in for scaled_dot_product_attention: keep only what the fused kernel would."""
+    return _Attention.apply(query, key, value, attn_mask)
+
+
 @contextmanager
-def fused_attention() -> Iterator[None]:
-    """Replace scaled_dot_product_attention by a function that only keeps what the fused kernel would."""
-
-    def stand_in(query, key, value, attn_mask=None, *_, **__) -> Tensor:
-        return _Attention.apply(query, key, value, attn_mask)
-
-    plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, stand_in
+def replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
+    """Put another function in the place of a module's."""
+    known = getattr(module, name)
+    setattr(module, name, stand_in)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain
+        setattr(module, name, known)
 
 
 @contextmanager
 def on_meta(ledger: Ledger, fused: bool = True) -> Iterator[None]:
     """Count tensors without content. autocast counts as off: transformers asks for meta, where torch 2.4 raises."""
-    known, torch.is_autocast_enabled = torch.is_autocast_enabled, lambda *_: False
-    try:
-        with ledger, fused_attention() if fused else nullcontext(), torch.device("meta"):
-            yield
-    finally:
-        torch.is_autocast_enabled = known
+    kernel = replaced(F, "scaled_dot_product_attention", attention) if fused else nullcontext()
+    with ledger, kernel, torch.device("meta"), replaced(torch, "is_autocast_enabled", lambda *_: False):
+        yield
 
 
 class Moments(NamedTuple):

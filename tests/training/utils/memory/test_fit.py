@@ -64,8 +64,8 @@ def test_auto_takes_the_lowest_stage_that_fits(sft):
     needs = [memory.plan(Setting({"model": stage}, {"model": False}), Machine(8, 8, 1.0, 1.0)).on_card for stage in range(4)]
     assert needs == sorted(needs, reverse=True)
     for stage, needed in enumerate(needs):
-        assert fit.choose_stages(memory, Machine(8, 8, needed * 1.001, 512.0 * GIB)) == {"model": stage}
-    assert fit.choose_stages(memory, Machine(8, 8, 1.0, 512.0 * GIB)) == {"model": 3}
+        assert fit.planned(memory, Machine(8, 8, needed * 1.001, 512.0 * GIB)).stages == {"model": stage}
+    assert fit.planned(memory, Machine(8, 8, 1.0, 512.0 * GIB)).stages == {"model": 3}
 
 
 def test_the_largest_batch_fits_and_the_next_does_not(sft):
