@@ -101,9 +101,9 @@ def check_operators(situation: Situation, plans: Plans) -> Check:
 
 
 def check_build(name: str, situation: Situation) -> Check:
-    """Build one of DeepSpeed's optimizers and take a step with it."""
+    """Build one of DeepSpeed's optimizers, and load it."""
     _, why = probe("build", name, situation=situation, times=30)
-    return Check("operators", name, WARN if why else OK, why or "built, and it steps", BUILDS if why else "")
+    return Check("operators", name, WARN if why else OK, why or "built, and it loads", BUILDS if why else "")
 
 
 def run_machine(situation: Situation) -> Machine:
