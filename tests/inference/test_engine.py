@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from inference.engine import generate
+from inference.engine import Generation, generate
 from inference.sampling import draw, invert, uniform_numbers
 from models.heads import TokenLogProbs
 from tests.tiny import FAMILIES, tiny_checkpoint
@@ -78,18 +78,21 @@ def chain(*tokens: int, vocab: int = 8) -> torch.Tensor:
 def test_greedy_equals_transformers(checkpoints, family):
     model = checkpoints(family)
     ids, mask = prompts(model.config.vocab_size)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=12, pad_token_id=PAD, eos_token_id=None)
-    expected = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
-    found = generate(model, ids, mask, max_new_tokens=12, stop_token_ids=[], pad_token_id=PAD, greedy=True)
-    assert found.sequences.tolist() == expected.tolist()
-    assert found.lengths.tolist() == [12] * 4 and not found.ended.any()
 
-    stop = int(expected[0, 5])  # now with a stop token, which rows meet at different times or never
-    settings = GenerationConfig(do_sample=False, max_new_tokens=12, pad_token_id=PAD, eos_token_id=stop)
-    expected = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
-    found = generate(model, ids, mask, max_new_tokens=12, stop_token_ids=[stop], pad_token_id=PAD, greedy=True)
-    assert found.sequences.tolist() == expected[:, : found.sequences.shape[1]].tolist()
-    assert found.ended.tolist() == [stop in row for row in expected.tolist()]
+    def both(stop: int | None) -> tuple[list[list[int]], Generation]:
+        settings = GenerationConfig(do_sample=False, max_new_tokens=12, pad_token_id=PAD, eos_token_id=stop)
+        expected = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
+        stops = [] if stop is None else [stop]
+        found = generate(model, ids, mask, max_new_tokens=12, stop_token_ids=stops, pad_token_id=PAD, greedy=True)
+        expected = expected[:, : found.sequences.shape[1]].tolist()
+        assert found.sequences.tolist() == expected
+        return expected, found
+
+    expected, found = both(None)
+    assert found.lengths.tolist() == [12] * 4 and not found.ended.any()
+    stop = expected[0][5]  # a stop token, which rows meet at different times or never
+    expected, found = both(stop)
+    assert found.ended.tolist() == [stop in row for row in expected]
 
 
 @pytest.mark.ppo
@@ -128,10 +131,8 @@ def test_frequencies_match_the_softmax(temperature):
     table = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     count = 4000
     ids = torch.full((count, 1), 2)
-    found = generate(
-        Markov(table), ids, torch.ones_like(ids), max_new_tokens=2, stop_token_ids=[], pad_token_id=0,
-        temperature=temperature, row_seeds=range(count),
-    )  # fmt: skip
+    settings = {"max_new_tokens": 2, "stop_token_ids": [], "pad_token_id": 0, "temperature": temperature}
+    found = generate(Markov(table), ids, torch.ones_like(ids), row_seeds=range(count), **settings)
     transition = (table / temperature).softmax(-1)
     for column, expected in ((0, transition[2]), (1, transition[2] @ transition)):
         counts = torch.bincount(found.sequences[:, column], minlength=6)
@@ -184,24 +185,21 @@ def test_top_k_and_top_p():
     probs = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05])
     uniform = (torch.arange(1000) + 0.5) / 1000
 
-    def shares(**settings) -> tuple[list[float], bool]:
-        tokens, filtered = draw(probs.log().expand(1000, 5), uniform, **settings)
-        return (torch.bincount(tokens, minlength=5) / 1000).tolist(), bool(filtered)
-
+    two = [0.0, 0.4 / 0.65, 0.0, 0.25 / 0.65, 0.0]
     cases = [
-        ({}, [0.1, 0.4, 0.2, 0.25, 0.05], False),
-        ({"top_k": 5}, [0.1, 0.4, 0.2, 0.25, 0.05], False),
-        ({"top_k": 2}, [0.0, 0.4 / 0.65, 0.0, 0.25 / 0.65, 0.0], True),
-        ({"top_p": 0.6}, [0.0, 0.4 / 0.65, 0.0, 0.25 / 0.65, 0.0], True),  # 0.4 is too little, with 0.25 it is enough
+        ({}, probs.tolist(), False),
+        ({"top_k": 5}, probs.tolist(), False),
+        ({"top_k": 2}, two, True),
+        ({"top_p": 0.6}, two, True),  # 0.4 is too little, with 0.25 it is enough
         ({"top_p": 0.9}, [0.1 / 0.95, 0.4 / 0.95, 0.2 / 0.95, 0.25 / 0.95, 0.0], True),  # 0.85 is too little
         ({"top_p": 1e-6}, [0.0, 1.0, 0.0, 0.0, 0.0], True),
-        ({"top_k": 3, "top_p": 0.5}, [0.0, 0.4 / 0.65, 0.0, 0.25 / 0.65, 0.0], True),  # 0.4 of 0.85 is below one half
+        ({"top_k": 3, "top_p": 0.5}, two, True),  # 0.4 of 0.85 is below one half
         ({"top_k": 3, "top_p": 0.4}, [0.0, 1.0, 0.0, 0.0, 0.0], True),
     ]
     for settings, expected, filtered in cases:
-        found, reported = shares(**settings)
-        assert found == pytest.approx(expected, abs=2e-3), settings
-        assert reported is filtered, settings
+        tokens, reported = draw(probs.log().expand(1000, 5), uniform, **settings)
+        assert (torch.bincount(tokens, minlength=5) / 1000).tolist() == pytest.approx(expected, abs=2e-3), settings
+        assert bool(reported) is filtered, settings
 
 
 @pytest.mark.detail(36)
@@ -280,14 +278,12 @@ def test_ends_and_padding():
 
 @pytest.mark.detail(19)
 @pytest.mark.ppo
-def test_a_stop_token_in_the_last_place_is_an_end():
+@pytest.mark.parametrize("longest, ended", [(3, True), (2, False)])
+def test_a_stop_token_in_the_last_place_is_an_end(longest, ended):
     """A response of maximal length that ends in the stop token has ended."""
-    model = Markov(chain(2, 4, 5, STOP))
-    ids = torch.tensor([[2]])
-    found = generate(model, ids, torch.ones_like(ids), max_new_tokens=3, stop_token_ids=[STOP], pad_token_id=0)
-    assert found.lengths.tolist() == [3] and found.ended.tolist() == [True]
-    found = generate(model, ids, torch.ones_like(ids), max_new_tokens=2, stop_token_ids=[STOP], pad_token_id=0)
-    assert found.lengths.tolist() == [2] and found.ended.tolist() == [False]
+    ids, model = torch.tensor([[2]]), Markov(chain(2, 4, 5, STOP))
+    found = generate(model, ids, torch.ones_like(ids), max_new_tokens=longest, stop_token_ids=[STOP], pad_token_id=0)
+    assert found.lengths.tolist() == [longest] and found.ended.tolist() == [ended]
 
 
 def test_it_stops_when_all_rows_have_ended_and_finished_rows_leave():

@@ -5,11 +5,13 @@ import random
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 import inference.engine
-from inference.cache import RowsCache
+from inference.cache import RowsCache, RowsLayer
 from inference.engine import generate, generate_many
 from models.load import load_causal_lm
+from models.sizes import SPARE_COLUMNS
 from tests.models.test_chatglm import TINY, tiny
 from tests.models.test_chatglm import prompts as chatglm_prompts
 from tests.tiny import FAMILIES, tiny_checkpoint
@@ -17,10 +19,7 @@ from tests.tiny import FAMILIES, tiny_checkpoint
 PAD = 3
 LENGTHS = (5, 2, 9, 1, 4, 4, 12, 7, 3)
 STOPS = range(8, 60)
-MODELS = [
-    *FAMILIES, "sliding window", *(f"{family}, prefix" for family in ("llama", "bloom", "gpt2")),
-    *TINY, *(f"{family}, prefix" for family in TINY),
-]  # fmt: skip
+MODELS = [*FAMILIES, "sliding window", *TINY, *(f"{family}, prefix" for family in ("llama", "bloom", "gpt2", *TINY))]
 pytestmark = pytest.mark.ppo
 
 
@@ -163,25 +162,16 @@ def test_a_row_leaves_nothing_to_the_one_that_takes_its_place():
         state = torch.arange(2.0 * columns).view(2, 1, columns, 1)
         one.update(state, -state, 0)
     cache.update(torch.full((2, 1, 1, 1), torch.inf), torch.full((2, 1, 1, 1), torch.nan), 0)
-    cache.replace(torch.tensor([1]), _first(other))
+    other.rebuild(torch.tensor([0]))
+    cache.replace(torch.tensor([1]), other)
     assert cache.layers[0].keys[1].flatten().tolist() == [0, 0, 0, 1, 2]
     assert cache.layers[0].values[1].flatten().tolist() == [0, 0, 0, -1, -2]
     cache.rebuild(torch.tensor([1, 1]), drop=2)
     assert cache.layers[0].keys.flatten().tolist() == [0, 1, 2] * 2 and cache.get_seq_length() == 3
 
 
-def _first(cache: RowsCache) -> RowsCache:
-    cache.rebuild(torch.tensor([0]))
-    return cache
-
-
 def test_a_layer_grows_as_transformers_own():
     """Column by column past its spare ones, and whole blocks: what DynamicLayer holds."""
-    from transformers.cache_utils import DynamicLayer
-
-    from inference.cache import RowsLayer
-    from models.sizes import SPARE_COLUMNS
-
     mine, theirs = RowsLayer(), DynamicLayer()
     generator = torch.Generator().manual_seed(0)
     for columns in (5, *[1] * (SPARE_COLUMNS + 3), 2 * SPARE_COLUMNS, 1):

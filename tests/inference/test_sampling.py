@@ -34,6 +34,12 @@ def tokenizer(folder):
     return load_tokenizer(folder)
 
 
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    """Prompts of one length."""
+    return torch.randint(8, 400, (5, 6), generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 2}])
 def test_of_numbers_that_are_not_finite_a_token_of_the_vocabulary_is_drawn(filters):
     log_probs = torch.tensor([[0.5, 0.3, 0.2], [float("nan")] * 3]).log()
@@ -52,9 +58,8 @@ def test_penalised_by_hand():
     assert occurring(ids, mask, 4).tolist() == [[False, False, True, True], [True, True, False, False]]
 
 
-def test_greedy_with_a_penalty_equals_transformers(model):
+def test_greedy_with_a_penalty_equals_transformers(model, ids):
     """Prompts of one length: transformers counts padding as text, we do not."""
-    ids = torch.randint(8, 400, (4, 6), generator=torch.Generator().manual_seed(0))
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=20, pad_token_id=PAD, eos_token_id=None, repetition_penalty=1.6
     )
@@ -70,20 +75,17 @@ def test_greedy_with_a_penalty_equals_transformers(model):
 
 
 @pytest.mark.ppo
-def test_with_a_penalty_the_log_probs_stay_those_of_the_softmax_and_that_is_reported(model):
+def test_with_a_penalty_the_log_probs_stay_those_of_the_softmax_and_that_is_reported(model, ids):
     """Item 36: sampled from one distribution, scored under another; `filtered` says so."""
-    ids = torch.randint(8, 400, (4, 6), generator=torch.Generator().manual_seed(0))
-    ask = {"max_new_tokens": 12, "stop_token_ids": [], "pad_token_id": PAD, "row_seeds": range(4), "temperature": 0.7}
+    ask = {"max_new_tokens": 12, "stop_token_ids": [], "pad_token_id": PAD, "row_seeds": range(5), "temperature": 0.7}
     found = generate(model, ids, torch.ones_like(ids), repetition_penalty=1.3, **ask)
     assert found.filtered and not generate(model, ids, torch.ones_like(ids), **ask).filtered
     whole = torch.cat([ids, found.sequences], 1)
     with torch.no_grad():
-        expected = (
-            (model(whole).logits[:, 5:-1] / 0.7).log_softmax(-1).gather(-1, found.sequences[..., None]).squeeze(-1)
-        )
+        log_probs = (model(whole).logits[:, 5:-1] / 0.7).log_softmax(-1)
+    expected = log_probs.gather(-1, found.sequences[..., None]).squeeze(-1)
     torch.testing.assert_close(found.log_probs, expected, atol=1e-4, rtol=0)
-    prompts = ids.tolist()
-    many = generate_many(model, prompts, max_batch=3, repetition_penalty=1.3, **ask)
+    many = generate_many(model, ids.tolist(), max_batch=3, repetition_penalty=1.3, **ask)
     assert torch.equal(many.sequences, found.sequences) and many.filtered
 
 
@@ -103,15 +105,14 @@ def test_stop_strings_are_found_at_the_token_that_completes_them(tokenizer):
         assert next(count for count in range(1, len(tokens) + 1) if search.met(tokens[:count])) == expected, string
 
 
-def test_an_answer_ends_with_its_stop_string(model, tokenizer):
+def test_an_answer_ends_with_its_stop_string(model, tokenizer, ids):
     """The tokens that hold it are kept; rows and a queue of prompts alike."""
-    prompts = torch.randint(8, 400, (5, 6), generator=torch.Generator().manual_seed(0))
     ask = {"max_new_tokens": 20, "stop_token_ids": [], "pad_token_id": PAD, "row_seeds": range(5)}
-    plain = generate(model, prompts, torch.ones_like(prompts), **ask)
+    plain = generate(model, ids, torch.ones_like(ids), **ask)
     string = tokenizer.decode(plain.sequences[2])[5:8]
     ask |= {"stop_strings": [string], "tokenizer": tokenizer}
-    found = generate(model, prompts, torch.ones_like(prompts), **ask)
-    many = generate_many(model, prompts.tolist(), max_batch=2, **ask)
+    found = generate(model, ids, torch.ones_like(ids), **ask)
+    many = generate_many(model, ids.tolist(), max_batch=2, **ask)
     assert 0 < found.ended.sum() < 5
     for row in range(5):
         tokens = plain.sequences[row].tolist()
@@ -125,13 +126,11 @@ def test_an_answer_ends_with_its_stop_string(model, tokenizer):
 # --- as they come -----------------------------------------------------------------------------------------------------
 
 
-def test_each_token_is_reported_once_and_in_order(model):
-    prompts = torch.randint(8, 400, (5, 6), generator=torch.Generator().manual_seed(0))
+def test_each_token_is_reported_once_and_in_order(model, ids):
     told: dict[int, list[int]] = {row: [] for row in range(10)}
-    found = generate_many(
-        model, prompts.tolist(), max_batch=3, num_return_sequences=2, max_new_tokens=10, stop_token_ids=range(8, 60),
-        pad_token_id=PAD, row_seeds=range(10), on_token=lambda row, token: told[row].append(token),
-    )  # fmt: skip
+    ask = {"max_new_tokens": 10, "stop_token_ids": range(8, 60), "pad_token_id": PAD, "row_seeds": range(10)}
+    ask |= {"num_return_sequences": 2, "on_token": lambda row, token: told[row].append(token)}
+    found = generate_many(model, ids.tolist(), max_batch=3, **ask)
     assert len(set(found.lengths.tolist())) > 1
     assert told == {row: found.sequences[row, : found.lengths[row]].tolist() for row in range(10)}
 

@@ -49,21 +49,15 @@ def test_greedy_answers_and_metrics_equal_the_slow_way(run, llama, slow_answers,
     """transformers' generate on each prompt alone."""
     rows, metrics = run("--max_target_length", "10", "--per_device_eval_batch_size", "2")
     slow = slow_answers(llama)
-    expected, lengths, ended = [], [], 0
-    for row, record in zip(rows, ROWS, strict=True):
-        text, length, by_itself = slow(record["content"], 10)
-        assert row["predict"] == text
-        label = slow.tokenizer.decode(
-            slow.template.encode_answer(slow.tokenizer, record["summary"])[:10], skip_special_tokens=True
-        )
-        assert row["labels"] == label.strip()
-        expected.append(text_metrics.score(row["labels"], row["predict"]))
-        lengths.append(length)
-        ended += by_itself
-    for name in text_metrics.METRICS:
-        assert metrics[name] == pytest.approx(sum(one[name] for one in expected) / 5, abs=1e-4)
-    assert (metrics["examples"], metrics["mean_tokens"], metrics["ended"]) == (5, sum(lengths) / 5, ended / 5)
-    assert metrics["flags"]["max_target_length"] == 10
+    answers = [slow(record["content"], 10) for record in ROWS]
+    labels = [slow.template.encode_answer(slow.tokenizer, record["summary"])[:10] for record in ROWS]
+    labels = [slow.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in labels]
+    assert rows == [{"labels": label, "predict": text} for label, (text, _, _) in zip(labels, answers, strict=True)]
+    expected = text_metrics.mean_scores([(label, text) for label, (text, _, _) in zip(labels, answers, strict=True)])
+    assert {name: metrics[name] for name in text_metrics.METRICS} == pytest.approx(expected, abs=1e-4)
+    assert (metrics["examples"], metrics["flags"]["max_target_length"]) == (5, 10)
+    assert metrics["mean_tokens"] == sum(length for _, length, _ in answers) / 5
+    assert metrics["ended"] == sum(by_itself for _, _, by_itself in answers) / 5
     shown = capsys.readouterr().out
     assert f"| {metrics['bleu-4']:.4f} |" in shown and "| BLEU-4 | ROUGE-1 | ROUGE-2 | ROUGE-L |" in shown
     assert "黑色" in (tmp_path / "out/generated_predictions.txt").read_text(encoding="utf-8")  # letters, not escapes
