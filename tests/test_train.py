@@ -44,34 +44,31 @@ def value(flags: list[str], name: str) -> str:
 # --- command lines ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("deployment", "size"), zip(train.DEPLOYMENTS, train.OPT_SIZES, strict=False))
-def test_every_size_and_deployment_gives_flags_that_the_steps_accept(deployment, size):
-    steps = planned("--actor-model", size, "--deployment-type", deployment)
+PAIRS = zip(train.DEPLOYMENTS, train.OPT_SIZES, strict=False)
+SIZES = [(deployment, size, f"facebook/opt-{size}", size) for deployment, size in PAIRS]
+OTHERS = {"facebook/opt-1.3b": "1.3b", "bigscience/bloom-1b1": "bloom-1b1", "some/where/mine/": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("deployment", "given", "model", "name"), [*SIZES, *(("cpu", given, given, name) for given, name in OTHERS.items())]
+)
+def test_every_model_and_deployment_gives_flags_that_the_steps_accept(deployment, given, model, name):
+    """Folders are named as in DeepSpeed-Chat, whatever the spelling of the model."""
+    steps = planned("--actor-model", given, "--deployment-type", deployment)
     parsed = {number: parse_step(ARGUMENTS[number], flags) for number, flags in steps.items()}
-    assert parsed[1].model_name_or_path == f"facebook/opt-{size}"
-    assert parsed[2].model_name_or_path == "facebook/opt-350m"
-    assert parsed[3].actor_model_name_or_path == parsed[1].output_dir == f"output/actor-models/{size}"
+    assert (parsed[1].model_name_or_path, parsed[2].model_name_or_path) == (model, "facebook/opt-350m")
+    assert parsed[3].actor_model_name_or_path == parsed[1].output_dir == f"output/actor-models/{name}"
     assert parsed[3].critic_model_name_or_path == parsed[2].output_dir == "output/reward-models/350m"
-    assert parsed[3].output_dir == f"output/step3-models/{size}"
+    assert parsed[3].output_dir == f"output/step3-models/{name}"
 
 
 @pytest.mark.parametrize("deployment", train.DEPLOYMENTS)
 def test_dpo_takes_the_place_of_steps_2_and_3(deployment):
-    steps = planned("--method", "dpo", "--actor-model", "13b", "--deployment-type", deployment, "--actor-zero-stage", "3",
-                    "--dpo-flags", "--beta 0.3")  # fmt: skip
+    words = ["--method", "dpo", "--actor-model", "13b", "--deployment-type", deployment, "--actor-zero-stage", "3"]
+    steps = planned(*words, "--dpo-flags", "--beta 0.3")
     sft, dpo = (parse_step(DPO[number], flags) for number, flags in steps.items())
     assert dpo.model_name_or_path == sft.output_dir == "output/actor-models/13b"
     assert (dpo.output_dir, dpo.beta, dpo.zero_stage, sft.zero_stage) == ("output/dpo-models/13b", 0.3, 3, 3)
-
-
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [("facebook/opt-1.3b", "1.3b"), ("1.3b", "1.3b"), ("bigscience/bloom-1b1", "bloom-1b1"), ("some/where/mine/", "mine")],
-)
-def test_folders_are_named_as_in_deepspeed_chat_whatever_the_spelling_of_the_model(model, name):
-    flags = planned("--actor-model", model, "--output-dir", "out")
-    assert value(flags[1], "--output_dir") == f"out/actor-models/{name}"
-    assert value(flags[3], "--output_dir") == f"out/step3-models/{name}"
 
 
 def test_flags_reach_the_steps_they_belong_to():
