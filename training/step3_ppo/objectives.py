@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from training.utils.flags.steps import PPOArguments
 
 Reduction = Literal["token", "sequence"]
-Estimator = Literal["k1", "k2", "k3"]
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: a ratio beyond that is no information, and exp(89) is infinite
 
@@ -87,20 +86,9 @@ def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     return torch.expm1(-d) + d
 
 
-ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
-
-
-def kl_estimate(
-    log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, estimator: Estimator = "k1", clip: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Return the estimate at every token, cut to +-clip (0 or less: not cut), 0 outside the mask.
-
-    log_probs, ref_log_probs, mask [batch, time] -> [batch, time], and how many valid tokens the cut changed (scalar).
-    """
-    kl = ESTIMATORS[estimator](log_probs, ref_log_probs).where(mask.bool(), 0.0)
-    if clip <= 0:
-        return kl, kl.new_zeros(())
-    return kl.clamp(-clip, clip), (kl.detach().abs() > clip).sum().float()
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Return k1 at every token, 0 outside the mask. All [batch, time]."""
+    return kl_k1(log_probs, ref_log_probs).where(mask.bool(), 0.0)
 
 
 def kl_loss(
@@ -108,26 +96,19 @@ def kl_loss(
     ref_log_probs: Tensor,
     mask: Tensor,
     denominator: float | Tensor,
-    estimator: Estimator = "k1",
-    clip: float = 0.0,
     reduction: Reduction = "token",
-) -> tuple[Tensor, Tensor]:
-    """Return a KL penalty to add to the policy loss: the value is the estimator's, the gradient k2's, d * grad log p.
+) -> Tensor:
+    """Return a KL penalty to add to the policy loss: the value is k1's, the gradient k2's, d * grad log p.
 
     In expectation over tokens drawn from p, d * grad log p is the gradient of KL(p || q) (the score function's mean is 0).
     Differentiating k1 gives grad log p, zero on average; differentiating k3 gives the gradient of KL(q || p), the other
     direction. As a penalty in the reward it is k1 whose policy gradient is right. After the first minibatch the tokens come
     from an older p, and this is as near as the ratio is to 1.
-    All tensors [batch, time]; the gradient goes to log_probs only. clip > 0 cuts the value and the d of the gradient.
-    Returns the loss and how many valid tokens the cut changed.
+    All tensors [batch, time]; the gradient goes to log_probs only.
     """
-    mask = mask.bool()
-    log_probs, ref_log_probs = log_probs.float().where(mask, 0.0), ref_log_probs.detach().float().where(mask, 0.0)
-    with torch.no_grad():
-        value, cut = kl_estimate(log_probs, ref_log_probs, mask, estimator, clip)
-        d = kl_k1(log_probs, ref_log_probs)
-        d = d.clamp(-clip, clip) if clip > 0 else d
-    return aggregate(value + d * (log_probs - log_probs.detach()), mask, denominator, reduction), cut
+    log_probs = log_probs.float().where(mask.bool(), 0.0)
+    d = kl_estimate(log_probs, ref_log_probs, mask).detach()
+    return aggregate(d + d * (log_probs - log_probs.detach()), mask, denominator, reduction)
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:
@@ -178,25 +159,17 @@ def overlong_penalty(scores: Tensor, lengths: Tensor, limit: int, tokens: int, p
 
 
 @torch.no_grad()
-def shaped_rewards(
-    scores: Tensor,
-    log_probs: Tensor,
-    ref_log_probs: Tensor,
-    mask: Tensor,
-    kl_coef: float,
-    estimator: Estimator = "k1",
-    kl_clip: float = 0.0,
-) -> Tensor:
-    """r_t = -kl_coef * k_t on every valid token, plus the score on the last one (Ziegler et al. 2019, arXiv 1909.08593,
-    eq. 2), so that sum_t r_t = score - kl_coef * sum_t k_t.
+def shaped_rewards(scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Return r_t = -kl_coef * k1_t on every valid token, plus the score on the last one (Ziegler et al. 2019, arXiv 1909.08593,
+    eq. 2), so that sum_t r_t = score - kl_coef * sum_t k1_t.
 
     scores [batch]; log_probs of the policy that sampled, ref_log_probs and mask [batch, time] -> [batch, time], 0 outside
-    the mask. A row without a valid token gets nothing. kl_clip: kl_estimate's clip.
+    the mask. A row without a valid token gets nothing.
     """
     mask = mask.bool()
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = columns.where(mask, -1).amax(dim=1, keepdim=True)
-    kl, _ = kl_estimate(log_probs, ref_log_probs, mask, estimator, kl_clip)
+    kl = kl_estimate(log_probs, ref_log_probs, mask)
     return scores.float()[:, None].where(columns == last, 0.0) - kl_coef * kl
 
 
@@ -301,11 +274,8 @@ def actor_loss(
         reduction=reduction,
     )
     if args.kl_in == "loss":
-        estimator = args.kl_estimator, args.kl_clip
-        penalty, cut = kl_loss(log_probs, rows.ref_log_probs, mask, denominator, *estimator, reduction)
-        loss = loss + kl_coef * penalty
-        estimate, _ = kl_estimate(log_probs.detach(), rows.ref_log_probs, mask, *estimator)
-        metrics |= {"kl_per_token": float(estimate.sum()), "kl_clipped_share": float(cut)}
+        loss = loss + kl_coef * kl_loss(log_probs, rows.ref_log_probs, mask, denominator, reduction)
+        metrics["kl_per_token"] = float(kl_estimate(log_probs.detach(), rows.ref_log_probs, mask).sum())
     if entropy is not None:
         loss = loss - args.entropy_coef * aggregate(entropy, mask, denominator, reduction)
         metrics["entropy"] = float(masked_sum(entropy.detach(), mask))

@@ -202,7 +202,7 @@ def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args,
     scores, clipped = objectives.normalize_scores(scores, 0.0, 1.0, args.clip_reward_value)
     policies = (experience.old_log_probs, experience.ref_log_probs, mask)
     in_reward = coef if args.kl_in == "reward" else 0.0
-    rewards = objectives.shaped_rewards(scores, *policies, in_reward, args.kl_estimator, args.kl_clip)
+    rewards = objectives.shaped_rewards(scores, *policies, in_reward)
     total = rewards.sum(1).mean()
     experience.rewards = whiten(rewards, mask, keep_mean=True) if args.whiten_rewards else rewards
     experience.metrics = {
@@ -210,16 +210,13 @@ def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args,
         **engine.rewards.metrics(experience),
         "reward": float(total),
         "score_clipped_share": float(clipped),
-        "kl": float(objectives.kl_estimate(*policies)[0].sum(1).mean()),
+        "kl": float(objectives.kl_estimate(*policies).sum(1).mean()),
         "kl_coef": coef,
         "length": float(lengths.float().mean()),
         "eos_rate": float(experience.ended.float().mean()),
     }
     if experience.sampler_gap is not None:
         experience.metrics["sampler_gap"] = experience.sampler_gap
-    if in_reward and args.kl_clip:
-        cut = objectives.kl_estimate(*policies, args.kl_estimator, args.kl_clip)[1]
-        experience.metrics["kl_clipped_share"] = float(cut / mask.sum().clamp(min=1))
     estimate_advantages(experience, args)
 
 

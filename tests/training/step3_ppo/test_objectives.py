@@ -119,7 +119,7 @@ def test_rows_and_batches_without_a_token_count_nothing():
 # --- KL ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.detail(11)
+@pytest.mark.detail(11, 12)
 def test_estimators_over_a_small_vocabulary():
     """E[k1] = E[k3] = KL(p || q) by enumeration; k2 and k3 are never negative; all are 0 where p = q."""
     p = torch.tensor([0.5, 0.2, 0.2, 0.1])

@@ -67,7 +67,7 @@ def test_answers_to_one_prompt_differ_and_begin_with_the_answer_of_a_rollout_of_
 
 @pytest.mark.detail(13)
 def test_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_path):
-    flags = "--kl_in loss --kl_estimator k3 --kl_coef 1.0 --ppo_epochs 8 --lr_scheduler_type constant"
+    flags = "--kl_in loss --kl_coef 1.0 --ppo_epochs 8 --lr_scheduler_type constant"
     trainer = build(models, tmp_path, flags)
     trainer.train_rlhf(rollout(trainer, 1), 1)  # away from the reference
     experience = rollout(trainer, 2)
@@ -82,18 +82,10 @@ def test_kl_is_in_one_place_and_pulls_towards_the_reference(models, tmp_path):
     assert before > 1e-3
     experience.advantages = torch.zeros_like(experience.advantages)  # nothing but the penalty
     metrics = trainer.train_rlhf(experience, 2)
-    assert metrics["kl_per_token"] > 0 and metrics["kl_clipped_share"] == 0.0
+    assert metrics["kl_per_token"] > 0
     after = replace(experience)
     complete_experience(trainer.engine, after, trainer.args, trainer.sampler)
     assert divergence(after) < before / 2
-
-
-@pytest.mark.detail(12)
-def test_what_the_clip_cuts_is_logged(models, tmp_path):
-    trainer = build(models, tmp_path, "--kl_estimator k2 --kl_clip 1e-6 --ppo_epochs 2")
-    assert rollout(trainer, 1).metrics["kl_clipped_share"] == 0.0
-    trainer.train_rlhf(rollout(trainer, 1), 1)
-    assert rollout(trainer, 2).metrics["kl_clipped_share"] > 0.5
 
 
 @pytest.mark.detail(38)
@@ -219,7 +211,6 @@ def test_a_symptom_is_logged_in_words(models, tmp_path, caplog):
         ("--overlong_tokens 999 --overlong_penalty 1", "--overlong_tokens 999"),
         ("--cliprange_low 0", "--cliprange_low 0"),
         ("--kl_horizon 0", "--kl_horizon 0"),
-        ("--kl_clip -1", "--kl_clip -1"),
         ("--max_approx_kl -1", "--max_approx_kl -1"),
     ],
 )
@@ -228,13 +219,11 @@ def test_flags_that_contradict_each_other(flags, words):
         parsed(flags)
 
 
-@pytest.mark.detail(12, 30)
+@pytest.mark.detail(30)
 def test_flags_that_follow_from_others():
     assert (parsed().cliprange_low, parsed("--cliprange 0.3").cliprange_high) == (0.2, 0.3)
     higher = parsed("--cliprange_high 0.28")
     assert (higher.cliprange_low, higher.cliprange_high) == (0.2, 0.28)
-    assert parsed().kl_clip == 0.0 and parsed("--kl_estimator k3").kl_clip == 10.0
-    assert parsed("--kl_estimator k3 --kl_clip 0").kl_clip == 0.0
     assert not parsed("--advantage reinforce++").has_critic
 
 

@@ -21,7 +21,6 @@ STAGE_3 = {
     "stage3_prefetch_bucket_size": PREFETCH,
     "stage3_gather_16bit_weights_on_model_save": False,
 }
-ZERO_PLUS_PLUS = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 
 
 def precision_config(dtype: torch.dtype) -> dict[str, Any]:
@@ -65,10 +64,6 @@ class EngineOptions:
     offload: bool
     offload_optimizer: bool
     offload_param: bool
-    zero_hpz_partition_size: int
-    zero_quantized_weights: bool
-    zero_quantized_gradients: bool
-    zero_quantized_nontrainable_weights: bool
     deepspeed_config: str | None
 
     @classmethod
@@ -85,11 +80,9 @@ class EngineOptions:
         if (self.offload or self.offload_optimizer) and self.zero_stage >= 1:
             zero["offload_optimizer"] = on_host
         if self.zero_stage == 3:
-            zero |= STAGE_3 | {name: True for name in ZERO_PLUS_PLUS if getattr(self, name)}
+            zero |= STAGE_3
             if self.offload or self.offload_param:
                 zero["offload_param"] = dict(on_host)
-            if self.zero_hpz_partition_size > 1:
-                zero["zero_hpz_partition_size"] = self.zero_hpz_partition_size
         config = PLACEHOLDERS | {
             "train_batch_size": run.world_size,
             "gradient_accumulation_steps": 1,

@@ -16,10 +16,6 @@ from training.utils.flags.steps import CommonArguments, DPOArguments, EvaluateAr
 
 logger = logging.getLogger("sanbu")
 
-ZERO_PLUS_PLUS = (
-    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights",
-)  # fmt: skip
 
 
 def validate(args: Any) -> None:
@@ -137,23 +133,16 @@ def check_sampling(args: EvaluateArguments) -> None:
 
 
 def check_memory(args: CommonArguments, stages: dict[str, int]) -> None:
-    """Offload and ZeRO++ need the ZeRO stage that they work in."""
+    """Offload needs the ZeRO stage that it works in."""
     highest = max(3 if stage == "auto" else stage for stage in stages.values())
     named = " or ".join(f"--{prefix}zero_stage" for prefix in stages)
     for name in ("offload", "offload_optimizer"):
         if getattr(args, name) and highest < 1:
             raise UserError(f"--{name} needs {named} 1, 2 or 3: with stage 0 DeepSpeed offloads nothing.")
-    for name in needing_stage_3(args):
-        if highest < 3:
-            raise UserError(f"--{name} needs {named} 3.")
+    if args.offload_param and highest < 3:
+        raise UserError(f"--offload_param needs {named} 3.")
     if args.optimizer == "fused_adam" and (args.offload or args.offload_optimizer):
         raise UserError("--optimizer fused_adam works on the card, --offload moves its states to the host; use auto.")
-
-
-def needing_stage_3(args: CommonArguments) -> list[str]:
-    """The flags given that do nothing below ZeRO-3: offloaded parameters and ZeRO++."""
-    given = {name: getattr(args, name) for name in ("offload_param", *ZERO_PLUS_PLUS)}
-    return [name for name, value in given.items() if (value if isinstance(value, bool) else value > 1)]
 
 
 def check_quantization(args: CommonArguments, models: dict[str, int]) -> None:

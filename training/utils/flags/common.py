@@ -234,23 +234,6 @@ class CommonArguments:
         "Keep the parameters in host memory (ZeRO stage 3).", False,
         zh="把参数放在主机内存（ZeRO-3）。",
     )
-    zero_hpz_partition_size: int = flag(
-        "ZeRO++ (stage 3): second copy of the weights over this number of cards, those of one node; 1 = off.", 1,
-        within=ONE_OR_MORE,
-        zh="ZeRO++（ZeRO-3）：在这么多张卡（一个节点内）上再存一份切分的权重；1 = 关闭。",
-    )
-    zero_quantized_weights: bool = flag(
-        "ZeRO++ (stage 3): gather weights in 8 bits.", False,
-        zh="ZeRO++（ZeRO-3）：以 8 位收集权重。",
-    )
-    zero_quantized_gradients: bool = flag(
-        "ZeRO++ (stage 3): reduce gradients in 4 bits.", False,
-        zh="ZeRO++（ZeRO-3）：以 4 位归约梯度。",
-    )
-    zero_quantized_nontrainable_weights: bool = flag(
-        "ZeRO++ (stage 3): hold frozen weights in 8 bits.", False,
-        zh="ZeRO++（ZeRO-3）：以 8 位存放冻结的权重。",
-    )
     deepspeed_config: str | None = flag(
         "JSON whose keys win over the DeepSpeed configuration made from the flags.", None,
         aliases=("deepscale_config",), metavar="FILE",

@@ -85,9 +85,11 @@ RETIRED = (
     ),
     FormerFlag(
         ("enable_mixed_precision_lora",), ("ppo",), 0,
-        "--zero_quantized_nontrainable_weights; on several nodes add --zero_hpz_partition_size <cards of a node>",
-        becomes=("--zero_quantized_nontrainable_weights", "true"),
-        zh="--zero_quantized_nontrainable_weights；多节点时再加 --zero_hpz_partition_size <一个节点的卡数>",
+        "--quantization_bit 8 holds frozen weights in 8 bits; to gather them in 8 bits, put "
+        '{"zero_optimization": {"zero_quantized_nontrainable_weights": true}} into a --deepspeed_config',
+        "warn",
+        zh="--quantization_bit 8 以 8 位存放冻结的权重；要以 8 位收集，把 "
+        '{"zero_optimization": {"zero_quantized_nontrainable_weights": true}} 写入 --deepspeed_config 的文件',
     ),
     FormerFlag(
         ("test_stop_step",), ("ppo",), 1, "--max_steps, where --enable_test_mode is given",
@@ -103,6 +105,12 @@ RETIRED = (
         ("sampler_correction",), ("ppo",), 1,
         "the sampler has the trained weights; --old_log_probs forward takes the ratio against the training forward", "warn",
         zh="采样用的就是训练所得的权重；--old_log_probs forward 以训练前向的值作概率比的分母",
+    ),
+    FormerFlag(
+        ("kl_estimator", "kl_clip"), ("ppo",), 1,
+        "the penalty is d, the difference of log-probabilities (k1), uncut; with --kl_in loss its gradient is d * grad log p",
+        "warn",
+        zh="惩罚为对数概率之差 d（k1），不截断；--kl_in loss 时其梯度为 d * grad log p",
     ),
     FormerFlag(
         ("print_answers_interval",), ("ppo",), 1, "--print_answers and samples.jsonl follow --logging_steps",
@@ -212,6 +220,16 @@ RETIRED = (
 )
 
 NOT_YET = (
+    FormerFlag(
+        ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"), TRAIN, 0,
+        'write the key of this name, true, into "zero_optimization" of a --deepspeed_config file', "refuse",
+        zh='以此名为键、true 为值，写入 --deepspeed_config 文件的 "zero_optimization"',
+    ),
+    FormerFlag(
+        ("zero_hpz_partition_size",), TRAIN, 1,
+        'write the key of this name into "zero_optimization" of a --deepspeed_config file', "refuse",
+        zh='以此名为键，写入 --deepspeed_config 文件的 "zero_optimization"',
+    ),
     FormerFlag(
         ("unsupervised_dataset_config_name",), ("ppo",), 1,
         "write it behind the name of the set, --unsupervised_dataset_name NAME:CONFIG", "refuse",

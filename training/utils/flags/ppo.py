@@ -100,22 +100,9 @@ class PPOArguments(CommonArguments):
         "Weight of the KL penalty against the reference.", 0.05, common=True,
         zh="KL 惩罚系数（相对参考模型）。",
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = flag(
-        "Estimate of a token's KL from d, its difference of log-probabilities: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. "
-        "In the reward k1 has the right gradient; in the loss the gradient is k2's, the right one there, for all three.",
-        "k1",
-        zh="由对数概率之差 d 估计每个 token 的 KL：k1 = d，k2 = d^2 / 2，k3 = exp(-d) - 1 + d。"
-        "放在奖励中时 k1 的梯度正确；放在损失中时三者都取 k2 的梯度，即此处正确的梯度。",
-    )
     kl_in: Literal["reward", "loss"] = flag(
         "Take the penalty off each token's reward, or add it to the loss.", "reward",
         zh="从每个 token 的奖励中扣除 KL 惩罚，或加到损失上。",
-    )
-    kl_clip: float | None = flag(
-        "A token's estimate counts up to +- this; 0 = however far. None: 10 for k2 and k3, which explode on unlikely "
-        "tokens, 0 for k1.",
-        None,
-        zh="每个 token 的估计值截断到 ± 该值；0 = 不截断。缺省：k2 和 k3 为 10（它们在罕见 token 上会爆炸），k1 为 0。",
     )
     kl_target: float = flag(
         "After each rollout --kl_coef is moved so that the KL comes to this many nats an answer; 0 = it stays.", 0.0,
@@ -422,8 +409,6 @@ class PPOArguments(CommonArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kl_clip is None:
-            self.kl_clip = 0.0 if self.kl_estimator == "k1" else 10.0
         if self.cliprange_low is None:
             self.cliprange_low = self.cliprange
         if self.cliprange_high is None:

@@ -15,7 +15,6 @@ from errors import UserError
 from models.checkpoint_folder import CheckpointFolder, gets_prefix, open_checkpoint
 from models.device import DTYPES
 from models.sizes import SPARE_COLUMNS
-from training.utils.flags.checks import needing_stage_3
 from training.utils.flags.deepspeed_file import check_precision, read_deepspeed_config
 from training.utils.memory.arithmetic import (
     BUCKET,
@@ -317,7 +316,7 @@ def planned(memory: StepMemory, machine: Machine) -> SectionPlan:
     """Return the plan with the stage that --zero_stage auto stands for: the lowest with which the run, otherwise as its flags
     say, fits and all flags have an effect; 3 if none does.
     """
-    lowest = 3 if needing_stage_3(memory.args) else 1 if memory.setting.offload_optimizer else 0
+    lowest = 3 if memory.args.offload_param else 1 if memory.setting.offload_optimizer else 0
     for stage in range(lowest if memory.automatic else 3, 4):
         stages = dict.fromkeys(memory.automatic, stage)
         found = memory.plan_as_run(replace(memory.setting, stages=memory.setting.stages | stages), machine)

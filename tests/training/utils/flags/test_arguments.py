@@ -275,7 +275,7 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
         (SFTArguments, ["--offload"], "--offload needs --zero_stage 1, 2 or 3"),
         (SFTArguments, ["--offload_param", "--zero_stage", "2"], "--offload_param needs --zero_stage 3."),
         (PPOArguments, ["--zero_hpz_partition_size", "8"],
-         "--zero_hpz_partition_size needs --actor_zero_stage or --critic_zero_st"),
+         '--zero_hpz_partition_size: write the key of this name into "zero_optimization" of a --deepspeed_config file.'),
         (SFTArguments, ["--optimizer", "fused_adam", "--offload", "--zero_stage", "2"],
          "--optimizer fused_adam works on the card"),
         (SFTArguments, ["--lora_learning_rate", "1e-3"], "--lora_learning_rate has no effect without --lora_dim"),

@@ -46,8 +46,6 @@ def check(args, machine):
     [
         ({}, 0),
         ({"offload_optimizer": True}, 1),
-        ({"zero_hpz_partition_size": 8}, 3),
-        ({"zero_quantized_gradients": True}, 3),
         ({"offload_param": True}, 3),
     ],
 )
