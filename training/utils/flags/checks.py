@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from urllib.parse import urlsplit
 
 from errors import UserError
 from training.utils.flags.deepspeed_file import check_precision, check_stage
-from training.utils.flags.steps import CommonArguments, DPOArguments, EvaluateArguments, PPOArguments, SFTArguments
+from training.utils.flags.no_effect import check_no_effect
+from training.utils.flags.steps import CommonArguments, PPOArguments, SFTArguments
 
 logger = logging.getLogger("sanbu")
-
 
 
 def validate(args: Any) -> None:
@@ -23,38 +24,31 @@ def validate(args: Any) -> None:
     check_ranges(args)
     check_columns(args)
     check_output(args)
-    if isinstance(args, EvaluateArguments):
-        check_sampling(args)
-    if not isinstance(args, CommonArguments):
-        return
+    stages = {name.removesuffix("zero_stage"): value for name, value in vars(args).items() if name.endswith("zero_stage")}
+    if isinstance(args, CommonArguments):
+        check_training(args, stages)
+    check_no_effect(args, stages)
+
+
+def check_training(args: CommonArguments, stages: dict[str, int | str]) -> None:
+    """Raise UserError for flags of a training step that contradict each other. stages: by the prefix of each model's flags."""
     check_data(args)
     if isinstance(args, SFTArguments):
         check_lengths(args)
-    if isinstance(args, DPOArguments):
-        check_reference(args)
     if isinstance(args, PPOArguments):
         check_rollouts(args)
         check_rewards(args)
-        check_around(args)
         check_objective(args)
         check_memory_mode(args)
-        models = {"actor_": args.actor_zero_stage, "critic_": args.critic_zero_stage}
-    else:
-        models = {"": args.zero_stage}
-    check_schedule(args)
-    check_stage(args.deepspeed_config, models)
+    check_stage(args.deepspeed_config, stages)
     if args.dtype != "auto":
         check_precision(args.deepspeed_config, args.dtype)
-    check_memory(args, models)
-    check_quantization(args, models)
-    for prefix in models:
+    if args.optimizer == "fused_adam" and (args.offload or args.offload_optimizer):
+        raise UserError("--optimizer fused_adam works on the card, --offload moves its states to the host; use auto.")
+    check_quantization(args, stages)
+    for prefix in stages:
         check_lora(args, prefix)
         check_prefix(args, prefix)
-
-
-# Of the critic alone. Its memory flags (LoRA, checkpointing) are not here: most recipes have them, and --advantage grpo is to
-# work with every recipe.
-CRITIC_ALONE = ("critic_warmup_rollouts", "whiten_rewards", "lam", "cliprange_value", "critic_dropout")
 
 
 def check_ranges(args: Any) -> None:
@@ -115,40 +109,10 @@ def check_lengths(args: SFTArguments) -> None:
         )
 
 
-def check_schedule(args: CommonArguments) -> None:
-    """A constant rate has no warm-up."""
-    if args.lr_scheduler_type == "constant" and args.num_warmup_steps not in (0, type(args).num_warmup_steps):
-        raise UserError(
-            f"--num_warmup_steps {args.num_warmup_steps} has no effect with --lr_scheduler_type constant; take "
-            "constant_with_warmup, or drop it."
-        )
-
-
-def check_sampling(args: EvaluateArguments) -> None:
-    """Flags about sampling need --do_sample."""
-    idle = {one.name: one.default for one in fields(args)}
-    for name in ("temperature", "top_p", "top_k"):
-        if not args.do_sample and getattr(args, name) != idle[name]:
-            raise UserError(f"--{name} has no effect on greedy answers; add --do_sample, or drop it.")
-
-
-def check_memory(args: CommonArguments, stages: dict[str, int]) -> None:
-    """Offload needs the ZeRO stage that it works in."""
-    highest = max(3 if stage == "auto" else stage for stage in stages.values())
-    named = " or ".join(f"--{prefix}zero_stage" for prefix in stages)
-    for name in ("offload", "offload_optimizer"):
-        if getattr(args, name) and highest < 1:
-            raise UserError(f"--{name} needs {named} 1, 2 or 3: with stage 0 DeepSpeed offloads nothing.")
-    if args.offload_param and highest < 3:
-        raise UserError(f"--offload_param needs {named} 3.")
-    if args.optimizer == "fused_adam" and (args.offload or args.offload_optimizer):
-        raise UserError("--optimizer fused_adam works on the card, --offload moves its states to the host; use auto.")
-
-
-def check_quantization(args: CommonArguments, models: dict[str, int]) -> None:
+def check_quantization(args: CommonArguments, prefixes: Iterable[str]) -> None:
     """Integers cannot be trained: a quantised base needs adapters over it."""
     names = ("lora_dim", "pre_seq_len", "ptuning_checkpoint")
-    adapters = [f"{prefix}{name}" for prefix in models for name in names]
+    adapters = [f"{prefix}{name}" for prefix in prefixes for name in names]
     if args.quantization_bit and not any(getattr(args, name) for name in adapters):
         raise UserError(
             f"--quantization_bit {args.quantization_bit} freezes the weights; give --{' or --'.join(adapters)} something "
@@ -157,30 +121,17 @@ def check_quantization(args: CommonArguments, models: dict[str, int]) -> None:
 
 
 def check_lora(args: CommonArguments, prefix: str) -> None:
-    """Flags about adapters need adapters; adapters freeze everything else."""
-    if getattr(args, f"{prefix}lora_dim"):
-        if not args.only_optimize_lora:
-            raise UserError(
-                f"--only_optimize_lora false with --{prefix}lora_dim: adapters freeze the model's own weights; "
-                "drop one of the two flags."
-            )
-        if not getattr(args, f"{prefix}lora_alpha"):
-            raise UserError(
-                f"--{prefix}lora_alpha 0 multiplies the adapters by 0, and nothing is learned; drop it, and it is twice the rank."
-            )
+    """Adapters freeze everything else, and they learn only with a scale."""
+    if not getattr(args, f"{prefix}lora_dim"):
         return
-    idle = {one.name: one.default for one in fields(args)} | {f"{prefix}lora_alpha": 0.0}   # None became 2 x 0
-    for name in (f"{prefix}lora_learning_rate", f"{prefix}lora_alpha", f"{prefix}lora_dropout"):
-        if name in idle and getattr(args, name) != idle[name]:
-            raise UserError(f"--{name} has no effect without --{prefix}lora_dim; give a rank such as 16, or drop it.")
-
-
-def check_reference(args: DPOArguments) -> None:
-    """Under LoRA the reference has no copy that could go anywhere."""
-    if args.offload_reference_model and args.lora_dim and not args.ref_model_name_or_path:
+    if not args.only_optimize_lora:
         raise UserError(
-            "--offload_reference_model has no effect with --lora_dim: the reference is the trained model without its "
-            "adapter, not a copy; drop one of the two."
+            f"--only_optimize_lora false with --{prefix}lora_dim: adapters freeze the model's own weights; "
+            "drop one of the two flags."
+        )
+    if not getattr(args, f"{prefix}lora_alpha"):
+        raise UserError(
+            f"--{prefix}lora_alpha 0 multiplies the adapters by 0, and nothing is learned; drop it, and it is twice the rank."
         )
 
 
@@ -188,8 +139,6 @@ def check_prefix(args: CommonArguments, prefix: str) -> None:
     """P-Tuning beside nothing else that trains, from a folder that is there."""
     tuned = next((name for name in ("pre_seq_len", "ptuning_checkpoint") if getattr(args, prefix + name)), None)
     if tuned is None:
-        if getattr(args, f"{prefix}prefix_projection"):
-            raise UserError(f"--{prefix}prefix_projection has no effect without --{prefix}pre_seq_len; give a length.")
         return
     if getattr(args, f"{prefix}lora_dim"):
         raise UserError(
@@ -204,18 +153,6 @@ def check_prefix(args: CommonArguments, prefix: str) -> None:
             "--%s is at its default of %g, which suits whole weights; a prefix learns at rates like 1e-3 to 2e-2.",
             rate, getattr(args, rate),
         )  # fmt: skip
-
-
-def check_around(args: PPOArguments) -> None:
-    """Flags about the moving average and the mixture need them."""
-    if not args.enable_ema and args.ema_decay != type(args).ema_decay:
-        raise UserError(f"--ema_decay {args.ema_decay} has no effect without --enable_ema; give it too, or drop it.")
-    if args.unsupervised_text_column and not args.unsupervised_dataset_name:
-        raise UserError("--unsupervised_text_column has no effect without --unsupervised_dataset_name; name the data set.")
-    if not args.unsupervised_dataset_name and args.unsup_coef not in (0, type(args).unsup_coef):
-        raise UserError(
-            f"--unsup_coef {args.unsup_coef} has no effect without --unsupervised_dataset_name; name the data set, or drop it."
-        )
 
 
 def check_rollouts(args: PPOArguments) -> None:
@@ -258,9 +195,6 @@ def check_rewards(args: PPOArguments) -> None:
             f"{args.title} needs --critic_model_name_or_path with --advantage gae: the critic starts from it; name a reward "
             "model, or the SFT model, or take --advantage grpo, rloo or reinforce++, which have no critic."
         )
-    for name in ("critic_lora_dim", "critic_pre_seq_len", "critic_ptuning_checkpoint"):
-        if not args.critic_model_name_or_path and getattr(args, name):
-            raise UserError(f"--{name} has no effect without --critic_model_name_or_path; name the model, or drop it.")
     for spec in args.reward_function:
         file, _, name = spec.rpartition(":")
         if not name.isidentifier() or not file.endswith(".py"):
@@ -271,11 +205,6 @@ def check_rewards(args: PPOArguments) -> None:
         if not is_web_address(url):
             raise UserError(f"--reward_endpoint {url}: expected an address such as http://127.0.0.1:8000/score.")
     check_reward_weights(args)
-    if not args.reward_model and args.offload_reward_model:
-        raise UserError("--offload_reward_model has no effect with --reward_model false; drop one of the two.")
-    for name in ("reward_timeout", "reward_retries"):
-        if not args.reward_endpoint and getattr(args, name) != getattr(type(args), name):
-            raise UserError(f"--{name} has no effect without --reward_endpoint; give one, or drop it.")
 
 
 def check_reward_weights(args: PPOArguments) -> None:
@@ -306,31 +235,18 @@ def is_web_address(url: str) -> bool:
 
 
 def check_objective(args: PPOArguments) -> None:
-    """Flags of the objective that contradict each other, or that would change nothing."""
+    """Raise UserError for flags of the objective that contradict each other."""
     if args.advantage in ("grpo", "rloo") and args.num_return_sequences < 2:
         raise UserError(
             f"--advantage {args.advantage} compares the answers to one prompt with each other, and --num_return_sequences "
             f"{args.num_return_sequences} leaves nothing to compare; give 2 or more, such as 4."
         )
-    if not args.has_critic:
-        for name in CRITIC_ALONE:
-            idle = getattr(type(args), name)
-            if getattr(args, name) != idle:
-                raise UserError(
-                    f"--{name} with --advantage {args.advantage}: it belongs to --advantage gae; drop it, or give "
-                    f"--{name} {str(idle).lower()} where a recipe says otherwise."
-                )
-    if not args.kl_target and args.kl_horizon != type(args).kl_horizon:
-        raise UserError(f"--kl_horizon {args.kl_horizon:g} has no effect without --kl_target; give it too, or drop it.")
     if args.kl_target and not args.kl_coef:
         raise UserError(
             f"--kl_target {args.kl_target} moves --kl_coef by factors, and 0 stays 0; give it a start such as 0.05."
         )
     if args.dual_clip and args.dual_clip <= 1:
         raise UserError(f"--dual_clip {args.dual_clip}: must be more than 1, such as 3, or 0 for none.")
-    if bool(args.overlong_penalty) != bool(args.overlong_tokens):
-        given, absent = ("penalty", "tokens") if args.overlong_penalty else ("tokens", "penalty")
-        raise UserError(f"--overlong_{given} has no effect without --overlong_{absent}; give both, or neither.")
     if args.overlong_tokens > args.max_answer_seq_len:
         raise UserError(
             f"--overlong_tokens {args.overlong_tokens} is more than --max_answer_seq_len {args.max_answer_seq_len}, the "

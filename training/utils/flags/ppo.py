@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from training.utils.flags.common import (
     ABOVE_ZERO,
@@ -18,8 +18,42 @@ from training.utils.flags.common import (
     flag,
 )
 
+# What is trained, and the frozen model that starts from the same weights.
+ROLES = {
+    "actor": {"role": "actor", "frozen": "reference", "frozen_zh": "参考模型"},
+    "critic": {"role": "critic", "frozen": "reward model", "frozen_zh": "奖励模型"},
+}
+
+
+def both(help: str, default: Any, *, zh: str, critic: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """Return the flags of actor and critic by role, for a field called role_NAME. Options as in flag().
+
+    The texts may name {role} and {frozen}. critic: what is different in the critic's; only the actor's flag has aliases.
+    """
+    actor = options | {"help": help, "default": default, "zh": zh}
+    flags = {"actor": actor, "critic": actor | {"aliases": ()} | (critic or {})}
+    for role, words in ROLES.items():
+        flags[role] |= {text: flags[role][text].format(**words) for text in ("help", "zh")}
+    return {role: flag(**options) for role, options in flags.items()}
+
+
+def with_roles(cls: type) -> type:
+    """Put actor_NAME and critic_NAME in the place of each field role_NAME; for a class that is no dataclass yet."""
+    hints = cls.__annotations__
+    cls.__annotations__ = {}
+    for name, hint in hints.items():
+        if not name.startswith("role_"):
+            cls.__annotations__[name] = hint
+            continue
+        for role, field in getattr(cls, name).items():
+            cls.__annotations__[role + name.removeprefix("role")] = hint
+            setattr(cls, role + name.removeprefix("role"), field)
+        delattr(cls, name)
+    return cls
+
 
 @dataclass(kw_only=True)
+@with_roles
 class PPOArguments(CommonArguments):
     """Step 3: PPO."""
 
@@ -238,42 +272,29 @@ class PPOArguments(CommonArguments):
     )
 
     # optimizer; warm-up, logging and the rest count in this step's own units
-    actor_learning_rate: float = flag(
-        "Highest learning rate of the actor.", 1e-6, common=True,
-        zh="actor 的最大学习率。",
+    role_learning_rate: float = both(
+        "Highest learning rate of the {role}.", 1e-6, critic={"default": 5e-6}, common=True,
+        zh="{role} 的最大学习率。",
     )
-    critic_learning_rate: float = flag(
-        "Highest learning rate of the critic.", 5e-6, common=True,
-        zh="critic 的最大学习率。",
-    )
-    actor_weight_decay: float = flag("Weight decay of the actor's matrices.", 0.0, zh="actor 各矩阵的权重衰减。")
-    critic_weight_decay: float = flag("Weight decay of the critic's matrices.", 0.0, zh="critic 各矩阵的权重衰减。")
+    role_weight_decay: float = both("Weight decay of the {role}'s matrices.", 0.0, zh="{role} 各矩阵的权重衰减。")
     num_warmup_steps: int = flag(
         "Optimizer steps of linear warm-up; at most half of the run is used for it.", 10,
         zh="学习率线性预热的优化器步数；最多占全程的一半。",
     )
 
     # models
-    actor_dropout: float = flag(
-        "Dropout of the actor; above 0 the ratio of probabilities is noise.", 0.0, within=BELOW_ONE,
-        zh="actor 的 dropout；大于 0 时概率比带有噪声。",
+    role_dropout: float = both(
+        "Dropout of the {role}; above 0 the ratio of probabilities is noise.", 0.0, within=BELOW_ONE,
+        zh="{role} 的 dropout；大于 0 时概率比带有噪声。",
+        critic={"help": "Dropout of the critic.", "zh": "critic 的 dropout。"},
     )
-    critic_dropout: float = flag("Dropout of the critic.", 0.0, within=BELOW_ONE, zh="critic 的 dropout。")
-    actor_gradient_checkpointing: bool = flag(
-        "Recompute the actor's activations in the backward pass.", False,
-        zh="反向传播时重新计算 actor 的激活。",
+    role_gradient_checkpointing: bool = both(
+        "Recompute the {role}'s activations in the backward pass.", False,
+        zh="反向传播时重新计算 {role} 的激活。",
     )
-    critic_gradient_checkpointing: bool = flag(
-        "Recompute the critic's activations in the backward pass.", False,
-        zh="反向传播时重新计算 critic 的激活。",
-    )
-    actor_zero_stage: Stage = flag(
-        "ZeRO stage of the actor; at 3 the reference is sharded too.", 0, common=True,
-        zh="actor 的 ZeRO 阶段；为 3 时参考模型也切分。",
-    )
-    critic_zero_stage: Stage = flag(
-        "ZeRO stage of the critic; at 3 the reward model is sharded too.", 0, common=True,
-        zh="critic 的 ZeRO 阶段；为 3 时奖励模型也切分。",
+    role_zero_stage: Stage = both(
+        "ZeRO stage of the {role}; at 3 the {frozen} is sharded too.", 0, common=True,
+        zh="{role} 的 ZeRO 阶段；为 3 时{frozen_zh}也切分。",
     )
     memory_mode: Literal["separate", "shared"] = flag(
         "separate: actor, reference, critic and reward model have weights of their own. shared: the actor's weights are in "
@@ -286,66 +307,46 @@ class PPOArguments(CommonArguments):
     )
     offload_reference_model: bool = flag("Keep the reference in host memory.", False, zh="把参考模型放在主机内存。")
     offload_reward_model: bool = flag("Keep the reward model in host memory.", False, zh="把奖励模型放在主机内存。")
-    actor_lora_dim: int = flag(
-        "Rank of the actor's LoRA adapters; 0 = train all weights.", 0, common=True,
-        zh="actor 的 LoRA 适配器的秩；0 = 训练全部权重。",
+    role_lora_dim: int = both(
+        "Rank of the {role}'s LoRA adapters; 0 = train all weights.", 0, common=True,
+        zh="{role} 的 LoRA 适配器的秩；0 = 训练全部权重。",
     )
-    critic_lora_dim: int = flag(
-        "Rank of the critic's LoRA adapters; 0 = train all weights.", 0, common=True,
-        zh="critic 的 LoRA 适配器的秩；0 = 训练全部权重。",
+    role_lora_alpha: float | None = both(
+        "As --lora_alpha. None: twice --{role}_lora_dim.", None,
+        zh="同 --lora_alpha。缺省：--{role}_lora_dim 的两倍。",
     )
-    actor_lora_alpha: float | None = flag(
-        "As --lora_alpha. None: twice --actor_lora_dim.", None,
-        zh="同 --lora_alpha。缺省：--actor_lora_dim 的两倍。",
+    role_lora_module_name: str = both(
+        "As --lora_module_name, for the {role}.", "auto",
+        zh="同 --lora_module_name，用于 {role}。",
     )
-    critic_lora_alpha: float | None = flag(
-        "As --lora_alpha. None: twice --critic_lora_dim.", None,
-        zh="同 --lora_alpha。缺省：--critic_lora_dim 的两倍。",
+    role_lora_learning_rate: float = both(
+        "Highest learning rate of the {role}'s adapters.", 1e-5, critic={"default": 5e-5},
+        zh="{role} 的适配器的最大学习率。",
     )
-    actor_lora_module_name: str = flag(
-        "As --lora_module_name, for the actor.", "auto",
-        zh="同 --lora_module_name，用于 actor。",
-    )
-    critic_lora_module_name: str = flag(
-        "As --lora_module_name, for the critic.", "auto",
-        zh="同 --lora_module_name，用于 critic。",
-    )
-    actor_lora_learning_rate: float = flag(
-        "Highest learning rate of the actor's adapters.", 1e-5,
-        zh="actor 的适配器的最大学习率。",
-    )
-    critic_lora_learning_rate: float = flag(
-        "Highest learning rate of the critic's adapters.", 5e-5,
-        zh="critic 的适配器的最大学习率。",
-    )
-    actor_pre_seq_len: int = flag(
+    role_pre_seq_len: int = both(
         "P-Tuning v2 of the actor: train so many learned places in front of every text, freeze all "
         "else. The reference is the model without them. A model folder that holds a saved prefix, as step "
         "1 writes, needs no flag: the actor goes on with that prefix, the reference keeps it as it is.",
         0, aliases=("pre_seq_len",),
         zh="actor 的 P-Tuning v2：在每段文本前训练这么多个可学习的位置，其余全部冻结。参考模型是不带前缀的模型。"
         "模型文件夹中已有前缀（如第一步所写）时无需此参数：actor 接着训练它，参考模型保持其原样。",
+        critic={
+            "help": "P-Tuning v2 of the critic, its score head included; as for the actor.",
+            "zh": "critic 的 P-Tuning v2，连同打分头；其余同 actor。",
+        },
     )
-    critic_pre_seq_len: int = flag(
-        "P-Tuning v2 of the critic, its score head included; as for the actor.", 0,
-        zh="critic 的 P-Tuning v2，连同打分头；其余同 actor。",
+    role_prefix_projection: bool = both(
+        "As --prefix_projection, for the {role}.", False, aliases=("prefix_projection",),
+        zh="同 --prefix_projection，用于 {role}。",
     )
-    actor_prefix_projection: bool = flag(
-        "As --prefix_projection, for the actor.", False, aliases=("prefix_projection",),
-        zh="同 --prefix_projection，用于 actor。",
-    )
-    critic_prefix_projection: bool = flag(
-        "As --prefix_projection, for the critic.", False,
-        zh="同 --prefix_projection，用于 critic。",
-    )
-    actor_ptuning_checkpoint: str | None = flag(
+    role_ptuning_checkpoint: str | None = both(
         "Folder of a saved prefix that actor and reference start with; as if that folder were the model.", None,
         aliases=("ptuning_checkpoint",), metavar="FOLDER",
         zh="actor 和参考模型起始所用前缀的文件夹；等同于把该文件夹当作模型。",
-    )
-    critic_ptuning_checkpoint: str | None = flag(
-        "Folder of a saved prefix that critic and reward model start with.", None, metavar="FOLDER",
-        zh="critic 和奖励模型起始所用前缀的文件夹。",
+        critic={
+            "help": "Folder of a saved prefix that critic and reward model start with.",
+            "zh": "critic 和奖励模型起始所用前缀的文件夹。",
+        },
     )
 
     # around the loop
@@ -413,10 +414,9 @@ class PPOArguments(CommonArguments):
             self.cliprange_low = self.cliprange
         if self.cliprange_high is None:
             self.cliprange_high = self.cliprange
-        if self.actor_lora_alpha is None:
-            self.actor_lora_alpha = 2.0 * self.actor_lora_dim
-        if self.critic_lora_alpha is None:
-            self.critic_lora_alpha = 2.0 * self.critic_lora_dim
+        for role in ROLES:
+            if getattr(self, f"{role}_lora_alpha") is None:
+                setattr(self, f"{role}_lora_alpha", 2.0 * getattr(self, f"{role}_lora_dim"))
 
     @property
     def reward_weight_list(self) -> list[float]:
