@@ -18,11 +18,11 @@ from training.utils.flags.steps import PPOArguments, SFTArguments
         (SFTArguments, ["--lora_dim", "8", "--lora_alpha", "0"], "--lora_alpha 0 multiplies the adapters by 0"),
         (PPOArguments, ["--critic_lora_dim", "8", "--critic_lora_alpha", "0"], "--critic_lora_alpha 0 multiplies"),
         (SFTArguments, ["--lr_scheduler_type", "constant", "--num_warmup_steps", "5"],
-         "--num_warmup_steps 5 has no effect with --lr_scheduler_type constant; take constant_with_warmup"),
-        (PPOArguments, ["--lr_scheduler_type", "constant", "--num_warmup_steps", "5"], "--num_warmup_steps 5 has no"),
-        (PPOArguments, ["--unsup_coef", "1"], "--unsup_coef 1.0 has no effect without --unsupervised_dataset_name"),
-        (PPOArguments, ["--kl_horizon", "50"], "--kl_horizon 50 has no effect without --kl_target"),
-        *((PPOArguments, ["--advantage", "reinforce++", *words], f"{words[0]} with --advantage reinforce++: it belongs to")
+         "--num_warmup_steps has no effect with --lr_scheduler_type constant; take constant_with_warmup"),
+        (PPOArguments, ["--lr_scheduler_type", "constant", "--num_warmup_steps", "5"], "--num_warmup_steps has no effect"),
+        (PPOArguments, ["--unsup_coef", "1"], "--unsup_coef has no effect without --unsupervised_dataset_name"),
+        (PPOArguments, ["--kl_horizon", "50"], "--kl_horizon has no effect without --kl_target"),
+        *((PPOArguments, ["--advantage", "reinforce++", *words], f"{words[0]} has no effect without --advantage gae")
           for words in (["--lam", "0.9"], ["--cliprange_value", "0.1"], ["--critic_dropout", "0.1"])),
         (SFTArguments, ["--deepspeed_config", "STAGE_3"], "STAGE_3: \"stage\" 3 contradicts --zero_stage 0"),
         (PPOArguments, ["--deepspeed_config", "STAGE_3", "--actor_zero_stage", "3"],
