@@ -1,11 +1,15 @@
-"""The one exception that means: the input is wrong, not the program; and how a command line ends on it."""
+"""The one exception that means: the input is wrong, not the program; and how a command line is read and ends on it."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -21,13 +25,56 @@ def refuse(wrong: object, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
+    """Return the known name that a word is a slip of. At difflib's own cutoff of 0.6, --report_to gave --eot_token."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1, cutoff)), None)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, raises UserError with ``advice``, and knows the flags that it answers to."""
+
+    def __init__(self, advice: str, **words: Any) -> None:
+        self.advice = advice
+        self.flags: set[str] = set()
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **words)
+
+    def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
+        """Add a flag as argparse does."""
+        self.flags.update(flags)
+        return super().add_argument(*flags, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError for what argparse says."""
+        raise UserError(f"{message[:1].upper()}{message[1:]}; {self.advice}")
+
+    def nearest_flag(self, word: str) -> str | None:
+        """Return the flag that a word on the command line is a slip of."""
+        near = nearest(word.split("=")[0].lstrip("-"), [flag.lstrip("-") for flag in self.flags])
+        return near and f"--{near}"
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End without a traceback, with exit code 1, once nobody reads stdout any more, as in ``--help | head -1``."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would be tried again, and complained of, at the end of Python.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
 def told(main: Callable[..., Any]) -> Callable[..., Any]:
     """main, the body of a command line, with a UserError told on stderr and 2 returned for it."""
 
     @wraps(main)
     def ending(*args: Any, **kwargs: Any) -> Any:
         try:
-            return main(*args, **kwargs)
+            with reader_may_leave():
+                return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2

@@ -12,7 +12,6 @@ DPO, which is step 2 then. A step that is done is skipped.
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import json
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from errors import UserError, refuse, told
+from errors import CommandLine, UserError, refuse, told
 from scripts.launch.__main__ import passed_on
 from scripts.launch.checks import check_data, step_arguments
 from scripts.launch.commands import Environment, build_command, build_environment, flags_of
@@ -32,7 +31,6 @@ from scripts.launch.options import (
     Options,
     build_options,
     find_recipe,
-    plain_parser,
     plain_words,
     read_recipe,
     split_words,
@@ -68,9 +66,9 @@ class Step:
 # --- what to run ------------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandLine:
     """Build the parser; DeepSpeed-Chat's train.py and e2e_rlhf.py have the same names."""
-    parser = plain_parser("train.py --help lists the flags.", prog="train.py", description=__doc__)
+    parser = CommandLine("train.py --help lists the flags.", prog="train.py", description=__doc__)
     add = parser.add_argument
     add("--step", type=int, nargs="+", choices=(1, 2, 3), help="steps to run (default: all of the method)")
     add("--method", choices=tuple(METHODS), default="ppo", help="after step 1: reward model and PPO (default), or DPO")
@@ -96,13 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the command line with the recipe's launch section filled in. Raise UserError for what is wrong with them."""
     parser = build_parser()
-    known = parser._option_string_actions
-    args, unknown = parser.parse_known_args(plain_words(argv, known, rf"--({'|'.join(SECTIONS)})-flags"))
+    args, unknown = parser.parse_known_args(plain_words(argv, parser.flags, rf"--({'|'.join(SECTIONS)})-flags"))
     if unknown:
         flag = unknown[0].replace("_", "-")
-        near = difflib.get_close_matches(flag.split("=")[0], known, 1)
+        near = parser.nearest_flag(flag)
         raise UserError(
-            f"Unknown flag {flag}{f'; did you mean {near[0]}?' if near else '.'} Flags of a step itself go into "
+            f"Unknown flag {flag}{f'; did you mean {near}?' if near else '.'} Flags of a step itself go into "
             '--sft-flags, --reward-flags, --ppo-flags or --dpo-flags "…".'
         )
     for section in SECTIONS:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, told
+from errors import CommandLine, UserError, told
 
 END = ("quit", "exit", "stop")
 CLEAR = "clear"
@@ -206,12 +204,10 @@ def converse(bot: Chatbot, interactive: bool) -> None:
             print(error, flush=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandLine:
     """Define the flags of chat.py; DeepSpeed-Chat's had --path and --max_new_tokens."""
     usual = Sampling()
-    parser = argparse.ArgumentParser(
-        prog="chat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine("chat.py --help lists the flags.", prog="chat.py", description=__doc__)
     add = parser.add_argument
     add("--path", help="folder of an SFT model or actor, output folder of step 3, or a hub id")
     add("--prompt", help="ask this one question, print the answer, end")
@@ -232,16 +228,11 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line. UserError for whatever is wrong with it."""
     parser = build_parser()
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message[:1].upper()}{message[1:]}; chat.py --help lists the flags.")
-
-    parser.error = refuse
     spelled = [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", word) for word in argv]
     args, unknown = parser.parse_known_args(spelled)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        hint = f"did you mean {near[0]}?" if near else "chat.py --help lists the flags."
+        near = parser.nearest_flag(unknown[0])
+        hint = f"did you mean {near}?" if near else "chat.py --help lists the flags."
         raise UserError(f"Unknown flag {unknown[0]}; {hint}")
     if not args.path:
         raise UserError("chat.py needs --path: the folder of an SFT model or actor, or the output folder of step 3.")
@@ -272,8 +263,6 @@ def main(argv: list[str] | None = None) -> int:
             converse(bot, interactive=sys.stdin.isatty() and sys.stdout.isatty())
     except KeyboardInterrupt:
         print()
-    except BrokenPipeError:  # whoever read the answers has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -13,7 +13,6 @@ Several nodes: from the first one by ssh (--hostfile, and pdsh or --launcher ope
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -23,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, refuse, told
+from errors import CommandLine, UserError, refuse, told
 from scripts.launch.checks import check_data, check_machine, check_several, step_arguments
 from scripts.launch.commands import Environment, build_command, build_environment
-from scripts.launch.options import Options, add_flags, find_recipe, options_of, plain_parser, plain_words, read_recipe
+from scripts.launch.options import Options, add_flags, find_recipe, options_of, plain_words, read_recipe
 from scripts.launch.platforms import did_you_mean
 from scripts.launch.processes import run_to_end, say, stoppable
 from steps import STEPS, Step
@@ -75,9 +74,9 @@ class Launch:
 # --- what to start ----------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandLine:
     """Build the parser of the launcher's own flags; all others are the step's."""
-    parser = plain_parser(
+    parser = CommandLine(
         "--help lists the launcher's flags.",
         prog="scripts.launch",
         usage="python -m scripts.launch STEP RECIPE [positional …] [flags of launcher and step]",
@@ -93,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare(argv: list[str], environ: Mapping[str, str] = os.environ) -> tuple[Launch, bool]:
     """Return the launch that a command line describes, and whether it is only to be shown. Raise UserError."""
     own = build_parser()
-    words = plain_words(argv, own._option_string_actions, "--launcher-args")
+    words = plain_words(argv, own.flags, "--launcher-args")
     leading = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     given, step_flags = own.parse_known_args(words[leading:])
     if leading < 2:

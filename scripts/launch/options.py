@@ -121,17 +121,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, default=None, help=words["help"] + variable, **kind)
 
 
-def plain_parser(advice: str, **words: Any) -> argparse.ArgumentParser:
-    """Return a parser that takes no abbreviations, raises UserError with ``advice``, and shows its description as it stands."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **words)
-
-    def error(message: str) -> None:
-        raise UserError(f"{message[:1].upper()}{message[1:]}; {advice}")
-
-    parser.error = error
-    return parser
-
-
 def plain_words(argv: list[str], flags: Container[str], quoted: str) -> list[str]:
     """Return the words with dashes in the names of our flags, and each value joined to its flag where ``quoted`` matches.
 

@@ -60,7 +60,7 @@ def test_launcher_flags_are_no_flags_of_a_step():
     """Else one of the two could not be given."""
     from scripts.launch.__main__ import build_parser
 
-    ours = {option[2:].replace("-", "_") for option in build_parser()._option_string_actions if option.startswith("--")}
+    ours = {option[2:].replace("-", "_") for option in build_parser().flags if option.startswith("--")}
     assert not (ours - {"help"}) & flag_names(SFTArguments)
 
 

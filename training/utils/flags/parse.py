@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from errors import UserError
+from errors import UserError, nearest, reader_may_leave
 from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
 from training.utils.flags.former import former_flags
@@ -151,14 +150,11 @@ def unknown_flag(token: str, parser: FlagParser) -> str:
     name = token.lstrip("-").split("=")[0].replace("-", "_")
     if name in LAUNCHER_FLAGS:
         return f"--{name} belongs to the launcher: deepspeed --{name} … --module {MODULES[parser.args_class]} …"
-    names = flag_names(parser.args_class)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    if not near:
-        elsewhere = [step.title for step in STEPS if name in flag_names(step)]
-        if elsewhere:
-            return f"--{name} is a flag of {' and '.join(elsewhere)}, not of {title}."
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean --{near[0]}?" if near else "--help all lists all flags."
+    near = nearest(name, parser.names)
+    elsewhere = [step.title for step in STEPS if name in flag_names(step)]
+    if elsewhere and not near:
+        return f"--{name} is a flag of {' and '.join(elsewhere)}, not of {title}."
+    hint = f"did you mean --{near}?" if near else "--help all lists all flags."
     return f"--{name} is not a flag of {title}; {hint}"
 
 
@@ -232,7 +228,7 @@ def parse_or_exit(args_class: type[Args], argv: Sequence[str] | None = None) -> 
     A step's main.py calls this above its imports of torch: --help and a wrong flag are answered in a tenth of a second.
     """
     adopt_mpi_ranks()
-    with errors_told():
+    with errors_told(), reader_may_leave():
         return parse(args_class, argv)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, nearest
 from steps import SECTIONS as STEP_SECTIONS
 
 SECTIONS = ("launch", *STEP_SECTIONS)
@@ -139,8 +138,8 @@ def _checked_sections(path: str, content: dict[str, Any]) -> dict[str, Any]:
         if key in SECTIONS and value is not None and not nested:
             raise UserError(f"{path}: the section {key} must hold flags as `name: value`.")
         if key not in SECTIONS and (nested or set(SECTIONS) & content.keys()):
-            near = difflib.get_close_matches(str(key), SECTIONS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(SECTIONS)}."
+            near = nearest(str(key), SECTIONS, cutoff=0.6)
+            hint = f"did you mean {near}?" if near else f"sections are {', '.join(SECTIONS)}."
             raise UserError(f"{path}: no section {key}; {hint}")
         checked[key] = {} if key in SECTIONS and value is None else value
     return checked
