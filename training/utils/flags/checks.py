@@ -121,15 +121,8 @@ def check_quantization(args: CommonArguments, prefixes: Iterable[str]) -> None:
 
 
 def check_lora(args: CommonArguments, prefix: str) -> None:
-    """Adapters freeze everything else, and they learn only with a scale."""
-    if not getattr(args, f"{prefix}lora_dim"):
-        return
-    if not args.only_optimize_lora:
-        raise UserError(
-            f"--only_optimize_lora false with --{prefix}lora_dim: adapters freeze the model's own weights; "
-            "drop one of the two flags."
-        )
-    if not getattr(args, f"{prefix}lora_alpha"):
+    """Raise UserError for adapters that a scale of 0 keeps from learning."""
+    if getattr(args, f"{prefix}lora_dim") and not getattr(args, f"{prefix}lora_alpha"):
         raise UserError(
             f"--{prefix}lora_alpha 0 multiplies the adapters by 0, and nothing is learned; drop it, and it is twice the rank."
         )

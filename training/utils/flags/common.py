@@ -207,10 +207,6 @@ class CommonArguments:
         "Attention kernels. auto: sdpa where the model has it, else eager.", "auto",
         zh="注意力实现。auto：模型支持时用 sdpa，否则 eager。",
     )
-    only_optimize_lora: bool = flag(
-        "With LoRA all other weights are frozen, but for a score head. Always so: false with LoRA is refused.", True,
-        zh="使用 LoRA 时冻结除打分头以外的所有其他权重。始终如此：与 LoRA 同时设为 false 会被拒绝。",
-    )
 
     # memory: integers, ZeRO and offload
     quantization_bit: Literal[0, 4, 8] = flag(
@@ -243,7 +239,6 @@ class CommonArguments:
         "Start although the run should need more memory than there is (docs/en/memory-plan.md).", False, resume="free",
         zh="即使估算所需内存超过现有内存也启动（docs/zh/memory-plan.md）。",
     )
-    local_rank: int = flag("Set by the launcher.", -1, within=ANY, resume="free", zh="由启动器设置。")
 
     def __post_init__(self) -> None:
         if self.tensorboard_path is None:

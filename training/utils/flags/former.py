@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 TRAIN = ("sft", "reward", "ppo", "dpo")
-EVAL = ("prompt_eval", "evaluate", "rw_eval")
+EVERYWHERE = (*TRAIN, "prompt_eval", "evaluate", "rw_eval")
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,50 @@ class FormerFlag:
     zh: str = ""
 
 
+# Earlier names -> the commands that know them, and what is put in their place. A switch where no {value} is taken over.
+REPLACED = {
+    "print_loss": ("sft dpo", "--logging_steps 1"),
+    "disable_dropout": ("sft reward dpo", "--dropout 0.0"),
+    "disable_actor_dropout": ("ppo", "--actor_dropout 0.0"),
+    "disable_critic_dropout": ("ppo", "--critic_dropout 0.0"),
+    "unpin_actor_parameters": ("ppo", "--generation_weights layerwise"),
+    "dataset_name train_file dataset_path": ("sft", "--data_path {value}"),
+    "model_path": ("sft evaluate", "--model_name_or_path {value}"),
+    "check_points_path": ("sft", "--output_dir {value}"),
+    "epochs": ("sft", "--num_train_epochs {value}"),
+    "train_batch_size": ("sft", "--per_device_train_batch_size {value}"),
+    "eval_batch_size": ("sft", "--per_device_eval_batch_size {value}"),
+    "warmup_steps": ("sft", "--num_warmup_steps {value}"),
+    "checkpointing_steps": ("sft", "--save_steps {value}"),
+    "resume_from_checkpoint": ("sft", "--resume {value}"),
+    "overwrite_cache": ("sft", "--rebuild_cache"),
+    "fp16 fp16_full_eval": ("sft evaluate", "--dtype fp16"),
+    "bf16 bf16_full_eval": ("sft evaluate", "--dtype bf16"),
+    "prompt_column": ("sft evaluate", "--columns prompt={value}"),
+    "response_column": ("sft evaluate", "--columns response={value}"),
+    "history_column": ("sft evaluate", "--columns history={value}"),
+    # Where both are given, --do_predict answered the prompts of --test_file: the later row wins.
+    "validation_file": ("evaluate", "--data_path {value}"),
+    "test_file": ("evaluate", "--data_path {value}"),
+}
+
 RETIRED = (
+    *(
+        FormerFlag(
+            tuple(names.split()), tuple(steps.split()), int("{value}" in ours),
+            ours.replace(" {value}", "").replace("{value}", "…"), becomes=tuple(ours.split()),
+        )
+        for names, (steps, ours) in REPLACED.items()
+    ),
+    FormerFlag(("deepspeed", "deepscale"), TRAIN, 0, "always on", "silent", zh="始终开启"),
     FormerFlag(
-        ("deepspeed", "deepscale"), TRAIN, 0, "always on", "silent",
-        zh="始终开启",
+        ("local_rank",), ("sft", "reward", "ppo", "dpo", "evaluate"), 1,
+        "read from the environment that the launcher sets", "silent",
+        zh="取自启动器设置的环境变量",
+    ),
+    FormerFlag(
+        ("only_optimize_lora",), TRAIN, 0, "adapters always freeze the model's own weights", "silent",
+        zh="使用适配器时始终冻结模型自身的权重",
     ),
     FormerFlag(
         ("num_padding_at_beginning",), ("reward", "ppo", "dpo", "rw_eval"), 1,
@@ -46,7 +86,7 @@ RETIRED = (
         zh="损失和对数概率始终为 float32",
     ),
     FormerFlag(
-        ("add_eot_token",), (*TRAIN, *EVAL), 0,
+        ("add_eot_token",), EVERYWHERE, 0,
         "the end token comes from the template saved with the checkpoint, the same in every step",
         zh="结束符取自随检查点保存的模板，各步骤相同",
     ),
@@ -54,30 +94,24 @@ RETIRED = (
         ("eot_token",), ("sft",), 1, "the end token comes from the template saved with the checkpoint",
         zh="结束符取自随检查点保存的模板",
     ),
-    FormerFlag(("print_loss",), ("sft", "dpo"), 0, "--logging_steps 1", becomes=("--logging_steps", "1")),
     FormerFlag(
-        ("preprocessing_num_workers",), ("sft", "ppo", "evaluate"), 1, "one process prepares the data once and caches it",
+        ("preprocessing_num_workers",), ("sft", "ppo", "evaluate"), 1,
+        "one process prepares the data once and caches it",
         zh="由一个进程准备一次数据并缓存",
     ),
-    FormerFlag(("disable_dropout",), ("sft", "reward", "dpo"), 0, "--dropout 0.0", becomes=("--dropout", "0.0")),
-    FormerFlag(("disable_actor_dropout",), ("ppo",), 0, "--actor_dropout 0.0", becomes=("--actor_dropout", "0.0")),
-    FormerFlag(("disable_critic_dropout",), ("ppo",), 0, "--critic_dropout 0.0", becomes=("--critic_dropout", "0.0")),
     FormerFlag(
         ("enable_hybrid_engine",), ("ppo",), 0,
-        "rollouts always run in an engine of their own (inference/engine.py); under ZeRO-3 --generation_weights says with "
-        "which weights",
-        zh="采样始终在单独的引擎中进行（inference/engine.py）；ZeRO-3 下由 --generation_weights 决定用怎样存放的权重",
-    ),
-    # There, too, it decided between all layers at once and one layer at a time.
-    FormerFlag(
-        ("unpin_actor_parameters",), ("ppo",), 0, "--generation_weights layerwise",
-        becomes=("--generation_weights", "layerwise"),
+        "rollouts always run in an engine of their own (inference/engine.py); under ZeRO-3 --generation_weights "
+        "says with which weights",
+        zh="采样始终在单独的引擎中进行（inference/engine.py）；ZeRO-3 下由 --generation_weights "
+        "决定用怎样存放的权重",
     ),
     FormerFlag(
         ("inference_tp_size",), ("ppo",), 1,
-        "each process generates alone; where whole weights do not fit a card, --generation_weights auto fetches them layer "
-        "by layer (docs/en/ppo.md says why not AutoTP)",
-        zh="每个进程独立生成；一张卡放不下完整权重时，--generation_weights auto 逐层收集（为何不用 AutoTP 见 docs/zh/ppo.md）",
+        "each process generates alone; where whole weights do not fit a card, --generation_weights auto fetches "
+        "them layer by layer (docs/en/ppo.md says why not AutoTP)",
+        zh="每个进程独立生成；一张卡放不下完整权重时，--generation_weights auto 逐层收集（为何不用 AutoTP 见 "
+        "docs/zh/ppo.md）",
     ),
     FormerFlag(
         ("tp_gather_partition_size",), ("ppo",), 1, "nothing to set: weights are gathered one after the other",
@@ -85,11 +119,10 @@ RETIRED = (
     ),
     FormerFlag(
         ("enable_mixed_precision_lora",), ("ppo",), 0,
-        "--quantization_bit 8 holds frozen weights in 8 bits; to gather them in 8 bits, put "
-        '{"zero_optimization": {"zero_quantized_nontrainable_weights": true}} into a --deepspeed_config',
-        "warn",
-        zh="--quantization_bit 8 以 8 位存放冻结的权重；要以 8 位收集，把 "
-        '{"zero_optimization": {"zero_quantized_nontrainable_weights": true}} 写入 --deepspeed_config 的文件',
+        '--quantization_bit 8 holds frozen weights in 8 bits; to gather them in 8 bits, put {"zero_optimization": '
+        '{"zero_quantized_nontrainable_weights": true}} into a --deepspeed_config', "warn",
+        zh='--quantization_bit 8 以 8 位存放冻结的权重；要以 8 位收集，把 {"zero_optimization": '
+        '{"zero_quantized_nontrainable_weights": true}} 写入 --deepspeed_config 的文件',
     ),
     FormerFlag(
         ("test_stop_step",), ("ppo",), 1, "--max_steps, where --enable_test_mode is given",
@@ -108,54 +141,19 @@ RETIRED = (
     ),
     FormerFlag(
         ("kl_estimator", "kl_clip"), ("ppo",), 1,
-        "the penalty is d, the difference of log-probabilities (k1), uncut; with --kl_in loss its gradient is d * grad log p",
-        "warn",
+        "the penalty is d, the difference of log-probabilities (k1), uncut; with --kl_in loss its gradient is d * "
+        "grad log p", "warn",
         zh="惩罚为对数概率之差 d（k1），不截断；--kl_in loss 时其梯度为 d * grad log p",
     ),
     FormerFlag(
         ("print_answers_interval",), ("ppo",), 1, "--print_answers and samples.jsonl follow --logging_steps",
         zh="--print_answers 和 samples.jsonl 按 --logging_steps 的间隔",
     ),
-    FormerFlag(
-        ("enable_test_mode",), ("ppo",), 0, "--max_steps alone", "silent",
-        zh="只需 --max_steps",
-    ),
+    FormerFlag(("enable_test_mode",), ("ppo",), 0, "--max_steps alone", "silent", zh="只需 --max_steps"),
     FormerFlag(
         ("num_beams", "num_beam_groups", "top_k", "penalty_alpha"), ("prompt_eval",), 1,
         "answers are greedy, as they were: the earlier script never used this flag",
         zh="贪心解码；原脚本也从未用到该参数",
-    ),
-    # ChatGLM's ptuning and its LoRA fork: step 1 and its evaluation
-    FormerFlag(
-        ("dataset_name", "train_file", "dataset_path"), ("sft",), 1, "--data_path", becomes=("--data_path", "{value}"),
-    ),
-    FormerFlag(
-        ("model_path",), ("sft", "evaluate"), 1, "--model_name_or_path", becomes=("--model_name_or_path", "{value}"),
-    ),
-    FormerFlag(("check_points_path",), ("sft",), 1, "--output_dir", becomes=("--output_dir", "{value}")),
-    FormerFlag(("epochs",), ("sft",), 1, "--num_train_epochs", becomes=("--num_train_epochs", "{value}")),
-    FormerFlag(
-        ("train_batch_size",), ("sft",), 1, "--per_device_train_batch_size",
-        becomes=("--per_device_train_batch_size", "{value}"),
-    ),
-    FormerFlag(
-        ("eval_batch_size",), ("sft",), 1, "--per_device_eval_batch_size",
-        becomes=("--per_device_eval_batch_size", "{value}"),
-    ),
-    FormerFlag(("warmup_steps",), ("sft",), 1, "--num_warmup_steps", becomes=("--num_warmup_steps", "{value}")),
-    FormerFlag(("checkpointing_steps",), ("sft",), 1, "--save_steps", becomes=("--save_steps", "{value}")),
-    FormerFlag(("resume_from_checkpoint",), ("sft",), 1, "--resume", becomes=("--resume", "{value}")),
-    FormerFlag(("overwrite_cache",), ("sft",), 0, "--rebuild_cache", becomes=("--rebuild_cache",)),
-    FormerFlag(("fp16", "fp16_full_eval"), ("sft", "evaluate"), 0, "--dtype fp16", becomes=("--dtype", "fp16")),
-    FormerFlag(("bf16", "bf16_full_eval"), ("sft", "evaluate"), 0, "--dtype bf16", becomes=("--dtype", "bf16")),
-    FormerFlag(
-        ("prompt_column",), ("sft", "evaluate"), 1, "--columns prompt=…", becomes=("--columns", "prompt={value}"),
-    ),
-    FormerFlag(
-        ("response_column",), ("sft", "evaluate"), 1, "--columns response=…", becomes=("--columns", "response={value}"),
-    ),
-    FormerFlag(
-        ("history_column",), ("sft", "evaluate"), 1, "--columns history=…", becomes=("--columns", "history={value}"),
     ),
     FormerFlag(
         ("val_max_target_length",), ("sft",), 1, "evaluation has the limits of training: --max_target_length",
@@ -176,42 +174,27 @@ RETIRED = (
         "read from the folder of the model",
         zh="从模型文件夹读取",
     ),
-    FormerFlag(
-        ("do_train", "do_eval", "debug", "overwrite_output_dir"), ("sft",), 0, "nothing to set",
-        zh="无需设置",
-    ),
+    FormerFlag(("do_train", "do_eval", "debug", "overwrite_output_dir"), ("sft",), 0, "nothing to set", zh="无需设置"),
     FormerFlag(("fp16_opt_level",), ("sft",), 1, "--dtype"),
     FormerFlag(
         ("validation_file", "test_file"), ("sft",), 1,
-        "not read in training, which holds out --eval_fraction of its data; training.step1_sft.evaluate --data_path FILE "
-        "scores the answers to a file of its own",
-        "warn",
-        zh="训练时不读取，而是从数据中留出 --eval_fraction；用 training.step1_sft.evaluate --data_path FILE 评估另一个文件的回答",
+        "not read in training, which holds out --eval_fraction of its data; training.step1_sft.evaluate "
+        "--data_path FILE scores the answers to a file of its own", "warn",
+        zh="训练时不读取，而是从数据中留出 --eval_fraction；用 training.step1_sft.evaluate --data_path FILE "
+        "评估另一个文件的回答",
     ),
     FormerFlag(
         ("do_predict", "predict_with_generate"), ("sft",), 0,
         "training.step1_sft.evaluate scores the answers of the trained model", "warn",
         zh="用 training.step1_sft.evaluate 评估训练后模型的回答",
     ),
-    # Where both are given, --do_predict answered the prompts of --test_file: the later row wins.
-    FormerFlag(("validation_file",), ("evaluate",), 1, "--data_path", becomes=("--data_path", "{value}")),
-    FormerFlag(("test_file",), ("evaluate",), 1, "--data_path", becomes=("--data_path", "{value}")),
-    FormerFlag(
-        ("do_predict", "predict_with_generate"), ("evaluate",), 0, "always on", "silent",
-        zh="始终开启",
-    ),
+    FormerFlag(("do_predict", "predict_with_generate"), ("evaluate",), 0, "always on", "silent", zh="始终开启"),
     FormerFlag(
         ("do_eval", "debug", "overwrite_output_dir", "overwrite_cache"), ("evaluate",), 0, "nothing to set",
         zh="无需设置",
     ),
-    FormerFlag(
-        ("pre_seq_len",), ("evaluate",), 1, "the saved prefix has its length",
-        zh="长度由已保存的前缀决定",
-    ),
-    FormerFlag(
-        ("prefix_projection",), ("evaluate",), 0, "the saved prefix has its form",
-        zh="形式由已保存的前缀决定",
-    ),
+    FormerFlag(("pre_seq_len",), ("evaluate",), 1, "the saved prefix has its length", zh="长度由已保存的前缀决定"),
+    FormerFlag(("prefix_projection",), ("evaluate",), 0, "the saved prefix has its form", zh="形式由已保存的前缀决定"),
     FormerFlag(
         ("num_beams", "generation_num_beams"), ("sft", "evaluate"), 1,
         "training.step1_sft.evaluate answers greedily or, with --do_sample, by sampling; it has no beam search", "warn",
@@ -237,8 +220,7 @@ NOT_YET = (
     ),
     FormerFlag(
         ("dataset_config_name", "model_revision", "use_auth_token"), ("sft", "evaluate"), 1,
-        "drop it; fetch what it names with scripts/download_dataset.py or huggingface-cli and give the folder",
-        "refuse",
+        "drop it; fetch what it names with scripts/download_dataset.py or huggingface-cli and give the folder", "refuse",
         zh="去掉它；用 scripts/download_dataset.py 或 huggingface-cli 下载所指内容，再给出文件夹",
     ),
     FormerFlag(
@@ -247,7 +229,8 @@ NOT_YET = (
         zh="去掉它；用 --max_steps 和 --eval_iters 限制运行",
     ),
     FormerFlag(
-        ("source_prefix",), ("sft", "evaluate"), 1, "drop it and write the prefix into the data as a system message", "refuse",
+        ("source_prefix",), ("sft", "evaluate"), 1,
+        "drop it and write the prefix into the data as a system message", "refuse",
         zh="去掉它，把前缀作为系统消息写进数据",
     ),
 )

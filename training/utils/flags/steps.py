@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 
 from training.utils.flags.common import (
     ABOVE_ZERO,
-    ANY,
     ONE_OR_MORE,
     SHARE,
     Attention,
@@ -201,7 +200,6 @@ class EvaluateArguments:
     seed: int = flag("Random seed.", 1234, zh="随机种子。")
     dtype: Dtype = flag("Type of the weights, as in training.", "auto", common=True, zh="权重的数值类型，同训练。")
     attn_implementation: Attention = flag("Attention kernels, as in training.", "auto", zh="注意力实现，同训练。")
-    local_rank: int = flag("Set by the launcher.", -1, within=ANY, zh="由启动器设置。")
 
     column_map = CommonArguments.column_map
 

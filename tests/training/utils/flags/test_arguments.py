@@ -282,8 +282,6 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
         (SFTArguments, ["--lora_learning_rate", "1e-3"], "--lora_learning_rate has no effect without --lora_dim"),
         (SFTArguments, ["--lora_alpha", "16"], "--lora_alpha has no effect without --lora_dim"),
         (PPOArguments, ["--critic_lora_alpha", "16"], "--critic_lora_alpha has no effect without --critic_lora_dim"),
-        (SFTArguments, ["--lora_dim", "8", "--only_optimize_lora", "false"],
-         "--only_optimize_lora false with --lora_dim"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_told_in_one_sentence(args_class, words, sentence):

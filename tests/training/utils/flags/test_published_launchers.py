@@ -128,7 +128,7 @@ WORDS = {
     "gcC": ("--critic_gradient_checkpointing", {"critic_gradient_checkpointing": True}),
     "offl": ("--offload", {"offload": True}),
     "offlRef": ("--offload_reference_model", {"offload_reference_model": True}),
-    "only": ("--only_optimize_lora", {"only_optimize_lora": True}),
+    "only": ("--only_optimize_lora", {}),
     "tb": ("--enable_tensorboard --tensorboard_path ./tb", {"enable_tensorboard": True, "tensorboard_path": "./tb"}),
     "drop0": (("--dropout 0.0", "--disable_dropout"), {"dropout": 0.0}),
     "dropA0": (("--actor_dropout 0.0", "--disable_actor_dropout"), {"actor_dropout": 0.0}),
