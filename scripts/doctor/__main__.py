@@ -17,21 +17,21 @@ import os
 import sys
 from dataclasses import asdict
 
-from errors import UserError, told
+from errors import CommandLine, UserError, told
 from scripts.doctor import cluster, machine, versions
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, probe, refused
 from scripts.launch.commands import build_environment
 from scripts.launch.hostfile import read_hostfile
-from scripts.launch.options import add_flags, find_recipe, options_of, plain_parser, plain_words, read_recipe
+from scripts.launch.options import add_flags, find_recipe, options_of, plain_words, read_recipe
 from scripts.launch.platforms import platform_named
 from training.utils.flags.recipe import Recipe
 
 WORDS = {OK: "ok", WARN: "WARN", FAIL: "FAIL", SKIP: "skipped"}
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandLine:
     """Return the parser: the doctor's flags, and those of the launcher."""
-    parser = plain_parser("--help lists the flags.", prog="python -m scripts.doctor", description=__doc__)
+    parser = CommandLine("--help lists the flags.", prog="python -m scripts.doctor", description=__doc__)
     add = parser.add_argument
     add("--recipe", metavar="FILE", help="a recipe, or PLATFORM/MODEL: what the run will ask for")
     add("--build", choices=("cpu_adam", "fused_adam"), help="also build this optimizer of DeepSpeed (minutes)")
@@ -111,7 +111,7 @@ def table(checks: list[Check]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Look at everything and print it. Return the exit code."""
     parser = build_parser()
-    words = plain_words(sys.argv[1:] if argv is None else argv, parser._option_string_actions, "--launcher-args")
+    words = plain_words(sys.argv[1:] if argv is None else argv, parser.flags, "--launcher-args")
     args = parser.parse_args(words)
     situation, checks, hosts = situation_of(args)
     checks += examine(situation, hosts, args.build)

@@ -14,7 +14,13 @@ WORDS = {
     "en": {"usage": "usage", "flags": "flags", "required": "required", "default": "default", "also": "also"},
     "zh": {"usage": "用法", "flags": "参数", "required": "必需", "default": "缺省", "also": "别名"},
 }
-FIRST = ["output_dir", "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "model_name_or_path_baseline", "model_name_or_path_finetune", "data_path", "config", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len", "per_device_train_batch_size", "per_device_generation_batch_size", "per_device_training_batch_size", "num_train_epochs", "learning_rate", "actor_learning_rate", "critic_learning_rate", "kl_coef", "beta", "zero_stage", "actor_zero_stage", "critic_zero_stage", "lora_dim", "resume"]
+FIRST = (
+    "output_dir", "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path",
+    "model_name_or_path_baseline", "model_name_or_path_finetune", "data_path", "config", "max_seq_len", "max_prompt_seq_len",
+    "max_answer_seq_len", "per_device_train_batch_size", "per_device_generation_batch_size", "per_device_training_batch_size",
+    "num_train_epochs", "learning_rate", "actor_learning_rate", "critic_learning_rate", "kl_coef", "beta", "zero_stage",
+    "actor_zero_stage", "critic_zero_stage", "lora_dim", "resume",
+)
 GROUPS = {"en": ("First", "Common", "Others"), "zh": ("首要", "常用", "其他")}
 MORE = {
     "en": "These are the flags that most runs need. --help all lists all {count}; docs/flags.md has them as tables.",
