@@ -18,7 +18,6 @@ from training.utils.flags.help import grouped
 from training.utils.flags.parse import is_required
 from training.utils.flags.steps import STEPS, EvaluateArguments, PromptEvalArguments, RewardEvalArguments
 
-BEGIN, END = "<!-- flags:begin -->", "<!-- flags:end -->"
 EVALUATIONS = (PromptEvalArguments, EvaluateArguments, RewardEvalArguments)
 WORDS = {
     "en": {
@@ -100,7 +99,7 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def document(language: str = "en") -> str:
+def document(language: str = "en", _: str = "") -> str:
     """Return all tables in a language, each under its heading."""
     words = WORDS[language]
     steps = tuple(words["step"].format(one.phase) if one.title.startswith("step") else one.title for one in STEPS)
@@ -120,7 +119,7 @@ def document(language: str = "en") -> str:
 @told
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
-    return fill_pages(argv, "flags", "scripts.flags_table", (BEGIN, END), document)
+    return fill_pages(argv, "flags", "scripts.flags_table", document)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,17 @@ planned for the machine that configs/platforms.yaml describes; all of them take 
 
 from __future__ import annotations
 
-import argparse
-import re
-import sys
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from errors import UserError, told
-from scripts.docs.marked_tables import language_of
+from scripts.docs.marked_tables import fill_pages
 from scripts.docs.recipes_table import recipe_files
 from scripts.launch.platforms import load_platforms, platform_named
 from steps import SECTIONS
 from training.utils.flags.recipe import Recipe
 from training.utils.memory.arithmetic import GIB
 
-TABLE = re.compile(r"(<!-- memory:begin (\w+) -->\n).*?(<!-- memory:end -->)", re.S)
 HEADS = {"en": ("model", "step 1", "step 2", "step 3", "DPO"), "zh": ("模型", "第一步", "第二步", "第三步", "DPO")}
 
 
@@ -50,37 +45,21 @@ def table(platform: str, language: str) -> str:
             host = plan.on_host / GIB
             cells[section] = f"{plan.on_card / GIB:.1f} / {host:.0f}" if card else f"{host:.1f}"
         lines += [f"| {model} | {' | '.join(cells.values())} |"] if plans else []
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def filled(path: Path) -> tuple[str, str]:
-    """Return a page as it is, and as it should be. Raise UserError if it has no place for a table; a README needs none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name an existing page, such as docs/en/hardware/dcu.md.") from error
-    if not TABLE.search(text) and not path.stem.startswith("README"):
-        raise UserError(f"{path} has no lines <!-- memory:begin PLATFORM --> and <!-- memory:end -->; leave it out, or add them.")
-    return text, TABLE.sub(lambda match: match[1] + table(match[2], language_of(path)) + match[3], text)
+def document(language: str = "en", platform: str = "") -> str:
+    """Return the table of a platform; without one the tables of all."""
+    if platform:
+        return table(platform, language)
+    return "\n\n".join(f"{name}\n{table(name, language)}" for name in sorted(load_platforms()))
 
 
+@told
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", nargs="+", type=Path, default=[], metavar="FILE")
-    parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="FILE")
-    args = parser.parse_args(argv)
-    if not (args.write or args.check):
-        for platform in sorted(load_platforms()):
-            print(f"{platform}\n{table(platform, 'en')}")
-    for path in args.write:
-        path.write_text(filled(path)[1], encoding="utf-8")
-    stale = [str(path) for path in args.check if len(set(filled(path))) > 1]
-    if stale:
-        advice = "python -m scripts.memory_table --write docs/*/hardware/*.md"
-        print(f"other tables are in {', '.join(stale)}: {advice}", file=sys.stderr)
-    return 1 if stale else 0
+    return fill_pages(argv, "memory", "scripts.memory_table", document)
 
 
 if __name__ == "__main__":
-    sys.exit(told(main)())
+    raise SystemExit(main())

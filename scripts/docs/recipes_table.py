@@ -18,7 +18,6 @@ from scripts.docs.marked_tables import fill_pages
 from scripts.launch.platforms import ROOT, load_platforms
 from training.utils.flags.recipe import load_recipe, recipe_file, recipes_of
 
-BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 WORDS = {
     "en": {
         "model": "model", "sft": "step 1", "reward": "step 2", "ppo": "step 3", "dpo": "DPO", "full": "full", "bits": "{} bits",
@@ -72,7 +71,7 @@ def cell(section: str, flags: dict[str, Any] | None, words: dict[str, str]) -> s
     return actor if actor == critic else f"{words['actor']}: {actor}; {words['critic']}: {critic}"
 
 
-def document(language: str = "en") -> str:
+def document(language: str = "en", _: str = "") -> str:
     """One table a platform."""
     words, sections = WORDS[language], ("sft", "reward", "ppo", "dpo")
     tables = []
@@ -90,7 +89,7 @@ def document(language: str = "en") -> str:
 @told
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; returns the exit code."""
-    return fill_pages(argv, "recipes", "scripts.recipes_table", (BEGIN, END), document)
+    return fill_pages(argv, "recipes", "scripts.recipes_table", document)
 
 
 if __name__ == "__main__":
