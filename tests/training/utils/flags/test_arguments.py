@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
-from scripts.docs.flags_table import BEGIN, END
 from scripts.docs.flags_table import main as flags_table
 from training.utils.flags import parse as parsing
 from training.utils.flags.former import NOT_YET, RETIRED, former_flags
@@ -108,15 +107,10 @@ def test_each_flag_has_help_and_one_meaning(args_class):
     """No field lacks help, and no flag of an earlier system is a flag of ours at the same time."""
     fields = {one.name for one in dataclasses.fields(args_class)}
     assert all(len(one.metadata["help"]) > 10 for one in dataclasses.fields(args_class))
-    assert not fields & former_flags(args_class.section).keys()
+    former = former_flags(args_class.section)
+    assert not fields & former.keys()
+    assert {row.becomes[0].removeprefix("--") for row in former.values() if row.becomes} <= fields
     assert all(len(row.now) > 3 for row in (*RETIRED, *NOT_YET))
-
-
-@pytest.mark.parametrize("row", [row for row in RETIRED if row.becomes], ids=lambda row: row.names[0])
-def test_what_a_former_flag_becomes_is_a_flag(row):
-    for args_class in STEPS:
-        if args_class.section in row.steps:
-            assert row.becomes[0][2:] in {one.name for one in dataclasses.fields(args_class)}
 
 
 def test_defaults_agree_across_steps_and_stay_put():
@@ -282,9 +276,31 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
         (SFTArguments, ["--lora_learning_rate", "1e-3"], "--lora_learning_rate has no effect without --lora_dim"),
         (SFTArguments, ["--lora_alpha", "16"], "--lora_alpha has no effect without --lora_dim"),
         (PPOArguments, ["--critic_lora_alpha", "16"], "--critic_lora_alpha has no effect without --critic_lora_dim"),
+        (SFTArguments, ["--lora_dim", "8", "--lora_alpha", "0"], "--lora_alpha 0 multiplies the adapters by 0"),
+        (PPOArguments, ["--critic_lora_dim", "8", "--critic_lora_alpha", "0"], "--critic_lora_alpha 0 multiplies"),
+        (SFTArguments, ["--lr_scheduler_type", "constant", "--num_warmup_steps", "5"],
+         "--num_warmup_steps has no effect with --lr_scheduler_type constant; take constant_with_warmup"),
+        (PPOArguments, ["--lr_scheduler_type", "constant", "--num_warmup_steps", "5"], "--num_warmup_steps has no effect"),
+        (PPOArguments, ["--unsup_coef", "1"], "--unsup_coef has no effect without --unsupervised_dataset_name"),
+        (PPOArguments, ["--kl_horizon", "50"], "--kl_horizon has no effect without --kl_target"),
+        *((PPOArguments, ["--advantage", "reinforce++", *words], f"{words[0]} has no effect without --advantage gae")
+          for words in (["--lam", "0.9"], ["--cliprange_value", "0.1"], ["--critic_dropout", "0.1"])),
+        (SFTArguments, ["--deepspeed_config", "STAGE_3"], "STAGE_3: \"stage\" 3 contradicts --zero_stage 0"),
+        (PPOArguments, ["--deepspeed_config", "STAGE_3", "--actor_zero_stage", "3"],
+         "STAGE_3: \"stage\" 3 contradicts --critic_zero_stage 0"),
+        (SFTArguments, ["--deepspeed_config", "FP16", "--dtype", "bf16"], "FP16: the section \"fp16\" is switched on, and"),
+        (SFTArguments, ["--pre_seq_len", "-1"], "--pre_seq_len -1: must not be negative"),
+        (SFTArguments, ["--pre_seq_len", "8", "--lora_dim", "4"], "--pre_seq_len and --lora_dim: a prefix and adapters are not"),
+        (SFTArguments, ["--ptuning_checkpoint", ".", "--lora_dim", "4"], "--ptuning_checkpoint and --lora_dim: a prefix"),
+        (PPOArguments, ["--critic_pre_seq_len", "8", "--critic_lora_dim", "4"], "--critic_pre_seq_len and --critic_lora_dim"),
+        (SFTArguments, ["--prefix_projection"], "--prefix_projection has no effect without --pre_seq_len"),
+        (SFTArguments, ["--ptuning_checkpoint", "absent"], "--ptuning_checkpoint absent: no such folder"),
     ],
 )  # fmt: skip
-def test_wrong_flags_are_told_in_one_sentence(args_class, words, sentence):
+def test_wrong_flags_are_told_in_one_sentence(args_class, words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("STAGE_3").write_text('{"zero_optimization": {"stage": 3}}')
+    Path("FP16").write_text('{"fp16": {"enabled": true}}')
     with pytest.raises(UserError) as caught:
         parse(args_class, NEEDED[args_class] + words)
     assert str(caught.value).startswith(sentence)
@@ -465,33 +481,19 @@ def test_a_reader_of_the_help_may_leave(monkeypatch):
             parse_or_exit(PPOArguments, ["--help", "all"])
 
 
-# --- the table in the README --------------------------------------------------------------------------------
+# --- the table in the pages --------------------------------------------------------------------------------
 
 
 def test_flags_table_writes_and_checks(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n", encoding="utf-8")
-    assert flags_table(["--check", str(readme)]) == 1
-    assert flags_table(["--write", str(readme)]) == 0
-    assert flags_table(["--check", str(readme)]) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
-    rows = [line for line in text.splitlines() if line.startswith("| `--")]
-    for args_class in ALL:
-        for name in flag_names(args_class):
-            assert any(f"`--{name}`" in row for row in rows) or name.startswith("no_") or name == "help"
-    widths = {"earlier flag": 3, "prompt_eval": 5, "step 1": 6}
-    tables = [block for block in text.split("\n\n") if block.startswith("| ")]
-    assert len(tables) == 6
-    for table in tables:
-        header = next(line for line in table.splitlines() if line.startswith("| "))
-        cells = next(width for word, width in widths.items() if word in header)
-        lines = [line.replace("\\|", "") for line in table.splitlines() if line.startswith("|")]
-        assert {line.count("|") for line in lines} == {cells + 1}
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- flags:begin -->\nstale\n<!-- flags:end -->\nafter\n", encoding="utf-8")
+    assert [flags_table([word, str(page)]) for word in ("--check", "--write", "--check")] == [1, 0, 0]
     assert "old; run python -m scripts.flags_table --write" in capsys.readouterr().err
-
-
-def test_flags_table_needs_markers(tmp_path, capsys):
-    (tmp_path / "README.md").write_text("nothing here")
-    assert flags_table(["--check", str(tmp_path / "README.md")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    names = {name for args_class in ALL for name in flag_names(args_class) if not name.startswith("no_")}
+    assert not [name for name in names if f"`--{name}`" not in text]
+    for table in (block.splitlines() for block in text.split("\n\n") if block.startswith("| ")):
+        assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    page.write_text("no marks")
+    assert flags_table(["--check", str(page)]) == 2 and capsys.readouterr().err.startswith("error: ")

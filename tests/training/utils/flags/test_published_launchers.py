@@ -220,14 +220,6 @@ def test_launcher_is_understood(row, caplog):
         assert sum(line.startswith(f"{flag}:") for line in said) == 1
 
 
-def test_all_rows_are_here():
-    counts = {key: len(list(rows)) for key, rows in itertools.groupby(ROWS, key=lambda row: row[:2])}
-    assert counts == {
-        ("DSE", 1): 13, ("DSE", 2): 6, ("DSE", 3): 12, ("DSE", "dpo"): 6, ("YZP", 1): 2, ("YZP", 2): 2, ("YZP", 3): 2,
-        ("LUYF", 1): 3, ("LUYF", 2): 1, ("LUYF", 3): 1, ("T9K", 1): 3, ("T9K", 2): 3, ("T9K", 3): 3,
-    }  # fmt: skip
-
-
 def test_quantised_launcher_trains_adapters_and_says_so_without_them():
     """YZP step 1, single_gpu/run_chatglm-6b.sh (main-ndp.py): INT8 base, which silently trained nothing there."""
     argv = ["--model_name_or_path", "THUDM/chatglm-6b", "--data_path", "Smart/Q_A", "--zero_stage", "2"]
@@ -238,35 +230,18 @@ def test_quantised_launcher_trains_adapters_and_says_so_without_them():
         parse(SFTArguments, argv)
 
 
-def on(flag: str, value: bool) -> list[str]:
-    return [flag] if value else []
-
-
-@pytest.mark.parametrize(("stage", "offload", "lora"), itertools.product((2, 3), (False, True), (False, True)))
-def test_sweep_of_step_1(stage, offload, lora):
-    argv = ["--model_name_or_path", "facebook/opt-1.3b", "--zero_stage", str(stage), "--output_dir", "o", "--deepspeed"]
-    argv += ["--lora_dim", "128" if lora else "0", "--lora_module_name", "decoder.layers."]
-    args = parse(SFTArguments, [*argv, *on("--offload", offload)])
-    assert (args.zero_stage, args.offload, args.lora_dim) == (stage, offload, 128 if lora else 0)
-
-
-@pytest.mark.parametrize(("stage", "offload"), itertools.product((2, 3), (False, True)))
-def test_sweep_of_step_2(stage, offload):
-    argv = ["--model_name_or_path", "facebook/opt-350m", "--zero_stage", str(stage), "--output_dir", "o", "--deepspeed"]
-    args = parse(RewardArguments, [*argv, "--num_padding_at_beginning", "1", *on("--offload", offload)])
-    assert (args.zero_stage, args.offload) == (stage, offload)
-
-
-SWEEP_3 = [(*row, False) for row in itertools.product((2, 3), (False, True), (False, True), (False, True))]
-SWEEP_3 += [(3, engine, False, True, True) for engine in (False, True)]
-
-
-@pytest.mark.parametrize(("stage", "engine", "offload", "lora", "mixed"), SWEEP_3)
-def test_sweep_of_step_3(stage, engine, offload, lora, mixed):
-    argv = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c", "--output_dir", "o", "--deepspeed"]
-    argv += ["--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage), "--actor_dropout", "0.0"]
-    argv += on("--enable_hybrid_engine", engine) + on("--offload", offload) + on("--enable_mixed_precision_lora", mixed)
-    argv += ["--actor_lora_dim", "128" if lora else "0", "--enable_test_mode", "--test_stop_step", "5"]
-    args = parse(PPOArguments, argv)
-    assert (args.actor_zero_stage, args.critic_zero_stage, args.offload, args.max_steps) == (stage, stage, offload, 5)
-    assert args.actor_lora_dim == (128 if lora else 0)
+@pytest.mark.parametrize(("stage", "offload", "lora"), itertools.product((2, 3), (False, True), (0, 128)))
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_sweeps(step, stage, offload, lora):
+    """The sweep scripts cross ZeRO stage, offload and LoRA; step 3 also the hybrid engine and mixed precision."""
+    argv, prefixes = ["--output_dir", "o", "--deepspeed", *["--offload"] * offload], [""]
+    if step == 3:
+        prefixes = ["actor_", "critic_"]
+        argv += ["--actor_dropout", "0.0", "--enable_hybrid_engine", "--enable_test_mode", "--test_stop_step", "5"]
+        argv += ["--enable_mixed_precision_lora"] * (stage == 3)
+    for prefix in prefixes:
+        argv += [f"--{prefix}model_name_or_path", "m", f"--{prefix}zero_stage", str(stage), f"--{prefix}lora_dim", str(lora)]
+    args = parse(CLASSES[step], argv)
+    assert (args.offload, args.max_steps) == (offload, 5 if step == 3 else 0)
+    for prefix in prefixes:
+        assert (getattr(args, f"{prefix}zero_stage"), getattr(args, f"{prefix}lora_dim")) == (stage, lora)

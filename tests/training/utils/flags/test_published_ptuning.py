@@ -15,8 +15,9 @@ ROWS = [
 ]
 
 
+@pytest.mark.parametrize("spelling", ["_", "-"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_training_scripts(row, caplog):
+def test_training_scripts(row, spelling, caplog):
     _, model, batch, accumulation, rate, steps, (source, target), words = row
     argv = f"""--do_train --train_file AdvertiseGen/train.json --prompt_column content --response_column summary
         --overwrite_cache --model_name_or_path THUDM/{model} --output_dir output --overwrite_output_dir
@@ -28,7 +29,8 @@ def test_training_scripts(row, caplog):
         "validation": ["--validation_file", "AdvertiseGen/dev.json"], "test": ["--test_file", "AdvertiseGen/dev.json"],
         "fp16": ["--fp16"],
     }  # fmt: skip
-    args = parse(SFTArguments, argv + [flag for word in words.split() for flag in more[word]])
+    argv += [flag for word in words.split() for flag in more[word]]
+    args = parse(SFTArguments, [word.replace("_", spelling) if word.startswith("--") else word for word in argv])
     assert args.data_path == ["AdvertiseGen/train.json"]
     columns = {"prompt": "content", "response": "summary"}
     assert args.column_map == columns | ({"history": "history"} if "history" in words else {})
