@@ -10,13 +10,11 @@ the step may follow (lengths, batches, --lora_dim, --quantization_bit, …), a r
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import Any
 
-from errors import UserError, told
-from scripts.launch.options import plain_parser
+from errors import CommandLine, UserError, told
 from scripts.plan.known import known_models
 from scripts.plan.report import report
 from steps import STEPS
@@ -34,10 +32,10 @@ COLUMNS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandLine:
     """Return the parser of the plan's own flags."""
     usage = "python -m scripts.plan [MODEL] [flags] [flags of the step]"
-    parser = plain_parser("--help lists the flags.", prog="python -m scripts.plan", usage=usage, description=__doc__)
+    parser = CommandLine("--help lists the flags.", prog="python -m scripts.plan", usage=usage, description=__doc__)
     add = parser.add_argument
     add("--reward-model", help="step 3: what critic and reward model start from (default: the same as MODEL)")
     choices = tuple(step.choice for step in STEPS)
