@@ -80,7 +80,7 @@ def test_step_3_of_a_recipe_whose_first_steps_have_not_run(llama, tmp_path):
         (["chatglm-6b", "--platform", "dcu_z100"], "dcu_z100l"),
         (["chatglm-6b", *EIGHT, "--nodes", "3"], "cannot be shared evenly"),
         (["chatglm-6b", *EIGHT, "--reward-model", "opt-1.3b"], "--step 3"),
-        (["chatglm-6b", *EIGHT, "--zero_stage", "0", "--offload"], "--zero_stage 1, 2 or 3"),
+        (["chatglm-6b", *EIGHT, "--zero_stage", "0", "--offload"], "below --zero_stage 1"),
         (["chatglm-6b", *EIGHT, "--quantization_bit", "4"], "--lora_dim"),
         (["chatglm-6b", *EIGHT, "--max_seq_length", "4"], "did you mean --max_seq_len?"),
         (["chatglm-6b", "--devices", "8", "--device-memory", "-1"], "must be more than 0"),
