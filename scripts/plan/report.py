@@ -7,7 +7,7 @@ import warnings
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from errors import UserError
+from errors import refuse
 from scripts.launch.platforms import MachineKind, platform_named
 from scripts.plan.section import plan_arguments, platform_machine
 from steps import STEPS, Step
@@ -25,19 +25,15 @@ def step_arguments(
 ) -> Any:
     """Return the arguments of the step: from the recipe, then from the command line. UserError as in the step itself."""
     parser = FlagParser(step.arguments_class)
-    if recipe and step.section not in recipe.sections:
-        raise UserError(f"{recipe.path} has no section {step.section}; name another --step.")
+    if recipe:
+        refuse(step.section not in recipe.sections, f"{recipe.path} has no section {step.section}; name another --step.")
     given = (read_recipe(recipe.path, parser) if recipe else {}) | parser.read(flags)
-    first, second = "model_name_or_path", None
-    if step.section == "ppo":
-        first, second = "actor_model_name_or_path", "critic_model_name_or_path"
-    elif reward_model:
-        raise UserError(f"--reward-model belongs to --step 3, not to --step {step.choice}; drop it.")
-    if model:
-        given[first] = model
-    if first not in given:
-        raise UserError("no model: name one (--models lists those that are known), or a --config that does.")
-    if second and (reward_model or model or second not in given):
+    ppo = step.section == "ppo"
+    refuse(reward_model and not ppo, f"--reward-model belongs to --step 3, not to --step {step.choice}; drop it.")
+    first, second = "actor_model_name_or_path" if ppo else "model_name_or_path", "critic_model_name_or_path"
+    given |= {first: model} if model else {}
+    refuse(first not in given, "no model: name one (--models lists those that are known), or a --config that does.")
+    if ppo and (reward_model or model or second not in given):
         given[second] = reward_model or given[first]
     required = (one.name for one in fields(step.arguments_class) if is_required(one))
     args = step.arguments_class(**dict.fromkeys(required, "unused") | given)
@@ -49,12 +45,12 @@ def machine_of(options: argparse.Namespace, launch: dict[str, Any]) -> tuple[Mac
     """Return the machine of the flags, of the recipe's launch section and of the platform, and that platform."""
     name = options.platform or launch.get("platform")
     platform = platform_named(name) if name else None
-    if platform is None and None in (options.devices, options.device_memory):
-        raise UserError("no machine: give --platform (see configs/platforms.yaml), or --devices and --device-memory.")
+    unknown = platform is None and None in (options.devices, options.device_memory)
+    refuse(unknown, "no machine: give --platform (see configs/platforms.yaml), or --devices and --device-memory.")
     nodes = options.nodes or launch.get("num_nodes") or (platform.nodes if platform else 1)
     devices = options.devices or nodes * (launch.get("processes") or platform.devices)
-    if devices % nodes:
-        raise UserError(f"--devices {devices} cannot be shared evenly by --nodes {nodes}; devices count all nodes together.")
+    shared = f"--devices {devices} cannot be shared evenly by --nodes {nodes}"
+    refuse(devices % nodes, f"{shared}; devices count all nodes together.")
     per_node = devices // nodes
     if platform:
         machine = platform_machine(platform, nodes=nodes, per_node=per_node)

@@ -106,8 +106,7 @@ def test_a_plan_is_what_a_gpu_allocates(tmp_path, stage):
     assert sum(expected.values()) == pytest.approx(found["peak"], rel=0.15)
 
 
-AUTOGRAD = [(LLAMA, "sdpa"), (LLAMA, "eager"), (QWEN, "sdpa"), (OPT, "eager")]
-AUTOGRAD += [(BLOOM, "sdpa"), (GPT2, "eager"), (GLM2, "sdpa"), (GLM4, "eager")]
+AUTOGRAD = [(LLAMA, "eager"), (BLOOM, "sdpa"), (GPT2, "eager"), (GLM4, "eager")]  # what no engine above has
 
 
 @pytest.mark.parametrize(("config", "attn"), AUTOGRAD, ids=lambda one: one if isinstance(one, str) else one["model_type"])
