@@ -36,7 +36,7 @@ def add_lora(model: PreTrainedModel, dim: int, alpha: float, dropout: float = 0.
     layer is adapted when its name contains one of them ("decoder.layers.", "q_proj,v_proj"). The output matrix and the
     scalar head never are. Trained are the adapter and, if the model has one, the scalar head; all else is frozen. The
     adapter has the model's dtype: DeepSpeed, which casts whole modules, keeps float32 masters of what is trained.
-    UserError if no layer matches.
+    UserError for a part that no layer's name contains.
     """
     if has_prefix(model):
         raise UserError("this model has a prefix (P-Tuning), beside which adapters are not trained; drop --lora_dim.")
@@ -68,14 +68,20 @@ def lora_targets(model: PreTrainedModel, module_name: str = "auto") -> list[str]
     layers = linear_layers(model)
     if module_name == "auto":
         return [name for name in layers if name.rsplit(".", 1)[-1] in FAMILIES[model.config.model_type].lora_targets]
-    chosen = [name for name in layers if is_named(name, module_name)]
-    if not chosen:
+    check_module_name(layers, module_name, model.config.model_type)
+    return [name for name in layers if is_named(name, module_name)]
+
+
+def check_module_name(layers: list[str], module_name: str, model_type: str) -> None:
+    """Raise UserError if a part of --lora_module_name is in no layer's name. layers: the names of all linear layers."""
+    parts = [part.strip() for part in module_name.split(",") if part.strip()]
+    unmatched = [part for part in parts if not any(part in name for name in layers)]
+    if unmatched or not parts:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
         raise UserError(
-            f"--lora_module_name {module_name} matches no linear layer of this {model.config.model_type} model; "
-            f"its layers are named like {layers[0]}, the kinds are {', '.join(kinds)}. Use part of a name, or auto."
+            f"--lora_module_name {','.join(unmatched) or module_name} matches no linear layer of this {model_type} model; "
+            f"its layers are named like {layers[0]}, the kinds are {', '.join(kinds)}. Use parts of these names, or auto."
         )
-    return chosen
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:

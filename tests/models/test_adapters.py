@@ -105,8 +105,9 @@ def test_a_scope_that_matches_nothing_is_an_error(folder_of):
     model = load(folder_of("bloom"))
     with pytest.raises(UserError, match=r"decoder\.layers\..*bloom.*query_key_value"):
         add_lora(model, 2, 4, module_name="decoder.layers.")
-    with pytest.raises(UserError):  # the output matrix is no target
-        add_lora(model, 2, 4, module_name="lm_head")
+    for names, unmatched in (("lm_head", "lm_head"), ("word_embeddings,query_key_value", "word_embeddings"), (",", ",")):
+        with pytest.raises(UserError, match=f"--lora_module_name {unmatched} matches no linear layer"):
+            add_lora(model, 2, 4, module_name=names)
 
 
 def test_adapters_have_the_models_dtype_and_plain_models_pass_through(folder_of, tmp_path):

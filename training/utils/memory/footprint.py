@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
-from models.adapters.lora import add_lora, is_named, linear_layers
+from models.adapters.lora import add_lora, check_module_name, is_named, linear_layers
 from models.adapters.prefix import PrefixPlan, add_prefix
 from models.adapters.quantization import QuantizedLinear, quantize_linears
 from models.heads import CHUNK_LOGITS, TokenLogProbs, TokenScores, base_model
@@ -193,12 +193,15 @@ class Footprint:
         """Return --lora_module_name for a network of fewer blocks, and note which blocks of the whole one it names.
 
         A name with the number of a block ("layers.18.") may fit none of these few: here every block gets what any block gets.
+        UserError for a name that no layer of the whole network has.
         """
         module_name = self.lora_module_name
         if module_name == "auto":
             return module_name
-        names, numbers = [], set()
-        for layer in linear_layers(model):
+        layers, names, numbers = linear_layers(model), [], set()
+        whole = [layer.replace(".0.", f".{block}.", 1) for layer in layers for block in range(self.blocks)]
+        check_module_name(whole, module_name, self.config.model_type)
+        for layer in layers:
             head, in_first_block, tail = layer.partition(".0.")
             if not in_first_block:  # of another block, or of none
                 names += [layer] if is_named(layer, module_name) and not re.search(r"\.\d+\.", layer) else []
@@ -207,7 +210,7 @@ class Footprint:
                 numbers |= set(named)
         if numbers:
             self.adapted, self.first_adapted = len(numbers), min(numbers)
-        return ",".join(names) or module_name
+        return ",".join(names)
 
     @cached_property
     def weights(self) -> Weights:
