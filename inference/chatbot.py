@@ -25,7 +25,7 @@ CLEAR = "clear"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. seed and the number of the question decide the random numbers of an answer."""
+    """Settings of sampling. seed and the number of the question decide the random numbers of an answer."""
 
     max_new_tokens: int = 128
     temperature: float = 0.7

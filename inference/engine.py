@@ -59,7 +59,7 @@ def check_finite(log_probs: Tensor, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class Rules:
-    """How answers are drawn and where they end: the settings of generate() that are the same for all rows.
+    """Settings of generate() that are the same for all rows: the sampling and the end of an answer.
 
     greedy takes the likeliest tokens. repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less
     likely (sampling.penalised). stop_strings: the token that completes one of them in the answer's text ends it, too; they
@@ -162,7 +162,7 @@ def generate_many(
 
 
 class _Answers:
-    """What is known of all rows of the call. Made outside inference mode: training may save these tensors for its backward."""
+    """State of all rows of the call. Made outside inference mode: training may save these tensors for its backward."""
 
     def __init__(self, rules: Rules, count: int, row_seeds: Sequence[int] | None, device: torch.device) -> None:
         if count < 1:
@@ -240,7 +240,7 @@ class _Batch:
 
     @property
     def replaces(self) -> bool:
-        """Whether rows can give their places to others."""
+        """True where rows can give their places to others."""
         return isinstance(self.cache, RowsCache)
 
     def draw(self, answers: _Answers) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between families: the linear layers that LoRA adapts, and whether positions come from a table of
+    """A family of networks: the linear layers that LoRA adapts, and whether positions come from a table of
     fixed length.
     """
 

@@ -28,7 +28,7 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Template:
-    """How prompts and answers are written.
+    """The form in which prompts and answers are written.
 
     kind: "chat_template", the tokenizer's own; "human_assistant", "\\n\\nHuman: ...\\n\\nAssistant: ..."; or a
     generation of ChatGLM. A text that spells a special token ("</s>") never becomes it, but in the prompts of a chat

@@ -62,7 +62,7 @@ class SavedPrefix:
 
 @dataclass(frozen=True)
 class PrefixPlan:
-    """Which prefix a model shall get. base: the folder or hub id of the model that it belongs to. saved: trained before;
+    """The prefix that a model gets. base: the folder or hub id of the model that it belongs to. saved: trained before;
     None for a new one. seed: of a new one.
     """
 

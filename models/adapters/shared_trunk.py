@@ -42,7 +42,7 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Change:
-    """What a frozen adapter adds to a linear layer's output: scale · up · down · x. down [rank, in], up [out, rank]."""
+    """The addition of a frozen adapter to a linear layer's output: scale · up · down · x. down [rank, in], up [out, rank]."""
 
     down: Tensor
     up: Tensor
@@ -55,7 +55,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Scorer:
-    """What a reward model has beside the trunk: its config, changes by the name of the layer, its head ({} for a new one)."""
+    """A reward model without the trunk: its config, changes by the name of the layer, its head ({} for a new one)."""
 
     config: PretrainedConfig
     changes: dict[str, Change]

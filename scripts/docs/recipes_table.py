@@ -46,7 +46,7 @@ def recipe_files(platform: str) -> list[Path]:
 
 
 def method(flags: dict[str, Any], words: dict[str, str], prefix: str = "") -> str:
-    """How one model is trained, such as "LoRA 64, 4 bits, ZeRO-2"."""
+    """Name the way in which a model is trained, such as "LoRA 64, 4 bits, ZeRO-2"."""
     rank = flags.get(f"{prefix}lora_dim")
     parts = [f"LoRA {rank}" if rank else words["full"]]
     if rank and flags.get("quantization_bit"):
@@ -60,7 +60,7 @@ def method(flags: dict[str, Any], words: dict[str, str], prefix: str = "") -> st
 
 
 def cell(section: str, flags: dict[str, Any] | None, words: dict[str, str]) -> str:
-    """The table's word for a section of a recipe; a dash where it has none."""
+    """Return the table's word for a section of a recipe; a dash where it has none."""
     if flags is None:
         return "–"
     if section != "ppo":

@@ -34,7 +34,7 @@ class Check:
 
 @dataclass
 class Situation:
-    """What the checks know. facts: the answer of the probe, or its error. seconds: for a host; a probe gets more.
+    """The facts that the checks share. facts: the answer of the probe, or its error. seconds: for a host; a probe gets more.
 
     environ: the shell's variables; environment: what the launcher makes of them, None where it refuses.
     """

@@ -34,7 +34,7 @@ def setting(help: str, variable: str = "") -> Any:
 
 @dataclass
 class Options:
-    """Where and how processes are started: the keys of a recipe's launch section, and what follows from them."""
+    """Places and ways of starting processes: the keys of a recipe's launch section, and what follows from them."""
 
     platform: MachineKind
     processes: int | None = setting("processes on each node", "NUM_GPUS")  # None: every device

@@ -31,7 +31,7 @@ TRUSTED_GAP = 1e-4  # up to here one may stand for the other
 
 @dataclass
 class SamplerState:
-    """What a run knows of its sampler; the trainer owns it and keeps ``trusted`` in its checkpoints.
+    """A run's knowledge of its sampler; the trainer owns it and keeps ``trusted`` in its checkpoints.
 
     trusted: at the start of the run the sampler's log-probabilities were those of the training forward; None: not known yet.
     checked: this process has compared them. warned_of_filter: it has told that top-p or top-k leaves tokens out.

@@ -52,7 +52,7 @@ JUDGED_BAD = "an answer judged bad"
 
 @dataclass
 class Reading:
-    """What became of the rows of one split, as the report of a data set tells it."""
+    """The fate of the rows of one split, as the report of a data set tells it."""
 
     form: str = ""  # the fields that the first row was read by
     records: int = 0

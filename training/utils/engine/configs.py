@@ -48,7 +48,7 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How one model is trained: flags by their names."""
+    """The training of one model: flags by their names."""
 
     zero_stage: int
     learning_rate: float

@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass
 class Extras:
-    """What belongs to one engine.
+    """Facts of ours that belong to one engine.
 
     skeleton: the structure of the model, without weights, under ZeRO-3. saturation: the SaturationWatch of a chip that needs
     one. generation_weights: "gathered" or "layerwise", once it was chosen.

@@ -64,7 +64,7 @@ def flag(
 
 @dataclass(kw_only=True)
 class CommonArguments:
-    """What all three steps share."""
+    """Flags that all three steps share."""
 
     section: ClassVar[str]  # of a recipe
     title: ClassVar[str]  # in messages
@@ -250,14 +250,14 @@ class CommonArguments:
         return dict(pair.split("=", 1) for pair in self.columns.split(",")) if self.columns else {}
 
     def prefix_options(self, role: str = "") -> dict[str, Any]:
-        """What the factory needs to know of a prefix; role as in EngineOptions.of."""
+        """Return the options of a prefix for models/load.py; role as in EngineOptions.of."""
         names = ("pre_seq_len", "prefix_projection", "ptuning_checkpoint")
         return {name: getattr(self, f"{role}_{name}" if role else name) for name in names}
 
 
 @dataclass(kw_only=True)
 class SupervisedArguments(CommonArguments):
-    """What steps 1 and 2 and DPO share: one model, examples in batches."""
+    """Flags that steps 1 and 2 and DPO share: one model, examples in batches."""
 
     model_name_or_path: str = flag(
         "Folder or hub id of the model to start from.", common=True,

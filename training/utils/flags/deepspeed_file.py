@@ -21,8 +21,8 @@ PRECISION = {"fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}  # section -> -
 
 
 def read_deepspeed_config(path: str | None) -> dict[str, Any]:
-    """The content of --deepspeed_config without what is "auto", {} for None. Raises UserError for a file that cannot be read,
-    that has another form, or that sets a key which a flag owns.
+    """Return the content of --deepspeed_config without what is "auto", {} for None. Raises UserError for a file that cannot be
+    read, that has another form, or that sets a key which a flag owns.
     """
     if not path:
         return {}
@@ -47,7 +47,7 @@ def read_deepspeed_config(path: str | None) -> dict[str, Any]:
 
 
 def without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """A section without the keys that are "auto" and without the sections that have nothing else."""
+    """Return a section without the keys that are "auto" and without the sections that have nothing else."""
     kept = {key: without_auto(value) if isinstance(value, dict) else value for key, value in section.items()}
     return {key: value for key, value in kept.items() if value not in (AUTO, {})}
 

@@ -237,5 +237,5 @@ NOT_YET = (
 
 
 def former_flags(section: str) -> dict[str, FormerFlag]:
-    """The rows that the parser of a step knows, by name."""
+    """Return the rows that the parser of a step knows, by name."""
     return {name: row for row in (*RETIRED, *NOT_YET) if section in row.steps for name in row.names}

@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from errors import UserError, nearest, reader_may_leave
+from errors import UserError, nearest, reader_may_leave, refuse
 from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
 from training.utils.flags.former import former_flags
@@ -74,7 +74,7 @@ class FlagParser(ArgumentParser):
         raise UserError(f"{message}; --help says what it takes.")
 
     def read(self, tokens: Sequence[str]) -> dict[str, Any]:
-        """The fields that the tokens set, former flags turned into ours. Raises UserError for what cannot be read."""
+        """Return the fields that the tokens set, former flags turned into ours. Raises UserError for what cannot be read."""
         found, unknown = self.parse_known_args(list(tokens))
         if unknown:
             raise UserError(unknown_flag(unknown[0], self))
@@ -88,6 +88,7 @@ class FlagParser(ArgumentParser):
         for name, value in old.items():
             row = self.former[name]
             if row.values == 0 and not switched_on(name, value):
+                refuse(name == "only_optimize_lora", f"--{name} false: {row.now}; drop it.")
                 continue
             if row.kind == "refuse":
                 raise UserError(f"--{name}: {row.now}.")
@@ -124,12 +125,12 @@ def truth(word: str) -> bool:
 
 
 def is_required(one: Field) -> bool:
-    """True for a dataclass field without default."""
+    """Return whether a dataclass field has no default."""
     return one.default is MISSING and one.default_factory is MISSING
 
 
 def switched_on(name: str, value: str) -> bool:
-    """Whether a former switch is on: it stood alone, or with a word for true."""
+    """Return whether a former switch is on: it stood alone, or with a word for true."""
     if value.lower() in (*TRUE, *FALSE):
         return truth(value)
     if name == "deepspeed":
@@ -138,12 +139,12 @@ def switched_on(name: str, value: str) -> bool:
 
 
 def flag_names(args_class: type) -> set[str]:
-    """All names that a step's parser answers to: flags, aliases and former flags, with underscores."""
+    """Return all names that a step's parser answers to: flags, aliases and former flags, with underscores."""
     return FlagParser(args_class).names
 
 
 def unknown_flag(token: str, parser: FlagParser) -> str:
-    """The sentence for a word that is not a flag of this step."""
+    """Return the sentence for a word that is not a flag of this step."""
     title = parser.args_class.title
     if not token.startswith("-"):
         return f"{token!r} stands where a flag is expected; flags start with -- and take as many values as --help says."
@@ -159,7 +160,7 @@ def unknown_flag(token: str, parser: FlagParser) -> str:
 
 
 def read_recipe(path: str, parser: FlagParser) -> dict[str, Any]:
-    """The fields that the recipe's section for this step sets."""
+    """Return the fields that the recipe's section for this step sets."""
     section = parser.args_class.section
     content, where = load_recipe(path), path
     if set(SECTIONS) & content.keys():
@@ -188,7 +189,7 @@ def as_tokens(key: str, value: Any) -> list[str]:
 
 
 def parse(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
-    """The flags of a step from a command line (default: this process's) and from the recipe that --config names.
+    """Read the flags of a step from a command line (default: this process's) and from the recipe that --config names.
 
     --help and --help all are answered here and end the process. Raises UserError for unknown or missing flags, values of a
     wrong type or out of range, and contradictions.
@@ -213,7 +214,7 @@ def parse(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
 
 
 def is_main_process() -> bool:
-    """True in the process that speaks for all, by what the launcher says in the environment."""
+    """Return whether this process speaks for all, by what the launcher says in the environment."""
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
 
 

@@ -431,7 +431,7 @@ class PPOArguments(CommonArguments):
 
     @property
     def answers_at_once(self) -> int:
-        """How many answers a process has in work while it samples."""
+        """The number of answers that a process has in work while it samples."""
         return self.per_device_generation_batch_size * self.num_return_sequences
 
     @property

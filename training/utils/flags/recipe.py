@@ -106,7 +106,7 @@ def recipes_of(folder: Path, platform: str) -> list[Path]:
 
 
 def _platforms_of(file: Path) -> list[str]:
-    """The platforms that a file of recipes serves; found by their lines, because reading YAML takes a tenth of a second."""
+    """Return the platforms that a file of recipes serves; found by their lines, because reading YAML takes a tenth of a second."""
     try:
         _, _, text = file.read_text(encoding="utf-8").partition("\nplatforms:")
     except (OSError, UnicodeDecodeError):
@@ -115,7 +115,7 @@ def _platforms_of(file: Path) -> list[str]:
 
 
 def _read_yaml(path: str, file: Path) -> Any:
-    """The content of a YAML file; ``path`` is how the user named it."""
+    """Return the content of a YAML file; ``path`` is how the user named it."""
     import yaml
 
     try:
@@ -131,7 +131,7 @@ def _read_yaml(path: str, file: Path) -> Any:
 
 
 def _checked_sections(path: str, content: dict[str, Any]) -> dict[str, Any]:
-    """The content with {} for an empty section. Raise UserError for an unknown section or one that holds no flags."""
+    """Return the content with {} for an empty section. Raise UserError for an unknown section or one that holds no flags."""
     checked = {}
     for key, value in content.items():
         nested = isinstance(value, dict) and key != "columns"

@@ -105,7 +105,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where things are kept. stages, checkpointing: by role ("model", or "actor" and "critic")."""
+    """The places where things are kept. stages, checkpointing: by role ("model", or "actor" and "critic")."""
 
     stages: dict[str, int]
     checkpointing: dict[str, bool]

@@ -19,7 +19,7 @@ Collate = Callable[[list[dict[str, Any]], list[bool]], Any]  # rows and which of
 
 @dataclass
 class GlobalBatch:
-    """What one optimizer step trains on, as one process sees it.
+    """The batch of one optimizer step, as one process sees it.
 
     step counts from 1 over the whole run; micro_batches are this process's share; denominator is the number of targets
     (tokens, pairs) of all processes together; tokens the number of real tokens of all processes. last: of the run.

@@ -42,7 +42,7 @@ logger = logging.getLogger("sanbu")
 
 @dataclass
 class Run:
-    """What a step needs to know about the process it runs in.
+    """The process that a step runs in, among the others.
 
     rank counts over all processes, local_rank over those of this node. Only the process with rank 0 prints and writes metrics.
     """

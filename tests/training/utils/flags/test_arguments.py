@@ -276,6 +276,7 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
         (SFTArguments, ["--lora_learning_rate", "1e-3"], "--lora_learning_rate has no effect without --lora_dim"),
         (SFTArguments, ["--lora_alpha", "16"], "--lora_alpha has no effect without --lora_dim"),
         (PPOArguments, ["--critic_lora_alpha", "16"], "--critic_lora_alpha has no effect without --critic_lora_dim"),
+        (SFTArguments, ["--only_optimize_lora", "false"], "--only_optimize_lora false: adapters always freeze the model's own"),
         (SFTArguments, ["--lora_dim", "8", "--lora_alpha", "0"], "--lora_alpha 0 multiplies the adapters by 0"),
         (PPOArguments, ["--critic_lora_dim", "8", "--critic_lora_alpha", "0"], "--critic_lora_alpha 0 multiplies"),
         (SFTArguments, ["--lr_scheduler_type", "constant", "--num_warmup_steps", "5"],
