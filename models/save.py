@@ -128,11 +128,9 @@ def new_checkpoint(
 
 def publish(draft: Path, folder: Path) -> None:
     """Move the files of ``draft`` into ``folder``, which may hold other things (metrics, checkpoints of the run);
-    config.json goes last. All files get its permissions: safetensors makes files that only their owner may read.
+    config.json goes last.
     """
-    mode = (draft / "config.json").stat().st_mode
-    for file in (path for path in draft.rglob("*") if path.is_file()):
-        file.chmod(mode)
+    share_permissions(draft, "config.json")
     (folder / "config.json").unlink(missing_ok=True)  # from here on the old checkpoint does not count
     for old in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*"), *folder.glob("adapter_*")]:
         old.unlink()
@@ -143,3 +141,13 @@ def publish(draft: Path, folder: Path) -> None:
             shutil.rmtree(target)
         file.replace(target)
     draft.rmdir()
+
+
+def share_permissions(folder: Path, example: str) -> None:
+    """Give all files in a folder the permissions of one that was written as the umask says.
+
+    safetensors makes files that only their owner may read.
+    """
+    mode = (folder / example).stat().st_mode
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        file.chmod(mode)

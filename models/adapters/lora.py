@@ -20,7 +20,7 @@ from models.adapters.quantization import QuantizedLinear
 from models.adapters.shared_trunk import frozen_change
 from models.families import FAMILIES
 from models.heads import SCALAR_HEADS, base_model, is_peft, score_name
-from models.save import new_checkpoint
+from models.save import new_checkpoint, share_permissions
 
 if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where there is an adapter
     from peft import PeftModel
@@ -167,6 +167,7 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: dict[str, Ten
     save_file(tensors, draft, metadata={"format": "pt"})
     draft.replace(folder / "adapter_model.safetensors")
     model.peft_config[_NAME].save_pretrained(folder)
+    share_permissions(folder, "adapter_config.json")
     return True
 
 

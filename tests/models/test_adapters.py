@@ -46,6 +46,8 @@ def test_a_language_model_disabled_merged_and_alone(any_checkpoint, tmp_path):
         assert_close(TokenLogProbs(merged)(ids, mask), adapted)
         assert_close(TokenLogProbs(alone)(ids, mask), adapted)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 60_000
+    (tmp_path / "plain").touch()  # with the mode that the umask says
+    assert len({file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()}) == 1
     theirs = model.merge_and_unload().state_dict()  # peft's own merge
     ours = merged.state_dict()
     assert ours.keys() == theirs.keys()
