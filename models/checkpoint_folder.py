@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from models.adapters.prefix import BASE_FIELD, PrefixPlan, base_named_in, plan_prefix
+from models.adapters.prefix import BASE_FIELD, PEFT_FILES, PrefixPlan, base_named_in, plan_prefix
 from models.families import FAMILIES
 from models.weight_files import WEIGHTS, check_weights, read_json
 
@@ -31,7 +31,8 @@ class CheckpointFolder:
     def weights(self) -> Path:
         """Return the folder with the weights: this one, or for a folder with nothing but a prefix the prefix's model.
 
-        Raises UserError for an unsupported type and for weights that are missing, cut, or not what config.json says.
+        Raises UserError for an unsupported type, for weights that are missing, cut, or not what config.json says, and for
+        an adapter beside them, which transformers would add to them: most often they have it merged in already.
         Reads headers only, the first time.
         """
         model_type = self.content.get("model_type")
@@ -42,6 +43,11 @@ class CheckpointFolder:
         named = base_named_in(self.folder)
         if named is None:
             check_weights(self.folder, self.path, self.content.get("quantization_bit"))
+            if (self.folder / PEFT_FILES[0]).is_file():
+                raise UserError(
+                    f"model {self.path} holds whole weights and an adapter, which would be added to them once more; remove "
+                    f"{' and '.join(PEFT_FILES)} if it is merged into the weights, or else merge it first."
+                )
             return self.folder
         file, base = named
         try:

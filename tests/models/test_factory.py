@@ -262,6 +262,7 @@ def lose(pattern):
         (load, lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"'), r"config\.json cannot be read"),
         (load, lambda folder: change_json(folder / "config.json", n_embd=64), "shapes"),
         (load, lose("model.safetensors"), r"no weights.*model\.safetensors"),
+        (load, lambda folder: (folder / "adapter_config.json").write_text("{}"), "an adapter.* remove adapter_config.json and"),
         (load_tokenizer, lose("tokenizer*"), "has no tokenizer"),
         (load_tokenizer, without_end_token, "neither a pad nor an end token"),
     ],
