@@ -217,8 +217,8 @@ def check_prefix(plan: PrefixPlan, config: PretrainedConfig, gradient_checkpoint
         )
     if gradient_checkpointing and not own:
         raise UserError(
-            f"--gradient_checkpointing drops the cache that holds the prefix of a {config.model_type} model; drop that flag "
-            "(ChatGLM can have both)."
+            f"--gradient_checkpointing drops the cache that holds the prefix of a {config.model_type} model; drop that flag, "
+            "in step 3 the one of the model with the prefix (ChatGLM can have both)."
         )
 
 

@@ -112,6 +112,12 @@ def end(files, tmp_path, capsys):
             "--data_path x.jsonl --lora_dim 4 --lora_module_name embed_tokens,q_proj",
             ["--lora_module_name embed_tokens matches no linear layer", "q_proj"],
         ),
+        ("reward", "--data_path x.jsonl --pre_seq_len 4 --gradient_checkpointing", ["drops the cache", "llama model"]),
+        (
+            "ppo",
+            f"--data_path x.jsonl --actor_pre_seq_len 4 --actor_gradient_checkpointing {OWN_RULE}",
+            ["--gradient_checkpointing drops the cache", "in step 3"],
+        ),
         ("dpo", "--data_path x --beta 0", ["--beta 0.0: must be more than 0"]),
         ("dpo", "--data_path x --beta nan", ["--beta nan: must be finite"]),
         ("dpo", "--data_path x --label_smoothing 0.5", ["--label_smoothing 0.5: must be 0 or more and less than 0.5"]),

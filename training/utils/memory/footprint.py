@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from models.adapters.lora import add_lora, check_module_name, is_named, linear_layers
-from models.adapters.prefix import PrefixPlan, add_prefix
+from models.adapters.prefix import PrefixPlan, add_prefix, check_prefix
 from models.adapters.quantization import QuantizedLinear, quantize_linears
 from models.heads import CHUNK_LOGITS, TokenLogProbs, TokenScores, base_model
 from models.load import set_dropout
@@ -166,7 +166,10 @@ class Footprint:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:blocks]
         set_dropout(config, 0.0)
-        if self.pre_seq_len and hasattr(config, "pre_seq_len"):
+        prefix = PrefixPlan(self.pre_seq_len, self.prefix_projection, "", None, 0) if self.pre_seq_len else None
+        if prefix is not None:
+            check_prefix(prefix, config, self.gradient_checkpointing)
+        if prefix is not None and hasattr(config, "pre_seq_len"):
             config.pre_seq_len, config.prefix_projection = self.pre_seq_len, self.prefix_projection
         if self.scalar:
             config.num_labels = 1
@@ -180,8 +183,8 @@ class Footprint:
             model.get_input_embeddings().padding_idx = None
             if self.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if self.pre_seq_len:
-                model = add_prefix(model, PrefixPlan(self.pre_seq_len, self.prefix_projection, "", None, 0), fresh=False)
+            if prefix is not None:
+                model = add_prefix(model, prefix, fresh=False)
             if self.lora_dim:
                 model = add_lora(model, dim=self.lora_dim, alpha=1.0, module_name=self._few_names(model, blocks))
         for parameter in model.parameters():  # as build_engine does
