@@ -179,3 +179,23 @@ def check_quantized_base(path: str | Path | CheckpointFolder, quantization_bit: 
             f"--quantization_bit {quantization_bit}: the weights of {checkpoint.path} are {stored}-bit integers already; "
             "drop the flag, or start from the checkpoint in half precision."
         )
+
+
+def check_new_tokens(path: str | Path | CheckpointFolder, tokenizer: Any, adapters: str) -> None:
+    """Raise UserError if the tokenizer has tokens without a row in the embedding, which adapters freeze.
+
+    adapters: "LoRA" or "P-Tuning". A new row would stay as it starts, and a new end token would never be produced. LoRA may
+    have a new pad token, which nothing learns; P-Tuning saves no embedding at all. peft's trainable_token_indices would
+    train new rows, but reads split weights (ZeRO-3) without gathering them, and cannot be set up there without CUDA.
+    """
+    checkpoint = open_checkpoint(path)
+    rows = open_checkpoint(checkpoint.weights).config().vocab_size
+    new = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if adapters == "LoRA" and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        new.pop(tokenizer.pad_token, None)
+    if new:
+        raise UserError(
+            f"the tokenizer of {checkpoint.path} has tokens without a row among the {rows} of the embedding "
+            f"({', '.join(sorted(new, key=new.get)[:3])}): {adapters} freezes the embedding, and they would never be learned; "
+            "train all weights first, or take the tokenizer that belongs to the model."
+        )

@@ -155,7 +155,7 @@ def _load(
     with zero3_loading(None if quantization_bit or bits else zero3_config):
         model, missing = read_weights(auto_class, checkpoint, config, dtype, attn)
         if tokenizer is not None:
-            fit_embeddings(model, tokenizer, frozen=plan is not None)
+            fit_embeddings(model, tokenizer)
     if quantization_bit:
         quantize_linears(model, quantization_bit)  # what the checkpoint itself quantises stays as it is
     # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be
@@ -203,18 +203,14 @@ def set_dropout(config: PretrainedConfig, value: float | None) -> None:
             setattr(config, name, float(value))
 
 
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, frozen: bool = False) -> None:
-    """Enlarge the embedding when the tokenizer has more ids than it has rows. Spare rows stay: BLOOM has them by
-    design. UserError if the embedding is frozen: new rows would stay random, and P-Tuning saves none of them.
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Enlarge the embedding when the tokenizer has more ids than it has rows. Spare rows stay: BLOOM has them by design.
+
+    Where the embedding is frozen, check_new_tokens comes first.
     """
     weight = model.get_input_embeddings().weight
     rows = getattr(weight, "ds_shape", weight.shape)[0]
     needed = max(tokenizer.get_vocab().values()) + 1
-    if needed > rows and frozen:
-        raise UserError(
-            f"the tokenizer has {needed} ids, the embedding {rows} rows: P-Tuning freezes the embedding and cannot enlarge "
-            "it; train all weights first, or take the tokenizer that belongs to the model."
-        )
     if needed > rows:
         logger.info("the embedding grows from %d to %d rows, for the tokenizer's new tokens.", rows, needed)
         model.resize_token_embeddings(needed)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from errors import UserError
-from models.checkpoint_folder import check_context_length, open_checkpoint
+from models.checkpoint_folder import check_context_length, check_new_tokens, open_checkpoint
 from models.heads import start_head
 from models.load import check_same_tokenizer, load_scalar_model, load_tokenizer
 from models.save import save_model
@@ -223,6 +223,20 @@ def test_more_tokens_than_rows_grow_the_embedding(gpt2):
     assert grown.get_input_embeddings().weight.shape[0] == rows + 1 == grown.config.vocab_size
     assert grown.lm_head.weight is grown.get_input_embeddings().weight
     assert torch.equal(grown.lm_head.weight[:rows], before.lm_head.weight)
+
+
+def test_new_tokens_want_an_embedding_that_learns(gpt2):
+    tokenizer = load_tokenizer(gpt2)
+    tokenizer.add_tokens([f"<spare{i}>" for i in range(SPARE_ROWS)])
+    for adapters in ("LoRA", "P-Tuning"):
+        check_new_tokens(gpt2, tokenizer, adapters)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    check_new_tokens(gpt2, tokenizer, "LoRA")  # nothing learns the pad token
+    with pytest.raises(UserError, match=r"\(<pad>\): P-Tuning freezes the embedding"):
+        check_new_tokens(gpt2, tokenizer, "P-Tuning")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    with pytest.raises(UserError, match=r"\(<end>\): LoRA freezes the embedding"):
+        check_new_tokens(gpt2, tokenizer, "LoRA")
 
 
 def test_position_tables_end(folder_of, tmp_path):

@@ -267,7 +267,3 @@ def test_what_does_not_go_with_a_prefix(folder_of, tuned):
         load(folder_of("gpt2"), pre_seq_len=LENGTH, gradient_checkpointing=True)
     with pytest.raises(UserError, match=r"has a prefix .*drop --lora_dim"):
         add_lora(load(tuned), 4, 8)
-    tokenizer = load_tokenizer(folder_of("gpt2"))
-    tokenizer.add_tokens([f"<new{i}>" for i in range(20)])
-    with pytest.raises(UserError, match="P-Tuning freezes the embedding"):
-        load(folder_of("gpt2"), pre_seq_len=LENGTH, tokenizer=tokenizer)

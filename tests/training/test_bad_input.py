@@ -13,7 +13,7 @@ import training.step2_reward.main as reward
 import training.step3_ppo.main as ppo
 import training.step3_ppo.rlhf_engine as rlhf_engine
 from tests.launching import write_pairs
-from tests.tiny import tiny_checkpoint
+from tests.tiny import SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
 from training.utils.engine import build
 from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import DPOArguments, PPOArguments, RewardArguments, SFTArguments
@@ -47,6 +47,10 @@ def files(tmp_path_factory):
         (folder / name).write_text(content)
     (folder / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
     models = {family: tiny_checkpoint(folder / family, family) for family in ("llama", "opt")}
+    grown = tiny_tokenizer("llama")
+    grown.add_tokens([f"<new{number}>" for number in range(SPARE_ROWS + 1)])
+    models["grown"] = tiny_checkpoint(folder / "grown", "llama")
+    grown.save_pretrained(models["grown"])
     named = {file.stem if file.suffix != ".gz" else "zipped": file for file in sorted(folder.iterdir())}
     yield named | models | {"empty_list": folder / "empty.json", "absent": folder / "absent"}
     if dist.is_initialized():
@@ -112,6 +116,7 @@ def end(files, tmp_path, capsys):
             "--data_path x.jsonl --lora_dim 4 --lora_module_name embed_tokens,q_proj",
             ["--lora_module_name embed_tokens matches no linear layer", "q_proj"],
         ),
+        ("sft", "--data_path x.jsonl --lora_dim 4 --model_name_or_path {grown}", ["<new8>", "LoRA freezes the embedding"]),
         ("reward", "--data_path x.jsonl --pre_seq_len 4 --gradient_checkpointing", ["drops the cache", "llama model"]),
         (
             "ppo",

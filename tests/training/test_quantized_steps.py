@@ -64,4 +64,4 @@ def test_integers_are_not_trained_whole(base, tmp_path):
     tiny_integers(base / "int4")
     args = parse(RewardArguments, step("reward", tmp_path / "o", base / "pairs.jsonl", base / "int4")[1])
     with pytest.raises(UserError, match="4-bit integers, which cannot be trained"):
-        check_trained_model(args, open_checkpoint(args.model_name_or_path))
+        check_trained_model(args, open_checkpoint(args.model_name_or_path), tokenizer=None)

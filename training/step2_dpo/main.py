@@ -100,7 +100,7 @@ def main(args: DPOArguments) -> None:
 
 def check_models(args: DPOArguments, models: dict[str, CheckpointFolder], tokenizer) -> None:
     """Raise UserError if the model or the reference cannot be what the flags ask for; no weight is read."""
-    check_trained_model(args, models["model"])
+    check_trained_model(args, models["model"], tokenizer)
     if args.ref_model_name_or_path:
         reference = models["reference"]
         check_context_length(reference, args.max_seq_len, "--max_seq_len")

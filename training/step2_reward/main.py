@@ -39,9 +39,9 @@ def main(args: RewardArguments) -> None:
     """Train, evaluate, save. Raises UserError for wrong input, before a model is loaded where that can be known."""
     run = Run.start(args)
     model = open_checkpoint(args.model_name_or_path)
-    check_trained_model(args, model)
-    args = run.args = replace(args, **check_run_fits(args, run, {"model": model}))  # --zero_stage auto becomes a number
     tokenizer = load_tokenizer(model)
+    check_trained_model(args, model, tokenizer)
+    args = run.args = replace(args, **check_run_fits(args, run, {"model": model}))  # --zero_stage auto becomes a number
     template = load_template(model, tokenizer)
     data = prepare_phase(args, 2, tokenizer, template, args.output_dir)
     collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id)

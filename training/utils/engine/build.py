@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from models.adapters.lora import add_lora
 from models.checkpoint_folder import (
     CheckpointFolder,
     check_context_length,
+    check_new_tokens,
     check_quantized_base,
     gets_prefix,
     open_checkpoint,
@@ -32,12 +34,14 @@ from training.utils.run.process_group import Run
 logger = logging.getLogger("sanbu")
 
 
-def check_trained_model(args: Any, checkpoint: CheckpointFolder) -> None:
+def check_trained_model(args: Any, checkpoint: CheckpointFolder, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError if the checkpoint of --model_name_or_path cannot be trained as the flags ask; no weight is read."""
     prefix = args.prefix_options()
     check_context_length(checkpoint, args.max_seq_len, "--max_seq_len", **prefix)
     frozen = bool(args.lora_dim) or gets_prefix(checkpoint, args.output_dir, **prefix)
     check_quantized_base(checkpoint, args.quantization_bit, adapters=frozen)
+    if frozen:
+        check_new_tokens(checkpoint, tokenizer, "LoRA" if args.lora_dim else "P-Tuning")
 
 
 def trained_engine(checkpoint: CheckpointFolder, args, run: Run, tokenizer, steps: int, *, scalar: bool = False):
