@@ -3,24 +3,34 @@
     python chat.py --path output/step3-models/1.3b
     python chat.py --path output/actor-models/1.3b --prompt "What is the capital of France?" --greedy
 
-Type quit, exit or stop to end (or Ctrl-D), clear to start anew. Questions may come from a pipe, one a line.
+/help lists the commands of the dialogue. Ctrl-C stops an answer. Questions may come from a pipe, one a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from errors import CommandLine, UserError, told
+from errors import CommandLine, UserError, nearest, refuse, told
 
-END = ("quit", "exit", "stop")
-CLEAR = "clear"
+BARE = {"quit": "/quit", "exit": "/quit", "stop": "/quit", "clear": "/clear"}  # commands that need no slash
+RIGHT: dict[str, Callable[[Any], bool]] = {
+    "max_new_tokens": lambda value: value >= 1,
+    "temperature": lambda value: value > 0,
+    "top_p": lambda value: 0 < value <= 1,
+    "top_k": lambda value: value >= 0,
+    "seed": lambda value: value >= 0,
+    "repetition_penalty": lambda value: value > 0,
+    "stop_strings": all,  # an empty text stands at the beginning of every answer
+}
 
 
 @dataclass(frozen=True)
@@ -48,17 +58,20 @@ class Chatbot:
     system: str | None = None
     history: list[dict[str, str]] = field(default_factory=list)  # user and assistant in turn
     asked: int = 0  # questions so far, forgotten ones too
+    last: tuple[str, list[dict[str, str]]] | None = None  # the last question, and the dialogue before it
     warned: bool = False  # that turns are left out, once
 
     def clear(self) -> None:
         """Forget the dialogue; the system message stays."""
-        self.history.clear()
+        self.history, self.last = [], None
 
     def answer(self, question: str, show: Callable[[str], None] = lambda piece: None) -> str:
         """Return the answer to a question after the dialogue so far; show is called with each piece of it as it comes.
 
         Raises UserError if the question alone is longer than the model's context; the dialogue is then as before.
+        Ctrl-C keeps the tokens so far as the answer, and is raised again.
         """
+        self.last = question, list(self.history)  # before the imports, in which Ctrl-C may fall
         import torch
 
         from inference.engine import check_finite, generate
@@ -73,22 +86,31 @@ class Chatbot:
         settings = {one.name: getattr(self.sampling, one.name) for one in fields(self.sampling) if one.name != "seed"}
         settings["max_new_tokens"] = min(settings["max_new_tokens"], self.longest() - len(prompt))
         ids = torch.tensor([prompt], device=self.model.device)
-        generation = generate(
-            self.model,
-            ids,
-            torch.ones_like(ids),
-            stop_token_ids=self.template.stop_token_ids,
-            pad_token_id=self.tokenizer.pad_token_id,
-            row_seeds=[self.sampling.seed + self.asked],
-            tokenizer=self.tokenizer,
-            on_token=lambda row, token: stream.add(token),
-            **settings,
-        )
-        check_finite(generation.log_probs, "try --dtype fp32, or another checkpoint.")
+        try:
+            generation = generate(
+                self.model,
+                ids,
+                torch.ones_like(ids),
+                stop_token_ids=self.template.stop_token_ids,
+                pad_token_id=self.tokenizer.pad_token_id,
+                row_seeds=[self.sampling.seed + self.asked],
+                tokenizer=self.tokenizer,
+                on_token=lambda row, token: stream.add(token),
+                **settings,
+            )
+            check_finite(generation.log_probs, "try --dtype fp32, or another checkpoint.")
+        except KeyboardInterrupt:
+            if text := stream.finish():
+                self.keep(history, question, text)
+            raise
         text = stream.finish()
+        self.keep(history, question, text)
+        return text
+
+    def keep(self, history: list[dict[str, str]], question: str, text: str) -> None:
+        """Remember a question and its answer behind the turns that were kept."""
         self.history = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": text}]
         self.asked += 1
-        return text
 
     def longest(self) -> int:
         """Return how many tokens a prompt and its answer may have together: the context, less a prefix that takes places of it."""
@@ -137,9 +159,10 @@ def chat_folder(path: str) -> Path:
                 f"--path {path} holds no model (no config.json, no actor/); name the output folder of step 1 or 3."
             )
         folder = folder / "actor"
-    if folder.is_dir() and open_checkpoint(folder).gives_scores:
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.gives_scores:
         raise UserError(f"--path {path} is a reward model, which does not talk; name an SFT model or an actor.")
-    return folder
+    return checkpoint.folder
 
 
 def load_chatbot(path: str, sampling: Sampling, system: str | None = None, dtype: str = "auto") -> Chatbot:
@@ -158,24 +181,103 @@ def load_chatbot(path: str, sampling: Sampling, system: str | None = None, dtype
     return Chatbot(model.to(device).eval(), tokenizer, template, sampling, system)
 
 
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def command_help(bot: Chatbot, words: str) -> str:
+    """Return the list of commands."""
+    rows = [(f"{name} {command.words}".rstrip(), command.help) for name, command in COMMANDS.items()]
+    return "\n".join(f"{name:<18} {text}" for name, text in [*rows, ("Ctrl-C", "stop this answer"), ("Ctrl-D", "end")])
+
+
+def command_clear(bot: Chatbot, words: str) -> str:
+    """Forget the dialogue."""
+    bot.clear()
+    return "(forgotten)"
+
+
+def command_system(bot: Chatbot, words: str) -> str:
+    """Set the system message, or remove it."""
+    bot.system = words or None
+    return f"(system message: {bot.system or 'none'})"
+
+
+def command_set(bot: Chatbot, words: str) -> str:
+    """Change a setting of sampling. Without words return all settings."""
+    if words:
+        name, value = setting(words)
+        bot.sampling = replace(bot.sampling, **{name: value})
+    return f"({', '.join(f'{name} {value}' for name, value in asdict(bot.sampling).items())})"
+
+
+def command_retry(bot: Chatbot, words: str) -> None:
+    """Answer the last question again, with new random numbers."""
+    refuse(bot.last is None, "There is no question to answer again.")
+    question, bot.history = bot.last
+    speak(bot, question)
+
+
+def command_save(bot: Chatbot, words: str) -> str:
+    """Write the dialogue into a JSON file that step 1 reads."""
+    refuse(not words, "/save needs the name of a file, such as /save dialogue.json.")
+    refuse(not bot.history, "There is no dialogue to save.")
+    system = [{"role": "system", "content": bot.system}] if bot.system else []
+    text = json.dumps([{"messages": [*system, *bot.history]}], ensure_ascii=False, indent=1)
+    try:
+        Path(words).expanduser().write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{words} cannot be written ({error.strerror}); name another file.") from error
+    return f"(saved to {words})"
+
+
+def command_quit(bot: Chatbot, words: str) -> None:
+    """End the dialogue."""
+    raise EOFError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the dialogue. words: what follows its name. run: returns what is said about it."""
+
+    words: str
+    help: str
+    run: Callable[[Chatbot, str], str | None]
+
+
+COMMANDS = {
+    "/help": Command("", "this list", command_help),
+    "/clear": Command("", "forget the dialogue; the system message stays", command_clear),
+    "/system": Command("TEXT", "the system message from now on; without TEXT none", command_system),
+    "/set": Command("NAME VALUE", "a setting, such as /set temperature 0.3; alone it shows all", command_set),
+    "/retry": Command("", "answer the last question again", command_retry),
+    "/save": Command("FILE", "write the dialogue as JSON that step 1 reads", command_save),
+    "/quit": Command("", "end", command_quit),
+}
+
+
+def setting(words: str) -> tuple[str, Any]:
+    """Return name and value of a setting from the words of /set. Raise UserError for an unknown name or a wrong value."""
+    name, _, text = words.partition(" ")
+    name, usual = name.lstrip("-").replace("-", "_"), asdict(Sampling())
+    refuse(name not in usual, f"/set knows no {name}; settings: {', '.join(usual)}.")
+    truths = {"true": True, "on": True, "false": False, "off": False}
+    kinds: dict[type, Callable[[str], Any]] = {bool: lambda word: truths[word.lower()], tuple: shlex.split}
+    try:
+        value = kinds.get(type(usual[name]), type(usual[name]))(text.strip())
+    except (KeyError, ValueError):
+        raise UserError(f"/set {name} {text}: the value cannot be read; the usual one is {usual[name]}.") from None
+    check_setting(f"/set {name}", name, value)
+    return name, value
+
+
+def check_setting(label: str, name: str, value: Any, hint: str = "") -> None:
+    """Raise UserError for a setting out of range."""
+    if name in RIGHT and not RIGHT[name](value):
+        wrong = "holds an empty text" if name == "stop_strings" else f"{value} is out of range"
+        raise UserError(f"{label} {wrong}{hint}.")
+
+
 # --- the terminal -----------------------------------------------------------------------------------------------------
-
-
-def questions(interactive: bool) -> Iterator[str]:
-    """Yield what is typed, or comes through a pipe, line by line, until quit, Ctrl-D or Ctrl-C."""
-    while True:
-        try:
-            line = input("You: ") if interactive else sys.stdin.readline()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not interactive and line == "":
-            return
-        question = line.strip()
-        if question.lower() in END:
-            return
-        if question:
-            yield question
 
 
 def show(piece: str) -> None:
@@ -183,25 +285,62 @@ def show(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def converse(bot: Chatbot, interactive: bool) -> None:
-    """Answer question after question. Through a pipe only the answers are printed."""
+def at_terminal() -> bool:
+    """Return True if a person types and reads, False in a pipe."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def speak(bot: Chatbot, question: str) -> None:
+    """Print the answer to a question as it comes."""
+    if at_terminal():
+        print("Assistant: ", end="", flush=True)
+    bot.answer(question, show)
+    print(flush=True)
+
+
+def respond(bot: Chatbot, line: str) -> None:
+    """Run a command, or answer a question. Raise EOFError for /quit. Through a pipe only answers go to stdout."""
+    name, _, words = BARE.get(line.lower(), line).partition(" ")
+    if not re.fullmatch(r"/[a-z]+", name):
+        speak(bot, line)
+        return
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        raise UserError(f"There is no command {name}; {f'did you mean {near}?' if near else '/help lists them.'}")
+    message = COMMANDS[name].run(bot, words.strip())
+    if message:
+        print(message, file=sys.stdout if at_terminal() else sys.stderr, flush=True)
+
+
+def converse(bot: Chatbot) -> None:
+    """Answer question after question until /quit, Ctrl-D or the end of the pipe; two Ctrl-C at the prompt end too."""
+    interactive = at_terminal()
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (arrow keys and history in input())
-        print(f"{', '.join(END)} or Ctrl-D ends, {CLEAR} starts anew.")
-    for question in questions(interactive):
-        if question.lower() == CLEAR:
-            bot.clear()
-            if interactive:
-                print("(forgotten)")
-            continue
-        if interactive:
-            print("Assistant: ", end="", flush=True)
+        print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+    ending = answering = False
+    while True:
         try:
-            bot.answer(question, show)
-            print(flush=True)
+            answering = False
+            line = input("You: ") if interactive else sys.stdin.readline()
+            ending = False
+            if not interactive and line == "":
+                return
+            answering = True
+            if line.strip():
+                respond(bot, line.strip())
         except UserError as error:  # a question that is too long does not end a dialogue
             print(error, flush=True)
+        except EOFError:
+            if interactive and not answering:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not interactive or ending:
+                raise
+            ending = not answering
+            print("\n(stopped)" if answering else "\n(Ctrl-D, /quit or a second Ctrl-C ends)", flush=True)
 
 
 def build_parser() -> CommandLine:
@@ -236,13 +375,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"Unknown flag {unknown[0]}; {hint}")
     if not args.path:
         raise UserError("chat.py needs --path: the folder of an SFT model or actor, or the output folder of step 3.")
-    right = {"max_new_tokens": args.max_new_tokens >= 1, "temperature": args.temperature > 0, "top_p": 0 < args.top_p <= 1}
-    right |= {"top_k": args.top_k >= 0, "seed": args.seed >= 0, "repetition_penalty": args.repetition_penalty > 0}
-    for name in (name for name, fits in right.items() if not fits):
+    for name in RIGHT:
         hint = " (--greedy takes the likeliest token)" if name == "temperature" else ""
-        raise UserError(f"--{name} {getattr(args, name)} is out of range{hint}; chat.py --help says what it means.")
-    if not all(args.stop_strings):
-        raise UserError("--stop_strings holds an empty text, which stands at the beginning of every answer; drop it.")
+        check_setting(f"--{name}", name, getattr(args, name), f"{hint}; chat.py --help says what it means")
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty; write a question, or leave the flag out for a dialogue.")
     return args
@@ -254,13 +389,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         sampling = Sampling(**{one.name: getattr(args, one.name) for one in fields(Sampling)})
+        folder = chat_folder(args.path)  # before torch is imported, which takes seconds
+        if sys.stderr.isatty():
+            print(f"loading {folder} …", file=sys.stderr, flush=True)
         quiet()
         bot = load_chatbot(args.path, sampling, args.system, args.dtype)
         if args.prompt is not None:
             bot.answer(args.prompt.strip(), show)
             print(flush=True)
         else:
-            converse(bot, interactive=sys.stdin.isatty() and sys.stdout.isatty())
+            converse(bot)
     except KeyboardInterrupt:
         print()
     return 0

@@ -6,12 +6,14 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errors import UserError
-from models.adapters.prefix import BASE_FIELD, PEFT_FILES, PrefixPlan, base_named_in, plan_prefix
 from models.families import FAMILIES
-from models.weight_files import WEIGHTS, check_weights, read_json
+from models.weight_files import BASE_FIELD, PEFT_FILES, WEIGHTS, base_named_in, check_weights, read_json
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told without it
+    from models.adapters.prefix import PrefixPlan
 
 SCALAR = "ForSequenceClassification"  # how the name of a reward model's or critic's class ends
 
@@ -92,6 +94,8 @@ class CheckpointFolder:
         """Return the prefix that the model shall have: saved in the folder, or from options (pre_seq_len and the rest, as in
         load_causal_lm); None for none. Raises UserError for options that contradict the folder.
         """
+        from models.adapters.prefix import plan_prefix
+
         return plan_prefix(self, **options)
 
 

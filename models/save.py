@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from models.adapters.prefix import PREFIX_FILE
 from models.adapters.quantization import model_bits, plain_state_dict
 from models.heads import base_model
+from models.weight_files import PREFIX_FILE
 
 
 def save_model(

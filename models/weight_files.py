@@ -10,14 +10,20 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from errors import UserError
 
+if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told without it
+    from torch import Tensor
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PREFIX_FILE = "prefix_only.bin"
+OFFICIAL_FILE = "pytorch_model.bin"  # what the original trainer calls it, in its folders checkpoint-N
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+BASE_FIELD = "base_model_name_or_path"
 # The layers that the int8 and int4 releases of ChatGLM quantise.
 QUANTIZED = re.compile(r"\.layers\.\d+\..*\b(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.weight$")
 
@@ -60,6 +66,8 @@ def tensor_names(file: Path) -> set[str]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as content:
                 return set(content.keys())
+        import torch
+
         return set(torch.load(file, map_location="meta", mmap=zipfile.is_zipfile(file), weights_only=True))
     except Exception as error:  # by format and version: RuntimeError, EOFError, UnpicklingError, SafetensorError, …
         raise UserError(
@@ -80,6 +88,8 @@ def stored_rows(folder: Path, rows: int) -> Iterator[tuple[str, tuple[int, ...],
                     shape = tuple(part.get_shape())
                     yield name, shape, part[:rows] if shape else content.get_tensor(name)
         else:
+            import torch
+
             tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
             for name, tensor in sorted(tensors.items()):
                 yield name, tuple(tensor.shape), tensor[:rows] if tensor.dim() else tensor
@@ -107,6 +117,30 @@ def check_scales(path: str | Path, names: set[str], quantization_bit: int | None
             f"weights ({len(lacking)} scales are missing): integers mean nothing without their scales. Copy the "
             "checkpoint again; if its weights are floating, set quantization_bit to 0 in config.json."
         )
+
+
+def base_named_in(folder: Path) -> tuple[Path, str] | None:
+    """Return the file that names the base of a folder with nothing but a prefix, and the name; None for any other folder.
+
+    Raises UserError if the file names none.
+    """
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return None
+    if (folder / PREFIX_FILE).is_file():
+        file = folder / "config.json"
+    elif all((folder / name).is_file() for name in PEFT_FILES):
+        file = folder / PEFT_FILES[0]
+        if read_json(file, folder).get("peft_type") != "PREFIX_TUNING":
+            return None
+    else:
+        return None
+    base = read_json(file, folder).get(BASE_FIELD)
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f'{file} does not say which model this prefix belongs to; add "{BASE_FIELD}": the folder or hub id of the '
+            "model that it was trained on."
+        )
+    return file, base
 
 
 # --- small things -----------------------------------------------------------------------------------------------------

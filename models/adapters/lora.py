@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
-from models.adapters.prefix import PREFIX_FILE, base_of, has_prefix, peft_config_to_save, prefix_tensors
+from models.adapters.prefix import base_of, has_prefix, peft_config_to_save, prefix_tensors
 from models.adapters.quantization import QuantizedLinear
 from models.adapters.shared_trunk import frozen_change
 from models.families import FAMILIES
 from models.heads import SCALAR_HEADS, base_model, is_peft, score_name
 from models.save import new_checkpoint, share_permissions
+from models.weight_files import PREFIX_FILE
 
 if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where there is an adapter
     from peft import PeftModel

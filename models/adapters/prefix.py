@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.heads import SCALAR_HEADS, base_model, is_peft, prefix_length, score_name
-from models.weight_files import WEIGHTS, first_line, read_json
+from models.weight_files import BASE_FIELD, OFFICIAL_FILE, PEFT_FILES, PREFIX_FILE, base_named_in, first_line
 from models.zero3 import gathered
 
 if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where there is an adapter
@@ -29,10 +29,6 @@ if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where ther
 
     from models.checkpoint_folder import CheckpointFolder
 
-PREFIX_FILE = "prefix_only.bin"
-OFFICIAL_FILE = "pytorch_model.bin"  # what the original trainer calls it, in its folders checkpoint-N
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
-BASE_FIELD = "base_model_name_or_path"
 OWN = "transformer.prefix_encoder."
 _NAME = "default"  # peft can hold several; we use one
 _PROMPT = f"prompt_encoder.{_NAME}."
@@ -74,30 +70,6 @@ class PrefixPlan:
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
-
-
-def base_named_in(folder: Path) -> tuple[Path, str] | None:
-    """Return the file that names the base of a folder with nothing but a prefix, and the name; None for any other folder.
-
-    Raises UserError if the file names none.
-    """
-    if any((folder / name).is_file() for name in WEIGHTS):
-        return None
-    if (folder / PREFIX_FILE).is_file():
-        file = folder / "config.json"
-    elif all((folder / name).is_file() for name in PEFT_FILES):
-        file = folder / PEFT_FILES[0]
-        if read_json(file, folder).get("peft_type") != "PREFIX_TUNING":
-            return None
-    else:
-        return None
-    base = read_json(file, folder).get(BASE_FIELD)
-    if not isinstance(base, str) or not base:
-        raise UserError(
-            f'{file} does not say which model this prefix belongs to; add "{BASE_FIELD}": the folder or hub id of the '
-            "model that it was trained on."
-        )
-    return file, base
 
 
 def read_prefix(folder: Path) -> SavedPrefix:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import pty
 import select
@@ -14,12 +15,13 @@ import pytest
 import torch
 
 from errors import UserError
-from inference.chatbot import Chatbot, Sampling, chat_folder, context_length, load_chatbot, main
+from inference.chatbot import COMMANDS, Chatbot, Sampling, chat_folder, context_length, load_chatbot, main, respond
 from models.load import load_scalar_model, load_tokenizer
 from models.save import save_model
 from models.templates import load_template
 from tests.launching import FORKS, environment
 from tests.tiny import tiny_checkpoint
+from training.utils.data.records import load_records
 
 
 @pytest.fixture(scope="module")
@@ -200,23 +202,111 @@ def chat_at(terminal: str, flags: list[str]) -> None:
     sys.exit(main(flags))
 
 
-def test_a_terminal_shows_both_voices_and_control_c_ends_cleanly(model):
+def test_a_terminal_shows_both_voices_and_control_c_stops_an_answer(model):
+    """And at the prompt the first one only says how to end."""
     side, other = pty.openpty()
-    flags = ["--path", str(model), "--greedy", "--max_new_tokens", "4"]
+    flags = ["--path", str(model), "--max_new_tokens", "200", "--temperature", "20", "--top_p", "1"]
     process = FORKS.Process(target=chat_at, args=(os.ttyname(other), flags))
     process.start()
     shown = ""
-    for typed, text, count in (("", "You: ", 1), ("What is bread?\n", "You: ", 2), ("clear\n", "You: ", 3)):
-        os.write(side, typed.encode())
+
+    def until(text: str, count: int) -> None:
+        nonlocal shown
         while shown.count(text) < count:
             assert select.select([side], [], [], 300)[0], shown
-            shown += os.read(side, 4096).decode()
-    time.sleep(0.5)  # the prompt is shown a moment before readline listens
+            shown += os.read(side, 4096).decode(errors="replace")
+
+    until("You: ", 1)
+    assert shown.startswith(f"loading {model} …")
+    os.write(side, b"What is bread?\n")
+    until("Assistant: ", 1)
     os.kill(process.pid, signal.SIGINT)
+    until("You: ", 2)
+    os.write(side, b"/set max_new_tokens 4\n/retry\nclear\n/clear it\n")
+    until("You: ", 6)
+    assert shown.count("(stopped)") == 1 and shown.count("Assistant: ") == 2 and shown.count("(forgotten)") == 2, shown
+    for ended in (False, True):
+        time.sleep(0.5)  # the prompt is shown a moment before readline listens
+        os.kill(process.pid, signal.SIGINT)
+        if not ended:
+            until("You: ", 7)
     process.join(300)
-    assert process.exitcode == 0 and "Assistant: " in shown and "(forgotten)" in shown and "Traceback" not in shown
+    assert process.exitcode == 0 and "a second Ctrl-C ends" in shown and "Traceback" not in shown
     os.close(other)
     os.close(side)
+
+
+def test_control_c_keeps_what_was_said(bot, monkeypatch):
+    """Before the first token nothing is kept."""
+
+    def stop_after(tokens: int):
+        pieces: list[str] = []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            if len(pieces) == tokens:
+                raise KeyboardInterrupt
+
+        return pieces, show
+
+    pieces, show = stop_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        bot.answer("What is bread?", show)
+    assert bot.history[0] == user("What is bread?") and bot.history[1]["content"].startswith("".join(pieces[:2]))
+    before = list(bot.history)
+    monkeypatch.setattr("inference.engine.generate", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        bot.answer("And flour?")
+    assert bot.history == before and bot.last == ("And flour?", before)
+
+
+def test_commands_of_the_dialogue(model, bot, chat, tmp_path):
+    """They go to the program, all else to the model; wrong ones are told and change nothing."""
+    first = said(bot, [user("What is bread?")])
+    system = {"role": "system", "content": "Be brief."}
+    brief = said(bot, [system, user("What is bread?")], 3)
+    file = tmp_path / "dialogue.json"
+    text = f"""What is bread?
+/retry
+/clear
+/system Be brief.
+/set max_new_tokens 3
+/set greedy off
+/set greedy on
+What is bread?
+/save {file}
+/help
+/quit
+What is bread?
+"""
+    code, shown, notes = chat("--path", str(model), "--greedy", "--max_new_tokens", "8", text=text.encode())
+    assert (code, shown) == (0, f"{first}\n{first}\n{brief}\n")
+    assert "max_new_tokens 3" in notes and all(name in notes for name in COMMANDS)
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    assert saved == [{"messages": [system, user("What is bread?"), assistant(brief)]}]
+    records = load_records(str(file), cache_dir=str(tmp_path / "cache"))["train"]
+    assert records[0]["messages"] == [system, user("What is bread?")] and records[0]["chosen"] == brief
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("/hlep", "did you mean /help"),
+        ("/xyz", "/help lists them"),
+        ("/retry", "no question"),
+        ("/save", "needs the name of a file"),
+        ("/set temprature 1", "settings: max_new_tokens"),
+        ("/set temperature 0", "/set temperature 0.0 is out of range"),
+        ("/set greedy perhaps", "cannot be read"),
+        ("/set top_k", "cannot be read"),
+    ],
+)
+@pytest.mark.fast
+def test_a_wrong_command_is_one_sentence_and_changes_nothing(line, sentence):
+    bot = Chatbot(None, None, None)
+    with pytest.raises(UserError, match=sentence):
+        respond(bot, line)
+    assert bot == Chatbot(None, None, None)
 
 
 @pytest.mark.parametrize(

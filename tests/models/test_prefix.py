@@ -11,11 +11,11 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig
 from errors import UserError
 from inference.engine import generate
 from models.adapters.lora import add_lora, save_prefix
-from models.adapters.prefix import PEFT_FILES
 from models.checkpoint_folder import check_context_length, gets_prefix
 from models.heads import TokenLogProbs, TokenScores, position_ids_for, prefix_length, score_layer
 from models.load import load_scalar_model, load_tokenizer
 from models.save import save_model
+from models.weight_files import PEFT_FILES
 from tests.closeness import assert_close
 from tests.models.chatglm_folders import change_json
 from tests.models.common import Stops, load, shake, tokens, trained
