@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told w
     from models.adapters.prefix import PrefixPlan
 
 SCALAR = "ForSequenceClassification"  # how the name of a reward model's or critic's class ends
+OUTPUTS = ("output", "outputs", "out", "runs", "results")  # first folder of an output, no owner on the hub
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,22 @@ def open_checkpoint(path: str | Path | CheckpointFolder) -> CheckpointFolder:
     if isinstance(path, CheckpointFolder):
         return path
     folder = find_folder(path)
+    inside = [] if (folder / "config.json").is_file() else models_inside(folder)
+    if inside:
+        names = ", ".join(f"{one.path}{' (a reward model)' * one.gives_scores}" for one in inside)
+        raise UserError(f"model {path} has no config.json itself; name one of the models in it: {names}.")
     return CheckpointFolder(str(path), folder, read_json(folder / "config.json", path))
+
+
+def models_inside(folder: Path) -> list[CheckpointFolder]:
+    """Return the models in the folders below, as train.py leaves them; those of resumable checkpoints are left out."""
+    files = sorted(file for depth in range(1, 4) for file in folder.glob("*/" * depth + "config.json"))
+    models = []
+    for file in files:
+        content = read_json(file, file.parent)
+        if content.get("model_type") in FAMILIES and "checkpoints" not in file.parts:
+            models.append(CheckpointFolder(str(file.parent), file.parent, content))
+    return models
 
 
 def find_folder(path: str | Path) -> Path:
@@ -117,8 +133,11 @@ def find_folder(path: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise UserError(f"model {path} is a file; name the folder that holds its config.json and weights.")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
-        raise UserError(f"model folder {path} does not exist; name a folder with config.json and weights, or a hub id.")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)) or str(path).split("/")[0] in OUTPUTS:
+        raise UserError(
+            f"model folder {path} does not exist; train first with the step that writes it, or name a folder with "
+            "config.json and weights, or a hub id."
+        )
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]

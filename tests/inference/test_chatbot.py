@@ -16,7 +16,9 @@ import torch
 
 from errors import UserError
 from inference.chatbot import COMMANDS, Chatbot, Sampling, chat_folder, context_length, load_chatbot, main, respond
-from models.load import load_scalar_model, load_tokenizer
+from models.adapters.lora import add_lora, merged_state_dict, save_adapter
+from models.checkpoint_folder import open_checkpoint
+from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import save_model
 from models.templates import load_template
 from tests.launching import FORKS, environment
@@ -163,8 +165,39 @@ def test_which_folder_talks(model, tmp_path):
     save_model(scalar, tokenizer, load_template(model, tokenizer), tmp_path / "rm")
     with pytest.raises(UserError, match="is a reward model"):
         chat_folder(str(tmp_path / "rm"))
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match=f"name one of those in it: {tmp_path}/step3/actor[.]$"):
         chat_folder(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no model"):
+        chat_folder(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=f"no config.json itself.*{tmp_path}/rm .a reward model., {tmp_path}/step3/actor[.]$"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="folder output/missing does not exist; train first"):
+        open_checkpoint("output/missing")
+
+
+def test_an_adapter_opens_over_the_model_that_it_names(model, tmp_path):
+    """It answers as the merged model in whose folder training writes it."""
+    adapted, tokenizer = add_lora(load_causal_lm(model, dtype=torch.float32), 2, 6), load_tokenizer(model)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    save_model(adapted, tokenizer, load_template(model, tokenizer), tmp_path, merged_state_dict(adapted))
+    save_adapter(adapted, tmp_path / "adapter")
+    bots = [load_chatbot(str(path), Sampling(12, greedy=True)) for path in (model, tmp_path, tmp_path / "adapter")]
+    plain, merged, alone = (bot.answer("What is bread?") for bot in bots)
+    assert alone == merged != plain
+    config = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    for change, sentence in (
+        ({"base_model_name_or_path": None}, "names no model"),
+        ({"base_model_name_or_path": str(tmp_path / "missing")}, "missing does not exist"),
+        ({"task_type": "SEQ_CLS"}, "adapter of a reward model"),
+    ):
+        config.write_text(json.dumps(content | change), encoding="utf-8")
+        with pytest.raises(UserError, match=sentence):
+            chat_folder(str(config.parent))
 
 
 def test_context_length_of_families(tmp_path):

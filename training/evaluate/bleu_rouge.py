@@ -10,11 +10,12 @@ Answers are greedy unless --do_sample is given, so that two runs agree. Writes g
 
 from __future__ import annotations
 
+from training.evaluate.inputs import check_inputs
 from training.utils.flags.parse import parse_or_exit, run_main
 from training.utils.flags.steps import EvaluateArguments
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
-    ARGS = parse_or_exit(EvaluateArguments)
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
+    ARGS = parse_or_exit(EvaluateArguments, check=check_inputs)
 
 import json
 import os

@@ -8,11 +8,12 @@ Scores have no unit of their own; only their differences on the same prompt mean
 
 from __future__ import annotations
 
+from training.evaluate.inputs import check_inputs, check_reward_model
 from training.utils.flags.parse import parse_or_exit, run_main
 from training.utils.flags.steps import RewardEvalArguments
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
-    ARGS = parse_or_exit(RewardEvalArguments)
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
+    ARGS = parse_or_exit(RewardEvalArguments, check=check_inputs)
 
 import statistics
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 
 from errors import UserError
-from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.heads import TokenScores, at_last_token
 from models.load import load_scalar_model
 from models.templates import Template
@@ -53,14 +53,6 @@ def main(args: RewardEvalArguments) -> None:
     if args.output:
         rows = [pair | {"chosen_score": a, "rejected_score": b} for pair, (a, b) in zip(pairs, scores, strict=True)]
         write_json(args.output, {"model": args.model_name_or_path, "summary": metrics, "pairs": rows})
-
-
-def check_reward_model(path: str) -> CheckpointFolder:
-    """Open the checkpoint of a reward model or a critic. Raise UserError for a language model: its head would be random."""
-    checkpoint = open_checkpoint(path)
-    if not checkpoint.gives_scores:
-        raise UserError(f"--model_name_or_path {path} is no reward model ({checkpoint.architecture}); step 2 trains one.")
-    return checkpoint
 
 
 def read_pairs(args: RewardEvalArguments) -> list[dict[str, Any]]:

@@ -8,11 +8,12 @@ Each model is asked with its own template and stop tokens. Answers are greedy; -
 
 from __future__ import annotations
 
+from training.evaluate.inputs import check_inputs
 from training.utils.flags.parse import parse_or_exit, run_main
 from training.utils.flags.steps import PromptEvalArguments
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
-    ARGS = parse_or_exit(PromptEvalArguments)
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
+    ARGS = parse_or_exit(PromptEvalArguments, check=check_inputs)
 
 import shutil
 import unicodedata
@@ -54,7 +55,7 @@ def read_prompts(args: PromptEvalArguments) -> list[Messages]:
     if args.data_path:
         records = [held_out(path, args.column_map, alone=len(args.data_path) == 1) for path in args.data_path]
         return [prompt for each in records for prompt in each.select(range(min(args.num_prompts, len(each))))["messages"]]
-    texts = read_lines(args.prompts) if args.prompts else BUILT_IN["prompts"][args.language]
+    texts = read_lines(args.prompts) if args.prompts else BUILT_IN["prompts"][args.language][: args.num_prompts]
     return [[{"role": "user", "content": text}] for text in texts]
 
 

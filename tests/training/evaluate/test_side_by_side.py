@@ -57,7 +57,8 @@ def test_prompts_of_a_file_and_of_a_data_set(tmp_path, monkeypatch):
     monkeypatch.setenv("SANBU_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n  two \n", encoding="utf-8")
-    assert read(prompts=str(file)) == ["one", "two"]
+    assert read(prompts=str(file), num_prompts=1) == ["one", "two"]
+    assert read(num_prompts=2) == BUILT_IN["prompts"]["English"][:2]
     file.write_bytes("first\r\nsec\u2028ond\r\n".encode("utf-8-sig"))
     assert read(prompts=str(file)) == ["first", "sec\u2028ond"]
     data = tmp_path / "data.jsonl"

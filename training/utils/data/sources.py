@@ -1,6 +1,5 @@
 """Find out what a --data_path is: a data file, a folder, a named set or a set of the hub. Its rows are read elsewhere."""
 
-import difflib
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +14,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from errors import UserError
 from training.utils.data.cache import file_digest
 from training.utils.data.named_sets import NamedSet, find_named_set, similar_name
-from training.utils.data.readers import SUFFIXES, Row, data_suffix, looks_local, read_rows
+from training.utils.data.paths import check_local
+from training.utils.data.readers import SUFFIXES, Row, data_suffix, read_rows
 
 logger = logging.getLogger("sanbu")
 
@@ -55,8 +55,7 @@ def open_source(path: str) -> Source:
         return Source(_folder_splits(local), named)
     if named and named.files and not data_suffix(local):  # a file that is meant and missing is an error
         return Source(_local_splits(path, named.files), named)
-    if looks_local(path):
-        raise UserError(_missing_file(path, local, named))
+    check_local(path)
     for downloaded in map(download_folder, (path, *(named.names if named else ()))):
         if downloaded.is_dir():
             logger.info("%s: taken from the folder %s", path, downloaded)
@@ -92,20 +91,6 @@ def _local_splits(path: str, files: dict[str, tuple[str, ...]]) -> dict[str, lis
         else:
             logger.info("%s: no %s, so a share of the set is held out (--eval_fraction).", path, candidates[0])
     return splits
-
-
-def _missing_file(path: str, local: Path, named: NamedSet | None) -> str:
-    if named and not named.files and data_suffix(local) is None:
-        return (
-            f"--data_path {path}: no such folder. To fetch the set it is named after: "
-            f"python -m scripts.download_dataset {named.names[0]} --output_dir {path}"
-        )
-    siblings = [entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else []
-    near = difflib.get_close_matches(local.name, siblings, n=1)
-    if near:
-        return f"--data_path {path}: no such file or folder; did you mean {local.parent / near[0]}?"
-    where = "" if local.parent.is_dir() else f" (the folder {local.parent} does not exist either)"
-    return f"--data_path {path}: no such file or folder, seen from {Path.cwd()}{where}."
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

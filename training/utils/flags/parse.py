@@ -223,14 +223,19 @@ def main_entry(main: Callable[[Any], None], args_class: type, argv: Sequence[str
     run_main(main, parse_or_exit(args_class, argv))
 
 
-def parse_or_exit(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
+def parse_or_exit(
+    args_class: type[Args], argv: Sequence[str] | None = None, check: Callable[[Args], None] = lambda args: None
+) -> Args:
     """Return the flags of a step. A UserError becomes one line on stderr and exit code 2.
 
-    A step's main.py calls this above its imports of torch: --help and a wrong flag are answered in a tenth of a second.
+    check: further checks, which raise UserError. A step's main.py calls this above its imports of torch: --help and a wrong
+    flag are answered in a tenth of a second.
     """
     adopt_mpi_ranks()
     with errors_told(), reader_may_leave():
-        return parse(args_class, argv)
+        args = parse(args_class, argv)
+        check(args)
+        return args
 
 
 def run_main(main: Callable[[Any], None], args: Any) -> None:

@@ -115,8 +115,8 @@ class PromptEvalArguments:
         zh="改用该文本文件中的提示，每行一个。",
     )
     num_prompts: int = flag(
-        "How many prompts of each data set.", 6, within=ONE_OR_MORE, common=True,
-        zh="每个数据集取多少个提示。",
+        "How many prompts of each data set, or of the built-in ones.", 6, within=ONE_OR_MORE, common=True,
+        zh="每个数据集或内置提示取多少个提示。",
     )
     output: str | None = flag(
         "Also write prompts, answers and figures to this JSON file.", None, metavar="FILE", common=True,
