@@ -6,7 +6,8 @@
 
 Each step runs under the deepspeed launcher; what it prints goes to the terminal and to training.log in the step's
 folder: OUTPUT/actor-models/NAME, OUTPUT/reward-models/NAME, OUTPUT/step3-models/NAME, or OUTPUT/dpo-models/NAME for
-DPO, which is step 2 then. A step that is done is skipped.
+DPO, which is step 2 then. A step that is done is skipped, unless it was done with other data, flags or code than
+are asked for now: then nothing starts before --force or --keep says what to do.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -39,12 +41,13 @@ from scripts.launch.platforms import load_platforms, platform_named
 from scripts.launch.processes import run_to_end, stoppable
 from steps import METHODS, SECTIONS, step_of
 from training.utils.flags.recipe import recipe_file
-from training.utils.run.environment import DONE, check_writable
+from training.utils.run.environment import DONE, check_writable, data_paths, describe_inputs
 from training.utils.run.metrics import format_seconds
 
 ROOT = Path(__file__).resolve().parent
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")  # stand for facebook/opt-SIZE
 DEPLOYMENTS = tuple(load_platforms())
+COMPARED = ("max_steps", "num_train_epochs", "reward_endpoint")  # they may differ in a run that is resumed, not in one that is done
 
 
 @dataclass
@@ -87,7 +90,8 @@ def build_parser() -> CommandLine:
         add(f"--{section}-flags", default="", help=f"more flags of the step that does {title}, as one quoted string")
     add("--resume", action="store_true", help="a step that was cut short continues from its newest whole checkpoint")
     add("--force", action="store_true", help="run steps that are done again")
-    add("--dry-run", action="store_true", help="print the command lines, run nothing")
+    add("--keep", action="store_true", help="go on with steps that were done with other data, flags or code")
+    add("--dry-run", action="store_true", help="print what would be skipped and the command lines of the rest, run nothing")
     return parser
 
 
@@ -145,6 +149,7 @@ def check_method(args: argparse.Namespace) -> None:
         args.force and args.resume,
         "--force runs a step from its beginning, --resume from its checkpoint; drop one of the two.",
     )
+    refuse(args.force and args.keep, "--force runs finished steps again, --keep leaves them; drop one of the two.")
     wrong = args.num_gpus is not None and args.num_gpus < 1
     refuse(wrong, f"--num-gpus {args.num_gpus} is not a number of processes; give 1 or more.")
     refuse(
@@ -248,36 +253,66 @@ def environment(args: argparse.Namespace) -> Environment:
 # --- may it run? ------------------------------------------------------------------------------------------------------
 
 
-def is_done(step: Step) -> bool:
-    """Return whether the step has ended well in its folder. Raise UserError if it was another model that was trained there."""
+def read_done(step: Step) -> dict[str, Any] | None:
+    """Return what the step wrote when it had ended well; None if it has not."""
     try:
-        done = json.loads((step.folder / DONE).read_text(encoding="utf-8"))
+        return json.loads((step.folder / DONE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    flag = "model_name_or_path"
-    before = done.get("flags", {}).get(flag)
-    if before is not None and step.section != "ppo":
-        now = step.flags[step.flags.index(f"--{flag}") + 1]
-        refuse(
-            before != now and model_name(str(before)) == model_name(now),
-            f"{step.folder} holds what was trained from {before}, not {now}; name another --output-dir, or --force.",
-        )
-    return True
+        return None
 
 
-def choose(steps: list[Step], force: bool) -> list[Step]:
+def differences(step: Step, done: dict[str, Any]) -> list[str]:
+    """Return what a finished step was made with that is not asked for now: flags, the recipe's too, data files, code.
+
+    Facts that it did not write down are not compared. A flag that is "auto" now was settled by the run.
+    """
+    args = step_arguments(step_of(step.section), step.flags)
+    asked, flags = json.loads(json.dumps(asdict(args), default=str)), done.get("flags", {})
+    names = [one.name for one in fields(args) if one.metadata["resume"] != "free" or one.name in COMPARED]
+    changed = [name for name in names if name in flags and asked[name] != "auto"]
+    changed = [name for name in changed if as_paths(asked[name]) != as_paths(flags[name])]
+    found = [f"--{name} is {shown(asked[name])} now and was {shown(flags[name])}" for name in changed]
+    inputs = describe_inputs(args)
+    if not {"data_path", "sft_only_data_path"} & set(changed):
+        triples = zip(data_paths(args), done.get("data", []), inputs["data"], strict=False)
+        found += [f"{path} has another content now" for path, old, new in triples if old and new and old != new]
+    return found + ["the program's code is another now"] * (done.get("code", inputs["code"]) != inputs["code"])
+
+
+def as_paths(value: Any) -> Any:
+    """Return a flag's value with its texts as absolute paths: ./a.json is a.json."""
+    if isinstance(value, list):
+        return [as_paths(one) for one in value]
+    return Path.cwd() / value if isinstance(value, str) else value
+
+
+def shown(value: Any) -> str:
+    """Return a flag's value as a command line has it."""
+    return shlex.join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def choose(steps: list[Step], args: argparse.Namespace) -> list[Step]:
     """Return the steps that are not done, or whose inputs are made anew. Print which ones are skipped.
 
-    With new inputs a step begins anew, --resume or not: a checkpoint of it belongs to the old ones.
+    With new inputs a step begins anew, --resume or not: a checkpoint of it belongs to the old ones. Raise UserError for steps
+    that were done in another way than asked, unless --keep or --force is given.
     """
-    chosen: list[Step] = []
+    chosen, others = [], []
     for step in steps:
         if step.needs.keys() & {other.number for other in chosen}:
             chosen.append(replace(step, flags=[flag for flag in step.flags if flag != "--resume"]))
-        elif force or not is_done(step):
+        elif args.force or (done := read_done(step)) is None:
             chosen.append(step)
         else:
-            print(f"{step.title} is done: {step.folder} (--force runs it again)", flush=True)
+            different = "; ".join(differences(step, done))
+            others += [f"{step.title} in {step.folder} was done otherwise: {different}."] if different else []
+            note = f"kept although {different}" if different else "--force runs it again"
+            if args.keep or not different:
+                print(f"{'# ' if args.dry_run else ''}{step.title} is done: {step.folder} ({note})", flush=True)
+    refuse(
+        others and not args.keep,
+        f"{' '.join(others)} --force trains again, --keep goes on with what is there, another --output-dir leaves it alone.",
+    )
     return chosen
 
 
@@ -324,8 +359,9 @@ def again(args: argparse.Namespace, number: int) -> str:
 
 
 def show(steps: list[Step], args: argparse.Namespace) -> None:
-    """Print the command line of each step."""
-    for step in steps:
+    """Print which steps would be skipped, and the command line of each other one. Raise UserError as a run would for flags."""
+    for step in choose(steps, args):
+        step_arguments(step_of(step.section), step.flags)
         variables = environment(args).variables.items()
         prefix = ["env", *(f"{name}={value}" for name, value in variables if not name.startswith("PYTHON"))]
         print(f"# {step.title} -> {step.folder}\n{shlex.join([*prefix, *launch_command(step, args)])}")
@@ -334,7 +370,7 @@ def show(steps: list[Step], args: argparse.Namespace) -> None:
 @stoppable
 def run(steps: list[Step], args: argparse.Namespace) -> int:
     """Run the steps that are not done; return the exit code."""
-    chosen = choose(steps, args.force)
+    chosen = choose(steps, args)
     check_inputs(chosen, args)
     times = []
     for step in chosen:

@@ -1,17 +1,20 @@
 """train.py: which command lines it makes, what it skips, how it ends - with small programs in place of the steps."""
 
+import json
 import os
 import shlex
 import sys
 import textwrap
+from dataclasses import asdict
 
 import pytest
 
 import train
-from steps import STEPS
+from steps import STEPS, step_of
 from tests.tiny import tiny_checkpoint
 from training.utils.flags.parse import parse as parse_step
 from training.utils.flags.steps import DPOArguments, PPOArguments, RewardArguments, SFTArguments
+from training.utils.run.environment import describe_inputs
 
 ARGUMENTS = {1: SFTArguments, 2: RewardArguments, 3: PPOArguments}
 DPO = {1: SFTArguments, 2: DPOArguments}
@@ -156,9 +159,10 @@ def test_a_platform_brings_its_environment_and_a_recipe_that_of_its_own_machine(
 
 def test_a_step_whose_inputs_are_made_anew_does_not_resume_on_the_old_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    steps = train.plan(train.parse(["--resume"]))
-    assert [train.choose([step], force=False)[0].flags.count("--resume") for step in steps] == [1, 1, 1]  # what was cut short
-    both = {step.section: step.flags.count("--resume") for step in train.choose(steps, force=False)}
+    args = train.parse(["--resume"])
+    steps = train.plan(args)
+    assert [train.choose([step], args)[0].flags.count("--resume") for step in steps] == [1, 1, 1]  # what was cut short
+    both = {step.section: step.flags.count("--resume") for step in train.choose(steps, args)}
     assert both == {"sft": 1, "reward": 1, "ppo": 0}  # PPO's checkpoint, if there is one, is of models that are replaced now
 
 
@@ -199,6 +203,8 @@ def test_dry_run_prints_commands_that_a_shell_reads_and_makes_nothing(tmp_path, 
         (["--sft-flags", "--seed 5 --output_dir x"], "--sft-flags: --output_dir cannot be passed on to a step"),
         (["--ppo-flags", "--output-dir=x"], "--ppo-flags: --output_dir cannot be passed on to a step"),
         (["--force", "--resume"], "--force runs a step from its beginning, --resume from its checkpoint; drop one"),
+        (["--force", "--keep"], "--force runs finished steps again, --keep leaves them; drop one"),
+        (["--dry-run", "--sft-flags", "--learning_rat 1"], "did you mean --learning_rate?"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--actor-zero-stage", "4"], "invalid choice: 4"),
         (["--method", "dpo", "--step", "1", "3"], "DPO takes the place of steps 2 and 3; it is --step 2."),
@@ -230,12 +236,13 @@ def models(tmp_path_factory) -> list[str]:
 
 SUCCEED = """
     import json, sys, pathlib, shutil
-    flags = {word[2:]: value for word, value in zip(sys.argv, sys.argv[1:]) if word.startswith('--')}
+    done = json.loads(sys.argv[1])
+    flags = done['flags']
     folder = pathlib.Path(flags['output_dir'])
     print('working in', folder.name)
     if 'model_name_or_path' in flags:
         shutil.copytree(flags['model_name_or_path'], folder, dirs_exist_ok=True)
-    (folder / 'sanbu_done.json').write_text(json.dumps({'flags': flags}))
+    (folder / 'sanbu_done.json').write_text(json.dumps(done))
 """
 
 
@@ -245,7 +252,9 @@ def fake_steps(monkeypatch):
     programs = dict.fromkeys((1, 2, 3), SUCCEED)
 
     def command(step, args):
-        return [sys.executable, "-c", textwrap.dedent(programs[step.number]), *step.flags]
+        parsed = parse_step(step_of(step.section).arguments_class, step.flags)
+        done = json.dumps({"flags": asdict(parsed), **describe_inputs(parsed)}, default=str)
+        return [sys.executable, "-c", textwrap.dedent(programs[step.number]), done]
 
     monkeypatch.setattr(train, "launch_command", command)
     return programs
@@ -322,11 +331,57 @@ def test_other_ends_of_a_step(fake_steps, models, tmp_path, capfd, program, code
     assert words in capfd.readouterr().err
 
 
-def test_another_model_of_the_same_name_is_not_taken_for_done(fake_steps, models, tmp_path, capsys):
-    assert train.main([*models, "--output-dir", str(tmp_path), "--step", "1"]) == 0
+def test_a_step_done_with_other_data_flags_recipe_or_code_is_not_taken_for_done(fake_steps, models, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (tmp_path / "recipe.yaml").write_text("sft: {seed: 7}\nreward: {}\nppo: {}\n")
     other = tiny_checkpoint(tmp_path / "other" / "actor", "opt", seed=2)
-    assert train.main(["--actor-model", str(other), *models[2:], "--output-dir", str(tmp_path), "--step", "1"]) == 2
-    assert "name another --output-dir" in capsys.readouterr().err
+    words = [*models, "--data-path", "data.jsonl", "--config", "recipe.yaml", "--output-dir", "out", "--step", "1"]
+
+    def result(*more: str) -> tuple[int, str, str]:
+        code = train.main([*words, *more])
+        return code, *capfd.readouterr()
+
+    assert result()[0] == 0
+    # The same, spelled in another way; and what does not change the model.
+    words[words.index("data.jsonl")] = "./data.jsonl"
+    assert "is done" in result("--sft-flags", "--logging_steps 3 --save_steps 5")[1]
+
+    for more, sentence in (
+        (["--sft-flags", "--seed 3 --max_steps 2"], "--max_steps is 2 now and was 0; --seed is 3 now and was 7."),
+        (["--actor-zero-stage", "2"], "--zero_stage is 2 now and was"),
+        (["--actor-model", str(other)], f"--model_name_or_path is {other} now and was {models[1]}"),
+    ):
+        for dry in ([], ["--dry-run"]):
+            code, out, error = result(*more, *dry)
+            assert (code, out, error.count("\n")) == (2, "", 1) and sentence in error
+            assert "--force trains again, --keep goes on with what is there" in error
+        code, out, _ = result(*more, "--keep")
+        assert code == 0 and f"kept although {sentence.removesuffix('.')}" in out and "working in" not in out
+    (tmp_path / "recipe.yaml").write_text("sft: {seed: 8}\nreward: {}\nppo: {}\n")
+    assert "--seed is 8 now and was 7." in result()[2]
+    assert "\nworking in actor" in result("--force")[1] and "is done" in result()[1]
+
+    words[words.index("./data.jsonl")] = "data.jsonl"
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "c"}\n')
+    assert "data.jsonl has another content now." in result()[2]
+    assert result("--force")[0] == 0
+    monkeypatch.setattr(train, "describe_inputs", lambda args: describe_inputs(args) | {"code": "changed"})
+    assert "was done otherwise: the program's code is another now." in result()[2]
+    # Folders of earlier versions say nothing of data and code.
+    done = tmp_path / "out/actor-models/actor/sanbu_done.json"
+    done.write_text(json.dumps({"flags": json.loads(done.read_text())["flags"]}))
+    assert "is done" in result()[1]
+
+
+def test_a_dry_run_says_what_would_be_skipped(fake_steps, models, tmp_path, capfd):
+    words = [*models, "--output-dir", str(tmp_path)]
+    assert train.main([*words, "--step", "1"]) == 0
+    capfd.readouterr()
+    assert train.main([*words, "--dry-run"]) == 0
+    first, *rest = capfd.readouterr().out.splitlines()
+    assert first.startswith("# step 1 (supervised fine-tuning) is done: ")
+    assert [line[:9] for line in rest if line.startswith("#")] == ["# step 2 ", "# step 3 "]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from scripts.launch.commands import master_address
 from scripts.launch.hostfile import is_loopback, resolved
 from scripts.launch.options import DEFAULT_HOSTFILE, DEFAULT_PORT, Options
 from steps import Step
+from training.utils.run.environment import data_paths
 
 TOOLS = {"openmpi": ("mpirun", "ompi_info"), "slurm": ("srun",), "pdsh": ("pdsh", "ssh")}
 
@@ -40,7 +41,7 @@ def check_data(args: Any) -> None:
     from training.utils.data.named_sets import find_named_set
     from training.utils.data.readers import looks_local, read_rows
 
-    for path in (*args.data_path, *getattr(args, "sft_only_data_path", ())):
+    for path in data_paths(args):
         file, named = Path(path).expanduser(), find_named_set(path)
         if file.is_file():
             refuse(next(read_rows(file), None) is None, f"{path}: no records in it.")

@@ -24,6 +24,7 @@ from datasets import Dataset
 from filelock import FileLock
 
 from errors import UserError
+from training.utils.data.digest import file_digest
 
 logger = logging.getLogger("sanbu")
 
@@ -115,19 +116,6 @@ def arrow_writer(file: Path, schema: pyarrow.Schema) -> Iterator[Callable[[list[
 def digest(*values: Any) -> str:
     """Return a hash of JSON values."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def file_digest(*files: Path) -> str:
-    """Return a hash of the content of files, one behind the other. Raise UserError for one that cannot be read."""
-    state = hashlib.blake2b(digest_size=16)
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    state.update(block)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    return state.hexdigest()
 
 
 def code_files() -> list[Path]:

@@ -12,7 +12,7 @@ import pyarrow
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from errors import UserError
-from training.utils.data.cache import file_digest
+from training.utils.data.digest import file_digest
 from training.utils.data.named_sets import NamedSet, find_named_set, similar_name
 from training.utils.data.paths import check_local
 from training.utils.data.readers import SUFFIXES, Row, data_suffix, read_rows

@@ -7,9 +7,12 @@ import socket
 import uuid
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 from errors import UserError
+from training.utils.data.digest import file_digest
 
+ROOT = Path(__file__).resolve().parents[3]
 DONE = "sanbu_done.json"  # written into the output folder by a step that came to its end
 
 
@@ -31,6 +34,23 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"--output_dir {folder} cannot be written ({error.strerror}); name a folder where you may create files."
         ) from error
+
+
+def data_paths(args: Any) -> list[str]:
+    """Return all data that the flags of a step name."""
+    return [*args.data_path, *getattr(args, "sft_only_data_path", ())]
+
+
+def describe_inputs(args: Any) -> dict[str, Any]:
+    """Return what a run is made of besides its flags, as hashes of content: its data, in the order of data_paths, and the
+    program. Goes into DONE, for train.py to compare. A set of the hub has None: its name alone tells it apart.
+    """
+    data = []
+    for local in (Path(path).expanduser() for path in data_paths(args)):
+        files = sorted(one for one in local.rglob("*") if one.is_file()) if local.is_dir() else [local] * local.is_file()
+        data.append(file_digest(*files) if files else None)
+    code = [file for room in ("models", "training") for file in sorted((ROOT / room).rglob("*.py"))]
+    return {"data": data, "code": file_digest(*code)}
 
 
 def adopt_mpi_ranks(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -33,7 +33,7 @@ from models.device import (
 )
 from training.utils.run import heartbeat
 from training.utils.run.deepspeed_internals import forget_shared_memory_collectives
-from training.utils.run.environment import DONE, check_writable
+from training.utils.run.environment import DONE, check_writable, describe_inputs
 from training.utils.run.metrics import Metrics, format_seconds
 from training.utils.run.nodes import Nodes, meet, waiting_note
 
@@ -60,6 +60,7 @@ class Run:
     stop_signals: list[int] = field(default_factory=list)
     stopping: bool = False
     started: float = field(default_factory=time.monotonic)
+    inputs: dict = field(default_factory=dict)  # as describe_inputs says, on the processes that write DONE
 
     @classmethod
     def start(cls, args) -> Run:
@@ -84,6 +85,7 @@ class Run:
         )
         attention = attention_implementation(args.attn_implementation, platform)
         run = cls(args, platform, device, dtype, attention, rank, local_rank, world_size, metrics, nodes, started=started)
+        run.inputs = describe_inputs(args) if nodes.keeps_disk else {}  # before the run, in which files may change
         for name in ("SIGTERM", "SIGUSR1"):  # what Slurm and Kubernetes send before they kill
             signal.signal(getattr(signal, name), lambda number, _: run.stop_signals.append(number))
         if platform.name == "cpu" and rank == 0:
@@ -151,7 +153,7 @@ class Run:
     def finish(self) -> None:
         """Mark the output folder as done (train.py skips it then) and close."""
         if self.nodes.keeps_disk:
-            done = {"flags": asdict(self.args), "seconds": round(time.monotonic() - self.started, 1)}
+            done = {"flags": asdict(self.args), **self.inputs, "seconds": round(time.monotonic() - self.started, 1)}
             done["peak_memory_gb"] = round(peak_memory_gb(), 3)
             path = Path(self.args.output_dir) / DONE
             path.write_text(json.dumps(done, indent=1, default=str), encoding="utf-8")
