@@ -82,7 +82,7 @@ def build_parser() -> CommandLine:
     add("--output-dir", help="the three folders of models are made here (default: the recipe's folders, else ./output)")
     add("--deployment-type", choices=DEPLOYMENTS, help="a platform of configs/platforms.yaml (default: single_gpu)")
     add("--num-gpus", type=int, help="processes on each node; single_node: all devices unless given")
-    add("--hostfile", help="multi_node: lines HOST slots=N (default: /job/hostfile)")
+    add("--hostfile", help="multi_node: lines HOST slots=N, also a single one (default: /job/hostfile)")
     add("--config", help="a recipe: YAML with sections launch, sft, reward, ppo; flags given here win over it")
     add("--data-path", nargs="+", help="data of all three steps: named sets, hub ids, files, folders")
     for section in SECTIONS:
@@ -134,6 +134,10 @@ def read_config(args: argparse.Namespace) -> None:
     launch = args.recipe.get("launch", {})
     deployment = args.deployment_type or launch.get("deployment_type") or launch.get("platform") or "single_gpu"
     args.deployment_type = platform_named(deployment).name
+    refuse(
+        args.hostfile and platform_named(args.deployment_type).deployment != "multi_node",
+        f"--hostfile has no effect with --deployment-type {args.deployment_type}; add --deployment-type multi_node, or drop it.",
+    )
     args.num_gpus = launch.get("processes") if args.num_gpus is None else args.num_gpus
     args.hostfile = args.hostfile or launch.get("hostfile")
 

@@ -143,6 +143,15 @@ def test_launcher_words_of_the_deployments(monkeypatch, deployment, more, masks,
     assert launched("--deployment-type", "multi_node", "--hostfile", "hosts") == ["--hostfile", "hosts"]
 
 
+def test_a_hostfile_with_one_host_is_obeyed(tmp_path):
+    hosts, words = tmp_path / "hosts", ["--deployment-type", "multi_node", "--hostfile", str(tmp_path / "hosts")]
+    hosts.write_text("localhost slots=2\n")
+    assert launched(*words)[:4] == ["--hostfile", os.devnull, "--num_gpus", "2"]
+    hosts.write_text("other.invalid slots=4\n")
+    wanted = f"--hostfile {hosts} --num_gpus 4 --force_multi --master_addr other.invalid"
+    assert launched(*words) == wanted.split()
+
+
 def test_a_platform_brings_its_environment_and_a_recipe_that_of_its_own_machine(tmp_path, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     found = train.environment(train.parse(["--deployment-type", "dcu_z100l"])).variables
@@ -202,6 +211,7 @@ def test_dry_run_prints_commands_that_a_shell_reads_and_makes_nothing(tmp_path, 
         (["--ppo-flags", "--x 'y"], "check its quotes"),
         (["--sft-flags", "--seed 5 --output_dir x"], "--sft-flags: --output_dir cannot be passed on to a step"),
         (["--ppo-flags", "--output-dir=x"], "--ppo-flags: --output_dir cannot be passed on to a step"),
+        (["--hostfile", "hosts"], "--hostfile has no effect with --deployment-type single_gpu; add --deployment-type multi_node"),
         (["--force", "--resume"], "--force runs a step from its beginning, --resume from its checkpoint; drop one"),
         (["--force", "--keep"], "--force runs finished steps again, --keep leaves them; drop one"),
         (["--dry-run", "--sft-flags", "--learning_rat 1"], "did you mean --learning_rate?"),

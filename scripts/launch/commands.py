@@ -54,6 +54,7 @@ def build_command(options: Options, module: str, flags: list[str], environ: Mapp
         words += [f"--launcher_args={options.launcher_args}"] if options.launcher_args else []
         words += ["--no_ssh", "--node_rank", str(node_rank(options, environ))] if options.no_ssh else []
         flags = flags if options.no_ssh else words_for_pdsh(flags)
+    words += ["--force_multi"] if options.elsewhere else []  # DeepSpeed would start a single host's processes here
     if options.several:
         words += flags_of(master_addr=master_address(options, environ), master_port=options.master_port)
         words += flags_of(ssh_port=options.ssh_port, venv_script=options.venv_script)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from functools import lru_cache
 from pathlib import Path
 
 from errors import UserError
@@ -37,6 +38,19 @@ def resolved(name: str) -> tuple[socket.AddressFamily, str]:
     """Return what a host's name or address means on this machine, IPv4 before IPv6. Raise OSError if nothing."""
     addresses = sorted(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM), key=lambda one: one[0] != socket.AF_INET)
     return addresses[0][0], addresses[0][4][0]
+
+
+@lru_cache
+def is_this_machine(name: str) -> bool:
+    """Return whether a host of a hostfile, USER@HOST too, is this machine: a socket can be bound to its address."""
+    host = name.rpartition("@")[2]
+    try:
+        family, address = resolved(host)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return host == socket.gethostname()
+    return True
 
 
 def is_loopback(address: str) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from errors import UserError, refuse
-from scripts.launch.hostfile import read_hostfile
+from scripts.launch.hostfile import is_this_machine, read_hostfile
 from scripts.launch.platforms import ROOT, MachineKind, did_you_mean, load_platforms, platform_named
 from training.utils.flags.recipe import load_recipe, recipe_file, recipes_of
 
@@ -69,6 +69,8 @@ class Options:
             more = (self.num_nodes or 0) > len(self.hosts)
             refuse(more, f"--num_nodes {self.num_nodes}, but {self.hostfile} names {len(self.hosts)} hosts; add some.")
             self.hosts = dict(islice(self.hosts.items(), self.num_nodes))
+            if self.processes is None and len(self.hosts) == 1:
+                self.processes = next(iter(self.hosts.values()))  # else every device of this machine would be used
         for host, slots in self.hosts.items():
             refuse(
                 (self.processes or 0) > slots,
@@ -83,8 +85,14 @@ class Options:
 
     @property
     def several(self) -> bool:
-        """Return True where more than one node takes part."""
-        return self.nodes > 1
+        """Return True where more than one node takes part, or one that is not this machine."""
+        return self.nodes > 1 or self.elsewhere
+
+    @property
+    def elsewhere(self) -> bool:
+        """Return True where the hostfile names one host, and it is to be reached by ssh."""
+        here = self.no_ssh or self.launcher not in (None, "pdsh", "openmpi")  # the command was started on that host
+        return len(self.hosts) == 1 and not here and not is_this_machine(*self.hosts)
 
     @property
     def by_ssh(self) -> bool:

@@ -96,7 +96,16 @@ WAYS = [  # platform, words and environment, how DeepSpeed's or torchrun's own p
     ("dcu_z100l", "--platform single_gpu", {"num_gpus": 1}),  # the recipe's number is that of its own machine
     ("multi_node", "--hostfile {hosts} --ssh_port 22", {"hostfile": "{hosts}", "master_addr": "node-1", "ssh_port": 22}),
     ("multi_node", "--hostfile {hosts} --master_port 29611 --num_gpus 4", {"master_port": 29611, "num_gpus": 4}),
-    ("multi_node", "--hostfile {hosts} --num_nodes 1", {"hostfile": os.devnull}),
+    ("multi_node", "--hostfile {one}", {"hostfile": os.devnull, "num_gpus": 2, "force_multi": False}),
+    ("multi_node", "--hostfile {one} --num_nodes 1 --num_gpus 1", {"hostfile": os.devnull, "num_gpus": 1}),
+    ("multi_node", "--hostfile {one} CUDA_VISIBLE_DEVICES=4,5,6", {"include": "localhost:4,5"}),
+    ("multi_node", "--hostfile {one} --launcher torchrun", {"nnodes": "1", "nproc_per_node": "2", "master_addr": "127.0.0.1"}),
+    (  # the only host is another machine
+        "multi_node",
+        "--hostfile {hosts} --num_nodes 1",
+        {"hostfile": "{hosts}", "num_nodes": 1, "num_gpus": 8, "force_multi": True, "master_addr": "node-1"},
+    ),
+    ("multi_node", "--hostfile {hosts} --num_nodes 1 --no_ssh --master_addr h", {"hostfile": os.devnull, "num_gpus": 8}),
     ("multi_node", "--hostfile {hosts} --no_ssh --node_rank 1 --master_addr h", {"no_ssh": True, "master_addr": "h"}),
     ("multi_node", "--hostfile {hosts} --no_ssh SLURM_NODEID=1", {"node_rank": 1, "master_addr": "node-1"}),
     ("single_node", "--num_gpus 1 CUDA_VISIBLE_DEVICES=5,7", {"include": "localhost:5"}),
@@ -122,8 +131,11 @@ WAYS = [  # platform, words and environment, how DeepSpeed's or torchrun's own p
 
 @pytest.mark.parametrize(("platform", "line", "wanted"), WAYS)
 def test_every_way_is_read_back_as_it_was_meant(recipe, hostfile, platform, line, wanted):
-    words, environ = words_of(line, {"hosts": hostfile})
-    launch = launched("step1_sft", recipe(platform, "processes: 6"), *words, **environ)
+    one = Path(hostfile).with_name("one")
+    one.write_text(f"{socket.gethostname()} slots=2\n")
+    words, environ = words_of(line, {"hosts": hostfile, "one": str(one)})
+    more = "" if "{one}" in line or "{hosts} --num_nodes 1" in line else "processes: 6"
+    launch = launched("step1_sft", recipe(platform, more), *words, **environ)
     if "torch.distributed.run" in " ".join(launch.command):
         begin = launch.command.index("--nnodes")
         args = get_args_parser().parse_args(launch.command[begin:])

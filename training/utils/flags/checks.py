@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from errors import refuse
-from training.utils.flags.deepspeed_file import check_precision, check_stage
+from training.utils.flags.deepspeed_file import check_offload, check_owned, check_precision, check_stage
 from training.utils.flags.no_effect import check_no_effect
 from training.utils.flags.steps import CommonArguments, PPOArguments, SFTArguments
 
@@ -41,6 +41,8 @@ def check_training(args: CommonArguments, stages: dict[str, int | str]) -> None:
         check_objective(args)
         check_memory_mode(args)
     check_stage(args.deepspeed_config, stages)
+    check_owned(args, list(stages))
+    check_offload(args)
     if args.dtype != "auto":
         check_precision(args.deepspeed_config, args.dtype)
     refuse(

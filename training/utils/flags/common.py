@@ -231,9 +231,11 @@ class CommonArguments:
         zh="把参数放在主机内存（ZeRO-3）。",
     )
     deepspeed_config: str | None = flag(
-        "JSON whose keys win over the DeepSpeed configuration made from the flags.", None,
+        "JSON whose keys win over the DeepSpeed configuration made from the flags. Optimizer, scheduler, batch sizes and "
+        "offloaded optimizer states in it must be auto or equal to the flags.", None,
         aliases=("deepscale_config",), metavar="FILE",
-        zh="JSON 文件，其中的键优先于由参数生成的 DeepSpeed 配置。",
+        zh="JSON 文件，其中的键优先于由参数生成的 DeepSpeed 配置。其中的优化器、学习率调度、批大小和优化器状态卸载须为 auto，"
+        "或与参数一致。",
     )
     force: bool = flag(
         "Start although the run should need more memory than there is (docs/en/memory-plan.md).", False, resume="free",

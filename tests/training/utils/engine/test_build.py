@@ -1,6 +1,7 @@
 """DeepSpeed configurations, the optimizer that serves, and the copying of structure, without processes."""
 
 import json
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from training.utils.engine import build
 from training.utils.engine.build import build_optimizer, warmup_steps
 from training.utils.engine.configs import EngineOptions, frozen_config
 from training.utils.engine.weights import copy_structure, fill
-from training.utils.flags.deepspeed_file import check_precision, check_stage, read_deepspeed_config
+from training.utils.flags.deepspeed_file import ZERO_KEYS, check_precision, check_stage, read_deepspeed_config
+from training.utils.flags.parse import parse
 from training.utils.flags.steps import SFTArguments
 
 pytestmark = pytest.mark.fast
@@ -62,7 +64,10 @@ FP16 = '{"fp16": {"enabled": true, "loss_scale": 256}, "bf16": {"enabled": false
 @pytest.mark.parametrize(
     ("content", "check", "sentence"),
     [
-        ('{"optimizer": {"type": "Adam"}}', read_deepspeed_config, "--optimizer"),
+        ('{"optimizer": 3}', read_deepspeed_config, '"optimizer" must be an object'),
+        ('{"gradient_cliping": 1}', read_deepspeed_config, 'is no key of DeepSpeed; did you mean "gradient_clipping"'),
+        ('{"zero_optimization": {"overlap_com": 1}}', read_deepspeed_config, '"zero_optimization.overlap_com" is no key'),
+        ('{"gradient_clipping": NaN}', read_deepspeed_config, '"gradient_clipping" is nan; give a finite number'),
         ('{"a": 1,\n "b" 2}', read_deepspeed_config, "line 2"),
         (None, read_deepspeed_config, "No such file"),
         ("[1, 2]", read_deepspeed_config, "expected a JSON object"),
@@ -84,6 +89,46 @@ def test_wrong_deepspeed_config_is_told_in_a_sentence(tmp_path, content, check, 
         file.write_text(content)
     with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
         check(str(file))
+
+
+ADAM = '{"optimizer": {"type": "%s", "params": {%s}}}'
+WARMUP = '{"scheduler": {"type": "%s", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto", %s}}}'
+HOST = '{"zero_optimization": {"offload_optimizer": {"device": "%s"}}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "sentence"),
+    [
+        (ADAM % ("AdamW", '"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"'), "", None),
+        (ADAM % ("Adam", '"lr": 3e-4, "betas": [0.9, 0.95], "torch_adam": true'), "--learning_rate 3e-4 --adam_beta2 0.95", None),
+        (ADAM % ("AdamW", '"lr": 3e-4'), "--learning_rate 1e-4", '"optimizer.params.lr" is 0.0003, and the flags say'),
+        (ADAM % ("AdamW", '"betas": [0.8, 0.9]'), "", "the flags say --adam_beta1 0.9 --adam_beta2"),
+        (ADAM % ("Lamb", ""), "", '"optimizer.type" is Lamb, and the flags say --optimizer auto'),
+        (ADAM % ("AdamW", '"freeze_step": 4'), "", '"optimizer.params.freeze_step" has no flag here; remove it'),
+        (ADAM % ("AdamW", '"adam_w_mode": false'), "", "the steps have True alone"),
+        (WARMUP % ("WarmupDecayLR", '"total_num_steps": "auto"'), "--lr_scheduler_type linear", None),
+        (WARMUP % ("WarmupLR", '"warmup_max_lr": "auto"'), "--lr_scheduler_type cosine", "say --lr_scheduler_type cosine"),
+        ('{"train_micro_batch_size_per_gpu": 4, "train_batch_size": "auto"}', "--per_device_train_batch_size 4", None),
+        ('{"gradient_accumulation_steps": 4}', "", "the flags say --gradient_accumulation_steps 1"),
+        (HOST % "cpu", "--zero_stage 2 --offload_optimizer", None),
+        (HOST % "cpu", "--zero_stage 2", "add --offload_optimizer, or remove the key"),
+        (HOST % "none", "--zero_stage 2 --offload", "the flags move it to the host; remove the key"),
+    ],
+)
+def test_a_deepspeed_config_is_compared_with_the_flags(tmp_path, content, words, sentence):
+    (tmp_path / "ds.json").write_text(content)
+    given = ["--model_name_or_path", "m", "--output_dir", "o", "--deepspeed_config", str(tmp_path / "ds.json"), *words.split()]
+    with pytest.raises(UserError, match=re.escape(sentence)) if sentence else nullcontext():
+        args = parse(SFTArguments, given)
+        passed_on = read_deepspeed_config(args.deepspeed_config)
+        assert not {"optimizer", "scheduler", "train_micro_batch_size_per_gpu"} & passed_on.keys()
+
+
+def test_every_key_of_the_installed_deepspeed_is_known():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    assert {*fields, *(one.alias for one in fields.values() if one.alias)} <= set(ZERO_KEYS.split())
 
 
 def test_auto_is_dropped_at_every_depth(tmp_path):
