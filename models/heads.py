@@ -41,13 +41,14 @@ class TokenLogProbs(nn.Module):
         *,
         keep: int | None = None,
         target_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """input_ids, attention_mask: [batch, time], padded on either side. Returns float32 [batch, n], the
         log-probabilities of input_ids[:, -n:] with n = keep, or time - 1.
 
-        target_mask [batch, time] bool: only these tokens are targets; other places of the result are 0 and cost no
+        labels [batch, time]: the tokens to predict where they are others than the input_ids that follow. target_mask [batch, time] bool: only these tokens are targets; other places of the result are 0 and cost no
         logits (column 0 has no past and is never a target). temperature divides the logits. with_entropy: also the
         entropies (nats) of the distributions the tokens were drawn from, same shape.
         """
@@ -56,7 +57,7 @@ class TokenLogProbs(nn.Module):
             raise ValueError(f"keep={keep} of {input_ids.shape[1]} tokens: the first token has no past")
         # the state before a token predicts it
         hidden = last_hidden_state(self.model, input_ids, attention_mask)[:, -n - 1 : -1]
-        targets = input_ids[:, -n:]
+        targets = (input_ids if labels is None else labels)[:, -n:]
         self.project.use(base_model(self.model).get_output_embeddings())
         if target_mask is None:
             results = self.project(hidden.flatten(0, 1), targets.flatten(), temperature, with_entropy)

@@ -21,7 +21,7 @@ import torch
 from models.checkpoint_folder import open_checkpoint
 from models.load import load_tokenizer
 from models.templates import load_template
-from training.utils.data.batching import SFTBatch, collate_sft
+from training.utils.data.batching import SFTBatch, collate_sft, target_counts
 from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
@@ -41,7 +41,8 @@ def main(args: SFTArguments) -> None:
     args = run.args = replace(args, **check_run_fits(args, run, {"model": model}))  # --zero_stage auto becomes a number
     template = load_template(model, tokenizer)
     data = prepare_phase(args, 1, tokenizer, template, args.output_dir)
-    collate = partial(collate_sft, pad_id=tokenizer.pad_token_id, loss_on=args.loss_on)
+    ids = {"pad_id": tokenizer.pad_token_id, "end_id": template.end_token_id}
+    collate = partial(collate_sft, **ids, loss_on=args.loss_on)
     targets = target_counts(data.train, args.loss_on)
     batches = GlobalBatches(data.train, targets, collate, run, args)
 
@@ -65,8 +66,7 @@ def main(args: SFTArguments) -> None:
     for batch in batches.after(start):
 
         def loss_of(micro: SFTBatch, denominator=batch.denominator):
-            log_probs = engine(micro.input_ids, micro.attention_mask, target_mask=micro.loss_mask[:, 1:])
-            return sft_loss(log_probs, micro.loss_mask[:, 1:], denominator)
+            return sft_loss(target_log_probs(engine, micro), micro.loss_mask[:, 1:], denominator)
 
         loss = optimizer_step(engine, batch.micro_batches, loss_of, run)
         progress.count(batch.tokens)
@@ -83,11 +83,9 @@ def main(args: SFTArguments) -> None:
     run.finish()
 
 
-def target_counts(dataset, loss_on: str) -> list[int]:
-    """Count the targets of each example: the answer, end token included, or all but the very first."""
-    if loss_on == "all":
-        return [length - 1 for length in dataset["length"]]
-    return [length - max(prompt, 1) for length, prompt in zip(dataset["length"], dataset["prompt_length"], strict=True)]
+def target_log_probs(engine, micro: SFTBatch) -> torch.Tensor:
+    """Return the log-probabilities of a micro-batch's targets, [batch, time - 1]."""
+    return engine(micro.input_ids, micro.attention_mask, target_mask=micro.loss_mask[:, 1:], labels=micro.labels)
 
 
 @torch.no_grad()
@@ -97,8 +95,7 @@ def perplexity(engine, micro_batches, run: Run) -> dict[str, float]:
     nll = tokens = 0.0
     for micro in micro_batches:
         mask = micro.loss_mask[:, 1:]
-        log_probs = engine(micro.input_ids, micro.attention_mask, target_mask=mask)
-        nll += float(sft_loss(log_probs, mask, 1.0))
+        nll += float(sft_loss(target_log_probs(engine, micro), mask, 1.0))
         tokens += float(mask.sum())
     engine.train()
     nll, tokens = run.sum(nll, tokens)

@@ -132,11 +132,15 @@ class OnDevice:
 
 @dataclass
 class SFTBatch(OnDevice):
-    """Prompts with answers. loss_mask[:, j] says that token j is a target; token 0 never is, nothing predicts it."""
+    """Prompts with answers. loss_mask[:, j] says that token j is a target; token 0 never is, nothing predicts it.
+
+    labels: the input_ids, but for the end token of each earlier answer where the history is written without it.
+    """
 
     input_ids: Tensor  # [batch, time] int64, right-padded
     attention_mask: Tensor  # [batch, time] int64
     loss_mask: Tensor  # [batch, time] bool
+    labels: Tensor  # [batch, time] int64
 
 
 @dataclass
@@ -164,17 +168,48 @@ class PromptBatch(OnDevice):
     index: Tensor  # [batch] int64, number of the example in the data set
     earlier: Tensor  # [batch] int64, how often the same example comes before it in what all processes answer
 
+
 def collate_sft(
-    rows: Sequence[dict[str, Any]], real: Sequence[bool] | None = None, *, pad_id: int, loss_on: str = "answer"
+    rows: Sequence[dict[str, Any]],
+    real: Sequence[bool] | None = None,
+    *,
+    pad_id: int,
+    loss_on: str = "answer",
+    end_id: int | None = None,
 ) -> SFTBatch:
-    """Make a batch of rows of step 1. real: False for a filler, whose loss_mask is empty. loss_on: "answer" or "all"."""
+    """Make a batch of rows of step 1. real: False for a filler, whose loss_mask is empty. loss_on: "answer" or "all".
+
+    end_id: the token that ends an answer, for rows of several answers.
+    """
     ids, attention_mask = pad_right([row["input_ids"] for row in rows], pad_id)
-    loss_mask = torch.zeros_like(ids, dtype=torch.bool)
+    loss_mask, labels = torch.zeros_like(ids, dtype=torch.bool), ids.clone()
     for index, row in enumerate(rows):
+        context = context_spans(row)
+        for start, _ in context:
+            labels[index, start - 1] = end_id
         if real is None or real[index]:
             first = 1 if loss_on == "all" else max(row["prompt_length"], 1)
             loss_mask[index, first : len(row["input_ids"])] = True
-    return SFTBatch(ids, attention_mask, loss_mask)
+            for start, end in () if loss_on == "all" else context:
+                loss_mask[index, start:end] = False
+    return SFTBatch(ids, attention_mask, loss_mask, labels)
+
+
+def context_spans(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return (start, end) of each stretch between two answers of a row of step 1; none for a row of one answer."""
+    edges = row.get("between") or []
+    return list(zip(edges[0::2], edges[1::2], strict=True))
+
+
+def target_counts(dataset: Any, loss_on: str) -> list[int]:
+    """Count the targets of each row of step 1: the answers, end tokens included, or all but the very first token."""
+    if loss_on == "all":
+        return [length - 1 for length in dataset["length"]]
+    columns = (dataset[name] for name in ("length", "prompt_length", "between"))
+    return [
+        length - max(prompt, 1) - sum(between[1::2]) + sum(between[0::2])
+        for length, prompt, between in zip(*columns, strict=True)
+    ]
 
 
 def collate_pairs(rows: Sequence[dict[str, Any]], real: Sequence[bool] | None = None, *, pad_id: int) -> PairBatch:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 from datasets import Dataset
 
+from training.utils.data.batching import context_spans, target_counts
 from training.utils.data.cache import CachedData
 from training.utils.data.tokenize import SPLITS
 
@@ -54,22 +55,31 @@ def counts_of(counts: dict[str, Any], rows: Dataset, phase: int, loss_on: str) -
     named = {"records of this step": counts["records"]}
     named |= {f"left out: {reason}": count for reason, count in counts["dropped"].items()}
     named |= {words: counts[name] for name, words in cuts.items() if counts[name]}
+    if counts["joined"]:
+        named |= {"answers in the sequence of a later one": counts["joined"]}
+        named |= {"tokens with a sequence for each answer": counts["tokens_apart"]}
     named |= {"examples": counts["kept"], "tokens": counts["tokens"]}
-    if phase == 3:
-        return named
-    prompts = len(rows) if loss_on == "all" else sum(max(length, 1) for length in rows["prompt_length"])
-    name = "tokens that are targets" if phase == 1 else "tokens of answers"
-    return named | {name: counts["tokens"] - phase * prompts}  # phase 2 has two answers a prompt
+    if phase == 1:
+        return named | {"tokens that are targets": sum(target_counts(rows, loss_on)) if len(rows) else 0}
+    if phase == 2:  # two answers a prompt
+        return named | {"tokens of answers": counts["tokens"] - 2 * sum(max(one, 1) for one in rows["prompt_length"])}
+    return named
 
 
 def example_texts(row: dict[str, Any], phase: int, tokenizer: Any, loss_on: str) -> Iterator[str]:
     """Yield the texts of an example, special tokens included, with marks around the targets."""
     names = {1: ["input_ids"], 2: ["chosen_ids", "rejected_ids"], 3: ["prompt_ids"]}[phase]
     for name in names:
-        first = len(row[name]) if phase == 3 else 1 if loss_on == "all" else row["prompt_length"]
-        whole, prompt = (decode(tokenizer, ids) for ids in (row[name], row[name][:first]))
-        answer = whole[len(prompt) :] if whole.startswith(prompt) else decode(tokenizer, row[name][first:])
-        yield shortened(prompt) + ("" if phase == 3 else f"{OPEN}{shortened(answer)}{CLOSE}")
+        ids = row[name]
+        first = len(ids) if phase == 3 else 1 if loss_on == "all" else row["prompt_length"]
+        edges = [first, *chain.from_iterable(() if loss_on == "all" else context_spans(row)), len(ids)]
+        texts = [decode(tokenizer, ids[:edge]) for edge in edges]
+        shown = shortened(texts[0])
+        for place, (start, end) in enumerate(pairwise(edges), start=1):
+            before, upto = texts[place - 1 : place + 1]
+            text = shortened(upto[len(before) :] if upto.startswith(before) else decode(tokenizer, ids[start:end]))
+            shown += f"{OPEN}{text}{CLOSE}" if place % 2 else text
+        yield shown if phase != 3 else shortened(texts[0])
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:

@@ -1,7 +1,7 @@
 """Turn plain text into blocks of equal length for language modelling, in the cache as the other data.
 
 The texts follow each other, each closed by the end token, and are cut every so many tokens. A block has the form of an
-example of step 1 (input_ids, prompt_length, length), so what is made for those serves here too.
+example of step 1 (input_ids, prompt_length, between, length), so what is made for those serves here too.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def write_blocks(
             end = len(rest) // length * length
             blocks = [opening + rest[start : start + length] for start in range(0, end, length)]
             rest = rest[end:]
-            write([{"input_ids": ids, "prompt_length": len(opening), "length": block_length} for ids in blocks])
+            row = {"prompt_length": len(opening), "between": [], "length": block_length}
+            write([{"input_ids": ids} | row for ids in blocks])
             counts.kept += len(blocks)
     counts.dropped[TAIL] = len(rest)
     return counts

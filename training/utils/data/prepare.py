@@ -16,6 +16,7 @@ from datasets import Dataset
 from errors import UserError
 from models.templates import Template
 from training.utils.data.cache import CachedData, arrow_writer, cached, new_rebuild_id
+from training.utils.data.dialogues import whole_dialogues
 from training.utils.data.overview import FILE, overview
 from training.utils.data.records import Reading, check_columns_used, read_records, readings, record_content
 from training.utils.data.sources import open_source
@@ -154,7 +155,7 @@ def tokenise_records(
 ) -> Counts:
     """Tokenise and write records, but for those whose question is excluded; return what became of them."""
     counts = Counts()
-    for batch in batches(records):
+    for batch in whole_dialogues(batches(records)):
         counts.records += len(batch)
         if excluded:
             batch = drop(batch, lambda record: question_of(record["messages"]) in excluded, HELD_OUT, counts)
@@ -205,7 +206,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     for split in SPLITS:
         counts = report[split]
-        line = f"{split}: {counts['kept']} of {counts['records']} records, {counts['tokens']} tokens"
+        used = counts["kept"] + counts["joined"]
+        line = f"{split}: {used} of {counts['records']} records, {counts['tokens']} tokens"
         line += "".join(f"; {counts[name]} {words}" for name, words in cuts.items() if counts[name])
         line += "".join(f"; {count} dropped: {reason}" for reason, count in counts["dropped"].items())
         lines.append(line)

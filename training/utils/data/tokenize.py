@@ -9,6 +9,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pyarrow
 from errors import UserError
 from models.templates import Template
 from models.tool_calls import check_tools, encode_tool_dialogue
+from training.utils.data.dialogues import Example, grouped, newest_turns, stands_in
 from training.utils.data.formats import Record
 
 logger = logging.getLogger("sanbu")
@@ -24,10 +27,10 @@ logger = logging.getLogger("sanbu")
 Row = dict[str, Any]
 
 TOKENS, COUNT = pyarrow.list_(pyarrow.int32()), pyarrow.int32()
-# Columns by phase. length counts real tokens; padded_length what a pair takes in a batch of [2, time], where the longer
+# Columns by phase. between: [start, end, start, end, ...] of what stands between the answers of a dialogue. length counts real tokens; padded_length what a pair takes in a batch of [2, time], where the longer
 # answer sets time.
 SCHEMAS = {
-    1: pyarrow.schema({"input_ids": TOKENS, "prompt_length": COUNT, "length": COUNT}),
+    1: pyarrow.schema({"input_ids": TOKENS, "prompt_length": COUNT, "between": TOKENS, "length": COUNT}),
     2: pyarrow.schema(
         {
             "chosen_ids": TOKENS,
@@ -51,11 +54,16 @@ TOO_LONG, REFUSED = "prompt too long", "refused by the chat template"
 
 @dataclass
 class Counts:
-    """Numbers of records, tokens and cuts of one split; dropped: number of records by reason."""
+    """Numbers of records, rows kept, tokens and cuts of one split; dropped: number of records by reason.
+
+    joined: records that became part of a later one's row; tokens_apart: all tokens, had each record a row of its own.
+    """
 
     records: int = 0
     kept: int = 0
+    joined: int = 0
     tokens: int = 0
+    tokens_apart: int = 0
     truncated_prompts: int = 0
     truncated_answers: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -89,15 +97,6 @@ class Encoding:
     tokenizer: Any
     template: Template
     limits: Limits
-
-
-@dataclass(frozen=True)
-class Example:
-    """A record with the tokens of its prompt and of the answers that the step needs."""
-
-    record: Record
-    prompt: list[int]
-    answers: list[list[int]]
 
 
 def tokenise(records: list[Record], encoding: Encoding, counts: Counts) -> list[Row]:
@@ -159,13 +158,56 @@ def encode_one(record: Record, encoding: Encoding, fields: tuple[str, ...]) -> t
 
 
 def answer_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> list[Row]:
-    """Return rows of step 1."""
+    """Return rows of step 1: one for a dialogue, where its template and its length allow."""
     rows = []
-    for example in examples:
-        prompt, answer = fit(example.prompt, example.answers, encoding.limits, encoding.template, counts)
-        ids = prompt + answer
-        rows.append({"input_ids": ids, "prompt_length": len(prompt), "length": len(ids)})
+    for dialogue in grouped(examples, lambda example: example.record):
+        rows += dialogue_rows(dialogue, encoding, counts)
+    counts.joined += len(examples) - len(rows)
     return rows
+
+
+def dialogue_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> list[Row]:
+    """Return the rows of a dialogue.
+
+    One is for all answers that stand in the last one's prompt as they are learned. Of a dialogue that is too long, the
+    oldest whole turns become a row of their own. The other answers have one each.
+    """
+    limits, template = encoding.limits, encoding.template
+    uncut = Counts()
+    cut = partial(fit, limits=limits, template=template)
+    counts.tokens_apart += sum(sum(map(len, cut(one.prompt, one.answers, counts=uncut))) for one in examples)
+    *earlier, last = examples
+    longest = longest_answer(limits, template)
+    parts = [one for one in earlier if len(one.answers[0]) <= longest and stands_in(one, last, template)]
+    rows = [joined_row([one], encoding, counts) for one in earlier if one not in parts]
+    if not parts:
+        return [*rows, joined_row([last], encoding, counts)]
+
+    def fits(example: Example) -> bool:
+        return cut(example.prompt, example.answers, counts=Counts())[0] == example.prompt
+
+    parts, newest_first = [*parts, last], []
+    while parts:
+        window = newest_turns(parts, encoding.tokenizer, template, fits)
+        parts, whole = parts[: len(parts) - len(window)], parts[len(parts) - len(window) :]
+        counts.truncated_prompts += sum(len(one.prompt) < len(all_of_it.prompt) for one, all_of_it in zip(window, whole))
+        newest_first.append(joined_row(window, encoding, counts))
+    return [*rows, *reversed(newest_first)]
+
+
+def joined_row(examples: list[Example], encoding: Encoding, counts: Counts) -> Row:
+    """Return one row of examples that stand in the last one, or of a single one."""
+    prompt, answer = fit(examples[-1].prompt, examples[-1].answers, encoding.limits, encoding.template, counts)
+    between: list[int] = []
+    for one, following in pairwise(examples):
+        between += [len(one.prompt) + len(one.answers[0]), len(following.prompt)]
+    first = len(prompt) if len(examples) == 1 else len(examples[0].prompt)
+    return {
+        "input_ids": prompt + answer,
+        "prompt_length": first,
+        "between": between,
+        "length": len(prompt) + len(answer),
+    }
 
 
 def pair_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> list[Row]:
@@ -201,12 +243,17 @@ def fit(
     max_target_length, loses its tail but keeps its end token, and one token of the prompt stays: something must predict
     the first token. Of ChatGLM's prompts, the marks stay ([gMASK] <sop>): without them the network knows no positions.
     """
-    longest = limits.max_target_length or limits.max_seq_len - max(1, template.frame_length)
+    longest = longest_answer(limits, template)
     cut = [answer if len(answer) <= longest else [*answer[: longest - 1], answer[-1]] for answer in answers]
     counts.truncated_answers += sum(len(answer) > longest for answer in answers)
     space = limits.max_source_length or limits.max_seq_len - max(len(answer) for answer in cut)
     counts.truncated_prompts += len(prompt) > space
     return (cut_prompt(prompt, space, template), *cut)
+
+
+def longest_answer(limits: Limits, template: Template) -> int:
+    """Return how many tokens of an answer there is space for, its end token included."""
+    return limits.max_target_length or limits.max_seq_len - max(1, template.frame_length)
 
 
 def cut_prompt(prompt: list[int], length: int, template: Template) -> list[int]:

@@ -29,6 +29,7 @@ def test_the_three_phases_hold_what_the_template_writes(tmp_path, tokenizer):
     assert run(path, 1, tokenizer).train.to_dict() == {
         "input_ids": chosen,
         "prompt_length": prompt_lengths,
+        "between": [[]] * 7,
         "length": [len(ids) for ids in chosen],
     }
     assert run(path, 2, tokenizer).train.to_dict() == {
