@@ -65,23 +65,25 @@ def newest_turns(
 ) -> list[Example]:
     """Return the newest examples of a dialogue that fit into one row, without the oldest whole turns that are too much.
 
-    examples: of which each stands in the last one. Where the newest question alone is too long, it is returned as it is.
+    examples: of which each stands in the last one. The newest question stays, however long it is.
     """
     last = examples[-1]
     messages = last.record["messages"]
-    if fits(last) or last.record["calls"]:
-        return examples if fits(last) else [last]
+    if fits(last):
+        return examples
     system = [turn for turn in messages[:1] if turn["role"] == "system"]
     starts = [place for place, turn in enumerate(messages) if place and messages[place - 1]["role"] == "assistant"]
-    prompts = template.encode_prompts(tokenizer, [system + messages[start:] for start in starts])
-    shorter = [replace(last, prompt=prompt) for prompt in prompts]
-    number = next((number for number, one in enumerate(shorter) if fits(one)), len(shorter) - 1)
-    if number < 0:
+    newest = None
+    for place in () if last.record["calls"] else reversed(starts):
+        shorter = replace(last, prompt=template.encode_prompt(tokenizer, system + messages[place:]))
+        if newest and not fits(shorter):
+            break
+        start, newest = place, shorter
+    if newest is None:
         return [last]
-    start, last = starts[number], shorter[number]
     members = [one for one in examples[:-1] if len(one.record["messages"]) > start]
     prompts = template.encode_prompts(tokenizer, [system + one.record["messages"][start:] for one in members])
     members = [replace(one, prompt=prompt) for one, prompt in zip(members, prompts, strict=True)]
-    while members and not all(stands_in(one, last, template) for one in members):
+    while not all(stands_in(one, newest, template) for one in members):
         members.pop(0)
-    return [*members, last]
+    return [*members, newest]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -178,19 +178,20 @@ def dialogue_rows(examples: list[Example], encoding: Encoding, counts: Counts) -
     counts.tokens_apart += sum(sum(map(len, cut(one.prompt, one.answers, counts=uncut))) for one in examples)
     *earlier, last = examples
     longest = longest_answer(limits, template)
-    parts = [one for one in earlier if len(one.answers[0]) <= longest and stands_in(one, last, template)]
-    rows = [joined_row([one], encoding, counts) for one in earlier if one not in parts]
-    if not parts:
+    joins = [len(one.answers[0]) <= longest and stands_in(one, last, template) for one in earlier]
+    rows = [joined_row([one], encoding, counts) for one, joined in zip(earlier, joins, strict=True) if not joined]
+    if not any(joins):
         return [*rows, joined_row([last], encoding, counts)]
 
     def fits(example: Example) -> bool:
         return cut(example.prompt, example.answers, counts=Counts())[0] == example.prompt
 
-    parts, newest_first = [*parts, last], []
+    parts, newest_first = [*compress(earlier, joins), last], []
     while parts:
         window = newest_turns(parts, encoding.tokenizer, template, fits)
-        parts, whole = parts[: len(parts) - len(window)], parts[len(parts) - len(window) :]
-        counts.truncated_prompts += sum(len(one.prompt) < len(all_of_it.prompt) for one, all_of_it in zip(window, whole))
+        if len(window[-1].prompt) < len(parts[-1].prompt):
+            counts.truncated_prompts += len(window)
+        parts = parts[: len(parts) - len(window)]
         newest_first.append(joined_row(window, encoding, counts))
     return [*rows, *reversed(newest_first)]
 

@@ -134,19 +134,3 @@ def test_a_dialogue_stays_whole_where_records_are_tokenised_in_batches(tmp_path,
     many = [{"messages": turns(f"{n}?", "a", "b", "c", "d", "e")} for n in range(400)]
     data = run(write_lines(tmp_path / "a.jsonl", many), 1, llama)
     assert len(data.train) == 400 and {len(answers) for answers in targets(data.train)} == {3}
-
-
-@pytest.mark.fast
-def test_the_table_tells_tokens_before_and_after_and_marks_every_answer(tmp_path, llama):
-    path = write_lines(tmp_path / "a.jsonl", [{"messages": turns("2+2?", "4.", "3+3?", "6.")}])
-    for loss_on in ("answer", "all"):
-        data = run(path, 1, llama, overview_folder=str(tmp_path), loss_on=loss_on)
-        table = (tmp_path / "data.txt").read_text(encoding="utf-8")
-        numbers = {line[:48].strip(): line[48:60].strip() for line in table.splitlines() if line[48:60].strip().isnumeric()}
-        counts = data.report["train"]
-        assert numbers["answers in the sequence of a later one"] == "1"
-        assert numbers["tokens with a sequence for each answer"] == str(counts["tokens_apart"])
-        assert numbers["tokens"] == str(counts["tokens"])
-        assert loss_on == "all" or ">>> 4.</s><<<" in table
-        example = table.split("):\n")[1]
-        assert example.count(">>>") == example.count("<<<") == (2 if loss_on == "answer" else 1)

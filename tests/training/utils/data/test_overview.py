@@ -3,6 +3,7 @@
 import pytest
 
 from tests.training.utils.data.rows import pairs, run, turns, write_lines
+from training.utils.data.batching import target_counts
 
 pytestmark = pytest.mark.fast
 
@@ -12,6 +13,11 @@ ROWS = [
 ]
 
 
+def numbers_of(table: str) -> dict[str, list[str]]:
+    """The counts of a table by their names: of training and held out."""
+    return {line[:48].strip(): line[48:].split() for line in table.splitlines() if line[48:60].strip().isnumeric()}
+
+
 def test_the_table_of_each_set(tmp_path, tokenizers, caplog):
     caplog.set_level("INFO")
     first, second = write_lines(tmp_path / "a.jsonl", ROWS), write_lines(tmp_path / "b.jsonl", pairs(3))
@@ -19,22 +25,22 @@ def test_the_table_of_each_set(tmp_path, tokenizers, caplog):
     table = (tmp_path / "data.txt").read_text(encoding="utf-8")
     assert table.strip() in caplog.text
     one, other = table.split(f"{second}, ")
-    targets = [
-        length - prompt for length, prompt in zip(data.train["length"], data.train["prompt_length"], strict=True)
-    ]
-    for text, kept, lengths, learned in (
-        (one, 2, data.train["length"][:2], targets[:2]),
-        (other, 3, data.train["length"][2:], targets[2:]),
+    targets = target_counts(data.train, "answer")
+    for text, records, kept, lengths, learned in (
+        (one, 2, 1, data.train["length"][:1], targets[:1]),
+        (other, 3, 3, data.train["length"][1:], targets[1:]),
     ):
-        numbers = {line[:48].strip(): line[48:].split() for line in text.splitlines() if line[48:60].strip().isnumeric()}
-        assert numbers["examples"] == [str(kept), "0"] == numbers["records of this step"]
+        numbers = numbers_of(text)
+        assert numbers["examples"] == [str(kept), "0"] and numbers["records of this step"] == [str(records), "0"]
         assert numbers["tokens"][0] == str(sum(lengths)) and numbers["tokens that are targets"][0] == str(sum(learned))
     assert f"{first}, read by its fields messages" in one
     assert "left out 1 with an empty turn (2 answers; first: line 1)" in one
     assert "fields without content, not read: id" in one
     shown = "    | <|im_start|>user\n    | 2+2?<|im_end|>\n    | <|im_start|>assistant\n    | "
-    assert f"{shown}>>>4.<|im_end|><<<\n  example 2" in one
-    assert one.count("example ") == other.count("example ") == 2
+    assert f"{shown}>>>4.<|im_end|><<<" in one and one.rstrip().endswith(">>>6.<|im_end|><<<")
+    assert one.count("example ") == 1 and other.count("example ") == 2
+    assert numbers_of(one)["answers in the sequence of a later one"] == ["1", "0"]
+    assert numbers_of(one)["tokens with a sequence for each answer"][0] > numbers_of(one)["tokens"][0]
 
     caplog.clear()
     again = run([first, second], 1, tokenizers["qwen2"], show_examples=0)  # from the cache

@@ -241,7 +241,7 @@ def test_real_preference_data_goes_through_all_phases(shared_dir, tokenizer):
         data = run(paths, phase, tokenizer, data_split="2,4,4", eval_fraction=0.1, max_seq_len=512)
         for split, dataset in (("train", data.train), ("eval", data.eval)):
             counts = data.report[split]
-            assert counts["records"] == counts["kept"] + sum(counts["dropped"].values())
+            assert counts["records"] == counts["kept"] + counts["joined"] + sum(counts["dropped"].values())
             assert len(dataset) == counts["kept"] > 0
             assert sum(dataset["length"]) == counts["tokens"]
         for row in random.Random(0).sample(data.train.to_list(), 30):
