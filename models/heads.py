@@ -48,9 +48,10 @@ class TokenLogProbs(nn.Module):
         """input_ids, attention_mask: [batch, time], padded on either side. Returns float32 [batch, n], the
         log-probabilities of input_ids[:, -n:] with n = keep, or time - 1.
 
-        labels [batch, time]: the tokens to predict where they are others than the input_ids that follow. target_mask [batch, time] bool: only these tokens are targets; other places of the result are 0 and cost no
-        logits (column 0 has no past and is never a target). temperature divides the logits. with_entropy: also the
-        entropies (nats) of the distributions the tokens were drawn from, same shape.
+        target_mask [batch, time] bool: only these tokens are targets; other places of the result are 0 and cost no
+        logits (column 0 has no past and is never a target). labels [batch, time]: targets in the place of input_ids.
+        temperature divides the logits. with_entropy: also the entropies (nats) of the distributions the tokens were
+        drawn from, same shape.
         """
         n = input_ids.shape[1] - 1 if keep is None else keep
         if not 0 < n < input_ids.shape[1]:

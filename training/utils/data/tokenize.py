@@ -27,8 +27,8 @@ logger = logging.getLogger("sanbu")
 Row = dict[str, Any]
 
 TOKENS, COUNT = pyarrow.list_(pyarrow.int32()), pyarrow.int32()
-# Columns by phase. between: [start, end, start, end, ...] of what stands between the answers of a dialogue. length counts real tokens; padded_length what a pair takes in a batch of [2, time], where the longer
-# answer sets time.
+# Columns by phase. between: [start, end, start, end, ...] of what stands between the answers of a dialogue. length counts
+# real tokens; padded_length what a pair takes in a batch of [2, time], where the longer answer sets time.
 SCHEMAS = {
     1: pyarrow.schema({"input_ids": TOKENS, "prompt_length": COUNT, "between": TOKENS, "length": COUNT}),
     2: pyarrow.schema(
@@ -173,9 +173,8 @@ def dialogue_rows(examples: list[Example], encoding: Encoding, counts: Counts) -
     oldest whole turns become a row of their own. The other answers have one each.
     """
     limits, template = encoding.limits, encoding.template
-    uncut = Counts()
-    cut = partial(fit, limits=limits, template=template)
-    counts.tokens_apart += sum(sum(map(len, cut(one.prompt, one.answers, counts=uncut))) for one in examples)
+    cut = partial(fit, limits=limits, template=template, counts=Counts())
+    counts.tokens_apart += sum(len(part) for one in examples for part in cut(one.prompt, one.answers))
     *earlier, last = examples
     longest = longest_answer(limits, template)
     joins = [len(one.answers[0]) <= longest and stands_in(one, last, template) for one in earlier]
@@ -184,7 +183,7 @@ def dialogue_rows(examples: list[Example], encoding: Encoding, counts: Counts) -
         return [*rows, joined_row([last], encoding, counts)]
 
     def fits(example: Example) -> bool:
-        return cut(example.prompt, example.answers, counts=Counts())[0] == example.prompt
+        return cut(example.prompt, example.answers)[0] == example.prompt
 
     parts, newest_first = [*compress(earlier, joins), last], []
     while parts:
