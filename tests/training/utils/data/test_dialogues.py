@@ -10,7 +10,7 @@ from models.templates import load_template
 from tests.closeness import assert_close
 from tests.tiny import tiny_checkpoint, tiny_tokenizer
 from tests.tiny_chatglm import tiny_chatglm
-from tests.training.utils.data.rows import pairs, run, turns, write_lines
+from tests.training.utils.data.rows import run, turns, write_lines
 from training.utils.data.batching import collate_sft, target_counts
 from training.utils.data.records import load_records
 from training.utils.data.splits import select_phase
