@@ -54,10 +54,12 @@ def stands_in(earlier: Example, later: Example, template: Template) -> bool:
     """Return whether the prompt of a later example begins with an earlier one, its answer's end token aside.
 
     The history of ChatGLM3 has the next role's token there. Never for ChatGLM-6B, whose positions depend on where the prompt
-    ends.
+    ends, nor in dialogues with tools, whose calls may end in another token than answers do.
     """
+    if template.kind == "chatglm" or earlier.record["calls"] or later.record["calls"]:
+        return False
     tokens = [*earlier.prompt, *earlier.answers[0][:-1]]
-    return template.kind != "chatglm" and later.prompt[: len(tokens)] == tokens and len(later.prompt) > len(tokens)
+    return later.prompt[: len(tokens)] == tokens and len(later.prompt) > len(tokens)
 
 
 def newest_turns(
@@ -74,7 +76,7 @@ def newest_turns(
     system = [turn for turn in messages[:1] if turn["role"] == "system"]
     starts = [place for place, turn in enumerate(messages) if place and messages[place - 1]["role"] == "assistant"]
     newest = None
-    for place in () if last.record["calls"] else reversed(starts):
+    for place in reversed(starts):
         shorter = replace(last, prompt=template.encode_prompt(tokenizer, system + messages[place:]))
         if newest and not fits(shorter):
             break
