@@ -5,7 +5,8 @@
     deepspeed --module training.evaluate.bleu_rouge …       # the same answers, shared out to all cards
 
 Answers are greedy unless --do_sample is given, so that two runs agree. Writes generated_predictions.txt (one
-{"labels", "predict"} a line, in the order of the data) and metrics.json.
+{"labels", "predict"} a line, in the order of the data) and metrics.json. --baseline evaluates the model before training
+too, and writes baseline_predictions.txt.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ import torch.distributed as dist
 
 from errors import UserError
 from models.checkpoint_folder import open_checkpoint
-from models.device import detect_platform
+from models.device import detect_platform, empty_cache
 from training.evaluate.common import Answer, LoadedModel, held_out, load_for_evaluation, mean_lengths, write_json
 from training.evaluate.text_metrics import METRICS, check_libraries, mean_scores
 from training.utils.run.metrics import format_seconds
 from training.utils.run.process_group import check_writable, join_process_group, quiet_libraries
 
-PREDICTIONS, METRICS_FILE = "generated_predictions.txt", "metrics.json"
+PREDICTIONS, BASELINE, METRICS_FILE = "generated_predictions.txt", "baseline_predictions.txt", "metrics.json"
 REPORT_SECONDS = 30  # between two lines of progress
 
 
@@ -46,21 +47,33 @@ def main(args: EvaluateArguments) -> None:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     rank, local_rank, processes = join_process_group(platform) if several else (0, 0, 1)
     check_writable(Path(args.output_dir))
-    checkpoint = open_checkpoint(args.model_name_or_path)
+    named = [(args.baseline, BASELINE)] * bool(args.baseline) + [(args.model_name_or_path, PREDICTIONS)]
+    models = [(open_checkpoint(path), file) for path, file in named]  # both, before either is loaded
     records = read_records(args)
-    adapter = {"ptuning_checkpoint": args.ptuning_checkpoint, "quantization_bit": args.quantization_bit}
-    loaded = load_for_evaluation(
-        checkpoint, args.dtype, args.attn_implementation, platform=platform, local_rank=local_rank, **adapter
-    )
-    labels = encode_labels(records, loaded, args.max_target_length if args.truncate_labels else None)
-    dialogues = [record["messages"] for record in records]
-    prompts = loaded.encode(dialogues, args.max_target_length, "--max_target_length", args.max_source_length)
     started = time.monotonic()
-    answers = answer(loaded, prompts, args, rank, processes)
+    metrics: dict[str, dict[str, float]] = {}
+    for checkpoint, file in models:
+        adapter = {"quantization_bit": args.quantization_bit}
+        if file == PREDICTIONS:
+            adapter["ptuning_checkpoint"] = args.ptuning_checkpoint
+        loaded = load_for_evaluation(
+            checkpoint, args.dtype, args.attn_implementation, platform=platform, local_rank=local_rank, **adapter
+        )
+        labels = encode_labels(records, loaded, args.max_target_length if args.truncate_labels else None)
+        dialogues = [record["messages"] for record in records]
+        prompts = loaded.encode(dialogues, args.max_target_length, "--max_target_length", args.max_source_length)
+        answers = answer(loaded, prompts, args, rank, processes)
+        del loaded  # before the next model is read
+        empty_cache()
+        if rank == 0:
+            metrics[file] = {"examples": len(answers), **summary(labels, answers)}
+            write_predictions(Path(args.output_dir) / file, labels, answers)
     if rank == 0:
-        metrics = {"examples": len(answers), **summary(labels, answers)}
-        write(Path(args.output_dir), labels, answers, metrics | {"flags": asdict(args)})
-        print(table(metrics))
+        if not args.baseline:  # of a run before
+            (Path(args.output_dir) / BASELINE).unlink(missing_ok=True)
+        before = {"baseline": metrics[BASELINE]} if args.baseline else {}
+        write_json(Path(args.output_dir) / METRICS_FILE, metrics[PREDICTIONS] | before | {"flags": asdict(args)})
+        print(table({"before" if file == BASELINE else "after": row for file, row in metrics.items()}))
         print(f"{len(answers)} answers in {format_seconds(time.monotonic() - started)}; see {args.output_dir}.", flush=True)
     if several:
         dist.barrier()
@@ -132,20 +145,22 @@ def summary(labels: list[str], answers: list[Answer]) -> dict[str, float]:
     return scores | mean_lengths(answers) | {"empty": sum(not one.text for one in answers)}
 
 
-def write(folder: Path, labels: list[str], answers: list[Answer], metrics: dict[str, Any]) -> None:
-    """Write generated_predictions.txt and metrics.json into the folder."""
+def write_predictions(file: Path, labels: list[str], answers: list[Answer]) -> None:
+    """Write one {"labels", "predict"} a line."""
     rows = ({"labels": label, "predict": one.text} for label, one in zip(labels, answers, strict=True))
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / PREDICTIONS).write_text(lines, encoding="utf-8")
-    write_json(folder / METRICS_FILE, metrics)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def table(metrics: dict[str, float]) -> str:
-    """Return the metrics as a Markdown table of one row."""
-    cells = {name.upper(): f"{metrics[name]:.4f}" for name in METRICS}
-    cells |= {"mean tokens": f"{metrics['mean_tokens']:.1f}", "ended": f"{metrics['ended']:.1%}"}
-    cells |= {"empty": str(metrics["empty"]), "examples": str(metrics["examples"])}
-    return "\n".join(f"| {' | '.join(row)} |" for row in (cells, ["---"] * len(cells), cells.values()))
+def table(models: dict[str, dict[str, float]]) -> str:
+    """Return the metrics of models as a Markdown table, a row each; their names stand in front if there are two."""
+    rows = []
+    for model, metrics in models.items():
+        cells = {"model": model} if len(models) > 1 else {}
+        cells |= {name.upper(): f"{metrics[name]:.4f}" for name in METRICS}
+        cells |= {"mean tokens": f"{metrics['mean_tokens']:.1f}", "ended": f"{metrics['ended']:.1%}"}
+        rows.append(cells | {"empty": str(metrics["empty"]), "examples": str(metrics["examples"])})
+    lines = (rows[0], ["---"] * len(rows[0]), *(cells.values() for cells in rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from training.utils.flags.steps import RewardEvalArguments
 def check_inputs(args: Any) -> None:
     """Raise UserError for a model or data set that is not there. args: the flags of an evaluation."""
     for name, value in vars(args).items():
-        if name.startswith("model_name_or_path"):
+        if value and (name.startswith("model_name_or_path") or name == "baseline"):
             check_reward_model(value) if isinstance(args, RewardEvalArguments) else open_checkpoint(value)
     for path in args.data_path:
         check_local(path)

@@ -63,6 +63,23 @@ def test_greedy_answers_and_metrics_equal_the_slow_way(run, llama, slow_answers,
     assert "黑色" in (tmp_path / "out/generated_predictions.txt").read_text(encoding="utf-8")  # letters, not escapes
 
 
+def test_the_model_before_stands_beside_the_model_after(run, llama, qwen2, tmp_path, capsys):
+    words = ["--max_target_length", "6", "--num_examples", "3"]
+    _, before = run(*words, "--model_name_or_path", str(qwen2), to="before")
+    rows, after = run(*words, to="after")
+    capsys.readouterr()
+    assert run(*words, "--baseline", str(qwen2), to="both")[0] == rows
+    metrics = read(tmp_path / "both")[1]
+    for one in (before, after, metrics):
+        del one["flags"]
+    assert metrics == after | {"baseline": before}
+    lines = [(tmp_path / file).read_bytes() for file in ("both/baseline_predictions.txt", "before/generated_predictions.txt")]
+    assert lines[0] == lines[1]
+    shown = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    bleu = [f"{one['bleu-4']:.4f}" for one in (before, after)]
+    assert shown == [["| model", "BLEU-4"], ["| ---", "---"], ["| before", bleu[0]], ["| after", bleu[1]]]
+
+
 def test_labels_are_cut_where_answers_must_end_unless_asked(run):
     short, _ = run("--max_target_length", "5", "--num_examples", "1")
     whole, _ = run("--max_target_length", "5", "--num_examples", "1", "--truncate_labels", "false")

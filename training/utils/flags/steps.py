@@ -137,6 +137,11 @@ class EvaluateArguments:
     title: ClassVar[str] = "evaluate"
 
     model_name_or_path: str = flag("The trained model.", common=True, zh="训练所得的模型。")
+    baseline: str | None = flag(
+        "Also evaluate this model, such as the one before training; its metrics stand above.", None, metavar="MODEL",
+        common=True,
+        zh="同时评估该模型（例如训练前的模型）；其指标列在上面一行。",
+    )
     data_path: list[str] = flag(
         "Data sets with prompts and answers; of a set with a held-out part only that.", common=True,
         zh="含提示和回答的数据集；有留出部分时只用留出部分。",
