@@ -117,8 +117,7 @@ def new_checkpoint(
     draft.mkdir(parents=True)
     try:
         yield draft
-        tokenizer.save_pretrained(draft)
-        template.save(draft)
+        template.save(draft, tokenizer)
         check_tokenizer(draft, tokenizer)
     except BaseException:
         shutil.rmtree(folder if made else draft, ignore_errors=True)

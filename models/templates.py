@@ -1,26 +1,34 @@
 """From messages to tokens: the one place that knows how a dialogue is written and which tokens end an answer.
 
-A Template is saved as sanbu_template.json beside every checkpoint and read back by the later steps, evaluation and
-chat, so that all of them see the same text and stop at the same tokens. A dialogue is cut into prompt and answer, which
-are tokenised apart: ``encode_prompt(messages) + encode_answer(answer)`` is how the dialogue is written, in training and
-in the next turn's prompt.
+The tokenizer of every checkpoint is saved with a chat template that writes the same, for other programs; sanbu_template.json
+beside it says what a chat template cannot: which tokens end an answer, and that no text becomes a special token. Later
+steps, evaluation and chat read both, so that all of them see the same text and stop at the same tokens. A dialogue is
+cut into prompt and answer, which are tokenised apart: ``encode_prompt(messages) + encode_answer(answer)`` is how the
+dialogue is written, in training and in the next turn's prompt.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from models import chat_templates
+from models.chatglm import prompts
 from models.chatglm.prompts import CHATGLM
 from models.checkpoint_folder import CheckpointFolder
 
+logger = logging.getLogger("sanbu")
+
 FILE_NAME = "sanbu_template.json"
 KINDS = ("chat_template", "human_assistant", *CHATGLM)
+TOKEN_LISTS = ("stop_token_ids", "prefix_ids", "suffix_ids")
+ALWAYS_SAVED = ("kind", "stop_token_ids")
 MARKS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant:", "system": "\n\n"}
 
 Messages = Sequence[dict[str, str]]
@@ -114,9 +122,27 @@ class Template:
         text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return CHATGLM[self.kind].clean_reply(text) if self.kind in CHATGLM else text.strip()
 
-    def save(self, folder: str | Path) -> None:
-        """Write sanbu_template.json into a folder."""
-        content = json.dumps({"format": 1, **asdict(self)}, ensure_ascii=False, indent=2)
+    def jinja(self, tokenizer: Any) -> Any:
+        """Return the Jinja chat template that writes dialogues in this form, for the saved tokenizer."""
+        if self.kind in CHATGLM:
+            return prompts.chat_template(self.kind)
+        if self.kind == "chat_template":
+            return chat_templates.own_template(tokenizer.chat_template, self.prompt_suffix)
+        return chat_templates.human_assistant(tokenizer, self.prefix_ids, self.end_token_id, encode_texts)
+
+    def save(self, folder: str | Path, tokenizer: Any) -> None:
+        """Write the tokenizer with its chat template, and beside it sanbu_template.json: what the template cannot say."""
+        before = tokenizer.chat_template
+        tokenizer.chat_template = self.jinja(tokenizer)
+        saved = replace(self, prompt_suffix="")  # the saved chat template writes it
+        try:
+            tokenizer.save_pretrained(folder)
+            told = asdict(template_of_kind(self.kind, tokenizer))
+            warn_if_unlike(saved, tokenizer)
+        finally:
+            tokenizer.chat_template = before
+        own = {name: value for name, value in asdict(saved).items() if name in ALWAYS_SAVED or value != told[name]}
+        content = json.dumps({"format": 2, **own}, ensure_ascii=False, indent=2)
         (Path(folder) / FILE_NAME).write_text(content + "\n", encoding="utf-8")
 
 
@@ -131,17 +157,15 @@ def load_template(folder: str | Path | CheckpointFolder | None, tokenizer: Any) 
     folder = folder.folder if isinstance(folder, CheckpointFolder) else folder
     file = None if folder is None else Path(folder).expanduser() / FILE_NAME
     if file is None or not file.is_file():
-        if version is not None:
-            return chatglm_template(tokenizer)
-        return chat_template(tokenizer) if tokenizer.chat_template else human_assistant_template(tokenizer)
+        usual = "chat_template" if tokenizer.chat_template else "human_assistant"
+        return template_of_kind(version or usual, tokenizer)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content.pop("format") != 1 or content["kind"] not in KINDS or not content["stop_token_ids"]:
+        layout = content.pop("format")
+        if layout not in (1, 2) or content["kind"] not in KINDS or not content["stop_token_ids"]:
             raise ValueError("its format, kind or stop_token_ids are not known here")
-        content.setdefault("suffix_ids", ())
-        ids = ("stop_token_ids", "prefix_ids", "suffix_ids")
-        lists = {name: tuple(int(token) for token in content.pop(name)) for name in ids}
-        template = Template(**content, **lists)
+        lists = {name: tuple(int(token) for token in content[name]) for name in TOKEN_LISTS if name in content}
+        template = Template(**content | lists)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(
             f"{file} is damaged ({error}); copy the checkpoint again, or delete the file: the tokenizer then decides."
@@ -155,13 +179,35 @@ def load_template(folder: str | Path | CheckpointFolder | None, tokenizer: Any) 
         wrong = "asks for the tokenizer's own chat template (chat_template.jinja), and the tokenizer has none"
     if wrong:
         raise UserError(f"{file} {wrong}; take both from the same checkpoint.")
-    return template
+    if layout == 1:  # named every field
+        return template
+    return replace(template_of_kind(template.kind, tokenizer), **content | lists)
+
+
+def template_of_kind(kind: str, tokenizer: Any) -> Template:
+    """Return the template that a tokenizer has by itself for a kind."""
+    if kind in CHATGLM:
+        return chatglm_template(tokenizer)
+    return chat_template(tokenizer) if kind == "chat_template" else human_assistant_template(tokenizer)
+
+
+def warn_if_unlike(template: Template, tokenizer: Any) -> None:
+    """Warn if the chat template, tokenised in one piece, does not give the tokens of training."""
+    dialogue = [("user", "Hello 你好"), ("assistant", "Good day."), ("user", "What now?")]
+    messages = [{"role": role, "content": content} for role, content in dialogue]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if theirs != template.encode_prompt(tokenizer, messages):
+        logger.warning(
+            "other programs will not see dialogues as this model was trained on them: the tokenizer %s cuts the text of its "
+            "chat template in another way.",
+            name_of(tokenizer),
+        )
 
 
 def chatglm_template(tokenizer: Any) -> Template:
     """Return the form of dialogue of a generation of ChatGLM, which its tokenizer names (chatglm_version)."""
-    prompts = CHATGLM[tokenizer.chatglm_version]
-    names = (prompts.stops, prompts.opening, prompts.closing)
+    form = CHATGLM[tokenizer.chatglm_version]
+    names = (form.stops, form.opening, form.closing)
     stops, opening, closing = (tuple(tokenizer.convert_tokens_to_ids(list(tokens))) for tokens in names)
     return Template(kind=tokenizer.chatglm_version, stop_token_ids=stops, prefix_ids=opening, suffix_ids=closing)
 

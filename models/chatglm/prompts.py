@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from errors import UserError
+from models.chat_templates import fill
 
 Messages = Sequence[dict[str, Any]]
 
@@ -140,6 +141,51 @@ def encode_answers_behind_heading(tokenizer: Any, answers: Sequence[str]) -> lis
     """Prompts.encode_answers of ChatGLM3-6B: each behind its empty line of metadata."""
     heading, *encoded = tokenizer.encode_plain(["\n", *answers])
     return [heading + ids for ids in encoded]
+
+
+# --- the same as chat templates ---------------------------------------------------------------------------------------
+
+ROUNDS_JINJA = """
+{%- set ns = namespace(number=FIRST, waiting="", asked=false) -%}
+{{- OPENING -}}
+{%- for message in messages -%}
+    {%- if message.role == "assistant" -%}
+        {{- "[Round " ~ ns.number ~ "]" ~ GAP ~ "问：" ~ ns.waiting ~ GAP ~ "答：" ~ message.content ~ GAP -}}
+        {%- set ns.number = ns.number + 1 -%}{%- set ns.waiting = "" -%}{%- set ns.asked = false -%}
+    {%- elif message.role in ["system", "user"] -%}
+        {%- set ns.waiting = ns.waiting + ("\\n" if ns.asked else "") + message.content -%}{%- set ns.asked = true -%}
+    {%- else -%}{{- raise_exception("ChatGLM's dialogues have no role " + message.role) -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if ns.asked and BARE and ns.number == FIRST -%}{{- ns.waiting -}}
+{%- elif ns.asked -%}{{- "[Round " ~ ns.number ~ "]" ~ GAP ~ "问：" ~ ns.waiting ~ GAP ~ "答：" -}}
+{%- elif add_generation_prompt -%}{{- raise_exception("a dialogue must end with a user message") -}}
+{%- endif -%}
+{%- if add_generation_prompt -%}{{- CLOSING -}}{%- endif -%}
+"""
+# SentencePiece puts a space before each text that it is given; heading and content are two.
+ROLES_JINJA = """
+{{- OPENING -}}
+{%- for message in messages -%}
+    {%- if message.role not in ["system", "user", "assistant", "observation"] -%}
+        {{- raise_exception("ChatGLM3's dialogues have no role " + message.role) -}}
+    {%- endif -%}
+    {{- "<|" + message.role + "|>" + (message.metadata or "") + "\\n" -}}
+    {%- set content = message.content + ("\\n" + message.tools | tojson(indent=4) if message.tools else "") -%}
+    {{- " " + content if content else "" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- CLOSING -}}{%- endif -%}
+"""
+
+
+def chat_template(version: str) -> str:
+    """Return a generation's form of dialogue as a Jinja chat template; its marks are written out as text."""
+    prompts = CHATGLM[version]
+    values: dict[str, Any] = {"OPENING": "".join(prompts.opening), "CLOSING": "".join(prompts.closing)}
+    if version not in FORMS:
+        return fill(ROLES_JINJA, values)
+    form = FORMS[version]
+    return fill(ROUNDS_JINJA, values | {"FIRST": form["first"], "GAP": form["gap"], "BARE": form["bare"]})
 
 
 # By the chatglm_version of their tokenizers.

@@ -28,6 +28,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
     vocab_files_names = {"vocab_file": "ice_text.model"}  # noqa: RUF012
     chatglm_version = "chatglm"
     always_masked = False
+    chat_marks = r"\[gMASK\]<sop>\Z"
     literals = ("[MASK]", "<sop>", "<eop>", "<pad>", "<unk>")
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
             )
         self.chatglm_version = chatglm_version
         self.control = VERSIONS[chatglm_version]
+        roles = f"|{'|'.join(map(re.escape, ROLES))}" if chatglm_version == "chatglm3" else ""
+        self.chat_marks = rf"\A\[gMASK\]sop{roles}"
         self.encode_special_tokens = encode_special_tokens
         self.literals = ROLES if encode_special_tokens and chatglm_version == "chatglm3" else ()
         given = {key: value for key, value in options.items() if value is not None}

@@ -39,6 +39,8 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     control: tuple[str, ...] = ()  # tokens whose ids follow the pieces
     literals: tuple[str, ...] = ()  # special tokens that calling the tokenizer finds in a text
     strips = True  # whether space around a literal, and around an added token, is lost
+    chat_marks = ""  # regular expression of the control tokens that the saved chat template writes
+    reads_chat = False  # whether the text comes from the chat template
     always_masked = True  # whether a row has mask and positions also where no padding is asked for
 
     def __init__(self, vocab_file: str, **options: Any) -> None:
@@ -97,6 +99,8 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     def tokenize(self, text: str, **options: Any) -> list[str]:
         """Cut a text as the original does: literals and added tokens that it spells out stay whole."""
+        if self.reads_chat:
+            return self.tokenize_chat(text)
         added = [token for token, at in self._added_tokens_encoder.items() if at >= self.vocabulary_size]
         names = sorted((*self.literals, *added), key=len, reverse=True)
         if not names or options.get("split_special_tokens", self.split_special_tokens):
@@ -112,6 +116,24 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
             if self.strips and place + 1 < len(parts):
                 part = part.rstrip()
             tokens += self._tokenize(part) if part else []
+        return tokens
+
+    def apply_chat_template(self, *inputs: Any, **options: Any) -> Any:
+        """As for every tokenizer of transformers; the marks of the chat template become control tokens here alone."""
+        self.reads_chat = True
+        try:
+            return super().apply_chat_template(*inputs, **options)
+        finally:
+            self.reads_chat = False
+
+    def tokenize_chat(self, text: str) -> list[str]:
+        """Cut a dialogue that the chat template has written at its marks."""
+        tokens = []
+        for place, part in enumerate(re.split(f"({self.chat_marks})", text)):
+            if place % 2:
+                tokens += re.findall(r"\[gMASK\]|<?sop>?|<\|\w+\|>", part)
+            elif part:
+                tokens += self._tokenize(part)
         return tokens
 
     def get_special_tokens_mask(

@@ -18,8 +18,9 @@ class Stops:
 
     stop_token_ids: tuple[int, ...] = (2,)
 
-    def save(self, folder: Path) -> None:
-        """Leave a file, as a template does."""
+    def save(self, folder: Path, tokenizer) -> None:
+        """Leave the tokenizer and a file, as a template does."""
+        tokenizer.save_pretrained(folder)
         (Path(folder) / "sanbu_template.json").write_text("{}", encoding="utf-8")
 
 

@@ -1,5 +1,8 @@
 """ChatGLM's dialogues are written as the original code writes them, and no text can pretend to be a control token."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from errors import UserError
@@ -125,6 +128,27 @@ def test_training_rows_are_those_of_the_published_fine_tuning(tokenizers, shared
     assert compared >= 6
 
 
+def test_the_saved_chat_template_gives_the_tokens_of_training(tokenizer, template, shared_dir, tmp_path):
+    template.save(tmp_path, tokenizer)
+    again = ChatGLMTokenizer.from_pretrained(tmp_path)
+    version = tokenizer.chatglm_version
+    texts = ["两个\n\n换行", " space in front", "behind ", "  two  spaces", "tab\tsop eop", "x", ""]
+    dialogues = [ASK, DIALOGUE, [SYSTEM, *ASK], [SYSTEM, *DIALOGUE], [DIALOGUE[0], *DIALOGUE]]
+    dialogues += [[turn | {"content": text} for turn in DIALOGUE] for text in texts]
+    if version == "chatglm3":
+        dialogues += [
+            [*case["history"], {"role": case["role"], "content": case["query"]}]
+            for case in golden(shared_dir, version, "prompts")["chat_inputs"]
+        ]
+    for messages in dialogues:
+        ours = template.encode_prompt(tokenizer, messages)
+        assert again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ours
+    whole = again.apply_chat_template(DIALOGUE, add_generation_prompt=True, return_tensors="pt")
+    assert whole["input_ids"].tolist() == [template.encode_prompt(tokenizer, DIALOGUE)]
+    with pytest.raises(Exception, match="no role"):
+        again.apply_chat_template([{"role": "tool", "content": "x"}, *ASK])
+
+
 # --- what our template adds -------------------------------------------------------------------------------------------
 
 
@@ -184,7 +208,7 @@ def test_dialogues_that_cannot_be_written_are_refused(tokenizer, template):
 
 
 def test_a_saved_template_must_be_the_tokenizer_s(tokenizer, template, tmp_path):
-    template.save(tmp_path)
+    template.save(tmp_path, tokenizer)
     for other in {*CHATGLM, "human_assistant"} - {template.kind}:
         change_json(tmp_path / FILE_NAME, kind=other)
         with pytest.raises(UserError, match=template.kind):
@@ -197,7 +221,7 @@ def test_a_saved_template_must_be_the_tokenizer_s(tokenizer, template, tmp_path)
 def test_templates_saved_before_chatglm_was_supported_still_read(tmp_path):
     tokenizer = tiny_tokenizer("llama")
     template = load_template(None, tokenizer)
-    template.save(tmp_path)
+    (tmp_path / FILE_NAME).write_text(json.dumps({"format": 1, **asdict(template)}))
     change_json(tmp_path / FILE_NAME, suffix_ids=None)
     assert load_template(tmp_path, tokenizer) == template
     assert template.suffix_ids == () and template.frame_length == 0

@@ -1,12 +1,13 @@
 """One template for every step: prompt and answer join without a seam, and everybody stops at the same tokens."""
 
 import json
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from errors import UserError
 from models.load import load_tokenizer
@@ -63,6 +64,15 @@ def sentencepiece_like(chat: str | None = None) -> PreTrainedTokenizerFast:
     return fast
 
 
+def first_space_only() -> PreTrainedTokenizerFast:
+    """As sentencepiece_like; a space goes before the first text of a string only, not behind special tokens."""
+    fast = sentencepiece_like()
+    rust = fast.backend_tokenizer
+    rust.normalizer = None
+    rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return fast
+
+
 def with_chat(family: str, chat: str) -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer(family)
     tokenizer.chat_template = chat
@@ -72,6 +82,7 @@ def with_chat(family: str, chat: str) -> PreTrainedTokenizerFast:
 # of mistral, qwen3, gpt_neox and glm the tokenizers are those of llama, qwen2, gpt2 and glm4
 TOKENIZERS = {name: partial(tiny_tokenizer, name) for name in ("opt", "bloom", "llama", "qwen2", "gpt2", "glm4")} | {
     "sentencepiece": sentencepiece_like,
+    "first space only": first_space_only,
     "sentencepiece chat": partial(sentencepiece_like, LLAMA2_CHAT),
     "forgetful chat": partial(with_chat, "llama", FORGETFUL_CHAT),
     "thinking chat": partial(with_chat, "llama", THINKING_CHAT),
@@ -119,11 +130,49 @@ def test_many_at_once_are_the_same_as_one_by_one(tokenizer):
 
 def test_it_reads_back_as_it_was_saved(tokenizer, tmp_path):
     template = load_template(None, tokenizer)
-    template.save(tmp_path)
-    tokenizer.save_pretrained(tmp_path)  # ChatGLM2's says by itself that it is not ChatGLM3's
+    before = tokenizer.chat_template
+    template.save(tmp_path, tokenizer)
+    assert tokenizer.chat_template == before
     again = AutoTokenizer.from_pretrained(tmp_path)
-    assert load_template(tmp_path, again) == template
-    assert template.encode_prompt(again, ASK) == template.encode_prompt(tokenizer, ASK)
+    read = load_template(tmp_path, again)
+    assert replace(read, prompt_suffix=template.prompt_suffix) == template  # the suffix stands in the chat template now
+    assert read.encode_prompt(again, ASK) == template.encode_prompt(tokenizer, ASK)
+    assert set(json.loads((tmp_path / FILE_NAME).read_text())) == {"format", "kind", "stop_token_ids"}
+    read.save(tmp_path / "again", again)
+    jinja = "chat_template.jinja"
+    assert (tmp_path / "again" / jinja).read_text() == (tmp_path / jinja).read_text()
+
+
+def test_the_saved_chat_template_gives_the_tokens_of_training(tokenizer, request, tmp_path, caplog):
+    """What transformers and servers send to the model: a plain apply_chat_template."""
+    template = load_template(None, tokenizer)
+    template.save(tmp_path, tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    system = DIALOGUE[:1] if "sentencepiece chat" not in request.node.name else []
+    texts = [*filter(None, ANSWERS), "a\n\nb ", " c", "tab\t{{ x }} {% y %} sop"]
+    for text in texts:
+        answered = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        for messages in (ASK, system + ASK, DIALOGUE[1:], [*system, *answered, *answered, *ASK]):
+            ours = template.encode_prompt(tokenizer, messages)
+            assert again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ours
+            assert load_template(tmp_path, again).encode_prompt(again, messages) == ours
+    assert not caplog.records
+
+
+def test_it_says_so_where_the_chat_template_cannot_give_the_tokens_of_training(tmp_path, caplog):
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.add_special_tokens({"eos_token": AddedToken("</end>", rstrip=True)})  # takes the line breaks behind it
+    load_template(None, tokenizer).save(tmp_path, tokenizer)
+    assert "other programs" in caplog.text
+
+
+def test_folders_saved_with_every_field_still_open(tmp_path):
+    for make in TOKENIZERS.values():
+        tokenizer = make()
+        template = load_template(None, tokenizer)
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / FILE_NAME).write_text(json.dumps({"format": 1, **asdict(template)}))
+        assert load_template(tmp_path, tokenizer) == template
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, indirect=True)
@@ -219,7 +268,7 @@ def test_sentencepiece_answers_begin_with_one_space():
 def test_what_is_saved_wins_over_the_tokenizer(tmp_path):
     tokenizer = tiny_tokenizer("gpt2")
     saved = load_template(None, tokenizer)
-    saved.save(tmp_path)
+    saved.save(tmp_path, tokenizer)
     tokenizer.chat_template = PLAIN_CHAT
     assert load_template(tmp_path, tokenizer) == saved
     assert load_template(tmp_path / "elsewhere", tokenizer).kind == "chat_template"
@@ -230,7 +279,7 @@ def test_what_is_saved_wins_over_the_tokenizer(tmp_path):
     [
         ("not json", "damaged"),
         ({"kind": "rot13"}, "damaged"),
-        ({"format": 2}, "damaged"),
+        ({"format": 3}, "damaged"),
         ({"stop_token_ids": []}, "damaged"),
         ({"surprise": 1}, "damaged"),
         ({"stop_token_ids": [10**6]}, "knows only"),
@@ -239,7 +288,7 @@ def test_what_is_saved_wins_over_the_tokenizer(tmp_path):
 )
 def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, change, message):
     tokenizer = tiny_tokenizer("gpt2")
-    load_template(None, tokenizer).save(tmp_path)
+    load_template(None, tokenizer).save(tmp_path, tokenizer)
     file = tmp_path / FILE_NAME
     file.write_text(change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message) as error:
