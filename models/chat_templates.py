@@ -47,7 +47,9 @@ def own_template(existing: Any, prompt_suffix: str) -> Any:
     return existing
 
 
-def human_assistant(tokenizer: Any, prefix_ids: Sequence[int], end_id: int, encode: Callable[..., list[list[int]]]) -> str:
+def human_assistant(
+    tokenizer: Any, prefix_ids: Sequence[int], end_id: int, encode: Callable[..., list[list[int]]]
+) -> str:
     """Return the Human/Assistant form as a chat template. encode: templates.encode_texts.
 
     Each block is tokenised by itself in training. SentencePiece tokenizers that put a space only before the first text of a

@@ -129,7 +129,7 @@ def test_interrupted_save_leaves_the_old_checkpoint_or_none(gpt2, tmp_path, monk
     assert (out / "metrics.jsonl").exists() and not (out / "model-00001-of-00002.safetensors").exists()
 
     class Broken(Stops):
-        def save(self, folder):
+        def save(self, folder, tokenizer):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):  # before anything is moved: the old one is whole
@@ -190,7 +190,8 @@ def test_published_folders_can_be_entered(gpt2, tmp_path):
     """Files get the mode of config.json, which has no x bit; a folder with it could not be listed."""
 
     class WithParts(Stops):
-        def save(self, folder):
+        def save(self, folder, tokenizer):
+            super().save(folder, tokenizer)
             (folder / "parts").mkdir(mode=0o755)
             (folder / "parts" / "one").write_text("1")
             (folder / "parts" / "one").chmod(0o600)
