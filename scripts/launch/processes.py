@@ -45,6 +45,14 @@ HINTS = (
     ),
 )
 
+# What launchers and libraries say in every run: DeepSpeed's logger, torchrun's, warnings to programmers with their line of code.
+CHATTER = re.compile(
+    rb"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|WARNING)\] \[\w+\.py:"
+    rb"|[IW]\d{4} [\d:.]+ .*torch/distributed/run\.py:"
+    rb"|(?P<warning>.+:\d+: (Future|Deprecation|PendingDeprecation)Warning: )"
+)
+MAY_BECOME_CHATTER = re.compile(rb"\[\d{0,4}(-|$)|[IW]\d{0,4}( |$)|/|<frozen")
+
 
 class Interrupted(Exception):
     """Ctrl-C, SIGTERM or a terminal that was closed; the argument is the signal's number."""
@@ -81,7 +89,7 @@ def run_to_end(title: str, command: list[str], env: dict[str, str], log: Path, d
 
 
 def run_step(command: list[str], env: dict[str, str], log: Path, patience: float = 60.0) -> tuple[int, list[str]]:
-    """Run a command in a process group of its own; what it prints goes to the terminal and to the log as it comes.
+    """Run a command in a process group of its own; what it prints goes to the log and, but for CHATTER, to the terminal.
 
     Returns its exit code and the last lines it printed. On Ctrl-C, SIGTERM or SIGHUP the group is asked to end (a step
     then saves a checkpoint), killed after ``patience`` seconds, and Interrupted is raised. Nothing else is touched.
@@ -91,12 +99,12 @@ def run_step(command: list[str], env: dict[str, str], log: Path, patience: float
         file.write(f"$ {shlex.join(command)}\n".encode())
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
-        tail = bytearray()
+        tail, shown = bytearray(), without_chatter()
 
         def show(chunk: bytes) -> None:
             file.write(chunk)
             file.flush()
-            say(chunk)
+            say(shown(chunk))
             tail.extend(chunk)
             del tail[:-65536]
 
@@ -113,6 +121,27 @@ def run_step(command: list[str], env: dict[str, str], log: Path, patience: float
                 process.wait()
                 process.stdout.close()
     return process.returncode, tail.decode(errors="replace").splitlines()
+
+
+def without_chatter() -> Callable[[bytes], bytes]:
+    """Return a function that takes output as it comes, an empty piece at its end, and returns what a terminal shows of it."""
+    held, warned = b"", False
+
+    def shown(chunk: bytes) -> bytes:
+        nonlocal held, warned
+        *lines, held = (held + chunk).split(b"\n")
+        kept = []
+        for line in lines:
+            chatter = CHATTER.match(line)
+            if not (chatter or (warned and line.startswith(b"  "))):
+                kept.append(line + b"\n")
+            warned = bool(chatter and chatter["warning"])
+        if not chunk or not (warned or MAY_BECOME_CHATTER.match(held)):  # a progress bar has no end of line
+            kept.append(held)
+            held = b""
+        return b"".join(kept)
+
+    return shown
 
 
 def say(words: str | bytes, end: str = "\n", stream: TextIO | None = None) -> None:

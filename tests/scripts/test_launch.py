@@ -19,6 +19,7 @@ from models import device
 from scripts.launch import commands
 from scripts.launch.__main__ import env_file, main, passed_on, prepare, shown
 from scripts.launch.checks import check_machine
+from scripts.launch.processes import without_chatter
 from training.utils.flags.parse import parse as parse_step
 from training.utils.flags.steps import PPOArguments, SFTArguments
 
@@ -299,6 +300,25 @@ def test_a_dry_run_is_read_back_by_a_shell_and_makes_nothing(recipe, hostfile, t
 
     several = shown(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile))
     assert "DS_ENV_FILE" in several and "#     DS_ACCELERATOR=cuda" in several
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_the_terminal_shows_no_chatter_of_launchers_and_libraries(size):
+    """However the output is cut into pieces."""
+    chatter = [
+        "[2026-11-29 03:15:16,421] [INFO] [launch.py:170:main] dist_world_size=1\n",
+        "[2026-11-29 03:15:13,287] [WARNING] [runner.py:214:fetch_hostfile] Unable to find hostfile\n",
+        "W1129 03:15:13.287000 77 site-packages/torch/distributed/run.py:774] Setting OMP_NUM_THREADS\n",
+        "/a b/torch/x.py:12: FutureWarning: old name\n  call(old)\n",
+    ]
+    own = ["[1/3] loading\n", "  40%\r", "  80%\n", "step 1 loss 2.0\n", "What: /a/b.py\n", "/data/pairs.jsonl read\n"]
+    own += ["[2026-11-29 03:15:27,442] [ERROR] [launch.py:259:sigkill_handler] killed\n", "x.py:3: UserWarning: look\n", "end"]
+    text = "".join([*own[:1], *chatter, *own[1:]]).encode()
+    shown = without_chatter()
+    pieces = [shown(text[start : start + size]) for start in range(0, len(text), size)]
+    assert b"".join([*pieces, shown(b"")]).decode() == "".join(own)
+    shown = without_chatter()
+    assert shown(b"  40%\r") == b"  40%\r"  # a progress bar does not wait for the end of its line
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

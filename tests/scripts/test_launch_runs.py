@@ -67,6 +67,7 @@ def test_a_step_on_two_processes_through_the_launcher(repository, folder):
     assert len(logged(output, "train/loss")) == 2
     log = (output / "training.log").read_text()
     assert log.startswith("$ ") and "dist_world_size=2" in log
+    assert not any(word in done.stdout + done.stderr for word in ("[INFO]", "[WARNING]", "FutureWarning"))
     assert "step 1 (SFT) took" in done.stdout
 
 
