@@ -38,6 +38,8 @@ def test_three_steps_then_chat(forked, shared_dir, tmp_path, monkeypatch, capsys
     words = ["--actor-model", str(base), "--reward-model", str(base), "--deployment-type", "cpu", "--data-path", str(data)]
     words += ["--sft-flags", SHORT, "--reward-flags", SHORT, "--ppo-flags", PPO, "--output-dir", str(tmp_path / "out")]
     assert train.main(words) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert train.main(words) == 0 and capsys.readouterr().out.count("is done: ") == 3  # what a run writes down is what is asked
     before, *_, after = logged(tmp_path / "out" / "actor-models" / "chatglm-6b", "eval/perplexity")
     assert after < before
     trained = tmp_path / "out" / "step3-models" / "chatglm-6b"

@@ -22,6 +22,8 @@ from scripts.launch.__main__ import prepare
 from scripts.launch.processes import exit_code, run_step
 from tests.launching import environment, logged, write_pairs
 from tests.tiny import tiny_checkpoint
+from training.utils.flags.steps import SFTArguments
+from training.utils.run.environment import describe_inputs
 
 RECIPE = """
 launch: {{platform: cpu, processes: 2, env: {{OMP_NUM_THREADS: 1}}}}
@@ -62,8 +64,10 @@ def test_a_step_on_two_processes_through_the_launcher(repository, folder):
     done = by_launcher(repository, folder, "out dir", "1", "--max_steps", "2")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     output = folder / "out dir"
-    flags = json.loads((output / "sanbu_done.json").read_text())["flags"]
+    end = json.loads((output / "sanbu_done.json").read_text())
+    flags = end["flags"]
     assert (flags["zero_stage"], flags["max_steps"], flags["max_seq_len"]) == (1, 2, 64)
+    assert {key: end[key] for key in ("data", "code")} == describe_inputs(SFTArguments(**flags))  # what train.py compares
     assert len(logged(output, "train/loss")) == 2
     log = (output / "training.log").read_text()
     assert log.startswith("$ ") and "dist_world_size=2" in log
