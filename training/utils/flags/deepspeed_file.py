@@ -32,6 +32,7 @@ OWNED = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "{micro}",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
 }
 FREE = ("optimizer.params.torch_adam", "optimizer.params.fused", "optimizer.legacy_fusion")  # how AdamW is computed
 TYPES = {  # in the file -> in the flags; DeepSpeed's Adam decays weights as AdamW does

@@ -110,6 +110,8 @@ HOST = '{"zero_optimization": {"offload_optimizer": {"device": "%s"}}}'
         (WARMUP % ("WarmupLR", '"warmup_max_lr": "auto"'), "--lr_scheduler_type cosine", "say --lr_scheduler_type cosine"),
         ('{"train_micro_batch_size_per_gpu": 4, "train_batch_size": "auto"}', "--per_device_train_batch_size 4", None),
         ('{"gradient_accumulation_steps": 4}', "", "the flags say --gradient_accumulation_steps 1"),
+        ('{"gradient_clipping": 0.5}', "", "the flags say --max_grad_norm 1.0"),
+        ('{"gradient_clipping": 0.5}', "--max_grad_norm 0.5", None),
         (HOST % "cpu", "--zero_stage 2 --offload_optimizer", None),
         (HOST % "cpu", "--zero_stage 2", "add --offload_optimizer, or remove the key"),
         (HOST % "none", "--zero_stage 2 --offload", "the flags move it to the host; remove the key"),
