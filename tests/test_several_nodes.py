@@ -19,7 +19,7 @@ from models.save import save_model
 from models.templates import load_template
 from tests.launching import environment, logged, write_pairs
 from tests.tiny import tiny_checkpoint
-from tests.two_nodes import TwoNodes, launcher, machine_room, ssh_servers, until
+from tests.two_nodes import SILENCE, TwoNodes, launcher, machine_room, ssh_servers, until
 from training.utils.engine.checkpoint import whole_checkpoints
 
 pytestmark = pytest.mark.distributed
@@ -117,8 +117,8 @@ def test_a_lost_node_ends_the_other_by_name_and_the_run_resumes(whole, tmp_path)
         whole.cable("down", jobs[1])
         pulled = time.monotonic()
         assert jobs[0].wait(60) == 75, jobs[0].printed[-6000:]
-        print(f"the first node ended {time.monotonic() - pulled:.1f} s after the cable was pulled, with a limit of 6 s")
-        silent = rf"error: node 1 \({name}\) is lost: nothing was heard from it for 6 s"
+        print(f"the first node ended {time.monotonic() - pulled:.1f} s after the cable was pulled, with a limit of {SILENCE} s")
+        silent = rf"error: node 1 \({name}\) is lost: nothing was heard from it for {SILENCE} s"
         assert re.search(silent, jobs[0].printed), jobs[0].printed[-6000:]
         if whole.separate:   # there is nobody to ask on a frozen node
             assert jobs[1].wait(60) == 75 and "error: node 0 (node-a) is lost" in jobs[1].printed, jobs[1].printed[-6000:]
@@ -158,7 +158,7 @@ def test_pdsh_starts_both_nodes_over_ssh(room, tmp_path):
             job.process.wait()
             for name in env:
                 del first.env[name]
-            first.env["SANBU_NODE_TIMEOUT"] = "6"
+            first.env["SANBU_NODE_TIMEOUT"] = str(SILENCE)
     assert "shared by all nodes" in job.printed and len(logged(tmp_path / "out", "train/loss")) == 2
     assert "node-b" in job.printed and "GLOO_SOCKET_IFNAME=" in (tmp_path / "out/deepspeed_env").read_text()
 

@@ -127,13 +127,16 @@ def until(condition: Callable[[], bool], jobs: list[Job], what: str, seconds: fl
         time.sleep(0.02)
 
 
+SILENCE = 20  # seconds after which a node is lost; with 6, other work on the machine was taken for a loss
+
+
 @contextmanager
 def machine_room(folder: Path) -> Iterator[TwoNodes]:
     """Two nodes, connected; everything they were made of is gone at the end."""
     nodes = [Node(number, folder / f"node{number}") for number in (0, 1)]
     for node in nodes:
         node.folder.mkdir()
-        node.env = {"SANBU_CACHE": str(node.folder / "cache"), "SANBU_NODE_TIMEOUT": "6"}
+        node.env = {"SANBU_CACHE": str(node.folder / "cache"), "SANBU_NODE_TIMEOUT": str(SILENCE)}
     holders: list[subprocess.Popen] = []
     try:
         separate = lay_cable(nodes, holders)
