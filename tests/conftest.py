@@ -47,3 +47,12 @@ def shared_dir() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("the reference data folder ../shared is not beside this clone")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_cases(shared_dir) -> Path:
+    """Small data files in the forms of published ones."""
+    folder = shared_dir / "cases" / "read"
+    if not folder.is_dir():
+        pytest.skip("../shared holds no cases")
+    return folder

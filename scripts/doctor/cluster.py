@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from errors import UserError
+from errors import UserError, nearest
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, ask, refused
 from scripts.launch.checks import check_address, check_port
 from scripts.launch.commands import FORWARDED, master_address
@@ -173,10 +172,10 @@ def check_spelling(environ: Mapping[str, str]) -> list[Check]:
     checks = []
     for name in sorted(environ.keys() - known):
         # 0.94 keeps ASCEND_VISIBLE_DEVICES apart from ASCEND_RT_VISIBLE_DEVICES. NCCL_X and HCCL_X are both read.
-        near = [name.upper()] if name.upper() in known else difflib.get_close_matches(name, known, 1, cutoff=0.94)
-        if near and name.replace("HCCL", "NCCL") != near[0].replace("HCCL", "NCCL"):
+        near = name.upper() if name.upper() in known else nearest(name, known, 0.94)
+        if near and name.replace("HCCL", "NCCL") != near.replace("HCCL", "NCCL"):
             why = f"{name} is set, which nothing reads"
-            checks.append(Check("environment", "spelling", WARN, why, f"did you mean {near[0]}?"))
+            checks.append(Check("environment", "spelling", WARN, why, f"did you mean {near}?"))
     return checks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from errors import UserError
+from errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 PLATFORMS_FILE = ROOT / "configs" / "platforms.yaml"
@@ -75,5 +74,5 @@ def platform_named(name: str) -> MachineKind:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean X?)`` for a near miss, else nothing."""
-    near = difflib.get_close_matches(str(word), list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    near = nearest(str(word), known, 0.6)
+    return f" (did you mean {near}?)" if near else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, nearest
 from models.families import FAMILIES
 from scripts.launch.platforms import ROOT
 
@@ -47,8 +46,8 @@ def find_config(model: str) -> dict[str, Any]:
         raise UnknownModel(f"model {model}: no such folder; the demo makes it: {demo}.")
     if path.parent != Path() and path.parent.is_dir():
         raise UnknownModel(f"model {model}: no config.json there; name a folder with one, or one of {', '.join(shapes)}.")
-    near = difflib.get_close_matches(wanted.rsplit("/", 1)[-1], shapes, 1, cutoff=0.5)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    near = nearest(wanted.rsplit("/", 1)[-1], shapes, 0.5)
+    hint = f" Did you mean {near}?" if near else ""
     raise UnknownModel(f"model {model!r} is neither a folder nor known; known are {', '.join(shapes)}.{hint}")
 
 

@@ -140,10 +140,8 @@ def test_a_template_without_tools_is_said_in_one_sentence(tmp_path):
     run(write_lines(tmp_path / "plain.jsonl", [{"messages": turns("Q", "A")}]), 1, plain)
 
 
-def test_the_shared_case(shared_dir, tmp_path, monkeypatch):
-    file = shared_dir / "cases/read/tool_turns.jsonl"
-    if not file.is_file():
-        pytest.skip("../shared/cases is not there")
+def test_the_shared_case(shared_cases, tmp_path, monkeypatch):
+    file = shared_cases / "tool_turns.jsonl"
     tokenizer = tokenizer_with("tojson")
     assert [answer for _, answer in parts(run(file, 1, tokenizer, max_seq_len=400), tokenizer)] == [
         '<call>weather {"city": "Oslo"}</call><|im_end|>',

@@ -4,12 +4,12 @@ A name is recognised at the end of whatever --data_path says: Dahoas/rm-static o
 ./datasets/Dahoas/rm-static as a folder written by scripts.download_dataset, HC3-Chinese.jsonl as a file.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from errors import nearest
 from training.utils.data.formats import Record, mkqa, question_answer, record, user_turn
 from training.utils.data.readers import SUFFIXES
 from training.utils.data.turns import Fields, Skip, items, prompt_messages, text
@@ -152,5 +152,5 @@ def find_named_set(path: str) -> NamedSet | None:
 def similar_name(path: str) -> str | None:
     """Return the name of the known set that a path was probably meant to be."""
     lowered = {name.lower(): name for named in NAMED_SETS for name in named.names}
-    near = difflib.get_close_matches(path.lower(), lowered, n=1, cutoff=0.75)
-    return lowered[near[0]] if near else None
+    near = nearest(path.lower(), lowered, 0.75)
+    return near and lowered[near]

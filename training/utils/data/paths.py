@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, nearest
 from training.utils.data.named_sets import NamedSet, find_named_set
 from training.utils.data.readers import data_suffix, looks_local
 
@@ -24,8 +23,7 @@ def _missing_file(path: str, local: Path, named: NamedSet | None) -> str:
             f"python -m scripts.download_dataset {named.names[0]} --output_dir {path}"
         )
     siblings = [entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else []
-    near = difflib.get_close_matches(local.name, siblings, n=1)
-    if near:
-        return f"--data_path {path}: no such file or folder; did you mean {local.parent / near[0]}?"
+    if near := nearest(local.name, siblings, 0.6):
+        return f"--data_path {path}: no such file or folder; did you mean {local.parent / near}?"
     where = "" if local.parent.is_dir() else f" (the folder {local.parent} does not exist either)"
     return f"--data_path {path}: no such file or folder, seen from {Path.cwd()}{where}."

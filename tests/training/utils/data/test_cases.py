@@ -57,12 +57,9 @@ def read(path: Path, **arguments):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_cases(name, shared_dir):
-    file = shared_dir / "cases/read" / f"{name}.jsonl"
-    if not file.is_file():
-        pytest.skip("../shared/cases is not there")
+def test_cases(name, shared_cases):
     expected, note = CASES[name]
-    records, notes = read(file)
+    records, notes = read(shared_cases / f"{name}.jsonl")
     assert records == expected
     assert note in notes and bool(note) == bool(notes), notes
 
