@@ -49,7 +49,7 @@ def describe_inputs(args: Any) -> dict[str, Any]:
     for local in (Path(path).expanduser() for path in data_paths(args)):
         files = sorted(one for one in local.rglob("*") if one.is_file()) if local.is_dir() else [local] * local.is_file()
         data.append(file_digest(*files) if files else None)
-    code = [file for room in ("models", "training") for file in sorted((ROOT / room).rglob("*.py"))]
+    code = [file for room in ("models", "inference", "training") for file in sorted((ROOT / room).rglob("*.py"))]
     return {"data": data, "code": file_digest(*code)}
 
 
