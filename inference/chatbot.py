@@ -71,7 +71,6 @@ class Chatbot:
         Raises UserError if the question alone is longer than the model's context; the dialogue is then as before.
         Ctrl-C keeps the tokens so far as the answer, and is raised again.
         """
-        self.last = question, list(self.history)  # before the imports, in which Ctrl-C may fall
         import torch
 
         from inference.engine import check_finite, generate
@@ -325,6 +324,7 @@ def at_terminal() -> bool:
 
 def speak(bot: Chatbot, question: str) -> None:
     """Print the answer to a question as it comes."""
+    bot.last = question, list(bot.history)  # first of all: Ctrl-C may fall between any two lines
     if at_terminal():
         print("Assistant: ", end="", flush=True)
     bot.answer(question, show)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from errors import UserError
-from inference.chatbot import COMMANDS, Chatbot, Sampling, chat_folder, context_length, load_chatbot, main, respond
+from inference.chatbot import COMMANDS, Chatbot, Sampling, chat_folder, context_length, load_chatbot, main, respond, speak
 from models.adapters.lora import add_lora, merged_state_dict, save_adapter
 from models.checkpoint_folder import open_checkpoint
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
@@ -289,7 +289,7 @@ def test_control_c_keeps_what_was_said(bot, monkeypatch):
     before = list(bot.history)
     monkeypatch.setattr("inference.engine.generate", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        bot.answer("And flour?")
+        speak(bot, "And flour?")
     assert bot.history == before and bot.last == ("And flour?", before)
 
 
