@@ -15,7 +15,17 @@ import pytest
 import torch
 
 from errors import UserError
-from inference.chatbot import COMMANDS, Chatbot, Sampling, chat_folder, context_length, load_chatbot, main, respond, speak
+from inference.chatbot import (
+    COMMANDS,
+    Chatbot,
+    Sampling,
+    chat_folder,
+    context_length,
+    load_chatbot,
+    main,
+    respond,
+    speak,
+)
 from models.adapters.lora import add_lora, merged_state_dict, save_adapter
 from models.checkpoint_folder import open_checkpoint
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
