@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from models.zero3 import gathered
@@ -126,12 +127,35 @@ def chunk_log_probs(
     hidden [n, width], targets [n], weight [vocab, width] -> ([n],) or ([n], [n]).
     log p_i = x_i - L,  H = L - sum_j p_j x_j,  with x the divided logits and L = logsumexp(x).
     """
-    logits = F.linear(hidden, weight, bias).float() / temperature
+    logits = F.linear(hidden, weight, bias).float()
+    if temperature != 1.0:  # a pass over all logits
+        logits = logits / temperature
+    if not with_entropy:
+        return (_TargetLogProbs.apply(logits, targets),)
     normaliser = logits.logsumexp(dim=-1)
     log_probs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-    if not with_entropy:
-        return (log_probs,)
     return log_probs, normaliser - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """log softmax(x)[target], with the gradient (onehot - softmax(x)) written over the logits x: autograd's own writes four
+    such matrices. A second backward pass through the same graph is refused by torch, because the logits are gone.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits [n, vocab] float32, targets [n] -> [n]."""
+        normaliser = logits.logsumexp(dim=-1)
+        ctx.save_for_backward(logits, normaliser, targets)
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """grad [n] -> [n, vocab]."""
+        logits, normaliser, targets = ctx.saved_tensors
+        gradient = logits.sub_(normaliser[:, None]).exp_().mul_(-grad[:, None])
+        return gradient.scatter_add_(-1, targets[:, None], grad[:, None]), None
 
 
 class TokenScores(nn.Module):
