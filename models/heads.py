@@ -199,6 +199,10 @@ def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     PeftModel.forward; ChatGLM puts its own there itself. No key-value cache is kept.
     """
     decoder = base_model(model).base_model
+    two_dimensional = hasattr(decoder, "position_ids_for")  # ChatGLM-6B, whose context sees its padding
+    if not (two_dimensional or prefix_length(model)) and bool(attention_mask[:, 0].all()):
+        # All padding is behind the tokens, where causal attention does not look: without a mask the kernels skip that half.
+        return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
     extra = {"past_key_values": prefix_cache(model, len(input_ids))} if prefix_length(model) else {}
     positions = position_ids_for(model, input_ids, attention_mask)
     if positions is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from inference.engine import Generation
 from training.step3_ppo.objectives import answer_mask
 from training.utils.data.batching import plan_micro_batches
+from training.utils.run.loop import token_budget
 from training.utils.run.process_group import Run
 
 WHOLE = ("input_ids", "attention_mask")  # [rows, prompt + answer]
@@ -112,7 +113,8 @@ class Experience:
         All processes get equally many. Fillers, which have an empty action mask, stand behind the real rows, or alone.
         """
         shares = []
-        for positions in plan_share(self.attention_mask.sum(dim=1).tolist(), run, args):
+        longest = args.max_prompt_seq_len + args.max_answer_seq_len
+        for positions in plan_share(self.attention_mask.sum(dim=1).tolist(), longest, run, args):
             real = [position for position in positions if position >= 0]
             rows = self.select([max(position, 0) for position in positions]).trimmed()
             rows.action_mask[len(real) :] = False
@@ -186,11 +188,13 @@ class Experience:
         return self._map(fit)
 
 
-def plan_share(lengths: Sequence[int], run: Run, args) -> list[list[int]]:
-    """Return this process's micro-batches as positions into lengths, -1 for a filler (plan_micro_batches)."""
-    budget = args.max_tokens_per_device or None
-    per_device = None if budget else args.per_device_training_batch_size
-    return plan_micro_batches(lengths, run.world_size, per_device, budget)[run.rank]
+def plan_share(lengths: Sequence[int], longest: int, run: Run, args) -> list[list[int]]:
+    """Return this process's micro-batches as positions into lengths, -1 for a filler (plan_micro_batches). longest: the most
+    tokens that a row of this run can have.
+    """
+    per_device = args.per_device_training_batch_size
+    budget = token_budget(args, per_device, longest, run.device)
+    return plan_micro_batches(lengths, run.world_size, None if budget else per_device, budget)[run.rank]
 
 
 def plan_minibatches(count: int, size: int, *, seed: int, rollout: int, epoch: int) -> list[list[int]]:

@@ -57,7 +57,7 @@ class PretrainingMix:
     def micro_batches(self, step: int) -> list[SFTBatch]:
         """Return this process's share of the step's blocks, cut as its answers are."""
         examples = self.examples(step)
-        plan = plan_share([self.length] * len(examples), self.run, self.args)
+        plan = plan_share([self.length] * len(examples), self.length, self.run, self.args)
         return load_micro_batches(self.blocks, examples, plan, self.collate, self.run.device)
 
     def loss(self, actor, micro: SFTBatch) -> Tensor:

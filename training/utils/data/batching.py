@@ -17,7 +17,7 @@ from torch import Tensor
 from errors import UserError
 
 FILLER = -1
-WINDOW = 16  # global batches sorted together: most of the padding is gone at 16, and the order is still random
+WINDOW = 100  # global batches sorted together: 16 left 8 to 16 % padding in real sets, 100 leaves 3 to 4 %
 
 
 def plan_epoch(

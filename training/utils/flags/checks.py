@@ -166,7 +166,7 @@ def check_rollouts(args: PPOArguments) -> None:
     """Raise UserError for examples that fit no batch; warn of a minibatch larger than a rollout, as published launchers have."""
     longest = args.max_prompt_seq_len + args.max_answer_seq_len
     refuse(
-        0 < args.max_tokens_per_device < longest,
+        0 < (args.max_tokens_per_device or 0) < longest,
         f"--max_tokens_per_device {args.max_tokens_per_device} cannot hold one example of --max_prompt_seq_len + "
         f"--max_answer_seq_len = {longest} tokens; raise it to {longest} or more.",
     )

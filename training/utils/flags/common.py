@@ -131,10 +131,13 @@ class CommonArguments:
         "Micro-batches of each process in one optimizer step.", 1, within=ONE_OR_MORE, common=True,
         zh="每个进程在一个优化器步中累积的微批数。",
     )
-    max_tokens_per_device: int = flag(
-        "Cut micro-batches by this number of tokens, padding included, instead of by the number of examples; 0 = off.",
-        0,
-        zh="按 token 数（含填充）而不是样本数切分微批；0 = 关闭。",
+    max_tokens_per_device: int | None = flag(
+        "Tokens of a micro-batch, padding included; the gradient is the same however the batch is cut. Not given: as many "
+        "as the batch size per device holds of the longest example, on a CPU 1024 if that is less. 0 = cut by the number of "
+        "examples.",
+        None,
+        zh="一个微批的 token 数（含填充）；怎样切分批，梯度都一样。不给时：每设备批大小乘以最长样本的长度，CPU 上不超过 1024。"
+        "0 = 按样本数切分。",
     )
     seed: int = flag(
         "Random seed. Give every step the same one: it also decides which records a step gets.", 1234,

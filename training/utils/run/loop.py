@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from errors import UserError
 from training.utils.data.batching import plan_epoch, plan_micro_batches
 from training.utils.run.metrics import progress_line
 from training.utils.run.process_group import Run
 
+CPU_TOKENS = 1024  # of a micro-batch: larger ones fall out of a processor's caches (PPO 1.2 times the CPU time at 3,072)
 Collate = Callable[[list[dict[str, Any]], list[bool]], Any]  # rows and which of them are real -> a batch on the CPU
 
 
@@ -50,6 +53,7 @@ class GlobalBatches:
         self.targets = list(targets)
         check_token_budget(self.padded, args.max_tokens_per_device)
         self.per_device = args.per_device_train_batch_size
+        self.budget = token_budget(args, self.per_device, max(self.padded, default=0), run.device)
         self.batch_size = global_batch_size(args, run.world_size, self.per_device)
         self.steps_per_epoch = math.ceil(len(self.lengths) / self.batch_size)
         self.total_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
@@ -65,8 +69,7 @@ class GlobalBatches:
 
     def _batch(self, step: int, epoch: int, examples: list[int], ends_epoch: bool) -> GlobalBatch:
         args, lengths = self.args, [self.padded[example] for example in examples]
-        budget = args.max_tokens_per_device or None
-        plan = plan_micro_batches(lengths, self.run.world_size, None if budget else self.per_device, budget)
+        plan = plan_micro_batches(lengths, self.run.world_size, None if self.budget else self.per_device, self.budget)
         last = step == self.total_steps
         return GlobalBatch(
             step=step,
@@ -80,13 +83,25 @@ class GlobalBatches:
         )
 
 
-def check_token_budget(lengths: Sequence[int], budget: int) -> None:
+def token_budget(args, per_device: int, longest: int, device: torch.device) -> int | None:
+    """Return the tokens, padding included, of a micro-batch; None where --max_tokens_per_device 0 cuts it by examples.
+
+    Without the flag a micro-batch holds what per_device of the longest example take, which its memory is planned for: batches
+    of several micro-batches need fewer of them where examples are short.
+    """
+    if args.max_tokens_per_device is not None:
+        return args.max_tokens_per_device or None
+    most = per_device * longest
+    return min(most, max(longest, CPU_TOKENS)) if device.type == "cpu" else most
+
+
+def check_token_budget(lengths: Sequence[int], budget: int | None) -> None:
     """Raise UserError if a single example exceeds --max_tokens_per_device (0 = no limit). Called before training starts.
 
     lengths: tokens that each example takes in a micro-batch.
     """
     longest = max(lengths, default=0)
-    if 0 < budget < longest:
+    if 0 < (budget or 0) < longest:
         raise UserError(
             f"--max_tokens_per_device {budget} cannot hold the longest example, of {longest} tokens (a pair counts twice its "
             "longer answer); raise it, or lower --max_seq_len."

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from errors import UserError
-from training.utils.run.loop import GlobalBatches, due, evaluation_batches, global_batch_size
+from training.utils.run.loop import GlobalBatches, due, evaluation_batches, global_batch_size, token_budget
 
 pytestmark = pytest.mark.fast
 
@@ -75,6 +75,17 @@ def test_token_budget_bounds_every_micro_batch():
     for batch in batches(max_tokens_per_device=18, global_batch_size=6).after(0):
         for micro in batch.micro_batches:
             assert len(micro) * max(LENGTHS[n] for n in micro) <= 18
+
+
+@pytest.mark.parametrize(
+    ("device", "per_device", "longest", "budget"),
+    [("cuda", 8, 512, 4096), ("cpu", 8, 512, 1024), ("cpu", 2, 64, 128), ("cpu", 2, 2048, 2048)],
+)
+def test_the_budget_without_the_flag_is_what_the_batch_size_allows(device, per_device, longest, budget):
+    args = SimpleNamespace(max_tokens_per_device=None)
+    assert token_budget(args, per_device, longest, torch.device(device)) == budget
+    args.max_tokens_per_device = 0
+    assert token_budget(args, per_device, longest, torch.device(device)) is None
 
 
 def test_an_example_beyond_the_token_budget_is_told_before_the_first_step():
