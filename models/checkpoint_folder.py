@@ -204,21 +204,20 @@ def check_quantized_base(path: str | Path | CheckpointFolder, quantization_bit: 
         )
 
 
-def check_new_tokens(path: str | Path | CheckpointFolder, tokenizer: Any, adapters: str) -> None:
-    """Raise UserError if the tokenizer has tokens without a row in the embedding, which adapters freeze.
+def first_new_row(path: str | Path | CheckpointFolder, tokenizer: Any) -> int | None:
+    """Return the first row that the embedding gets for the tokenizer; None where it has a row for every id."""
+    rows = open_checkpoint(open_checkpoint(path).weights).config().vocab_size
+    return rows if max(tokenizer.get_vocab().values()) >= rows else None
 
-    adapters: "LoRA" or "P-Tuning". A new row would stay as it starts, and a new end token would never be produced. LoRA may
-    have a new pad token, which nothing learns; P-Tuning saves no embedding at all. peft's trainable_token_indices would
-    train new rows, but reads split weights (ZeRO-3) without gathering them, and cannot be set up there without CUDA.
-    """
+
+def check_new_tokens(path: str | Path | CheckpointFolder, tokenizer: Any) -> None:
+    """Raise UserError if the tokenizer has tokens without a row in the embedding: P-Tuning freezes it and saves none of it."""
     checkpoint = open_checkpoint(path)
-    rows = open_checkpoint(checkpoint.weights).config().vocab_size
-    new = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
-    if adapters == "LoRA" and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        new.pop(tokenizer.pad_token, None)
-    if new:
+    first = first_new_row(checkpoint, tokenizer)
+    if first is not None:
+        new = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= first)
         raise UserError(
-            f"the tokenizer of {checkpoint.path} has tokens without a row among the {rows} of the embedding "
-            f"({', '.join(sorted(new, key=new.get)[:3])}): {adapters} freezes the embedding, and they would never be learned; "
-            "train all weights first, or take the tokenizer that belongs to the model."
+            f"the tokenizer of {checkpoint.path} has tokens without a row among the {first} of the embedding "
+            f"({', '.join(token for _, token in new[:3])}): P-Tuning freezes the embedding, and they would never be learned; "
+            "train with --lora_dim or all weights first, or take the tokenizer that belongs to the model."
         )

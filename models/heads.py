@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from models.adapters.new_rows import active_rows, with_new_logits
 from models.zero3 import gathered
 
 if TYPE_CHECKING:  # transformers' networks take seconds to import
@@ -101,13 +102,13 @@ class _TokenProjection(_BorrowedWeight):
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
         """hidden [n, width], targets [n] -> float32 log-probabilities [n], and entropies [n] if asked."""
-        weight, bias = self.layer.weight, getattr(self.layer, "bias", None)
+        weight, bias, new_rows = self.layer.weight, getattr(self.layer, "bias", None), active_rows(self.layer)
         rows = max(1, self.chunk_logits // weight.shape[0])
         if hidden.shape[0] <= rows:  # one chunk: keeping its logits costs what computing them again would
-            return chunk_log_probs(hidden, targets, weight, bias, temperature, with_entropy)
+            return chunk_log_probs(hidden, targets, weight, bias, temperature, with_entropy, new_rows)
         compute = partial(checkpoint, chunk_log_probs, use_reentrant=False, preserve_rng_state=False)
         chunks = [
-            compute(states, tokens, weight, bias, temperature, with_entropy)
+            compute(states, tokens, weight, bias, temperature, with_entropy, new_rows)
             for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
@@ -120,14 +121,16 @@ def chunk_log_probs(
     bias: Tensor | None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    new_rows: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """log softmax(W h / temperature)[target], and if asked the entropy of that softmax, in float32 whatever the dtype
     of W.
 
-    hidden [n, width], targets [n], weight [vocab, width] -> ([n],) or ([n], [n]).
+    hidden [n, width], targets [n], weight [vocab, width] -> ([n],) or ([n], [n]). new_rows [new, width] stand for the
+    last rows of W (models/adapters/new_rows.py).
     log p_i = x_i - L,  H = L - sum_j p_j x_j,  with x the divided logits and L = logsumexp(x).
     """
-    logits = F.linear(hidden, weight, bias).float()
+    logits = with_new_logits(F.linear(hidden, weight, bias), hidden, new_rows, bias).float()
     if temperature != 1.0:  # a pass over all logits
         logits = logits / temperature
     if not with_entropy:

@@ -22,6 +22,7 @@ from models.adapters.prefix import OWN, PrefixPlan, add_prefix, check_prefix
 from models.adapters.quantization import quantize_linears
 from models.chatglm.registration import ChatGLMTokenizer
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
+from models.device import rng_state, set_rng_state
 from models.heads import score_name, start_head
 from models.weight_files import first_line
 from models.zero3 import zero3_loading
@@ -155,7 +156,7 @@ def _load(
     with zero3_loading(None if quantization_bit or bits else zero3_config):
         model, missing = read_weights(auto_class, checkpoint, config, dtype, attn)
         if tokenizer is not None:
-            fit_embeddings(model, tokenizer)
+            fit_embeddings(model, tokenizer, seed)
     if quantization_bit:
         quantize_linears(model, quantization_bit)  # what the checkpoint itself quantises stays as it is
     # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be
@@ -203,17 +204,22 @@ def set_dropout(config: PretrainedConfig, value: float | None) -> None:
             setattr(config, name, float(value))
 
 
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
     """Enlarge the embedding when the tokenizer has more ids than it has rows. Spare rows stay: BLOOM has them by design.
 
-    Where the embedding is frozen, check_new_tokens comes first.
+    New rows are drawn near the mean of the others, the same for a seed: PPO's actor and reference start equal. Where the
+    embedding is frozen, LoRA trains them (adapters/new_rows.py).
     """
     weight = model.get_input_embeddings().weight
     rows = getattr(weight, "ds_shape", weight.shape)[0]
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         logger.info("the embedding grows from %d to %d rows, for the tokenizer's new tokens.", rows, needed)
-        model.resize_token_embeddings(needed)
+        card = rng_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(needed)
+        set_rng_state(card)  # the seed is the card's too
 
 
 def check_same_tokenizer(

@@ -4,6 +4,7 @@ prefix (models/adapters/prefix.py) saved alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
+from models.adapters.new_rows import NAME, add_new_rows, new_rows_disabled, with_rows_in_place
 from models.adapters.prefix import base_of, has_prefix, peft_config_to_save, prefix_tensors
 from models.adapters.quantization import QuantizedLinear
-from models.adapters.shared_trunk import frozen_change
+from models.adapters.shared_trunk import PEFT_ROWS, frozen_change
 from models.families import FAMILIES
 from models.heads import SCALAR_HEADS, base_model, is_peft, score_name
 from models.save import new_checkpoint, share_permissions
@@ -28,15 +30,25 @@ if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where ther
     from transformers import PreTrainedModel
 
 _NAME = "default"  # peft can hold several adapters; we use one
+_PREFIX = "base_model.model."
+logger = logging.getLogger("sanbu")
 
 
-def add_lora(model: PreTrainedModel, dim: int, alpha: float, dropout: float = 0.0, module_name: str = "auto") -> PeftModel:
+def add_lora(
+    model: PreTrainedModel,
+    dim: int,
+    alpha: float,
+    dropout: float = 0.0,
+    module_name: str = "auto",
+    first_new_row: int | None = None,
+) -> PeftModel:
     """Put LoRA (Hu et al. 2021, arXiv 2106.09685) into the model: W x + alpha/dim · B A x, B = 0 at the start.
 
     module_name: "auto" for all linear layers of attention and MLP, or parts of module names separated by commas; a
     layer is adapted when its name contains one of them ("decoder.layers.", "q_proj,v_proj"). The output matrix and the
-    scalar head never are. Trained are the adapter and, if the model has one, the scalar head; all else is frozen. The
-    adapter has the model's dtype: DeepSpeed, which casts whole modules, keeps float32 masters of what is trained.
+    scalar head never are. Trained are the adapter and, if the model has one, the scalar head; all else is frozen, but for the
+    rows of embedding and output matrix from first_new_row on (checkpoint_folder.first_new_row). The adapter has the
+    model's dtype: DeepSpeed, which casts whole modules, keeps float32 masters of what is trained.
     UserError for a part that no layer's name contains.
     """
     if has_prefix(model):
@@ -61,6 +73,11 @@ def add_lora(model: PreTrainedModel, dim: int, alpha: float, dropout: float = 0.
         if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), QuantizedLinear):
             layer.lora_A.to(model.dtype)  # peft takes the dtype of the weight, and these are integers
             layer.lora_B.to(model.dtype)
+    if first_new_row is not None:
+        layers = add_new_rows(model, first_new_row)
+        rows = range(first_new_row, model.config.vocab_size)
+        adapted.peft_config[_NAME].trainable_token_indices = {layer: list(rows) for layer in layers}
+        logger.info("LoRA trains the new rows %d to %d of %s too.", rows[0], rows[-1], " and ".join(layers))
     return adapted
 
 
@@ -103,7 +120,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """
     if has_prefix(model):
         raise ValueError("a prefix stands outside the network; heads.base_model(model) computes without peft's")
-    with model.disable_adapter():
+    with model.disable_adapter(), new_rows_disabled(model):
         yield
 
 
@@ -119,10 +136,9 @@ def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = N
         return state_dict
     from peft.tuners.lora import LoraLayer
 
-    prefix = "base_model.model."
     merged = {}
-    for name, tensor in state_dict.items():
-        plain = name.removeprefix(prefix)
+    for name, tensor in with_rows_in_place(state_dict).items():
+        plain = name.removeprefix(_PREFIX)
         if ".lora_" in plain or ".original_module." in plain:
             continue
         merged[plain.replace(".base_layer.", ".").replace(f".modules_to_save.{_NAME}.", ".")] = tensor
@@ -139,8 +155,8 @@ def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = N
             weight = base.plain_weight(weight.cpu(), merged.pop(f"{name}.weight_scale").cpu(), torch.float32)
         changes = [] if frozen is None else [frozen.matrix()]
         if adapted:
-            down = state_dict[f"{prefix}{name}.lora_A.{_NAME}.weight"].float()
-            up = state_dict[f"{prefix}{name}.lora_B.{_NAME}.weight"].float()
+            down = state_dict[f"{_PREFIX}{name}.lora_A.{_NAME}.weight"].float()
+            up = state_dict[f"{_PREFIX}{name}.lora_B.{_NAME}.weight"].float()
             changes.append(layer.scaling[_NAME] * (up @ down))
         for change in changes:
             change = change.to(weight.device)
@@ -151,8 +167,8 @@ def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = N
 
 
 def save_adapter(model: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> bool:
-    """Write the adapter alone (and the trained scalar head) into the folder, in the format that
-    PeftModel.from_pretrained opens.
+    """Write the adapter alone (and the trained scalar head, and new rows) into the folder, in the format that
+    PeftModel.from_pretrained opens; with new rows over the base whose embedding was enlarged.
 
     state_dict as in merged_state_dict. Returns False, and writes nothing, for a model without an adapter.
     """
@@ -162,12 +178,15 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: dict[str, Ten
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config, state_dict = model.peft_config[_NAME], model.state_dict() if state_dict is None else state_dict
     tensors = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    for layer in config.trainable_token_indices or ():
+        tensors[f"{_PREFIX}{layer}.{PEFT_ROWS}"] = state_dict[f"{_PREFIX}{layer}.{NAME}"]
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     draft = folder / "adapter_model.safetensors.tmp"
     save_file(tensors, draft, metadata={"format": "pt"})
     draft.replace(folder / "adapter_model.safetensors")
-    model.peft_config[_NAME].save_pretrained(folder)
+    config.save_pretrained(folder)
     share_permissions(folder, "adapter_config.json")
     return True
 

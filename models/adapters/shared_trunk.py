@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
+from models.adapters.new_rows import put_new_rows
 from models.adapters.quantization import QuantizedLinear
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.heads import SCALAR_HEADS, score_name, start_head
@@ -37,6 +38,7 @@ logger = logging.getLogger("sanbu")
 ADAPTER = "adapter"  # the folder beside merged weights that holds what was added to them
 ADAPTER_FILE = "adapter_model.safetensors"
 ROWS = 16  # of every tensor, which are compared to see whether two checkpoints have the same base
+PEFT_ROWS = "token_adapter.trainable_tokens_delta"  # new rows in an adapter's file, behind the name of their module
 _PREFIX = "base_model.model."
 
 
@@ -55,10 +57,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A reward model without the trunk: its config, changes by the name of the layer, its head ({} for a new one)."""
+    """A reward model without the trunk: its config, changes and new rows by the name of the layer, its head ({} for a new one)."""
 
     config: PretrainedConfig
     changes: dict[str, Change]
+    new_rows: dict[str, Tensor]
     head: dict[str, Tensor]
 
 
@@ -98,6 +101,8 @@ class SharedTrunk:
         lend(self.model.base_model, network.base_model)
         for name, change in scorer.changes.items():
             add_change(network.get_submodule(name), change)
+        for name, rows in scorer.new_rows.items():
+            put_new_rows(network.get_submodule(name), nn.Parameter(rows))
         head = getattr(network, score_name(network))
         for name, empty in list(head.named_parameters()):
             value = scorer.head.get(name, torch.empty(empty.shape))
@@ -174,18 +179,21 @@ def read_scorer(path: str | CheckpointFolder, trunk: PreTrainedModel, name: str)
     if type(config) is not type(trunk.config):
         raise other_base(path, name, f"it is of type {config.model_type}, not {trunk.config.model_type}")
     file = folder / ADAPTER / ADAPTER_FILE
-    changes = read_changes(file, path, name) if file.is_file() else {}
+    changes, new_rows = read_changes(file, path, name, config.vocab_size) if file.is_file() else ({}, {})
     head = compare(path, folder, trunk, name, changes)
     device, dtype = trunk.device, trunk.dtype
     changes = {
         layer: Change(change.down.to(device, dtype), change.up.to(device, dtype), change.scale)
         for layer, change in changes.items()
     }
-    return Scorer(config, changes, head)
+    new_rows = {layer: rows.to(device, dtype) for layer, rows in new_rows.items()}
+    return Scorer(config, changes, new_rows, head)
 
 
-def read_changes(file: Path, path: str, name: str) -> dict[str, Change]:
-    """Read the LoRA matrices of an adapter's file to host memory, by the full name of their layer. UserError for what is none."""
+def read_changes(file: Path, path: str, name: str, rows: int) -> tuple[dict[str, Change], dict[str, Tensor]]:
+    """Read the LoRA matrices and the new rows of an adapter's file to host memory, by the full name of their layer. UserError
+    for what is neither. rows: of the embedding, whose last ones the new ones are.
+    """
     config = read_json(file.with_name("adapter_config.json"), file.parent)
     try:
         stored = load_file(file)
@@ -193,16 +201,21 @@ def read_changes(file: Path, path: str, name: str) -> dict[str, Change]:
         raise UserError(f"{file} is truncated or damaged ({first_line(error)}); copy it again.") from error
     rank, alpha = config.get("r") or 1, config.get("lora_alpha") or 0
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    downs, ups = {}, {}
+    downs, ups, new_rows = {}, {}, {}
     for key, tensor in stored.items():
         layer, dot, kind = key.removeprefix(_PREFIX).partition(".lora_")
         if dot and kind in ("A.weight", "B.weight"):
             (downs if kind[0] == "A" else ups)[layer] = tensor
+        elif layer.endswith(f".{PEFT_ROWS}"):
+            layer = layer.removesuffix(f".{PEFT_ROWS}")
+            new_rows[layer] = tensor
+            if config["trainable_token_indices"].get(layer) != list(range(rows - len(tensor), rows)):
+                raise other_base(path, name, f"{file} holds rows of {layer} that are not its last ones")
         elif not set(key.split(".")) & set(SCALAR_HEADS):
             raise other_base(path, name, f"{file} holds {key}, which is no LoRA of a linear layer")
     if downs.keys() != ups.keys():
         raise other_base(path, name, f"{file} lacks one of the two matrices of {min(downs.keys() ^ ups.keys())}")
-    return {layer: Change(down, ups[layer], scale) for layer, down in downs.items()}
+    return {layer: Change(down, ups[layer], scale) for layer, down in downs.items()}, new_rows
 
 
 def compare(path: str, folder: Path, trunk: PreTrainedModel, name: str, changes: dict[str, Change]) -> dict[str, Tensor]:

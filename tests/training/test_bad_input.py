@@ -116,7 +116,7 @@ def end(files, tmp_path, capsys):
             "--data_path x.jsonl --lora_dim 4 --lora_module_name embed_tokens,q_proj",
             ["--lora_module_name embed_tokens matches no linear layer", "q_proj"],
         ),
-        ("sft", "--data_path x.jsonl --lora_dim 4 --model_name_or_path {grown}", ["<new8>", "LoRA freezes the embedding"]),
+        ("sft", "--data_path x.jsonl --pre_seq_len 4 --model_name_or_path {grown}", ["<new8>", "P-Tuning freezes the embedding"]),
         ("reward", "--data_path x.jsonl --pre_seq_len 4 --gradient_checkpointing", ["drops the cache", "llama model"]),
         (
             "ppo",

@@ -14,7 +14,9 @@ from models.adapters.shared_trunk import SharedTrunk, check_scorer
 from models.checkpoint_folder import (
     CheckpointFolder,
     check_context_length,
+    check_new_tokens,
     check_quantized_base,
+    first_new_row,
     gets_prefix,
     open_checkpoint,
 )
@@ -109,6 +111,7 @@ class DeepSpeedRLHFEngine:
             "dtype": self.run.dtype,
             "attn": self.run.attention,
             "dropout": getattr(self.args, f"{role}_dropout"),
+            "tokenizer": self.tokenizer,
             "quantization_bit": self.args.quantization_bit if is_adapted(self.args, role, self.checkpoints[role]) else 0,
             "ptuning_checkpoint": getattr(self.args, f"{role}_ptuning_checkpoint"),
             "seed": self.args.seed,
@@ -122,7 +125,8 @@ class DeepSpeedRLHFEngine:
     def _trained(self, model, head, role: str, steps: int):
         if dim := getattr(self.args, f"{role}_lora_dim"):
             alpha, names = getattr(self.args, f"{role}_lora_alpha"), getattr(self.args, f"{role}_lora_module_name")
-            model = add_lora(model, dim=dim, alpha=alpha, module_name=names)
+            new = first_new_row(self.checkpoints[role], self.tokenizer)
+            model = add_lora(model, dim=dim, alpha=alpha, module_name=names, first_new_row=new)
         return build_engine(head(model), EngineOptions.of(self.args, role), self.run, steps)
 
     def _frozen(self, model, role: str, offload: bool):
@@ -209,6 +213,8 @@ def check_models(args, models: dict[str, CheckpointFolder], tokenizer) -> None:
             )
         adapted = is_adapted(args, role, checkpoint)
         check_quantized_base(checkpoint, args.quantization_bit if adapted else 0, adapters=adapted)
+        if has_prefix(args, role, checkpoint):
+            check_new_tokens(checkpoint, tokenizer)
     if args.memory_mode == "shared" and critic is not None:
         check_scorer(critic, actor)
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from models.adapters.lora import add_lora
+from models.adapters.new_rows import NAME
 from models.checkpoint_folder import (
     CheckpointFolder,
     check_context_length,
     check_new_tokens,
     check_quantized_base,
+    first_new_row,
     gets_prefix,
     open_checkpoint,
 )
@@ -38,10 +40,10 @@ def check_trained_model(args: Any, checkpoint: CheckpointFolder, tokenizer: PreT
     """Raise UserError if the checkpoint of --model_name_or_path cannot be trained as the flags ask; no weight is read."""
     prefix = args.prefix_options()
     check_context_length(checkpoint, args.max_seq_len, "--max_seq_len", **prefix)
-    frozen = bool(args.lora_dim) or gets_prefix(checkpoint, args.output_dir, **prefix)
-    check_quantized_base(checkpoint, args.quantization_bit, adapters=frozen)
-    if frozen:
-        check_new_tokens(checkpoint, tokenizer, "LoRA" if args.lora_dim else "P-Tuning")
+    prefixed = gets_prefix(checkpoint, args.output_dir, **prefix)
+    check_quantized_base(checkpoint, args.quantization_bit, adapters=bool(args.lora_dim) or prefixed)
+    if prefixed:
+        check_new_tokens(checkpoint, tokenizer)
 
 
 def trained_engine(checkpoint: CheckpointFolder, args, run: Run, tokenizer, steps: int, *, scalar: bool = False):
@@ -65,7 +67,7 @@ def trained_engine(checkpoint: CheckpointFolder, args, run: Run, tokenizer, step
     )
     if args.lora_dim:
         where = {"dropout": args.lora_dropout, "module_name": args.lora_module_name}
-        model = add_lora(model, args.lora_dim, args.lora_alpha, **where)
+        model = add_lora(model, args.lora_dim, args.lora_alpha, **where, first_new_row=first_new_row(checkpoint, tokenizer))
     return build_engine(head(model), options, run, steps)
 
 
@@ -156,12 +158,14 @@ def build_optimizer(groups: list[dict[str, Any]], options: EngineOptions) -> tor
 
 
 def parameter_groups(model: nn.Module, options: EngineOptions) -> list[dict[str, Any]]:
-    """Put trainable parameters into up to four groups: LoRA or not, with weight decay (matrices) or without (biases, norms)."""
+    """Put trainable parameters into up to four groups: LoRA (new rows too) or not, with weight decay (matrices) or without
+    (biases, norms).
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            groups.setdefault(("lora_" in name, dimensions >= 2), []).append(parameter)
+            groups.setdefault(("lora_" in name or name.endswith(NAME), dimensions >= 2), []).append(parameter)
     return [
         {
             "params": parameters,
