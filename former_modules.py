@@ -13,7 +13,8 @@ SUCCESSORS = {
     "scripts.memory_table": "scripts.docs.memory_table",
     "scripts.pod": "scripts.kubernetes.pod",
     "scripts.recipes_table": "scripts.docs.recipes_table",
-    "training.step1_sft.evaluate": "training.evaluate.bleu_rouge",
+    "training.evaluate.bleu_rouge": "scripts.evaluate.__main__",
+    "training.step1_sft.evaluate": "scripts.evaluate.__main__",
     "training.step1_sft.prompt_eval": "training.evaluate.side_by_side",
     "training.step2_reward.rw_eval": "training.evaluate.reward_scores",
 }

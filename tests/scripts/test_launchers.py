@@ -105,7 +105,7 @@ def test_the_adgen_scripts_under_their_former_paths(tmp_path, name, env, platfor
 OTHERS = {
     "scripts/preprocess_dataset.sh": "scripts.preprocess_dataset",
     "training/step1_sft/training_scripts/run_ptuning_chatglm2-6b.sh": "scripts.launch",
-    "training/step1_sft/evaluation_scripts/evaluate_finetune_chatglm2-6b.sh": "training.evaluate.bleu_rouge",
+    "training/step1_sft/evaluation_scripts/evaluate_finetune_chatglm2-6b.sh": "scripts.evaluate",
     "training/step1_sft/evaluation_scripts/run_prompt.sh": "training.evaluate.side_by_side",
     "training/step2_reward/evaluation_scripts/run_eval.sh": "training.evaluate.reward_scores",
 }
@@ -123,7 +123,15 @@ def test_the_other_scripts_find_their_python_as_the_launchers_do(script, tmp_pat
     env = {"PATH": str(tmp_path), "VIRTUAL_ENV": "/active"}
     for more, name in (({}, "python3"), ({"PYTHON": str(tmp_path / "mine")}, "mine")):
         done = subprocess.run(
-            ["bash", str(REPOSITORY / script), "a b", "c"], cwd=tmp_path, env=env | more, capture_output=True, text=True
+            ["bash", str(REPOSITORY / script), "--path", "a b"], cwd=tmp_path, env=env | more, capture_output=True, text=True
         )
         assert done.stdout.split()[:5] == [name, "1", str(REPOSITORY), "-m", OTHERS[script]], done.stderr
         assert "a b" in done.stdout
+
+
+def test_an_evaluation_before_training_names_the_script_that_trains(tmp_path):
+    script = REPOSITORY / "training/step1_sft/evaluation_scripts/evaluate_finetune_chatglm2-6b.sh"
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    named = re.search(r"error: output/adgen-chatglm2-6b-ft-1e-4 is not there; train first with bash (\S+),", done.stderr)
+    assert named[1].endswith("/run_finetune_chatglm2-6b.sh") and REPOSITORY.joinpath(named[1]).is_file()

@@ -1,30 +1,35 @@
-"""Shared by the evaluations: built-in prompts, held-out records, a loaded model, its decoded answers, JSON output."""
+"""Shared by the evaluations: built-in prompts, held-out records, batches, a loaded model and its answers, JSON output."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from errors import UserError
 from inference.chatbot import context_length
 from inference.engine import generate_many
 from models.checkpoint_folder import CheckpointFolder
 from models.device import Platform, attention_implementation, detect_platform, resolve_dtype, set_device
-from models.heads import prefix_length
+from models.heads import TokenLogProbs, TokenScores, at_last_token, prefix_length
 from models.load import load_causal_lm, load_tokenizer
 from models.templates import Template, load_template
+from training.utils.data.batching import pad_right
 from training.utils.data.records import load_records
 from training.utils.data.tokenize import cut_prompt
 
 logger = logging.getLogger("sanbu")
 BUILT_IN = json.loads(Path(__file__).with_name("builtin.json").read_text(encoding="utf-8"))
+REPORT_SECONDS = 30  # between two lines of progress
 Messages = list[dict[str, str]]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,20 @@ class LoadedModel:
     template: Template
     device: torch.device
 
+    @property
+    def longest(self) -> int:
+        """Return how many tokens the model reads, a prefix that takes places of them aside."""
+        return context_length(self.model.config) - prefix_length(self.model)
+
     def encode(self, prompts: list[Messages], room: int, flag: str, longest: int | None = None) -> list[list[int]]:
         """Return the token ids of the prompts, cut at the beginning where they leave less room for an answer.
 
         longest: further limit of a prompt in tokens. Raises UserError, which names the flag, if no prompt leaves the room.
         """
-        context = context_length(self.model.config) - prefix_length(self.model)
-        limit = min(context - room, longest or context)
+        limit = min(self.longest - room, longest or self.longest)
         if limit < 1:
             raise UserError(
-                f"{flag} {room} leaves no room for a prompt in the {context} tokens that {self.path} reads; lower it."
+                f"{flag} {room} leaves no room for a prompt in the {self.longest} tokens that {self.path} reads; lower it."
             )
         return [cut_prompt(ids, limit, self.template) for ids in self.template.encode_prompts(self.tokenizer, prompts)]
 
@@ -68,6 +77,25 @@ class LoadedModel:
             Answer(self.template.decode_answer(self.tokenizer, tokens[:length]), length, ended)
             for tokens, length, ended in zip(*(column.tolist() for column in columns), strict=True)
         ]
+
+    @torch.no_grad()
+    def log_probs(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
+        """Return log p(answer | prompt) in nats of each pair, the end token included, for a batch of token ids."""
+        ids, mask = self.padded([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+        target = mask.bool()
+        for row, prompt in enumerate(prompts):
+            target[row, : len(prompt)] = False
+        return TokenLogProbs(self.model)(ids, mask, target_mask=target[:, 1:]).sum(dim=1).tolist()
+
+    @torch.no_grad()
+    def scores(self, rows: Sequence[list[int]]) -> list[float]:
+        """Return the score of each row of token ids at its last token, by a reward model."""
+        ids, mask = self.padded(rows)
+        return at_last_token(TokenScores(self.model)(ids, mask), mask).tolist()
+
+    def padded(self, rows: Sequence[list[int]]) -> list[torch.Tensor]:
+        """Return ids and mask [rows, longest] on the model's device, padded behind."""
+        return [tensor.to(self.device) for tensor in pad_right(rows, self.tokenizer.pad_token_id)]
 
 
 def load_for_evaluation(
@@ -86,6 +114,35 @@ def load_for_evaluation(
     kernels = attention_implementation(attention, platform)
     model = load(checkpoint, dtype=resolve_dtype(dtype, platform), attn=kernels, **options).to(device).eval()
     return LoadedModel(checkpoint.path, model, tokenizer, load_template(checkpoint, tokenizer), device)
+
+
+def in_batches(
+    work: Callable[[list[int]], Iterable[Result]],
+    lengths: Sequence[int],
+    size: int,
+    rank: int = 0,
+    processes: int = 1,
+    done: str = "",
+) -> list[Result]:
+    """Return what ``work`` gives for each item, in their order and on every process. work takes a batch of their numbers.
+
+    Batches hold items of like length, the longest first, and are the same for every number of processes, which take them
+    in turn: so the results are the same too. done: the word of the lines of progress, such as "answered".
+    """
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    results: dict[int, Result] = {}
+    reported = time.monotonic()
+    for finished, numbers in enumerate(batches[rank::processes], 1):
+        results |= zip(numbers, work(numbers), strict=True)
+        if done and rank == 0 and time.monotonic() - reported > REPORT_SECONDS:
+            reported = time.monotonic()
+            print(f"{done} {min(finished * processes * size, len(order))} of {len(order)}", flush=True)
+    if processes > 1:
+        gathered: list[dict[int, Result]] = [{}] * processes
+        dist.all_gather_object(gathered, results)
+        results = {number: one for each in gathered for number, one in each.items()}
+    return [results[number] for number in range(len(order))]
 
 
 def mean_lengths(answers: Sequence[Answer]) -> dict[str, float]:

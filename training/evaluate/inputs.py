@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from errors import UserError
+from errors import UserError, refuse
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from training.utils.data.paths import check_local
-from training.utils.flags.steps import RewardEvalArguments
+from training.utils.flags.steps import EvaluateArguments, RewardEvalArguments
 
 
 def check_inputs(args: Any) -> None:
     """Raise UserError for a model or data set that is not there. args: the flags of an evaluation."""
+    scores = isinstance(args, RewardEvalArguments)
     for name, value in vars(args).items():
         if value and (name.startswith("model_name_or_path") or name == "baseline"):
-            check_reward_model(value) if isinstance(args, RewardEvalArguments) else open_checkpoint(value)
+            check_reward_model(value) if scores else check_language_model(value, f"--{name}")
+        elif value and name == "reward_model":
+            check_reward_model(value, "--reward_model")
     for path in args.data_path:
         check_local(path)
+    refuse(isinstance(args, EvaluateArguments) and not args.data_path, "evaluate needs --data_path: records to answer.")
 
 
-def check_reward_model(path: str) -> CheckpointFolder:
+def check_language_model(path: str, flag: str) -> None:
+    """Raise UserError for a checkpoint that is not there or is a reward model."""
+    refuse(
+        open_checkpoint(path).gives_scores,
+        f"{flag} {path} is a reward model, which does not answer; name an SFT model or an actor.",
+    )
+
+
+def check_reward_model(path: str, flag: str = "--model_name_or_path") -> CheckpointFolder:
     """Open the checkpoint of a reward model or a critic. Raise UserError for a language model: its head would be random."""
     checkpoint = open_checkpoint(path)
     if not checkpoint.gives_scores:
-        raise UserError(f"--model_name_or_path {path} is no reward model ({checkpoint.architecture}); step 2 trains one.")
+        raise UserError(f"{flag} {path} is no reward model ({checkpoint.architecture}); step 2 trains one.")
     return checkpoint

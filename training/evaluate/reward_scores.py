@@ -12,20 +12,22 @@ from training.evaluate.inputs import check_inputs, check_reward_model
 from training.utils.flags.parse import parse_or_exit, run_main
 from training.utils.flags.steps import RewardEvalArguments
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
+if (
+    __name__ == "__main__"
+):  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
     ARGS = parse_or_exit(RewardEvalArguments, check=check_inputs)
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from errors import UserError
-from models.heads import TokenScores, at_last_token
 from models.load import load_scalar_model
 from models.templates import Template
-from training.evaluate.common import BUILT_IN, LoadedModel, held_out, load_for_evaluation, write_json
-from training.utils.data.batching import pad_right
+from training.evaluate.common import BUILT_IN, LoadedModel, held_out, in_batches, load_for_evaluation, write_json
+from training.evaluate.intervals import wilson
 from training.utils.data.tokenize import Counts, Limits, fit
 from training.utils.loss import pair_accuracy
 from training.utils.run.process_group import quiet_libraries
@@ -46,7 +48,8 @@ def main(args: RewardEvalArguments) -> None:
         print(f"\n{pair['messages'][-1]['content']}")
         print(f"  {chosen:8.3f}  {pair['chosen']}\n  {rejected:8.3f}  {pair['rejected']}")
     print(
-        f"\naccuracy {metrics['accuracy']:.4f} over {metrics['pairs']} pairs; scores {metrics['chosen_mean']:.3f} "
+        f"\naccuracy {metrics['accuracy']:.4f} over {metrics['pairs']} pairs (95 % interval {metrics['accuracy_low']:.2f} to "
+        f"{metrics['accuracy_high']:.2f}); scores {metrics['chosen_mean']:.3f} "
         f"(good) and {metrics['rejected_mean']:.3f} (bad), their difference {metrics['margin_mean']:.3f} +- "
         f"{metrics['margin_std']:.3f}"
     )
@@ -73,33 +76,37 @@ def encode_pairs(pairs: list[dict[str, Any]], tokenizer: Any, template: Template
     """Return token ids of all chosen answers behind their prompts, then of all rejected ones, cut as in training."""
     prompts = template.encode_prompts(tokenizer, [pair["messages"] for pair in pairs])
     answers = [template.encode_answers(tokenizer, [pair[kind] for pair in pairs]) for kind in ("chosen", "rejected")]
-    cut = [fit(prompt, pair, Limits(limit), template, Counts()) for prompt, *pair in zip(prompts, *answers, strict=True)]
-    return [prompt + good for prompt, good, _ in cut] + [prompt + bad for prompt, _, bad in cut]
+    return behind_prompts(prompts, answers, template, limit)
 
 
-@torch.no_grad()
+def behind_prompts(
+    prompts: Sequence[list[int]], answers: Sequence[Sequence[list[int]]], template: Template, limit: int
+) -> list[list[int]]:
+    """Return the first answer to each prompt behind it, then all second ones, and so on, cut as in training.
+
+    prompts: [prompts] of token ids. answers: [answers to a prompt][prompts] of token ids.
+    """
+    cut = [fit(prompt, few, Limits(limit), template, Counts()) for prompt, *few in zip(prompts, *answers, strict=True)]
+    return [prompt + few[place] for place in range(len(answers)) for prompt, *few in cut]
+
+
 def score_pairs(loaded: LoadedModel, rows: list[list[int]], batch_size: int) -> list[tuple[float, float]]:
-    """Return (chosen, rejected) scores of each pair of encode_pairs; texts of like length are scored together."""
-    scorer = TokenScores(loaded.model).eval()
-    scores = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        padded = pad_right([rows[row] for row in batch], loaded.tokenizer.pad_token_id)
-        ids, mask = (tensor.to(loaded.device) for tensor in padded)
-        for row, score in zip(batch, at_last_token(scorer(ids, mask), mask).tolist(), strict=True):
-            scores[row] = score
+    """Return (chosen, rejected) scores of each pair of encode_pairs."""
+    scores = in_batches(lambda batch: loaded.scores([rows[row] for row in batch]), list(map(len, rows)), batch_size)
     half = len(rows) // 2
     return list(zip(scores[:half], scores[half:], strict=True))
 
 
 def summary(scores: list[tuple[float, float]]) -> dict[str, float]:
-    """Return the accuracy (a tie counts one half), means and population standard deviations over the pairs."""
+    """Return the accuracy (a tie counts one half) with its interval, means and population standard deviations over the pairs."""
     chosen, rejected = zip(*scores, strict=True)
     margins = [good - bad for good, bad in scores]
+    accuracy = wilson(float(pair_accuracy(torch.tensor(chosen), torch.tensor(rejected))) / len(scores), len(scores))
     return {
         "pairs": len(scores),
-        "accuracy": float(pair_accuracy(torch.tensor(chosen), torch.tensor(rejected))) / len(scores),
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
         "chosen_mean": statistics.fmean(chosen),
         "rejected_mean": statistics.fmean(rejected),
         "mean": statistics.fmean(chosen + rejected),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
 
 from errors import UserError
 from training.utils.data.cache import cache_folder
@@ -61,9 +60,3 @@ def score(label: str, predict: str) -> dict[str, float]:
     bleu = sentence_bleu([list(label)], list(predict), smoothing_function=SmoothingFunction().method3)
     (rouge,) = Rouge().get_scores(" ".join(words(predict)), " ".join(words(label)))
     return {"bleu-4": 100.0 * bleu} | {name: 100.0 * rouge[name]["f"] for name in METRICS[1:]}
-
-
-def mean_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Return the means of METRICS over (label, predict) pairs, of which there must be one at least."""
-    scores = [score(label, predict) for label, predict in pairs]
-    return {name: sum(one[name] for one in scores) / len(scores) for name in METRICS}

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out, score_answers
 from training.utils.data.batching import collate_prompts
+from training.utils.loss import outcomes
 
 HELD_OUT = 0  # the rollout number that seeds evaluation: every evaluation samples with the same random numbers
 SAMPLES = 8  # answers of an evaluation that are kept as text
@@ -87,12 +87,9 @@ class HeldOut:
 def win_rate(scores: Tensor, reference_scores: Tensor) -> float:
     """Return the share of prompts whose answer scores higher than the reference's, a tie counting one half.
 
-    scores, reference_scores: [prompts]. Scores apart by less than 1e-4 of their size tie: the same answer scored in another
-    batch is rounded differently.
+    scores, reference_scores: [prompts].
     """
-    ties = torch.isclose(scores, reference_scores, rtol=1e-4, atol=1e-6)
-    wins = (scores > reference_scores) & ~ties
-    return float((wins.double() + 0.5 * ties.double()).mean())
+    return float(outcomes(scores, reference_scores).mean())
 
 
 def sample_table(experience: Experience, engine: DeepSpeedRLHFEngine, rows: int) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ multiplication: NaN times 0 is NaN.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -56,6 +57,15 @@ def pair_accuracy(chosen: Tensor, rejected: Tensor, weight: Tensor | None = None
     """
     right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     return right.sum() if weight is None else right.masked_fill(weight == 0, 0.0).sum()
+
+
+def outcomes(scores: Tensor, others: Tensor) -> Tensor:
+    """Tell who wins each comparison: 1 where scores is higher, 0 where it is lower, 1/2 for a tie; [n] twice -> float64 [n].
+
+    Scores apart by less than 1e-4 of their size tie: the same answer scored in another batch is rounded differently.
+    """
+    ties = torch.isclose(scores, others, rtol=1e-4, atol=1e-6)
+    return (scores > others).double().masked_fill(ties, 0.5)
 
 
 def sequence_log_probs(log_probs: Tensor, answer_mask: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.load import load_tokenizer
+from models.load import load_scalar_model, load_tokenizer
+from models.save import save_model
 from models.templates import load_template
 from tests.tiny import tiny_checkpoint
 
@@ -21,6 +22,15 @@ def llama(tmp_path_factory) -> Path:
 def qwen2(tmp_path_factory) -> Path:
     """A tiny language model with another tokenizer and template; read only."""
     return tiny_checkpoint(tmp_path_factory.mktemp("qwen2"), "qwen2", seed=1)
+
+
+@pytest.fixture(scope="package")
+def reward_model(llama, tmp_path_factory) -> Path:
+    """A tiny reward model, saved as step 2 saves it; read only."""
+    folder = tmp_path_factory.mktemp("models") / "reward"
+    tokenizer = load_tokenizer(llama)
+    save_model(load_scalar_model(llama, dtype=torch.float32, seed=3), tokenizer, load_template(llama, tokenizer), folder)
+    return folder
 
 
 class SlowAnswers:

@@ -19,7 +19,7 @@ MISSING = ["--model_name_or_path", "output/missing"]
     [
         ("chat", ["--path", "output/missing"], NO_MODEL),
         ("training.evaluate.reward_scores", MISSING, NO_MODEL),
-        ("training.evaluate.bleu_rouge", [*MISSING, "--data_path", "x", "--output_dir", "x"], NO_MODEL),
+        ("scripts.evaluate", [*MISSING, "--data_path", "x", "--output_dir", "x"], NO_MODEL),
         ("training.evaluate.side_by_side", [f"{MISSING[0]}_{name}={MISSING[1]}" for name in ("baseline", "finetune")], NO_MODEL),
         ("training.evaluate.reward_scores", ["--data_path", "missing.jsonl"], "error: --data_path missing.jsonl: no such file"),
     ],

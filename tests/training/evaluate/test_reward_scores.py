@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from errors import UserError
-from models.load import load_scalar_model, load_tokenizer
-from models.save import save_model
+from models.load import load_tokenizer
 from models.templates import load_template
 from training.evaluate.common import BUILT_IN
 from training.evaluate.reward_scores import encode_pairs, main, read_pairs, summary
@@ -18,15 +17,6 @@ from training.utils.flags.parse import parse
 from training.utils.flags.steps import RewardEvalArguments
 
 PAIRS = BUILT_IN["pairs"]
-
-
-@pytest.fixture(scope="module")
-def reward_model(llama, tmp_path_factory):
-    """A tiny reward model, saved as step 2 saves it."""
-    folder = tmp_path_factory.mktemp("reward")
-    tokenizer = load_tokenizer(llama)
-    save_model(load_scalar_model(llama, dtype=torch.float32, seed=3), tokenizer, load_template(llama, tokenizer), folder)
-    return folder
 
 
 def run(model, output, *words: str) -> dict:

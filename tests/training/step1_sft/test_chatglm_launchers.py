@@ -44,7 +44,7 @@ def test_preprocess_ptuning_evaluate(repository, shared_dir, adgen, tmp_path, mo
     assert len(logged(output, "train/loss")) == 2
 
     words = ["--model_name_or_path", str(output), "--data_path", str(adgen), "--output_dir", str(tmp_path / "scores")]
-    assert "| BLEU-4 |" in succeed("training.evaluate.bleu_rouge", [*words, "--quantization_bit", "4", "--max_target_length", "8"])
+    assert "| BLEU-4 |" in succeed("scripts.evaluate", [*words, "--quantization_bit", "4", "--max_target_length", "8"])
     lines = (tmp_path / "scores/generated_predictions.txt").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line).keys() == {"labels", "predict"} for line in lines] == [True] * 4
 

@@ -3,8 +3,13 @@
 #   bash evaluate_finetune_chatglm2-6b.sh [--model_name_or_path FOLDER] [--data_path AdvertiseGen] [any flag of evaluate]
 # The folder is what run_finetune_chatglm2-6b.sh or run_ptuning_chatglm2-6b.sh wrote. The last of two equal flags wins.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/launch.sh"
-run_module training.evaluate.bleu_rouge \
-    --model_name_or_path output/adgen-chatglm2-6b-ft-1e-4 --data_path AdvertiseGen \
+here=$(dirname "${BASH_SOURCE[0]}") model=output/adgen-chatglm2-6b-ft-1e-4
+source "$here/../../../scripts/launch.sh"
+if [[ " $* " != *" --model"* && " $* " != *" --path"* && " $* " != *" --help"* && ! -d $model ]]; then
+    echo "error: $model is not there; train first with bash $here/../training_scripts/run_finetune_chatglm2-6b.sh," \
+        "or name another folder with --model_name_or_path." >&2
+    exit 2
+fi
+run_module scripts.evaluate --model_name_or_path "$model" --data_path AdvertiseGen \
     --output_dir output/adgen-chatglm2-6b-evaluation \
     --max_source_length 256 --max_target_length 256 "$@"

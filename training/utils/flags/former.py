@@ -178,15 +178,15 @@ RETIRED = (
     FormerFlag(("fp16_opt_level",), ("sft",), 1, "--dtype"),
     FormerFlag(
         ("validation_file", "test_file"), ("sft",), 1,
-        "not read in training, which holds out --eval_fraction of its data; training.step1_sft.evaluate "
+        "not read in training, which holds out --eval_fraction of its data; scripts.evaluate "
         "--data_path FILE scores the answers to a file of its own", "warn",
-        zh="训练时不读取，而是从数据中留出 --eval_fraction；用 training.step1_sft.evaluate --data_path FILE "
+        zh="训练时不读取，而是从数据中留出 --eval_fraction；用 scripts.evaluate --data_path FILE "
         "评估另一个文件的回答",
     ),
     FormerFlag(
         ("do_predict", "predict_with_generate"), ("sft",), 0,
-        "training.step1_sft.evaluate scores the answers of the trained model", "warn",
-        zh="用 training.step1_sft.evaluate 评估训练后模型的回答",
+        "scripts.evaluate scores the answers of the trained model", "warn",
+        zh="用 scripts.evaluate 评估训练后模型的回答",
     ),
     FormerFlag(("do_predict", "predict_with_generate"), ("evaluate",), 0, "always on", "silent", zh="始终开启"),
     FormerFlag(
@@ -197,8 +197,8 @@ RETIRED = (
     FormerFlag(("prefix_projection",), ("evaluate",), 0, "the saved prefix has its form", zh="形式由已保存的前缀决定"),
     FormerFlag(
         ("num_beams", "generation_num_beams"), ("sft", "evaluate"), 1,
-        "training.step1_sft.evaluate answers greedily or, with --do_sample, by sampling; it has no beam search", "warn",
-        zh="training.step1_sft.evaluate 贪心解码，或用 --do_sample 采样；没有束搜索",
+        "scripts.evaluate answers greedily or, with --do_sample, by sampling; it has no beam search", "warn",
+        zh="scripts.evaluate 贪心解码，或用 --do_sample 采样；没有束搜索",
     ),
 )
 

@@ -36,7 +36,7 @@ Args = TypeVar("Args")
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 MODULES = {step.arguments_class: step.module for step in ALL_STEPS} | {
     PromptEvalArguments: "training.evaluate.side_by_side",
-    EvaluateArguments: "training.evaluate.bleu_rouge",
+    EvaluateArguments: "scripts.evaluate",
     RewardEvalArguments: "training.evaluate.reward_scores",
 }
 LAUNCHER_FLAGS = {

@@ -131,24 +131,29 @@ class PromptEvalArguments:
 
 @dataclass(kw_only=True)
 class EvaluateArguments:
-    """evaluate/bleu_rouge.py: answers to the prompts of a data set, scored against the written ones."""
+    """scripts/evaluate: a model, and the one before training beside it, on records of a data set or on tasks of lm-eval."""
 
     section: ClassVar[str] = "evaluate"
     title: ClassVar[str] = "evaluate"
 
-    model_name_or_path: str = flag("The trained model.", common=True, zh="训练所得的模型。")
+    model_name_or_path: str = flag("The trained model.", aliases=("path",), common=True, zh="训练所得的模型。")
     baseline: str | None = flag(
-        "Also evaluate this model, such as the one before training; its metrics stand above.", None, metavar="MODEL",
+        "Also evaluate this model, such as the one before training; its metrics stand beside.", None, metavar="MODEL",
         common=True,
-        zh="同时评估该模型（例如训练前的模型）；其指标列在上面一行。",
+        zh="同时评估该模型（例如训练前的模型）；其指标列在旁边。",
+    )
+    reward_model: str | None = flag(
+        "Score the answers with this reward model, and count how often they win. Prompts need no answers then.", None,
+        metavar="MODEL", common=True,
+        zh="用该奖励模型给回答打分，并统计胜率。此时提示可以没有参考回答。",
     )
     data_path: list[str] = flag(
-        "Data sets with prompts and answers; of a set with a held-out part only that.", common=True,
+        "Data sets with prompts and answers; of a set with a held-out part only that.", [], common=True,
         zh="含提示和回答的数据集；有留出部分时只用留出部分。",
     )
     output_dir: str = flag(
-        "Folder for generated_predictions.txt and metrics.json.", common=True,
-        zh="保存 generated_predictions.txt 和 metrics.json 的文件夹。",
+        "Folder for eval.html, eval.md, eval.json, generated_predictions.txt and metrics.json.", common=True,
+        zh="保存 eval.html、eval.md、eval.json、generated_predictions.txt 和 metrics.json 的文件夹。",
     )
     ptuning_checkpoint: str | None = flag(
         "Folder of a saved prefix to put before the model's texts; not needed where that folder is the model.", None,

@@ -42,7 +42,7 @@ def test_training_scripts(row, spelling, caplog):
     if "prefix" in words:
         assert (args.pre_seq_len, args.quantization_bit) == (128, 4)
     held_out = "--test_file: " if "test" in words.split() else "--validation_file: "
-    assert sum(line.startswith(held_out) and "training.step1_sft.evaluate" in line for line in caplog.messages) == 1
+    assert sum(line.startswith(held_out) and "scripts.evaluate" in line for line in caplog.messages) == 1
 
 
 def test_every_flag_of_the_ptuning_trainer_is_known():

@@ -1,0 +1,1 @@
+"""python -m scripts.evaluate: a model, and the one before training beside it, measured on the same records."""

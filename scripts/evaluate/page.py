@@ -1,0 +1,223 @@
+"""The results of an evaluation for readers: a page, Markdown, a picture. English or Chinese, as the user's locale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from scripts.evaluate.metrics import METRICS
+from training.evaluate.common import write_json
+from training.evaluate.intervals import RESAMPLES
+from training.utils.flags.help import language_of_user
+
+COLOURS = {"written": "#8c959f", "before": "#2a6fb0", "after": "#d1661b"}
+MOST_BINS, MOST_ANSWERS = 24, 24
+WIDTH, HEIGHT, EDGE = 390, 190, 34  # of a histogram, in pixels; EDGE: around it, for what is written there
+WORDS = {
+    "title": ("Evaluation", "评估"),
+    "metric": ("metric", "指标"),
+    "written": ("written answer", "参考回答"),
+    "before": ("before", "训练前"),
+    "after": ("after", "训练后"),
+    "difference": ("difference", "差"),
+    "reward_model": ("reward model", "奖励模型"),
+    "data": ("data", "数据"),
+    "results": ("Results", "结果"),
+    "interval": (
+        "{count} records. In brackets: 95 % intervals, Wilson's for shares, the others by drawing records anew {draws} times.",
+        "{count} 条记录。方括号内为 95 % 置信区间：比例用 Wilson 区间，其余对记录重抽样 {draws} 次。",
+    ),
+    "picture": ("Lengths and scores", "长度与得分"),
+    "tokens": ("Length of answers, tokens", "回答的长度（token）"),
+    "score": ("Score by the reward model", "奖励模型的得分"),
+    "share": ("share of answers", "回答的比例"),
+    "answers": ("Answers", "回答"),
+    "shown": ("{shown} of {count} records, evenly taken.", "{count} 条记录中均匀取出的 {shown} 条。"),
+    "prompt": ("prompt", "提示"),
+    "cut": ("did not end", "没有自行结束"),
+    "scored": ("score {:.3f}", "得分 {:.3f}"),
+}
+
+
+def write_pages(folder: Path, found: Mapping[str, Any], language: str | None = None) -> str:
+    """Write eval.json, eval.svg, eval.md and eval.html. Return the results as a Markdown table, for the terminal.
+
+    found: what eval.json holds. language: "en" or "zh"; the user's by default.
+    """
+    language = language or language_of_user()
+    write_json(folder / "eval.json", found)
+    results = markdown_table(result_table(found, language))
+    head = [
+        f"# {word('title', language)}",
+        "\n".join(f"- {name}: `{what}`" for name, what in subjects(found, language)),
+    ]
+    picture, page = "", []
+    if found["records"]:
+        picture = draw_picture(found, language)
+        (folder / "eval.svg").write_text(picture, encoding="utf-8")
+        note = word("interval", language, count=found["examples"], draws=RESAMPLES)
+        head += [note, results, f"![{word('picture', language)}](eval.svg)"]
+        page = [
+            section(word("results", language), html_table("results", result_table(found, language)), note),
+            section(word("picture", language), picture),
+            answer_section(found, language),
+        ]
+    (folder / "eval.md").write_text("\n\n".join(head) + "\n", encoding="utf-8")
+    (folder / "eval.html").write_text(html_page(found, page, language), encoding="utf-8")
+    return results
+
+
+def word(name: str, language: str, *values: Any, **named: Any) -> str:
+    """Return a word or sentence in a language, with what it says filled in."""
+    return WORDS[name][language == "zh"].format(*values, **named)
+
+
+def subjects(found: Mapping[str, Any], language: str) -> list[tuple[str, str]]:
+    """Return the models and data sets by their names."""
+    rows = [(word(name, language), path) for name, path in found["models"].items()]
+    if found["reward_model"]:
+        rows.append((word("reward_model", language), found["reward_model"]))
+    return rows + [(word("data", language), path) for path in found["data"]]
+
+
+def result_table(found: Mapping[str, Any], language: str) -> list[list[str]]:
+    """Return a head and a row a metric: the models' values with their intervals, and the difference where there are two."""
+    columns = [*found["models"], *(["difference"] if len(found["models"]) > 1 else [])]
+    rows = [[word("metric", language), *(word(column, language) for column in columns)]]
+    for name, row in found["metrics"].items():
+        metric = METRICS[name]
+        cells = [
+            interval(row[column], ("+" if column == "difference" else "") + metric.shown) if column in row else ""
+            for column in columns
+        ]
+        rows.append([metric.title[language == "zh"], *cells])
+    return rows
+
+
+def interval(estimate: Mapping[str, float], shown: str) -> str:
+    """Write a value and its interval."""
+    value, low, high = (format(estimate[name], shown) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown; the first row is its head."""
+    lines = (rows[0], ["---"] * len(rows[0]), *rows[1:])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def draw_picture(found: Mapping[str, Any], language: str) -> str:
+    """Return an SVG with the histograms of lengths, and of scores where there are any."""
+    drawn = []
+    for name in ("tokens", "score"):
+        series = {
+            origin: [row[origin][name] for row in found["records"]]
+            for origin in COLOURS
+            if all(name in row.get(origin, {}) for row in found["records"])
+        }
+        if series:
+            drawn.append(
+                f'<g transform="translate({len(drawn) * WIDTH},0)">{histogram(series, word(name, language), language)}</g>'
+            )
+    size = f'width="{len(drawn) * WIDTH}" height="{HEIGHT}" viewBox="0 0 {len(drawn) * WIDTH} {HEIGHT}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11" fill="#555">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="#fff"/>', *drawn, "</svg>\n"])
+
+
+def histogram(series: Mapping[str, Sequence[float]], title: str, language: str) -> str:
+    """Return the histograms of some series over the same bins, as shares of each series. As many bins as the root of the count."""
+    low = min(min(values) for values in series.values())
+    high = max(max(values) for values in series.values())
+    bins = max(4, min(MOST_BINS, round(sqrt(len(next(iter(series.values())))))))
+    width = (high - low) / bins or 1.0
+    heights: dict[str, list[float]] = {}
+    for name, values in series.items():
+        heights[name] = [0.0] * bins
+        for value in values:
+            heights[name][min(int((value - low) / width), bins - 1)] += 1 / len(values)
+    top = max(max(shares) for shares in heights.values())
+    across, up = (WIDTH - 2 * EDGE) / bins, (HEIGHT - 2 * EDGE) / top
+    foot = HEIGHT - EDGE
+    drawn = [f'<text x="{EDGE}" y="14" font-size="13" fill="#1f2328">{escape(title)}</text>']
+    for name, shares in heights.items():
+        steps = "".join(f"V{foot - share * up:.1f}h{across:.2f}" for share in shares)
+        path = f"M{EDGE},{foot}{steps}V{foot}"
+        drawn.append(
+            f'<path d="{path}" fill="{COLOURS[name]}" fill-opacity="0.15" stroke="{COLOURS[name]}" stroke-width="1.5"/>'
+        )
+    drawn.append(f'<path d="M{EDGE},{foot}H{WIDTH - EDGE}" stroke="#8c959f"/>')
+    drawn.append(f'<text x="{EDGE}" y="{foot + 13}">{low:.3g}</text>')
+    drawn.append(f'<text x="{WIDTH - EDGE}" y="{foot + 13}" text-anchor="end">{low + bins * width:.3g}</text>')
+    drawn.append(f'<text x="{EDGE - 3}" y="{EDGE + 9}" text-anchor="end">{top:.0%}</text>')
+    for place, name in enumerate(series):
+        x = EDGE + place * (WIDTH - 2 * EDGE) / 3
+        drawn.append(
+            f'<text x="{x:.0f}" y="{foot + 28}" fill="{COLOURS[name]}">■ {escape(word(name, language))}</text>'
+        )
+    return "".join(drawn)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 15px/1.55 system-ui, "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", sans-serif; color: #1f2328;
+  background: #f4f5f7; margin: 0 } main { max-width: 74rem; margin: 0 auto; padding: 1.5rem }
+section { background: #fff; border: 1px solid #e1e4e8; border-radius: 8px; padding: 1rem 1.2rem; margin: 1rem 0 }
+h2 { font-size: 1.15rem; margin: 0 0 .6rem } p, small { color: #59636e } svg { max-width: 100% }
+table { border-collapse: collapse; width: 100% } th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0;
+  border-bottom: 1px solid #eceef0 } .results td { font-variant-numeric: tabular-nums }
+.answers { table-layout: fixed } .answers td { white-space: pre-wrap; overflow-wrap: anywhere }
+"""
+
+
+def section(title: str, content: str, note: str = "") -> str:
+    """Return a part of the page."""
+    note = f"<p>{escape(note)}</p>" if note else ""
+    return f"<section><h2>{escape(title)}</h2>{note}{content}</section>"
+
+
+def html_table(kind: str, rows: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table of texts; the first row is its head."""
+    lines = [("th", rows[0]), *(("td", row) for row in rows[1:])]
+    body = ("".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) for tag, cells in lines)
+    return f'<table class="{kind}">{"".join(f"<tr>{line}</tr>" for line in body)}</table>'
+
+
+def html_page(found: Mapping[str, Any], sections: Sequence[str], language: str) -> str:
+    """Return the page that holds the sections."""
+    title = escape(word("title", language))
+    named = "<br>".join(f"{escape(name)}: <code>{escape(what)}</code>" for name, what in subjects(found, language))
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sanbu: {title}</title>'
+    body = "\n".join([f"<h1>{title}</h1><p>{named}</p>", *sections])
+    return f'<!DOCTYPE html>\n<html lang="{language}">{head}<style>{STYLE}</style><main>\n{body}\n</main></html>\n'
+
+
+def answer_section(found: Mapping[str, Any], language: str) -> str:
+    """Return the table of answers side by side, with scores, the records evenly taken."""
+    records = found["records"]
+    shown = records[:: -(-len(records) // MOST_ANSWERS)]
+    origins = [origin for origin in COLOURS if origin in records[0]]
+    rows = [[word("prompt", language), *(word(origin, language) for origin in origins)]]
+    for row in shown:
+        turns = row["messages"]
+        prompt = (
+            turns[0]["content"]
+            if len(turns) == 1
+            else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        )
+        rows.append([prompt, *(answer_cell(row.get(origin, {"text": ""}), language) for origin in origins)])
+    note = word("shown", language, shown=len(shown), count=len(records))
+    return section(word("answers", language), html_table("answers", rows), note)
+
+
+def answer_cell(answer: Mapping[str, Any], language: str) -> str:
+    """Write an answer with its score below it, and whether it was cut off."""
+    notes = [word("scored", language, answer["score"])] if "score" in answer else []
+    notes += [word("cut", language)] if not answer.get("ended", True) else []
+    return answer["text"] + (f"\n({', '.join(notes)})" if notes else "")
