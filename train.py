@@ -40,6 +40,7 @@ from scripts.launch.options import (
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.launch.processes import run_to_end, stoppable
 from steps import METHODS, SECTIONS, step_of
+from training.utils.flags.deepspeed_file import check_keys
 from training.utils.flags.recipe import recipe_file
 from training.utils.run.environment import DONE, check_writable, data_paths, describe_inputs
 from training.utils.run.metrics import format_seconds
@@ -344,6 +345,8 @@ def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
         refuse(absent, f"--deployment-type multi_node needs --hostfile; there is no {hostfile}.")
     elif args.deployment_type != "cpu" and detect_platform().name == "cpu":
         raise UserError(f"--deployment-type {args.deployment_type}: no accelerator found here; use cpu.")
+    for one in arguments:
+        check_keys(one)
     models = dict.fromkeys(str(path) for one in arguments for path in one.models.values())
     tokenizers = {path: load_tokenizer(path) for path in models if Path(path) not in {step.folder for step in chosen}}
     for (first, one), (second, other) in itertools.pairwise(tokenizers.items()):

@@ -1,14 +1,20 @@
-"""What --deepspeed_config brings: read, freed of "auto", and compared with the flags. Imports no torch."""
+"""What --deepspeed_config brings: read, freed of "auto", and compared with the flags. Imports no torch, but check_keys."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import hjson
 
 from errors import UserError, nearest, refuse
+
+logger = logging.getLogger("sanbu")
 
 AUTO = "auto"  # of transformers' files: the trainer fills it in, as the flags do here
 PRECISION = {"fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}  # section -> --dtype
@@ -28,6 +34,7 @@ OWNED = {
     "scheduler.params.warmup_min_lr": [0],
     "scheduler.params.warmup_num_steps": "num_warmup_steps",
     "scheduler.params.warmup_type": ["linear"],
+    "scheduler.params.last_batch_iteration": [-1],
     "scheduler.params.total_num_steps": "max_steps",
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "{micro}",
@@ -42,33 +49,12 @@ TYPES = {  # in the file -> in the flags; DeepSpeed's Adam decays weights as Ada
     "warmupdecaylr": ("linear",),
     "warmupcosinelr": ("cosine",),
 }
-# All that DeepSpeed 0.14 to 0.19 reads; it ignores another key without a word, or ends in a traceback.
-KEYS = (
-    "activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type "
-    "compile compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last "
-    "datastates_ckpt disable_allgather disable_python_gc dump_state eigenvalue elasticity expert_parallel flops_profiler "
-    "fp16 fp32_allreduce gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor "
-    "graph_harvesting hybrid_engine log_level managed_gradient_accumulation memory_breakdown nebula optimizer pipeline "
-    "prescale_gradients progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type "
-    "sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size "
-    "train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb "
-    "weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"
-)
-ZERO_KEYS = (
-    "allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients cpu_offload "
-    "cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks "
-    "gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights "
-    "log_trace_cache_warnings max_live_parameters max_reuse_distance memory_efficient_linear mics_shard_size "
-    "mics_hierarchical_params_gather model_persistence_threshold module_granularity_threshold offload_optimizer "
-    "offload_param overlap_comm override_module_apply param_persistence_threshold parameter_alignment "
-    "pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients "
-    "save_muon_momentum_buffer_in_memory stage stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save "
-    "stage3_gather_fp16_weights_on_model_save stage3_max_live_parameters stage3_max_reuse_distance "
-    "stage3_model_persistence_threshold stage3_module_granularity_threshold stage3_param_persistence_threshold "
-    "stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params "
-    "use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size zero_quantized_gradients "
-    "zero_quantized_nontrainable_weights zero_quantized_weights zeropp_loco_param"
-)
+PARALLEL = ("tensor_parallel", "expert_parallel", "sequence_parallel_size", "hybrid_engine")  # they change the model itself
+WITHOUT_EFFECT = {  # in the steps, which make their batches and their graph themselves
+    "activation_checkpointing": "; --gradient_checkpointing recomputes activations",
+    **dict.fromkeys(("autotuning", "compile", "data_efficiency", "dataloader_drop_last", "pipeline"), ""),
+}
+POSITIVE = ("steps_per_print", "gradient_predivide_factor")  # DeepSpeed divides by them
 
 
 def read_deepspeed_config(path: str | None) -> dict[str, Any]:
@@ -80,13 +66,13 @@ def read_deepspeed_config(path: str | None) -> dict[str, Any]:
 
 
 def read_file(path: str | None) -> dict[str, Any]:
-    """Return the content of --deepspeed_config without what is "auto", {} for None. Raises UserError for a file that cannot be
-    read, that has another form, or that holds keys or numbers which do not exist.
+    """Return the content of --deepspeed_config without what is "auto" and without comments, {} for None. Raises UserError for
+    a file that cannot be read, that has another form, a key twice, or a number that is not finite.
     """
     if not path:
         return {}
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = loads(Path(path).read_text(encoding="utf-8"), path)
     except OSError as error:
         raise UserError(f"--deepspeed_config {path}: {error.strerror}; name an existing JSON file.") from error
     except json.JSONDecodeError as error:
@@ -100,18 +86,36 @@ def read_file(path: str | None) -> dict[str, Any]:
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f'{path}: "{key}" must be an object of DeepSpeed keys, found {json.dumps(config[key])[:40]}.')
     for where, value in places(config):
-        refuse(isinstance(value, float) and not math.isfinite(value), f'{path}: "{where}" is {value}; give a finite number.')
-    for known, section, inside in ((KEYS, config, ""), (ZERO_KEYS, config.get("zero_optimization", {}), "zero_optimization.")):
-        for key in section.keys() - set(known.split()):
-            near = nearest(key, known.split())
-            hint = f'did you mean "{near}"?' if near else "remove it."
-            raise UserError(f'{path}: "{inside}{key}" is no key of DeepSpeed; {hint}')
+        numbers = value if isinstance(value, list) else [value]
+        infinite = any(isinstance(one, float) and not math.isfinite(one) for one in numbers)
+        refuse(infinite, f'{path}: "{where}" is {json.dumps(value)}; give finite numbers.')
     return config
 
 
+def loads(text: str, path: str) -> Any:
+    """Return the content of a JSON text, which may have the comments and last commas that DeepSpeed's own reader takes.
+
+    Raises JSONDecodeError, and UserError for a key that stands twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        refuse(twice is not None, f'{path}: "{twice}" stands twice in one section; keep one of the two.')
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError:
+        with suppress(hjson.HjsonDecodeError):
+            return hjson.loads(text, object_pairs_hook=once)
+        raise
+
+
 def without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """Return a section without the keys that are "auto" and without the sections that have nothing else."""
-    kept = {key: without_auto(value) if isinstance(value, dict) else value for key, value in section.items()}
+    """Return a section without the keys that are "auto", those of comments ("_comment"), and sections that have nothing else."""
+    named = {key: value for key, value in section.items() if not key.startswith(("_", "//", "#"))}
+    kept = {key: without_auto(value) if isinstance(value, dict) else value for key, value in named.items()}
     return {key: value for key, value in kept.items() if value not in (AUTO, {})}
 
 
@@ -130,21 +134,27 @@ def check_owned(args: Any, prefixes: list[str]) -> None:
     prefixes: what stands before the names of each model's flags ("", or "actor_" and "critic_").
     """
     path, config = args.deepspeed_config, read_file(args.deepspeed_config)
+    for key in PARALLEL:
+        refuse(key in config, f'{path}: "{key}" changes the model, and the steps train it whole or by ZeRO; remove it.')
+    for key, instead in WITHOUT_EFFECT.items():
+        used = config.get(key)
+        if used and not (isinstance(used, dict) and used.get("enabled") is False):
+            logger.warning('%s: "%s" has no effect in the steps%s.', path, key, instead)
     for where, value in places({key: config[key] for key in config if any(place.split(".")[0] == key for place in OWNED)}):
         refuse(where not in (*OWNED, *FREE), f'{path}: "{where}" has no flag here; remove it.')
-        flag = OWNED.get(where, [value])
+        flag, found = OWNED.get(where, [value]), f'{path}: "{where}" is {json.dumps(value)}'
         if isinstance(flag, list):
-            refuse(value not in flag, f'{path}: "{where}" is {value}, and the steps have {flag[0]} alone; remove it.')
+            refuse(value not in flag, f"{found}, and the steps have {json.dumps(flag[0])} alone; remove it.")
             continue
         micro = "per_device_training_batch_size" if args.section == "ppo" else "per_device_train_batch_size"
         for role in prefixes:
             names = flag.format(role=role, micro=micro).split()
             asked = [getattr(args, name) for name in names]
             said = " ".join(f"--{name} {number}" for name, number in zip(names, asked, strict=True))
-            refuse(
-                not equal(where, value, asked),
-                f'{path}: "{where}" is {value}, and the flags say {said}; remove the key, or give the flag the value you want.',
-            )
+            unknown = where.endswith(".type") and str(value).lower() not in TYPES
+            refuse(unknown, f"{found}, which --{names[0]} does not have; remove the section.")
+            way_out = "remove the key, or give the flag the value you want"
+            refuse(not equal(where, value, asked), f"{found}, and the flags say {said}; {way_out}.")
 
 
 def equal(where: str, value: Any, asked: list[Any]) -> bool:
@@ -181,8 +191,8 @@ def check_stage(path: str | None, stages: dict[str, int | str]) -> None:
     for prefix, flag in stages.items():
         if stage is not None and stage != flag:
             raise UserError(
-                f'{path}: "stage" {stage} contradicts --{prefix}zero_stage {flag}; remove the key and give the stage you want '
-                f"by --{prefix}zero_stage."
+                f'{path}: "stage" {json.dumps(stage)} contradicts --{prefix}zero_stage {flag}; remove the key and give the '
+                f"stage you want by --{prefix}zero_stage."
             )
 
 
@@ -194,9 +204,119 @@ def check_precision(path: str | None, dtype: str) -> None:
     config = read_deepspeed_config(path)
     for section, name in PRECISION.items():
         enabled = config.get(section, {}).get("enabled")
-        if enabled is not None and bool(enabled) != (name == dtype):
+        given = f'{path}: "{section}.enabled" is {json.dumps(enabled)}'
+        refuse(enabled is not None and not isinstance(enabled, bool), f"{given}; give true or false.")
+        if enabled is not None and enabled != (name == dtype):
             said = "on" if enabled else "off"
             raise UserError(
                 f'{path}: the section "{section}" is switched {said}, and the run computes in {dtype}; remove "enabled" and '
                 "choose by --dtype."
             )
+
+
+class Asked(dict):
+    """A section that remembers the keys that were asked for, with the defaults that came with the question."""
+
+    def __init__(self, section: dict[str, Any]) -> None:
+        super().__init__({key: Asked(value) if isinstance(value, dict) else value for key, value in section.items()})
+        self.asked: dict[str, Any] = {}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Answer as dict.get."""
+        self.asked[key] = default
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.setdefault(key, None)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: Any) -> bool:
+        self.asked.setdefault(key, None)
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # without a method of its own ``**section`` would copy the values and ask for none
+
+    def keys(self) -> Any:
+        """Return the section itself: ``in`` over its keys is a question too."""
+        return self
+
+
+def check_keys(args: Any) -> None:
+    """Raise UserError for a key of --deepspeed_config that the installed DeepSpeed does not know, or a value that it cannot use.
+
+    Its pydantic models check some sections. It passes over unknown keys everywhere else: known are those that it asks for.
+    Imports DeepSpeed: call it after models.device.detect_platform, which chooses DeepSpeed's accelerator.
+    """
+    path = args.deepspeed_config
+    stages = {value for name, value in vars(args).items() if name.endswith("zero_stage") and value != AUTO}
+    for key, value in read_deepspeed_config(path).items():
+        for stage in stages or {1}:
+            config = read_by_deepspeed(path, key, value, stage)
+        check_value(path, key, config, key)
+        section = config[key]
+        for inside in section if isinstance(section, Asked) and section.asked else ():
+            check_value(path, f"{key}.{inside}", section, inside)
+
+
+def read_by_deepspeed(path: str, key: str, value: Any, stage: int) -> Asked:
+    """Return a config that holds one key of the file, after DeepSpeed has read it. Raises UserError with DeepSpeed's reason."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    config = Asked({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, key: value})
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the engine says the same when it is built
+    try:
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, dict.fromkeys((key, *first["loc"]))))  # the monitors' own path begins with the key
+        if first["type"] == "extra_forbidden":
+            refuse_unknown(path, where, model_fields())
+        raise UserError(f'{path}: "{where}" is {json.dumps(first["input"])[:60]}; {as_clause(first["msg"].lower())}.') from error
+    except Exception as error:  # its own errors, and what becomes of a value where it expects a section
+        form = isinstance(error, (AttributeError, TypeError)) and not isinstance(value, dict)
+        refuse(form, f'{path}: "{key}" must be an object of DeepSpeed keys, found {json.dumps(value)[:40]}.')
+        raise UserError(f'{path}: "{key}" does not suit the installed DeepSpeed: {as_clause(str(error))}.') from error
+    finally:
+        logging.disable(disabled)
+    return config
+
+
+def as_clause(message: str) -> str:
+    """Return a library's message as the end of a sentence."""
+    return " ".join(message.split()).rstrip(".")
+
+
+def model_fields() -> set[str]:
+    """Return the names of all fields in DeepSpeed's pydantic models."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    fields = [item for model in DeepSpeedConfigModel.__subclasses__() for item in model.model_fields.items()]
+    return {name for name, _ in fields} | {field.alias for _, field in fields if field.alias}
+
+
+def refuse_unknown(path: str, where: str, known: Iterable[str]) -> NoReturn:
+    """Raise UserError for a key that DeepSpeed does not know."""
+    key = where.rpartition(".")[2]
+    near = nearest(key, set(known) - {key})
+    hint = f'did you mean "{near}"?' if near else "remove it."
+    raise UserError(f'{path}: "{where}" is no key of the installed DeepSpeed; {hint}')
+
+
+def check_value(path: str, where: str, section: Asked, key: str) -> None:
+    """Raise UserError if DeepSpeed did not ask for a key, or asked with a default of another type."""
+    if key not in section.asked:
+        refuse_unknown(path, where, section.asked)
+    default, value = section.asked[key], section[key]
+    found = f'{path}: "{where}" is {json.dumps(value)[:60]}'
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if key in POSITIVE:
+        refuse(not number or value <= 0, f"{found}; give a number above 0.")
+    elif isinstance(default, bool):
+        refuse(not isinstance(value, bool), f"{found}; give true or false.")
+    elif isinstance(default, (int, float)):
+        refuse(not number or value < min(default, 0), f"{found}; give a number from {min(default, 0):g} up.")
+    elif isinstance(default, str):
+        refuse(not isinstance(value, str), f"{found}; give a text.")

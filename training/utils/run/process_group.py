@@ -31,6 +31,7 @@ from models.device import (
     seed_device,
     set_device,
 )
+from training.utils.flags.deepspeed_file import check_keys
 from training.utils.run import heartbeat
 from training.utils.run.deepspeed_internals import forget_shared_memory_collectives
 from training.utils.run.environment import DONE, check_writable, describe_inputs
@@ -64,11 +65,12 @@ class Run:
 
     @classmethod
     def start(cls, args) -> Run:
-        """Open the run of a step. Raises UserError for a device, dtype or output folder that cannot be used, for the last two
-        on all nodes with the name of the one that is in trouble.
+        """Open the run of a step. Raises UserError for a device, DeepSpeed file, dtype or output folder that cannot be used, for
+        the last two on all nodes with the name of the one that is in trouble.
         """
         started = time.monotonic()
         platform = detect_platform()
+        check_keys(args)
         rank, local_rank, world_size = join_process_group(platform)
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
