@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from errors import CommandLine, UserError, refuse, told
+from scripts.done import differences, done_otherwise, read_done
 from scripts.launch.__main__ import passed_on
 from scripts.launch.checks import check_data, step_arguments
 from scripts.launch.commands import Environment, build_command, build_environment, flags_of
@@ -42,13 +41,12 @@ from scripts.launch.processes import run_to_end, stoppable
 from steps import METHODS, SECTIONS, step_of
 from training.utils.flags.deepspeed_file import check_keys
 from training.utils.flags.recipe import recipe_file
-from training.utils.run.environment import DONE, check_writable, data_paths, describe_inputs
+from training.utils.run.environment import DONE, check_writable
 from training.utils.run.metrics import format_seconds
 
 ROOT = Path(__file__).resolve().parent
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")  # stand for facebook/opt-SIZE
 DEPLOYMENTS = tuple(load_platforms())
-COMPARED = ("max_steps", "num_train_epochs", "reward_endpoint")  # they may differ in a run that is resumed, not in one that is done
 
 
 @dataclass
@@ -258,44 +256,6 @@ def environment(args: argparse.Namespace) -> Environment:
 # --- may it run? ------------------------------------------------------------------------------------------------------
 
 
-def read_done(step: Step) -> dict[str, Any] | None:
-    """Return what the step wrote when it had ended well; None if it has not."""
-    try:
-        return json.loads((step.folder / DONE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def differences(step: Step, done: dict[str, Any]) -> list[str]:
-    """Return what a finished step was made with that is not asked for now: flags, the recipe's too, data files, code.
-
-    Facts that it did not write down are not compared. A flag that is "auto" now was settled by the run.
-    """
-    args = step_arguments(step_of(step.section), step.flags)
-    asked, flags = json.loads(json.dumps(asdict(args), default=str)), done.get("flags", {})
-    names = [one.name for one in fields(args) if one.metadata["resume"] != "free" or one.name in COMPARED]
-    changed = [name for name in names if name in flags and asked[name] != "auto"]
-    changed = [name for name in changed if as_paths(asked[name]) != as_paths(flags[name])]
-    found = [f"--{name} is {shown(asked[name])} now and was {shown(flags[name])}" for name in changed]
-    inputs = describe_inputs(args)
-    if not {"data_path", "sft_only_data_path"} & set(changed):
-        triples = zip(data_paths(args), done.get("data", []), inputs["data"], strict=False)
-        found += [f"{path} has another content now" for path, old, new in triples if old and new and old != new]
-    return found + ["the program's code is another now"] * (done.get("code", inputs["code"]) != inputs["code"])
-
-
-def as_paths(value: Any) -> Any:
-    """Return a flag's value with its texts as absolute paths: ./a.json is a.json."""
-    if isinstance(value, list):
-        return [as_paths(one) for one in value]
-    return Path.cwd() / value if isinstance(value, str) else value
-
-
-def shown(value: Any) -> str:
-    """Return a flag's value as a command line has it."""
-    return shlex.join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def choose(steps: list[Step], args: argparse.Namespace) -> list[Step]:
     """Return the steps that are not done, or whose inputs are made anew. Print which ones are skipped.
 
@@ -306,11 +266,11 @@ def choose(steps: list[Step], args: argparse.Namespace) -> list[Step]:
     for step in steps:
         if step.needs.keys() & {other.number for other in chosen}:
             chosen.append(replace(step, flags=[flag for flag in step.flags if flag != "--resume"]))
-        elif args.force or (done := read_done(step)) is None:
+        elif args.force or (done := read_done(step.folder)) is None:
             chosen.append(step)
         else:
-            different = "; ".join(differences(step, done))
-            others += [f"{step.title} in {step.folder} was done otherwise: {different}."] if different else []
+            different = differences(step_arguments(step_of(step.section), step.flags), done)
+            others += [done_otherwise(step.title, step.folder, different)] if different else []
             note = f"kept although {different}" if different else "--force runs it again"
             if args.keep or not different:
                 print(f"{'# ' if args.dry_run else ''}{step.title} is done: {step.folder} ({note})", flush=True)

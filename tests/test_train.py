@@ -376,7 +376,7 @@ def test_a_step_done_with_other_data_flags_recipe_or_code_is_not_taken_for_done(
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "c"}\n')
     assert "data.jsonl has another content now." in result()[2]
     assert result("--force")[0] == 0
-    monkeypatch.setattr(train, "describe_inputs", lambda args: describe_inputs(args) | {"code": "changed"})
+    monkeypatch.setattr("scripts.done.describe_inputs", lambda args: describe_inputs(args) | {"code": "changed"})
     assert "was done otherwise: the program's code is another now." in result()[2]
     # Folders of earlier versions say nothing of data and code.
     done = tmp_path / "out/actor-models/actor/sanbu_done.json"

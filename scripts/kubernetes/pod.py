@@ -5,8 +5,9 @@
     python -m scripts.pod download --model facebook/opt-1.3b --dataset Dahoas/rm-static
 
 `run` starts every step as LAUNCHER MODULE --config RECIPE --resume …; the words after -- are the launcher, with $NAME
-filled in from the environment. A step that has ended well left sanbu_done.json in its folder and is skipped. All pods
-of a job run the same command and see the same folders, so all agree on what is done.
+filled in from the environment. A step that has ended well left sanbu_done.json in its folder and is skipped. If it was
+done with other flags, data or code than are asked for now, nothing starts. All pods of a job run the same command and
+see the same folders, so all agree on what is done.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, told
-from steps import STEPS
+from errors import UserError, refuse, told
+from scripts.done import differences, done_otherwise, read_done
+from scripts.launch.checks import step_arguments
+from steps import STEPS, Step
 from training.utils.flags.recipe import Recipe
 from training.utils.run.environment import DONE
 
@@ -106,25 +109,51 @@ def signal_step(launcher: subprocess.Popen, number: int) -> None:
         launcher.send_signal(number)
 
 
+def flags_of_step(args: argparse.Namespace) -> list[str]:
+    """Return the flags that every step gets behind its module."""
+    return ["--config", args.recipe, *USUAL_FLAGS, *shlex.split(args.flags)]
+
+
+def check_done(steps: list[Step], recipe: Recipe, args: argparse.Namespace) -> None:
+    """Raise UserError for steps that were done with other flags, data or code than asked, unless --keep is given."""
+    others = []
+    for step in steps:
+        folder = Path(recipe.output(step.section))
+        if (done := read_done(folder)) and (different := differences(step_arguments(step, flags_of_step(args)), done)):
+            others.append(done_otherwise(f"step {step.choice} ({step.section})", folder, different))
+    way_out = "Delete the folder to train again; --keep goes on with what is there, another output_dir leaves it alone."
+    refuse(others and not args.keep, f"{' '.join(others)} {way_out}")
+
+
+def is_done(marker: Path, inputs: list[str]) -> bool:
+    """Return whether a step has its marker, and no marker of a step whose model it read is newer."""
+    markers = [one for one in (Path(folder) / DONE for folder in inputs) if one.is_file()]
+    return marker.is_file() and all(one.stat().st_mtime <= marker.stat().st_mtime for one in markers)
+
+
 def run(args: argparse.Namespace, launcher: list[str]) -> int:
     """Run the steps in order. Return the first exit code that is not 0."""
-    recipe = Recipe.read(args.recipe)
-    for step in (STEP_OF[choice] for choice in args.step):
+    recipe, steps = Recipe.read(args.recipe), [STEP_OF[choice] for choice in args.step]
+    check_done(steps, recipe, args)
+    for step in steps:
         marker = Path(recipe.output(step.section)) / DONE
         label = f"step {step.choice} ({step.section})"
-        if marker.is_file():
+        if is_done(marker, recipe.inputs(step.section)):
             print(f"{label} is done: {marker.parent} (remove {marker} to run it again)", flush=True)
             continue
         wait_for(recipe.inputs(step.section), args.wait_minutes * 60)
         words = [os.path.expandvars(word) for word in launcher]
-        command = [*words, step.module, "--config", args.recipe, *USUAL_FLAGS, *shlex.split(args.flags)]
+        # A step that ended before its input was made anew begins anew: its checkpoints belong to the old models.
+        flags = [flag for flag in flags_of_step(args) if not marker.is_file() or flag != "--resume"]
+        ended = marker.stat().st_mtime if marker.is_file() else 0.0
+        command = [*words, step.module, *flags]
         print(f"{label} -> {marker.parent}\n{shlex.join(command)}", flush=True)
         code = launch(command)
         if code:
             print(f"error: {label} ended with exit code {code}.", file=sys.stderr, flush=True)
             return code
         deadline = time.monotonic() + args.patience
-        while not marker.is_file():
+        while not marker.is_file() or marker.stat().st_mtime <= ended:
             if time.monotonic() > deadline:  # DeepSpeed's launcher ends with 0 when a signal has killed its child
                 print(f"error: {label} did not write {marker}, so it did not come to its end.", file=sys.stderr, flush=True)
                 return 1
@@ -166,6 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--recipe", required=True, help="YAML with sections sft, reward, ppo")
     one.add_argument("--step", nargs="+", required=True, choices=tuple(STEP_OF), help="steps, in this order")
     one.add_argument("--wait-minutes", type=float, default=0, help="how long the step before may still take (default: 0)")
+    one.add_argument("--keep", action="store_true", help="go on with steps that were done with other flags, data or code")
     one.add_argument("--flags", default="", help="more flags of the steps, as one quoted string")
     one.add_argument("--patience", type=float, default=PATIENCE, help=argparse.SUPPRESS)
     one = commands.add_parser("wait", help=f"wait until the folders have their {DONE}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import yaml
 
 from scripts.kubernetes import __main__ as k8s
 from scripts.kubernetes import pod
-from training.utils.run.environment import DONE
+from training.utils.flags.parse import parse
+from training.utils.flags.steps import SFTArguments
+from training.utils.run.environment import DONE, describe_inputs
 
 RECIPE = {
     "sft": {"model_name_or_path": "facebook/opt-125m", "output_dir": "out/sft"},
@@ -73,8 +76,27 @@ def test_three_steps_run_in_order_and_only_once(work, monkeypatch, capsys):
     assert all(call[0] == "--node=3" and call[2:] == [*usual, "--max_steps", "4", "--output_dir", "a b"] for call in log(work))
     (work / "out/reward" / DONE).unlink()
     assert run("1", "2", "3") == 0  # a pod that starts again
-    assert [call[1] for call in log(work)][3:] == ["training.step2_reward.main"]
-    assert capsys.readouterr().out.count("is done") == 2
+    again = log(work)[3:]  # and PPO, which was trained on the old reward model: from the start, checkpoints of it are old too
+    assert [(call[1], "--resume" in call) for call in again] == [(modules[1], True), (modules[2], False)]
+    assert capsys.readouterr().out.count("is done") == 1
+    assert run("1", "2", "3") == 0 and len(log(work)) == 5
+
+
+def test_a_step_done_with_other_flags_or_data_is_not_taken_for_done(work, capsys):
+    (work / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (work / "recipe.yaml").write_text(yaml.safe_dump({"sft": {**RECIPE["sft"], "data_path": ["pairs.jsonl"]}}))
+    assert run("1") == 0
+    args = parse(SFTArguments, ["--config", "recipe.yaml", "--resume", "--enable_tensorboard"])
+    done = json.dumps({"flags": asdict(args), **describe_inputs(args)}, default=str)  # as a real run writes it
+    (work / "out/sft" / DONE).write_text(done)
+    assert run("1") == 0 and "is done" in capsys.readouterr().out
+    assert run("1", more=("--flags=--learning_rate 3e-4 --logging_steps 7",)) == 2
+    said = capsys.readouterr().err
+    assert "step 1 (sft) in out/sft was done otherwise: --learning_rate is 0.0003 now and was" in said and said.count("\n") == 1
+    assert "Delete the folder to train again; --keep goes on" in said and "--logging_steps" not in said
+    (work / "pairs.jsonl").write_text('{"prompt": "a", "response": "c"}\n')
+    assert run("1") == 2 and "pairs.jsonl has another content now" in capsys.readouterr().err
+    assert run("1", more=("--keep",)) == 0 and len(log(work)) == 1
 
 
 @pytest.mark.parametrize("what, code, calls", [("fail in reward", 7, 2), ("no marker", 1, 1), ("kill", 137, 1)])

@@ -138,8 +138,8 @@ ZERO = '{"zero_optimization": {%s}}'
     ("content", "sentence"),
     [
         ('{"gradient_cliping": 1}', '"gradient_cliping" is no key of the installed DeepSpeed; did you mean "gradient_clipping"?'),
-        ('{"flops_profilr": {}, "cuda_visible_devices": "0"}', '"cuda_visible_devices" is no key of the installed DeepSpeed; remove'),
-        (ZERO % '"overlap_com": true', '"zero_optimization.overlap_com" is no key of the installed DeepSpeed; did you mean "overlap_'),
+        ('{"cuda_visible_devices": "0"}', '"cuda_visible_devices" is no key of the installed DeepSpeed; remove it'),
+        (ZERO % '"overlap_com": true', '"zero_optimization.overlap_com" is no key of the installed DeepSpeed; did you'),
         (ZERO % '"offload_param": {"devise": "cpu"}', '"zero_optimization.offload_param.devise" is no key of the installed'),
         ('{"fp16": {"opt_level": "O2"}}', '"fp16.opt_level" is no key of the installed DeepSpeed; remove it'),
         ('{"fp16": {"overlap_comm": true}}', '"fp16.overlap_comm" is no key of the installed DeepSpeed; remove it'),
