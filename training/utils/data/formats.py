@@ -42,9 +42,10 @@ ALIASES = {
     **dict.fromkeys(("query", "问题", "提问"), "prompt"),
     **dict.fromkeys(("completion", "回答", "答案"), "response"),
     **dict.fromkeys(("rejected_response", "rejected_messages"), "rejected"),
+    **dict.fromkeys(("chosen_response", "chosen_messages"), "chosen"),
     **dict.fromkeys(("scores", "rating", "ratings", "reward", "rewards"), "score"),
     **{"conversation": "conversations", "指令": "instruction", "输入": "input", "输出": "output"},
-    **{"系统": "system", "历史": "history"},
+    **{"系统": "system", "system_prompt": "system", "历史": "history"},
 }
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
 ANSWER_LIKE = {"answer", "answers", "output", "target", "reply", "label", "text", "summary"}
@@ -298,6 +299,13 @@ def _instruction_output(row: Fields) -> list[Record | Skip]:
     return _answered(instruction(row), [assistant_turn(text(row["output"], "output", strip=False))])
 
 
+def _instruction_response(row: Fields) -> list[Record | Skip]:
+    """Read the form of dolly-15k, where "context" is what the instruction works on."""
+    given = [row[name] for name in ("input", "context") if row.get(name)]
+    named = [text(one, "context") for one in given]
+    return _instruction_output(row | {"output": row["response"], "input": "\n".join(named)})
+
+
 def _answered(asked: list[Message], turns: list[Message]) -> list[Record | Skip]:
     if is_empty(turns[-1]):
         raise Skip("an empty answer")
@@ -376,6 +384,7 @@ FORMATS: tuple[Format, ...] = (
     Format(("conversations",), lambda row: dialogue(_turns(row, "conversations"), _tools(row)), TOOLS, judged=True),
     Format(("prompt", "response"), _prompt_response, (*EARLIER, "score"), "history", judged=True),
     Format(("instruction", "output"), _instruction_output, (*EARLIER, "input", "score"), "history", judged=True),
+    Format(("instruction", "response"), _instruction_response, (*EARLIER, "input", "context", "score"), "history", judged=True),
     Format(("content", "summary"), lambda row: question_answer(row, "content", "summary")),
     Format(("prompt", "queries", "answers"), lambda row: mkqa(row, "en", row["prompt"])),
     Format(("prompt",), lambda row: [record(_asked(row))], EARLIER),
@@ -445,12 +454,19 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(one)
 
 
+QUESTION = re.compile("question|query|prompt|instruction|input|request|ask|问|指令|输入", re.IGNORECASE)
+ANSWER = re.compile("answer|response|output|reply|target|completion|summary|solution|chosen|good|better|win|答|输出", re.IGNORECASE)
+WORSE = re.compile("neg|bad|reject|worse|lose|other|_k$|差", re.IGNORECASE)
+
+
 def suggested_columns(row: Fields) -> str:
-    """Return what --columns could be for the texts of a row, as an example."""
-    others = [name for name, value in row.items() if isinstance(value, str) and name not in NO_CONTENT | set(OUR_NAMES)]
-    asked = [] if "prompt" in row or "instruction" in row or not others else [f"prompt={others.pop(0)}"]
-    bad = re.compile("neg|bad|reject|worse|lose|other|差", re.IGNORECASE)
-    answers = sorted(others, key=lambda name: bad.search(name) is not None)[:2]
-    ours = ("chosen", "rejected") if len(answers) > 1 else ("response",)
-    named = [f"{ours}={theirs}" for ours, theirs in zip(ours, answers, strict=False)]
-    return ",".join([*asked, *named]) if named else "prompt=question,response=answer"
+    """Return what --columns could be for the texts of a row, by their names; an example where these do not say enough."""
+    texts = [name for name, value in row.items() if isinstance(value, str) and name not in NO_CONTENT]
+    asked = next((name for name in texts if QUESTION.search(name) and not ANSWER.search(name)), None)
+    others = [name for name in texts if name != asked]
+    worse = next((name for name in others if WORSE.search(name)), None)
+    better = next((name for name in others if name != worse and (worse or ANSWER.search(name))), None)
+    if not asked or not better:
+        return "prompt=question,response=answer"
+    columns = {"prompt": asked} | ({"chosen": better, "rejected": worse} if worse else {"response": better})
+    return ",".join(f"{ours}={theirs}" for ours, theirs in columns.items() if ours != theirs)

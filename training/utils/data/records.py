@@ -309,7 +309,7 @@ def unknown_fields(row: Fields) -> str:
     """Say what is wrong with the fields of a row that fits no format."""
     if not row:
         return "an empty record, {}; remove it, or give it fields (docs/en/own-data.md)."
-    fields = ", ".join(row)
+    fields = ", ".join([*islice(row, 8), "…"] if len(row) > 8 else row)
     if {"text", "label"} <= set(row):
         return (
             f"labelled texts (fields {fields}) are no dialogues, and no step trains on labels; "

@@ -144,6 +144,8 @@ def read_item(value: Any, field: str) -> list[Message]:
         pairs = [pair for one in ("system", "user", "assistant") for pair in named if pair[0] == one]
         if "assistant" in dict(named) and len(dict(named)) == len(pairs) == len(named):
             return [turn_of(one, content, value, field) for one, content in pairs]
+    if role is None:
+        raise BadRecord(f'field "{field}" has a message without "role" (found: {", ".join(map(str, value)) or "nothing"})')
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise BadRecord(f'field "{field}" has the role {role!r}, expected one of {", ".join(sorted(ROLES))}')
     content = next((value[name] for name in TEXT_NAMES if value.get(name) is not None), None)

@@ -92,6 +92,12 @@ FORMATS = {
         [rec(turns("Q1", "A1", "Q2"), "best", "worst")],
     ),
     "alpaca": ({"instruction": "Add", "input": "1+1", "output": "2"}, [rec(turns("Add\n1+1"), "2")]),
+    "dolly": ({"instruction": "Add", "context": "1+1", "response": "2", "category": "qa"}, [rec(turns("Add\n1+1"), "2")]),
+    "whole dialogues under longer names": (
+        {"chosen_messages": A_OR_B_AFTER_HI["chosen"], "rejected_messages": A_OR_B_AFTER_HI["rejected"]},
+        a_or_b("Hi"),
+    ),
+    "system_prompt": ({"system_prompt": "S", "prompt": "Q", "response": "A"}, [rec(turns("system: S", "Q"), "A")]),
     "alpaca with history and system": (
         {"instruction": "Q2", "input": "", "output": "A2", "history": [["Q1", "A1"]], "system": "S"},
         TWO_TURNS_WITH_SYSTEM,
