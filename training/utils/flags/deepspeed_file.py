@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -276,6 +276,7 @@ def read_by_deepspeed(path: str, key: str, value: Any, stage: int) -> Asked:
             refuse_unknown(path, where, model_fields())
         raise UserError(f'{path}: "{where}" is {json.dumps(first["input"])[:60]}; {as_clause(first["msg"].lower())}.') from error
     except Exception as error:  # its own errors, and what becomes of a value where it expects a section
+        check_value(path, key, config, key)
         form = isinstance(error, (AttributeError, TypeError)) and not isinstance(value, dict)
         refuse(form, f'{path}: "{key}" must be an object of DeepSpeed keys, found {json.dumps(value)[:40]}.')
         raise UserError(f'{path}: "{key}" does not suit the installed DeepSpeed: {as_clause(str(error))}.') from error
@@ -297,10 +298,10 @@ def model_fields() -> set[str]:
     return {name for name, _ in fields} | {field.alias for _, field in fields if field.alias}
 
 
-def refuse_unknown(path: str, where: str, known: Iterable[str]) -> NoReturn:
+def refuse_unknown(path: str, where: str, known: Collection[str]) -> NoReturn:
     """Raise UserError for a key that DeepSpeed does not know."""
     key = where.rpartition(".")[2]
-    near = nearest(key, set(known) - {key})
+    near = None if key in known else nearest(key, known)  # it is a key of another section
     hint = f'did you mean "{near}"?' if near else "remove it."
     raise UserError(f'{path}: "{where}" is no key of the installed DeepSpeed; {hint}')
 

@@ -151,7 +151,7 @@ ZERO = '{"zero_optimization": {%s}}'
         ('{"wall_clock_breakdown": "false"}', '"wall_clock_breakdown" is "false"; give true or false'),
         ('{"flops_profiler": {"top_modules": -3}}', '"flops_profiler.top_modules" is -3; give a number from 0 up'),
         ('{"flops_profiler": {"profile_step": true}}', '"flops_profiler.profile_step" is true; give a number from 0 up'),
-        (ZERO % '"reduce_bucket_size": -5', '"zero_optimization.reduce_bucket_size" is -5; input should be greater than or'),
+        (ZERO % '"reduce_bucket_size": -5', '"zero_optimization.reduce_bucket_size" is -5; input should be greater than 0.'),
         (ZERO % '"reduce_bucket_size": "5e8 or so"', '"zero_optimization.reduce_bucket_size" is "5e8 or so"; input should be a'),
         ('{"fp16": {"min_loss_scale": 0.5}}', '"fp16.min_loss_scale" is 0.5; input should be a valid integer'),
         ('{"flops_profiler": true}', '"flops_profiler" must be an object of DeepSpeed keys, found true'),
@@ -183,6 +183,9 @@ def test_every_default_of_deepspeeds_own_sections_passes(tmp_path):
     zero = DeepSpeedZeroConfig(stage=3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"})
     sections = {"zero_optimization": zero, "fp16": DeepSpeedFP16Config(), "bf16": DeepSpeedBF16Config()}
     content = {name: section.model_dump(mode="json", exclude_none=True) for name, section in sections.items()}
+    for name, field in DeepSpeedZeroConfig.model_fields.items():
+        if (field.json_schema_extra or {}).get("deprecated"):
+            content["zero_optimization"].pop(name, None)
     (tmp_path / "ds.json").write_text(json.dumps(content))
     check_keys(SFTArguments(model_name_or_path="m", output_dir="o", zero_stage=3, deepspeed_config=str(tmp_path / "ds.json")))
 
