@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 
 class UserError(Exception):
@@ -25,6 +25,12 @@ def refuse(wrong: object, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def language_of_user() -> Literal["en", "zh"]:
+    """Return "zh" under a Chinese locale (the first of LC_ALL, LC_MESSAGES and LANG that is set), else "en"."""
+    locale = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    return "zh" if locale.startswith("zh") else "en"
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
     """Return the known name that a word is a slip of. At difflib's own cutoff of 0.6, --report_to gave --eot_token."""
     return next(iter(difflib.get_close_matches(word, list(known), 1, cutoff)), None)
@@ -38,10 +44,10 @@ class CommandLine(argparse.ArgumentParser):
         self.flags: set[str] = set()
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **words)
 
-    def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
-        """Add a flag as argparse does."""
+    def add_argument(self, *flags: str, zh: str = "", **options: Any) -> argparse.Action:
+        """Add a flag as argparse does. zh: its help for users with a Chinese locale."""
         self.flags.update(flags)
-        return super().add_argument(*flags, **options)
+        return super().add_argument(*flags, **options | ({"help": zh} if zh and language_of_user() == "zh" else {}))
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError for what argparse says."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from errors import UserError
 from models.families import FAMILIES
-from models.weight_files import BASE_FIELD, PEFT_FILES, WEIGHTS, base_named_in, check_weights, read_json
+from models.weight_files import BASE_FIELD, PEFT_FILES, WEIGHTS, base_named_in, check_sizes, check_weights, read_json
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told without it
     from models.adapters.prefix import PrefixPlan
@@ -86,10 +88,14 @@ class CheckpointFolder:
         return self.architecture.endswith(SCALAR)
 
     def config(self, **fields: Any) -> Any:
-        """Return a config of the caller's own (transformers' PretrainedConfig), with some fields set."""
+        """Return a config of the caller's own (transformers' PretrainedConfig), with some fields set.
+
+        Raises UserError for a config.json of which transformers makes none.
+        """
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.folder, **fields)
+        with told_by_transformers(self.folder / "config.json"):
+            return AutoConfig.from_pretrained(self.folder, **fields)
 
     def prefix(self, **options: Any) -> PrefixPlan | None:
         """Return the prefix that the model shall have: saved in the folder, or from options (pre_seq_len and the rest, as in
@@ -98,6 +104,18 @@ class CheckpointFolder:
         from models.adapters.prefix import plan_prefix
 
         return plan_prefix(self, **options)
+
+
+@contextmanager
+def told_by_transformers(file: Path) -> Iterator[None]:
+    """Raise UserError for what transformers says of a config.json, each class and version with errors of its own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        raise UserError(f"{file}: transformers makes no network of it ({reason}); correct it, or copy the file again.") from error
 
 
 def open_checkpoint(path: str | Path | CheckpointFolder) -> CheckpointFolder:
@@ -112,7 +130,9 @@ def open_checkpoint(path: str | Path | CheckpointFolder) -> CheckpointFolder:
     if inside:
         names = ", ".join(f"{one.path}{' (a reward model)' * one.gives_scores}" for one in inside)
         raise UserError(f"model {path} has no config.json itself; name one of the models in it: {names}.")
-    return CheckpointFolder(str(path), folder, read_json(folder / "config.json", path))
+    content = read_json(folder / "config.json", path)
+    check_sizes(content, folder / "config.json")
+    return CheckpointFolder(str(path), folder, content)
 
 
 def models_inside(folder: Path) -> list[CheckpointFolder]:

@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
@@ -24,6 +24,14 @@ PREFIX_FILE = "prefix_only.bin"
 OFFICIAL_FILE = "pytorch_model.bin"  # what the original trainer calls it, in its folders checkpoint-N
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BASE_FIELD = "base_model_name_or_path"
+# Sizes in config.json, in the words of all families. Those of OPTIONAL may be null: the family then has a rule for them.
+OPTIONAL = ("num_key_value_heads", "head_dim", "n_inner")
+SIZES = (
+    *("vocab_size", "padded_vocab_size", "hidden_size", "n_embd", "word_embed_proj_dim", "num_hidden_layers", "n_layer"),
+    *("num_layers", "num_attention_heads", "n_head", "multi_query_group_num", "kv_channels", "intermediate_size", "ffn_dim"),
+    *("inner_hidden_size", "ffn_hidden_size", "max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"),
+    *OPTIONAL,
+)
 # The layers that the int8 and int4 releases of ChatGLM quantise.
 QUANTIZED = re.compile(r"\.layers\.\d+\..*\b(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.weight$")
 
@@ -159,6 +167,19 @@ def read_json(file: Path, path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object; copy the checkpoint again.")
     return content
+
+
+def check_sizes(content: dict[str, Any], file: Path) -> None:
+    """Raise UserError for a size in config.json that no network has: zero heads, no vocabulary, 10^30 positions."""
+    for name in SIZES:
+        value = content.get(name, 1)
+        right = type(value) is int and 0 < value < 2**31
+        if not right and not (value is None and name in OPTIONAL):
+            shown = json.dumps(value)[:40]
+            raise UserError(f"{file}: {name} is {shown}, no size of a network; correct it, or copy the file again.")
+    heads, groups = content.get("num_attention_heads"), content.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise UserError(f"{file}: {heads} num_attention_heads cannot share {groups} num_key_value_heads evenly; correct it.")
 
 
 def first_line(error: Exception) -> str:

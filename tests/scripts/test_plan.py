@@ -9,11 +9,12 @@ import pytest
 from errors import UserError
 from scripts.launch.platforms import platform_named
 from scripts.plan.__main__ import main, text
-from scripts.plan.section import plan_section
+from scripts.plan.section import plan_arguments, plan_section
+from steps import step_of
 from tests.launching import REPOSITORY, environment
 from tests.tiny import tiny_checkpoint
 from training.utils.flags.recipe import Recipe
-from training.utils.memory.arithmetic import GIB
+from training.utils.memory.arithmetic import GIB, Machine
 
 EIGHT = ["--devices", "8", "--device-memory", "32", "--host-memory", "512", "--dtype", "fp16", "--attn_implementation", "eager"]
 
@@ -25,7 +26,7 @@ def llama(tmp_path_factory):
 
 def test_chatglm_on_eight_cards_of_32_gib(capsys):
     """Beside the published arithmetic: 16 bytes a parameter of which ZeRO-3 gives each card an eighth."""
-    assert main(["chatglm-6b", "--step", "1", "--per_device_train_batch_size", "4", *EIGHT, "--json"]) == 0
+    assert main(["chatglm-6b", "--step", "1", "--per_device_train_batch_size", "4", *EIGHT, "--json", "--all"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["models"]["model"]["parameters"] == 6_173_286_400
     rows = {row["flags"]: row for row in found["settings"]}
@@ -37,10 +38,80 @@ def test_chatglm_on_eight_cards_of_32_gib(capsys):
     third = rows["--zero_stage 3 --gradient_checkpointing"]["card_gib"]
     assert third["weights"] + third["gradients"] + third["optimizer"] == pytest.approx(16 * 6.1733e9 / 8 / GIB, rel=0.01)
     assert found["recommended"] in rows and rows[found["recommended"]]["verdict"] == "fits"
-    lines = text(found).splitlines()  # the answer, then the table
-    assert next(number for number, line in enumerate(lines) if "weights     grad" in line) > lines.index(
-        f"recommended    {found['recommended']}"
-    )
+    assert text(found).splitlines()[0] == f"recommended    {found['recommended']}"
+
+
+def planned(capsys, *words, code=0):
+    """Return the plan as JSON."""
+    assert main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Return a config.json of 59 million parameters without weights."""
+    file = tmp_path_factory.mktemp("config") / "config.json"
+    file.write_text(json.dumps(SMALL | {"intermediate_size": 1536}))
+    return file
+
+
+def test_one_card_with_lora_shares_weights_before_it_moves_them(config, capsys):
+    """A card that holds one model and not four: shared weights at ZeRO 0 with recomputation, all on the card; and 4 bits."""
+    flags = ["--actor_lora_dim", "16", "--critic_lora_dim", "16", "--per_device_training_batch_size", "4", "--dtype", "bf16"]
+    args = step_of("ppo").arguments_class(
+        actor_model_name_or_path=str(config), critic_model_name_or_path=str(config), output_dir="unused", dtype="bf16",
+        actor_lora_dim=16, critic_lora_dim=16, per_device_training_batch_size=4,
+    )  # fmt: skip
+    machine = Machine(1, 1, 24.0 * GIB, 64.0 * GIB)
+    memory = plan_arguments(args, None, machine, "bf16", "sdpa").memory
+    plans = {one.flags_of(setting): one.plan(setting, machine) for one, setting in memory.ways(machine)}
+    plain = "--actor_zero_stage 0 --actor_gradient_checkpointing --critic_zero_stage 0 --critic_gradient_checkpointing"
+    shared = "--memory_mode shared "
+    four, one, bits = (plans[f"{added}{plain}"] for added in ("", shared, f"{shared}--quantization_bit 4 "))
+    assert four.card["weights"] > 3.3 * one.card["weights"] > 4 * bits.card["weights"]
+    assert not any("zero_stage 1" in flags or ("zero_stage 3" in flags and "--offload" not in flags) for flags in plans)
+    room = str((one.on_card / GIB + 0.001) / 0.92)
+    found = planned(capsys, str(config), "--step", "3", "--devices", "1", "--device-memory", room, *flags)
+    assert found["recommended"] == shared + plain and found["answer"]["verdict"] == "fits"
+    assert {row["verdict"] for row in found["settings"]} <= {"fits", "tight"}
+    assert any("--quantization_bit 4" in row["flags"] for row in found["settings"]) and found["left_out"] > 0
+    told = text(found)
+    assert told.startswith(f"recommended    {shared}{plain}\n") and "an adapter over the SFT model" in told
+    assumed = next(line for line in told.splitlines() if line.startswith("assumed"))
+    assert "64 GiB of host memory a node (--host-memory); sdpa" in assumed and "--max_prompt_seq_len 256" in assumed
+    assert "bf16" not in assumed and "batch" not in assumed  # they were given
+
+
+def test_nothing_fits(config, capsys):
+    """Then the row that misses by the least is shown, and the exit code is 1."""
+    found = planned(capsys, "--config", str(config), "--devices", "1", "--device-memory", "1.5", code=1)
+    assert found["recommended"] is None and [row["verdict"] for row in found["settings"]] == ["no"]
+    assert text(found).startswith("recommended    nothing fits")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"vocab_size": None}, "vocab_size is null"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings is 1000"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000"),
+        ({"num_hidden_layers": "8"}, 'num_hidden_layers is "8"'),
+        ({"num_key_value_heads": 3}, "cannot share"),
+        ({"num_attention_heads": 7}, "transformers makes no network of it"),
+        ({"rope_scaling": {"rope_type": "zzz", "factor": 2.0}}, "zzz"),
+        ({"hidden_act": "zzz"}, "zzz"),
+    ],
+)
+def test_a_config_that_is_no_networks_is_told_in_a_sentence(fields, expected, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | fields))
+    with pytest.raises(UserError) as told:
+        main([str(tmp_path), "--platform", "cpu"])
+    assert expected in str(told.value) and "\n" not in str(told.value)
 
 
 def test_step_3_of_a_recipe_whose_first_steps_have_not_run(llama, tmp_path):
@@ -74,7 +145,7 @@ def test_step_3_of_a_recipe_whose_first_steps_have_not_run(llama, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["chatglm-7b", *EIGHT], "Did you mean chatglm-6b?"),
+        (["chatglm-7b", *EIGHT], "did you mean chatglm-6b?"),
         (["zzz", *EIGHT], "known are opt-125m"),
         (["chatglm-6b"], "--platform"),
         (["chatglm-6b", "--platform", "dcu_z100"], "dcu_z100l"),
@@ -85,6 +156,7 @@ def test_step_3_of_a_recipe_whose_first_steps_have_not_run(llama, tmp_path):
         (["chatglm-6b", *EIGHT, "--max_seq_length", "4"], "did you mean --max_seq_len?"),
         (["chatglm-6b", "--devices", "8", "--device-memory", "-1"], "must be more than 0"),
         ([*EIGHT], "no model"),
+        (["chatglm-6b", "--config", "none.json", *EIGHT], "both name a model"),
     ],
 )
 def test_wrong_input_is_told_in_a_sentence(argv, expected):

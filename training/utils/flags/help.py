@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
@@ -37,12 +36,6 @@ def wanted_help(tokens: list[str]) -> Literal["", "common", "all"]:
                 raise UserError(f"--help {rest[0]}: give --help for the common flags, or --help all.")
             return "all" if rest == ["all"] else "common"
     return ""
-
-
-def language_of_user() -> Literal["en", "zh"]:
-    """Return "zh" under a Chinese locale (the first of LC_ALL, LC_MESSAGES and LANG that is set), else "en"."""
-    locale = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
-    return "zh" if locale.startswith("zh") else "en"
 
 
 def help_text(args_class: type, module: str, amount: Literal["common", "all"], language: Literal["en", "zh"]) -> str:

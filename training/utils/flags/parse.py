@@ -15,11 +15,11 @@ from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from errors import UserError, nearest, reader_may_leave, refuse
+from errors import UserError, language_of_user, nearest, reader_may_leave, refuse
 from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
 from training.utils.flags.former import former_flags
-from training.utils.flags.help import help_text, language_of_user, wanted_help
+from training.utils.flags.help import help_text, wanted_help
 from training.utils.flags.recipe import SECTIONS, load_recipe
 from training.utils.flags.steps import (
     STEPS,

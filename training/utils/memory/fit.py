@@ -66,7 +66,7 @@ class StepMemory:
     roles: those with flags of their own, and what stands before the names of these ("", "actor_", "critic_"). reference: config
     of DPO's frozen network, None without one. each: rows of an example (a pair is two). rows, evaluated: rows of a micro-batch
     in training and in evaluation. length: tokens of the longest row, answer: of these, the ones that are scored (None: all).
-    setting: what the flags ask for; a stage "auto" counts as 0.
+    setting: what the flags ask for; a stage "auto" counts as 0. added: flags of with_flags beside those asked for.
     """
 
     def __init__(self, args: Any, configs: dict[str, PretrainedConfig], *, dtype: str, attention: str) -> None:
@@ -100,11 +100,30 @@ class StepMemory:
         self.element = DTYPES[dtype].itemsize
         zero = read_deepspeed_config(args.deepspeed_config).get("zero_optimization", {})
         self.bucket = int(float(zero.get("reduce_bucket_size", BUCKET)))
+        self.added: dict[str, Any] = {}
         self._networks: dict[tuple, Footprint] = {}
 
     def with_flags(self, **changes: Any) -> StepMemory:
-        """Return the memory of the same step with other flags."""
-        return StepMemory(replace(self.args, **changes), self.configs, dtype=self.dtype, attention=self.attention)
+        """Return the memory of the same step with other flags. Networks that both have are measured once."""
+        other = StepMemory(replace(self.args, **changes), self.configs, dtype=self.dtype, attention=self.attention)
+        other._networks, other.added = self._networks, self.added | changes
+        return other
+
+    def variants(self) -> list[StepMemory]:
+        """Return the step as asked, and the same adapters over less: shared weights, a base of 4 bits, both.
+
+        Shared weights want LoRA on all that learns, one network under all models, and no model put away to the host.
+        """
+        args, of_all = self.args, list(self.configs.values())
+        put_away = self.ppo and (args.offload_reference_model or args.offload_reward_model)
+        shareable = self.ppo and not self.shared and not put_away and args.reward_model and "critic" in self.roles
+        shareable = shareable and all(self.flag(role, "lora_dim") for role in self.trained)
+        shareable = shareable and len({config.to_json_string() for config in of_all}) == 1
+        integers = args.quantization_bit or any(getattr(config, "quantization_bit", 0) for config in of_all)
+        found = [self, *([self.with_flags(memory_mode="shared")] if shareable else [])]
+        if not integers and all(self.is_adapted(role) for role in self.trained):
+            found += [one.with_flags(quantization_bit=4) for one in found]
+        return found
 
     def flag(self, role: str, name: str) -> Any:
         """Return the value of a role's flag."""
@@ -122,7 +141,8 @@ class StepMemory:
         """Return the network of a role as it is trained, or without adapters. Role "reference": DPO's frozen network."""
         adapted = self.is_adapted("model" if role == "reference" else role)
         adapters = self.adapters(role) if adapted and trained else {}
-        key = (role, recompute, bool(adapters))
+        bits = self.args.quantization_bit if adapted else 0
+        key = (role, recompute, bits, *adapters.values())
         if key not in self._networks:
             self._networks[key] = Footprint(
                 self.reference if role == "reference" else self.configs[role],
@@ -130,7 +150,7 @@ class StepMemory:
                 attn=self.attention,
                 scalar=role == "critic" or self.args.section == "reward",
                 gradient_checkpointing=recompute,
-                quantization_bit=self.args.quantization_bit if adapted else 0,
+                quantization_bit=bits,
                 **adapters,
             )
         return self._networks[key]
@@ -199,9 +219,11 @@ class StepMemory:
         passes += gathered(network.weights, self.element, stage, moment, WINDOW_FROZEN)
         if self.shared and not reference:  # its weights are the reference's
             return passes
-        size = weight_bytes(network.weights, self.element, stage, machine.devices)
-        loading = self.loading_rows(name, network.weights, setting.stages[role], machine)
-        return [Row("weights", size, HOST if offload else CARD), *passes, *loading]
+        counts = network.weights
+        size = weight_bytes(counts, self.element, stage, machine.devices)
+        here = counts.integers + self.element * counts.small if offload else size  # ZeRO moves neither
+        loading = self.loading_rows(name, counts, setting.stages[role], machine)
+        return [Row("weights", here), Row("weights", size - here, HOST), *passes, *loading]
 
     def loading_rows(self, name: str, weights: Weights, stage: int, machine: Machine) -> list[Row]:
         """Return a network on its way to the card: whole on the host of each process, beside what is kept there, at most."""
@@ -244,8 +266,11 @@ class StepMemory:
             range(1, LARGEST_BATCH + 1), True, key=lambda batch: not self.plan(setting, machine, batch).fits
         )
 
-    def settings(self) -> list[Setting]:
-        """Return the settings that this step can take, from the fastest to the slowest."""
+    def settings(self, machine: Machine) -> list[Setting]:
+        """Return the settings that this step can take on a machine, from the fastest to the slowest.
+
+        One card shares nothing: there a stage above 0 only adds buffers, but for what it alone can move to the host.
+        """
         possible = {*ALL, *(["layerwise"] if self.ppo else []), *(FROZEN if self.ppo and not self.shared else [])}
         # Recomputation drops the prefixes that peft puts in; ChatGLM's networks put in their own.
         own_prefix = all(hasattr(self.configs[role], "pre_seq_len") for role in self.roles)
@@ -253,24 +278,36 @@ class StepMemory:
             possible.add("recompute")
         settings = []
         for stage, wanted in CANDIDATES:
+            if machine.devices == 1:
+                stage = 3 if wanted >= ALL else 2 if wanted >= STATES else 0
             stages, again = dict.fromkeys(self.roles, stage), dict.fromkeys(self.roles, "recompute" in wanted & possible)
             setting = Setting(stages, again, **dict.fromkeys(wanted & possible - {"recompute"}, True))
             settings += [setting] if setting not in settings else []
         return settings
 
-    def cheapest(self, machine: Machine, batch: int | None = None) -> Plan | None:
-        """Return the plan of the fastest setting that fits, with room to spare if any has that."""
+    def ways(self, machine: Machine) -> list[tuple[StepMemory, Setting]]:
+        """Return the settings of all variants, from the fastest to the slowest.
+
+        A base of 4 bits rounds what is learned over, and is multiplied out in every pass: it stands behind all that moves
+        states or frozen models, and before what moves all weights.
+        """
+        found = [(place, one, setting) for one in self.variants() for place, setting in enumerate(one.settings(machine))]
+        found.sort(key=lambda way: (way[2].offload_param, way[1].args.quantization_bit, way[0]))
+        return [way[1:] for way in found]
+
+    def cheapest(self, machine: Machine, batch: int | None = None) -> tuple[StepMemory, Plan] | None:
+        """Return the variant and the plan of the fastest way that fits, with room to spare if any has that."""
         tight = None
-        for setting in self.settings():
-            planned = self.plan(setting, machine, batch)
+        for memory, setting in self.ways(machine):
+            planned = memory.plan(setting, machine, batch)
             if planned.verdict == "fits":
-                return planned
-            tight = tight or (planned if planned.fits else None)
+                return memory, planned
+            tight = tight or ((memory, planned) if planned.fits else None)
         return tight
 
     def flags_of(self, setting: Setting) -> str:
-        """Return the flags that ask for a setting."""
-        words = []
+        """Return the flags that ask for a setting, and for what with_flags added."""
+        words = [f"--{name} {value}" for name, value in self.added.items()]
         for role, prefix in self.roles.items():
             words.append(f"--{prefix}zero_stage {setting.stages[role]}")
             words += [f"--{prefix}gradient_checkpointing"] if setting.checkpointing[role] else []
@@ -362,14 +399,15 @@ def refusal(memory: StepMemory, wanted: Plan) -> str:
         f"{memory.args.title} of this {kind} model does not fit: it needs {need} "
         f"({largest.replace('_', ' ')} {sizes[largest] / GIB:.2f})"
     )
-    smaller, other = "", memory.cheapest(machine)
-    if other is None:
-        smaller, other = f"--{memory.batch_flag} 1 ", memory.cheapest(machine, 1)
-    if other is None:
+    smaller, found = "", memory.cheapest(machine)
+    if found is None:
+        smaller, found = f"--{memory.batch_flag} 1 ", memory.cheapest(machine, 1)
+    if found is None:
         lora = "--actor_lora_dim and --critic_lora_dim" if memory.ppo else "--lora_dim"
         return f"{sentence}, and no setting does; take more cards, adapters ({lora}) or a smaller model. --force starts anyway."
-    card = f"{other.on_card / GIB:.1f} GiB a card, " if machine.accelerator else ""
+    other, fitting = found
+    card = f"{fitting.on_card / GIB:.1f} GiB a card, " if machine.accelerator else ""
     return (
-        f"{sentence}. Nearest setting that fits: {smaller}{memory.flags_of(other.setting)} ({card}{other.on_host / GIB:.2f} GiB "
-        "on the host). --force starts anyway."
+        f"{sentence}. Nearest setting that fits: {smaller}{other.flags_of(fitting.setting)} ({card}{fitting.on_host / GIB:.2f} "
+        "GiB on the host). --force starts anyway."
     )

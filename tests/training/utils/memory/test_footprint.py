@@ -23,6 +23,41 @@ PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-7b": 7_615_616_512,
+    "opt-2.7b": 2_651_596_800,
+    "opt-30b": 29_974_540_288,
+    "bloom-560m": 559_214_592,
+    "bloom-1b7": 1_722_408_960,
+    "bloom-3b": 3_002_557_440,
+    "bloom-7b1": 7_069_016_064,
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "pythia-1.4b": 1_414_647_808,
+    "pythia-2.8b": 2_775_208_960,
+    "pythia-6.9b": 6_857_302_016,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "tinyllama-1.1b": 1_100_048_384,
+    "smollm2-135m": 134_515_008,
+    "smollm2-1.7b": 1_711_376_384,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "glm-4-9b": 9_399_951_360,
+    "glm-4-9b-0414": 9_400_279_040,
     "chatglm-6b": 6_173_286_400,
     "chatglm2-6b": 6_243_584_000,
     "chatglm3-6b": 6_243_584_000,
@@ -34,6 +69,17 @@ def test_known_models_have_the_published_number_of_parameters():
     for name, count in PUBLISHED.items():
         weights = Footprint(config_of(name), dtype=torch.float16).weights
         assert (weights.trained, weights.frozen) == (count, 0), name
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora_dim": 8, "gradient_checkpointing": True}])
+def test_a_larger_batch_follows_from_two_small_ones(flags):
+    """Without logits the peak grows with the rows; the plan measures no batch of hundreds."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4
+    )
+    network = Footprint(config, dtype=torch.bfloat16, scalar=True, **flags)
+    measured = network._passes(2, 100, 32, None, True, True)
+    assert network._moments(2, 100, 32, None) == pytest.approx(measured, rel=1e-3)
 
 
 def test_known_models_are_the_networks_of_the_published_configs(shared_dir):
