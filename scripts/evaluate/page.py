@@ -8,10 +8,10 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from errors import language_of_user
 from scripts.evaluate.metrics import METRICS
 from training.evaluate.common import write_json
 from training.evaluate.intervals import RESAMPLES
-from training.utils.flags.help import language_of_user
 
 COLOURS = {"written": "#8c959f", "before": "#2a6fb0", "after": "#d1661b"}
 MOST_BINS, MOST_ANSWERS = 24, 24
