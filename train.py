@@ -7,13 +7,15 @@
 Each step runs under the deepspeed launcher; what it prints goes to the terminal and to training.log in the step's
 folder: OUTPUT/actor-models/NAME, OUTPUT/reward-models/NAME, OUTPUT/step3-models/NAME, or OUTPUT/dpo-models/NAME for
 DPO, which is step 2 then. A step that is done is skipped, unless it was done with other data, flags or code than
-are asked for now: then nothing starts before --force or --keep says what to do.
+are asked for now: then nothing starts before --force or --keep says what to do. At the end report.html in OUTPUT shows
+what all steps did: results, answers before and after, curves.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import shlex
 import sys
@@ -38,6 +40,8 @@ from scripts.launch.options import (
 )
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.launch.processes import run_to_end, stoppable
+from scripts.report.page import write_report
+from scripts.report.runs import read_run
 from steps import METHODS, SECTIONS, step_of
 from training.utils.flags.deepspeed_file import check_keys
 from training.utils.flags.recipe import recipe_file
@@ -350,9 +354,22 @@ def run(steps: list[Step], args: argparse.Namespace) -> int:
         times.append(f"{step.title:32} {format_seconds(seconds):>9}   {step.folder}")
         print(f"=== {step.title} took {format_seconds(seconds)}", flush=True)
     print("\n".join(times))
+    print(report(args))
     if steps[-1].section != "reward":
         print(f"Talk to it: python chat.py --path {shlex.quote(str(steps[-1].folder))}")
     return 0
+
+
+def report(args: argparse.Namespace) -> str:
+    """Write one page about all steps of the method, also those of earlier calls. Return where it is, or why it is not."""
+    steps = plan(argparse.Namespace(**vars(args) | {"step": sorted(numbered(args.method))}))
+    folder = Path(os.path.commonpath([step.folder.resolve() for step in steps]))
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    try:
+        write_report(folder, [read_run(step.folder, step.section) for step in steps], folder / "report.html")
+    except UserError as error:  # the models are there all the same
+        return f"No report: {error}"
+    return f"Report: {folder / 'report.html'}"
 
 
 @told

@@ -280,6 +280,9 @@ def test_three_steps_in_order_streamed_and_logged_then_skipped(fake_steps, model
         log = (tmp_path / folder / "training.log").read_text()
         assert log.startswith("$ ") and f"working in {folder.split('/')[1]}\n" in log
     assert "python chat.py --path" in out
+    assert f"\nReport: {tmp_path}/report.html\n" in out
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(f"Step {number}: " in page for number in (1, 2, 3)) and "not there" not in page
 
     assert train.main(words) == 0
     again = capfdbinary.readouterr().out.decode()
@@ -305,8 +308,13 @@ def test_dpo_is_run_behind_step_1_and_named_in_what_to_do_next(fake_steps, model
     out = capfdbinary.readouterr().out.decode()
     assert out.index("=== step 1 (supervised fine-tuning) ->") < out.index("=== step 2 (DPO) ->") and "step 3" not in out
     assert f"python chat.py --path {tmp_path / 'dpo-models/actor'}" in out
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "DPO" in page and "Step 2" not in page
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()  # a page that cannot be written takes nothing from the models
     assert train.main(words) == 0
-    assert capfdbinary.readouterr().out.decode().count("is done:") == 2
+    out = capfdbinary.readouterr().out.decode()
+    assert out.count("is done:") == 2 and "\nNo report: --output" in out and "Is a directory" in out
 
 
 def test_a_failing_step_stops_the_rest_and_its_own_words_are_repeated(fake_steps, models, tmp_path, capfd):

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from scripts.report import headline, summary_rows, write_report
+from scripts.report.page import write_report
+from scripts.report.results import cost_rows, result_rows
+from scripts.report.runs import StepRun, find_runs
 from steps import step_of
 from training.utils.flags.recipe import Recipe
 from training.utils.run.metrics import format_seconds, read_metrics
@@ -79,7 +81,8 @@ def training_stage(section: str, args: Namespace, *flags: object, settings: Any 
 
     flags: further ones. Its checkpoints go once it is done.
     """
-    folder, title = args.output / section, headline(section)
+    folder = args.output / section
+    title = StepRun(section, folder).title("en")
     command = [step_of(section).module, "--config", args.config, "--output_dir", folder, *flags, "--seed", args.seed]
     for flag, source in MODELS[section].items():
         command += [flag, args.output / source]
@@ -172,8 +175,9 @@ def finish(args: Namespace, preset: str, records: dict[str, dict[str, Any]], cha
     output = args.output
     summary = summarise(output, preset, records, args.seed)
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    write_report(output, output / "report.html")
-    rows = [("", "before", "after", "target"), *summary_rows(summary)]
+    runs = find_runs(output)
+    write_report(output, runs, output / "report.html")
+    rows = [("", "before", "after", "target"), *result_rows(runs, "en", summary), *cost_rows(summary, "en")]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
     for name, before, after, target in rows:

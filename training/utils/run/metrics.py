@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class Metrics:
@@ -67,10 +69,35 @@ class Metrics:
             self.writer.close()
 
 
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the records of a JSONL file, and how many of its lines are no JSON object: a kill cuts the last one."""
+    records, left_out = [], 0
+    for line in path.read_bytes().split(b"\n"):  # answers hold characters that splitlines takes for ends
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records += [record] if record else []
+        else:
+            left_out += 1
+    return records, left_out
+
+
+def points_of(records: Iterable[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Return all (step, value) pairs of one key, such as ``train/loss``, without those that are no finite numbers."""
+    pairs = ((record.get("step"), record[name]) for record in records if name in record)
+    return [pair for pair in pairs if all(map(is_finite, pair))]
+
+
+def is_finite(value: Any) -> bool:
+    """Tell whether a value is a number that can be drawn; a JSON file may hold integers that no float can."""
+    return type(value) in (int, float) and abs(value) < 1e30  # false for NaN too
+
+
 def read_metrics(path: Path, name: str) -> list[tuple[int, float]]:
-    """Return all (step, value) pairs of one key, such as ``train/loss``, from a metrics.jsonl."""
-    records = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
-    return [(record["step"], record[name]) for record in records if name in record]
+    """Return points_of a metrics.jsonl."""
+    return points_of(read_lines(path)[0], name)
 
 
 def progress_line(step: int, total: int, values: dict[str, float], seconds: float, done: int) -> str:
