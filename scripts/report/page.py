@@ -7,13 +7,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, language_of_user
 from scripts.report import answers
 from scripts.report.curves import COLOURS, curve_figures
 from scripts.report.results import PRESETS, cost_rows, read_summary, result_rows
 from scripts.report.runs import StepRun, sentences
 from scripts.report.words import choose, word
-from training.utils.flags.help import language_of_user
 from training.utils.run.metrics import format_seconds, is_finite
 
 STYLE = f"""
