@@ -56,8 +56,8 @@ def write_checkpoint(folder: Path, files: str, width: int, layers: int, vocabula
     from safetensors.torch import save_file
 
     from models.adapters.quantization import quantize_linears
-    from models.chatglm.configuration import ChatGLMConfig
-    from models.chatglm.network import ChatGLMForConditionalGeneration
+    from models.chatglm.configuration_chatglm import ChatGLMConfig
+    from models.chatglm.modeling_chatglm import ChatGLMForConditionalGeneration
 
     sizes = {"vocab_size": vocabulary, "hidden_size": width, "num_layers": layers, "inner_hidden_size": 4 * width}
     names = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id")

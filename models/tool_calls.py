@@ -11,11 +11,9 @@ import json
 from typing import Any
 
 from errors import UserError
+from models.chatglm.prompts import CHATGLM3_TOOLS
 from models.templates import Messages, Template, encode_texts, name_of
 
-CHATGLM3_TOOLS = (
-    "Answer the following questions as best as you can. You have access to the following tools:"  # its published prompt
-)
 PROBE_TOOL = {
     "type": "function",
     "function": {

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
 from models.adapters.new_rows import NAME, add_new_rows, new_rows_disabled, with_rows_in_place
 from models.adapters.prefix import base_of, has_prefix, peft_config_to_save, prefix_tensors
-from models.adapters.quantization import QuantizedLinear
 from models.adapters.shared_trunk import PEFT_ROWS, frozen_change
+from models.chatglm.quantized_linear import QuantizedLinear
 from models.families import FAMILIES
 from models.heads import SCALAR_HEADS, base_model, is_peft, score_name
 from models.save import new_checkpoint, share_permissions
@@ -213,6 +214,7 @@ def save_prefix(model: nn.Module, tokenizer, template, folder: str | Path, train
             peft_config_to_save(model).save_pretrained(draft)
             read_back = load_file(draft / "adapter_model.safetensors")
         else:
+            custom_object_save(network, draft)  # the code beside the weights, as network.save_pretrained does it
             torch.save(tensors, draft / PREFIX_FILE)
             read_back = torch.load(draft / PREFIX_FILE, map_location="cpu", weights_only=True)
         if read_back.keys() != tensors.keys() or not all(torch.equal(read_back[name], tensors[name]) for name in tensors):

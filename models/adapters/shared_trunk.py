@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
 from models.adapters.new_rows import put_new_rows
-from models.adapters.quantization import QuantizedLinear
+from models.chatglm.quantized_linear import QuantizedLinear
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.heads import SCALAR_HEADS, score_name, start_head
 from models.load import ready_to_train, set_dropout

@@ -1,11 +1,12 @@
 """What the networks of both ChatGLM families share: the pass through the blocks, language model and classifier around it,
 attention over a bias, the prefix of P-Tuning v2, and a loss that holds no float32 copy of the logits.
 
-network.py and network2.py add what a family does in its own way: blocks, positions, and who sees whom.
+modeling_chatglm.py and modeling_chatglm2.py add what a family does in its own way: blocks, positions, and who sees whom.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +22,11 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from models.adapters.quantization import replace_with_quantized
-from models.heads import CHUNK_LOGITS, at_last_token
+from .quantized_linear import replace_with_quantized
+
+# next_token_loss holds this many float32 logits at a time: 128 MiB.
+CHUNK_LOGITS = 2**25
+PREFIX_FILE = "prefix_only.bin"
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
@@ -39,14 +43,21 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"inv_freq$"]  # noqa: RUF012  (never computed with, see RotaryEmbedding)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """As transformers has it, which makes all weights that it loads trainable: those beside a prefix are not.
 
-        An output matrix that is the embedding's is so also where the checkpoint holds both; transformers 5.0 does not tie
-        them then.
+        A folder with nothing but a prefix is opened with the weights of the model that its config names. An output matrix
+        that is the embedding's is so also where the checkpoint holds both; transformers 5.0 does not tie them then.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
+        folder, base = pretrained_model_name_or_path, None
+        prefix = Path(folder) / PREFIX_FILE
+        if prefix.is_file():
+            config = kwargs.setdefault("config", cls.config_class.from_pretrained(folder))
+            base = getattr(config, "base_model_name_or_path", None)
+        loaded = super().from_pretrained(base or folder, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if base:
+            model.load_state_dict(torch.load(prefix, map_location="cpu", weights_only=True), strict=False)
         if hasattr(model, "lm_head") and model.lm_head.weight is not model.transformer.word_embeddings.weight:
             model.lm_head.weight = model.transformer.word_embeddings.weight
             model.all_tied_weights_keys.update(cls._tied_weights_keys)
@@ -260,8 +271,10 @@ class Classifier(ChatGLMPreTrainedModel):
         """As Trunk.forward -> logits [batch, num_labels]; labels [batch] give transformers' loss for config.problem_type."""
         output = self.transformer(input_ids, attention_mask, position_ids, **kwargs)
         states = output.last_hidden_state
-        flat = attention_mask is not None and attention_mask.dim() == 2
-        state = at_last_token(states, attention_mask) if flat else states[:, -1]
+        state = states[:, -1]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            last = attention_mask.cumsum(dim=1).argmax(dim=1)  # the first place with the highest count
+            state = states[torch.arange(len(states), device=states.device), last]
         logits = getattr(self, self.HEAD)(self.dropout(state))
         loss = None
         if labels is not None:

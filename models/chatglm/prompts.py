@@ -28,6 +28,9 @@ CJK = "[\u4e00-\u9fff]"
 BESIDE_CJK = re.compile(f"(?<={CJK})[,!:;?]|[,!:;?](?={CJK})")
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 ROLES = ("system", "user", "assistant", "observation")  # of ChatGLM3
+CHATGLM3_TOOLS = (
+    "Answer the following questions as best as you can. You have access to the following tools:"  # its published prompt
+)
 
 
 @dataclass(frozen=True)
@@ -163,16 +166,40 @@ ROUNDS_JINJA = """
 {%- endif -%}
 {%- if add_generation_prompt -%}{{- CLOSING -}}{%- endif -%}
 """
-# SentencePiece puts a space before each text that it is given; heading and content are two.
+# SentencePiece puts a space before each text that it is given; heading and content are two. Tools, calls and results as
+# models/tool_calls.py turns them into ChatGLM3's roles; "%r" gives a value as Python writes it.
 ROLES_JINJA = """
+{%- macro turn(role, heading, content) -%}
+    {{- "<|" + role + "|>" + heading + "\\n" + (" " + content if content else "") -}}
+{%- endmacro -%}
+{%- set ns = namespace(tools=[]) -%}
+{%- for tool in tools or [] -%}
+    {%- set ns.tools = ns.tools + [tool.function if tool.function is defined else tool] -%}
+{%- endfor -%}
 {{- OPENING -}}
+{%- if ns.tools and messages[0].role != "system" -%}
+    {{- turn("system", "", TOOLS + "\\n" + ns.tools | tojson(indent=4)) -}}
+{%- endif -%}
 {%- for message in messages -%}
-    {%- if message.role not in ["system", "user", "assistant", "observation"] -%}
+    {%- if message.role not in ["system", "user", "assistant", "observation", "tool"] -%}
         {{- raise_exception("ChatGLM3's dialogues have no role " + message.role) -}}
     {%- endif -%}
-    {{- "<|" + message.role + "|>" + (message.metadata or "") + "\\n" -}}
-    {%- set content = message.content + ("\\n" + message.tools | tojson(indent=4) if message.tools else "") -%}
-    {{- " " + content if content else "" -}}
+    {%- for call in message.tool_calls or [] -%}
+        {%- set words = namespace(text="") -%}
+        {%- if call.function.arguments is string -%}
+            {{- raise_exception("arguments of a call must be an object, not text") -}}
+        {%- endif -%}
+        {%- for name, value in (call.function.arguments or {}).items() -%}
+            {%- set words.text = words.text + (", " if words.text else "") + name + "=" + "%r" | format(value) -%}
+        {%- endfor -%}
+        {{- turn("assistant", call.function.name, "```python\\ntool_call(" + words.text + ")\\n```") -}}
+    {%- endfor -%}
+    {%- if not message.tool_calls -%}
+        {%- set told = ns.tools if loop.first and message.role == "system" and ns.tools else message.tools -%}
+        {%- set role = "observation" if message.role == "tool" else message.role -%}
+        {%- set content = message.content + ("\\n" + told | tojson(indent=4) if told else "") -%}
+        {{- turn(role, message.metadata or "", content) -}}
+    {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- CLOSING -}}{%- endif -%}
 """
@@ -183,7 +210,7 @@ def chat_template(version: str) -> str:
     prompts = CHATGLM[version]
     values: dict[str, Any] = {"OPENING": "".join(prompts.opening), "CLOSING": "".join(prompts.closing)}
     if version not in FORMS:
-        return fill(ROLES_JINJA, values)
+        return fill(ROLES_JINJA, values | {"TOOLS": CHATGLM3_TOOLS})
     form = FORMS[version]
     return fill(ROUNDS_JINJA, values | {"FIRST": form["first"], "GAP": form["gap"], "BARE": form["bare"]})
 

@@ -17,12 +17,13 @@ from typing import Any
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-from errors import UserError
-
 CONFIG = "tokenizer_config.json"
-AUTO_MAP = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
 # Keys that transformers adds to tokenizer_config.json; the original's constructor has no use for them.
 INTERNAL = ("backend", "files_loaded", "is_local", "local_files_only", "name_or_path", "special_tokens_map_file")
+
+
+class TokenizerFilesError(ValueError):
+    """The files of a tokenizer are missing, damaged or of a release that is not known here; says what to do."""
 
 
 class SentencePieceTokenizer(PreTrainedTokenizer):
@@ -190,7 +191,6 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         }
         if not kept["added_tokens_decoder"]:
             del kept["added_tokens_decoder"]
-        kept.setdefault("auto_map", AUTO_MAP)
         return {**kept, "tokenizer_class": "ChatGLMTokenizer", "chatglm_version": self.chatglm_version}
 
     def _save_pretrained(self, save_directory: str, file_names: tuple[str, ...], **options: Any) -> tuple[str, ...]:
@@ -207,15 +207,18 @@ def beside(values: list, pads: list, side: str) -> list:
 
 
 def read_vocabulary(file: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProcessor, dict[str, int], set[int]]:
-    """Read the SentencePiece model in a file: its bytes, and as parse_vocabulary. UserError if it is none, or a part of one."""
+    """Read the SentencePiece model in a file: its bytes, and as parse_vocabulary.
+
+    Raises TokenizerFilesError if it is none, or a part of one.
+    """
     try:
         content = Path(file).read_bytes()
     except (OSError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); copy the vocabulary file again.") from error
+        raise TokenizerFilesError(f"{file} cannot be read ({error}); copy the vocabulary file again.") from error
     try:
         return content, *parse_vocabulary(content)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise UserError(
+        raise TokenizerFilesError(
             f"{file} ({len(content)} bytes) is no SentencePiece model, or only a part of one; copy the vocabulary file "
             "of the ChatGLM checkpoint again (GLM-4-9B's file of the same name is another format)."
         ) from error

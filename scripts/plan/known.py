@@ -81,11 +81,11 @@ def config_of(model: str) -> Any:
     content = find_config(model)
     import transformers
 
-    from models.chatglm.configuration import chatglm_config_class
+    from models.chatglm.registration import AnyChatGLMConfig
 
     transformers.logging.set_verbosity_error()
     fields = {name: value for name, value in content.items() if name != "model_type"}
     with told_by_transformers(Path(model)):
         if content["model_type"] == "chatglm":
-            return chatglm_config_class(content)(**fields)
+            return AnyChatGLMConfig.from_dict(content)
         return transformers.AutoConfig.for_model(content["model_type"], **fields)

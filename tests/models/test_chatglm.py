@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from errors import UserError
 from inference.engine import generate
 from models.chatglm import layers
-from models.chatglm.configuration import ChatGLM2Config, ChatGLMConfig
+from models.chatglm.configuration_chatglm import ChatGLM2Config, ChatGLMConfig
 from models.chatglm.layers import attend, visibility_bias
 from models.heads import TokenLogProbs
 from models.load import load_causal_lm, load_tokenizer
@@ -159,7 +159,7 @@ def test_what_is_saved_has_the_original_fields_names_and_values(root, family, fo
     model.save_pretrained(tmp_path)
     before, after = (json.loads((place / "config.json").read_text()) for place in (source, tmp_path))
     # told by whoever saves; the prefix length null becomes absent
-    mine = {"_name_or_path", "transformers_version"}
+    mine = {"_name_or_path", "transformers_version", "auto_map"}
     lost = {name: value for name, value in before.items() if name not in mine and after.get(name) != value}
     assert not lost
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -177,7 +177,7 @@ def test_saved_again_nothing_of_the_checkpoint_is_lost(family, folder_of, tmp_pa
     model = load_causal_lm(folder, dtype=torch.float32)
     save_model(model, tokenizer, load_template(folder, tokenizer), tmp_path / "saved")
     before, after = (json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "saved"))
-    told = {"_name_or_path", "transformers_version", "architectures", "torch_dtype"}
+    told = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "auto_map"}
     assert {name: value for name, value in before.items() if after.get(name) != value}.keys() <= told
     assert len({file.stat().st_mode for file in (tmp_path / "saved").iterdir()}) == 1
 

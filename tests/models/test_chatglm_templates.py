@@ -146,7 +146,7 @@ def test_the_saved_chat_template_gives_the_tokens_of_training(tokenizer, templat
     whole = again.apply_chat_template(DIALOGUE, add_generation_prompt=True, return_tensors="pt")
     assert whole["input_ids"].tolist() == [template.encode_prompt(tokenizer, DIALOGUE)]
     with pytest.raises(Exception, match="no role"):
-        again.apply_chat_template([{"role": "tool", "content": "x"}, *ASK])
+        again.apply_chat_template([{"role": "narrator", "content": "x"}, *ASK])
 
 
 # --- what our template adds -------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def test_it_reads_back_as_it_was_saved_and_the_original_can_open_it(tokenizer, f
         assert again.decode(row["ids_with_special"]) == row["decode_with_special"]
     assert (tmp_path / tokenizer.vocab_file).read_bytes() == (folder / tokenizer.vocab_file).read_bytes()
     first, saved = (json.loads((at / "tokenizer_config.json").read_text()) for at in (folder, tmp_path))
-    changed = {key for key in first if saved.get(key) != first[key]} - {"name_or_path"}
+    changed = {key for key in first if saved.get(key) != first[key]} - {"name_or_path", "auto_map"}
     assert not changed
     assert saved["chatglm_version"] == version
     if version != "chatglm":  # properties without a setter in the original: named in the file, they end its loading

@@ -11,15 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from errors import UserError
 from models.adapters.lora import add_lora, merged_state_dict, save_adapter
-from models.adapters.quantization import (
-    QuantizedLinear,
-    block_linears,
-    dequantize,
-    plain_state_dict,
-    quantize,
-    quantize_linears,
-    quantized_layers,
-)
+from models.adapters.quantization import plain_state_dict, quantize_linears, quantized_layers
+from models.chatglm.quantized_linear import QuantizedLinear, block_linears, dequantize, quantize
 from models.heads import TokenLogProbs, TokenScores
 from models.load import load_scalar_model, load_tokenizer
 from models.save import save_model

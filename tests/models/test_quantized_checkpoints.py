@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from errors import UserError
 from models.adapters.lora import add_lora, merged_state_dict
-from models.adapters.quantization import QuantizedLinear, model_bits, quantized_layers
+from models.adapters.quantization import model_bits, quantized_layers
+from models.chatglm.quantized_linear import QuantizedLinear
 from models.checkpoint_folder import check_quantized_base, open_checkpoint
 from models.heads import TokenLogProbs, score_layer
 from models.load import load_scalar_model

@@ -19,5 +19,5 @@ def test_imported_before_transformers(shared_dir, repository, tmp_path):
     folder = tiny_chatglm(tmp_path / "chatglm3", "chatglm3-6b", shared_dir)
     command = [sys.executable, "-c", PROGRAM, str(folder)]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True)
-    lines = ["", "models.chatglm.tokenizer2", "models.chatglm.network2"]
+    lines = ["", "models.chatglm.tokenization_chatglm2", "models.chatglm.modeling_chatglm2"]
     assert result.stdout.splitlines() == lines, result.stderr

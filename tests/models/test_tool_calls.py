@@ -7,7 +7,7 @@ import pytest
 
 from errors import UserError
 from models.templates import load_template
-from models.tool_calls import check_tools
+from models.tool_calls import check_tools, encode_tool_dialogue
 from tests.tiny import tiny_tokenizer
 from tests.training.utils.data.rows import run, turns, write_lines
 
@@ -117,6 +117,31 @@ def test_chatglm3_writes_calls_by_its_roles(tmp_path, chatglm3):
     second = [*first, *empty, *result, name("<|assistant|>"), *empty, *cold, chatglm3.template.end_token_id]
     assert data.train["input_ids"][:] == [first, second]
     assert data.train["prompt_length"][0] == len(prompt) + 1
+
+
+def test_chatglm3_s_saved_chat_template_writes_tools_as_training_does(tmp_path, chatglm3):
+    tokenizer, template = chatglm3.tokenizer, chatglm3.template
+    template.save(tmp_path, tokenizer)
+    saved = type(tokenizer).from_pretrained(tmp_path)
+    arguments = {"city": "Zürich's \"old\" town\n奥斯陆", "days": 3, "metric": True, "near": None, "at": [1.5, {"a": "b"}]}
+    ask, empty = {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": []}
+    empty["tool_calls"] = [{"type": "function", "function": {"name": "now", "arguments": {}}}]
+    dialogue = [ask, call(arguments), {"role": "tool", "content": "3 degrees"}, empty, {"role": "tool", "content": "10:00"}]
+    system = {"role": "system", "content": "Be brief."}
+    told = {"role": "system", "content": "Be brief.", "tools": [{"name": "其他"}]}
+    for messages, tools in (
+        (dialogue, TOOLS),
+        ([system, *dialogue], TOOLS),
+        ([told, *dialogue], TOOLS),
+        ([told, *dialogue], None),
+        (dialogue, None),
+        ([ask], [TOOLS[0]["function"]]),
+        ([*dialogue, {"role": "assistant", "content": "Cold."}, ask], TOOLS),
+    ):
+        ours, _ = encode_tool_dialogue(tokenizer, template, messages, [], tools)
+        assert saved.apply_chat_template(messages, tools, add_generation_prompt=True, return_dict=False) == ours
+    with pytest.raises(Exception, match="must be an object"):
+        saved.apply_chat_template([ask, call("{}")])
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from models.adapters.lora import merged_state_dict
 from models.adapters.quantization import quantize_linears
-from models.chatglm.configuration import ChatGLM2Config
-from models.chatglm.network2 import ChatGLMForConditionalGeneration
+from models.chatglm.configuration_chatglm import ChatGLM2Config
+from models.chatglm.modeling_chatglm2 import ChatGLMForConditionalGeneration
 from models.heads import base_model
 from tests.closeness import assert_close
 from tests.launching import succeed

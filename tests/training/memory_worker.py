@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from models.adapters.lora import add_lora
 from models.adapters.quantization import quantize_linears
-from models.chatglm.configuration import chatglm_config_class
+from models.chatglm.registration import chatglm_config_class
 from models.device import has_accelerator, peak_memory_gb, reset_peak_memory
 from models.heads import TokenLogProbs, TokenScores
 from training.utils.engine.build import build_engine

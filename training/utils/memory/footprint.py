@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from models.adapters.lora import add_lora, check_module_name, is_named, linear_layers
 from models.adapters.prefix import PrefixPlan, add_prefix, check_prefix
-from models.adapters.quantization import QuantizedLinear, quantize_linears
+from models.adapters.quantization import quantize_linears
+from models.chatglm.quantized_linear import QuantizedLinear
 from models.checkpoint_folder import told_by_transformers
 from models.heads import CHUNK_LOGITS, TokenLogProbs, TokenScores, base_model
 from models.load import set_dropout

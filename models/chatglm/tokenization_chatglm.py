@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
-from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside
+from .tokenizer_base import CONFIG, SentencePieceTokenizer, TokenizerFilesError, beside
 
 LONGEST_BLANK = 80  # the vocabulary has <|blank_2|> to <|blank_80|>
 BLANKS = re.compile(f" {{2,{LONGEST_BLANK}}}")
@@ -48,7 +47,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
                 named |= options.pop(key)
         options.pop("chatglm_version", None)
         if num_image_tokens:
-            raise UserError(
+            raise TokenizerFilesError(
                 f"{vocab_file} is of a ChatGLM-6B release before v1.1 (num_image_tokens {num_image_tokens} in {CONFIG}, which "
                 "is also the default where the key is missing; 150528 ids); take THUDM/chatglm-6b as it is now, with "
                 '"num_image_tokens": 0 and 130528 ids.'
@@ -66,7 +65,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         super().__init__(vocab_file, **(usual | {key: value for key, value in options.items() if value is not None}))
         lost = [token for token in NEEDED if token not in self.vocabulary]
         if lost:
-            raise UserError(
+            raise TokenizerFilesError(
                 f"{vocab_file} lacks the pieces {', '.join(lost)}: it is not ChatGLM-6B v1.1's (2,706,249 bytes); copy "
                 "ice_text.model from THUDM/chatglm-6b."
             )

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from models.chatglm.configuration import ChatGLM2Config
-from models.chatglm.layers import (
+from .configuration_chatglm import ChatGLM2Config
+from .layers import (
     Attention,
     Classifier,
     LanguageModel,

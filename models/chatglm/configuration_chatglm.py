@@ -1,12 +1,13 @@
-"""The configurations of ChatGLM-6B and of ChatGLM2-6B and ChatGLM3-6B, with the fields of the published config.json."""
+"""The configurations of ChatGLM-6B and of ChatGLM2-6B and ChatGLM3-6B, with the fields of the published config.json.
+
+transformers copies this file into the folders that are saved (trust_remote_code): it imports nothing of Sanbu.
+"""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
-
-from errors import UserError
 
 # Fields that the code of ChatGLM2 knows and no ChatGLM2-6B or ChatGLM3-6B sets otherwise; other values are other networks.
 FIXED = {
@@ -27,7 +28,18 @@ COMMON = {
     "prefix_projection": False,
     "prefix_dropout": 0.1,
 }
-NETWORK = "modeling_chatglm.ChatGLMForConditionalGeneration"
+
+
+def auto_map(config: str, network: str) -> dict[str, str]:
+    """Return the class that each Auto class opens, as "file.class" of a file beside config.json."""
+    model = f"{network}.ChatGLMForConditionalGeneration"
+    return {
+        "AutoConfig": f"configuration_chatglm.{config}",
+        "AutoModel": model,
+        "AutoModelForCausalLM": model,
+        "AutoModelForSeq2SeqLM": model,
+        "AutoModelForSequenceClassification": f"{network}.ChatGLMForSequenceClassification",
+    }
 
 
 class _SharedConfig(PretrainedConfig):
@@ -39,15 +51,11 @@ class _SharedConfig(PretrainedConfig):
     KEPT: ClassVar[dict[str, Any]] = {}
     AUTO_MAP: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, auto_map: dict[str, str] | None = None, **fields: Any) -> None:
-        # Networks take as long to import as all the rest, and no Auto class asks for one before there is a config.
-        from models.chatglm.registration import register_networks
-
-        register_networks()
+    def __init__(self, **fields: Any) -> None:
         for name, default in self.FIELDS.items():
             setattr(self, name, fields.pop(name, default))
         self.quantization_bit = self.quantization_bit or 0
-        self.auto_map = auto_map or self.AUTO_MAP
+        fields["auto_map"] = dict(self.AUTO_MAP)  # the published one names files that a save does not write
         kept = {name: fields.pop(name, default) for name, default in self.KEPT.items()}
         super().__init__(**kept, **fields)
         for name, value in kept.items():
@@ -84,11 +92,7 @@ class ChatGLMConfig(_SharedConfig):
         "pad_token_id": 3,
         "tie_word_embeddings": True,
     }
-    AUTO_MAP: ClassVar[dict[str, str]] = {
-        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
-        "AutoModel": NETWORK,
-        "AutoModelForSeq2SeqLM": NETWORK,
-    }
+    AUTO_MAP: ClassVar[dict[str, str]] = auto_map("ChatGLMConfig", "modeling_chatglm")
 
     def __init__(self, **fields: Any) -> None:  # a class without one gets a dataclass's from transformers
         super().__init__(**fields)
@@ -102,7 +106,7 @@ class ChatGLMConfig(_SharedConfig):
 class ChatGLM2Config(_SharedConfig):
     """ChatGLM2-6B; ChatGLM3-6B is the same network with seq_length 8192. The defaults are the published ChatGLM2-6B.
 
-    Raises UserError for fields of networks that are not these (the long-context releases, GLM-4-9B), and for heads that
+    Raises ValueError for fields of networks that are not these (the long-context releases, GLM-4-9B), and for heads that
     groups do not divide.
     """
 
@@ -130,18 +134,12 @@ class ChatGLM2Config(_SharedConfig):
         "multi_query_group_num": 2,
     }
     KEPT: ClassVar[dict[str, Any]] = {"eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
-    AUTO_MAP: ClassVar[dict[str, str]] = {
-        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
-        "AutoModel": NETWORK,
-        "AutoModelForCausalLM": NETWORK,
-        "AutoModelForSeq2SeqLM": NETWORK,
-        "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
-    }
+    AUTO_MAP: ClassVar[dict[str, str]] = auto_map("ChatGLM2Config", "modeling_chatglm2")
 
     def __init__(self, **fields: Any) -> None:
         for name, only in FIXED.items():
             if fields.setdefault(name, only) != only:
-                raise UserError(
+                raise ValueError(
                     f"config.json says {name} {fields[name]!r}: this is no ChatGLM2-6B or ChatGLM3-6B ({name} "
                     f"{only!r}), and long-context or later releases of that code (GLM-4-9B) are not supported in this "
                     "form; use the published chatglm2-6b or chatglm3-6b, or the -hf form of GLM-4."
@@ -151,7 +149,7 @@ class ChatGLM2Config(_SharedConfig):
         fields.pop("vocab_size", None)  # the original saves padded_vocab_size under this name too
         super().__init__(**fields)
         if self.multi_query_attention and self.num_attention_heads % self.multi_query_group_num:
-            raise UserError(
+            raise ValueError(
                 f"config.json says num_attention_heads {self.num_attention_heads} and multi_query_group_num "
                 f"{self.multi_query_group_num}: every group serves the same number of heads, so the first must be a multiple."
             )
@@ -164,31 +162,3 @@ class ChatGLM2Config(_SharedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As the base class, with the vocabulary under its other name too, which the original code reads."""
         return super().to_dict() | {"vocab_size": self.padded_vocab_size}
-
-
-class AnyChatGLMConfig(PretrainedConfig):
-    """Both families call themselves "chatglm": the fields of a config.json say which one it is."""
-
-    model_type = "chatglm"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return a ChatGLMConfig or a ChatGLM2Config. Raises UserError for the fields of neither."""
-        return chatglm_config_class(config_dict).from_dict(config_dict, **kwargs)
-
-
-def chatglm_config_class(config: dict[str, Any]) -> type[PretrainedConfig]:
-    """Return the class that reads a config.json of type "chatglm". Raises UserError for a release that is not known here."""
-    if "inner_hidden_size" in config:
-        if config.get("vocab_size") == 150528:
-            raise UserError(
-                "config.json says vocab_size 150528: a ChatGLM-6B from before 2023-04-06, with image tokens in its "
-                "vocabulary; use the release v1.1 (vocab_size 130528)."
-            )
-        return ChatGLMConfig
-    if "padded_vocab_size" in config and "ffn_hidden_size" in config:
-        return ChatGLM2Config
-    raise UserError(
-        'config.json has model_type "chatglm" and neither inner_hidden_size (ChatGLM-6B) nor padded_vocab_size and '
-        "ffn_hidden_size (ChatGLM2-6B, ChatGLM3-6B): a release that is not known here; use one of these three."
-    )

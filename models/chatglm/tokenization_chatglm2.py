@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
-from models.chatglm.tokenizer_base import CONFIG, SentencePieceTokenizer, beside
-from models.weight_files import read_json
+from .tokenizer_base import CONFIG, SentencePieceTokenizer, TokenizerFilesError, beside
 
 logger = logging.getLogger("sanbu")
 
@@ -45,7 +44,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
     ) -> None:
         chatglm_version = chatglm_version or find_version(Path(vocab_file).parent)
         if chatglm_version not in VERSIONS:
-            raise UserError(
+            raise TokenizerFilesError(
                 f"{CONFIG} beside {vocab_file}: chatglm_version {chatglm_version!r}, expected {' or '.join(VERSIONS)}."
             )
         self.chatglm_version = chatglm_version
@@ -114,7 +113,7 @@ def find_version(folder: Path) -> str:
     published lengths (seq_length). transformers overwrites names when it loads: the files are read here.
     """
     files = (folder / name for name in (CONFIG, "config.json"))
-    tokenizer, model = (read_json(file, folder) if file.is_file() else {} for file in files)
+    tokenizer, model = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files)
     if tokenizer.get("chatglm_version"):
         return tokenizer["chatglm_version"]
     for name in (tokenizer.get("name_or_path"), model.get("_name_or_path")):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from models.chatglm.configuration import ChatGLMConfig
-from models.chatglm.layers import (
+from .configuration_chatglm import ChatGLMConfig
+from .layers import (
     Attention,
     Classifier,
     LanguageModel,
