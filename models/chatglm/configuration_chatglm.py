@@ -1,7 +1,4 @@
-"""The configurations of ChatGLM-6B and of ChatGLM2-6B and ChatGLM3-6B, with the fields of the published config.json.
-
-transformers copies this file into the folders that are saved (trust_remote_code): it imports nothing of Sanbu.
-"""
+"""The configurations of ChatGLM-6B and of ChatGLM2-6B and ChatGLM3-6B, with the fields of the published config.json."""
 
 from __future__ import annotations
 

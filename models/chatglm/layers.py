@@ -22,8 +22,6 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from .quantized_linear import replace_with_quantized
-
 # next_token_loss holds this many float32 logits at a time: 128 MiB.
 CHUNK_LOGITS = 2**25
 PREFIX_FILE = "prefix_only.bin"
@@ -103,10 +101,8 @@ class Trunk(ChatGLMPreTrainedModel):
         replace_submodule(self, self.EMBEDDING, value)
 
     def finish(self, prefix_input: int) -> None:
-        """End the constructor: integer layers, the prefix, starting values. prefix_input: width of a projected prefix."""
+        """End the constructor: the prefix, starting values. prefix_input: width of a projected prefix."""
         config = self.config
-        if config.quantization_bit:
-            replace_with_quantized(self.blocks, config.quantization_bit)
         if config.pre_seq_len:
             self.prefix_encoder = PrefixEncoder(
                 config.pre_seq_len,

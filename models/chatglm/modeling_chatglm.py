@@ -30,6 +30,7 @@ from .layers import (
     Trunk,
     causal_visibility,
 )
+from .quantized_linear import replace_with_quantized
 
 # The residual is multiplied by sqrt(2 * 28) in every ChatGLM-6B, whatever its number of layers: the original's blocks
 # never learn how many there are.
@@ -114,6 +115,8 @@ class ChatGLMModel(Trunk):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if config.quantization_bit:
+            replace_with_quantized(self.layers, config.quantization_bit)
         self.finish(prefix_input=config.hidden_size)
 
     def context_lengths(self, input_ids: Tensor) -> Tensor:

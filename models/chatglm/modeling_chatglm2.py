@@ -25,6 +25,7 @@ from .layers import (
     causal_visibility,
     prefix_width,
 )
+from .quantized_linear import replace_with_quantized
 
 
 class RMSNorm(nn.Module):
@@ -123,6 +124,8 @@ class ChatGLMModel(Trunk):
         self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(config.padded_vocab_size, config.hidden_size)})
         self.rotary_pos_emb = RotaryEmbedding(config.kv_channels // 2)
         layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        if config.quantization_bit:
+            replace_with_quantized(layers, config.quantization_bit)
         norm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
         self.encoder = nn.ModuleDict({"layers": layers, "final_layernorm": norm})
         self.finish(prefix_input=prefix_width(config))

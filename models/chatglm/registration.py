@@ -25,7 +25,7 @@ class AnyChatGLMConfig(PretrainedConfig):
         """Return a ChatGLMConfig or a ChatGLM2Config. Raises UserError for the fields of neither."""
         try:
             return chatglm_config_class(config_dict).from_dict(config_dict, **kwargs)
-        except ValueError as error:  # the files that are copied beside the weights know no UserError
+        except ValueError as error:
             raise UserError(str(error)) from error
 
 

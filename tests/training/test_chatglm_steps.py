@@ -2,11 +2,18 @@
 on one process and on two under ZeRO 0-3.
 """
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.load import load_causal_lm, load_tokenizer
+from models.save import save_model
+from models.templates import load_template
 from tests.launching import logged
+from tests.models.common import shake
+from tests.plain import assert_plain_transformers_does_as_we_do
 from tests.several import run_several
 from tests.tiny_chatglm import tiny_chatglm
 from tests.training.runs import assert_same_curves, step
@@ -65,3 +72,21 @@ def test_two_processes_equal_one(case, outputs):
     if case[0] == "sft":
         first, last = logged(outputs / name_of(case), "train/loss")
         assert first != last
+
+
+def test_what_the_steps_saved_opens_in_transformers_alone(outputs, shared_dir, tmp_path):
+    """Whole weights, merged LoRA, prefixes; step 1, reward models, actors; and ChatGLM3, which has the network of ChatGLM2."""
+    three, six = tmp_path / "three", tmp_path / "six"
+    for folder, family in ((three, "chatglm3-6b"), (six, "chatglm-6b")):
+        base = tiny_chatglm(tmp_path / family, family, shared_dir)
+        tokenizer, model = load_tokenizer(base), load_causal_lm(base, dtype=torch.float32)
+        if folder == six:  # an untrained one with tied matrices says its last token, <sop>, for ever
+            shake(model.transformer.final_layernorm, size=2.0)
+        save_model(model, tokenizer, load_template(base, tokenizer), folder)
+    saved = [outputs / name_of(case[:3]) / ("actor" if case[0] == "ppo" else "") for case in CASES]
+    answers = assert_plain_transformers_does_as_we_do([three, six, *saved], tmp_path)
+    assert all(answers[:4])
+    for folder in (three, six, *saved):
+        files = [name.split(".")[0] for name in json.loads((folder / "config.json").read_text())["auto_map"].values()]
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"][0]
+        assert all((folder / f"{name}.py").is_file() for name in [*files, tokenizer.split(".")[0]])
