@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launching import logged, start, write_pairs
+from tests.plain import assert_plain_transformers_does_as_we_do
 from tests.several import run_several
 from tests.tiny import tiny_checkpoint
 from tests.training.runs import CURVES, assert_same_curves, assert_same_weights, step
@@ -193,3 +194,8 @@ def test_all_processes_stop_when_a_function_fails_on_one(outputs):
     errors = [line for line in done.stderr.splitlines() if "error: --reward_function" in line]
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert len(errors) == 1 and "ValueError: only here" in errors[0] and "f.py:second" in errors[0]
+
+
+def test_what_the_steps_saved_chats_in_transformers_alone(outputs, tmp_path):
+    folders = [outputs / "sft", outputs / "dpo-lora", outputs / "ppo" / "actor", outputs / "ppo-lora" / "actor"]
+    assert any(assert_plain_transformers_does_as_we_do(folders, tmp_path))
