@@ -1,4 +1,4 @@
-"""The key-value cache of a batch of answers: columns to spare, rows that leave, rows that give their place to another."""
+"""The key-value cache of a batch of answers: columns to spare, rows that leave, join, or give their place to another."""
 
 from __future__ import annotations
 
@@ -53,6 +53,18 @@ class RowsLayer(DynamicLayer):
             mine[rows, :, begin:end] = new[:, :, front:]
             mine[rows, :, :front] = new[:, :, :front]
 
+    def join(self, other: RowsLayer, front: int) -> None:
+        """Put other's rows below these, both with their first ``front`` columns in front and the rest at the right end."""
+        ends = self.get_seq_length(), other.get_seq_length()
+        end, rows = max(ends), len(self.keys)
+        for number, (mine, new) in enumerate(((self.keys, other.keys), (self.values, other.values))):
+            store = mine.new_zeros(rows + len(new), mine.shape[1], end + SPARE_COLUMNS, mine.shape[3])
+            for part, old in ((store[:rows], mine), (store[rows:], new)):
+                part[:, :, :front] = old[:, :, :front]
+                part[:, :, end - old.shape[2] + front : end] = old[:, :, front:]
+            self.stores[number] = store
+        self._show(end)
+
     def _show(self, end: int) -> None:
         self.keys, self.values = (store[:, :, :end] for store in self.stores)
 
@@ -75,6 +87,11 @@ class RowsCache(Cache):
         """
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(rows, new, self.front)
+
+    def join(self, other: RowsCache) -> None:
+        """Put the rows of other below these; the attention mask must hide what stands left of the narrower ones."""
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            layer.join(new, self.front)
 
 
 def rows_cache(network: nn.Module, prefix: Cache | None, prefix_length: int) -> Cache | None:

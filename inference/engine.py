@@ -135,12 +135,12 @@ def generate_many(
     order = sorted(range(len(prompts)), key=lambda prompt: -len(prompts[prompt]))
     queue = [prompt * each + answer for prompt in order for answer in range(each)]
 
-    def begin(count: int) -> _Batch:
+    def begin(count: int) -> Batch:
         rows = queue[:count]
         del queue[:count]
-        return _Batch(model, rules, prompts, [row // each for row in rows], rows)
+        return Batch(model, rules, prompts, [row // each for row in rows], rows)
 
-    batch: _Batch | None = None
+    batch: Batch | None = None
     with evaluation_mode(model), in_step(model):
         while batch is not None or queue:
             if batch is None:
@@ -152,9 +152,9 @@ def generate_many(
             elif not (queue and batch.replaces):
                 if finished >= DROP_SHARE * len(batch.done):
                     batch.drop()
-                batch.read(answers)
+                batch.read(answers.lengths[batch.rows])
             else:  # the others read one token more before finished rows are replaced, so that all rows end in the same column
-                batch.read(answers)
+                batch.read(answers.lengths[batch.rows])
                 if finished >= REPLACE_SHARE * len(batch.done):
                     places = batch.done.nonzero().squeeze(1)[: len(queue)]
                     batch.replace(places, begin(len(places)))
@@ -204,7 +204,7 @@ class _Answers:
         )
 
 
-class _Batch:
+class Batch:
     """Rows in work: a rectangle of cache in which all of them end in the same column.
 
     rows [batch]: which row of the call each is. mask [batch, width]: the columns of the cache that are the row's own, a
@@ -261,11 +261,11 @@ class _Batch:
         chosen = scores.gather(1, self.tokens[:, None]).squeeze(1)
         self.done = answers.add(self.rows, self.tokens, chosen, ~self.done)
 
-    def read(self, answers: _Answers) -> None:
-        """Run the network on the tokens drawn last."""
+    def read(self, lengths: Tensor) -> None:
+        """Run the network on the tokens drawn last. lengths [batch]: how many tokens each answer has with them."""
         positions = None
         if self.ahead is not None:
-            last = (answers.lengths[self.rows] - 1).view(-1, *[1] * (self.ahead.dim() - 1))
+            last = (lengths - 1).view(-1, *[1] * (self.ahead.dim() - 1))
             positions = self.ahead.take_along_dim(last, dim=-1)
         self._forward(self.tokens[:, None], torch.ones_like(self.tokens)[:, None], positions)
 
@@ -273,13 +273,23 @@ class _Batch:
         """Finished rows leave, and columns that belong to none of the others."""
         self._select((~self.done).nonzero().squeeze(1))
 
-    def replace(self, places: Tensor, other: _Batch) -> None:
+    def replace(self, places: Tensor, other: Batch) -> None:
         """Finished rows give their places to those of another batch, just begun, whose prompts are not wider."""
         self.cache.replace(places, other.cache)
         self.mask[places] = nn.functional.pad(other.mask, (self.mask.shape[1] - other.mask.shape[1], 0))
         for name in ("rows", "done", "logits", "ahead", "seen"):
             if getattr(self, name) is not None:
                 getattr(self, name)[places] = getattr(other, name)
+
+    def join(self, other: Batch) -> None:
+        """Put the rows of another batch, just begun by the same rules, below these, whichever is wider."""
+        self.cache.join(other.cache)
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        masks = [nn.functional.pad(one.mask, (width - one.mask.shape[1], 0)) for one in (self, other)]
+        self.mask, self.tokens = torch.cat(masks), None
+        for name in ("rows", "done", "logits", "ahead", "seen"):
+            if getattr(self, name) is not None:
+                setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor | None) -> None:
         """Feed tokens [batch, n] behind what is cached; mask [batch, n]."""

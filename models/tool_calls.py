@@ -6,8 +6,11 @@ returns is a message of the role "tool". Calls are answers, results are part of 
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from errors import UserError
@@ -169,3 +172,53 @@ def encode_chatglm3_answer(tokenizer: Any, template: Template, answer: dict[str,
     (name, text), end = calls[0], tokenizer.convert_tokens_to_ids("<|observation|>")
     heading, content = tokenizer.encode_plain([f"{name}\n", text])
     return [*heading, *content, end]
+
+
+# --- calls in a generated answer ----------------------------------------------------------------------------------------
+
+MARK = re.compile(r"(<tool_call>|\[TOOL_CALLS\]|<\|python_tag\|>)?[\s\[]*$")
+
+
+def read_calls(text: str, names: Sequence[str]) -> tuple[str, list[dict[str, str]]]:
+    """Return what an answer says before its calls, and the calls: {"name", "arguments" as JSON text}.
+
+    Read are JSON objects with a name of ``names`` and arguments (Qwen, Llama, Mistral, with their marks), and a line with
+    nothing but a name above the arguments: JSON (GLM-4), or a call of Python's tool_call (ChatGLM3).
+    """
+    heading, _, body = text.partition("\n")
+    if heading.strip() in names:
+        arguments = _python_arguments(body) if "tool_call(" in body else next((one for _, one in _objects(body)), None)
+        return ("", [_call(heading.strip(), arguments)]) if arguments is not None else (text, [])
+    found = [
+        (place, _call(one["name"], one.get("arguments", one.get("parameters", {}))))
+        for place, one in _objects(text)
+        if one.get("name") in names
+    ]
+    return (MARK.sub("", text[: found[0][0]]).strip() if found else text), [call for _, call in found]
+
+
+def _call(name: str, arguments: Any) -> dict[str, str]:
+    return {"name": name, "arguments": _as_text(arguments)}
+
+
+def _objects(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the JSON objects in a text, and where each begins."""
+    decoder, place = json.JSONDecoder(), text.find("{")
+    while place >= 0:
+        end = place + 1
+        try:
+            value, end = decoder.raw_decode(text, place)
+            yield place, value
+        except (ValueError, RecursionError):  # a brace of the text, or an answer of nothing but braces
+            pass
+        place = text.find("{", end)
+
+
+def _python_arguments(text: str) -> dict[str, Any] | None:
+    """Return the keywords of a call tool_call(name=value, …); None if it is none."""
+    code = text[text.index("tool_call(") :].split("```")[0].strip()
+    try:
+        call = ast.parse(code, mode="eval").body
+        return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError):
+        return None

@@ -1,0 +1,312 @@
+"""Continuous batching: one thread owns the model and gives all answers in work one more token at a time. A question joins
+while others are answered, and leaves when its answer ends; what it is answered does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.chatbot import Sampling
+from inference.engine import DROP_SHARE, Batch, Rules
+from inference.sampling import StopStrings, draw, penalised, uniform_numbers
+from inference.served import ServedModel
+
+logger = logging.getLogger("sanbu")
+
+# Tokens of prompts read in one pass, padding included: answers in work wait meanwhile, and its activations need memory.
+PREFILL_TOKENS = 4096
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Stopping(Exception):
+    """The scheduler takes no more questions."""
+
+
+class NotFinite(Exception):
+    """The model's logits are no finite numbers."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer that is asked for, and what there is of it.
+
+    prompt: token ids. adapter: the LoRA adapter that answers, None for the model as it was loaded. presence, frequency: lower
+    the logits of tokens that the answer holds, by a constant and by their count. top: how many of the likeliest tokens are
+    noted at each step beside the drawn one; None notes nothing. on_token: called in the scheduler's thread after each token.
+
+    tokens, the one that stopped it included. log_probs: of each token, and (token, log-probability) of the likeliest, at
+    temperature 1. finish: "stop", or "length" where max_new_tokens cut it off. first: time.monotonic() of the first token.
+    future: has the answer itself as its result; to cancel it gives up the place.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    adapter: str | None = None
+    presence: float = 0.0
+    frequency: float = 0.0
+    top: int | None = None
+    on_token: Callable[[Answer], None] | None = None
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    finish: str | None = None
+    first: float | None = None
+    future: Future[Answer] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        longest = self.sampling.max_new_tokens
+        self.uniform = [] if self.sampling.greedy else uniform_numbers([self.sampling.seed], 1, longest)[0].tolist()
+        self.stop_strings: StopStrings | None = None
+
+
+class Scheduler:
+    """Answers questions in a thread of its own; submit() may be called from any thread.
+
+    max_batch: answers in work at a time. max_queue: answers that may wait for a place. longest: of any answer, in tokens.
+    """
+
+    def __init__(self, served: ServedModel, max_batch: int, max_queue: int, longest: int) -> None:
+        self.served, self.max_batch, self.max_queue = served, max_batch, max_queue
+        self.rules = Rules(longest, (), served.tokenizer.pad_token_id)
+        self.stops = frozenset(served.stop_token_ids)
+        # Rust tokenizers refuse a second thread while a setting changes ("Already borrowed"), and encoding changes settings.
+        self.tokenizer = copy.deepcopy(served.tokenizer)
+        self.waiting: deque[Answer] = deque()
+        self.groups: list[_Group] = []
+        self.wake = threading.Condition()
+        self.stopping = False
+        self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Return True while the thread runs."""
+        return self.thread.is_alive()
+
+    @property
+    def in_work(self) -> int:
+        """Return how many answers are in work."""
+        return sum(group.live for group in self.groups)
+
+    def submit(self, answers: Sequence[Answer]) -> None:
+        """Put answers, all or none, into the queue. Raises Busy if it is full, Stopping after stop()."""
+        for answer in answers:
+            if answer.sampling.stop_strings:
+                answer.stop_strings = StopStrings(answer.sampling.stop_strings, self.tokenizer)
+        with self.wake:
+            if self.stopping:
+                raise Stopping
+            free = self.max_batch - self.in_work
+            if len(self.waiting) + len(answers) > self.max_queue + max(free, 0):
+                raise Busy
+            self.waiting.extend(answers)
+            self.wake.notify()
+
+    def stop(self, wait: bool = False) -> None:
+        """Refuse what waits and all that is still to come; answer what is in work. wait: return when that is done."""
+        with self.wake:
+            self.stopping = True
+            refused, self.waiting = self.waiting, deque()
+            self.wake.notify()
+        for answer in refused:
+            _fail(answer, Stopping())
+        if wait:
+            self.thread.join()
+
+    # --- the thread -----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self.wake:
+                    self.wake.wait_for(lambda: self.waiting or self.groups or self.stopping)
+                    if self.stopping and not self.groups:
+                        return
+                joining: list[Answer] = []
+                try:
+                    joining = self._next()
+                    if joining:
+                        self._admit(joining)
+                    for group in self.groups:
+                        group.step()
+                    self.groups = [group for group in self.groups if group.live]
+                except Exception as error:  # out of memory, a driver: these questions are lost, the next ones may be answered
+                    logger.exception("answers were lost")
+                    lost = [answer for group in self.groups for answer in group.answers if answer is not None]
+                    self.groups = []
+                    for answer in {*lost, *joining}:
+                        _fail(answer, error)
+
+    def _next(self) -> list[Answer]:
+        """Take the answers from the queue, in its order, that there is room for; all of one adapter."""
+        taken: list[Answer] = []
+        room = self.max_batch - self.in_work
+        with self.wake:
+            while self.waiting and len(taken) < room:
+                answer = self.waiting[0]
+                width = max(len(one.prompt) for one in (*taken, answer))
+                if taken and (answer.adapter != taken[0].adapter or width * (len(taken) + 1) > PREFILL_TOKENS):
+                    break
+                self.waiting.popleft()
+                if not answer.future.cancelled():
+                    taken.append(answer)
+        return taken
+
+    def _admit(self, answers: list[Answer]) -> None:
+        """Read prompts and let their answers join those in work with the same adapter."""
+        self.served.use(answers[0].adapter)
+        group = _Group(self, answers)
+        for other in self.groups:
+            if other.adapter == group.adapter and other.batch.replaces:
+                other.take_in(group)
+                return
+        self.groups = [*self.groups, group]
+
+
+class _Group:
+    """Answers in work that share the network's passes: the rows of a batch. A row whose answer ended holds None."""
+
+    def __init__(self, scheduler: Scheduler, answers: list[Answer]) -> None:
+        """Read the prompts, equal ones once."""
+        self.scheduler, self.adapter = scheduler, answers[0].adapter
+        prompts = [tuple(answer.prompt) for answer in answers]
+        distinct = list(dict.fromkeys(prompts))
+        order = sorted(range(len(answers)), key=lambda row: distinct.index(prompts[row]))
+        asked = [distinct.index(prompts[row]) for row in order]
+        self.answers: list[Answer | None] = [answers[row] for row in order]
+        self.batch = Batch(scheduler.served.model, scheduler.rules, distinct, asked, order)
+
+    @property
+    def live(self) -> int:
+        """Return how many answers are in work."""
+        return sum(answer is not None for answer in self.answers)
+
+    def take_in(self, other: _Group) -> None:
+        """Give rows that have ended to a group that was just read, or else put its rows below."""
+        places = [row for row, answer in enumerate(self.answers) if answer is None][: len(other.answers)]
+        if len(places) == len(other.answers) and other.batch.mask.shape[1] <= self.batch.mask.shape[1]:
+            self.batch.replace(torch.tensor(places, device=self.batch.mask.device), other.batch)
+            for place, answer in zip(places, other.answers, strict=True):
+                self.answers[place] = answer
+            return
+        if self.live < len(self.answers):
+            self.drop()
+        self.batch.join(other.batch)
+        self.answers += other.answers
+
+    def drop(self) -> None:
+        """Take the rows out that have ended."""
+        self.batch.done = torch.tensor([answer is None for answer in self.answers], device=self.batch.done.device)
+        self.batch.drop()
+        self.answers = [answer for answer in self.answers if answer is not None]
+
+    def step(self) -> None:
+        """Draw a token for each answer, and read it."""
+        self.leave()
+        if not self.live:
+            return
+        self.batch.tokens = self.draw()
+        for row, token in enumerate(self.batch.tokens.tolist()):
+            self.add(row, token)
+        if not self.live:
+            return
+        if len(self.answers) - self.live >= DROP_SHARE * len(self.answers) and not self.scheduler.waiting:
+            self.drop()
+        lengths = torch.tensor([len(answer.tokens) if answer else 1 for answer in self.answers], device=self.batch.tokens.device)
+        self.scheduler.served.use(self.adapter)
+        self.batch.read(lengths)
+
+    def leave(self) -> None:
+        """Free the rows of answers that nobody waits for any more."""
+        for row, answer in enumerate(self.answers):
+            if answer is not None and answer.future.cancelled():
+                self.answers[row] = None
+
+    def draw(self) -> Tensor:
+        """Return the next token of each row, [batch]; note log-probabilities where they are asked for."""
+        logits = self.batch.logits.float()
+        self.note = {row: logits[row] for row, answer in enumerate(self.answers) if answer and answer.top is not None}
+        if any(answer and changes_logits(answer) for answer in self.answers):
+            logits = logits.clone()
+        kinds: dict[tuple, list[int]] = {}
+        for row, answer in enumerate(self.answers):
+            if answer is None:
+                continue
+            if changes_logits(answer):
+                change_logits(logits[row], answer)
+            if not answer.sampling.greedy:
+                sampling = answer.sampling
+                kinds.setdefault((sampling.temperature, sampling.top_p, sampling.top_k), []).append(row)
+        tokens = logits.argmax(dim=-1)
+        for (temperature, top_p, top_k), rows in kinds.items():
+            scores = (logits[rows] / temperature).log_softmax(dim=-1)
+            uniform = [self.answers[row].uniform[len(self.answers[row].tokens)] for row in rows]
+            tokens[rows] = draw(scores, torch.tensor(uniform, device=scores.device), top_p, top_k)[0]
+        finite = logits.gather(1, tokens[:, None]).isfinite().squeeze(1).tolist()
+        for row, answer in enumerate(self.answers):
+            if answer and not finite[row]:
+                _fail(answer, NotFinite())
+                self.answers[row] = None
+        return tokens
+
+    def add(self, row: int, token: int) -> None:
+        """Append a token to the answer of a row; an answer that is complete leaves."""
+        answer = self.answers[row]
+        if answer is None:
+            return
+        answer.first = answer.first or time.monotonic()
+        if row in self.note:
+            scores = self.note[row].log_softmax(dim=-1)
+            best = scores.topk(answer.top) if answer.top else None
+            likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else []
+            answer.log_probs.append((float(scores[token]), likeliest))
+        answer.tokens.append(token)
+        if token in self.scheduler.stops or (answer.stop_strings and answer.stop_strings.met(answer.tokens)):
+            answer.finish = "stop"
+        elif len(answer.tokens) == answer.sampling.max_new_tokens:
+            answer.finish = "length"
+        if answer.on_token is not None:
+            answer.on_token(answer)
+        if answer.finish:
+            self.answers[row] = None
+            _resolve(answer, partial(answer.future.set_result, answer))
+
+
+def changes_logits(answer: Answer) -> bool:
+    """Return True if a penalty applies to the answer."""
+    return answer.sampling.repetition_penalty != 1.0 or bool(answer.presence or answer.frequency)
+
+
+def change_logits(logits: Tensor, answer: Answer) -> None:
+    """Apply the answer's penalties to its logits [vocab], in place."""
+    if answer.sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*answer.prompt, *answer.tokens}), device=logits.device)
+        logits[seen] = penalised(logits[seen], torch.tensor(True), answer.sampling.repetition_penalty)
+    if answer.tokens and (answer.presence or answer.frequency):
+        said, counts = torch.tensor(answer.tokens, device=logits.device).unique(return_counts=True)
+        logits[said] -= answer.presence + answer.frequency * counts
+
+
+def _resolve(answer: Answer, resolve: Callable[[], Any]) -> None:
+    """Resolve the answer's future, unless it was cancelled."""
+    if answer.future.set_running_or_notify_cancel():
+        resolve()
+
+
+def _fail(answer: Answer, error: Exception) -> None:
+    if not answer.future.done():
+        _resolve(answer, partial(answer.future.set_exception, error))

@@ -1,0 +1,143 @@
+"""Serve a model over HTTP, with OpenAI's protocol: chat completions, completions, models, and the scores of a reward model.
+
+    python -m inference.server --path output/step3-models/1.3b
+    python -m inference.server --path output/actor-models/1.3b --adapter law=output/law/adapter --port 9000
+    python -m inference.server --config server.yaml          # flags by their names, such as  path: output/step3-models/1.3b
+
+--path takes what chat.py takes, or a reward model. Keys come from --api_key_file or the environment (SANBU_API_KEY=key1,key2);
+without one the server listens on the loopback only. docs/en/serving.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from errors import CommandLine, UserError, refuse, told
+from inference.chatbot import chat_folder, quiet
+
+ABOVE_ZERO = ("max_batch", "max_new_tokens", "timeout", "max_body")
+ADVICE = "python -m inference.server --help lists the flags."
+
+
+def build_parser() -> CommandLine:
+    """Define the flags."""
+    parser = CommandLine(ADVICE, prog="python -m inference.server", description=__doc__)
+    add = parser.add_argument
+    add("--path", help="folder of an SFT model, an actor, a LoRA adapter or a reward model, output folder of step 3, or a hub id")
+    add("--adapter", nargs="+", default=[], metavar="NAME=DIR", help='LoRA adapters over it, which "model": NAME asks')
+    add("--name", help='the name of the model itself in "model" (the last part of --path)')
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs a key (%(default)s)")
+    add("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+    add("--api_key_file", metavar="FILE", help="keys that clients must send, one a line; else SANBU_API_KEY in the environment")
+    add("--max_batch", type=int, default=16, help="answers in work at a time; each has a row of the KV cache (%(default)s)")
+    add("--max_queue", type=int, default=256, help="answers that may wait; above it 429 (%(default)s)")
+    add("--max_new_tokens", type=int, default=512, help="the longest answer in tokens (%(default)s)")
+    add("--timeout", type=float, default=300.0, help="seconds for a request, waiting included (%(default)s)")
+    add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)")
+    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)")
+    add("--log_text", action="store_true", help="write prompts and answers into the log, too")
+    add("--config", metavar="FILE", help="a YAML file with these flags by name; the command line goes before it")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line and the file that --config names. UserError for whatever is wrong."""
+    parser = build_parser()
+    args = read(parser, argv)
+    if args.config:
+        args = read(parser, [*tokens_of(args.config, parser), *argv])
+    refuse(not args.path, "the server needs --path: the folder of an SFT model, an actor, a LoRA adapter or a reward model.")
+    for name in ABOVE_ZERO:
+        refuse(not getattr(args, name) > 0, f"--{name} {getattr(args, name)} is out of range; it must be above 0.")
+    refuse(args.max_queue < 0, f"--max_queue {args.max_queue} is out of range; it must be 0 or more.")
+    pairs = [one.partition("=") for one in args.adapter]
+    wrong = next((one for one, (name, _, path) in zip(args.adapter, pairs, strict=True) if not name or not path), None)
+    refuse(wrong is not None, f"--adapter {wrong}: expected NAME=DIR, such as law=output/law/adapter.")
+    args.adapter = {name: path for name, _, path in pairs}
+    refuse(len(args.adapter) < len(pairs), "--adapter: a name stands there twice; give each adapter one of its own.")
+    return args
+
+
+def read(parser: CommandLine, argv: list[str]) -> argparse.Namespace:
+    """Parse words. UserError for a flag that there is not."""
+    spelled = [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", word) for word in argv]
+    args, unknown = parser.parse_known_args(spelled)
+    if unknown:
+        near = parser.nearest_flag(unknown[0])
+        raise UserError(f"Unknown flag {unknown[0]}; {f'did you mean {near}?' if near else ADVICE}")
+    return args
+
+
+def tokens_of(path: str, parser: CommandLine) -> list[str]:
+    """Return the flags of a YAML file as words of a command line. UserError for what is none."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"--config {path}: {reason}; name a YAML file with flags, such as  port: 9000.") from error
+    refuse(not isinstance(content, dict), f"--config {path} holds no flags; write them by name, such as  port: 9000.")
+    words: list[str] = []
+    for name, value in content.items():
+        flag = f"--{name}"
+        if flag not in parser.flags or flag == "--config":
+            near = parser.nearest_flag(flag)
+            raise UserError(f"--config {path}: there is no flag {name}; {f'did you mean {near[2:]}?' if near else ADVICE}")
+        values = [f"{one}={folder}" for one, folder in value.items()] if isinstance(value, dict) else value
+        if flag == "--log_text":
+            refuse(not isinstance(value, bool), f"--config {path}: log_text is {value!r}; write true or false.")
+            words += [flag] * value
+        elif value is not None:
+            words += [flag, *map(str, values if isinstance(values, list) else [values])]
+    return words
+
+
+@told
+def main(argv: list[str] | None = None) -> int:
+    """Serve until a signal ends it; returns the exit code: 0, or 2 for wrong input."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        from inference.server import limits, start
+    except ModuleNotFoundError as error:
+        raise UserError(f"the server needs {error.name}; install its packages: pip install -r requirements-serve.txt.") from error
+    keys = limits.read_keys(args.api_key_file)
+    refuse(
+        not keys and not limits.is_loopback(args.host),
+        f"--host {args.host} without a key would let everybody ask; give --api_key_file or SANBU_API_KEY, or --host 127.0.0.1.",
+    )
+    return serve(args, keys, start.bind(args.host, args.port))
+
+
+def serve(args: argparse.Namespace, keys: list[bytes], bound: Any) -> int:
+    """Load the model and serve at a bound socket."""
+    from inference.served import gives_scores, open_model
+    from inference.server.app import build_app
+    from inference.server.service import Limits, Service
+    from inference.server.start import server_of, url_of
+
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("sanbu").setLevel(logging.INFO)
+    logger = logging.getLogger("sanbu")
+    if not gives_scores(args.path):
+        chat_folder(args.path)  # before torch is imported, which takes seconds
+    quiet()
+    served = open_model(args.path, args.name, args.adapter, args.dtype)
+    limits = Limits(
+        args.max_batch, args.max_queue, args.max_new_tokens, args.timeout, int(args.max_body * 2**20), args.log_text
+    )
+    service = Service(served, limits)
+    logger.info("serving %s at %s/v1", ", ".join(served.names), url_of(bound))
+    server_of(build_app(service, keys)).run(sockets=[bound])
+    service.close()
+    logger.info("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

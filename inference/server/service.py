@@ -1,0 +1,121 @@
+"""A model with the threads that answer and encode, and what all requests share."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from errors import nearest
+from inference.scheduler import Answer, Busy, Scheduler, Stopping
+from inference.scores import Scorer, Scoring
+from inference.served import ServedModel
+from inference.server.protocol import Question, Refusal
+
+SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Settings of a server. max_batch, max_queue: answers in work and waiting. max_new_tokens: of an answer. timeout: seconds
+    of a request. max_body: bytes of one. log_text: also write prompts and answers into the log.
+    """
+
+    max_batch: int = 16
+    max_queue: int = 256
+    max_new_tokens: int = 512
+    timeout: float = 300.0
+    max_body: int = 2**20
+    log_text: bool = False
+
+
+class Metrics:
+    """What /metrics shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        add = {"registry": self.registry}
+        self.requests = Counter("sanbu_requests", "requests by path and status", ["path", "status"], **add)
+        self.seconds = Histogram("sanbu_request_seconds", "time of a request", ["path"], buckets=SECONDS, **add)
+        self.first = Histogram("sanbu_first_token_seconds", "time to the first token", buckets=SECONDS, **add)
+        self.prompt_tokens = Counter("sanbu_prompt_tokens", "tokens of prompts", **add)
+        self.answer_tokens = Counter("sanbu_answer_tokens", "tokens of answers", **add)
+        self.in_work = Gauge("sanbu_answers_in_work", "answers that get tokens", **add)
+        self.waiting = Gauge("sanbu_answers_waiting", "answers in the queue", **add)
+
+
+class Service:
+    """A model with its threads. ending: True once the server takes no more requests. in_work: requests that are being answered."""
+
+    def __init__(self, served: ServedModel, limits: Limits) -> None:
+        self.served, self.limits, self.metrics, self.begun = served, limits, Metrics(), int(time.time())
+        self.longest = min(limits.max_new_tokens, served.longest)
+        self.ending, self.in_work = False, 0
+        self.worker: Scheduler | Scorer
+        if served.scores:
+            self.worker = Scorer(served, limits.max_batch, limits.max_queue)
+        else:
+            self.worker = Scheduler(served, limits.max_batch, limits.max_queue, self.longest)
+        # Encoding changes settings of a tokenizer, so that one thread encodes with it, and none decodes.
+        self.encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self.decoder = copy.deepcopy(served.tokenizer)
+        self.metrics.in_work.set_function(lambda: self.worker.in_work)
+        self.metrics.waiting.set_function(lambda: len(self.worker.waiting))
+
+    async def encode(self, function: Callable, *words: Any) -> Any:
+        """Run a function that encodes; its first argument is the model."""
+        return await asyncio.get_running_loop().run_in_executor(self.encoder, function, self.served, *words)
+
+    def known(self, model: str | None) -> None:
+        """Raise Refusal unless "model" names one that is served; None is the model itself."""
+        names = self.served.names
+        if model is not None and model not in names:
+            near = nearest(model, names)
+            hint = f"did you mean {near}?" if near else f"there is {', '.join(names)}."
+            raise Refusal(404, f"model: {model[:100]!r} is not served here; {hint}", code="model_not_found", param="model")
+
+    def adapter(self, question: Question) -> str | None:
+        """Return the adapter that answers a question; None for the model itself. Raises Refusal for one that none can answer."""
+        self.known(question.model)
+        if self.served.scores:
+            problem = f"{self.served.name} is a reward model, which does not talk; ask /v1/score, or another server."
+            raise Refusal(400, problem, param="model")
+        if (question.longest or 1) > self.limits.max_new_tokens:
+            raise Refusal(400, f"max_tokens: this server writes {self.limits.max_new_tokens} at most.", param="max_tokens")
+        return question.model if question.model in self.served.adapters else None
+
+    def submit(self, requests: Sequence[Answer] | Sequence[Scoring]) -> None:
+        """Put requests into the queue, all or none. Raises Refusal."""
+        most = self.limits.max_batch + self.limits.max_queue
+        if len(requests) > most:
+            raise Refusal(400, f"{len(requests)} answers are asked for at once; this server takes {most} at most.", param="n")
+        try:
+            self.worker.submit(requests)
+        except Busy:
+            wait = 1 + len(self.worker.waiting) // self.limits.max_batch
+            problem = "too many questions wait already; ask again later."
+            raise Refusal(429, problem, code="queue_full", Retry_After=str(wait)) from None
+        except Stopping:
+            raise stopping() from None
+
+    def end(self) -> None:
+        """Answer what is in work, refuse what waits and all that is still to come."""
+        self.ending = True
+        self.worker.stop()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.end()
+        self.encoder.shutdown(wait=False)
+
+
+def stopping() -> Refusal:
+    """Return what is said while the server ends."""
+    return Refusal(503, "the server is stopping; ask another one, or later.", Retry_After="5", Connection="close")
