@@ -34,7 +34,7 @@ prepare_venv() {
         echo "Making .venv with $("$python" --version)"
         "$python" -m venv --clear .venv
     fi
-    wanted=$(cat requirements.txt "$1" | sha256sum)
+    wanted=$(cat requirements.txt $(sed -n 's/^-r //p' "$1") "$1" | sha256sum)
     if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]]; then
         install "$1" "a few minutes"
         echo "$wanted" >"$stamp"

