@@ -119,9 +119,13 @@ def test_sliding_windows_and_rows_that_cannot_change_places(tmp_path, scheduler)
 
 def test_equal_prompts_are_read_once(tmp_path, scheduler, monkeypatch):
     served = open_model(str(tiny_checkpoint(tmp_path, "llama")))
-    rows = []
-    forward = served.model.forward
-    monkeypatch.setattr(served.model, "forward", lambda *args, **words: rows.append(len(words["input_ids"])) or forward(*args, **words))
+    rows, forward = [], served.model.forward
+
+    def counting(*args, **words):
+        rows.append(len(words["input_ids"]))
+        return forward(*args, **words)
+
+    monkeypatch.setattr(served.model, "forward", counting)
     answers = [Answer([5, 6, 7], Sampling(4, seed=number)) for number in range(4)]
     one = scheduler(served)
     one.submit(answers)
