@@ -4,9 +4,9 @@
     python -m scripts.doctor --recipe configs/dcu_z100l/chatglm-6b.yaml
     python -m scripts.doctor --platform multi_node --hostfile hosts --json
 
-Nothing is changed and no card is needed. With a recipe also: does each step fit into memory and on the disk.
-Exit code: 0 all well, 1 warnings, 2 something will fail (or wrong flags). More about the installation, to put into a
-report: python -m torch.utils.collect_env, and ds_report.
+Nothing is changed and no card is needed. With a recipe also: does each step fit into memory and on the disk. What takes
+time runs side by side, each with a limit (--timeout). Exit code: 0 all well, 1 warnings, 2 something will fail (or wrong
+flags). More about the installation, to put into a report: python -m torch.utils.collect_env, and ds_report.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import os
 import sys
 from dataclasses import asdict
 
-from errors import CommandLine, UserError, told
+from errors import CommandLine, UserError, language_of_user, told
 from scripts.doctor import cluster, machine, versions
-from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, probe, refused
+from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, in_time, probe, refused, started
 from scripts.launch.commands import build_environment
 from scripts.launch.hostfile import read_hostfile
 from scripts.launch.options import add_flags, find_recipe, options_of, plain_words, read_recipe
@@ -29,35 +29,49 @@ from training.utils.flags.recipe import Recipe
 WORDS = {OK: "ok", WARN: "WARN", FAIL: "FAIL", SKIP: "skipped"}
 
 
+CHINESE = """这台机器准备好了吗？平台、版本、精度、内存、磁盘、主机、环境变量，各带处理办法。
+
+    python -m scripts.doctor
+    python -m scripts.doctor --recipe configs/dcu_z100l/chatglm-6b.yaml
+    python -m scripts.doctor --platform multi_node --hostfile hosts --json
+
+不改动任何东西，也不需要显卡。给出配方时还检查：每一步的内存和磁盘是否够用。
+退出码：0 一切正常，1 有警告，2 有会失败之处（或参数有误）。关于安装的更多信息，报告问题时附上：
+python -m torch.utils.collect_env 和 ds_report。
+"""
+
+
 def build_parser() -> CommandLine:
     """Return the parser: the doctor's flags, and those of the launcher."""
-    parser = CommandLine("--help lists the flags.", prog="python -m scripts.doctor", description=__doc__)
+    description = CHINESE if language_of_user() == "zh" else __doc__
+    parser = CommandLine("--help lists the flags.", prog="python -m scripts.doctor", description=description)
     add = parser.add_argument
-    add("--recipe", metavar="FILE", help="a recipe, or PLATFORM/MODEL: what the run will ask for")
-    add("--build", choices=("cpu_adam", "fused_adam"), help="also build this optimizer of DeepSpeed (minutes)")
-    limit = "for one host (default 20); probes of torch: ten times it"
-    add("--timeout", type=float, default=20.0, metavar="SECONDS", help=limit)
-    add("--json", action="store_true", help="the same as JSON")
+    recipe, zh = "a recipe, or PLATFORM/MODEL: what the run will ask for", "配方，或 PLATFORM/MODEL：运行将要求什么"
+    add("--recipe", metavar="FILE", help=recipe, zh=zh)
+    build, zh = "also build this optimizer of DeepSpeed (minutes)", "另外编译 DeepSpeed 的这个优化器（几分钟）"
+    add("--build", choices=("cpu_adam", "fused_adam"), help=build, zh=zh)
+    limit, zh = "for one host (default 20); probes of torch: ten times it", "每台主机的时限（缺省 20 秒）；torch 的检查为其十倍"
+    add("--timeout", type=float, default=20.0, metavar="SECONDS", help=limit, zh=zh)
+    add("--json", action="store_true", help="the same as JSON", zh="以 JSON 输出")
     add_flags(parser)
     return parser
 
 
 def situation_of(args: argparse.Namespace) -> tuple[Situation, list[Check], dict[str, int]]:
-    """Return what is asked for, findings about that, and the hosts. Raise UserError for an unknown recipe or platform."""
+    """Return what is asked for, findings about that, and the hosts.
+
+    Raise UserError for an unknown recipe or platform, and for a hostfile that cannot be read.
+    """
     if not 0 < args.timeout < 3600:
         raise UserError(f"--timeout {args.timeout:g}: give a number of seconds, for instance 20.")
-    situation, checks, wrong, hosts = Situation(dict(os.environ), args.timeout), [], [], {}
+    situation, checks = Situation(dict(os.environ), args.timeout), []
     if args.recipe:
         path = str(find_recipe(args.recipe, args.platform))
         situation.recipe = Recipe(path, read_recipe(path))
     launch = situation.recipe.launch if situation.recipe else {}
     name = args.platform or launch.get("platform")
     situation.platform = platform_named(name) if name else None
-    try:
-        hosts = read_hostfile(args.hostfile) if args.hostfile else {}
-    except UserError as error:
-        wrong = [refused("cluster", "hostfile", error)]
-        args.hostfile = None
+    hosts = read_hostfile(args.hostfile) if args.hostfile else {}
     if situation.platform:
         try:
             situation.options = options_of(args, launch, args.recipe or "--platform", situation.environ)
@@ -66,30 +80,35 @@ def situation_of(args: argparse.Namespace) -> tuple[Situation, list[Check], dict
         except UserError as error:
             checks.append(refused("recipe", "launch", error))
     hosts = situation.options.hosts if situation.options else hosts
-    return situation, [*checks, *(wrong or cluster.check_hostfile(situation, hosts))], hosts
+    return situation, [*checks, *cluster.check_hostfile(situation, hosts)], hosts
 
 
 def examine(situation: Situation, hosts: dict[str, int], build: str | None) -> list[Check]:
-    """Return all findings but those about the request itself."""
+    """Return all findings but those about the request itself. All that takes time runs side by side."""
+    ports = cluster.check_ports(situation) if situation.platform else []  # before check_hosts listens on one
+    asked_hosts = started(cluster.check_hosts, situation, hosts)
+    built = started(machine.check_build, build, situation) if build else None
+    packages = started(probe, "packages", situation=situation)
     facts, why = probe("facts", *([situation.vendor] if situation.platform else []), situation=situation)
     situation.facts = facts or {"error": why}
-    plans = {}
-    if situation.recipe and situation.options and facts:
-        from scripts.plan.section import plan_sections  # imports torch
-
-        plans = plan_sections(situation.recipe, situation.platform, machine.run_machine(situation))
+    reduced = started(machine.check_all_reduce, situation)
+    planned = started(machine.plans_of, situation)
+    found, why = packages.result()
+    missing = {"import": dict.fromkeys(("deepspeed", "transformers"), why), "ops_error": why}
+    situation.facts |= found or missing
+    plans, late = in_time(planned, "memory", "plan", situation)
     return [
         *machine.check_platform(situation),
         *versions.check_versions(situation),
         *machine.check_dtype(situation),
         machine.check_operators(situation, plans),
-        *([machine.check_build(build, situation)] if build else []),
-        *machine.check_memory(plans),
+        *([built.result()] if built else []),
+        *(late or machine.check_memory(plans)),
         *machine.check_disk(situation, plans),
         machine.check_shm(),
-        machine.check_all_reduce(situation),
-        *cluster.check_ports(situation),
-        *cluster.check_hosts(situation, hosts),
+        reduced.result(),
+        *(ports or cluster.check_ports(situation)),
+        *asked_hosts.result(),
         cluster.check_forwarded(situation),
         *cluster.check_spelling(situation.environ),
         *cluster.check_visible(situation),

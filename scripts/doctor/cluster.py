@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from errors import UserError, nearest
+from scripts.doctor.probe import versions
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, ask, refused
 from scripts.launch.checks import check_address, check_port
 from scripts.launch.commands import FORWARDED, master_address
@@ -120,7 +121,7 @@ def check_hosts(situation: Situation, hosts: Mapping[str, int]) -> list[Check]:
         with ThreadPoolExecutor(16) as pool:
             answers = pool.map(lambda host: ask([*words, host, command], situation.seconds, situation.environ), hosts)
             for (host, slots), (answer, why) in zip(hosts.items(), answers, strict=True):
-                checks.append(judge_host(host, slots, answer, why, situation.facts.get("versions", {})))
+                checks.append(judge_host(host, slots, answer, why, versions()))
     return checks
 
 

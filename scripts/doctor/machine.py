@@ -120,6 +120,15 @@ def run_machine(situation: Situation) -> Machine:
     return replace(machine, device_memory=card, host_memory=host)
 
 
+def plans_of(situation: Situation) -> Plans:
+    """Return the memory plans of the recipe's sections; none without a recipe, or where torch does not answer."""
+    if not (situation.recipe and situation.options and "platform" in situation.facts):
+        return {}
+    from scripts.plan.section import plan_sections  # imports torch
+
+    return plan_sections(situation.recipe, situation.platform, run_machine(situation))
+
+
 def check_memory(plans: Plans) -> list[Check]:
     """Say of each section of the recipe whether it fits."""
     checks = []

@@ -1,6 +1,6 @@
 """The parts of the doctor that load torch, touch a device or run on another host. Each prints one line of JSON.
 
-python -m scripts.doctor.probe facts [VENDOR] | all_reduce BACKEND | build OPTIMIZER | host ADDRESS PORT
+python -m scripts.doctor.probe facts [VENDOR] | packages | all_reduce BACKEND | build OPTIMIZER | host ADDRESS PORT
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def versions() -> dict[str, str]:
 
 
 def facts(vendor: str = "") -> dict[str, Any]:
-    """Return versions, platform, cards, toolkit, dtypes and operators. An error of one of these stands in its place.
+    """Return versions, platform, cards, toolkit and dtypes. An error of one of these stands in its place.
 
     vendor: whose driver and toolkit count (cuda, dcu, npu, cpu), where not those of the platform that torch finds.
     """
     from models import device
 
-    found: dict[str, Any] = {"versions": versions(), "build": device.torch_build(), "import": {}}
+    found: dict[str, Any] = {"versions": versions(), "build": device.torch_build()}
     try:
         platform = device.detect_platform()
     except UserError as error:  # DS_ACCELERATOR names what is not here
@@ -61,7 +61,6 @@ def facts(vendor: str = "") -> dict[str, Any]:
     parts = {
         "cards": device.cards,
         "dtypes": lambda: dtypes(platform),
-        "ops": operators,
         "tools": lambda: tools(vendor or platform.name),
     }
     for name, part in parts.items():
@@ -69,11 +68,21 @@ def facts(vendor: str = "") -> dict[str, Any]:
             found[name] = part()
         except Exception as error:  # a driver fails in its own ways
             found[f"{name}_error"] = reason(error)
+    return found
+
+
+def packages() -> dict[str, Any]:
+    """Return the errors of DeepSpeed's and transformers' imports by name, and the optimizers that DeepSpeed can build."""
+    found: dict[str, Any] = {"import": {}}
     for name in ("deepspeed", "transformers"):
         try:
             import_module(name)
         except Exception as error:  # an import runs anything
             found["import"][name] = reason(error)
+    try:
+        found["ops"] = operators()
+    except Exception as error:
+        found["ops_error"] = reason(error)
     return found
 
 
@@ -175,7 +184,7 @@ def host(address: str = "", port: str = "") -> dict[str, Any]:
 if __name__ == "__main__":
     part, *words = sys.argv[1:]
     try:
-        answer = {"facts": facts, "all_reduce": all_reduce, "build": build, "host": host}[part](*words)
+        answer = {"facts": facts, "packages": packages, "all_reduce": all_reduce, "build": build, "host": host}[part](*words)
     except Exception as error:  # the doctor reports it
         answer = {"error": reason(error)}
     print(f"\n{MARK}{json.dumps(answer)}", flush=True)

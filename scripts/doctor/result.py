@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any
 
 from errors import UserError
@@ -89,6 +91,29 @@ def ask(words: Sequence[str], seconds: float, environ: Mapping[str, str]) -> tup
     # A traceback ends with its reason, a tool such as ssh begins with it.
     last = -1 if "Traceback (most recent call last)" in errors else 0
     return None, lines[last][:200] if lines else f"exit code {process.returncode}"
+
+
+def started(function: Callable[..., Any], *words: Any, **options: Any) -> Future:
+    """Call a function in a thread that does not keep the process alive. Return its future."""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*words, **options))
+        except BaseException as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
+def in_time(future: Future, group: str, name: str, situation: Situation, times: float = 10) -> tuple[Any, list[Check]]:
+    """Return a future's result, or {} and the finding that it did not end within its limit."""
+    try:
+        return future.result(situation.seconds * times), []
+    except TimeoutError:
+        why = f"it did not end within {situation.seconds * times:g} seconds"
+        return {}, [Check(group, name, WARN, why, "give a longer --timeout, or look at what else runs here")]
 
 
 def probe(

@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from pathlib import Path
+from threading import Barrier, Event
 from types import SimpleNamespace
 
 import pytest
@@ -240,13 +241,35 @@ def test_hostfile(nodes, monkeypatch, capsys):
     assert states(cluster.check_hostfile(nodes(), {"node-1": 8, "node-2": 4})) == {"hostfile": "ok"}
     assert states(cluster.check_hostfile(nodes(), {})) == {"hostfile": "warn"}
     assert states(cluster.check_hostfile(Situation({}), {})) == {"hostfile": "skip"}
-    monkeypatch.setattr(doctor, "probe", lambda *_, **__: (None, "ModuleNotFoundError: No module named 'torch'"))
     Path("hosts").write_text("node-1 slots=8\nnode-2 slot=8\n")
-    assert doctor.main(["--hostfile", "hosts", "--json"]) == 2
+    for file, words in (("hosts", "line 2"), ("none", "No such file")):
+        with pytest.raises(UserError, match=words):
+            doctor.main(["--hostfile", file])
+    monkeypatch.setattr(doctor, "probe", lambda *_, **__: (None, "ModuleNotFoundError: No module named 'torch'"))
+    assert doctor.main(["--json"]) == 2
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-    assert checks["hostfile"]["state"] == "fail" and "line 2" in checks["hostfile"]["why"]
     assert "No module named 'torch'" in checks["detected"]["why"]  # and the rest is looked at
     assert checks["all-reduce"]["state"] == "skip" and "/dev/shm" in checks
+
+
+def test_checks_run_side_by_side_in_a_stable_order_and_one_that_hangs_is_named(monkeypatch, capsys, tmp_path):
+    """Each of four waits for the others to begin; the plan never ends."""
+    together, for_ever = Barrier(4, timeout=60), Event()
+    monkeypatch.setattr(machine, "probe", lambda *_, **__: ({}, "together" if together.wait() < 0 else ""))
+    monkeypatch.setattr(doctor.cluster, "check_hosts", lambda *_: [Check("cluster", f"hosts {together.wait() > 3}", "ok", "")])
+    monkeypatch.setattr(machine, "plans_of", lambda _: for_ever.wait())
+
+    def played(part, *_, **__):
+        return ({"import": {}, "ops": {}}, "") if part == "packages" and together.wait() < 4 else (CPU, "")
+
+    monkeypatch.setattr(doctor, "probe", played)
+    assert doctor.main(["--build", "cpu_adam", "--timeout", "0.05", "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    late = next(check for check in checks if check["group"] == "memory")
+    assert late["state"] == "warn" and "0.5 seconds" in late["why"]
+    assert [check["name"] for check in checks if check["group"] in ("operators", "communication", "cluster")] == [
+        "hostfile", "builds", "cpu_adam", "all-reduce", "port", "hosts False",
+    ]  # fmt: skip
 
 
 # Answers as a host does, with the versions that VERSIONS says and the way back walked by bash.
@@ -385,7 +408,8 @@ def test_the_whole_command(tiny_model, monkeypatch, capsys, tmp_path):
 
     def here(part, *words, situation, **_):
         asked[part] = words
-        return (probe.facts(*words), "") if part == "facts" else ({"processes": 2}, "")
+        answers = {"facts": probe.facts, "packages": probe.packages, "all_reduce": lambda _: {"processes": 2}}
+        return answers[part](*words), ""
 
     monkeypatch.setattr(doctor, "probe", here)
     monkeypatch.setattr(machine, "probe", here)
@@ -397,7 +421,7 @@ def test_the_whole_command(tiny_model, monkeypatch, capsys, tmp_path):
     assert report["exit_code"] == 2
     checks = {f"{check['group']}: {check['name']}": check for check in report["checks"]}
     assert all(check["todo"] for check in checks.values() if check["state"] in ("warn", "fail"))
-    assert asked == {"facts": ("dcu",), "all_reduce": ("gloo",)}
+    assert asked == {"facts": ("dcu",), "packages": (), "all_reduce": ("gloo",)}
     assert checks["platform: detected"]["state"] == "fail" and "dcu_z100l" in checks["platform: detected"]["why"]
     assert checks["dtype: probe"]["why"].startswith("cpu trains in fp32")
     for name in ("recipe: launch", "communication: all-reduce", "disk: checkpoints"):
@@ -414,6 +438,7 @@ def test_several_nodes_of_cards(nodes, monkeypatch, capsys, tmp_path):
     facts = CUDA | {"versions": VERSIONS, "dtypes": chip("sm80", ["bf16", "fp16", "fp32"]), "ops": {}, "tools": {"driver": "535"}}
     monkeypatch.setattr(doctor, "probe", lambda *_, **__: (facts, ""))
     monkeypatch.setattr(machine, "probe", lambda *_, **__: ({}, ""))
+    monkeypatch.setattr(cluster, "versions", lambda: VERSIONS)
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{here.environ['PATH']}:/usr/bin:/bin")
