@@ -54,6 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     refuse(not args.path, "the server needs --path: the folder of an SFT model, an actor, a LoRA adapter or a reward model.")
     for name in ABOVE_ZERO:
         refuse(not getattr(args, name) > 0, f"--{name} {getattr(args, name)} is out of range; it must be above 0.")
+    refuse(not 0 <= args.port < 65536, f"--port {args.port} is out of range; ports end at 65535.")
     refuse(args.max_queue < 0, f"--max_queue {args.max_queue} is out of range; it must be 0 or more.")
     pairs = [one.partition("=") for one in args.adapter]
     wrong = next((one for one, (name, _, path) in zip(args.adapter, pairs, strict=True) if not name or not path), None)
@@ -132,6 +133,7 @@ def serve(args: argparse.Namespace, keys: list[bytes], bound: Any) -> int:
         args.max_batch, args.max_queue, args.max_new_tokens, args.timeout, int(args.max_body * 2**20), args.log_text
     )
     service = Service(served, limits)
+    bound.listen()  # who connects from now on is answered
     logger.info("serving %s at %s/v1", ", ".join(served.names), url_of(bound))
     server_of(build_app(service, keys)).run(sockets=[bound])
     service.close()

@@ -21,8 +21,7 @@ from inference.server.service import Service, stopping
 logger = logging.getLogger("sanbu")
 
 KEYS_VARIABLE = "SANBU_API_KEY"
-BODY_SECONDS = 60  # for a body to arrive
-DISCARDED = 16  # times the limit of a body: read and thrown away, so that a client that is still sending gets its answer
+BODY_SECONDS = 60  # for a body to arrive; of one that is too large the rest is thrown away, so that its sender gets the answer
 
 
 def read_keys(file: str | None) -> list[bytes]:
@@ -68,8 +67,6 @@ async def body_of(request: Any, limit: int) -> bytes:
             size += len(part)
             if size <= limit:
                 parts.append(part)
-            elif size > DISCARDED * limit:
-                break
         if size > limit:
             raise Refusal(413, f"the body has more than {limit} bytes; ask in smaller parts.")
         return b"".join(parts)

@@ -7,7 +7,7 @@ import math
 import random
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,7 +16,9 @@ from inference.chatbot import Sampling
 
 MOST = 128  # answers to a question, as OpenAI's
 SEED = 2**63 - 1
+Item = TypeVar("Item")
 Text = Annotated[str, Field(min_length=1, max_length=256)]
+Some = Annotated[list[Item], Field(min_length=1)]
 NO_EFFECT = (  # fields of OpenAI's that say nothing about the answer
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "safety_identifier", "reasoning_effort", "verbosity", "prediction", "moderation",
@@ -202,7 +204,7 @@ class ChatQuestion(Question):
 class TextQuestion(Question):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Some[str] | Some[int] | Some[Some[int]]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] = False
     suffix: Literal[""] = ""
@@ -221,7 +223,7 @@ class TextQuestion(Question):
     @property
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts, texts or tokens."""
-        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if one else self.prompt
 
 
