@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from training.utils.data.turns import (
@@ -45,7 +46,7 @@ ALIASES = {
     **dict.fromkeys(("chosen_response", "chosen_messages"), "chosen"),
     **dict.fromkeys(("scores", "rating", "ratings", "reward", "rewards"), "score"),
     **{"conversation": "conversations", "指令": "instruction", "输入": "input", "输出": "output"},
-    **{"系统": "system", "system_prompt": "system", "历史": "history"},
+    **{"系统": "system", "system_prompt": "system", "历史": "history", "kto_tag": "label"},
 }
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
 ANSWER_LIKE = {"answer", "answers", "output", "target", "reply", "label", "text", "summary"}
@@ -176,13 +177,19 @@ def history(row: Fields) -> list[Message]:
 
 def instruction(row: Fields) -> list[Message]:
     """Read the earlier turns, and instruction and input as one question."""
-    extra = row.get("input")
-    lines = [text(row["instruction"], "instruction"), text(extra, "input") if extra else ""]
-    return history(row) + user_turn("\n".join(filter(None, lines)))
+    return history(row) + user_turn("\n".join(filter(None, [text(row["instruction"], "instruction"), *_material(row)])))
+
+
+def _material(row: Fields) -> list[str]:
+    """Read what a question works on, and stands below it: "input", and dolly's "context"."""
+    return [text(row[name], name) for name in ("input", "context") if row.get(name)]
 
 
 def _asked(row: Fields) -> list[Message]:
-    return history(row) + prompt_messages(row["prompt"])
+    turns, material = prompt_messages(row["prompt"]), _material(row)
+    if material and turns and turns[-1]["role"] == "user":
+        turns[-1] = turns[-1] | {"content": "\n".join(filter(None, [turns[-1]["content"], *material]))}
+    return history(row) + turns
 
 
 def _turns(row: Fields, field: str) -> list[Message]:
@@ -263,6 +270,21 @@ def _pair_after_messages(row: Fields) -> list[Record | Skip]:
     return pair(messages, row)
 
 
+def _pair_with(row: Fields, asked: str, reply: str) -> list[Record | Skip]:
+    """Read a pair whose better answer has the name of a single one."""
+    return pair(instruction(row) if asked == "instruction" else _asked(row), row | {"chosen": row[reply]})
+
+
+def _answer_behind(row: Fields, field: str, reply: str) -> list[Record | Skip]:
+    """Read messages and an answer of their own field. Messages that end with this answer are the whole dialogue."""
+    messages = _turns(row, field)
+    if not messages or messages[-1]["role"] != "assistant":
+        return dialogue(joined(messages, answer_turns(row, reply)), _tools(row))
+    if normal(answer_turns(row, reply)[-1]["content"]) != normal(messages[-1]["content"]):
+        raise Skip(f'messages that end with another answer than "{reply}"')
+    return dialogue(messages, _tools(row))
+
+
 def _whole_dialogues(row: Fields) -> list[Record | Skip]:
     """Read the form of hh-rlhf: two dialogues, equal but for the last answer."""
     return pair(_system(row), row | {name: _answered_dialogue(row[name], name) for name in ("chosen", "rejected")})
@@ -300,10 +322,7 @@ def _instruction_output(row: Fields) -> list[Record | Skip]:
 
 
 def _instruction_response(row: Fields) -> list[Record | Skip]:
-    """Read the form of dolly-15k, where "context" is what the instruction works on."""
-    given = [row[name] for name in ("input", "context") if row.get(name)]
-    named = [text(one, "context") for one in given]
-    return _instruction_output(row | {"output": row["response"], "input": "\n".join(named)})
+    return _instruction_output(row | {"output": row["response"]})
 
 
 def _answered(asked: list[Message], turns: list[Message]) -> list[Record | Skip]:
@@ -367,27 +386,39 @@ class Format:
         return {*self.needed, *self.optional, *(["label"] if self.judged else [])}
 
 
-EARLIER, TOOLS = ("history", "system"), ("system", "tools")
+EARLIER, TOOLS, MATERIAL = ("history", "system"), ("system", "tools"), ("input", "context")
 MORE = (*TOOLS, "margin")
+PAIRED, ANSWERED = ("history", *MATERIAL, *MORE), (*EARLIER, *MATERIAL, "score")
+
 
 # The first one that fits is taken.
 FORMATS: tuple[Format, ...] = (
     Format(("conversations", "chosen", "rejected"), lambda row: pair(_turns(row, "conversations"), row), MORE),
+    Format(("conversations", "rejected"), lambda row: _pair_after_messages(row | {"messages": row["conversations"]}), MORE),
     Format(("messages", "chosen", "rejected"), _pair_after_messages, ("prompt", *MORE)),
     Format(("messages", "rejected"), _pair_after_messages, ("prompt", *MORE)),
+    Format(("instruction", "chosen", "rejected"), lambda row: pair(instruction(row), row), PAIRED),
+    Format(("prompt", "chosen", "rejected"), lambda row: pair(_asked(row), row), PAIRED),
+    *(
+        Format((asked, reply, "rejected"), partial(_pair_with, asked=asked, reply=reply), PAIRED)
+        for asked, reply in (("prompt", "response"), ("instruction", "output"), ("instruction", "response"))
+    ),
     Format(("context", "chosen", "rejected"), lambda row: pair(_before_pair(row), row), MORE),
-    Format(("instruction", "chosen", "rejected"), lambda row: pair(instruction(row), row), ("input", "history", *MORE)),
-    Format(("prompt", "chosen", "rejected"), lambda row: pair(_asked(row), row), ("history", *MORE)),
     Format(("chosen", "rejected"), _whole_dialogues, MORE),
-    Format(("prompt", "chosen"), lambda row: pair(_asked(row), row), ("history", *MORE)),
+    Format(("prompt", "chosen"), lambda row: pair(_asked(row), row), PAIRED),
+    *(
+        Format((field, reply), partial(_answer_behind, field=field, reply=reply), TOOLS, judged=True)
+        for field in ("messages", "conversations")
+        for reply in ("chosen", "response", "output")
+    ),
     Format(("messages",), lambda row: dialogue(_turns(row, "messages"), _tools(row)), TOOLS, judged=True),
     Format(("conversations",), lambda row: dialogue(_turns(row, "conversations"), _tools(row)), TOOLS, judged=True),
-    Format(("prompt", "response"), _prompt_response, (*EARLIER, "score"), "history", judged=True),
-    Format(("instruction", "output"), _instruction_output, (*EARLIER, "input", "score"), "history", judged=True),
-    Format(("instruction", "response"), _instruction_response, (*EARLIER, "input", "context", "score"), "history", judged=True),
+    Format(("prompt", "response"), _prompt_response, ANSWERED, "history", judged=True),
+    Format(("instruction", "output"), _instruction_output, ANSWERED, "history", judged=True),
+    Format(("instruction", "response"), _instruction_response, ANSWERED, "history", judged=True),
     Format(("content", "summary"), lambda row: question_answer(row, "content", "summary")),
     Format(("prompt", "queries", "answers"), lambda row: mkqa(row, "en", row["prompt"])),
-    Format(("prompt",), lambda row: [record(_asked(row))], EARLIER),
+    Format(("prompt",), lambda row: [record(_asked(row))], (*EARLIER, *MATERIAL)),
 )
 PROMPTS = FORMATS[-1]
 

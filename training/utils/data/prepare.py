@@ -191,8 +191,8 @@ def check_something_left(paths: list[str], encoding: Encoding, counts: Counts) -
     if not counts.records:
         whole = ",".join("1" if encoding.phase == phase else "0" for phase in (1, 2, 3))
         raise UserError(
-            f"{names}: too few records, none falls to step {encoding.phase}; --data_split {whole} gives all of them "
-            "to it."
+            f"{names}: too few records, none falls to step {encoding.phase}; --data_split {whole} --eval_fraction 0 trains on "
+            "all of them."
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items())
     if counts.dropped[TOO_LONG]:

@@ -28,6 +28,9 @@ TURN_NAMES |= dict.fromkeys(("output", "answer", "response", "回答", "答"), "
 LEARN_MARKS = dict.fromkeys(
     ("loss", "weight", "train", "training", "trainable", "loss_weight", "loss_scale", "output_with_loss"), True
 ) | {"masked": False}
+# What labels and marks say, in lower case.
+TRUTHS = dict.fromkeys(("true", "1", "1.0", "good", "chosen", "desirable"), True)
+TRUTHS |= dict.fromkeys(("false", "0", "0.0", "bad", "rejected", "undesirable"), False)
 TEXT_NAMES = ("content", "value", "text")
 TOOL_NAMES = ("tool_calls", "function_call", "name", "tool_call_id")
 MESSAGE_FIELDS = {"role", "from", "id", *TEXT_NAMES, *TOOL_NAMES, *LEARN_MARKS, *TURN_NAMES}
@@ -105,10 +108,8 @@ def is_turns(value: Any) -> bool:
 
 
 def truth(value: Any) -> bool | None:
-    """Return True or False for a value that means it (true, 1, "true", "1"); None for any other."""
-    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(
-        str(value).strip().lower()
-    )
+    """Return True or False for a value that means it (true, 1, "true", "good"); None for any other."""
+    return TRUTHS.get(str(value).strip().lower())
 
 
 def normal(content: str) -> str:

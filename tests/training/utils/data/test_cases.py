@@ -115,6 +115,16 @@ ROWS = {
         [rec(turns("Q"), "A1", "A0"), rec(turns("Q"), "A3", "A2"), rec(turns("Q"), "A5")],
         "2 with an answer judged bad",
     ),
+    "labels in words": (
+        [{"prompt": "Q", "response": "A", "label": "good"}, {"prompt": "Q", "response": "B", "kto_tag": "Bad"}],
+        [rec(turns("Q"), "A", "B")],
+        "1 with an answer judged bad",
+    ),
+    "another answer than that of the messages": (
+        [{"messages": turns("Q", "A"), "response": "B"}, {"messages": turns("R"), "response": "B"}],
+        [rec(turns("R"), "B")],
+        '1 with messages that end with another answer than "response"',
+    ),
     "labels that judge nothing": (
         [{"messages": turns("Q", "A"), "label": "math"}],
         [rec(turns("Q"), "A")],

@@ -92,6 +92,17 @@ FORMATS = {
         [rec(turns("Q1", "A1", "Q2"), "best", "worst")],
     ),
     "alpaca": ({"instruction": "Add", "input": "1+1", "output": "2"}, [rec(turns("Add\n1+1"), "2")]),
+    "an answer beside a rejected one": ({"query": "Hi", "response": "A", "rejected_response": "B"}, a_or_b("Hi")),
+    "output beside a rejected one": ({"instruction": "Add", "input": "1+1", "output": "A", "rejected": "B"}, a_or_b("Add\n1+1")),
+    "conversations beside a rejected answer": (
+        {"conversations": turns("Hi", "A"), "rejected": {"role": "assistant", "content": "B"}},
+        a_or_b("Hi"),
+    ),
+    "context of a pair": ({"instruction": "Add", "context": "1+1"} | A_OR_B, a_or_b("Add\n1+1")),
+    "input below a prompt": ({"prompt": "Add", "input": "1+1", "response": "2"}, [rec(turns("Add\n1+1"), "2")]),
+    "messages and their answer": ({"messages": turns("Q1", "A1", "Q2"), "response": "A2"}, TWO_TURNS),
+    "messages and their answer again": ({"messages": turns("Q1", "A1", "Q2", "A2"), "output": " A2"}, TWO_TURNS),
+    "conversations and their answer": ({"conversations": turns("Q"), "chosen": "A"}, [rec(turns("Q"), "A")]),
     "dolly": ({"instruction": "Add", "context": "1+1", "response": "2", "category": "qa"}, [rec(turns("Add\n1+1"), "2")]),
     "whole dialogues under longer names": (
         {"chosen_messages": A_OR_B_AFTER_HI["chosen"], "rejected_messages": A_OR_B_AFTER_HI["rejected"]},

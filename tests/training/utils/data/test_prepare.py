@@ -86,7 +86,7 @@ NOTHING_LEFT = [
     (1, [{"prompt": f"q{n}"} for n in range(3)], {}, "data.jsonl: prompts without answers"),
     (3, [{"prompt": "x " * 90}] * 2, {"max_seq_len": 30}, r"2 prompt too long \(raise --max_prompt_seq_len 30\)"),
     (2, [{"prompt": "a", "chosen": "b", "rejected": "b"}], {}, "of 1 records none is left.*chosen equals rejected"),
-    (1, pairs(2), {"data_split": "1,1000000,0"}, "too few records, none falls to step 1; --data_split 1,0,0"),
+    (1, pairs(2), {"data_split": "1,1000000,0"}, "too few records, none falls to step 1; --data_split 1,0,0 --eval_fraction 0"),
     (1, pairs(2), {"max_seq_len": 1}, "--max_seq_len 1: expected at least 2"),
 ]
 
