@@ -273,7 +273,7 @@ def read_by_deepspeed(path: str, key: str, value: Any, stage: int) -> Asked:
         first = error.errors()[0]
         where = ".".join(map(str, dict.fromkeys((key, *first["loc"]))))  # the monitors' own path begins with the key
         if first["type"] == "extra_forbidden":
-            refuse_unknown(path, where, model_fields())
+            refuse_unknown(path, where, model_fields(error.title if len(first["loc"]) == 1 else ""))
         raise UserError(f'{path}: "{where}" is {json.dumps(first["input"])[:60]}; {as_clause(first["msg"].lower())}.') from error
     except Exception as error:  # its own errors, and what becomes of a value where it expects a section
         check_value(path, key, config, key)
@@ -290,18 +290,19 @@ def as_clause(message: str) -> str:
     return " ".join(message.split()).rstrip(".")
 
 
-def model_fields() -> set[str]:
-    """Return the names of all fields in DeepSpeed's pydantic models."""
+def model_fields(title: str) -> set[str]:
+    """Return the names of the fields in DeepSpeed's pydantic model of this name, or in all of them."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
-    fields = [item for model in DeepSpeedConfigModel.__subclasses__() for item in model.model_fields.items()]
+    models = [model for model in DeepSpeedConfigModel.__subclasses__() if title in ("", model.__name__)]
+    fields = [item for model in models for item in model.model_fields.items()]
     return {name for name, _ in fields} | {field.alias for _, field in fields if field.alias}
 
 
 def refuse_unknown(path: str, where: str, known: Collection[str]) -> NoReturn:
     """Raise UserError for a key that DeepSpeed does not know."""
     key = where.rpartition(".")[2]
-    near = None if key in known else nearest(key, known)  # it is a key of another section
+    near = None if key in known else nearest(key, known)  # it may be a key of another section
     hint = f'did you mean "{near}"?' if near else "remove it."
     raise UserError(f'{path}: "{where}" is no key of the installed DeepSpeed; {hint}')
 
