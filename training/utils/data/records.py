@@ -23,12 +23,12 @@ from training.utils.data.formats import (
     check_media,
     judgement,
     recognise,
-    suggested_columns,
     unread_fields,
     with_our_names,
 )
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.sources import Source, Table, open_source
+from training.utils.data.suggested import suggested_columns
 from training.utils.data.turns import BadRecord, Fields, Skip
 
 logger = logging.getLogger("sanbu")
