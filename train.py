@@ -21,13 +21,14 @@ import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from errors import CommandLine, UserError, refuse, told
 from scripts.done import differences, done_otherwise, read_done
 from scripts.launch.__main__ import passed_on
-from scripts.launch.checks import check_data, step_arguments
+from scripts.launch.checks import check_data, check_pairs, step_arguments
 from scripts.launch.commands import Environment, build_command, build_environment, flags_of
 from scripts.launch.options import (
     DEFAULT_HOSTFILE,
@@ -315,6 +316,30 @@ def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
     tokenizers = {path: load_tokenizer(path) for path in models if Path(path) not in {step.folder for step in chosen}}
     for (first, one), (second, other) in itertools.pairwise(tokenizers.items()):
         check_same_tokenizer(one, other, (first, second))
+    for step, one in zip(chosen, arguments, strict=True):
+        if step.section in ("reward", "dpo"):
+            check_pairs(one)
+        check_positions(step, one, chosen)
+
+
+def check_positions(step: Step, arguments: Any, chosen: list[Step]) -> None:
+    """Raise UserError if a step's examples can be longer than its models' table of positions; a model that a chosen step will
+    make has that of the model which that step starts from.
+    """
+    from models.checkpoint_folder import check_context_length
+
+    length, flag = getattr(arguments, "max_seq_len", None), "--max_seq_len"
+    if step.section == "ppo":
+        flag = "--max_prompt_seq_len + --max_answer_seq_len ="
+        length = arguments.max_prompt_seq_len + arguments.max_answer_seq_len
+    made = {str(one.folder): step_arguments(step_of(one.section), one.flags) for one in chosen}
+    for path in map(str, arguments.models.values()):
+        while path in made:
+            path = made[path].model_name_or_path
+        try:
+            check_context_length(path, length, flag)
+        except UserError as error:
+            raise UserError(f"{step.title}: {error}") from error
 
 
 def again(args: argparse.Namespace, number: int) -> str:

@@ -240,7 +240,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(words, sentence, tmp_path, 
 def models(tmp_path_factory) -> list[str]:
     """Flags that name two tiny models with one tokenizer."""
     folder = tmp_path_factory.mktemp("models")
-    actor, reward = tiny_checkpoint(folder / "actor", "opt"), tiny_checkpoint(folder / "reward", "opt", seed=1)
+    actor, reward = (tiny_checkpoint(folder / name, "opt", max_position_embeddings=512) for name in ("actor", "reward"))
     return ["--actor-model", str(actor), "--reward-model", str(reward), "--deployment-type", "cpu"]
 
 
@@ -353,7 +353,7 @@ def test_a_step_done_with_other_data_flags_recipe_or_code_is_not_taken_for_done(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     (tmp_path / "recipe.yaml").write_text("sft: {seed: 7}\nreward: {}\nppo: {}\n")
-    other = tiny_checkpoint(tmp_path / "other" / "actor", "opt", seed=2)
+    other = tiny_checkpoint(tmp_path / "other" / "actor", "opt", max_position_embeddings=512)
     words = [*models, "--data-path", "data.jsonl", "--config", "recipe.yaml", "--output-dir", "out", "--step", "1"]
 
     def result(*more: str) -> tuple[int, str, str]:
@@ -418,6 +418,27 @@ def test_wrong_flags_and_data_of_any_step_are_told_before_the_first_starts(model
     assert train.main([*models, *words]) == 2
     told = capsys.readouterr()
     assert sentence in told.err and told.err.count("\n") == 1 and not told.out and not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data-path", "pairs.jsonl", "answers.json"], 'answers.json: no record has a "rejected" answer. Step 2 trains on pairs'),
+        (["--data-path", "answers.json", "--method", "dpo"], "answers.json: no record has a"),
+        (["--reward-flags", "--max_seq_len 513"], "step 2 (reward model): --max_seq_len 513 is more than the 512 positions"),
+        (["--ppo-flags", "--max_prompt_seq_len 400"], "step 3 (PPO): --max_prompt_seq_len + --max_answer_seq_len = 656 is more"),
+    ],
+)
+def test_data_without_pairs_and_lengths_without_positions_are_told_before_the_first_step(
+    fake_steps, models, tmp_path, monkeypatch, capsys, words, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    (tmp_path / "answers.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 3))
+    models = [*models[:2], *models[4:]] if "dpo" in words else models
+    assert train.main([*models, "--data-path", "pairs.jsonl", *words]) == 2
+    told = capsys.readouterr()
+    assert sentence in told.err and told.err.count("\n") == 1 and not list(tmp_path.rglob("training.log"))
 
 
 def test_two_tokenizers_are_refused_before_anything_runs(fake_steps, models, tmp_path, capsys):

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,24 @@ def check_data(args: Any) -> None:
             from training.utils.data.sources import open_source
 
             open_source(path)  # names what is missing
+
+
+def check_pairs(args: Any) -> None:
+    """Raise UserError for a data file without any pair; step 2 and DPO train on pairs. Reads up to the first pair."""
+    from training.utils.data.named_sets import find_named_set
+    from training.utils.data.readers import read_rows
+    from training.utils.data.records import Reading, table_records
+    from training.utils.data.sources import Table
+
+    for path in args.data_path:
+        if (file := Path(path).expanduser()).is_file():
+            table = Table(path, partial(read_rows, file), "")
+            records = table_records(table, find_named_set(path), args.column_map, Reading())
+            refuse(
+                not any(record["rejected"] is not None for record in records),
+                f'{path}: no record has a "rejected" answer. Step 2 trains on pairs; take the set out of --data-path, and give '
+                f'it to step 1 alone: --sft-flags "--sft_only_data_path {path}".',
+            )
 
 
 def check_several(options: Options, given: Any) -> None:
