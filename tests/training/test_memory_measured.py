@@ -34,6 +34,7 @@ CASES += [
     USUAL | {"config": LLAMA, "stage": 2, "lora": 8, "names": "layers.3.,layers.4."},
     USUAL | {"config": QWEN, "stage": 3, "lora": 8, "dtype": "bf16"},
     USUAL | {"config": LLAMA, "stage": 1, "lora": 8, "bits": 8, "dtype": "bf16"},
+    USUAL | {"config": LLAMA, "stage": 0, "lora": 8, "bits": 4, "dtype": "bf16", "checkpointing": True},
     USUAL | {"config": QWEN, "stage": 2, "scalar": True},
     USUAL | {"config": OPT, "stage": 2, "attn": "eager"},
     USUAL | {"config": BLOOM, "stage": 1, "attn": "eager"},
