@@ -47,6 +47,7 @@ from steps import METHODS, SECTIONS, step_of
 from training.utils.flags.deepspeed_file import check_keys
 from training.utils.flags.recipe import recipe_file
 from training.utils.run.environment import DONE, check_writable
+from training.utils.run.inputs import check_models, check_resume
 from training.utils.run.metrics import format_seconds
 
 ROOT = Path(__file__).resolve().parent
@@ -301,19 +302,23 @@ def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
                 f"{step.title} needs {folder}, which step {number} makes; run it first: python train.py {again(args, number)}",
             )
         check_writable(step.folder)
+    made = {step.folder for step in chosen}
+    for one in arguments:
+        check_models(one, made)
+    several, hostfile = args.deployment_type == "multi_node", args.hostfile or DEFAULT_HOSTFILE
+    absent = several and not Path(hostfile).is_file()
+    refuse(absent, f"--deployment-type multi_node needs --hostfile; there is no {hostfile}.")
+
+    # Importing torch and transformers takes seconds: what can be told without them has been.
     from models.device import detect_platform
     from models.load import check_same_tokenizer, load_tokenizer
 
-    if args.deployment_type == "multi_node":
-        hostfile = args.hostfile or DEFAULT_HOSTFILE
-        absent = not Path(hostfile).is_file()
-        refuse(absent, f"--deployment-type multi_node needs --hostfile; there is no {hostfile}.")
-    elif args.deployment_type != "cpu" and detect_platform().name == "cpu":
+    if not several and args.deployment_type != "cpu" and detect_platform().name == "cpu":
         raise UserError(f"--deployment-type {args.deployment_type}: no accelerator found here; use cpu.")
     for one in arguments:
         check_keys(one)
     models = dict.fromkeys(str(path) for one in arguments for path in one.models.values())
-    tokenizers = {path: load_tokenizer(path) for path in models if Path(path) not in {step.folder for step in chosen}}
+    tokenizers = {path: load_tokenizer(path) for path in models if Path(path) not in made}
     for (first, one), (second, other) in itertools.pairwise(tokenizers.items()):
         check_same_tokenizer(one, other, (first, second))
     for step, one in zip(chosen, arguments, strict=True):

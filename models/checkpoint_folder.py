@@ -17,6 +17,7 @@ from models.weight_files import BASE_FIELD, PEFT_FILES, WEIGHTS, base_named_in, 
 if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told without it
     from models.adapters.prefix import PrefixPlan
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "ice_text.model")
 SCALAR = "ForSequenceClassification"  # how the name of a reward model's or critic's class ends
 OUTPUTS = ("output", "outputs", "out", "runs", "results")  # first folder of an output, no owner on the hub
 
@@ -87,6 +88,13 @@ class CheckpointFolder:
         """Return True for a reward model or a critic."""
         return self.architecture.endswith(SCALAR)
 
+    def check_vocabulary(self) -> None:
+        """Raise UserError for a folder without a vocabulary, of which transformers would make up an empty tokenizer."""
+        if not any((self.folder / name).is_file() for name in VOCABULARIES):
+            raise UserError(
+                f"model {self.path} has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy the whole checkpoint."
+            )
+
     def config(self, **fields: Any) -> Any:
         """Return a config of the caller's own (transformers' PretrainedConfig), with some fields set.
 
@@ -146,8 +154,11 @@ def models_inside(folder: Path) -> list[CheckpointFolder]:
     return models
 
 
-def find_folder(path: str | Path) -> Path:
-    """Return the folder with a model's files, from the hub where it is the id of a model there. UserError if there is none."""
+def find_folder(path: str | Path, only: list[str] | None = None) -> Path:
+    """Return the folder with a model's files, from the hub where it is the id of a model there. UserError if there is none.
+
+    only: names of the files to fetch; None: all.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -160,10 +171,10 @@ def find_folder(path: str | Path) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    files = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+    files = only or ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
     try:
         folder = Path(snapshot_download(str(path), allow_patterns=files))
-        if not any((folder / name).exists() for name in WEIGHTS[:2]):
+        if not only and not any((folder / name).exists() for name in WEIGHTS[:2]):
             folder = Path(snapshot_download(str(path), allow_patterns=[*files, "*.bin"]))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OSError, by version
         raise UserError(

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger("sanbu")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "ice_text.model")
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -44,10 +43,7 @@ def load_tokenizer(path: str | Path | CheckpointFolder) -> PreTrainedTokenizerBa
     checkpoint = open_checkpoint(path)
     folder, path = checkpoint.folder, checkpoint.path
     chatglm = checkpoint.content.get("model_type") == "chatglm"
-    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty tokenizer
-        raise UserError(
-            f"model {path} has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy the whole checkpoint."
-        )
+    checkpoint.check_vocabulary()
     try:
         tokenizer = (ChatGLMTokenizer if chatglm else AutoTokenizer).from_pretrained(folder)
     except UserError:

@@ -72,7 +72,7 @@ def tensor_names(file: Path) -> set[str]:
         raise UserError(f"{file} is missing, though the index beside it names it; copy the checkpoint again.")
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as content:
+            with safe_open(file, framework="np") as content:  # "pt" imports torch
                 return set(content.keys())
         import torch
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from errors import UserError, told
-from training.utils.data.sources import download_folder, load_from_hub
+from training.utils.data.paths import check_hub, download_folder
 
 
 def download(name: str, output_dir: str | None = None) -> Path:
@@ -18,6 +18,9 @@ def download(name: str, output_dir: str | None = None) -> Path:
     folder = Path(output_dir).expanduser() if output_dir else download_folder(name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there; delete it to fetch {name} again, or choose another --output_dir.")
+    check_hub(name)
+    from training.utils.data.sources import load_from_hub  # imports datasets, which takes two seconds
+
     splits = load_from_hub(name)
     unfinished = folder.with_name(f".{folder.name}.unfinished")  # a broken download is never mistaken for a whole one
     try:

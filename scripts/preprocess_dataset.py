@@ -13,25 +13,41 @@ import logging
 import sys
 from pathlib import Path
 
-from models.load import load_tokenizer
-from models.templates import load_template
+from models.checkpoint_folder import open_checkpoint
 from steps import STEPS
-from training.utils.data.prepare import prepare_phase
-from training.utils.flags.parse import main_entry
+from training.utils.data.paths import check_source
 from training.utils.flags.steps import CommonArguments
-from training.utils.run.process_group import quiet_libraries
+from training.utils.run.entry import parse_or_exit, run_main
+from training.utils.run.environment import data_paths
 
 
 def preprocess(args: CommonArguments) -> None:
     """Tokenise the data that the step's flags name; print what was kept, cut and dropped, and its folder."""
+    from models.load import load_tokenizer  # with these torch is imported, which takes seconds
+    from models.templates import load_template
+    from training.utils.data.prepare import prepare_phase
+    from training.utils.run.process_group import quiet_libraries
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sanbu").setLevel(logging.INFO)
     quiet_libraries()
-    model = args.models["actor" if args.phase == 3 else "model"]
+    model = tokenizer_model(args)
     tokenizer = load_tokenizer(model)
     data = prepare_phase(args, args.phase, tokenizer, load_template(model, tokenizer))
     folder = Path(data.train.cache_files[0]["filename"]).parent
     print(f"{args.title}: {len(data.train)} examples to train on, {len(data.eval)} held out, in {folder}", flush=True)
+
+
+def tokenizer_model(args: CommonArguments) -> str:
+    """Return the model whose tokenizer a step takes."""
+    return args.models["actor" if args.phase == 3 else "model"]
+
+
+def check_inputs(args: CommonArguments) -> None:
+    """Raise UserError for a model or data set that is not there."""
+    open_checkpoint(tokenizer_model(args)).check_vocabulary()
+    for path in data_paths(args):
+        check_source(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = {step.choice: step.arguments_class for step in STEPS}
     parser.add_argument("--step", choices=arguments, default="1")
     given, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    main_entry(preprocess, arguments[given.step], ["--output_dir", ".", *flags])
+    run_main(preprocess, parse_or_exit(arguments[given.step], ["--output_dir", ".", *flags], check_inputs))
 
 
 if __name__ == "__main__":

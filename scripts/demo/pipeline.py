@@ -86,6 +86,7 @@ def training_stage(section: str, args: Namespace, *flags: object, settings: Any 
     command = [step_of(section).module, "--config", args.config, "--output_dir", folder, *flags, "--seed", args.seed]
     for flag, source in MODELS[section].items():
         command += [flag, args.output / source]
+    step_arguments(step_of(section), [str(word) for word in command[1:]])  # a wrong flag of step 3 is told before step 1
 
     def train(again: bool) -> None:
         resume = again and any(folder.glob("checkpoints/step-*"))

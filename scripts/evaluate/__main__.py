@@ -14,8 +14,8 @@ metrics with 95 % intervals, and all answers. Beside them, as ChatGLM's ptuning 
 from __future__ import annotations
 
 from training.evaluate.inputs import check_inputs, check_reward_model
-from training.utils.flags.parse import parse_or_exit, run_main
 from training.utils.flags.steps import EvaluateArguments
+from training.utils.run.entry import parse_or_exit, run_main
 
 if (
     __name__ == "__main__"

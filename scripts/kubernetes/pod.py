@@ -166,7 +166,7 @@ def download(models: list[str], datasets: list[str]) -> int:
     from huggingface_hub import snapshot_download
 
     from scripts import download_dataset
-    from training.utils.data.sources import download_folder
+    from training.utils.data.paths import download_folder
 
     for model in models:
         try:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import CommandLine, UserError, refuse, told
-from scripts.launch.checks import check_data, check_machine, check_several, step_arguments
+from scripts.launch.checks import check_inputs, check_machine, check_several, step_arguments
 from scripts.launch.commands import Environment, build_command, build_environment
 from scripts.launch.options import Options, add_flags, find_recipe, options_of, plain_words, read_recipe
 from scripts.launch.platforms import did_you_mean
@@ -178,9 +178,9 @@ def passed_on(environment: Environment, output: Path) -> dict[str, str]:
 
 def start(launch: Launch) -> int:
     """Run the step to its end; return its exit code."""
-    check_data(launch.args)
-    check_machine(launch.options)
+    check_inputs(launch.args)
     check_writable(launch.output)
+    check_machine(launch.options)
     env, done = passed_on(launch.environment, launch.output), launch.output / DONE
     if not launch.options.is_first_node:  # the first process of this node leaves a mark of its own
         done = launch.output / f".done-node{launch.options.node_rank}"

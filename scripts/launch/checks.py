@@ -37,19 +37,26 @@ def step_arguments(step: Step, flags: list[str]) -> Any:
         logger.level = before
 
 
+def check_inputs(args: Any) -> None:
+    """Raise UserError for a model or data that are not there. Of a model on the hub the config alone is fetched: weights are
+    fetched where the step runs.
+    """
+    from models.checkpoint_folder import find_folder, open_checkpoint
+
+    for path in args.models.values():
+        if Path(path).expanduser().exists():
+            open_checkpoint(path).check_vocabulary()
+        else:
+            find_folder(path, only=["config.json"])
+    check_data(args)
+
+
 def check_data(args: Any) -> None:
-    """Raise UserError for a data file that is missing, empty or broken in its first record. Sets of the hub are not fetched."""
-    from training.utils.data.named_sets import find_named_set
-    from training.utils.data.readers import looks_local, read_rows
+    """Raise UserError for a data file that is missing, empty or broken in its first record. Sets of the hub are not looked up."""
+    from training.utils.data.paths import check_source
 
     for path in data_paths(args):
-        file, named = Path(path).expanduser(), find_named_set(path)
-        if file.is_file():
-            refuse(next(read_rows(file), None) is None, f"{path}: no records in it.")
-        elif not file.exists() and (looks_local(path) or (named and named.files)):
-            from training.utils.data.sources import open_source
-
-            open_source(path)  # names what is missing
+        check_source(path, ask_hub=False)
 
 
 def check_pairs(args: Any) -> None:

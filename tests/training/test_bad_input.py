@@ -15,8 +15,8 @@ import training.step3_ppo.rlhf_engine as rlhf_engine
 from tests.launching import write_pairs
 from tests.tiny import SPARE_ROWS, tiny_checkpoint, tiny_tokenizer
 from training.utils.engine import build
-from training.utils.flags.parse import main_entry
 from training.utils.flags.steps import DPOArguments, PPOArguments, RewardArguments, SFTArguments
+from training.utils.run.entry import parse_or_exit, run_main
 
 STEPS = {
     "sft": (sft, SFTArguments),
@@ -68,7 +68,7 @@ def end(files, tmp_path, capsys):
         words = f"{models} --output_dir {tmp_path / 'out'} --cache_dir {tmp_path / 'cache'} {flags.format(**files)}"
         code = 0
         try:
-            main_entry(module.main, arguments, words.split())
+            run_main(module.main, parse_or_exit(arguments, words.split()))
         except SystemExit as ended:
             code = ended.code or 0
         error = capsys.readouterr().err

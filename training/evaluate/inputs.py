@@ -6,7 +6,7 @@ from typing import Any
 
 from errors import UserError, refuse
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
-from training.utils.data.paths import check_local
+from training.utils.data.paths import check_source
 from training.utils.flags.steps import EvaluateArguments, RewardEvalArguments
 
 
@@ -19,7 +19,7 @@ def check_inputs(args: Any) -> None:
         elif value and name == "reward_model":
             check_reward_model(value, "--reward_model")
     for path in args.data_path:
-        check_local(path)
+        check_source(path)
     refuse(isinstance(args, EvaluateArguments) and not args.data_path, "evaluate needs --data_path: records to answer.")
 
 

@@ -9,8 +9,8 @@ Each model is asked with its own template and stop tokens. Answers are greedy; -
 from __future__ import annotations
 
 from training.evaluate.inputs import check_inputs
-from training.utils.flags.parse import parse_or_exit, run_main
 from training.utils.flags.steps import PromptEvalArguments
+from training.utils.run.entry import parse_or_exit, run_main
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
     ARGS = parse_or_exit(PromptEvalArguments, check=check_inputs)

@@ -6,11 +6,12 @@ deepspeed --module training.step2_reward.main --config configs/cpu/demo.yaml
 
 from __future__ import annotations
 
-from training.utils.flags.parse import parse_or_exit, run_main
 from training.utils.flags.steps import RewardArguments
+from training.utils.run.entry import parse_or_exit, run_main
+from training.utils.run.inputs import check_inputs
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
-    ARGS = parse_or_exit(RewardArguments)
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
+    ARGS = parse_or_exit(RewardArguments, check=check_inputs)
 
 import logging
 from dataclasses import replace

@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
-from training.utils.flags.parse import parse_or_exit, run_main
 from training.utils.flags.steps import PPOArguments
+from training.utils.run.entry import parse_or_exit, run_main
+from training.utils.run.inputs import check_inputs
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong flags are answered at once
-    ARGS = parse_or_exit(PPOArguments)
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
+    ARGS = parse_or_exit(PPOArguments, check=check_inputs)
 
 import math
 import time

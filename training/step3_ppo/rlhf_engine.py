@@ -28,6 +28,7 @@ from training.step3_ppo.experience import Experience, JoinedRows
 from training.step3_ppo.scoring import Rewards
 from training.utils.engine.build import build_engine, build_frozen, read_in_turn
 from training.utils.engine.configs import EngineOptions, frozen_config
+from training.utils.run.inputs import check_roles
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -188,8 +189,7 @@ def is_adapted(args, role: str, checkpoint: CheckpointFolder) -> bool:
 def check_models(args, models: dict[str, CheckpointFolder], tokenizer) -> None:
     """Raise UserError if the models cannot play the parts that the flags give them. Reads no weights of 16 or 32 bits.
 
-    models: those of args.models. A reward model as actor would lose its scores, a language model as reward model would get a
-    random head, and PPO would learn from noise. A critic may start from a language model.
+    models: those of args.models.
     """
     actor, critic = models["actor"], models.get("critic")
     longest = args.max_prompt_seq_len + args.max_answer_seq_len
@@ -198,13 +198,7 @@ def check_models(args, models: dict[str, CheckpointFolder], tokenizer) -> None:
         check_context_length(checkpoint, longest, flags, **args.prefix_options(role))
     if critic is not None:
         check_same_tokenizer(tokenizer, load_tokenizer(critic), (actor.path, critic.path))
-    if actor.gives_scores:
-        raise UserError(f"--actor_model_name_or_path {actor.path} is a reward model; name the SFT model, which step 1 trains.")
-    if args.reward_model and not critic.gives_scores:
-        raise UserError(
-            f"--critic_model_name_or_path {critic.path} is no reward model ({critic.architecture}); name one that step 2 "
-            "trained, or score with --reward_function or --reward_endpoint and --reward_model false."
-        )
+    check_roles(args, models)
     for role, checkpoint in models.items():
         if args.memory_mode == "shared" and has_prefix(args, role, checkpoint):
             raise UserError(

@@ -21,9 +21,6 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow
-import pyarrow.parquet
-
 from errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -238,6 +235,9 @@ def _csv_rows(path: Path, suffix: str) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow  # 0.4 s, which a wrong flag need not wait for
+    import pyarrow.parquet
+
     with _open_bytes(path) as file, tempfile.TemporaryFile() as unpacked:
         if isinstance(file, gzip.GzipFile):  # Parquet is read from its end: unpack to a file that goes away by itself
             shutil.copyfileobj(file, unpacked, CHUNK)

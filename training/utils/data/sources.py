@@ -13,9 +13,17 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from errors import UserError
 from training.utils.data.digest import file_digest
-from training.utils.data.named_sets import NamedSet, find_named_set, similar_name
-from training.utils.data.paths import check_local
-from training.utils.data.readers import SUFFIXES, Row, data_suffix, read_rows
+from training.utils.data.named_sets import NamedSet, find_named_set
+from training.utils.data.paths import (
+    check_local,
+    data_files,
+    download_folder,
+    hub_name,
+    hub_trouble,
+    is_saved_set,
+    own_files,
+)
+from training.utils.data.readers import Row, data_suffix, read_rows
 
 logger = logging.getLogger("sanbu")
 
@@ -54,7 +62,8 @@ def open_source(path: str) -> Source:
     if local.is_dir():
         return Source(_folder_splits(local), named)
     if named and named.files and not data_suffix(local):  # a file that is meant and missing is an error
-        return Source(_local_splits(path, named.files), named)
+        files = own_files(path, named)
+        return Source({split: [file_table(file)] for split, file in files.items()}, named)
     check_local(path)
     for downloaded in map(download_folder, (path, *(named.names if named else ()))):
         if downloaded.is_dir():
@@ -68,31 +77,6 @@ def file_table(path: Path) -> Table:
     return Table(str(path), partial(read_rows, path), f"{data_suffix(path)} {file_digest(path)}")
 
 
-def download_folder(name: str) -> Path:
-    """Return the folder where scripts.download_dataset puts a set, which is looked for before the hub is asked."""
-    return Path("datasets") / name.replace(":", "-")
-
-
-# --- files that may be missing ----------------------------------------------------------------------------------------
-
-
-def _local_splits(path: str, files: dict[str, tuple[str, ...]]) -> dict[str, list[Table]]:
-    """Read the files of the user's own that a named set stands for; one file is never its own test set."""
-    splits = {}
-    for split, candidates in files.items():
-        file = next((file for file in map(Path, candidates) if file.is_file()), None)
-        if file is not None:
-            splits[split] = [file_table(file)]
-        elif split == "train":
-            raise UserError(
-                f'--data_path {path}: a local set; put its records, a JSON list of {{"prompt", "chosen", "rejected"}}, '
-                f"into {' or '.join(candidates)} of the current folder {Path.cwd()}, or give the path of the file itself."
-            )
-        else:
-            logger.info("%s: no %s, so a share of the set is held out (--eval_fraction).", path, candidates[0])
-    return splits
-
-
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
@@ -101,37 +85,18 @@ def load_from_hub(name: str) -> DatasetDict:
 
     Raise UserError that says how to fetch the set beforehand, if there is no network.
     """
-    hub_id, _, config = name.partition(":")
-    named = find_named_set(name)
-    if named and name.lower() in map(str.lower, named.names):  # not somebody else's set of the same last name
-        hub_id, config = named.hub_id, named.config
+    hub_id, config = hub_name(name)
     try:
-        return load_dataset(hub_id, config or None)
+        return load_dataset(hub_id, config)
     except Exception as error:  # whatever the hub client raises becomes one sentence; its own words are kept in it
         cause = error
     if "scripts are no longer supported" in str(cause) or "trust_remote_code" in str(cause):
         logger.info("%s has a loading script, which is not run; reading the hub's Parquet copy of it.", hub_id)
         try:
-            return load_dataset(hub_id, config or None, revision="refs/convert/parquet")
+            return load_dataset(hub_id, config, revision="refs/convert/parquet")
         except Exception as error:  # same reason
             cause = error
-    raise UserError(_hub_trouble(name, cause)) from cause
-
-
-def _hub_trouble(name: str, error: Exception) -> str:
-    near = None if find_named_set(name) else similar_name(name)
-    hint = f" Did you mean {near}?" if near else ""
-    cause = " ".join(str(error).split())[:300]
-    if isinstance(error, FileNotFoundError):
-        return f"{name}: no file or folder of this name, and no public data set on the hub ({cause}).{hint}"
-    if isinstance(error, ConnectionError) or "connect" in cause.lower() or "offline" in cause.lower():
-        meant = near or name
-        return (
-            f"{name}: no file or folder of this name, and the hub cannot be reached.{hint} On a machine with network "
-            f"run: python -m scripts.download_dataset {meant}, then copy the folder {download_folder(meant)} to the "
-            "same place here."
-        )
-    return f"{name}: the set on the hub cannot be read ({cause}); ID:CONFIG chooses a configuration.{hint}"
+    raise UserError(hub_trouble(name, cause)) from cause
 
 
 # --- folders and splits -----------------------------------------------------------------------------------------------
@@ -139,7 +104,7 @@ def _hub_trouble(name: str, error: Exception) -> str:
 
 def _folder_splits(folder: Path) -> dict[str, list[Table]]:
     """Read a folder of save_to_disk (one set or several splits), or one of data files named after splits."""
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if is_saved_set(folder):
         try:
             saved = load_from_disk(str(folder))
         except (OSError, ValueError, KeyError, pyarrow.ArrowInvalid) as error:
@@ -147,16 +112,7 @@ def _folder_splits(folder: Path) -> dict[str, list[Table]]:
                 f"{folder}: a folder of save_to_disk that cannot be read ({error}); write it again."
             ) from error
         return _saved_splits(saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved}), str(folder))
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and data_suffix(file) and file.name[0] not in "._"
-        and file.name not in ("dataset_info.json", "dataset_infos.json")
-    )
-    if not files:
-        raise UserError(
-            f"{folder}: neither a set written by save_to_disk nor data files in it ({', '.join(SUFFIXES)})."
-        )
+    files = data_files(folder)
     by_split: dict[str, list[Path]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())

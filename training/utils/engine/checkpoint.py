@@ -24,11 +24,11 @@ from models.heads import base_model
 from models.save import save_model
 from training.utils.engine.weights import trained_weights, whole_model
 from training.utils.run.deepspeed_internals import save_on_every_disk
+from training.utils.run.manifest import MANIFEST, read_manifest, step_name, whole_checkpoints
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
 
-MANIFEST = "checkpoint.json"
 # Of the flags with resume="free", which may differ between a run and its resumption: they change the learning rate of the
 # steps to come, which is allowed and said.
 LENGTH = ("max_steps", "num_train_epochs")
@@ -280,38 +280,6 @@ class Checkpoint:
             else:
                 reason = f"--{name} {then}, this run says {now}; give the same value, or another --output_dir"
             raise UserError(f"{folder} was made with {reason}.")
-
-
-def step_name(step: int) -> str:
-    """Return the name of a checkpoint's folder; names sort as the steps do."""
-    return f"step-{step:08d}"
-
-
-def whole_checkpoints(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoint folders that have a matching manifest, newest first."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            read_manifest(candidate)
-        except UserError as error:
-            logger.warning("Passed over: %s", error)
-        else:
-            yield candidate
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint whose files are all there in full size. Raises UserError otherwise."""
-    if not folder.is_dir():
-        raise UserError(f"--resume {folder}: no such folder; name one under output_dir/checkpoints, or use --resume alone.")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({MANIFEST} is missing or cut); resume from an older one.") from error
-    for name, size in files:
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{folder} is half-written: {name} is missing or has another size; resume from an older one.")
-    return manifest
 
 
 def generator_states() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -209,6 +210,9 @@ def check_rewards(args: PPOArguments) -> None:
         wrong = f"--reward_function {spec}"
         refuse(not name.isidentifier() or not file.endswith(".py"), f"{wrong}: expected FILE.py:NAME, a file and a function in it.")
         refuse(not Path(file).expanduser().is_file(), f"{wrong}: no file {file}; name an existing Python file.")
+        content = Path(file).expanduser().read_text(encoding="utf-8", errors="replace")  # not run before the device is chosen
+        absent = not re.search(rf"\b{name}\b|import \*", content)
+        refuse(absent, f"{wrong}: no such name in the file; expected a function {name}(prompts, answers).")
     for url in args.reward_endpoint:
         sentence = f"--reward_endpoint {url}: expected an address such as http://127.0.0.1:8000/score."
         refuse(not is_web_address(url), sentence)

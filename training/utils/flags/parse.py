@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import sys
-import time
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from errors import UserError, language_of_user, nearest, reader_may_leave, refuse
+from errors import UserError, language_of_user, nearest, refuse
 from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
 from training.utils.flags.former import former_flags
@@ -27,8 +24,6 @@ from training.utils.flags.steps import (
     PromptEvalArguments,
     RewardEvalArguments,
 )
-from training.utils.run import heartbeat
-from training.utils.run.environment import adopt_mpi_ranks
 
 logger = logging.getLogger("sanbu")
 
@@ -216,48 +211,3 @@ def parse(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
 def is_main_process() -> bool:
     """Return whether this process speaks for all, by what the launcher says in the environment."""
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
-
-
-def main_entry(main: Callable[[Any], None], args_class: type, argv: Sequence[str] | None = None) -> None:
-    """Parse and run. A UserError becomes one line on stderr and exit code 2."""
-    run_main(main, parse_or_exit(args_class, argv))
-
-
-def parse_or_exit(
-    args_class: type[Args], argv: Sequence[str] | None = None, check: Callable[[Args], None] = lambda args: None
-) -> Args:
-    """Return the flags of a step. A UserError becomes one line on stderr and exit code 2.
-
-    check: further checks, which raise UserError. A step's main.py calls this above its imports of torch: --help and a wrong
-    flag are answered in a tenth of a second.
-    """
-    adopt_mpi_ranks()
-    with errors_told(), reader_may_leave():
-        args = parse(args_class, argv)
-        check(args)
-        return args
-
-
-def run_main(main: Callable[[Any], None], args: Any) -> None:
-    """Run a step with its flags. A UserError becomes one line on stderr and exit code 2."""
-    with errors_told():
-        main(args)
-
-
-@contextmanager
-def errors_told() -> Iterator[None]:
-    """Tell the other nodes of an error that ends this process; say a UserError in one line and exit with code 2."""
-    try:
-        yield
-    except UserError as error:
-        heartbeat.failed(2, str(error))
-        if not is_main_process():
-            # Usually all processes fail alike: the main one speaks, and the launcher ends this one while it waits.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5 if os.environ.get("LOCAL_RANK") == "0" else 10)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except Exception as error:
-        # With gloo, the loss of another node shows in the main thread too, as an error of a socket.
-        heartbeat.failed(1, f"{type(error).__name__}: {error}", patience=5.0)
-        raise

@@ -24,7 +24,7 @@ from errors import UserError
 
 LOST = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command may be tried again
 EVERY = 2.0  # seconds between two beats
-GRACE = 15.0  # seconds for a process to fail by itself as another one did, see parsing.main_entry
+GRACE = 15.0  # seconds for a process to fail by itself as another one did, see entry.errors_told
 CONNECT = 10.0  # seconds to reach the first process
 VARIABLE = "SANBU_NODE_TIMEOUT"
 

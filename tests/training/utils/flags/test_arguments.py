@@ -14,7 +14,7 @@ from errors import UserError
 from scripts.docs.flags_table import main as flags_table
 from training.utils.flags import parse as parsing
 from training.utils.flags.former import NOT_YET, RETIRED, former_flags
-from training.utils.flags.parse import flag_names, main_entry, parse, parse_or_exit
+from training.utils.flags.parse import flag_names, parse
 from training.utils.flags.steps import (
     STEPS,
     DPOArguments,
@@ -25,6 +25,7 @@ from training.utils.flags.steps import (
     RewardEvalArguments,
     SFTArguments,
 )
+from training.utils.run import entry
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 ALL = (*STEPS, PromptEvalArguments, EvaluateArguments, RewardEvalArguments)
@@ -423,7 +424,7 @@ def test_missing_recipe():
 
 def test_user_error_is_one_line_and_code_2(capsys):
     with pytest.raises(SystemExit) as caught:
-        main_entry(lambda args: None, SFTArguments, ["--nonsense_flag"])
+        entry.parse_or_exit(SFTArguments, ["--nonsense_flag"])
     assert caught.value.code == 2
     sentence = "error: --nonsense_flag is not a flag of step 1 (SFT); --help all lists all flags."
     assert capsys.readouterr().err.splitlines() == [sentence]
@@ -432,7 +433,7 @@ def test_user_error_is_one_line_and_code_2(capsys):
         raise UserError("the sentence.")
 
     with pytest.raises(SystemExit):
-        main_entry(fails, SFTArguments, NEEDED[SFTArguments])
+        entry.run_main(fails, entry.parse_or_exit(SFTArguments, NEEDED[SFTArguments]))
     assert capsys.readouterr().err == "error: the sentence.\n"
 
 
@@ -441,11 +442,11 @@ def test_a_lone_process_other_than_the_first_speaks_after_a_while(monkeypatch, c
     waited = []
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(parsing.time, "sleep", waited.append)
-    monkeypatch.setattr(parsing.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(entry.time, "sleep", waited.append)
+    monkeypatch.setattr(entry.signal, "signal", lambda *_: None)
     level = parsing.logger.level
     with pytest.raises(SystemExit):
-        main_entry(lambda args: None, SFTArguments, ["--nonsense_flag"])
+        entry.parse_or_exit(SFTArguments, ["--nonsense_flag"])
     parsing.logger.setLevel(level)
     assert waited == [10] and capsys.readouterr().err.startswith("error: ")
 
@@ -479,7 +480,7 @@ def test_a_reader_of_the_help_may_leave(monkeypatch):
     with os.fdopen(writing, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit, match="1"):
-            parse_or_exit(PPOArguments, ["--help", "all"])
+            entry.parse_or_exit(PPOArguments, ["--help", "all"])
 
 
 # --- the table in the pages --------------------------------------------------------------------------------
