@@ -305,13 +305,13 @@ def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
     made = {step.folder for step in chosen}
     for one in arguments:
         check_models(one, made)
+        check_resume(one)
     several, hostfile = args.deployment_type == "multi_node", args.hostfile or DEFAULT_HOSTFILE
     absent = several and not Path(hostfile).is_file()
     refuse(absent, f"--deployment-type multi_node needs --hostfile; there is no {hostfile}.")
 
     # Importing torch and transformers takes seconds: what can be told without them has been.
     from models.device import detect_platform
-    from models.load import check_same_tokenizer, load_tokenizer
 
     if not several and args.deployment_type != "cpu" and detect_platform().name == "cpu":
         raise UserError(f"--deployment-type {args.deployment_type}: no accelerator found here; use cpu.")

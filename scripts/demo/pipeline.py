@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from scripts.launch.checks import step_arguments
 from scripts.report.page import write_report
 from scripts.report.results import cost_rows, result_rows
 from scripts.report.runs import StepRun, find_runs

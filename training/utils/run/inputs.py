@@ -23,8 +23,7 @@ def check_inputs(args: Any) -> None:
         return
     for path in data_paths(args):
         check_source(path)
-    if args.resume not in (None, "auto"):
-        read_manifest(Path(args.resume))
+    check_resume(args)
     check_models(args)
     check_writable(Path(args.output_dir))
 
@@ -39,6 +38,12 @@ def check_models(args: Any, made: Collection[Path] = ()) -> None:
     check_roles(args, models)
     for checkpoint in models.values():
         checkpoint.weights  # noqa: B018  (reads the headers of the files, and raises for what is missing or cut)
+
+
+def check_resume(args: Any) -> None:
+    """Raise UserError for a checkpoint to resume from that is not there or not whole."""
+    if args.resume not in (None, "auto"):
+        read_manifest(Path(args.resume))
 
 
 def check_roles(args: Any, models: Mapping[str, CheckpointFolder]) -> None:

@@ -1,7 +1,5 @@
 """Flags: every earlier name is known, values and recipes are read as meant, wrong input is told in one sentence."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import subprocess
