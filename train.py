@@ -317,6 +317,8 @@ def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
         raise UserError(f"--deployment-type {args.deployment_type}: no accelerator found here; use cpu.")
     for one in arguments:
         check_keys(one)
+    from models.load import check_same_tokenizer, load_tokenizer
+
     models = dict.fromkeys(str(path) for one in arguments for path in one.models.values())
     tokenizers = {path: load_tokenizer(path) for path in models if Path(path) not in made}
     for (first, one), (second, other) in itertools.pairwise(tokenizers.items()):

@@ -219,7 +219,8 @@ def quiet_libraries() -> None:
     """Keep the libraries to warnings: a run's own lines must not drown."""
     import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")   # DeepSpeed calls older names
+    for room in ("torch.distributed", "transformers"):  # DeepSpeed calls older names, and we those of older transformers
+        warnings.filterwarnings("ignore", category=FutureWarning, module=room)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for name in ("DeepSpeed", "deepspeed", "peft", "datasets"):
