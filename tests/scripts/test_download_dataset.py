@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
+from scripts import download_dataset
 from scripts.download_dataset import download, main
 from training.utils.data import sources
 from training.utils.data.records import load_records
@@ -22,6 +23,7 @@ def hub(tmp_path, monkeypatch):
         return load_from_disk(str(tmp_path / "hub"))
 
     monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr(download_dataset, "check_hub", lambda name: None)
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
