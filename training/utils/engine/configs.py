@@ -46,6 +46,12 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def setting(key: str) -> str:
+    """Return one name for a setting of the ZeRO section. DeepSpeed knows most under several, and refuses two of them together."""
+    name = key.removeprefix("stage3_").replace("fp16_weights", "16bit_weights")
+    return {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}.get(name, name)
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """The training of one model: flags by their names."""
@@ -83,6 +89,9 @@ class EngineOptions:
             zero |= STAGE_3
             if self.offload or self.offload_param:
                 zero["offload_param"] = dict(on_host)
+        file = read_deepspeed_config(self.deepspeed_config)
+        others = {setting(key) for key in file.get("zero_optimization", {}) if key not in zero}
+        zero = {key: value for key, value in zero.items() if setting(key) not in others}
         config = PLACEHOLDERS | {
             "train_batch_size": run.world_size,
             "gradient_accumulation_steps": 1,
@@ -92,7 +101,7 @@ class EngineOptions:
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": self.max_grad_norm,
         }
-        return merge(config | precision_config(run.dtype), read_deepspeed_config(self.deepspeed_config))
+        return merge(config | precision_config(run.dtype), file)
 
     def loading_config(self, run) -> dict[str, Any] | None:
         """Return the configuration that splits the weights while they are read: under stage 3, else None."""

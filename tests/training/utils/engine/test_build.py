@@ -57,6 +57,19 @@ def test_a_file_overrides_key_by_key(tmp_path):
     assert config["train_batch_size"] == 1
 
 
+def test_a_file_may_use_the_other_names_of_deepspeeds_keys(tmp_path):
+    """Published files say max_live_parameters or gather_fp16 where ours say stage3_…; both together are an error in DeepSpeed."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    file = tmp_path / "ds.json"
+    zero = {"max_live_parameters": 7, "stage3_gather_fp16_weights_on_model_save": True, "cpu_offload": True}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    given = options(zero_stage=3, offload_optimizer=True, deepspeed_config=str(file)).train_config(run())
+    parsed = DeepSpeedConfig(given).zero_config
+    assert (parsed.max_live_parameters, parsed.gather_16bit_weights_on_model_save) == (7, True)
+    assert parsed.offload_optimizer.device == "cpu"
+
+
 STAGE_3 = '{"zero_optimization": {"stage": 3}}'
 FP16 = '{"fp16": {"enabled": true, "loss_scale": 256}, "bf16": {"enabled": false}}'
 
