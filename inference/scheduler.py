@@ -27,6 +27,9 @@ logger = logging.getLogger("sanbu")
 
 # Tokens of prompts read in one pass, padding included: answers in work wait meanwhile, and its activations need memory.
 PREFILL_TOKENS = 4096
+# Let questions in once they are this share of the answers in work, or after so many steps: to read prompts costs those a pass.
+# Demo model, 16 clients, answers of 9 tokens, answers a CPU second: at once 46 and 52, at 1/4 54 and 66, at 1/2 54 and 57, at 1 52.
+JOIN_SHARE, JOIN_STEPS = 0.25, 4
 
 
 class Busy(Exception):
@@ -88,6 +91,7 @@ class Scheduler:
         self.waiting: deque[Answer] = deque()
         self.groups: list[_Group] = []
         self.wake = threading.Condition()
+        self.held = 0  # steps in a row at which a waiting question was not let in
         self.stopping = False
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
@@ -154,7 +158,12 @@ class Scheduler:
     def _next(self) -> list[Answer]:
         """Take the answers from the queue, in its order, that there is room for; all of one adapter."""
         taken: list[Answer] = []
-        room = self.max_batch - self.in_work
+        in_work = self.in_work
+        room = self.max_batch - in_work
+        if min(len(self.waiting), room) < JOIN_SHARE * in_work and self.held < JOIN_STEPS:
+            self.held += bool(self.waiting and room)
+            return taken
+        self.held = 0
         with self.wake:
             while self.waiting and len(taken) < room:
                 answer = self.waiting[0]
