@@ -23,6 +23,7 @@ def save_model(
     template,
     folder: str | Path,
     state_dict: dict[str, Tensor] | None = None,
+    max_shard_size: str = "50GB",
 ) -> None:
     """Write weights (safetensors), config, generation config, tokenizer and template; called by one process.
 
@@ -52,7 +53,7 @@ def save_model(
         # Newer transformers write in rank 0 only; nodes that share no disk have a process each that calls this.
         network.should_save_on_this_rank = lambda is_main_process: True
         try:
-            network.save_pretrained(draft, state_dict=dict(state_dict))
+            network.save_pretrained(draft, state_dict=dict(state_dict), max_shard_size=max_shard_size)
         finally:
             del network.should_save_on_this_rank
         check_saved(draft, state_dict)

@@ -1,0 +1,1 @@
+"""Trained models for other programs: merged, in another dtype, in shards, as GGUF."""
