@@ -152,10 +152,7 @@ def load_merged(
     network, state_dict = base_model(model), merged_state_dict(model)
     if adapter is None:
         state_dict = plain_state_dict(network, state_dict, dtype)  # integers become floats
-    odd = next(
-        (name for name, tensor in state_dict.items() if tensor.is_floating_point() and not tensor.isfinite().all()),
-        None,
-    )
+    odd = next((name for name, tensor in state_dict.items() if not tensor.isfinite().all()), None)
     refuse(odd, f"the weight {odd} has values that {dtype} cannot hold (or is damaged); give --dtype bf16 or fp32.")
     return network, state_dict, tokenizer, template
 

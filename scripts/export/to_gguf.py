@@ -96,9 +96,7 @@ def write_gguf(
             wide = tensor.dim() == 1 or name.startswith("position_embd")
             kind = GGMLQuantizationType["F32" if wide else TENSOR_TYPES[dtype]]
             tensors.append((tensor, kind))
-            shape = quant_shape_to_byte_shape(
-                tensor.shape, kind
-            )  # gguf takes the shape of bytes for what is none of numpy's
+            shape = quant_shape_to_byte_shape(tensor.shape, kind)
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -138,12 +136,12 @@ def add_sizes(writer: Any, network: Any) -> None:
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim // 2 if chatglm else head_dim)  # ChatGLM2 rotates half of each head
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
-    if rope.get("rope_type", "default") not in (
-        ("default", "linear", "llama3") if kind in ("llama", "mistral") else ("default",)
-    ):
-        raise UserError(
-            f"rope_type {rope['rope_type']!r} of this {kind} model is not written as GGUF; export it as safetensors."
-        )
+    known = ("default", "linear", "llama3") if kind in ("llama", "mistral") else ("default",)
+    rotation = rope.get("rope_type", "default")
+    refuse(
+        rotation not in known,
+        f"rope_type {rotation!r} of this {kind} model is not written as GGUF; export safetensors.",
+    )
 
 
 def named_tensors(network: Any, state_dict: dict[str, Tensor], arch: Any) -> Iterator[tuple[str, Tensor]]:
@@ -182,5 +180,8 @@ def pairs_together(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def queries_first(weight: Tensor, heads: int) -> Tensor:
-    """Return BLOOM's fused rows, [heads * 3 * head_dim, ...] with query, key, value for each head, as all queries, all keys, all values."""
+    """Return BLOOM's fused rows with all queries first, then all keys, then all values.
+
+    weight: [heads * 3 * head_dim, ...], query, key and value of each head side by side.
+    """
     return weight.unflatten(0, (heads, 3, -1)).transpose(0, 1).reshape(weight.shape)

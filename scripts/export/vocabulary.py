@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp reads it: pieces, their kinds and merges or scores, how text is cut into words, and the chat template."""
+"""A tokenizer as llama.cpp reads it: pieces, their kinds, merges or scores, how text is cut into words, chat template."""
 
 from __future__ import annotations
 
@@ -106,8 +106,10 @@ def piece_scores(tokens: list[str], pieces: Any, model: dict[str, Any] | None) -
 
 
 GO_TEMPLATE = """\
-{{- $before := "" }}{{ range .Messages }}{{ if eq .Role "system" }}SYSTEM{{ .Content }}\
-{{ else if eq .Role "user" }}{{ if eq $before "" }}FIRST{{ else if eq $before "system" }}BEHIND{{ else }}NEXT{{ end }}{{ .Content }}CLOSE\
+{{- $before := "" }}{{ range .Messages }}\
+{{ if eq .Role "system" }}SYSTEM{{ .Content }}\
+{{ else if eq .Role "user" }}\
+{{ if eq $before "" }}FIRST{{ else if eq $before "system" }}BEHIND{{ else }}NEXT{{ end }}{{ .Content }}CLOSE\
 {{ else }}{{ .Content }}{{ end }}{{ $before = .Role }}{{ end }}"""
 
 
@@ -130,11 +132,7 @@ def modelfile(tokenizer: Any, template: Any) -> str:
     first, close = between("user")
     try:
         system, behind, _ = between("system", "user")
-    except (
-        TemplateError,
-        UserError,
-        ValueError,
-    ):  # by template: some have no system message, or put it into the question
+    except (TemplateError, ValueError):  # a template without system messages, or one that puts them into the question
         system, behind = "", first
     values = {
         "SYSTEM": system,

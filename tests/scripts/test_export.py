@@ -24,8 +24,9 @@ FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 128},
 
 
 def logits(model) -> torch.Tensor:
+    model = model if model.dtype == torch.float32 else model.float()  # what came from a GGUF takes no float()
     with torch.no_grad():
-        return model.float().eval()(IDS).logits
+        return model.eval()(IDS).logits
 
 
 def export(path, folder, *flags) -> dict:
