@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 from errors import UserError
-from models.checkpoint_folder import open_checkpoint
+from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import detect_platform, empty_cache
 from models.load import load_scalar_model
 from scripts.evaluate.metrics import estimates
@@ -66,6 +66,10 @@ def main(args: EvaluateArguments) -> None:
     checkpoints = {name: open_checkpoint(path) for name, path in paths.items() if path}  # all, before one is loaded
     judge = check_reward_model(args.reward_model, "--reward_model") if args.reward_model else None
     records = read_records(args)
+    if args.lm_eval:
+        from scripts.evaluate import harness
+
+        harness.open_tasks(args.lm_eval)
     started = time.monotonic()
     load = partial(
         load_for_evaluation,
@@ -75,16 +79,7 @@ def main(args: EvaluateArguments) -> None:
         local_rank=local_rank,
     )
     share = partial(in_batches, size=args.per_device_eval_batch_size, rank=rank, processes=processes)
-    answers: dict[str, list[Answer]] = {}
-    labels: dict[str, list[str]] = {}
-    measured: dict[str, Columns] = {}
-    for name, checkpoint in checkpoints.items():
-        prefix = {"ptuning_checkpoint": args.ptuning_checkpoint} if name == "after" else {}
-        loaded = load(checkpoint, quantization_bit=args.quantization_bit, **prefix)
-        answers[name] = answer(loaded, records, args, share)
-        labels[name], measured[name] = compare(loaded, records, answers[name], args, share)
-        del loaded  # before the next model is read
-        empty_cache()
+    labels, answers, measured, tasks = measure(checkpoints, records, args, load, share)
     scores: Columns = {}
     if judge:
         scores = score_answers(load(judge, load=load_scalar_model), records, answers, share)
@@ -98,18 +93,48 @@ def main(args: EvaluateArguments) -> None:
             "examples": len(records),
             "metrics": {
                 name: {model: asdict(one) for model, one in row.items()}
-                for name, row in estimates(measured, args.seed).items()
+                for name, row in (estimates(measured, args.seed) if records else {}).items()
             },
+            "lm_eval": tasks,
             "records": [row_of(number, record, answers, scores) for number, record in enumerate(records)],
         }
         write(Path(args.output_dir), found, labels, answers, args)
         print(
-            f"{len(records)} answers in {format_seconds(time.monotonic() - started)}; see {args.output_dir}/eval.html.",
+            f"{len(records)} records in {format_seconds(time.monotonic() - started)}; see {args.output_dir}/eval.html.",
             flush=True,
         )
     if several:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def measure(
+    checkpoints: dict[str, CheckpointFolder],
+    records: list[dict[str, Any]],
+    args: EvaluateArguments,
+    load: Callable[..., LoadedModel],
+    share: Share,
+) -> tuple[dict[str, list[str]], dict[str, list[Answer]], dict[str, Columns], dict[str, dict[str, Any]]]:
+    """Return, each by model: the written answers as it could have written them, its answers, what was measured of each record,
+    and its metrics of --lm_eval. One model is in memory at a time.
+    """
+    labels: dict[str, list[str]] = {}
+    answers: dict[str, list[Answer]] = {}
+    measured: dict[str, Columns] = {}
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, checkpoint in checkpoints.items():
+        prefix = {"ptuning_checkpoint": args.ptuning_checkpoint} if name == "after" else {}
+        loaded = load(checkpoint, quantization_bit=args.quantization_bit, **prefix)
+        if records:
+            answers[name] = answer(loaded, records, args, share)
+            labels[name], measured[name] = compare(loaded, records, answers[name], args, share)
+        if args.lm_eval:
+            from scripts.evaluate import harness
+
+            tasks[name] = harness.run_tasks(loaded, args)
+        del loaded
+        empty_cache()
+    return labels, answers, measured, tasks
 
 
 def read_records(args: EvaluateArguments) -> list[dict[str, Any]]:
@@ -244,8 +269,9 @@ def write(
         rows = ({"labels": label, "predict": one.text} for label, one in zip(labels[name], answers[name], strict=True))
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / file).write_text(text, encoding="utf-8")
-    before = {"baseline": flat(found, "before")} if args.baseline else {}
-    write_json(folder / "metrics.json", flat(found, "after") | before | {"flags": asdict(args)})
+    if found["records"]:
+        before = {"baseline": flat(found, "before")} if args.baseline else {}
+        write_json(folder / "metrics.json", flat(found, "after") | before | {"flags": asdict(args)})
     print(write_pages(folder, found))
 
 

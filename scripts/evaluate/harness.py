@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,14 @@ class ChatGLM(HFLM):
 def wrap(loaded: LoadedModel, batch_size: int, chat: bool = False) -> HFLM:
     """Return a loaded model as lm-eval calls it. Other families than ChatGLM are read as lm-eval reads them from the hub."""
     options = {"backend": "causal", "batch_size": batch_size, "max_length": loaded.longest}
+    loaded.tokenizer.chat_template = loaded.template.jinja(loaded.tokenizer)  # as saved models have it
     if loaded.template.kind in CHATGLM:
         return ChatGLM(loaded, chat, **options)
     return HFLM(loaded.model, tokenizer=loaded.tokenizer, **options)
 
 
 def open_tasks(names: Sequence[str]) -> tuple[TaskManager, list[str]]:
-    """Return lm-eval's list of tasks and the names in it. A YAML file of a task is a name too. Raise UserError for an unknown one."""
+    """Return lm-eval's tasks and the names in it; the YAML file of a task is a name too. Raise UserError for an unknown one."""
     manager = TaskManager()
     for name in names:
         if name.endswith((".yaml", ".yml")):
@@ -79,6 +81,7 @@ def open_tasks(names: Sequence[str]) -> tuple[TaskManager, list[str]]:
 
 def run_tasks(loaded: LoadedModel, args: EvaluateArguments) -> dict[str, dict[str, dict[str, float]]]:
     """Return the metrics of each task by name: "value" and "stderr", its standard error, where lm-eval gives one."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for each metric of each task
     manager, names = open_tasks(args.lm_eval)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), args.seed)
     found = simple_evaluate(
@@ -103,5 +106,5 @@ def metrics_of(row: dict[str, Any]) -> dict[str, dict[str, float]]:
             continue
         error = row.get(f"{name}_stderr,{choice}")
         title = name if choice == "none" else f"{name} ({choice})"
-        metrics[title] = {"value": value} | ({"stderr": error} if isinstance(error, (int, float)) else {})
+        metrics[title] = {"value": float(value)} | ({"stderr": float(error)} if isinstance(error, (int, float)) else {})
     return metrics

@@ -10,6 +10,7 @@ from typing import Any
 
 from errors import language_of_user
 from scripts.evaluate.metrics import METRICS
+from scripts.report.page import STYLE, section, table
 from training.evaluate.common import write_json
 from training.evaluate.intervals import RESAMPLES
 
@@ -34,6 +35,8 @@ WORDS = {
     "tokens": ("Length of answers, tokens", "回答的长度（token）"),
     "score": ("Score by the reward model", "奖励模型的得分"),
     "share": ("share of answers", "回答的比例"),
+    "task": ("task", "任务"),
+    "errors": ("Behind +-: the standard error, as lm-eval gives it.", "+- 后为 lm-eval 给出的标准误。"),
     "answers": ("Answers", "回答"),
     "shown": ("{shown} of {count} records, evenly taken.", "{count} 条记录中均匀取出的 {shown} 条。"),
     "prompt": ("prompt", "提示"),
@@ -49,25 +52,24 @@ def write_pages(folder: Path, found: Mapping[str, Any], language: str | None = N
     """
     language = language or language_of_user()
     write_json(folder / "eval.json", found)
-    results = markdown_table(result_table(found, language))
-    head = [
-        f"# {word('title', language)}",
-        "\n".join(f"- {name}: `{what}`" for name, what in subjects(found, language)),
-    ]
-    picture, page = "", []
+    title, results, tasks = word("title", language), result_table(found, language), task_table(found, language)
+    text = [f"# {title}", "\n".join(f"- {name}: `{what}`" for name, what in subjects(found, language))]
+    page: list[str] = []
     if found["records"]:
         picture = draw_picture(found, language)
         (folder / "eval.svg").write_text(picture, encoding="utf-8")
         note = word("interval", language, count=found["examples"], draws=RESAMPLES)
-        head += [note, results, f"![{word('picture', language)}](eval.svg)"]
-        page = [
-            section(word("results", language), html_table("results", result_table(found, language)), note),
-            section(word("picture", language), picture),
-            answer_section(found, language),
-        ]
-    (folder / "eval.md").write_text("\n\n".join(head) + "\n", encoding="utf-8")
+        text += [note, markdown_table(results), f"![{word('picture', language)}](eval.svg)"]
+        page += [section(word("results", language), table("results", results[0], results[1:]), note)]
+        page += [section(word("picture", language), picture)]
+    if found["lm_eval"]:
+        text += [word("errors", language), markdown_table(tasks)]
+        page += [section("lm-eval", table("results", tasks[0], tasks[1:]), word("errors", language))]
+    if found["records"]:
+        page += [answer_section(found, language)]
+    (folder / "eval.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     (folder / "eval.html").write_text(html_page(found, page, language), encoding="utf-8")
-    return results
+    return "\n\n".join(markdown_table(rows) for rows in (results, tasks) if len(rows) > 1)
 
 
 def word(name: str, language: str, *values: Any, **named: Any) -> str:
@@ -94,6 +96,26 @@ def result_table(found: Mapping[str, Any], language: str) -> list[list[str]]:
             for column in columns
         ]
         rows.append([metric.title[language == "zh"], *cells])
+    return rows
+
+
+def task_table(found: Mapping[str, Any], language: str) -> list[list[str]]:
+    """Return a head and a row for each metric of each task of lm-eval: the models' values with their standard errors."""
+    rows = [[word("task", language), word("metric", language), *(word(model, language) for model in found["models"])]]
+    of_models = [found["lm_eval"][model] for model in found["models"] if found["lm_eval"]]
+    for task, metrics in of_models[0].items() if of_models else ():
+        for name in metrics:
+            values = [tasks[task][name] for tasks in of_models]
+            rows.append(
+                [
+                    task,
+                    name,
+                    *(
+                        f"{one['value']:.4f}" + (f" +- {one['stderr']:.4f}" if "stderr" in one else "")
+                        for one in values
+                    ),
+                ]
+            )
     return rows
 
 
@@ -165,29 +187,6 @@ def histogram(series: Mapping[str, Sequence[float]], title: str, language: str) 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-STYLE = """
-body { font: 15px/1.55 system-ui, "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", sans-serif; color: #1f2328;
-  background: #f4f5f7; margin: 0 } main { max-width: 74rem; margin: 0 auto; padding: 1.5rem }
-section { background: #fff; border: 1px solid #e1e4e8; border-radius: 8px; padding: 1rem 1.2rem; margin: 1rem 0 }
-h2 { font-size: 1.15rem; margin: 0 0 .6rem } p, small { color: #59636e } svg { max-width: 100% }
-table { border-collapse: collapse; width: 100% } th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0;
-  border-bottom: 1px solid #eceef0 } .results td { font-variant-numeric: tabular-nums }
-.answers { table-layout: fixed } .answers td { white-space: pre-wrap; overflow-wrap: anywhere }
-"""
-
-
-def section(title: str, content: str, note: str = "") -> str:
-    """Return a part of the page."""
-    note = f"<p>{escape(note)}</p>" if note else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{content}</section>"
-
-
-def html_table(kind: str, rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table of texts; the first row is its head."""
-    lines = [("th", rows[0]), *(("td", row) for row in rows[1:])]
-    body = ("".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) for tag, cells in lines)
-    return f'<table class="{kind}">{"".join(f"<tr>{line}</tr>" for line in body)}</table>'
-
 
 def html_page(found: Mapping[str, Any], sections: Sequence[str], language: str) -> str:
     """Return the page that holds the sections."""
@@ -195,7 +194,8 @@ def html_page(found: Mapping[str, Any], sections: Sequence[str], language: str) 
     named = "<br>".join(f"{escape(name)}: <code>{escape(what)}</code>" for name, what in subjects(found, language))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sanbu: {title}</title>'
     body = "\n".join([f"<h1>{title}</h1><p>{named}</p>", *sections])
-    return f'<!DOCTYPE html>\n<html lang="{language}">{head}<style>{STYLE}</style><main>\n{body}\n</main></html>\n'
+    style = STYLE + ".texts td { white-space: pre-wrap; overflow-wrap: anywhere }"
+    return f'<!DOCTYPE html>\n<html lang="{language}">{head}<style>{style}</style><main>\n{body}\n</main></html>\n'
 
 
 def answer_section(found: Mapping[str, Any], language: str) -> str:
@@ -213,7 +213,7 @@ def answer_section(found: Mapping[str, Any], language: str) -> str:
         )
         rows.append([prompt, *(answer_cell(row.get(origin, {"text": ""}), language) for origin in origins)])
     note = word("shown", language, shown=len(shown), count=len(records))
-    return section(word("answers", language), html_table("answers", rows), note)
+    return section(word("answers", language), table("answers texts", rows[0], rows[1:]), note)
 
 
 def answer_cell(answer: Mapping[str, Any], language: str) -> str:

@@ -1,1 +1,1 @@
-"""Evaluate trained models: two models side by side, BLEU and ROUGE, reward scores."""
+"""Evaluate trained models: two models side by side, reward scores, and what scripts.evaluate measures with."""

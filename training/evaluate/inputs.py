@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Any
 
 from errors import UserError, refuse
@@ -20,7 +22,26 @@ def check_inputs(args: Any) -> None:
             check_reward_model(value, "--reward_model")
     for path in args.data_path:
         check_source(path)
-    refuse(isinstance(args, EvaluateArguments) and not args.data_path, "evaluate needs --data_path: records to answer.")
+    if isinstance(args, EvaluateArguments):
+        refuse(
+            not args.data_path and not args.lm_eval,
+            "evaluate needs --data_path, records to answer, or --lm_eval, tasks.",
+        )
+        refuse(
+            args.reward_model and not args.data_path,
+            "--reward_model scores answers to the records of --data_path; name one.",
+        )
+        check_harness(args.lm_eval)
+
+
+def check_harness(tasks: list[str]) -> None:
+    """Raise UserError for tasks of lm-eval where it is not installed, or under several processes."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    refuse(tasks and several, "--lm_eval runs in one process; start it by python -m scripts.evaluate.")
+    refuse(
+        tasks and find_spec("lm_eval") is None,
+        "--lm_eval needs a package that is missing; pip install --no-deps -r requirements-eval.txt.",
+    )
 
 
 def check_language_model(path: str, flag: str) -> None:

@@ -21,6 +21,7 @@ class Row(NamedTuple):
 ROWS = {
     EvaluateArguments: (
         Row("temperature top_p top_k", lambda args: not args.do_sample, "on greedy answers; add --do_sample"),
+        Row("num_fewshot apply_chat_template", lambda args: not args.lm_eval, "without --lm_eval; name a task"),
     ),
     CommonArguments: (
         Row(

@@ -155,6 +155,19 @@ class EvaluateArguments:
         "Folder for eval.html, eval.md, eval.json, generated_predictions.txt and metrics.json.", common=True,
         zh="保存 eval.html、eval.md、eval.json、generated_predictions.txt 和 metrics.json 的文件夹。",
     )
+    lm_eval: list[str] = flag(
+        "Tasks of lm-eval (EleutherAI's harness), or YAML files of tasks of one's own. Needs requirements-eval.txt.", [],
+        metavar="TASK", common=True,
+        zh="lm-eval（EleutherAI 评测框架）的任务名，或自己任务的 YAML 文件。需要 requirements-eval.txt。",
+    )
+    num_fewshot: int | None = flag(
+        "With --lm_eval: examples before each question; None: as the task says.", None,
+        zh="配合 --lm_eval：每题之前的示例数；缺省：按任务的规定。",
+    )
+    apply_chat_template: bool = flag(
+        "With --lm_eval: ask each question as a message of a dialogue, in the form that the model was trained in.", False,
+        zh="配合 --lm_eval：把每题作为一条对话消息，按模型训练时的对话格式提问。",
+    )
     ptuning_checkpoint: str | None = flag(
         "Folder of a saved prefix to put before the model's texts; not needed where that folder is the model.", None,
         metavar="FOLDER",
@@ -167,9 +180,9 @@ class EvaluateArguments:
     columns: str | None = flag("As in training.", None, zh="同训练。")
     cache_dir: str | None = flag("As in training.", None, zh="同训练。")
     num_examples: int = flag(
-        "How many records of each data set; 0 = all.", 0, aliases=("max_predict_samples", "max_eval_samples"),
-        common=True,
-        zh="每个数据集取多少条记录；0 = 全部。",
+        "How many records of each data set, or of each task of lm-eval; 0 = all.", 0,
+        aliases=("max_predict_samples", "max_eval_samples"), common=True,
+        zh="每个数据集（或 lm-eval 的每个任务）取多少条记录；0 = 全部。",
     )
     max_source_length: int | None = flag(
         "Longest prompt in tokens; longer ones lose their oldest part. None: what the model leaves room for.", None,
