@@ -38,6 +38,12 @@ class ChatGLM(HFLM):
             return self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize_chat(string))
         return self.tokenizer.encode_plain([string])[0]
 
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """Return a text; of the end token alone its name: its text is empty, and every answer holds that stop string at once."""
+        if isinstance(tokens, int):
+            return self.tokenizer.convert_ids_to_tokens(tokens)
+        return super().tok_decode(tokens, skip_special_tokens)
+
     def framed(self, context: list[int], room: int) -> list[int]:
         """Return the context between its marks, cut at the beginning where it leaves less room for what follows."""
         if self.first in context:  # the chat template's marks, or the placeholder for no context at all
