@@ -29,7 +29,7 @@ class ChatGLM(HFLM):
 
     def __init__(self, loaded: LoadedModel, chat: bool, **options: Any) -> None:
         self.template, self.chat = loaded.template, chat
-        self.first = (*loaded.template.prefix_ids, *loaded.template.suffix_ids)[0]  # no text holds it
+        self.first = loaded.tokenizer.build_inputs_with_special_tokens([])[0]  # no text holds it
         super().__init__(loaded.model, tokenizer=loaded.tokenizer, prefix_token_id=self.first, **options)
 
     def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
@@ -49,7 +49,7 @@ class ChatGLM(HFLM):
         if self.first in context:  # the chat template's marks, or the placeholder for no context at all
             context = [] if context == [self.first] else context
         if self.first not in context:
-            context = [*self.template.prefix_ids, *context, *self.template.suffix_ids]
+            context = self.tokenizer.build_inputs_with_special_tokens(context)  # ChatGLM3: without <|assistant|>, no dialogue
         return cut_prompt(context, self.max_length - room, self.template)
 
     def tok_batch_encode(
