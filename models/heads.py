@@ -22,6 +22,8 @@ from models.zero3 import gathered
 if TYPE_CHECKING:  # transformers' networks take seconds to import
     from transformers import Cache
 
+    from models.shared_prompts import SharedRows
+
 # Logits held at a time: 2^25 float32 values are 128 MiB. Smaller chunks save memory that nobody misses and add up more partial
 # gradients of the output matrix in the model's dtype.
 CHUNK_LOGITS = 2**25
@@ -46,6 +48,7 @@ class TokenLogProbs(nn.Module):
         labels: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        shared: SharedRows | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """input_ids, attention_mask: [batch, time], padded on either side. Returns float32 [batch, n], the
         log-probabilities of input_ids[:, -n:] with n = keep, or time - 1.
@@ -53,13 +56,13 @@ class TokenLogProbs(nn.Module):
         target_mask [batch, time] bool: only these tokens are targets; other places of the result are 0 and cost no
         logits (column 0 has no past and is never a target). labels [batch, time]: targets in the place of input_ids.
         temperature divides the logits. with_entropy: also the entropies (nats) of the distributions the tokens were
-        drawn from, same shape.
+        drawn from, same shape. shared: the same rows with the prompts of pairs computed once.
         """
         n = input_ids.shape[1] - 1 if keep is None else keep
         if not 0 < n < input_ids.shape[1]:
             raise ValueError(f"keep={keep} of {input_ids.shape[1]} tokens: the first token has no past")
         # the state before a token predicts it
-        hidden = last_hidden_state(self.model, input_ids, attention_mask)[:, -n - 1 : -1]
+        hidden = last_hidden_state(self.model, input_ids, attention_mask, shared)[:, -n - 1 : -1]
         targets = (input_ids if labels is None else labels)[:, -n:]
         self.project.use(base_model(self.model).get_output_embeddings())
         if target_mask is None:
@@ -169,12 +172,12 @@ class TokenScores(nn.Module):
         self.model = scalar_model
         self.project = _ScoreProjection()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, shared: SharedRows | None = None) -> Tensor:
         """input_ids, attention_mask: [batch, time], padded on either side -> float32 scores [batch, time].
 
-        The score at a position has seen the tokens up to and including it.
+        The score at a position has seen the tokens up to and including it. shared: as for TokenLogProbs.
         """
-        hidden = last_hidden_state(self.model, input_ids, attention_mask)
+        hidden = last_hidden_state(self.model, input_ids, attention_mask, shared)
         self.project.use(score_layer(self.model))
         return self.project(hidden)
 
@@ -195,13 +198,20 @@ def at_last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=values.device), last]
 
 
-def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def last_hidden_state(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, shared: SharedRows | None = None
+) -> Tensor:
     """[batch, time] -> [batch, time, width], what the head of the model would see.
 
     Padding on either side changes nothing. A prefix that peft holds stands in front of the tokens as their past, as in
     PeftModel.forward; ChatGLM puts its own there itself. No key-value cache is kept.
     """
     decoder = base_model(model).base_model
+    if shared is not None:
+        bias = shared.attention_bias(decoder.dtype)
+        ids, positions = shared.input_ids, shared.position_ids
+        output = decoder(input_ids=ids, attention_mask=bias, position_ids=positions, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)[shared.places]
     two_dimensional = hasattr(decoder, "position_ids_for")  # ChatGLM-6B, whose context sees its padding
     if not (two_dimensional or prefix_length(model)) and bool(attention_mask[:, 0].all()):
         # All padding is behind the tokens, where causal attention does not look: without a mask the kernels skip that half.

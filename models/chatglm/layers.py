@@ -163,7 +163,12 @@ class Trunk(ChatGLMPreTrainedModel):
     def bias(
         self, input_ids: Tensor, attention_mask: Tensor | None, cached: int, prefix: int, dtype: torch.dtype
     ) -> Tensor | None:
-        """Return what is added to scores, [batch, 1, time, prefix + cached + time]; None where plain causality says it."""
+        """Return what is added to scores, [batch, 1, time, prefix + cached + time]; None where plain causality says it.
+
+        attention_mask may be just that, [batch, 1, time, cached + time], as with transformers' networks.
+        """
+        if attention_mask is not None and attention_mask.is_floating_point():
+            return F.pad(attention_mask, (prefix, 0))
         visible = self.visible(input_ids, attention_mask, cached, prefix)
         if visible is None:
             return None

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from models.checkpoint_folder import CheckpointFolder, check_context_length, check_quantized_base, open_checkpoint
 from models.load import check_same_tokenizer, load_tokenizer
+from models.shared_prompts import can_share_prompts
 from models.templates import load_template
 from training.step2_dpo.evaluation import evaluate_pairs, evaluation_line, pair_metrics, pair_sums
 from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
-from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs
+from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs, pair_widths
 from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
@@ -49,8 +50,9 @@ def main(args: DPOArguments) -> None:
     args = run.args = replace(args, **check_run_fits(args, run, models))  # --zero_stage auto becomes a number
     template = load_template(models["model"], tokenizer)
     data = prepare_phase(args, 2, tokenizer, template, args.output_dir)
-    collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id)
-    batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args)
+    share = all(can_share_prompts(one, run.attention, **args.prefix_options()) for one in models.values())
+    collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id, share=share)
+    batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args, pair_widths(data.train, share))
     reference = load_reference(args, models, tokenizer, run)
     engine = trained_engine(models["model"], args, run, tokenizer, batches.total_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))

@@ -43,7 +43,8 @@ def load_reference(args, models: dict[str, CheckpointFolder], tokenizer, run: Ru
 def answer_log_probs(model: nn.Module, micro: AnswerPairBatch) -> Tensor:
     """Return log p(answer | prompt), float32 [2 x pairs], chosen answers first. model: TokenLogProbs or its engine."""
     mask = micro.answer_mask[:, 1:]
-    return sequence_log_probs(model(micro.input_ids, micro.attention_mask, target_mask=mask), mask)
+    log_probs = model(micro.input_ids, micro.attention_mask, target_mask=mask, shared=micro.shared)
+    return sequence_log_probs(log_probs, mask)
 
 
 @torch.no_grad()

@@ -22,8 +22,9 @@ import torch
 from models.checkpoint_folder import open_checkpoint
 from models.heads import at_last_token
 from models.load import load_tokenizer
+from models.shared_prompts import can_share_prompts
 from models.templates import load_template
-from training.utils.data.batching import PairBatch, collate_pairs
+from training.utils.data.batching import PairBatch, collate_pairs, pair_widths
 from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
 from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
@@ -45,8 +46,9 @@ def main(args: RewardArguments) -> None:
     args = run.args = replace(args, **check_run_fits(args, run, {"model": model}))  # --zero_stage auto becomes a number
     template = load_template(model, tokenizer)
     data = prepare_phase(args, 2, tokenizer, template, args.output_dir)
-    collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id)
-    batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args)
+    share = can_share_prompts(model, run.attention, **args.prefix_options())
+    collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id, share=share)
+    batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args, pair_widths(data.train, share))
     engine = trained_engine(model, args, run, tokenizer, batches.total_steps, scalar=True)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
@@ -94,7 +96,7 @@ def main(args: RewardArguments) -> None:
 
 def pair_scores(engine, micro: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scores [pairs] of the chosen and of the rejected answers, on their last real token, from one forward."""
-    scores = at_last_token(engine(micro.input_ids, micro.attention_mask), micro.attention_mask)
+    scores = at_last_token(engine(micro.input_ids, micro.attention_mask, micro.shared), micro.attention_mask)
     chosen, rejected = scores.chunk(2)
     return chosen, rejected
 

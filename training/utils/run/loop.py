@@ -43,13 +43,16 @@ class GlobalBatch:
 class GlobalBatches:
     """All global batches of a run. The order follows from the seed and the step alone, whatever the number of processes.
 
-    targets: how many targets (tokens, pairs) each example adds to the denominator of its global batch.
+    targets: how many targets (tokens, pairs) each example adds to the denominator of its global batch. widths: the tokens that
+    each takes in a micro-batch, where that is not its length.
     """
 
-    def __init__(self, dataset, targets: Sequence[float], collate: Collate, run: Run, args) -> None:
+    def __init__(
+        self, dataset, targets: Sequence[float], collate: Collate, run: Run, args, widths: Sequence[int] | None = None
+    ) -> None:
         self.dataset, self.collate, self.run, self.args = dataset, collate, run, args
         self.lengths = list(dataset["length"])
-        self.padded = list(dataset["padded_length"]) if "padded_length" in dataset.column_names else self.lengths
+        self.padded = self.lengths if widths is None else list(widths)
         self.targets = list(targets)
         check_token_budget(self.padded, args.max_tokens_per_device)
         self.per_device = args.per_device_train_batch_size
