@@ -227,11 +227,12 @@ def collate_pairs(
     rows: Sequence[dict[str, Any]], real: Sequence[bool] | None = None, *, pad_id: int, share: bool = False
 ) -> PairBatch:
     """Make a batch of rows of step 2. real: False for a filler, whose weight is 0. share: compute each prompt once."""
-    chosen, rejected, prompts = ([row[name] for row in rows] for name in ("chosen_ids", "rejected_ids", "prompt_length"))
+    chosen, rejected = ([row[name] for row in rows] for name in ("chosen_ids", "rejected_ids"))
     ids, mask = pad_right(chosen + rejected, pad_id)
     margin = torch.tensor([row["margin"] or 0.0 for row in rows], dtype=torch.float32)
     weight = torch.ones(len(rows)) if real is None else torch.tensor(real, dtype=torch.float32)
-    return PairBatch(ids, mask, margin, weight, share_prompts(chosen, rejected, prompts, pad_id) if share else None)
+    shared = share_prompts(chosen, rejected, [row["prompt_length"] for row in rows], pad_id) if share else None
+    return PairBatch(ids, mask, margin, weight, shared)
 
 
 def collate_answer_pairs(
