@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import CommandLine, UserError, nearest, refuse, told
+from inference.command_line import read
 
 BARE = {"quit": "/quit", "exit": "/quit", "stop": "/quit", "clear": "/clear"}  # commands that need no slash
 RIGHT: dict[str, Callable[[Any], bool]] = {
@@ -378,12 +379,19 @@ def converse(bot: Chatbot) -> None:
 
 def build_parser() -> CommandLine:
     """Define the flags of chat.py; DeepSpeed-Chat's had --path and --max_new_tokens."""
-    usual = Sampling()
     parser = CommandLine("chat.py --help lists the flags.", prog="chat.py", description=__doc__)
     add = parser.add_argument
     add("--path", help="folder of an SFT model, an actor or a LoRA adapter, output folder of step 3, or a hub id")
     add("--prompt", help="ask this one question, print the answer, end")
     add("--system", help="a system message at the start of the dialogue")
+    add_sampling_flags(parser)
+    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)")
+    return parser
+
+
+def add_sampling_flags(parser: CommandLine) -> None:
+    """Define the flags of Sampling."""
+    usual, add = Sampling(), parser.add_argument
     add("--max_new_tokens", type=int, default=usual.max_new_tokens, help="longest answer in tokens (%(default)s)")
     add("--temperature", type=float, default=usual.temperature, help="1 as trained, less is safer (%(default)s)")
     add("--top_p", type=float, default=usual.top_p, help="draw from this share of probability (%(default)s)")
@@ -393,24 +401,22 @@ def build_parser() -> CommandLine:
     add("--repetition_penalty", type=float, default=usual.repetition_penalty, help=penalty)
     add("--stop_strings", nargs="+", default=[], metavar="TEXT", help="an answer ends with the first of these texts in it, too")
     add("--seed", type=int, default=usual.seed, help="same seed, same answers (%(default)s)")
-    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)")
-    return parser
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """Return the settings that the flags of Sampling give. UserError for one out of range."""
+    for name in RIGHT:
+        hint = " (--greedy takes the likeliest token)" if name == "temperature" else ""
+        check_setting(f"--{name}", name, getattr(args, name), f"{hint}; --help says what it means")
+    return Sampling(**{one.name: getattr(args, one.name) for one in fields(Sampling)})
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line. UserError for whatever is wrong with it."""
-    parser = build_parser()
-    spelled = [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", word) for word in argv]
-    args, unknown = parser.parse_known_args(spelled)
-    if unknown:
-        near = parser.nearest_flag(unknown[0])
-        hint = f"did you mean {near}?" if near else "chat.py --help lists the flags."
-        raise UserError(f"Unknown flag {unknown[0]}; {hint}")
+    args = read(build_parser(), argv)
     if not args.path:
         raise UserError("chat.py needs --path: the folder of an SFT model or actor, or the output folder of step 3.")
-    for name in RIGHT:
-        hint = " (--greedy takes the likeliest token)" if name == "temperature" else ""
-        check_setting(f"--{name}", name, getattr(args, name), f"{hint}; chat.py --help says what it means")
+    args.sampling = sampling_of(args)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty; write a question, or leave the flag out for a dialogue.")
     return args
@@ -421,12 +427,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for wrong input."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        sampling = Sampling(**{one.name: getattr(args, one.name) for one in fields(Sampling)})
         folder = chat_folder(args.path)  # before torch is imported, which takes seconds
         if sys.stderr.isatty():
             print(f"loading {folder} …", file=sys.stderr, flush=True)
         quiet()
-        bot = load_chatbot(args.path, sampling, args.system, args.dtype)
+        bot = load_chatbot(args.path, args.sampling, args.system, args.dtype)
         if args.prompt is not None:
             bot.answer(args.prompt.strip(), show)
             print(flush=True)

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from errors import CommandLine, UserError, refuse, told
 from inference.chatbot import chat_folder, quiet
+from inference.command_line import read
 
 ABOVE_ZERO = ("max_batch", "max_new_tokens", "timeout", "max_body")
-ADVICE = "python -m inference.server --help lists the flags."
 
 
 def build_parser() -> CommandLine:
     """Define the flags."""
-    parser = CommandLine(ADVICE, prog="python -m inference.server", description=__doc__)
+    prog = "python -m inference.server"
+    parser = CommandLine(f"{prog} --help lists the flags.", prog=prog, description=__doc__)
     add = parser.add_argument
     add("--path", help="folder of an SFT model, an actor, a LoRA adapter or a reward model, output folder of step 3, or a hub id")
     add("--adapter", nargs="+", default=[], metavar="NAME=DIR", help='LoRA adapters over it, which "model": NAME asks')
@@ -47,10 +46,7 @@ def build_parser() -> CommandLine:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line and the file that --config names. UserError for whatever is wrong."""
-    parser = build_parser()
-    args = read(parser, argv)
-    if args.config:
-        args = read(parser, [*tokens_of(args.config, parser), *argv])
+    args = read(build_parser(), argv)
     refuse(not args.path, "the server needs --path: the folder of an SFT model, an actor, a LoRA adapter or a reward model.")
     for name in ABOVE_ZERO:
         refuse(not getattr(args, name) > 0, f"--{name} {getattr(args, name)} is out of range; it must be above 0.")
@@ -62,41 +58,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.adapter = {name: path for name, _, path in pairs}
     refuse(len(args.adapter) < len(pairs), "--adapter: a name stands there twice; give each adapter one of its own.")
     return args
-
-
-def read(parser: CommandLine, argv: list[str]) -> argparse.Namespace:
-    """Parse words. UserError for a flag that there is not."""
-    spelled = [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", word) for word in argv]
-    args, unknown = parser.parse_known_args(spelled)
-    if unknown:
-        near = parser.nearest_flag(unknown[0])
-        raise UserError(f"Unknown flag {unknown[0]}; {f'did you mean {near}?' if near else ADVICE}")
-    return args
-
-
-def tokens_of(path: str, parser: CommandLine) -> list[str]:
-    """Return the flags of a YAML file as words of a command line. UserError for what is none."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"--config {path}: {reason}; name a YAML file with flags, such as  port: 9000.") from error
-    refuse(not isinstance(content, dict), f"--config {path} holds no flags; write them by name, such as  port: 9000.")
-    words: list[str] = []
-    for name, value in content.items():
-        flag = f"--{name}"
-        if flag not in parser.flags or flag == "--config":
-            near = parser.nearest_flag(flag)
-            raise UserError(f"--config {path}: there is no flag {name}; {f'did you mean {near[2:]}?' if near else ADVICE}")
-        values = [f"{one}={folder}" for one, folder in value.items()] if isinstance(value, dict) else value
-        if flag == "--log_text":
-            refuse(not isinstance(value, bool), f"--config {path}: log_text is {value!r}; write true or false.")
-            words += [flag] * value
-        elif value is not None:
-            words += [flag, *map(str, values if isinstance(values, list) else [values])]
-    return words
 
 
 @told

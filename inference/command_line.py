@@ -1,0 +1,46 @@
+"""How chat, server and worker read their flags: from the command line, and from a YAML file that --config names."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from errors import CommandLine, UserError, refuse
+
+
+def read(parser: CommandLine, argv: list[str]) -> argparse.Namespace:
+    """Parse words, after those of the file that --config names. UserError for a flag that there is not."""
+    spelled = [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", word) for word in argv]
+    args, unknown = parser.parse_known_args(spelled)
+    if unknown:
+        near = parser.nearest_flag(unknown[0])
+        raise UserError(f"Unknown flag {unknown[0]}; {f'did you mean {near}?' if near else parser.advice}")
+    if getattr(args, "config", None):
+        return parser.parse_args([*flags_of(args.config, parser), *spelled])
+    return args
+
+
+def flags_of(path: str, parser: CommandLine) -> list[str]:
+    """Return the flags of a YAML file as words of a command line. UserError for what is none."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"--config {path}: {reason}; name a YAML file with flags, such as  port: 9000.") from error
+    refuse(not isinstance(content, dict), f"--config {path} holds no flags; write them by name, such as  port: 9000.")
+    words: list[str] = []
+    for name, value in content.items():
+        flag = f"--{name}"
+        if flag not in parser.flags or flag == "--config":
+            near = parser.nearest_flag(flag)
+            raise UserError(f"--config {path}: there is no flag {name}; {f'did you mean {near[2:]}?' if near else parser.advice}")
+        values = [f"{one}={folder}" for one, folder in value.items()] if isinstance(value, dict) else value
+        if parser.get_default(name) is False:
+            refuse(not isinstance(value, bool), f"--config {path}: {name} is {value!r}; write true or false.")
+            words += [flag] * value
+        elif value is not None:
+            words += [flag, *map(str, values if isinstance(values, list) else [values])]
+    return words
