@@ -123,7 +123,7 @@ def test_killed_workers_leave_no_question_unanswered_and_none_is_answered_twice(
         database.execute(sa.text("create table written (id integer)"))
         for statement in WRITTEN[engine.dialect.name]:
             database.execute(sa.text(statement))
-    questions = int(os.environ.get("SANBU_TEST_QUESTIONS", "60"))
+    questions = int(os.environ.get("SANBU_TEST_QUESTIONS", "30"))
     for number in range(questions):
         ask(engine, f"session {number % (questions // 3)}", f"question {number}")
     workers = [FORKS.Process(target=stub_worker, args=(url,)) for _ in range(3)]
