@@ -120,24 +120,29 @@ def stored_dtype(checkpoint: CheckpointFolder, name: str) -> torch.dtype:
     return getattr(torch, checkpoint.stored_dtype or "float32") if name == "auto" else DTYPES[name]
 
 
+def load_words(checkpoint: CheckpointFolder, adapter: Path | None) -> tuple[Any, Any]:
+    """Return tokenizer and template: of training, which writes the adapter into a folder of the merged model, or of the base."""
+    from models.load import load_tokenizer
+    from models.templates import load_template
+
+    folder = adapter.parent if adapter and (adapter.parent / "config.json").is_file() else checkpoint
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, load_template(folder, tokenizer)
+
+
 def load_merged(
-    checkpoint: CheckpointFolder, adapter: Path | None, scores: bool, dtype: torch.dtype
+    checkpoint: CheckpointFolder, adapter: Path | None, scores: bool, dtype: torch.dtype, tokenizer: Any
 ) -> tuple[Any, ...]:
-    """Return network, its weights with the adapter added in (float, in the dtype), tokenizer and template.
+    """Return the network and its weights with the adapter added in, as floats in the dtype.
 
     Raises UserError for an adapter of another model, and for weights beyond the range of the dtype.
     """
     from models.adapters.lora import merged_state_dict
     from models.adapters.quantization import plain_state_dict
     from models.heads import base_model
-    from models.load import load_causal_lm, load_scalar_model, load_tokenizer
-    from models.templates import load_template
+    from models.load import load_causal_lm, load_scalar_model
     from models.weight_files import first_line
 
-    # Training writes the adapter into a folder of the merged model, whose tokenizer and template are the trained ones.
-    beside = adapter.parent if adapter and (adapter.parent / "config.json").is_file() else checkpoint
-    tokenizer = load_tokenizer(beside)
-    template = load_template(beside, tokenizer)
     options = {"tokenizer": tokenizer} if adapter else {}  # with the rows that training added
     model = (load_scalar_model if scores else load_causal_lm)(checkpoint, dtype=dtype, **options)
     if adapter:
@@ -154,7 +159,7 @@ def load_merged(
         state_dict = plain_state_dict(network, state_dict, dtype)  # integers become floats
     odd = next((name for name, tensor in state_dict.items() if not tensor.isfinite().all()), None)
     refuse(odd, f"the weight {odd} has values that {dtype} cannot hold (or is damaged); give --dtype bf16 or fp32.")
-    return network, state_dict, tokenizer, template
+    return network, state_dict
 
 
 @told
@@ -166,12 +171,15 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.output_dir).expanduser()
     if args.format == "gguf":
         from scripts.export.to_gguf import check_gguf, write_gguf
+        from scripts.export.vocabulary import name_pre_tokenizer
 
         check_gguf(checkpoint, scores)
+    tokenizer, template = load_words(checkpoint, adapter)
+    pre_tokenizer = name_pre_tokenizer(tokenizer, args.pre_tokenizer) if args.format == "gguf" else ""
     dtype = stored_dtype(checkpoint, args.dtype)
-    network, state_dict, tokenizer, template = load_merged(checkpoint, adapter, scores, dtype)
+    network, state_dict = load_merged(checkpoint, adapter, scores, dtype, tokenizer)
     if args.format == "gguf":
-        file = write_gguf(network, state_dict, tokenizer, template, folder, dtype, args.pre_tokenizer)
+        file = write_gguf(network, state_dict, tokenizer, template, folder, dtype, pre_tokenizer)
         print(f"Saved {file}. Talk to it:  llama-cli -m {file}    or    ollama create NAME -f {folder / 'Modelfile'}")
         return 0
     from models.save import save_model

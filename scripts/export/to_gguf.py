@@ -72,11 +72,11 @@ def write_gguf(
     template: Any,
     folder: Path,
     dtype: torch.dtype,
-    pre_tokenizer: str | None = None,
+    pre_tokenizer: str,
 ) -> Path:
     """Write model.gguf and Ollama's Modelfile into the folder; return the file. Matrices have the dtype, vectors float32.
 
-    state_dict: float weights, named as in network.state_dict(). pre_tokenizer: as vocabulary.add_vocabulary.
+    state_dict: float weights, named as in network.state_dict(). pre_tokenizer: as vocabulary.name_pre_tokenizer gives it.
     """
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType
     from gguf.quants import quant_shape_to_byte_shape, quantize

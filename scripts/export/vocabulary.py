@@ -33,33 +33,39 @@ PRE_TOKENIZERS = {
 SAMPLE = "I'll pay $1234.50, OK?!\n\n  x = y+1;\r\n\t你好，世界。 naïve Straße's  12 345 «ß» e\u0301 😀 (a|b) [c] a.b ...  \n"
 
 
-def name_pre_tokenizer(tokenizer: Any) -> str:
-    """Return llama.cpp's name of the way in which a byte-level tokenizer cuts text into words. UserError if it has none."""
-    backend = tokenizer.backend_tokenizer.pre_tokenizer
-    words = backend.pre_tokenize_str(SAMPLE)
+def name_pre_tokenizer(tokenizer: Any, given: str | None = None) -> str:
+    """Return llama.cpp's name of the way in which a tokenizer cuts text into words; "default" for SentencePiece.
+
+    given: the name to take, None to recognise it. Raises UserError for a name that is not known, or none that is found, and
+    for a tokenizer that is no BPE.
+    """
+    names = ", ".join(PRE_TOKENIZERS)
+    refuse(given and given not in PRE_TOKENIZERS, f"--pre_tokenizer {given} is not known; choose from {names}.")
+    if hasattr(tokenizer, "sentence_pieces"):  # ChatGLM's
+        return "default"
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    refuse(model["type"] != "BPE", f"a tokenizer of type {model['type']} is not written as GGUF; BPE is.")
+    if given or model["byte_fallback"]:
+        return given or "default"
+    words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(SAMPLE)
     found = next((name for name, known in PRE_TOKENIZERS.items() if known.pre_tokenize_str(SAMPLE) == words), None)
     if found is None:
         raise UserError(
-            "this tokenizer cuts text into words in a way that no --pre_tokenizer known here does "
-            f"({', '.join(PRE_TOKENIZERS)}); give the nearest: a text that it cuts otherwise becomes other tokens."
+            f"this tokenizer cuts text into words as no --pre_tokenizer known here does ({names}); give the nearest: a text "
+            "that it cuts otherwise becomes other tokens."
         )
     return found
 
 
-def add_vocabulary(writer: Any, tokenizer: Any, template: Any, rows: int, pre_tokenizer: str | None = None) -> None:
+def add_vocabulary(writer: Any, tokenizer: Any, template: Any, rows: int, pre_tokenizer: str) -> None:
     """Write tokenizer and chat template into a gguf.GGUFWriter. rows: of the embedding; those without a token are named [PADi].
 
-    pre_tokenizer: llama.cpp's name of the way to cut words, for a byte-level tokenizer; None: it is recognised.
-    Raises UserError for a tokenizer that is neither byte-level BPE nor SentencePiece BPE.
+    pre_tokenizer: as name_pre_tokenizer gives it.
     """
     from gguf import SpecialVocab, TokenType
 
     pieces = getattr(tokenizer, "sentence_pieces", None)  # ChatGLM's
     model = None if pieces else json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    refuse(
-        model and model["type"] != "BPE",
-        f"a tokenizer of type {model and model['type']} is not written as GGUF; BPE is.",
-    )
     byte_level = not pieces and not model["byte_fallback"]
     names: dict[int, str] = {at: token for token, at in tokenizer.get_vocab().items()}
     added = {at: token.special for at, token in tokenizer.added_tokens_decoder.items()}
@@ -74,7 +80,7 @@ def add_vocabulary(writer: Any, tokenizer: Any, template: Any, rows: int, pre_to
         elif not byte_level and len(token) == 6 and token.startswith("<0x"):
             kinds[at] = TokenType.BYTE
     writer.add_tokenizer_model("gpt2" if byte_level else "llama")
-    writer.add_tokenizer_pre((pre_tokenizer or name_pre_tokenizer(tokenizer)) if byte_level else "default")
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     if not byte_level:
         writer.add_token_scores(piece_scores(tokens, pieces, model))

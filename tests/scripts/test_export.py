@@ -192,6 +192,10 @@ def wrong(models, adapter, tmp_path_factory):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (root / "lost" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     (root / "lost" / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    file = tiny_checkpoint(root / "words", "llama") / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["pre_tokenizer"] |= {"use_regex": False}  # words are not cut at all
+    file.write_text(json.dumps(content), encoding="utf-8")
     large = AutoModelForCausalLM.from_pretrained(models["gpt2"])
     large.transformer.wte.weight.data[0, 0] = 1e6
     large.save_pretrained(root / "large")
@@ -213,6 +217,8 @@ def wrong(models, adapter, tmp_path_factory):
         ("opt", ["--dtype", "int8"], "invalid choice: 'int8'"),
         ("opt", ["--max_shard_size", "much"], "--max_shard_size much is no size"),
         ("opt", ["--pre_tokenizer", "gpt-2"], "--pre_tokenizer is for --format gguf"),
+        ("words", ["--format", "gguf", "--pre_tokenizer", "gpt2"], "--pre_tokenizer gpt2 is not known; choose from gpt-2"),
+        ("words", ["--format", "gguf"], "as no --pre_tokenizer known here does"),
         ("absent/model", [], "does not exist"),
     ],
 )
