@@ -151,42 +151,19 @@ def chat_folder(path: str) -> Path:
     Raises UserError where there is none, or a reward model.
     """
     from models.checkpoint_folder import models_inside, open_checkpoint
+    from models.weight_files import PEFT_FILES
 
     folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        base = adapter_base(folder)
-        if base:
-            open_checkpoint(base)
-            return folder
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", PEFT_FILES[0])):
         if not (folder / "actor" / "config.json").is_file():
             inside = [model.path for model in models_inside(folder) if not model.gives_scores]
             found = f"no model itself; name one of those in it: {', '.join(inside)}"
             none = "no model (no config.json, no actor/); name the output folder of step 1 or 3"
             raise UserError(f"--path {path} holds {found if inside else none}.")
         folder = folder / "actor"
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.gives_scores:
+    if open_checkpoint(folder).gives_scores:
         raise UserError(f"--path {path} is a reward model, which does not talk; name an SFT model or an actor.")
-    return checkpoint.folder
-
-
-def adapter_base(folder: Path) -> str | None:
-    """Return the model over which a folder with nothing but a LoRA adapter opens; None for any other folder.
-
-    Raises UserError if the folder names no model, or if the adapter is a reward model's.
-    """
-    from models.weight_files import BASE_FIELD, PEFT_FILES, read_json
-
-    file = folder / PEFT_FILES[0]
-    if (folder / "config.json").is_file() or not file.is_file():
-        return None
-    content = read_json(file, folder)
-    refuse(
-        content.get("task_type") == "SEQ_CLS" or content.get("modules_to_save"),
-        f"--path {folder} is the adapter of a reward model, which does not talk; name an SFT model or an actor.",
-    )
-    refuse(not content.get(BASE_FIELD), f'{file} names no model; add "{BASE_FIELD}", the folder or hub id that it was trained on.')
-    return content[BASE_FIELD]
+    return folder
 
 
 def load_chatbot(path: str, sampling: Sampling, system: str | None = None, dtype: str = "auto") -> Chatbot:
@@ -196,21 +173,13 @@ def load_chatbot(path: str, sampling: Sampling, system: str | None = None, dtype
     from models.load import load_causal_lm, load_tokenizer
     from models.templates import load_template
 
-    folder = chat_folder(path)
+    checkpoint = open_checkpoint(chat_folder(path))
     platform = detect_platform()
     device = set_device(platform, 0)
-    base = adapter_base(folder)
-    # Training writes the adapter into a folder of the merged model, whose dialogues have the trained form.
-    merged = folder.parent if base and (folder.parent / "config.json").is_file() else base
-    tokenizer = load_tokenizer(merged or folder)
-    template = load_template(open_checkpoint(merged or folder), tokenizer)
+    tokenizer = load_tokenizer(checkpoint)
+    template = load_template(checkpoint, tokenizer)
     attention = attention_implementation("auto", platform)
-    enlarged = {"tokenizer": tokenizer} if base else {}  # with the rows that training added
-    model = load_causal_lm(base or folder, dtype=resolve_dtype(dtype, platform), attn=attention, **enlarged)
-    if base:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, folder)
+    model = load_causal_lm(checkpoint, dtype=resolve_dtype(dtype, platform), attn=attention, tokenizer=tokenizer)
     return Chatbot(model.to(device).eval(), tokenizer, template, sampling, system)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, refuse
-from inference.chatbot import Sampling, adapter_base, load_chatbot
+from inference.chatbot import Sampling, load_chatbot
 from models.checkpoint_folder import find_folder, open_checkpoint
+from models.weight_files import PEFT_FILES, read_json
 
 
 @dataclass
@@ -103,9 +104,11 @@ def check_adapter(name: str, path: str, base: str) -> None:
     flag = f"--adapter {name}={path}"
     refuse(name in (base, "default"), f"{flag}: {name} is the name of the model itself; give the adapter another one.")
     folder = find_folder(path)
-    if adapter_base(folder) is None:
+    if (folder / "config.json").is_file() or not (folder / PEFT_FILES[0]).is_file():
         inside = " (there is one in its folder adapter)" if (folder / "adapter" / "adapter_config.json").is_file() else ""
         raise UserError(f"{flag}: no folder of a LoRA adapter alone, with adapter_config.json and no config.json{inside}.")
+    scores = read_json(folder / PEFT_FILES[0], folder).get("task_type") == "SEQ_CLS"
+    refuse(scores, f"{flag} is the adapter of a reward model, which does not talk; name one of an SFT model or an actor.")
 
 
 def with_adapters(model: Any, adapters: dict[str, str]) -> Any:

@@ -12,13 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 from errors import UserError
 from models.families import FAMILIES
-from models.weight_files import BASE_FIELD, PEFT_FILES, WEIGHTS, base_named_in, check_sizes, check_weights, read_json
+from models.weight_files import (
+    ADAPTER_FILES,
+    BASE_FIELD,
+    PEFT_FILES,
+    WEIGHTS,
+    base_named_in,
+    check_sizes,
+    check_weights,
+    read_json,
+)
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told without it
     from models.adapters.prefix import PrefixPlan
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "ice_text.model")
 SCALAR = "ForSequenceClassification"  # how the name of a reward model's or critic's class ends
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "ice_text.model")
+UNIT = ("reward_mean", "reward_std")  # of a reward model's scores, in the config of the merged model
+MERGE = (
+    "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{}').merge_and_unload()"
+    ".save_pretrained('merged')\", and copy the tokenizer's files beside it."
+)
 OUTPUTS = ("output", "outputs", "out", "runs", "results")  # first folder of an output, no owner on the hub
 
 
@@ -26,12 +41,16 @@ OUTPUTS = ("output", "outputs", "out", "runs", "results")  # first folder of an 
 class CheckpointFolder:
     """A checkpoint, looked at once: ``open_checkpoint`` makes it, checks and loaders share it.
 
-    path: as the user wrote it, for messages. folder: where its files are. content: its config.json.
+    path: as the user wrote it, for messages. folder: where config and weights are. content: its config.json.
+    adapters: folders of LoRA adapters that belong over the weights, in their order; folder is then that of the base.
+    text_folder: where tokenizer and template are, None for folder.
     """
 
     path: str
     folder: Path
     content: dict[str, Any]
+    adapters: tuple[Path, ...] = ()
+    text_folder: Path | None = None
 
     @cached_property
     def weights(self) -> Path:
@@ -58,8 +77,8 @@ class CheckpointFolder:
         file, base = named
         try:
             whole = open_checkpoint(base)
-            if base_named_in(whole.folder) is not None:
-                raise UserError("it holds a prefix itself, not a model")
+            if base_named_in(whole.folder) is not None or whole.adapters:
+                raise UserError(f"it holds {'an adapter' if whole.adapters else 'a prefix'} itself, not a model")
             return whole.weights
         except UserError as error:
             raise UserError(
@@ -103,7 +122,10 @@ class CheckpointFolder:
         from transformers import AutoConfig
 
         with told_by_transformers(self.folder / "config.json"):
-            return AutoConfig.from_pretrained(self.folder, **fields)
+            config = AutoConfig.from_pretrained(self.folder, **fields)
+        for name in UNIT if self.adapters else ():
+            setattr(config, name, self.content.get(name))
+        return config
 
     def prefix(self, **options: Any) -> PrefixPlan | None:
         """Return the prefix that the model shall have: saved in the folder, or from options (pre_seq_len and the rest, as in
@@ -111,7 +133,13 @@ class CheckpointFolder:
         """
         from models.adapters.prefix import plan_prefix
 
-        return plan_prefix(self, **options)
+        plan = plan_prefix(self, **options)
+        if plan is not None and self.adapters:
+            raise UserError(
+                f"model {self.path} is an adapter over {self.folder}, beside which no prefix is trained or read; merge it first: "
+                f"{MERGE.format(self.path)}"
+            )
+        return plan
 
 
 @contextmanager
@@ -129,11 +157,14 @@ def told_by_transformers(file: Path) -> Iterator[None]:
 def open_checkpoint(path: str | Path | CheckpointFolder) -> CheckpointFolder:
     """Look at a folder, or the id of a model on the hub; what was looked at already comes back as it is.
 
-    Raises UserError if there is no such model, or no readable config.json in it. Weights are not looked at yet.
+    A folder with a LoRA adapter alone is opened together with the base that it names. Raises UserError if there is no such
+    model, or no readable config.json in it. Weights are not looked at yet.
     """
     if isinstance(path, CheckpointFolder):
         return path
     folder = find_folder(path)
+    if (folder / PEFT_FILES[0]).is_file() and not any((folder / name).is_file() for name in ("config.json", *WEIGHTS)):
+        return open_adapter(str(path), folder)
     inside = [] if (folder / "config.json").is_file() else models_inside(folder)
     if inside:
         names = ", ".join(f"{one.path}{' (a reward model)' * one.gives_scores}" for one in inside)
@@ -141,6 +172,39 @@ def open_checkpoint(path: str | Path | CheckpointFolder) -> CheckpointFolder:
     content = read_json(folder / "config.json", path)
     check_sizes(content, folder / "config.json")
     return CheckpointFolder(str(path), folder, content)
+
+
+def open_adapter(path: str, folder: Path) -> CheckpointFolder:
+    """Return the model that an adapter's folder names as its base, with the adapter over it.
+
+    Tokenizer and template are those in the folder, in that of the merged model which training writes around it, or of the
+    base. Raises UserError for an adapter other than LoRA's, a missing file, or a base that does not open or holds integers.
+    """
+    file = folder / PEFT_FILES[0]
+    settings = read_json(file, folder)
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{file}: adapters of the kind {settings.get('peft_type')} do not open; those of LORA do.")
+    if not any((folder / name).is_file() for name in ADAPTER_FILES):
+        raise UserError(f"{folder} has no {ADAPTER_FILES[0]} beside {file.name}; copy the whole folder.")
+    named = settings.get(BASE_FIELD)
+    if not named:
+        raise UserError(f'{file} names no model; add "{BASE_FIELD}", the folder or hub id that it was trained on.')
+    try:
+        base = open_checkpoint(named)
+        if base_named_in(base.folder) is not None:
+            raise UserError("it holds a prefix, not a model")
+        if base.stored_bits:
+            raise UserError(f"its weights are {base.stored_bits}-bit integers; name the merged model that training wrote")
+    except UserError as error:
+        raise UserError(f'{file}: "{BASE_FIELD}" names {named}, which does not open here: {error}') from error
+    merged = folder.parent if (folder.parent / "config.json").is_file() else base.folder
+    content = dict(base.content)
+    if settings.get("task_type") == "SEQ_CLS":
+        content["architectures"] = [re.sub(r"(For\w+|Model)?$", SCALAR, base.architecture, count=1)]
+        whole = read_json(merged / "config.json", merged)
+        content |= {name: whole[name] for name in UNIT if name in whole}
+    texts = [one for one in (folder, merged) if any((one / name).is_file() for name in VOCABULARIES)]
+    return CheckpointFolder(path, base.folder, content, (*base.adapters, folder), (*texts, base.text_folder)[0])
 
 
 def models_inside(folder: Path) -> list[CheckpointFolder]:
@@ -208,9 +272,13 @@ def check_context_length(path: str | Path | CheckpointFolder, length: int, flag:
 def gets_prefix(path: str | Path | CheckpointFolder, output: str | Path, **prefix: Any) -> bool:
     """Return True if the model will have a prefix (as in CheckpointFolder.prefix) and all its other weights are frozen.
 
-    Raises UserError also if the folder for the output is that of the model which a saved prefix would need.
+    Raises UserError also if the folder for the output is that of the model which a saved prefix would need, or holds the
+    adapter that the run starts from.
     """
-    plan = open_checkpoint(path).prefix(**prefix)
+    checkpoint = open_checkpoint(path)
+    if any(folder.resolve() == (Path(output).expanduser() / "adapter").resolve() for folder in checkpoint.adapters):
+        raise UserError(f"--output_dir: {output} holds the adapter that the run starts from; give another folder.")
+    plan = checkpoint.prefix(**prefix)
     if plan is not None and plan.base == str(Path(output).expanduser().resolve()):
         raise UserError(f"--output_dir: {output} holds the model that the prefix belongs to; give another folder.")
     return plan is not None
@@ -236,8 +304,14 @@ def check_quantized_base(path: str | Path | CheckpointFolder, quantization_bit: 
 
 
 def first_new_row(path: str | Path | CheckpointFolder, tokenizer: Any) -> int | None:
-    """Return the first row that the embedding gets for the tokenizer; None where it has a row for every id."""
-    rows = open_checkpoint(open_checkpoint(path).weights).config().vocab_size
+    """Return the first row that the embedding gets for the tokenizer; None where the model has a learned one for every id: in
+    its weights, or in its adapters.
+    """
+    checkpoint = open_checkpoint(path)
+    rows = open_checkpoint(checkpoint.weights).config().vocab_size
+    for folder in checkpoint.adapters:
+        learned = read_json(folder / PEFT_FILES[0], folder).get("trainable_token_indices") or {}
+        rows = max([rows, *(row + 1 for ids in (learned.values() if isinstance(learned, dict) else [learned]) for row in ids)])
     return rows if max(tokenizer.get_vocab().values()) >= rows else None
 
 

@@ -21,10 +21,10 @@ from errors import UserError
 from models.adapters.prefix import OWN, PrefixPlan, add_prefix, check_prefix
 from models.adapters.quantization import quantize_linears
 from models.chatglm.registration import ChatGLMTokenizer
-from models.checkpoint_folder import CheckpointFolder, open_checkpoint
+from models.checkpoint_folder import VOCABULARIES, CheckpointFolder, open_checkpoint
 from models.device import rng_state, set_rng_state
 from models.heads import score_name, start_head
-from models.weight_files import first_line
+from models.weight_files import ADAPTER_FILES, BASE_FIELD, first_line, tensor_names
 from models.zero3 import zero3_loading
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def load_tokenizer(path: str | Path | CheckpointFolder) -> PreTrainedTokenizerBa
     mistaken. ChatGLM's are our own, whatever code lies in the folder. UserError if it is missing or damaged.
     """
     checkpoint = open_checkpoint(path)
-    folder, path = checkpoint.folder, checkpoint.path
+    folder, path = checkpoint.text_folder or checkpoint.folder, checkpoint.path
     chatglm = checkpoint.content.get("model_type") == "chatglm"
     checkpoint.check_vocabulary()
     try:
@@ -148,11 +148,14 @@ def _load(
             config.pre_seq_len, config.prefix_projection = plan.length, plan.projection
             config.quantization_bit = bits
     set_dropout(config, dropout)
-    # Integers stay whole on every process. In transformers 5.0 buffers were not read while weights were split.
-    with zero3_loading(None if quantization_bit or bits else zero3_config):
+    # Integers stay whole on every process, and so does what an adapter is merged into. In transformers 5.0 buffers were not
+    # read while weights were split.
+    with zero3_loading(None if quantization_bit or bits or checkpoint.adapters else zero3_config):
         model, missing = read_weights(auto_class, checkpoint, config, dtype, attn)
         if tokenizer is not None:
             fit_embeddings(model, tokenizer, seed)
+    if checkpoint.adapters:
+        missing -= merge_adapters(model, checkpoint)
     if quantization_bit:
         quantize_linears(model, quantization_bit)  # what the checkpoint itself quantises stays as it is
     # An Embedding with padding_idx gives that row no gradient; where pad is the end token, the end token would never be
@@ -179,6 +182,33 @@ def read_weights(
             f"the weights of {checkpoint.path} do not have the shapes that its config.json says ({first_line(error)})."
         ) from error
     return model, set(info["missing_keys"])
+
+
+def merge_adapters(model: PreTrainedModel, checkpoint: CheckpointFolder) -> set[str]:
+    """Add the adapters of a checkpoint to the weights over which they were trained; returns the names of what they replaced.
+
+    Raises UserError for an adapter that does not fit.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    brought = set()
+    for folder in checkpoint.adapters:
+        file = folder / next(name for name in ADAPTER_FILES if (folder / name).is_file())
+        stored = tensor_names(file)
+        try:
+            with torch.random.fork_rng(devices=[]):  # peft draws what it then reads; the run's own draws stay
+                adapted = PeftModel.from_pretrained(model, folder)
+        except (ValueError, RuntimeError, LookupError) as error:  # by what differs: layers, shapes, ids
+            raise UserError(f"{file} does not fit over {checkpoint.folder} ({first_line(error)}); correct {BASE_FIELD}.") from error
+        lacking = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - stored
+        if lacking:  # peft only warns
+            raise UserError(f"{file} lacks {min(lacking)}, which belongs over {checkpoint.folder}; correct {BASE_FIELD}.")
+        adapted.merge_and_unload()
+        brought |= {name.removeprefix("base_model.model.") for name in stored}
+        logger.info("%s: the adapter is merged into the weights of %s.", folder, checkpoint.folder)
+    model.requires_grad_(True)
+    model.name_or_path = str(checkpoint.adapters[-1].resolve())  # an adapter over this model names it as its base
+    return brought
 
 
 def ready_to_train(network: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:

@@ -154,7 +154,7 @@ def load_template(folder: str | Path | CheckpointFolder | None, tokenizer: Any) 
     tokenizer has nothing to end an answer with.
     """
     version = getattr(tokenizer, "chatglm_version", None)
-    folder = folder.folder if isinstance(folder, CheckpointFolder) else folder
+    folder = (folder.text_folder or folder.folder) if isinstance(folder, CheckpointFolder) else folder
     file = None if folder is None else Path(folder).expanduser() / FILE_NAME
     if file is None or not file.is_file():
         usual = "chat_template" if tokenizer.chat_template else "human_assistant"

@@ -23,6 +23,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 PREFIX_FILE = "prefix_only.bin"
 OFFICIAL_FILE = "pytorch_model.bin"  # what the original trainer calls it, in its folders checkpoint-N
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = (PEFT_FILES[1], "adapter_model.bin")
 BASE_FIELD = "base_model_name_or_path"
 # Sizes in config.json, in the words of all families. Those of OPTIONAL may be null: the family then has a rule for them.
 OPTIONAL = ("num_key_value_heads", "head_dim", "n_inner")

@@ -203,7 +203,8 @@ def test_an_adapter_opens_over_the_model_that_it_names(model, tmp_path):
     for change, sentence in (
         ({"base_model_name_or_path": None}, "names no model"),
         ({"base_model_name_or_path": str(tmp_path / "missing")}, "missing does not exist"),
-        ({"task_type": "SEQ_CLS"}, "adapter of a reward model"),
+        ({"task_type": "SEQ_CLS"}, "is a reward model, which does not talk"),
+        ({"peft_type": "IA3"}, "adapters of the kind IA3 do not open"),
     ):
         config.write_text(json.dumps(content | change), encoding="utf-8")
         with pytest.raises(UserError, match=sentence):

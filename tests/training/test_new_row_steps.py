@@ -19,6 +19,7 @@ pytestmark = pytest.mark.distributed
 
 LORA = "--lora_dim 4 --lora_learning_rate 1e-2"
 ROLES = "--actor_lora_dim 4 --actor_lora_learning_rate 1e-2 --critic_lora_dim 4 --critic_lora_learning_rate 1e-2"
+ADAPTERS = "--actor_model_name_or_path {folder}/sft-apart/adapter --critic_model_name_or_path {folder}/reward-apart/adapter"
 SPLIT = "--deepspeed_config {folder}/split.json --zero_stage 3 --gradient_checkpointing"
 KEPT = "--save_steps 1 --save_total_limit 0"
 # name -> step, number of processes, flags; "resumed-" of those with KEPT. Models: "tied" and "apart", by the name's end.
@@ -29,11 +30,13 @@ RUNS = {
     "dpo-apart": ("dpo", 1, LORA),
     "ppo-apart": ("ppo", 1, f"{ROLES} --enable_ema"),
     "int4-apart": ("sft", 1, f"{LORA} --quantization_bit 4"),
+    "merged-apart": ("ppo", 1, f"{ROLES} --actor_model_name_or_path {{folder}}/sft-apart"),
     "sft2-apart": ("sft", 2, f"{LORA} --zero_stage 2 {KEPT}"),
     "sft3-apart": ("sft", 2, f"{LORA} {SPLIT} {KEPT}"),
     "sft3-tied": ("sft", 2, f"{LORA} {SPLIT}"),
     "reward3-apart": ("reward", 2, f"{LORA} {SPLIT}"),
     "dpo3-apart": ("dpo", 2, f"{LORA} {SPLIT}"),
+    "adapters-apart": ("ppo", 2, f"{ROLES} {ADAPTERS} --actor_zero_stage 3"),
     "shared-apart": ("ppo", 2, f"{ROLES} --memory_mode shared"),
     "shared3-apart": ("ppo", 2, f"{ROLES} --memory_mode shared --actor_zero_stage 3 --critic_zero_stage 3"),
 }
@@ -75,6 +78,7 @@ PAIRS = [
     *(("sft2-apart", "sft-apart"), ("sft3-apart", "sft-apart"), ("sft3-tied", "sft-tied")),
     *(("reward3-apart", "reward-apart"), ("dpo3-apart", "dpo-apart")),
     *((f"{one}-apart/{role}", f"ppo-apart/{role}") for one in ("shared", "shared3") for role in ("actor", "critic")),
+    *((f"adapters-apart/{role}", f"merged-apart/{role}") for role in ("actor", "critic")),
 ]
 
 

@@ -112,7 +112,8 @@ def load_for_evaluation(
     device = set_device(platform, local_rank)
     tokenizer = load_tokenizer(checkpoint)
     kernels = attention_implementation(attention, platform)
-    model = load(checkpoint, dtype=resolve_dtype(dtype, platform), attn=kernels, **options).to(device).eval()
+    options |= {"dtype": resolve_dtype(dtype, platform), "attn": kernels, "tokenizer": tokenizer}
+    model = load(checkpoint, **options).to(device).eval()
     return LoadedModel(checkpoint.path, model, tokenizer, load_template(checkpoint, tokenizer), device)
 
 

@@ -205,6 +205,11 @@ def check_models(args, models: dict[str, CheckpointFolder], tokenizer) -> None:
                 f"--memory_mode shared: {checkpoint.path} has a prefix (P-Tuning), which cannot be shared; take --memory_mode "
                 "separate."
             )
+        if args.memory_mode == "shared" and role == "critic" and checkpoint.adapters:
+            raise UserError(
+                f"--memory_mode shared: {checkpoint.path} is an adapter alone; name the folder of the merged reward model, in "
+                "which step 2 wrote it, or take --memory_mode separate."
+            )
         adapted = is_adapted(args, role, checkpoint)
         check_quantized_base(checkpoint, args.quantization_bit if adapted else 0, adapters=adapted)
         if has_prefix(args, role, checkpoint):

@@ -87,7 +87,9 @@ def read_in_turn(load: Callable[..., nn.Module], path: str | Path | CheckpointFo
 
 def makes_copy(path: str | Path | CheckpointFolder, dtype: torch.dtype, quantization_bit: int) -> bool:
     """Tell whether the weights of a checkpoint are computed anew while they are read, not mapped as they are."""
-    return bool(quantization_bit) or open_checkpoint(path).stored_dtype != str(dtype).removeprefix("torch.")
+    checkpoint = open_checkpoint(path)
+    anew = quantization_bit or checkpoint.adapters
+    return bool(anew) or checkpoint.stored_dtype != str(dtype).removeprefix("torch.")
 
 
 def build_engine(model: nn.Module, options: EngineOptions, run: Run, steps: int):
