@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 
 from errors import UserError
 from models.adapters.lora import add_lora, merged_state_dict, save_adapter
@@ -72,7 +71,7 @@ def test_an_adapter_over_an_adapter(folder_of, tmp_path):
 
 def test_what_cannot_be_opened_is_told(folder_of, tmp_path):
     adapter = write(folder_of("llama"), tmp_path / "tuned") / "adapter"
-    with pytest.raises(UserError, match="beside which no prefix is trained.*merge_and_unload"):
+    with pytest.raises(UserError, match=r"beside which no prefix is trained.*merge_and_unload"):
         open_checkpoint(adapter).prefix(pre_seq_len=4)
     with pytest.raises(UserError, match="holds the adapter that the run starts from"):
         gets_prefix(adapter, tmp_path / "tuned")
@@ -87,9 +86,9 @@ def test_what_cannot_be_opened_is_told(folder_of, tmp_path):
         with pytest.raises(UserError, match=sentence):
             load(adapter)
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="has no adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
         open_checkpoint(adapter)
     change_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
     (adapter / "adapter_model.safetensors").touch()
-    with pytest.raises(UserError, match="names .*gone, which does not open here: model folder"):
+    with pytest.raises(UserError, match=r"names .*gone, which does not open here: model folder"):
         open_checkpoint(adapter)
