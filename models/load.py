@@ -21,7 +21,7 @@ from errors import UserError
 from models.adapters.prefix import OWN, PrefixPlan, add_prefix, check_prefix
 from models.adapters.quantization import quantize_linears
 from models.chatglm.registration import ChatGLMTokenizer
-from models.checkpoint_folder import VOCABULARIES, CheckpointFolder, open_checkpoint
+from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import rng_state, set_rng_state
 from models.heads import score_name, start_head
 from models.weight_files import ADAPTER_FILES, BASE_FIELD, first_line, tensor_names
