@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told w
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "ice_text.model")
 SCALAR = "ForSequenceClassification"  # how the name of a reward model's or critic's class ends
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "ice_text.model")
 UNIT = ("reward_mean", "reward_std")  # of a reward model's scores, in the config of the merged model
 MERGE = (
     "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{}').merge_and_unload()"
@@ -109,7 +108,8 @@ class CheckpointFolder:
 
     def check_vocabulary(self) -> None:
         """Raise UserError for a folder without a vocabulary, of which transformers would make up an empty tokenizer."""
-        if not any((self.folder / name).is_file() for name in VOCABULARIES):
+        folder = self.text_folder or self.folder
+        if not any((folder / name).is_file() for name in VOCABULARIES):
             raise UserError(
                 f"model {self.path} has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy the whole checkpoint."
             )
