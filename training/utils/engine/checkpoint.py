@@ -23,8 +23,17 @@ from models.device import rng_state, set_rng_state
 from models.heads import base_model
 from models.save import save_model
 from training.utils.engine.weights import trained_weights, whole_model
-from training.utils.run.deepspeed_internals import save_on_every_disk
-from training.utils.run.manifest import MANIFEST, read_manifest, step_name, whole_checkpoints
+from training.utils.run.deepspeed_internals import load_data, load_data_alone, save_on_every_disk
+from training.utils.run.manifest import (
+    MANIFEST,
+    check_content,
+    flush,
+    read_manifest,
+    step_folders,
+    step_name,
+    whole_checkpoints,
+    write_manifest,
+)
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -91,10 +100,10 @@ def stand_in(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
 class Checkpoint:
     """The checkpoints of one run, under ``output_dir/checkpoints/step-00000012``.
 
-    A folder is written under another name, gets its manifest (all files with their sizes) last and is renamed then; without
-    a matching manifest it is never read. It holds the engines' weights, optimizers, schedules and loss scales, and for every
-    process the states of the random generators and of ``states``: objects with state_dict() and load_state_dict(), whose
-    state is tensors, numbers and text. The position in the data is the step itself. Nodes that do not share a disk have a
+    A folder is written under another name, gets its manifest (all files with sizes and checksums) last and is renamed then;
+    without a matching manifest it is never read. It holds the engines' weights, optimizers, schedules and loss scales, and
+    for every process the states of the random generators and of ``states``: objects with state_dict() and load_state_dict(),
+    whose state is tensors, numbers and text. The position in the data is the step itself. Nodes that do not share a disk have a
     folder each, with what their own processes need, and resume from the newest step that all of them have whole.
 
     What lies there of another run is moved into ``checkpoints/earlier-1``, with its metrics; nothing of it is removed.
@@ -137,15 +146,22 @@ class Checkpoint:
 
     def _seal(self, partial: Path, final: Path, step: int) -> None:
         """Write the manifest and give the folder its name."""
-        files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
-        manifest = {"step": step, "marks": self.marks, "length": self._length(), "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_manifest(partial, step, marks=self.marks, length=self._length())
         partial.rename(final)
+        flush(self.folder)
 
     def _prune(self) -> None:
         """Remove the oldest whole checkpoints beyond --save_total_limit."""
         limit = self.run.args.save_total_limit
-        for folder in sorted(self.folder.glob("step-*"))[:-limit] if limit > 0 else ():
+        old = step_folders(self.folder)[:-limit] if limit > 0 else []
+        if not old:
+            return
+        try:
+            check_loads(step_folders(self.folder)[-1])
+        except UserError as error:
+            logger.warning("No older checkpoint is removed: %s", error)
+            return
+        for folder in old:
             shutil.rmtree(folder, ignore_errors=True)
 
     def resume(self) -> int:
@@ -160,15 +176,18 @@ class Checkpoint:
                 logger.info("--resume: no whole checkpoint under %s; the run starts at its beginning.", self.folder)
             self._set_aside(None, metrics=True)
             return 0
+        if wanted != "auto" and (damage := self._damage(folder)):
+            raise UserError(damage)
         manifest = self.run.nodes.together(lambda: self._checked(folder))
         for name, engine in self.engines.items():
+            load_data_alone(engine)
             if engine.load_checkpoint(str(folder / name), tag="state")[0] is None:
                 raise UserError(f"{folder}: the state of the {name} could not be loaded; resume from an older checkpoint.")
         for name, owner in self.states.items():
-            owner.load_state_dict(torch.load(folder / f"{name}-{self.run.rank}.pt", weights_only=True))
-        set_generator_states(torch.load(folder / f"generators-{self.run.rank}.pt", weights_only=True))
+            owner.load_state_dict(load_data(folder / f"{name}-{self.run.rank}.pt"))
+        set_generator_states(load_data(folder / f"generators-{self.run.rank}.pt"))
         step, own = manifest["step"], folder.resolve().parent == self.folder.resolve()
-        self._set_aside(step if own else None, metrics=not own and any(self.folder.glob("step-*")))
+        self._set_aside(step if own else None, metrics=not own and bool(step_folders(self.folder)))
         self.run.metrics.rewind(step)
         self._warn_of_length(manifest.get("length", {}))
         logger.info("Resumed from %s after %d steps.", folder, step)
@@ -188,7 +207,7 @@ class Checkpoint:
 
     def _move_aside(self, after: int | None, metrics: bool) -> None:
         """Move what _set_aside says, on this process's disk."""
-        files = [file for file in sorted(self.folder.glob("step-*")) if after is None or file.name > step_name(after)]
+        files = [file for file in step_folders(self.folder) if after is None or file.name > step_name(after)]
         files += self.run.metrics.files() if metrics else []
         if not files:
             return
@@ -235,10 +254,26 @@ class Checkpoint:
                 f"--resume: no checkpoint under {self.folder} is whole on every node ({have}). Bring back the folder of the node "
                 "that lacks it, or remove it on the others to start at the beginning."
             )
-        chosen = max(common)
-        if chosen != max(newest):
-            logger.warning("The newest whole checkpoints differ (%s): all go on from %s, which every node has.", have, chosen)
-        return self.folder / chosen
+        if max(common) != max(newest):
+            logger.warning("The newest whole checkpoints differ (%s): all go on from %s, which every node has.", have, max(common))
+        for chosen in sorted(common, reverse=True):
+            damage = self._damage(self.folder / chosen)
+            if not damage:
+                return self.folder / chosen
+            logger.warning("Passed over: %s", damage)
+        return None
+
+    def _damage(self, folder: Path) -> str | None:
+        """Return a sentence about what is damaged in a checkpoint, on any disk; None if it is good. All processes call it."""
+        nodes, found = self.run.nodes, {}
+        if nodes.keeps_disk:
+            try:
+                check_content(folder)
+                check_loads(folder)
+            except UserError as error:
+                found = {nodes.names[self.run.rank]: str(error)}
+        damaged = {name: sentence for one in nodes.gather(found) for name, sentence in one.items()}
+        return next((f"{name}: {sentence}" if nodes.several else sentence for name, sentence in damaged.items()), None)
 
     def _checked(self, folder: Path) -> dict[str, Any]:
         """Return the manifest of a checkpoint that this process can go on from. Raises UserError otherwise."""
@@ -280,6 +315,17 @@ class Checkpoint:
             else:
                 reason = f"--{name} {then}, this run says {now}; give the same value, or another --output_dir"
             raise UserError(f"{folder} was made with {reason}.")
+
+
+def check_loads(folder: Path) -> None:
+    """Raise UserError for a checkpoint of which a file is missing or does not load. Nothing that a file names is run."""
+    for name in read_manifest(folder)["files"]:
+        try:
+            if name.endswith(".pt"):
+                load_data(folder / name, mmap=True)
+        except Exception as error:  # what a damaged pickle raises is of any type
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{folder} does not load ({name}: {reason}); resume from an older one.") from error
 
 
 def generator_states() -> dict[str, Any]:

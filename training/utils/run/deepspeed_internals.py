@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,24 @@ def forget_shared_memory_collectives() -> None:
 def save_on_every_disk(engine) -> None:
     """Let this process write, too, what is equal on all below ZeRO-3; DeepSpeed lets rank 0 alone write it."""
     engine.save_non_zero_checkpoint = True
+
+
+def load_data(path: str | Path, map_location: Any = None, mmap: bool = False) -> Any:
+    """Return what torch.save or DeepSpeed wrote, of tensors, plain values and the four types of DeepSpeed's states alone.
+
+    Raises UnpicklingError for any other: loading by pickle would run the code that a file names. mmap: read tensors on use.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+    return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+
+
+def load_data_alone(engine) -> None:
+    """Let engine.load_checkpoint() read its files by load_data; DeepSpeed reads them by pickle, which runs code."""
+    engine.checkpoint_engine.load = load_data
 
 
 def plain_masters(optimizer) -> dict[int, Tensor]:

@@ -1,10 +1,14 @@
-"""Which folders of checkpoints are whole: the list of their files, with sizes, that is written last. Imports no torch."""
+"""Which checkpoints are whole: the list of their files, with sizes and checksums, is written last. Imports no torch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,14 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_folders(folder: Path) -> list[Path]:
+    """Return the folders named as checkpoints are, oldest first; a copy such as step-00000002.bak is none of them."""
+    return sorted(found for found in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", found.name))
+
+
 def whole_checkpoints(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoint folders that have a matching manifest, newest first."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    """Yield the checkpoint folders that have a manifest whose files are all there in full size, newest first."""
+    for candidate in reversed(step_folders(folder)):
         try:
             read_manifest(candidate)
         except UserError as error:
@@ -31,17 +40,77 @@ def whole_checkpoints(folder: Path) -> Iterator[Path]:
             yield candidate
 
 
+def write_manifest(folder: Path, step: int, **more: Any) -> None:
+    """Bring all files of a folder to the disk and list them, with sizes and checksums, in its manifest."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in [*paths, *(one for one in folder.rglob("*") if one.is_dir())]:
+        flush(path)
+    names = [str(path.relative_to(folder)) for path in paths]
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    manifest = {"step": step, **more, "files": sizes, "checksums": checksums(folder, names)}
+    manifest["checksum"] = own_checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    flush(folder / MANIFEST)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checksums(folder: Path, names: list[str]) -> dict[str, str]:
+    """Return the SHA-256 of each file (1.4 GB/s on a core with SHA instructions, BLAKE2b 0.5)."""
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
+        return dict(zip(names, pool.map(lambda name: file_checksum(folder / name), names), strict=True))
+
+
+def file_checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def own_checksum(manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest without its own checksum."""
+    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint whose files are all there in full size. Raises UserError otherwise."""
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: no such folder; name one under output_dir/checkpoints, or use --resume alone.")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({MANIFEST} is missing or cut); resume from an older one.") from error
-    for name, size in files:
+    except (OSError, ValueError, RecursionError):
+        manifest = None
+    kinds = {"step": int, "marks": dict, "files": dict}
+    if not isinstance(manifest, dict) or any(not isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(f"{folder} is not a whole checkpoint ({MANIFEST} is missing or damaged); resume from an older one.")
+    if "checksums" in manifest and manifest.get("checksum") != own_checksum(manifest):
+        raise UserError(f"{folder} is damaged: {MANIFEST} does not match its own checksum; resume from an older one.")
+    for name, size in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{folder} is half-written: {name} is missing or has another size; resume from an older one.")
     return manifest
+
+
+def check_content(folder: Path) -> None:
+    """Read every file of a checkpoint. Raises UserError for one whose bytes are not those that were written."""
+    expected = read_manifest(folder).get("checksums", {})  # checkpoints of before November 2026 have none
+    try:
+        found = checksums(folder, list(expected))
+    except OSError as error:
+        raise UserError(f"{folder}: {error.filename} cannot be read ({error.strerror}); resume from an older one.") from error
+    for name, checksum in expected.items():
+        if found[name] != checksum:
+            raise UserError(f"{folder} is damaged: {name} does not match its checksum; resume from an older one.")

@@ -33,8 +33,8 @@ class Nodes:
     several: bool = False
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the values of all processes by rank; all must call it. On one node nobody is asked."""
-        if not self.several:
+        """Return the values of all processes by rank; all must call it."""
+        if len(self.names) == 1:
             return [value]
         values: list[Any] = [None] * len(self.names)
         dist.all_gather_object(values, value)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ class FakeEngine:
 
     def __init__(self, value: int) -> None:
         self.value = value
+        self.checkpoint_engine = SimpleNamespace()
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         (Path(folder) / tag).mkdir(parents=True)
@@ -73,6 +75,83 @@ def test_a_half_written_checkpoint_is_refused_and_passed_over(tmp_path, damage):
     with pytest.raises(UserError, match="step-00000002"):
         checkpoint_of(tmp_path, resume=newest).resume()
     assert [one.name for one in whole_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
+
+
+NAMES = ["generators-0.pt", "model/state/value", MANIFEST]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_damaged_byte_anywhere_is_noticed_and_the_checkpoint_before_resumes(tmp_path, caplog, name):
+    for step in (1, 2):
+        checkpoint_of(tmp_path, 10 * step).save(step)
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    content = (newest / name).read_bytes()
+    assert len(content) > 0
+    for place in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
+        (newest / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        checkpoint, chosen = checkpoint_of(tmp_path, resume="auto"), []
+        chosen = checkpoint._newest_of_all()
+        assert chosen.name == "step-00000001", place
+        with pytest.raises(UserError, match="step-00000002 is"):
+            checkpoint_of(tmp_path, resume=newest).resume()
+    assert (checkpoint.resume(), checkpoint.engines["model"].value) == (1, 10)
+    assert "Passed over: " in caplog.text and names(tmp_path / "checkpoints") == ["earlier-1", "step-00000001"]
+
+
+ODD = ["[]", "{}", "3", "[" * 99999, '{"step": 2, "files": {}}', '{"step": 2, "marks": [], "files": {}}']
+
+
+@pytest.mark.parametrize("manifest", ODD)
+def test_an_odd_manifest_is_passed_over(tmp_path, manifest):
+    for step in (1, 2):
+        checkpoint_of(tmp_path).save(step)
+    (tmp_path / "checkpoints" / "step-00000002" / MANIFEST).write_text(manifest)
+    assert checkpoint_of(tmp_path, resume="auto").resume() == 1
+
+
+def test_a_checkpoint_without_checksums_resumes_and_a_copy_is_none(tmp_path):
+    """Builds before the checksums wrote sizes alone."""
+    checkpoint_of(tmp_path, limit=1).save(2)
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    manifest = json.loads((newest / MANIFEST).read_text())
+    (newest / MANIFEST).write_text(json.dumps({name: manifest[name] for name in ("step", "marks", "length", "files")}))
+    copy = shutil.copytree(newest, newest.with_suffix(".bak"))
+    checkpoint = checkpoint_of(tmp_path, 5, resume="auto", limit=1)
+    assert checkpoint.resume() == 2
+    checkpoint.save(3)
+    assert names(tmp_path / "checkpoints") == [copy.name, "step-00000003"]
+
+
+class Marker:
+    """Makes a file when it is loaded by pickle."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_resume_runs_no_code_that_a_checkpoint_names(tmp_path, caplog):
+    marker = tmp_path / "marker"
+    checkpoint_of(tmp_path, 1).save(1)
+    checkpoint = checkpoint_of(tmp_path, 2)
+    checkpoint.states = {"foreign": SimpleNamespace(state_dict=lambda: Marker(marker))}
+    checkpoint.save(2)
+    file = tmp_path / "checkpoints" / "step-00000002" / "foreign-0.pt"
+    assert checkpoint_of(tmp_path, resume="auto").resume() == 1 and "does not load (foreign-0.pt" in caplog.text
+    assert not marker.exists()
+    torch.load(next((tmp_path / "checkpoints" / "earlier-1").rglob(file.name)), weights_only=False)
+    assert marker.exists()
+
+
+def test_older_checkpoints_stay_until_the_newest_loads(tmp_path, caplog):
+    checkpoint_of(tmp_path, limit=1).save(1)
+    checkpoint = checkpoint_of(tmp_path, limit=1)
+    checkpoint.states = {"foreign": SimpleNamespace(state_dict=lambda: Marker(tmp_path / "marker"))}
+    checkpoint.save(2)
+    assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000002"]
+    assert "No older checkpoint is removed" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,6 @@ def test_all_nodes_must_be_started_alike():
 
 def test_on_one_node_nobody_is_asked():
     nodes = Nodes(["vm", "vm"])   # two processes of one node have a disk in common, and see the same
-    assert nodes.gather(5) == [5] and nodes.together(lambda: 7) == 7 and nodes.keeps_disk
+    assert Nodes(["vm"]).gather(5) == [5] and nodes.together(lambda: 7) == 7 and nodes.keeps_disk
     with pytest.raises(UserError, match=r"^why$"):
         nodes.together(lambda: (_ for _ in ()).throw(UserError("why")))
