@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import socket
 import uuid
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from errors import UserError
 from training.utils.data.digest import file_digest
+
+logger = logging.getLogger("sanbu")
 
 ROOT = Path(__file__).resolve().parents[3]
 DONE = "sanbu_done.json"  # written into the output folder by a step that came to its end
@@ -34,6 +38,30 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"--output_dir {folder} cannot be written ({error.strerror}); name a folder where you may create files."
         ) from error
+
+
+def hold_folder(folder: Path) -> IO[str] | None:
+    """Lock the output folder for this process, until it ends or closes what is returned. None on file systems without locks.
+
+    Raises UserError if another run holds it. The lock is the process's own (POSIX): the kernel frees it after kill -9, and
+    no child that was forked keeps it, as it would keep a lock of flock().
+    """
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # POSIX allows either
+        file.seek(0)
+        raise UserError(
+            f"--output_dir {folder} is in use by another run ({file.read().strip() or 'just starting'}); wait for its end, stop "
+            "it, or name another folder."
+        ) from error
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): start no second run in it.", folder, error.strerror)
+        return None
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def data_paths(args: Any) -> list[str]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from models.device import (
 from training.utils.flags.deepspeed_file import check_keys
 from training.utils.run import heartbeat
 from training.utils.run.deepspeed_internals import forget_shared_memory_collectives
-from training.utils.run.environment import DONE, check_writable, describe_inputs
+from training.utils.run.environment import DONE, check_writable, describe_inputs, hold_folder
 from training.utils.run.metrics import Metrics, format_seconds
 from training.utils.run.nodes import Nodes, meet, waiting_note
 
@@ -61,6 +62,7 @@ class Run:
     stop_signals: list[int] = field(default_factory=list)
     stopping: bool = False
     started: float = field(default_factory=time.monotonic)
+    lock: IO[str] | None = None  # of the output folder, on the processes that write it
     inputs: dict = field(default_factory=dict)  # as describe_inputs says, on the processes that write DONE
 
     @classmethod
@@ -80,13 +82,15 @@ class Run:
         nodes = meet(Path(args.output_dir), rank, local_rank, world_size)
         dtype = nodes.together(lambda: resolve_dtype(args.dtype, platform))
         nodes.together(lambda: check_writable(Path(args.output_dir)))
+        lock = held_alone(nodes, Path(args.output_dir))
         metrics = Metrics(
             Path(args.output_dir),
             enabled=rank == 0,
             tensorboard=args.tensorboard_path if args.enable_tensorboard else None,
         )
         attention = attention_implementation(args.attn_implementation, platform)
-        run = cls(args, platform, device, dtype, attention, rank, local_rank, world_size, metrics, nodes, started=started)
+        process = (rank, local_rank, world_size)
+        run = cls(args, platform, device, dtype, attention, *process, metrics, nodes, started=started, lock=lock)
         run.inputs = describe_inputs(args) if nodes.keeps_disk else {}  # before the run, in which files may change
         for name in ("SIGTERM", "SIGUSR1"):  # what Slurm and Kubernetes send before they kill
             signal.signal(getattr(signal, name), lambda number, _: run.stop_signals.append(number))
@@ -168,10 +172,25 @@ class Run:
     def close(self) -> None:
         """Close the metrics and leave the process group together; a group left alone ends in an abort at exit."""
         self.metrics.close()
+        if self.lock:
+            self.lock.close()
         if dist.is_initialized():
             self.barrier()
             heartbeat.stop()
             dist.destroy_process_group()
+
+
+def held_alone(nodes: Nodes, folder: Path) -> IO[str] | None:
+    """Return hold_folder() in the process that writes this disk. All raise UserError if one finds another run there."""
+    lock, problem = None, None
+    if nodes.keeps_disk:
+        try:
+            lock = hold_folder(folder)
+        except UserError as error:
+            problem = str(error)
+    for sentence in filter(None, nodes.gather(problem)):
+        raise UserError(sentence)
+    return lock
 
 
 def join_process_group(platform: Platform) -> tuple[int, int, int]:

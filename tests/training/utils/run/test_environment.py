@@ -1,11 +1,14 @@
 """Ranks that OpenMPI gives are those that torch and DeepSpeed read; other launchers' are left alone. Memory of a container."""
 
 import math
+import multiprocessing
+import signal
 
 import pytest
 
+from errors import UserError
 from training.utils.memory.container import container_free
-from training.utils.run.environment import adopt_mpi_ranks
+from training.utils.run.environment import adopt_mpi_ranks, hold_folder
 
 pytestmark = pytest.mark.fast
 
@@ -40,3 +43,29 @@ def test_a_container_has_what_its_limit_leaves(tmp_path):
     (old / "memory" / "memory.usage_in_bytes").write_text("900")
     (old / "memory" / "memory.stat").write_text("cache 10\ntotal_inactive_file 10\n")
     assert container_free(old) == 110
+
+
+def hold(folder, held, end) -> None:
+    """Hold the folder, say so, and wait, with a child that was forked meanwhile."""
+    lock = hold_folder(folder)
+    child = multiprocessing.get_context("fork").Process(target=end.wait)
+    child.start()
+    held.set()
+    end.wait()
+    child.join()
+    assert lock
+
+
+def test_one_run_a_folder_until_its_process_is_killed(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    held, end = fork.Event(), fork.Event()
+    first = fork.Process(target=hold, args=(tmp_path, held, end))
+    first.start()
+    assert held.wait(60)
+    with pytest.raises(UserError, match=rf"--output_dir {tmp_path} is in use by another run \(host .*, process {first.pid}\)"):
+        hold_folder(tmp_path)
+    first.kill()
+    first.join()
+    assert first.exitcode == -signal.SIGKILL
+    hold_folder(tmp_path).close()  # though the child of the killed one lives
+    end.set()
