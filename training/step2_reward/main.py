@@ -58,9 +58,12 @@ def main(args: RewardArguments) -> None:
         logger.warning("No pair was held out (see --eval_fraction): accuracy and score statistics are those of training pairs.")
         held_out = data.train
 
-    def evaluate(step: int) -> dict[str, float]:
+    def held_out_statistics() -> dict[str, float]:
         micro_batches = evaluation_batches(held_out, collate, run, args.per_device_eval_batch_size, args.eval_iters)
-        metrics = score_statistics(engine, micro_batches, run)
+        return score_statistics(engine, micro_batches, run)
+
+    def evaluate(step: int) -> dict[str, float]:
+        metrics = held_out_statistics()
         run.metrics.log(step, metrics, prefix="eval")
         if run.is_main:
             print(evaluation_line(step, metrics, held_out is data.eval), flush=True)
@@ -80,14 +83,15 @@ def main(args: RewardArguments) -> None:
         progress.count(batch.tokens)
         metrics = {"loss": loss, "epoch": batch.epoch} | optimizer_metrics(engine)
         progress.report(batch.step, metrics, args.logging_steps)
-        if batch.evaluates and not batch.last:
-            evaluate(batch.step)
+        if batch.last or batch.evaluates:
+            metrics = evaluate(batch.step)
         if run.stopping or batch.saves:
             checkpoint.save(batch.step)
         if run.stopping:
             run.leave(batch.step)
 
-    metrics = evaluate(batches.total_steps)
+    if start >= batches.total_steps:  # resumed after the last step: its evaluation is in the curves already
+        metrics = held_out_statistics()
     # Step 3 subtracts and divides by these statistics: scores of a reward model have no unit of their own.
     statistics = {f"reward_{name}": metrics[name] for name in ("mean", "std", "accuracy")}
     export(engine, tokenizer, template, args.output_dir, run, **statistics)
