@@ -15,8 +15,16 @@ from typing import Any, Literal, NoReturn
 class UserError(Exception):
     """A wrong input, told in one sentence: which file, line or flag, what was found, what was expected, what to do.
 
-    Entry points print it as ``error: <sentence>`` and exit with code 2; no traceback is shown.
+    Entry points print it as ``error: <sentence>`` and exit with ``code``; no traceback is shown.
     """
+
+    code = 2
+
+
+class DiskError(UserError):
+    """A disk that is full or does not take what is written, told in one sentence."""
+
+    code = 74  # EX_IOERR of sysexits.h
 
 
 def refuse(wrong: object, sentence: str) -> None:

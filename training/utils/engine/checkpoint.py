@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import DiskError, UserError
 from models.adapters.lora import merged_state_dict, save_adapter, save_prefix
 from models.adapters.prefix import has_prefix
 from models.device import rng_state, set_rng_state
@@ -118,16 +119,22 @@ class Checkpoint:
         self._check_nodes()
 
     def save(self, step: int) -> None:
-        """Save after the given number of optimizer steps. All processes call it."""
+        """Save after the given number of optimizer steps. All processes call it. Raises DiskError if the disk is full."""
         run, final = self.run, self.folder / step_name(step)
         if all(run.nodes.gather((final / MANIFEST).exists())):
             return
         partial = self.folder / f".writing-{final.name}"
+        with self._disk_errors_told(partial):
+            self._write(partial, final, step)
+
+    def _write(self, partial: Path, final: Path, step: int) -> None:
+        """Write a checkpoint whole, then remove the oldest."""
+        run = self.run
         if run.nodes.keeps_disk:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(final, ignore_errors=True)
             partial.mkdir(parents=True)
-        run.barrier()
+        self._check_space(partial)
         for name, engine in self.engines.items():
             if run.nodes.keeps_disk:
                 save_on_every_disk(engine)
@@ -143,6 +150,44 @@ class Checkpoint:
         if run.nodes.keeps_disk:
             self._prune()
         run.barrier()
+
+    def _check_space(self, partial: Path) -> None:
+        """Raise DiskError, on all processes, if a disk has no room for a checkpoint as large as the newest on it."""
+        short = self.run.nodes.keeps_disk and self._free(partial) < self._needed()
+        if any(self.run.nodes.gather(short)):
+            raise DiskError(self._disk_sentence(partial, "too little room"))
+        self.run.barrier()
+
+    def _needed(self) -> int:
+        """Return the bytes of the newest whole checkpoint; 0 if there is none."""
+        newest = next(whole_checkpoints(self.folder), None)
+        return sum(read_manifest(newest)["files"].values()) if newest else 0
+
+    def _free(self, path: Path) -> int:
+        """Return the bytes that may still be written beside a path."""
+        return shutil.disk_usage(path.parent if path.parent.exists() else "/").free
+
+    def _disk_sentence(self, partial: Path, reason: str) -> str:
+        """Say why and where a checkpoint was not written."""
+        needed = f"about {self._needed():,} bytes" if self._needed() else "more bytes"
+        return (
+            f"The checkpoint {partial} was not written ({reason}): it needs {needed}, {self._free(partial):,} bytes are free. "
+            "The older checkpoints are whole; make room, then give the same command with --resume."
+        )
+
+    @contextmanager
+    def _disk_errors_told(self, partial: Path) -> Iterator[None]:
+        """Turn what a full or lost disk raises inside into a DiskError; torch's writer says neither ENOSPC nor the path."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None)
+            if not reason and not re.search("iostream|unexpected pos|inline_container|Parent directory", str(error)):
+                raise
+            sentence = self._disk_sentence(partial, reason or "the disk took no more")
+            if self.run.world_size == 1:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise DiskError(sentence) from error
 
     def _seal(self, partial: Path, final: Path, step: int) -> None:
         """Write the manifest and give the folder its name."""

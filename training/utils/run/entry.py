@@ -45,17 +45,17 @@ def run_main(main: Callable[[Any], None], args: Any) -> None:
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """Tell the other nodes of an error that ends this process; say a UserError in one line and exit with code 2."""
+    """Tell the other nodes of an error that ends this process; say a UserError in one line and exit with its code."""
     try:
         yield
     except UserError as error:
-        heartbeat.failed(2, str(error))
+        heartbeat.failed(error.code, str(error))
         if not is_main_process():
             # Usually all processes fail alike: the main one speaks, and the launcher ends this one while it waits.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5 if os.environ.get("LOCAL_RANK") == "0" else 10)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(error.code) from None
     except Exception as error:
         # With gloo, the loss of another node shows in the main thread too, as an error of a socket.
         heartbeat.failed(1, f"{type(error).__name__}: {error}", patience=5.0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from errors import UserError
+from errors import DiskError, UserError
 from training.utils.engine.checkpoint import MANIFEST, Checkpoint, whole_checkpoints
 from training.utils.run.metrics import Metrics
 from training.utils.run.nodes import Nodes
@@ -268,3 +268,38 @@ def test_another_length_of_the_run_is_allowed_and_said(tmp_path, caplog, schedul
         warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert len(warned) == (said and steps == 20)
     assert not said or warned[0].startswith("--max_steps 20 (it was 10): --lr_scheduler_type cosine")
+
+
+def full_disk(checkpoint: Checkpoint, name: str) -> None:
+    """Let one file of the next save lie on a full disk."""
+    engine = checkpoint.engines["model"]
+    plain = engine.save_checkpoint
+
+    def save(folder: str, **more) -> None:
+        plain(folder, **more)
+        (Path(folder).parent / name).symlink_to("/dev/full")
+
+    engine.save_checkpoint = save
+
+
+@pytest.mark.parametrize("name", ["generators-0.pt", MANIFEST])
+def test_a_full_disk_in_a_save_is_one_sentence_and_spares_older_checkpoints(tmp_path, name):
+    checkpoint = checkpoint_of(tmp_path, 7, limit=1)
+    checkpoint.save(1)
+    full_disk(checkpoint, name)
+    sentence = r"writing-step-00000002 was not written .*about [\d,]+ bytes, [\d,]+ bytes are free"
+    with pytest.raises(DiskError, match=sentence) as told:
+        checkpoint.save(2)
+    assert told.value.code == 74 and names(tmp_path / "checkpoints") == ["step-00000001"]
+    resumed = checkpoint_of(tmp_path, resume="auto")
+    assert resumed.resume() == 1 and resumed.engines["model"].value == 7
+
+
+def test_free_space_is_looked_at_before_a_save(tmp_path, monkeypatch):
+    checkpoint = checkpoint_of(tmp_path)
+    checkpoint.save(1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+    checkpoint.engines["model"].save_checkpoint = None   # is not come to
+    with pytest.raises(DiskError, match=r"too little room.* 9 bytes are free"):
+        checkpoint.save(2)
+    assert [one.name for one in whole_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
