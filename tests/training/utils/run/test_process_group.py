@@ -55,7 +55,7 @@ def test_the_trouble_of_one_node_ends_all_with_its_name(tmp_path, monkeypatch, t
     monkeypatch.setattr(run, "set_device", lambda *_: "cpu")
     monkeypatch.setattr(run, "meet", lambda *_: met.append(True) or Two(["node 0 (a)", "node 1 (b)"], several=True))
     monkeypatch.setattr(run, trouble, fail)
-    args = SimpleNamespace(output_dir=str(tmp_path), dtype="fp32", seed=1)
+    args = SimpleNamespace(output_dir=str(tmp_path), dtype="fp32", seed=1, deepspeed_config=None)
     with pytest.raises(UserError, match=r"^node 0 \(a\): this one cannot"):
         run.Run.start(args)
     assert met
