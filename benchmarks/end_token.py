@@ -1,15 +1,17 @@
 """Train step 1 on a base whose tokenizer has a new end token, with LoRA and with all weights, and count the answers that end.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.end_token --output output/end_token        # a minute on one core
+    OMP_NUM_THREADS=1 python -m benchmarks.end_token --output output/end_token        # three minutes on one core
 
-The base is random: a LLaMA (matrices apart) and a Qwen2 (tied) with a byte a token. Its tokenizer has two ids more than the
-embedding has rows, which its chat template opens and ends each turn with. Asked are twelve of the questions trained on.
+The base is a LLaMA (matrices apart) or a Qwen2 (tied) with a byte a token, trained on the same dialogues in the Human/Assistant
+form. Then its tokenizer gets two ids more than the embedding has rows, with which a chat template opens and ends each turn. Asked
+are twelve of the questions trained on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,19 +37,33 @@ TEMPLATE = (
 )
 
 
-def write_base(folder: Path, config) -> None:
-    """Write a random checkpoint whose tokenizer has two tokens without a row."""
+def write_base(output: Path, config) -> Path:
+    """Write a checkpoint that knows the dialogues and whose tokenizer has two tokens without a row; returns its folder."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(output / "random")
     tokenizer = byte_tokenizer(ROWS)
+    tokenizer.save_pretrained(output / "random")
+    folder = train(output, output / "random", f"{config.model_type}-base", WAYS["all weights"])
+    (folder / "sanbu_template.json").unlink()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", TEMPLATE
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train(output: Path, model: Path, name: str, flags: dict[str, object]) -> Path:
+    """Train a model by step 1; returns its folder."""
+    common = {"model_name_or_path": model, "data_path": output / "data.json", "output_dir": output / name, "dtype": "fp32"}
+    common |= {"data_split": "1,0,0", "num_train_epochs": 30, "per_device_train_batch_size": 16, "max_seq_len": 128}
+    with (output / "log").open("a") as log:
+        command = [sys.executable, "-m", step_of("sft").module, *as_flags(common | flags)]
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+    return output / name
 
 
 def end_of_answers(loaded: LoadedModel, questions: list[str], answers: list[str]) -> list[object]:
-    """Return how many greedy answers end, and of the end token behind the answers trained on the worst rank and the mean
-    probability.
+    """Return how many greedy answers end, how many of them say "It is 12.", and of the end token behind the answers trained on
+    the worst rank and the mean probability.
     """
     asked = [[{"role": "user", "content": question}] for question in questions]
     prompts = loaded.encode(asked, 32, "32")
@@ -59,7 +75,8 @@ def end_of_answers(loaded: LoadedModel, questions: list[str], answers: list[str]
             chance = loaded.model(torch.tensor([ids])).logits[0, -2].softmax(-1)
         ranks.append(int((chance > chance[ids[-1]]).sum()))
         chances.append(float(chance[ids[-1]]))
-    return [f"{sum(one.ended for one in found)} of {len(found)}", max(ranks), f"{sum(chances) / len(chances):.3f}"]
+    whole = sum(one.ended and bool(re.fullmatch(r"It is \d+\.", one.text)) for one in found)
+    return [f"{sum(one.ended for one in found)} of {len(found)}", whole, max(ranks), f"{sum(chances) / len(chances):.3f}"]
 
 
 def main() -> None:
@@ -74,18 +91,13 @@ def main() -> None:
 
     def rows():
         for name, config in CONFIGS.items():
-            write_base(output / "base", config)
+            base = write_base(output, config)
             for number, (way, flags) in enumerate(WAYS.items()):
-                folder = output / f"{config.model_type}-{number}"
-                common = {"model_name_or_path": output / "base", "data_path": output / "data.json", "output_dir": folder}
-                common |= {"data_split": "1,0,0", "num_train_epochs": 30, "per_device_train_batch_size": 16, "max_seq_len": 128}
-                with (output / "log").open("w") as log:
-                    command = [sys.executable, "-m", step_of("sft").module, *as_flags(common | {"dtype": "fp32"} | flags)]
-                    subprocess.run(command, check=True, stdout=log, stderr=log)
+                folder = train(output, base, f"{config.model_type}-{number}", flags)
                 loaded = load_for_evaluation(open_checkpoint(folder), "fp32", "auto")
                 yield [name, way, *end_of_answers(loaded, *asked)]
 
-    print_table(("model", "trained", "answers that end", "worst rank of the end token", "its mean probability"), rows())
+    print_table(("model", "trained", "answers that end", "in whole", "worst rank of the end token", "its mean probability"), rows())
 
 
 if __name__ == "__main__":
