@@ -14,6 +14,7 @@ import json
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -415,6 +416,8 @@ def quiet() -> None:
     """Leave only the dialogue on the terminal; bytes that are no UTF-8 in a pipe become question marks, not a traceback."""
     import transformers
 
+    for room in ("transformers", "peft"):  # peft calls older names of transformers
+        warnings.filterwarnings("ignore", category=FutureWarning, module=room)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for stream in (sys.stdin, sys.stdout):

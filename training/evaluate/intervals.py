@@ -47,4 +47,5 @@ def wilson(share: float, count: int) -> Estimate:
     """
     square = Z**2 / count
     middle, half = share + square / 2, Z * np.sqrt(share * (1 - share) / count + square / (4 * count))
-    return Estimate(share, float((middle - half) / (1 + square)), float((middle + half) / (1 + square)))
+    low, high = ((middle + sign * half) / (1 + square) for sign in (-1, 1))
+    return Estimate(share, max(0.0, float(low)), min(1.0, float(high)))  # rounding: -0.0 % for none of n

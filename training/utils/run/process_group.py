@@ -238,7 +238,7 @@ def quiet_libraries() -> None:
     """Keep the libraries to warnings: a run's own lines must not drown."""
     import transformers
 
-    for room in ("torch.distributed", "transformers"):  # DeepSpeed calls older names, and we those of older transformers
+    for room in ("torch.distributed", "transformers", "peft"):  # DeepSpeed calls older names, and we those of older transformers
         warnings.filterwarnings("ignore", category=FutureWarning, module=room)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
