@@ -2,7 +2,9 @@
 
 import math
 import multiprocessing
+import os
 import signal
+import time
 
 import pytest
 
@@ -45,27 +47,27 @@ def test_a_container_has_what_its_limit_leaves(tmp_path):
     assert container_free(old) == 110
 
 
-def hold(folder, held, end) -> None:
-    """Hold the folder, say so, and wait, with a child that was forked meanwhile."""
+def hold(folder, connection) -> None:
+    """Hold the folder, send the number of a child that was forked meanwhile, and wait."""
     lock = hold_folder(folder)
-    child = multiprocessing.get_context("fork").Process(target=end.wait)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
     child.start()
-    held.set()
-    end.wait()
-    child.join()
+    connection.send(child.pid)
+    time.sleep(600)
     assert lock
 
 
 def test_one_run_a_folder_until_its_process_is_killed(tmp_path):
     fork = multiprocessing.get_context("fork")
-    held, end = fork.Event(), fork.Event()
-    first = fork.Process(target=hold, args=(tmp_path, held, end))
+    ours, theirs = fork.Pipe()
+    first = fork.Process(target=hold, args=(tmp_path, theirs))
     first.start()
-    assert held.wait(60)
+    assert ours.poll(60)
+    child = ours.recv()
     with pytest.raises(UserError, match=rf"--output_dir {tmp_path} is in use by another run \(host .*, process {first.pid}\)"):
         hold_folder(tmp_path)
     first.kill()
     first.join()
     assert first.exitcode == -signal.SIGKILL
     hold_folder(tmp_path).close()  # though the child of the killed one lives
-    end.set()
+    os.kill(child, signal.SIGKILL)
