@@ -118,6 +118,20 @@ def run_here(engine, answer, settings=QUICK, *, until_there_are: int) -> None:
         until(lambda: worker.done() or sum(map(counts(engine).get, ("done", "failed"))) == until_there_are)
 
 
+def kill_with_questions(engine, worker) -> None:
+    """Kill a worker at a moment when it has taken a question and not answered it."""
+
+    def stopped_with_questions() -> bool:
+        os.kill(worker.pid, signal.SIGSTOP)
+        if any(row.status == "running" and f":{worker.pid}:" in row.worker for row in rows(engine)):
+            return True
+        os.kill(worker.pid, signal.SIGCONT)
+        return False
+
+    until(stopped_with_questions)
+    os.kill(worker.pid, signal.SIGKILL)
+
+
 def test_killed_workers_leave_no_question_unanswered_and_none_is_answered_twice(url, engine):
     with engine.begin() as database:
         database.execute(sa.text("create table written (id integer)"))
@@ -130,10 +144,9 @@ def test_killed_workers_leave_no_question_unanswered_and_none_is_answered_twice(
     for worker in workers:
         worker.start()
     try:
-        until(lambda: counts(engine)["done"] >= questions // 4)
-        os.kill(workers[0].pid, signal.SIGKILL)
-        until(lambda: counts(engine)["done"] >= questions // 2)
-        os.kill(workers[1].pid, signal.SIGKILL)
+        for worker, done in ((workers[0], questions // 4), (workers[1], questions // 2)):
+            until(lambda done=done: counts(engine)["done"] >= done)
+            kill_with_questions(engine, worker)
         until(lambda: counts(engine)["done"] == questions)
     finally:
         for worker in workers:
@@ -146,7 +159,6 @@ def test_killed_workers_leave_no_question_unanswered_and_none_is_answered_twice(
     with engine.connect() as database:
         assert Counter(database.scalars(sa.text("select id from written"))) == {row.id: 1 for row in found}
     assert max(row.attempts for row in found) > 1, "no worker was killed in the middle of a question"
-    assert len({row.answer.rpartition(" by ")[2] for row in found}) == 3
 
 
 def test_claims_of_many_at_once_never_share_a_row(engine):

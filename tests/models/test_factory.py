@@ -159,8 +159,8 @@ def test_lost_and_empty_tensors_are_not_published(gpt2, tmp_path, monkeypatch):
         save_model(model, tokenizer, Stops(), tmp_path / "out", empty)
     write = type(model).save_pretrained
 
-    def lose_a_tensor(self, folder, state_dict):
-        write(self, folder, state_dict=state_dict)
+    def lose_a_tensor(self, folder, state_dict, **more):
+        write(self, folder, state_dict=state_dict, **more)
         tensors = load_file(Path(folder) / "model.safetensors")
         tensors.pop("transformer.wpe.weight")
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
