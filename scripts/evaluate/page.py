@@ -10,7 +10,7 @@ from typing import Any
 
 from errors import language_of_user
 from scripts.evaluate.metrics import METRICS
-from scripts.report.page import STYLE, section, table
+from scripts.report.page import html_page, section, table
 from training.evaluate.common import write_json
 from training.evaluate.intervals import RESAMPLES
 
@@ -68,7 +68,9 @@ def write_pages(folder: Path, found: Mapping[str, Any], language: str | None = N
     if found["records"]:
         page += [answer_section(found, language)]
     (folder / "eval.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    (folder / "eval.html").write_text(html_page(found, page, language), encoding="utf-8")
+    named = "<br>".join(f"{escape(name)}: <code>{escape(what)}</code>" for name, what in subjects(found, language))
+    page.insert(0, f"<h1>{escape(title)}</h1><p>{named}</p>")
+    (folder / "eval.html").write_text(html_page(escape(title), page, language), encoding="utf-8")
     return "\n\n".join(markdown_table(rows) for rows in (results, tasks) if len(rows) > 1)
 
 
@@ -186,16 +188,6 @@ def histogram(series: Mapping[str, Sequence[float]], title: str, language: str) 
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def html_page(found: Mapping[str, Any], sections: Sequence[str], language: str) -> str:
-    """Return the page that holds the sections."""
-    title = escape(word("title", language))
-    named = "<br>".join(f"{escape(name)}: <code>{escape(what)}</code>" for name, what in subjects(found, language))
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sanbu: {title}</title>'
-    body = "\n".join([f"<h1>{title}</h1><p>{named}</p>", *sections])
-    style = STYLE + ".texts td { white-space: pre-wrap; overflow-wrap: anywhere }"
-    return f'<!DOCTYPE html>\n<html lang="{language}">{head}<style>{style}</style><main>\n{body}\n</main></html>\n'
 
 
 def answer_section(found: Mapping[str, Any], language: str) -> str:

@@ -30,6 +30,7 @@ th {{ color: #59636e; font-weight: 600; font-size: .85rem }} tr:last-child td {{
 .results :is(td, th):is(:nth-child(2), :nth-child(3)) {{ text-align: right; font-variant-numeric: tabular-nums }}
 .results td:nth-child(3) {{ font-weight: 600 }}
 .answers {{ table-layout: fixed; min-width: 40rem }}
+.texts td {{ white-space: pre-wrap; overflow-wrap: anywhere }}
 .answers td div {{ white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow-y: auto }}
 small {{ color: #59636e }} .good {{ color: #1a7f37 }} .bad {{ color: #b3261e }}
 code, .steps td:last-child {{ font-size: .85rem; overflow-wrap: anywhere }}
@@ -60,11 +61,15 @@ def write_report(folder: Path, runs: Sequence[StepRun], output: Path, language: 
         *(section(title, curve_figures(run, language)) for title, run in zip(names, runs, strict=True)),
         data_section(runs, names, language),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sanbu: {name}</title>'
-    head = f'<!DOCTYPE html>\n<html lang="{language}">{head}<style>{STYLE}</style><main>'
-    page = [head, *filter(None, body), "</main></html>\n"]
-    write_file("--output", output, "\n".join(page))
+    write_file("--output", output, html_page(name, body, language))
     return notes
+
+
+def html_page(title: str, body: Sequence[str], language: str) -> str:
+    """Return a page that needs no other file. title and body are HTML; empty pieces of the body leave no line."""
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sanbu: {title}</title>'
+    head = f'<!DOCTYPE html>\n<html lang="{language}">{head}<style>{STYLE}</style><main>'
+    return "\n".join([head, *filter(None, body), "</main></html>\n"])
 
 
 def write_file(flag: str, file: Path, text: str) -> None:
