@@ -1,7 +1,5 @@
 """The one exception that means: the input is wrong, not the program; and how a command line is read and ends on it."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os

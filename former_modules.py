@@ -1,7 +1,5 @@
 """Commands of earlier versions, ``python -m NAME``: each has a door of a few lines under its former name that asks here."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 

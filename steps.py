@@ -1,7 +1,5 @@
 """The training steps, one row each. Whoever lists, names, starts or orders steps asks here. Imports nothing heavy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib import import_module
 

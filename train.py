@@ -11,8 +11,6 @@ are asked for now: then nothing starts before --force or --keep says what to do.
 what all steps did: results, answers before and after, curves.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

@@ -7,8 +7,6 @@
 Each figure comes from a process of its own. The table belongs into benchmarks/RESULTS.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

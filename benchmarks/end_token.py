@@ -7,8 +7,6 @@ form. Then its tokenizer gets two ids more than the embedding has rows, with whi
 are twelve of the questions trained on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -8,8 +8,6 @@ Random weights; the stop tokens are so many that an answer goes on at each step 
 length asked for. Ways are timed in turn, --rounds times; printed are medians, and the fastest and slowest round.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import statistics

@@ -10,8 +10,6 @@ of the kind that torch wrote before 1.6 (no ChatGLM release is one) cannot be ma
 takes their own size on top. Linux only: the numbers come from /proc/self/status.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

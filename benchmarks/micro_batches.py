@@ -6,8 +6,6 @@ Both ways in turn, one thread, float32, an OPT of 4 x 256 with random tokens; me
 of the gradients relative to the largest gradient. Padding of whole epochs is counted, not timed.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

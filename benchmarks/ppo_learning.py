@@ -16,8 +16,6 @@ TRL is set other than by its defaults as follows, because:
 - scores (and values) in units of the reward model's spread, which ours subtracts and divides by: TRL has no such option.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

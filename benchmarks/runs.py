@@ -1,7 +1,5 @@
 """Command lines and results of the steps that the benchmarks run."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterable, Sequence

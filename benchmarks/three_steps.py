@@ -9,8 +9,6 @@ training step (forward 2, backward 4); give the peak of your card with --peak_tf
 that belongs into benchmarks/RESULTS.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -6,8 +6,6 @@
 /help lists the commands of the dialogue. Ctrl-C stops an answer. Questions may come from a pipe, one a line.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

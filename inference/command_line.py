@@ -1,7 +1,5 @@
 """How chat, server and worker read their flags: from the command line, and from a YAML file that --config names."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

@@ -2,8 +2,6 @@
 that all processes must run the network equally often, however many tokens each has to draw.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

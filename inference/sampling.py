@@ -1,7 +1,5 @@
 """Draw tokens from logits: random numbers that belong to a row, top-p, top-k, repetition penalty, stop strings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

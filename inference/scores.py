@@ -1,7 +1,5 @@
 """Scores of a reward model, one request after another in a thread that owns the model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A model opened to be served: its folder, of any kind, and LoRA adapters over it by name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

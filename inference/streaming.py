@@ -1,7 +1,5 @@
 """An answer as text while it is being generated."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

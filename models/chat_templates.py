@@ -3,8 +3,6 @@
 What such a template cannot do: a text that spells a special token ("</s>", "<|user|>") becomes that token.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from typing import Any

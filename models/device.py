@@ -4,8 +4,6 @@ The only file that names ``torch.cuda`` (a test sees to it). Platforms: cuda (NV
 so it answers to the cuda names), npu (Ascend, torch_npu), cpu.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os

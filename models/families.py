@@ -1,7 +1,5 @@
 """The families of networks that Sanbu trains; a new family of transformers is a row here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """From a network to a folder that transformers opens by itself; it changes all at once, or as near to it as files allow."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ cut into prompt and answer, which are tokenised apart: ``encode_prompt(messages)
 dialogue is written, in training and in the next turn's prompt.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

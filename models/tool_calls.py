@@ -4,8 +4,6 @@ A call is {"type": "function", "function": {"name", "arguments"}} in "tool_calls
 returns is a message of the role "tool". Calls are answers, results are part of the prompt.
 """
 
-from __future__ import annotations
-
 import ast
 import copy
 import json

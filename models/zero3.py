@@ -1,7 +1,5 @@
 """Weights that DeepSpeed's ZeRO-3 splits over the processes: loaded split, and whole for a moment."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

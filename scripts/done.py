@@ -1,7 +1,5 @@
 """Is a step done, and as it is asked for now? For train.py and the pods, which skip what is done."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import asdict, fields

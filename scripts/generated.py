@@ -1,7 +1,5 @@
 """Files that a command writes and the repository keeps: write them, or compare them with what is there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

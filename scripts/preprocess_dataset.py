@@ -6,8 +6,6 @@
 Only tokenizer and configuration of the model are needed. --cache_dir (or SANBU_CACHE) says where the cache lies.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

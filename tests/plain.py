@@ -1,7 +1,5 @@
 """Open saved folders in a process that has transformers alone, and in ours, with the same questions."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

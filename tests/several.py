@@ -4,8 +4,6 @@
 step's main() after the other with the flags in FILE. Only the process group is kept from one run to the next.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import json

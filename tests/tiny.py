@@ -1,7 +1,5 @@
 """Tiny checkpoints of every family: real config classes, random weights, a tokenizer trained on the spot."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Tiny ChatGLM checkpoints in the layout of the published ones: sharded float16 .bin files and the real tokenizers."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -10,8 +10,6 @@
 it, too, so that no password stands in the list of processes. docs/en/serving.md says more.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

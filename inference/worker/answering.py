@@ -1,7 +1,5 @@
 """A worker claims as many questions as it has places free, keeps their leases, and writes the answers back."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

@@ -1,7 +1,5 @@
 """HTTP for a front end: it asks, and fetches answers; what it asks becomes rows, which workers answer."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 import uuid

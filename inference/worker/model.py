@@ -1,7 +1,5 @@
 """Answers of a model to claimed questions, by the continuous batching of the server."""
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import TimeoutError
 from dataclasses import replace

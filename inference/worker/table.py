@@ -5,8 +5,6 @@ claimed again: its worker was killed. Each claim raises ``attempts``, and whoeve
 of two workers that want one row, or of two that answered it, the second changes nothing.
 """
 
-from __future__ import annotations
-
 import datetime
 import logging
 import time

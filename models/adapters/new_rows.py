@@ -8,8 +8,6 @@ peft's trainable_token_indices means the same and opens what lora.save_adapter w
 the whole matrix at every forward pass, and reads weights that ZeRO-3 has split.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

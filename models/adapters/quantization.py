@@ -1,7 +1,5 @@
 """Models with integer weights (chatglm/quantized_linear.py) of any family: made from float weights, and stored as float weights."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

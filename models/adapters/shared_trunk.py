@@ -9,8 +9,6 @@ The reward model is the trunk, the adapter that step 2 saved beside its merged w
 starts there and gets an adapter of its own, as it does over the merged weights of a separate model.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

@@ -1,7 +1,5 @@
 """The configurations of ChatGLM-6B and of ChatGLM2-6B and ChatGLM3-6B, with the fields of the published config.json."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig

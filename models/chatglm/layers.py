@@ -4,8 +4,6 @@ attention over a bias, the prefix of P-Tuning v2, and a loss that holds no float
 modeling_chatglm.py and modeling_chatglm2.py add what a family does in its own way: blocks, positions, and who sees whom.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar
 

@@ -10,8 +10,6 @@ Where the original differs, on purpose:
 - the loss is float32.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -7,8 +7,6 @@ Where the original differs, on purpose:
 - the loss is float32.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

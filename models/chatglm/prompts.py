@@ -10,8 +10,6 @@ ChatGLM3-6B   [gMASK] sop, then <|role|>, a line of metadata and the content of 
               line break. It ends with </s> where it is learned; in the history the next role token ends it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

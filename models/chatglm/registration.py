@@ -1,7 +1,5 @@
 """Tell transformers' Auto classes about ChatGLM. `import models` does it; no remote code is asked for."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """The tokenizer of ChatGLM-6B (v1.1): ice_text.model, prompts that END in [gMASK] <sop>, masks of a prefix LM."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

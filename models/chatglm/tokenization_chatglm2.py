@@ -1,7 +1,5 @@
 """The tokenizer of ChatGLM2-6B and ChatGLM3-6B: one tokenizer.model, texts that BEGIN with [gMASK] sop."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

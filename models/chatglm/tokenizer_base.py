@@ -5,8 +5,6 @@ under transformers 4.27 and 4.30. Two ways lead from text to ids: calling the to
 ``encode_plain``, in which nothing that a text says becomes a control token.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ starts afresh. scripts.smollm2 takes a pretrained model (docs/en/smollm2.md); a 
 interrupted, or at the first step whose recipe differs.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Measure what PPO changed: sampled answers to held-out prompts, their gold score, length and KL."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 The output folder gets sft/, reward/, ppo/, answers.jsonl, summary.json, report.html and stages.json.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

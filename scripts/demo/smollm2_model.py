@@ -7,8 +7,6 @@ The file holds 4-bit integers (Q4_1); they are written out as float32, 538 MB. W
 are written into a hidden folder in it and moved once they read back, config.json last, so a folder with that file is whole.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import sys

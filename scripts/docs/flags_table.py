@@ -5,8 +5,6 @@
     python -m scripts.flags_table --check docs/flags*.md        exit code 1 if a file holds other tables
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints

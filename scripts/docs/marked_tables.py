@@ -1,7 +1,5 @@
 """Tables in Markdown pages that a program writes between two marks: printed, written, or compared with what is there."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

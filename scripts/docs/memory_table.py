@@ -8,8 +8,6 @@ A page has a line <!-- memory:begin PLATFORM --> for each table that it wants, a
 planned for the machine that configs/platforms.yaml describes; all of them take about a minute.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

@@ -5,8 +5,6 @@
 A test says which details it shows: ``@pytest.mark.detail(28, 48)``.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

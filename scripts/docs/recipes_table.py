@@ -7,8 +7,6 @@
 A file whose name ends in _zh.md gets Chinese words.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ time runs side by side, each with a limit (--timeout). Exit code: 0 all well, 1 
 flags). More about the installation, to put into a report: python -m torch.utils.collect_env, and ds_report.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Several nodes and the shell: hostfile, port, answers of the hosts over ssh, and variables that mislead a run."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import shlex

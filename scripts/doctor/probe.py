@@ -3,8 +3,6 @@
 python -m scripts.doctor.probe facts [VENDOR] | packages | all_reduce BACKEND | build OPTIMIZER | host ADDRESS PORT
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Findings, the situation that they are judged in, and the programs that are asked for facts."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

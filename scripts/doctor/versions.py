@@ -4,8 +4,6 @@ Sources, read and not tried: DTK drivers HYGON-AI/hcu-dcgm: pkg/dcgm/compatibili
 FlyAIBox/dcu-in-action: requirements-dtk*.txt and docs/base/02; CANN and torch_npu Ascend/pytorch: COMPATIBILITY.en.md.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -11,8 +11,6 @@ metrics with 95 % intervals, and all answers. Beside them, as ChatGLM's ptuning 
 {"labels", "predict"} a line, in the order of the data), and baseline_predictions.txt of the model before.
 """
 
-from __future__ import annotations
-
 from training.evaluate.inputs import check_inputs, check_reward_model
 from training.utils.flags.steps import EvaluateArguments
 from training.utils.run.entry import parse_or_exit, run_main

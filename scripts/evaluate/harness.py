@@ -1,7 +1,5 @@
 """lm-eval, the evaluation harness of EleutherAI, on a loaded model of any family. Needs requirements-eval.txt."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """The metrics of an evaluation: what each is computed from, and its interval."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

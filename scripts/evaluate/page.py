@@ -1,7 +1,5 @@
 """The results of an evaluation for readers: a page, Markdown, a picture. English or Chinese, as the user's locale."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from html import escape
 from math import sqrt

@@ -3,8 +3,6 @@
 llama.cpp has one network for each architecture and takes its details for granted: a model that differs in one is refused.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

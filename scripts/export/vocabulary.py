@@ -1,7 +1,5 @@
 """A tokenizer as llama.cpp reads it: pieces, their kinds, merges or scores, how text is cut into words, chat template."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

@@ -8,8 +8,6 @@
 Kinds: deepspeedjob (TensorStack), pytorchjob and mpijob (Kubeflow), trainjob (Kubeflow Trainer 2). docs/en/kubernetes.md
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ kubernetes-validate knows the kinds of Kubernetes and, as a Pod, every pod templ
 jobs, and rules of ours that a schema can say. No cluster is needed.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterator

@@ -10,8 +10,6 @@ done with other flags, data or code than are asked for now, nothing starts. All 
 see the same folders, so all agree on what is done.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -11,8 +11,6 @@ Several nodes: from the first one by ssh (--hostfile, and pdsh or --launcher ope
 (--no_ssh or --launcher torchrun, with --node_rank and --master_addr); or --launcher slurm inside an allocation.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Raise UserError before a launch for what would end it at its start: wrong flags, missing data, a machine that does not suit."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

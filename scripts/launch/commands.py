@@ -4,8 +4,6 @@ Nothing is started or written here. Facts about its launcher: deepspeed/launcher
 multinode_runner.py, versions 0.14.2 to 0.19.8.
 """
 
-from __future__ import annotations
-
 import getpass
 import os
 import re

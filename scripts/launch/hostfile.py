@@ -1,7 +1,5 @@
 """Hostfiles: lines ``HOST slots=N``, as DeepSpeed, OpenMPI and Kubeflow's operators read and write them; and what names mean."""
 
-from __future__ import annotations
-
 import ipaddress
 import re
 import socket

@@ -3,8 +3,6 @@
 train.py and scripts.launch both come here. The fields of Options are the one table of keys, flags and variables.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex

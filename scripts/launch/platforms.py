@@ -1,7 +1,5 @@
 """The machines of configs/platforms.yaml: how many devices, which backend, which environment. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import lru_cache

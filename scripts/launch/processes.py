@@ -1,7 +1,5 @@
 """Run a command to its end: its output to terminal and log, signals passed on, and a few words when it fails."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

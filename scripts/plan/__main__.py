@@ -9,8 +9,6 @@ without it the recipe's. All flags of the step may follow (lengths, batches, --l
 give them. No weights are read.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

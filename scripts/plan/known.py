@@ -1,7 +1,5 @@
 """The models that are known by name, and the config of a name, a folder or a config.json."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

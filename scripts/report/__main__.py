@@ -11,8 +11,6 @@ such folders, as the demo's. What is there already is shown.
     python -m scripts.demo --ppo_flags "--reward_function scripts/demo/score.py:reward --reward_weights 1,0"
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

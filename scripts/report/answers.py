@@ -1,7 +1,5 @@
 """Answers before and after PPO, side by side; held-out prompts apart from those that PPO trained on."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Draw curves of metrics as SVG."""
 
-from __future__ import annotations
-
 from html import escape
 from math import ceil, log10
 

@@ -1,7 +1,5 @@
 """The page: results, steps, answers, curves, data. English or Chinese."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path

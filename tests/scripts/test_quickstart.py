@@ -1,7 +1,5 @@
 """The two commands, .ci/run and the demo: what they do once, what they do again, how they fail; the demo end to end."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import importlib.metadata

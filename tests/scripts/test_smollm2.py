@@ -1,7 +1,5 @@
 """The preset smollm2 without its 135 million weights: the gold score, the data, the conversion, the stages of a run."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Builds engines of scaled-down models and counts the bytes of their real tensors; test_memory_measured.py compares."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,7 +1,5 @@
 """Flags of short runs of the steps, and the comparison of their curves."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Shared by the evaluations: built-in prompts, held-out records, batches, a loaded model and its answers, JSON output."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """Checks of the models and data that an evaluation names, before torch is imported."""
 
-from __future__ import annotations
-
 import os
 from importlib.util import find_spec
 from typing import Any

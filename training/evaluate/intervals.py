@@ -1,7 +1,5 @@
 """Confidence intervals, at 95 %: by resampling for means and ratios over records, Wilson's for shares."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

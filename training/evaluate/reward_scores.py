@@ -6,8 +6,6 @@
 Scores have no unit of their own; only their differences on the same prompt mean something.
 """
 
-from __future__ import annotations
-
 from training.evaluate.inputs import check_inputs, check_reward_model
 from training.utils.flags.steps import RewardEvalArguments
 from training.utils.run.entry import parse_or_exit, run_main

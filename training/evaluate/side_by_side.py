@@ -6,8 +6,6 @@
 Each model is asked with its own template and stop tokens. Answers are greedy; --num_return_sequences above 1 samples.
 """
 
-from __future__ import annotations
-
 from training.evaluate.inputs import check_inputs
 from training.utils.flags.steps import PromptEvalArguments
 from training.utils.run.entry import parse_or_exit, run_main

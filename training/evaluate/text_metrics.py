@@ -4,8 +4,6 @@ Every metric compares one answer with one written answer, times 100; a data set'
 The libraries are imported where they are called: only the evaluation needs them.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 

@@ -5,8 +5,6 @@ all processes), so that the gradient is the same however the batch is cut. Masks
 multiplication: NaN times 0 is NaN.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A PPO trainer of tiny models in this process, for tests of what happens around the loop."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Build a model that trains, or one that is only evaluated, from a checkpoint and its flags."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path

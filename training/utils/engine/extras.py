@@ -1,7 +1,5 @@
 """Keep what this project knows of an engine in a table of its own, not as attributes of DeepSpeed's object."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary

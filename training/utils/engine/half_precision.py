@@ -7,8 +7,6 @@ harmlessly in a forward pass (the mask of attention scores) does not count; with
 the backward pass does.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Accumulate gradients over many micro-batches; step one engine, or two together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any

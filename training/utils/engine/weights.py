@@ -1,7 +1,5 @@
 """Weights of an engine: whole ones under ZeRO-3, what the optimizer moves, and those that answers are drawn with."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Iterator

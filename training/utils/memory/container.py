@@ -1,7 +1,5 @@
 """Memory that the container allows, which the host's free memory says nothing about."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

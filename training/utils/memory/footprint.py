@@ -5,8 +5,6 @@ without content, and every tensor that comes and goes is counted. The difference
 Workspaces that a kernel takes while it runs are not counted.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import re

@@ -1,7 +1,5 @@
 """Private touches of DeepSpeed, one function each, written against DeepSpeed 0.14.4 to 0.19."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """From a command line to a step that runs, and how a wrong input or an error ends it. Imports no torch."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

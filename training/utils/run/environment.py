@@ -1,7 +1,5 @@
 """Ports, the output folder, and the variables that launchers leave. Imports no torch."""
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import os

@@ -9,8 +9,6 @@ saving and collectives do not delay them; only a single C call that keeps the lo
 about a second for 1e9 parameters. 0 turns all this off. Imports no torch; no effect on what is computed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

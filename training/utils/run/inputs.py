@@ -1,7 +1,5 @@
 """Check the models, data and folders that the flags of a step name, before torch is imported, which takes seconds."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Assign examples to optimizer steps, processes and micro-batches; report progress."""
 
-from __future__ import annotations
-
 import math
 import random
 import time

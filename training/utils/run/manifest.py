@@ -1,7 +1,5 @@
 """Which checkpoints are whole: the list of their files, with sizes and checksums, is written last. Imports no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

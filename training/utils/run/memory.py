@@ -1,7 +1,5 @@
 """The memory that a run finds when it begins, and the check that its step fits into it."""
 
-from __future__ import annotations
-
 import math
 import os
 from typing import Any

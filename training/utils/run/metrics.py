@@ -1,7 +1,5 @@
 """Write metrics to metrics.jsonl, to TensorBoard and into one progress line."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """Several nodes, each perhaps with a disk of its own: who they are, which process tidies up which disk, and agreement."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

@@ -4,8 +4,6 @@ Each row copies the public table of a launcher's settings; the parser must give 
 brackets there is None here: the script does not pass the flag.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
