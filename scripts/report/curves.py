@@ -54,11 +54,11 @@ def axis(value: float) -> str:
 
 def curve_figures(run: StepRun, language: str) -> str:
     """Return figures of all metrics in CURVES that a step has values for."""
-    figures = []
+    figures, names = [], {"train": "train", "eval": "eval" if run.held_out else "eval_on_training"}
     for name, titles in CURVES.items():
         if curves := run.curve(name):
             last = " &nbsp; ".join(
-                f'<span style="color:{COLOURS[part]}">{word(part, language)} {format_figure(points[-1][1])}</span>'
+                f'<span style="color:{COLOURS[part]}">{word(names[part], language)} {format_figure(points[-1][1])}</span>'
                 for part, points in curves.items()
             )
             caption = f"<figcaption><b>{escape(choose(titles, language))}</b><br>{last}</figcaption>"

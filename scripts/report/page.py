@@ -101,14 +101,12 @@ def table(kind: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def result_section(runs: Sequence[StepRun], summary: dict[str, Any] | None, language: str) -> str:
     """Return the table of what the steps changed."""
     head = ["", word("before", language), word("after", language), word("target", language) if summary else ""]
-    note = word("results_note", language)
+    notes = [word("results_note", language)]
     if summary:
-        gap = "" if language == "zh" else " "
-        note = (
-            word("seed", language, seed=summary["seed"])
-            + gap
-            + choose(PRESETS[summary.get("preset", "demo")][2], language)
-        )
+        notes = [word("seed", language, seed=summary["seed"]), choose(PRESETS[summary.get("preset", "demo")][2], language)]
+    trained = [run for run in runs if run.metrics and not run.held_out]
+    notes += [word("nothing_held_out", language, step=run.title(language)) for run in trained]
+    note = ("" if language == "zh" else " ").join(notes)
     return section(word("results", language), table("results", head, result_rows(runs, language, summary)), note)
 
 

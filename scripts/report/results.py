@@ -7,7 +7,7 @@ from typing import Any
 
 from errors import UserError
 from scripts.report.runs import StepRun
-from scripts.report.words import RESULTS, choose, word
+from scripts.report.words import ON, RESULTS, choose, word
 from training.utils.run.metrics import format_seconds
 
 Row = tuple[str, str, str, str]  # metric, before, after, target; "" where there is none
@@ -38,27 +38,38 @@ PRESETS = {
 
 
 def result_rows(runs: Sequence[StepRun], language: str = "en", summary: dict[str, Any] | None = None) -> list[Row]:
-    """Return what each step changed on held-out data. summary: of the demo, whose own measure stands in for PPO's then.
+    """Return what each step changed. summary: of the demo, whose own measure stands in for PPO's then.
 
-    Before is the value at step 0. Raises KeyError, TypeError or ValueError for a summary that is not whole.
+    Measured on held-out data, or, where a step has none, on training data, as the row then says. Before is the value at
+    step 0. Raises KeyError, TypeError or ValueError for a summary that is not whole.
     """
     gold, targets, _ = PRESETS[(summary or {}).get("preset", "demo")]
     measured = measured_figures(summary["ppo"]) if summary else {}
     rows = []
     for (section, metric), titles in RESULTS.items():
-        title = choose(titles, language).format(gold=choose(gold, language))
         if summary and section == "ppo":
-            pairs = [measured[metric]] if metric in measured else []
+            found = [("held-out", measured[metric])] if metric in measured else []
         else:
-            pairs = [pair for run in runs if run.section == section and (pair := before_and_after(run, metric))]
+            of_step = [run for run in runs if run.section == section]
+            found = [
+                ("held-out" if run.held_out else "training", pair) for run in of_step if (pair := before_and_after(run, metric))
+            ]
         target = choose(targets[metric], language) if summary and metric in targets else ""
-        rows += [(title, *(shown(metric, value) for value in pair), target) for pair in pairs]
+        for on, pair in found:
+            title = choose(titles, language).format(gold=choose(gold, language), on=choose(ON[on], language))
+            if on == "training" and "{on}" not in titles[0]:
+                title = word("on_training", language, title=title)
+            rows.append((title, *(shown(metric, value) for value in pair), target))
     return rows
 
 
 def before_and_after(run: StepRun, metric: str) -> tuple[float | None, float] | None:
-    """Return a metric of the held-out set before the first step, where that says something, and after the last one."""
-    points = run.curve(metric).get("eval")
+    """Return a metric of evaluation before the first step, where that says something, and after the last one.
+
+    PPO without held-out prompts does not evaluate: the last rollout's then.
+    """
+    curve = run.curve(metric)
+    points = curve.get("eval") or (curve.get("train") if run.section == "ppo" and not run.held_out else None)
     if not points:
         return None
     known = points[0][0] == 0 and len(points) > 1 and (run.section, metric) not in NO_BEFORE

@@ -54,6 +54,12 @@ class StepRun:
         """The last optimizer step (rollout in step 3) in the metrics; 0 without any."""
         return max((record["step"] for record in self.metrics if is_finite(record.get("step"))), default=0)
 
+    @property
+    def held_out(self) -> bool:
+        """Whether the step has measured something on held-out data; earlier versions did not say on what."""
+        evaluated = [record for record in self.metrics if any(name.startswith("eval/") for name in record)]
+        return any(record.get("eval/measured_on") != "training" for record in evaluated)
+
     def title(self, language: str) -> str:
         """Return "Step 2: reward model", "DPO"; the folder's name where the step cannot be told."""
         if self.section is None:

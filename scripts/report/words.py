@@ -22,26 +22,34 @@ CURVES = {
     "eos_rate": ("Share of answers that ended by themselves", "自行结束的回答比例"),
 }
 
-# The rows of the results: (section, metric) -> title. "gold" is the demo's own measure.
+# The rows of the results: (section, metric) -> title. on: one of ON. "gold" is the demo's own measure.
 RESULTS = {
-    ("sft", "perplexity"): ("SFT: perplexity of held-out answers", "SFT：留出回答的困惑度"),
-    ("reward", "accuracy"): ("Reward model: accuracy on held-out pairs", "奖励模型：留出偏好对的准确率"),
-    ("dpo", "accuracy"): ("DPO: accuracy on held-out pairs", "DPO：留出偏好对的准确率"),
+    ("sft", "perplexity"): ("SFT: perplexity of {on} answers", "SFT：{on}回答的困惑度"),
+    ("reward", "accuracy"): ("Reward model: accuracy on {on} pairs", "奖励模型：{on}偏好对的准确率"),
+    ("dpo", "accuracy"): ("DPO: accuracy on {on} pairs", "DPO：{on}偏好对的准确率"),
     ("dpo", "margin"): ("DPO: implicit reward, chosen - rejected", "DPO：隐式奖励，chosen - rejected"),
     ("ppo", "gold_pretrained"): ("Pretrained model: {gold}", "预训练模型：{gold}"),
     ("ppo", "gold"): ("PPO: {gold}", "PPO：{gold}"),
-    ("ppo", "score"): ("PPO: score of held-out answers", "PPO：留出提示上回答的得分"),
+    ("ppo", "score"): ("PPO: score of {on} answers", "PPO：{on}提示上回答的得分"),
     ("ppo", "win_rate"): ("PPO: answers that score higher than the SFT model's", "PPO：得分高于 SFT 模型的回答"),
     ("ppo", "length"): ("PPO: length of answers, tokens", "PPO：回答的长度（词元）"),
     ("ppo", "eos_rate"): ("PPO: answers that ended by themselves", "PPO：自行结束的回答"),
     ("ppo", "kl"): ("PPO: KL to the SFT model, nats an answer", "PPO：与 SFT 模型的 KL（每个回答，nat）"),
 }
 
+# What a figure was measured on, as eval/measured_on of metrics.jsonl says it -> the word for it.
+ON = {"held-out": ("held-out", "留出"), "training": ("training", "训练")}
+
 WORDS = {
     "title": ("Training report", "训练报告"),
     "step_number": ("Step {number}: {title}", "第 {number} 步：{title}"),
     "results": ("Results", "结果"),
     "results_note": ("Measured on held-out data.", "在留出的数据上测得。"),
+    "nothing_held_out": (
+        "{step}: nothing was held out (--eval_fraction), its figures are those of training data and say nothing about new data.",
+        "{step}：没有留出数据（--eval_fraction），其数字来自训练数据，不能说明在新数据上的表现。",
+    ),
+    "on_training": ("{title} (training)", "{title}（训练）"),
     "before": ("before", "之前"),
     "after": ("after", "之后"),
     "target": ("target", "目标"),
@@ -67,7 +75,10 @@ WORDS = {
         "回答下面是得分：绿色表示 PPO 提高了，红色表示降低了。",
     ),
     "training_answers": ("Training prompts: answers of rollout {rollout}", "训练用的提示：第 {rollout} 轮的回答"),
-    "training_note": ("PPO learned from these answers.", "PPO 从这些回答中学习。"),
+    "training_note": (
+        "PPO learned from its answers here. Both models sample with the same random numbers.",
+        "PPO 从这里它自己的回答中学习。两个模型采样用同样的随机数。",
+    ),
     "prompt": ("prompt", "提示"),
     "sft_answer": ("SFT model", "SFT 模型"),
     "ppo_answer": ("after PPO", "PPO 之后"),
@@ -78,6 +89,7 @@ WORDS = {
     "assistant": ("Assistant", "助手"),
     "train": ("training", "训练"),
     "eval": ("held out", "留出"),
+    "eval_on_training": ("evaluated on training data", "在训练数据上评估"),
     "data_seen": ("Data as the model sees it", "模型看到的数据"),
     "cut_lines": (
         "{file}: lines left out that are no JSON object (a kill cuts the last one): {count}",

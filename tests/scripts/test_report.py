@@ -132,6 +132,30 @@ def test_the_page_of_train_py_has_the_sft_answer_beside_ppos_and_tells_held_out_
     assert page.count("read by its fields &lt;prompt&gt;") == 3
 
 
+def test_training_prompts_have_the_sft_answer_beside_ppos_where_it_was_kept(root):
+    file = root / "step3-models/opt/samples.jsonl"
+    *rows, last = map(json.loads, file.read_bytes().decode().split("\n")[:-1])
+    write(file, [*rows, last | {"reference": "zwei", "reference_score": 0.5}])
+    *_, head, row = rows_of(page_of(root), "answers")
+    assert head == ["prompt", "SFT model", "after PPO"] and "zwei" in row[1] and '<span class="bad">score -1<' in row[2]
+
+
+def test_figures_of_training_data_are_called_so(root):
+    """A step that held nothing out says it in its row, its curve and the note; the others stay held-out."""
+    write(root / "reward-models/small/metrics.jsonl", [{"step": 5, "eval/accuracy": 0.75, "eval/measured_on": "training"}])
+    write(root / "step3-models/opt/metrics.jsonl", [{"step": step, "train/score": step, "train/kl": 1.0} for step in (1, 2)])
+    page = page_of(root)
+    results = {row[0]: row[1:3] for row in rows_of(page, "results")}
+    assert results["Reward model: accuracy on training pairs"] == ["", "0.750"]
+    assert results["PPO: score of training answers"] == ["", "2.000"]
+    assert results["PPO: KL to the SFT model, nats an answer (training)"] == ["", "1.00"]
+    assert "SFT: perplexity of held-out answers" in results and "held-out pairs" not in page
+    note = re.search(r"<h2>Results</h2><p>(.*?)</p>", page)[1]
+    assert [step for step in ("Step 1", "Step 2", "Step 3") if f"{step}: " in note] == ["Step 2", "Step 3"]
+    assert "evaluated on training data 0.75" in page and "held out 3.125" in page
+    assert "训练偏好对的准确率" in page_of(root, "--language", "zh")
+
+
 def test_the_page_is_chinese_where_the_user_is(root, monkeypatch):
     english = page_of(root)
     assert page_of(root, "--language", "zh") != english

@@ -13,6 +13,7 @@ from training.utils.run.inputs import check_inputs
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
     ARGS = parse_or_exit(SFTArguments, check=check_inputs)
 
+import logging
 import math
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,8 @@ from training.utils.loss import sft_loss
 from training.utils.run.loop import GlobalBatches, Progress, evaluation_batches
 from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
+
+logger = logging.getLogger("sanbu")
 
 
 def main(args: SFTArguments) -> None:
@@ -51,13 +54,15 @@ def main(args: SFTArguments) -> None:
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
+    if len(data.eval) == 0:
+        logger.warning("No answer was held out (see --eval_fraction): perplexity is not measured.")
 
     def evaluate(step: int) -> None:
         if len(data.eval) == 0:
             return
         micro_batches = evaluation_batches(data.eval, collate, run, args.per_device_eval_batch_size, args.eval_iters)
         metrics = perplexity(engine, micro_batches, run)
-        run.metrics.log(step, metrics, prefix="eval")
+        run.metrics.log(step, metrics | {"measured_on": "held-out"}, prefix="eval")
         if run.is_main:
             tokens = f"{metrics['tokens']:.0f} tokens"
             print(f"step {step}: held-out perplexity {metrics['perplexity']:.3f} over {tokens}", flush=True)

@@ -51,9 +51,8 @@ def evaluate_pairs(
     return pair_metrics(sums, run)
 
 
-def evaluation_line(step: int, metrics: dict[str, float], held_out: bool) -> str:
+def evaluation_line(step: int, metrics: dict[str, float], measured_on: str) -> str:
     """Write an evaluation as a line, with the kind of its pairs: accuracy on training pairs says nothing about others."""
-    kind = "held-out" if held_out else "training"
     rewards = f"{metrics['chosen']:.3f} (chosen) and {metrics['rejected']:.3f} (rejected)"
-    pairs = f"{kind} accuracy {metrics['accuracy']:.4f} over {metrics['pairs']:.0f} pairs"
+    pairs = f"{measured_on} accuracy {metrics['accuracy']:.4f} over {metrics['pairs']:.0f} pairs"
     return f"step {step}: {pairs}, implicit rewards {rewards}"

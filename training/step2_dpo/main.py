@@ -58,10 +58,10 @@ def main(args: DPOArguments) -> None:
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
-    held_out = data.eval
-    if len(held_out) == 0:
+    evaluated, measured_on = data.eval, "held-out"
+    if len(data.eval) == 0:
         logger.warning("No pair was held out (see --eval_fraction): the metrics of evaluation are those of training pairs.")
-        held_out = data.train
+        evaluated, measured_on = data.train, "training"
 
     def compare(micro: AnswerPairBatch) -> tuple[Tensor, Tensor]:
         """Return implicit rewards of the answers, and the policy's log-probabilities of them, [2 x pairs], chosen first."""
@@ -70,11 +70,11 @@ def main(args: DPOArguments) -> None:
         return implicit_rewards(log_probs, ref_log_probs, args.beta), log_probs
 
     def evaluate(step: int) -> None:
-        micro_batches = evaluation_batches(held_out, collate, run, args.per_device_eval_batch_size, args.eval_iters)
+        micro_batches = evaluation_batches(evaluated, collate, run, args.per_device_eval_batch_size, args.eval_iters)
         metrics = evaluate_pairs(engine, micro_batches, compare, args.label_smoothing, run)
-        run.metrics.log(step, metrics, prefix="eval")
+        run.metrics.log(step, metrics | {"measured_on": measured_on}, prefix="eval")
         if run.is_main:
-            print(evaluation_line(step, metrics, held_out is data.eval), flush=True)
+            print(evaluation_line(step, metrics, measured_on), flush=True)
 
     if start == 0:
         evaluate(0)

@@ -53,20 +53,20 @@ def main(args: RewardArguments) -> None:
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
-    held_out = data.eval
-    if len(held_out) == 0:
+    evaluated, measured_on = data.eval, "held-out"
+    if len(data.eval) == 0:
         logger.warning("No pair was held out (see --eval_fraction): accuracy and score statistics are those of training pairs.")
-        held_out = data.train
+        evaluated, measured_on = data.train, "training"
 
-    def held_out_statistics() -> dict[str, float]:
-        micro_batches = evaluation_batches(held_out, collate, run, args.per_device_eval_batch_size, args.eval_iters)
+    def evaluated_statistics() -> dict[str, float]:
+        micro_batches = evaluation_batches(evaluated, collate, run, args.per_device_eval_batch_size, args.eval_iters)
         return score_statistics(engine, micro_batches, run)
 
     def evaluate(step: int) -> dict[str, float]:
-        metrics = held_out_statistics()
-        run.metrics.log(step, metrics, prefix="eval")
+        metrics = evaluated_statistics()
+        run.metrics.log(step, metrics | {"measured_on": measured_on}, prefix="eval")
         if run.is_main:
-            print(evaluation_line(step, metrics, held_out is data.eval), flush=True)
+            print(evaluation_line(step, metrics, measured_on), flush=True)
         return metrics
 
     if start == 0:
@@ -91,7 +91,7 @@ def main(args: RewardArguments) -> None:
             run.leave(batch.step)
 
     if start >= batches.total_steps:  # resumed after the last step: its evaluation is in the curves already
-        metrics = held_out_statistics()
+        metrics = evaluated_statistics()
     # Step 3 subtracts and divides by these statistics: scores of a reward model have no unit of their own.
     statistics = {f"reward_{name}": metrics[name] for name in ("mean", "std", "accuracy")}
     export(engine, tokenizer, template, args.output_dir, run, **statistics)
@@ -105,10 +105,10 @@ def pair_scores(engine, micro: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen, rejected
 
 
-def evaluation_line(step: int, metrics: dict[str, float], held_out: bool) -> str:
+def evaluation_line(step: int, metrics: dict[str, float], measured_on: str) -> str:
     """Write an evaluation as a line, with the kind of its pairs: accuracy on training pairs says nothing about others."""
     return (
-        f"step {step}: {'held-out' if held_out else 'training'} accuracy {metrics['accuracy']:.4f} over "
+        f"step {step}: {measured_on} accuracy {metrics['accuracy']:.4f} over "
         f"{metrics['pairs']:.0f} pairs, chosen {metrics['chosen']:.3f}, rejected {metrics['rejected']:.3f}"
     )
 

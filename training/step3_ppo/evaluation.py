@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out, score_answers
-from training.utils.data.batching import collate_prompts
+from training.utils.data.batching import PromptBatch, collate_prompts
 from training.utils.loss import outcomes
 
 HELD_OUT = 0  # the rollout number that seeds evaluation: every evaluation samples with the same random numbers
-SAMPLES = 8  # answers of an evaluation that are kept as text
+SAMPLES, TRAINING_SAMPLES = 8, 4  # answers of an evaluation and of a rollout that are kept as text
 
 
 class HeldOut:
@@ -65,16 +66,12 @@ class HeldOut:
             "eos_rate": float(experience.ended.float().mean()),
             "prompts": self.count,
         }
-        run.metrics.log(step, metrics, prefix="eval")
+        run.metrics.log(step, metrics | {"measured_on": "held-out"}, prefix="eval")
         if run.is_main:
             line = f"held-out score {metrics['score']:.3f}, win rate {metrics['win_rate']:.2f} against the SFT model"
             line += f", KL {metrics['kl']:.2f} nats, length {metrics['length']:.1f}, ended {metrics['eos_rate']:.2f}"
             print(f"step {step}: {line} over {self.count} prompts", flush=True)
-            beside = [
-                {"reference": answer, "reference_score": round(score, 4)}
-                for answer, score in zip(reference_answers, reference_scores.tolist(), strict=False)
-            ]
-            write_samples(experience, engine, step, "eval", rows=SAMPLES, beside=beside)
+            write_samples(experience, engine, step, "eval", beside=beside_rows(reference_answers, reference_scores))
         return metrics
 
     def _answers(self, policy=None) -> Experience:
@@ -82,6 +79,29 @@ class HeldOut:
         rows = roll_out(self.engine, self.prompts, self.args, HELD_OUT, sampler=self.sampler, policy=policy)
         first = {int(example): row for row, example in reversed(list(enumerate(rows.index.tolist())))}
         return rows.select([first[example] for example in sorted(first)])
+
+
+def reference_answers(
+    engine: DeepSpeedRLHFEngine, prompts: PromptBatch, args, rollout: int, sampler: SamplerState
+) -> list[dict[str, Any]]:
+    """Return what the reference (the SFT model) answers to the first prompts of a rollout, as beside_rows. All processes call it.
+
+    prompts: this process's of the rollout. The random numbers are those of the actor's answers, the scores those of all sources.
+    Raises RewardError if a source of reward fails.
+    """
+    answers = args.num_return_sequences
+    share = math.ceil(TRAINING_SAMPLES / answers / engine.run.world_size)
+    first = PromptBatch(*(getattr(prompts, one.name)[:share] for one in fields(prompts)))
+    rows = roll_out(engine, first, args, rollout, answers, sampler=sampler, policy=engine.ref)
+    rows = rows.select(range(min(TRAINING_SAMPLES, len(rows))))
+    score_answers(engine, rows, args)
+    return beside_rows(engine.texts(rows)[1], rows.scores)
+
+
+def beside_rows(answers: Sequence[str], scores: Tensor) -> list[dict[str, Any]]:
+    """Return answers of the reference with their scores [rows] for write_samples; of the scores without an answer none."""
+    scored = zip(answers, scores.tolist(), strict=False)
+    return [{"reference": answer, "reference_score": round(score, 4)} for answer, score in scored]
 
 
 def win_rate(scores: Tensor, reference_scores: Tensor) -> float:

@@ -14,6 +14,7 @@ from training.utils.run.inputs import check_inputs
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
     ARGS = parse_or_exit(PPOArguments, check=check_inputs)
 
+import logging
 import math
 import time
 from dataclasses import replace
@@ -23,7 +24,7 @@ from errors import UserError
 from models.checkpoint_folder import open_checkpoint
 from models.load import load_tokenizer
 from models.templates import load_template
-from training.step3_ppo.evaluation import HeldOut, sample_table, write_samples
+from training.step3_ppo.evaluation import TRAINING_SAMPLES, HeldOut, reference_answers, sample_table, write_samples
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, minibatch_size
 from training.step3_ppo.pretraining_mix import PretrainingMix
@@ -35,6 +36,8 @@ from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
 from training.utils.run.loop import Progress, due
 from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
+
+logger = logging.getLogger("sanbu")
 
 # On the progress line; all metrics go to metrics.jsonl.
 SHOWN = ("score", "kl", "length", "eos_rate", "actor_loss", "critic_loss")
@@ -70,6 +73,8 @@ def main(args: PPOArguments) -> None:
     start = checkpoint.resume()
     held_out = HeldOut(engine, data.eval, args, trainer.sampler)
     progress = Progress(run, prompts.total, start)
+    if held_out.count == 0:
+        logger.warning("No prompt is held out (see --eval_fraction, --eval_prompts): nothing is measured on new prompts.")
     if start == 0:
         held_out.evaluate(step=0)
 
@@ -84,8 +89,12 @@ def main(args: PPOArguments) -> None:
         metrics = experience.metrics | metrics | seconds
         shown = [name for name in SHOWN if name in metrics]   # without a critic, or while it warms up, some are not there
         progress.report(rollout, metrics, args.logging_steps, shown=shown)
-        show_answers(experience, engine, args, rollout)
-        last = rollout == prompts.total
+        last, beside = rollout == prompts.total, []
+        if last:  # for the report; each rollout's would cost time and calls of the sources of reward
+            with kept_on_failure(checkpoint.save, rollout):
+                beside = reference_answers(engine, batch, args, rollout, trainer.sampler)
+        if run.is_main and (last or due(rollout, args.logging_steps)):
+            show_answers(experience, engine, args, rollout, beside)
         if last or due(rollout, args.eval_interval):
             with kept_on_failure(checkpoint.save, rollout):
                 held_out.evaluate(step=rollout)
@@ -101,13 +110,11 @@ def main(args: PPOArguments) -> None:
     run.finish()
 
 
-def show_answers(experience: Experience, engine: DeepSpeedRLHFEngine, args, rollout: int) -> None:
-    """Keep a few answers of the rollout in samples.jsonl, and print them with --print_answers."""
-    if not engine.run.is_main or not due(rollout, args.logging_steps):
-        return
-    write_samples(experience, engine, rollout, "train", rows=4)
+def show_answers(experience: Experience, engine: DeepSpeedRLHFEngine, args, rollout: int, beside: list[dict]) -> None:
+    """Keep a few answers of the rollout in samples.jsonl, beside the reference's; print them with --print_answers."""
+    write_samples(experience, engine, rollout, "train", TRAINING_SAMPLES, beside)
     if args.print_answers:
-        for row in sample_table(experience, engine, rows=4):
+        for row in sample_table(experience, engine, TRAINING_SAMPLES):
             print(f"  {row['prompt']!r} -> {row['answer']!r}  score {row['score']:.3f}", flush=True)
 
 

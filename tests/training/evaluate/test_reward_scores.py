@@ -84,8 +84,8 @@ def test_pairs_come_from_the_held_out_part_and_need_a_rejected_answer(tmp_path, 
 def test_an_evaluation_says_of_which_pairs_it_is():
     metrics = {"accuracy": 0.75, "pairs": 8.0, "chosen": 1.0, "rejected": -1.0}
     line = "step 3: {} accuracy 0.7500 over 8 pairs, chosen 1.000, rejected -1.000"
-    assert evaluation_line(3, metrics, held_out=True) == line.format("held-out")
-    assert evaluation_line(3, metrics, held_out=False) == line.format("training")
+    assert evaluation_line(3, metrics, "held-out") == line.format("held-out")
+    assert evaluation_line(3, metrics, "training") == line.format("training")
 
 
 def test_wrong_input_is_said_before_the_model_is_loaded(llama, tmp_path):

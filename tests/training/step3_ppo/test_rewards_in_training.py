@@ -76,10 +76,10 @@ def prompts(trainer: DeepSpeedPPOTrainer, texts: list[str]):
     return collate_prompts(rows, pad_id=engine.tokenizer.pad_token_id)
 
 
-def samples(output: Path, step: int) -> list[dict]:
-    """The rows of one evaluation in samples.jsonl."""
+def samples(output: Path, step: int, part: str = "eval") -> list[dict]:
+    """The rows of one evaluation, or of a rollout (part "train"), in samples.jsonl."""
     rows = map(json.loads, (output / "samples.jsonl").read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if row["part"] == "eval" and row["step"] == step]
+    return [row for row in rows if row["part"] == part and row["step"] == step]
 
 
 QUICK = "--actor_learning_rate 2e-2"  # three rollouts change the answers
@@ -162,8 +162,21 @@ def test_win_rate_and_metrics_of_an_evaluation_by_hand(folders, tmp_path):
         assert logged(tmp_path, "eval/length")[number] == pytest.approx(sum(row["length"] for row in rows) / 6)
     assert logged(tmp_path, "eval/reference_score") == pytest.approx([scores[0]] * 4)
     assert rates[-1] != 0.5 and logged(tmp_path, "eval/kl")[0] == 0.0
-    # Three rollouts of 8; an evaluation of 6 before and after each; the reference's 6 answers once.
-    assert sorted(map(int, folders["calls"].read_text().split())) == [6] * 5 + [8] * 3
+    # Three rollouts of 8; an evaluation of 6 before and after each; the reference's 6 answers once, and 4 to training prompts.
+    assert sorted(map(int, folders["calls"].read_text().split())) == [4] + [6] * 5 + [8] * 3
+    first, last = samples(tmp_path, 1, "train"), samples(tmp_path, 3, "train")
+    assert len(first) == len(last) == 4 and not any("reference" in row for row in first)
+    assert all(row["reference_score"] == pytest.approx(len(row["reference"]) / 10, abs=1e-4) for row in last)
+    assert any(row["reference"] != row["answer"] for row in last)
+
+
+def test_the_reference_answers_the_shown_training_prompts_with_the_actors_random_numbers(folders, tmp_path):
+    """The answers of the first rollout come before the first update: the two models are one."""
+    run(folders, tmp_path, by_function(folders, "length"), "--max_steps 1 --num_return_sequences 3 --advantage rloo --eval_prompts 0")
+    rows = samples(tmp_path, 1, "train")
+    assert [row["reference"] for row in rows] == [row["answer"] for row in rows] and len(rows) == 4
+    assert [row["reference_score"] for row in rows] == [row["score"] for row in rows]
+    assert len({row["prompt"] for row in rows}) == 2
 
 
 def test_a_failure_leaves_a_checkpoint_and_resume_ends_where_an_unbroken_run_does(folders, tmp_path, monkeypatch):
