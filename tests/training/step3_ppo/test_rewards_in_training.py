@@ -172,7 +172,8 @@ def test_win_rate_and_metrics_of_an_evaluation_by_hand(folders, tmp_path):
 
 def test_the_reference_answers_the_shown_training_prompts_with_the_actors_random_numbers(folders, tmp_path):
     """The answers of the first rollout come before the first update: the two models are one."""
-    run(folders, tmp_path, by_function(folders, "length"), "--max_steps 1 --num_return_sequences 3 --advantage rloo --eval_prompts 0")
+    more = "--max_steps 1 --num_return_sequences 3 --advantage rloo --eval_prompts 0"
+    run(folders, tmp_path, by_function(folders, "length"), more)
     rows = samples(tmp_path, 1, "train")
     assert [row["reference"] for row in rows] == [row["answer"] for row in rows] and len(rows) == 4
     assert [row["reference_score"] for row in rows] == [row["score"] for row in rows]
