@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 from errors import UserError
-from training.utils.flags.steps import CommonArguments, DPOArguments, EvaluateArguments, PPOArguments
+from training.utils.flags.steps import CommonArguments, DPOArguments, EvaluateArguments, PPOArguments, RewardArguments, SFTArguments
+
+logger = logging.getLogger("sanbu")
 
 
 class Row(NamedTuple):
@@ -69,6 +72,40 @@ ROWS = {
 }
 
 
+def row_of_rate(prefix: str) -> Row:
+    """Return the row for the learning rate of a model that has no score head: under LoRA its adapters have all the training."""
+    rate, of_adapters, rank = f"{prefix}learning_rate", f"{prefix}lora_learning_rate", f"{prefix}lora_dim"
+    return Row(
+        rate,
+        lambda args: getattr(args, rank) and getattr(args, rate) != getattr(args, of_adapters),
+        f"with --{rank}: adapters are trained at --{of_adapters}; give that",
+    )
+
+
+def row_of_modules(prefix: str) -> Row:
+    """Return the row for the modules of a model's adapters."""
+    rank = f"{prefix}lora_dim"
+    return Row(f"{prefix}lora_module_name", lambda args: not getattr(args, rank), f"without --{rank}; give a rank such as 16")
+
+
+# Recipes and launchers have these for their runs with LoRA, without it or with a critic: said only to who types them.
+TYPED = {
+    SFTArguments: (row_of_rate(""), row_of_modules("")),
+    RewardArguments: (row_of_modules(""),),
+    DPOArguments: (row_of_rate(""), row_of_modules("")),
+    PPOArguments: (
+        row_of_rate("actor_"),
+        row_of_modules("actor_"),
+        row_of_modules("critic_"),
+        Row(
+            "critic_learning_rate critic_lora_learning_rate critic_weight_decay",
+            lambda args: not args.has_critic,
+            "without --advantage gae; give that",
+        ),
+    ),
+}
+
+
 def rows_of_model(prefix: str) -> tuple[Row, ...]:
     """Return the rows for the flags of one model. prefix: "", "actor_" or "critic_"."""
     rank, alpha = f"{prefix}lora_dim", f"{prefix}lora_alpha"
@@ -113,3 +150,13 @@ def check_no_effect(args: Any, stages: dict[str, int | str]) -> None:
         for name in flags.split():
             if name in defaults and getattr(args, name) != defaults[name] and idle(args):
                 raise UserError(f"--{name} has no effect {reason}, or drop it.")
+
+
+def say_no_effect(args: Any, typed: Collection[str]) -> None:
+    """Warn of each flag of the command line that has no effect. typed: the names of all flags that stand there."""
+    for flags, idle, reason in TYPED.get(type(args), ()):
+        for name in flags.split():
+            of_adapters = name.replace("learning_rate", "lora_learning_rate")
+            both = of_adapters != name and of_adapters in typed  # each rate has its place then
+            if name in typed and not both and idle(args):
+                logger.warning("--%s %s has no effect %s, or drop it.", name, getattr(args, name), reason)

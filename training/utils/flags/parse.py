@@ -17,6 +17,7 @@ from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
 from training.utils.flags.former import former_flags
 from training.utils.flags.help import help_text, wanted_help
+from training.utils.flags.no_effect import say_no_effect
 from training.utils.flags.recipe import SECTIONS, load_recipe
 from training.utils.flags.steps import (
     STEPS,
@@ -197,7 +198,7 @@ def parse(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
         print(help_text(args_class, MODULES[args_class], amount, language_of_user()))
         raise SystemExit(0)
     parser = FlagParser(args_class)
-    given = parser.read(tokens)
+    typed = given = parser.read(tokens)
     if given.get("config"):
         given = read_recipe(given["config"], parser) | given
     for one in fields(args_class):
@@ -205,6 +206,7 @@ def parse(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
             raise UserError(f"{args_class.title} needs --{one.name}: {one.metadata['help']}")
     args = args_class(**given)
     validate(args)
+    say_no_effect(args, typed)
     return args
 
 
