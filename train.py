@@ -19,7 +19,6 @@ import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -45,7 +44,7 @@ from steps import METHODS, SECTIONS, step_of
 from training.utils.flags.deepspeed_file import check_keys
 from training.utils.flags.recipe import recipe_file
 from training.utils.run.environment import DONE, check_writable
-from training.utils.run.inputs import check_models, check_resume
+from training.utils.run.inputs import check_cpu, check_models, check_resume
 from training.utils.run.metrics import format_seconds
 
 ROOT = Path(__file__).resolve().parent
@@ -285,25 +284,37 @@ def choose(steps: list[Step], args: argparse.Namespace) -> list[Step]:
     return chosen
 
 
-def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
-    """Raise UserError for what would end a later step after hours: wrong flags, missing data or models, two tokenizers; no
-    device, no hostfile.
+def check_files(chosen: list[Step], args: argparse.Namespace, dry_run: bool = False) -> None:
+    """Raise UserError for what files and flags alone tell, without torch: data, models, what steps need of each other.
+
+    dry_run: nothing is written or fetched.
     """
     running = {step.number for step in chosen}
     arguments = [step_arguments(step_of(step.section), step.flags) for step in chosen]
+    made = {step.folder: one.models.get("model") for step, one in zip(chosen, arguments, strict=True)}
     for one in arguments:
         check_data(one)
-    for step in chosen:
+    for step, one in zip(chosen, arguments, strict=True):
         for number, folder in step.needs.items():
             refuse(
                 number not in running and not (folder / "config.json").is_file(),
                 f"{step.title} needs {folder}, which step {number} makes; run it first: python train.py {again(args, number)}",
             )
-        check_writable(step.folder)
-    made = {step.folder for step in chosen}
-    for one in arguments:
-        check_models(one, made)
+        if not dry_run:
+            check_writable(step.folder)
+        try:
+            check_cpu(one, args.deployment_type == "cpu")
+            check_models(one, made, ask_hub=not dry_run)
+        except UserError as error:
+            raise UserError(f"{step.title}: {error}") from error
         check_resume(one)
+
+
+def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
+    """Raise UserError for what would end a later step after hours: wrong flags, missing data or models, two tokenizers; no
+    device, no hostfile.
+    """
+    check_files(chosen, args)
     several, hostfile = args.deployment_type == "multi_node", args.hostfile or DEFAULT_HOSTFILE
     absent = several and not Path(hostfile).is_file()
     refuse(absent, f"--deployment-type multi_node needs --hostfile; there is no {hostfile}.")
@@ -313,10 +324,12 @@ def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
 
     if not several and args.deployment_type != "cpu" and detect_platform().name == "cpu":
         raise UserError(f"--deployment-type {args.deployment_type}: no accelerator found here; use cpu.")
+    arguments = [step_arguments(step_of(step.section), step.flags) for step in chosen]
     for one in arguments:
         check_keys(one)
     from models.load import check_same_tokenizer, load_tokenizer
 
+    made = {step.folder for step in chosen}
     models = dict.fromkeys(str(path) for one in arguments for path in one.models.values())
     tokenizers = {path: load_tokenizer(path) for path in models if Path(path) not in made}
     for (first, one), (second, other) in itertools.pairwise(tokenizers.items()):
@@ -324,27 +337,6 @@ def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
     for step, one in zip(chosen, arguments, strict=True):
         if step.section in ("reward", "dpo"):
             check_pairs(one)
-        check_positions(step, one, chosen)
-
-
-def check_positions(step: Step, arguments: Any, chosen: list[Step]) -> None:
-    """Raise UserError if a step's examples can be longer than its models' table of positions; a model that a chosen step will
-    make has that of the model which that step starts from.
-    """
-    from models.checkpoint_folder import check_context_length
-
-    length, flag = getattr(arguments, "max_seq_len", None), "--max_seq_len"
-    if step.section == "ppo":
-        flag = "--max_prompt_seq_len + --max_answer_seq_len ="
-        length = arguments.max_prompt_seq_len + arguments.max_answer_seq_len
-    made = {str(one.folder): step_arguments(step_of(one.section), one.flags) for one in chosen}
-    for path in map(str, arguments.models.values()):
-        while path in made:
-            path = made[path].model_name_or_path
-        try:
-            check_context_length(path, length, flag)
-        except UserError as error:
-            raise UserError(f"{step.title}: {error}") from error
 
 
 def again(args: argparse.Namespace, number: int) -> str:
@@ -360,9 +352,12 @@ def again(args: argparse.Namespace, number: int) -> str:
 
 
 def show(steps: list[Step], args: argparse.Namespace) -> None:
-    """Print which steps would be skipped, and the command line of each other one. Raise UserError as a run would for flags."""
-    for step in choose(steps, args):
-        step_arguments(step_of(step.section), step.flags)
+    """Print which steps would be skipped, and the command line of each other one. Raise UserError as a run would for flags and
+    files.
+    """
+    chosen = choose(steps, args)
+    check_files(chosen, args, dry_run=True)
+    for step in chosen:
         variables = environment(args).variables.items()
         prefix = ["env", *(f"{name}={value}" for name, value in variables if not name.startswith("PYTHON"))]
         print(f"# {step.title} -> {step.folder}\n{shlex.join([*prefix, *launch_command(step, args)])}")

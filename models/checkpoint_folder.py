@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from models.weight_files import (
     check_sizes,
     check_weights,
     read_json,
+    stored_names,
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told without it
@@ -33,6 +34,8 @@ MERGE = (
     "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{}').merge_and_unload()"
     ".save_pretrained('merged')\", and copy the tokenizer's files beside it."
 )
+NETWORKS = ("model", "transformer", "gpt_neox")  # first words of the names of layers
+NO_LINEAR = re.compile("norm|ln_|embed|wte|wpe|lm_head|score|output_layer", re.IGNORECASE)  # norms, tables of rows, heads
 OUTPUTS = ("output", "outputs", "out", "runs", "results")  # first folder of an output, no owner on the hub
 
 
@@ -228,7 +231,7 @@ def find_folder(path: str | Path, only: list[str] | None = None) -> Path:
         return folder
     if folder.is_file():
         raise UserError(f"model {path} is a file; name the folder that holds its config.json and weights.")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)) or str(path).split("/")[0] in OUTPUTS:
+    if not may_be_on_hub(path):
         raise UserError(
             f"model folder {path} does not exist; train first with the step that writes it, or name a folder with "
             "config.json and weights, or a hub id."
@@ -248,6 +251,12 @@ def find_folder(path: str | Path, only: list[str] | None = None) -> Path:
     return folder
 
 
+def may_be_on_hub(path: str | Path) -> bool:
+    """Return whether a path is no folder here and has the form of a hub id: NAME or OWNER/NAME."""
+    form = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path))
+    return bool(form) and str(path).split("/")[0] not in OUTPUTS and not Path(path).expanduser().exists()
+
+
 # --- checks of what the flags ask for -----------------------------------------------------------------------------------
 
 
@@ -257,16 +266,44 @@ def check_context_length(path: str | Path | CheckpointFolder, length: int, flag:
     prefix: as in CheckpointFolder.prefix. The positions of a prefix that peft holds count: tokens stand behind it.
     """
     checkpoint = open_checkpoint(path)
-    config = open_checkpoint(checkpoint.weights).config()
-    plan = checkpoint.prefix(**prefix)
-    taken = 0 if plan is None or hasattr(config, "pre_seq_len") else plan.length
-    limit = getattr(config, "max_position_embeddings", None)
-    if FAMILIES[config.model_type].learned_positions and limit is not None and length + taken > limit:
+    content = open_checkpoint(checkpoint.weights).content
+    table = FAMILIES[content["model_type"]].positions
+    if table is None:
+        return
+    limit = content.get(*table)
+    saved = prefix.get("ptuning_checkpoint") or checkpoint.weights != checkpoint.folder
+    taken = checkpoint.prefix(**prefix).length if saved else prefix.get("pre_seq_len", 0)
+    if length + taken > limit:
         behind = f" behind a prefix of {taken}" if taken else ""
         raise UserError(
-            f"{flag} {length}{behind} is more than the {limit} positions of the {config.model_type} model "
+            f"{flag} {length}{behind} is more than the {limit} positions of the {content['model_type']} model "
             f"{checkpoint.path}; lower it to {limit - taken}."
         )
+
+
+def check_module_name(layers: Iterable[str], module_name: str, model_type: str, flag: str = "--lora_module_name") -> None:
+    """Raise UserError if a part of --lora_module_name is in no layer's name. layers: the names of all linear layers."""
+    parts = [part.strip() for part in module_name.split(",") if part.strip()]
+    unmatched = [part for part in parts if not any(part in name for name in layers)]
+    if unmatched or not parts:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        raise UserError(
+            f"{flag} {','.join(unmatched) or module_name} matches no linear layer of this {model_type} model; its layers are "
+            f"named like {next(iter(layers))}, the kinds are {', '.join(kinds)}. Use parts of these names, or auto."
+        )
+
+
+def check_stored_names(path: str | Path | CheckpointFolder, module_name: str, flag: str) -> None:
+    """Raise UserError if a part of --lora_module_name is in no name of the stored weights; reads their headers alone.
+
+    Files leave out the first word of a network's names, or have it: names of both forms count.
+    """
+    checkpoint = open_checkpoint(path)
+    names = sorted(name.removesuffix(".weight") for name in stored_names(checkpoint.weights) if name.endswith(".weight"))
+    layers = [name for name in names if not NO_LINEAR.search(name)]
+    model_type = open_checkpoint(checkpoint.weights).content["model_type"]
+    if module_name != "auto":
+        check_module_name([*layers, *(f"{word}.{name}" for name in layers for word in NETWORKS)], module_name, model_type, flag)
 
 
 def gets_prefix(path: str | Path | CheckpointFolder, output: str | Path, **prefix: Any) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from models.checkpoint_folder import open_checkpoint
 from steps import STEPS
-from training.utils.data.paths import check_source
+from training.utils.data.paths import check_sources
 from training.utils.flags.steps import CommonArguments
 from training.utils.run.entry import parse_or_exit, run_main
 from training.utils.run.environment import data_paths
@@ -44,8 +44,7 @@ def tokenizer_model(args: CommonArguments) -> str:
 def check_inputs(args: CommonArguments) -> None:
     """Raise UserError for a model or data set that is not there."""
     open_checkpoint(tokenizer_model(args)).check_vocabulary()
-    for path in data_paths(args):
-        check_source(path)
+    check_sources(data_paths(args), args.column_map)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from models.adapters.new_rows import NAME, add_new_rows, new_rows_disabled, with
 from models.adapters.prefix import base_of, has_prefix, peft_config_to_save, prefix_tensors
 from models.adapters.shared_trunk import PEFT_ROWS, frozen_change
 from models.chatglm.quantized_linear import QuantizedLinear
+from models.checkpoint_folder import check_module_name
 from models.families import FAMILIES
 from models.heads import SCALAR_HEADS, base_model, is_peft, score_name
 from models.save import new_checkpoint, share_permissions
@@ -89,18 +90,6 @@ def lora_targets(model: PreTrainedModel, module_name: str = "auto") -> list[str]
         return [name for name in layers if name.rsplit(".", 1)[-1] in FAMILIES[model.config.model_type].lora_targets]
     check_module_name(layers, module_name, model.config.model_type)
     return [name for name in layers if is_named(name, module_name)]
-
-
-def check_module_name(layers: list[str], module_name: str, model_type: str) -> None:
-    """Raise UserError if a part of --lora_module_name is in no layer's name. layers: the names of all linear layers."""
-    parts = [part.strip() for part in module_name.split(",") if part.strip()]
-    unmatched = [part for part in parts if not any(part in name for name in layers)]
-    if unmatched or not parts:
-        kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
-        raise UserError(
-            f"--lora_module_name {','.join(unmatched) or module_name} matches no linear layer of this {model_type} model; "
-            f"its layers are named like {layers[0]}, the kinds are {', '.join(kinds)}. Use parts of these names, or auto."
-        )
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:

@@ -51,17 +51,17 @@ def check_inputs(args: Any) -> None:
 
 def check_data(args: Any) -> None:
     """Raise UserError for a data file that is missing, empty or broken in its first record. Sets of the hub are not looked up."""
-    from training.utils.data.paths import check_source
+    from training.utils.data.paths import check_sources
 
-    for path in data_paths(args):
-        check_source(path, ask_hub=False)
+    check_sources(data_paths(args), args.column_map, ask_hub=False)
 
 
 def check_pairs(args: Any) -> None:
     """Raise UserError for a data file without any pair; step 2 and DPO train on pairs. Reads up to the first pair."""
     from training.utils.data.named_sets import find_named_set
     from training.utils.data.readers import read_rows
-    from training.utils.data.records import Reading, table_records
+    from training.utils.data.records import table_records
+    from training.utils.data.rows import Reading
     from training.utils.data.sources import Table
 
     for path in args.data_path:

@@ -10,6 +10,7 @@ give them. No weights are read.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def text(found: dict[str, Any]) -> str:
     """Return the report for people: the answer and what it rests on, models and machine, and the table that it comes from."""
     lines, best, cards = [], found["answer"], found["device_memory_gib"]
     if best is None:
-        lines.append("recommended    nothing fits: more cards, adapters (--lora_dim), or a smaller model")
+        lines.append(f"recommended    nothing fits: {found['ways_out']}")
     else:
         card = f"{best['card_total_gib']:.2f} of {cards:.0f} GiB a card, " if cards else ""
         host = f"{best['host_total_gib']:.1f} of {found['host_memory_gib']:.0f} GiB a host"
@@ -116,12 +117,16 @@ def table(found: dict[str, Any]) -> list[str]:
     columns = {name: head for name, head in COLUMNS.items() if any(row["card_gib"].get(name, 0) >= 0.005 for row in rows)}
     lines = ["GiB of one card at the moment that needs the most (host: of one node), the fastest setting first"]
     lines.append(f"       {''.join(f'{head:>9}' for head in columns.values())}{'card':>9}{'host':>9}{'batch':>7}  flags; when")
-    for row in rows:
+    each = [re.findall(r"--\w+(?: [^-]\S*)?", row["flags"]) for row in rows]
+    shared = [flag for flag in each[0] if all(flag in flags for flags in each)] if len(rows) > 1 else []
+    lines += [f"all with {' '.join(shared)}, and"] if shared else []
+    for row, flags in zip(rows, each, strict=True):
+        own = " ".join(flag for flag in flags if flag not in shared) or "nothing more"
         sizes = (row["card_gib"].get(name, 0.0) for name in columns)
         cells = "".join(f"{size:>9.2f}" if size >= 0.005 else f"{'.':>9}" for size in sizes)
         lines.append(
             f"{row['verdict']:<7}{cells}{row['card_total_gib']:>9.2f}{row['host_total_gib']:>9.1f}{row['largest_batch']:>7}  "
-            f"{row['flags']}; {row['moment']}"
+            f"{own}; {row['moment']}"
         )
     lines.append("batch: the largest that fits with that setting")
     return [*lines, f"{found['left_out']} more do not fit, or are slower and take no less: --all"] if found["left_out"] else lines

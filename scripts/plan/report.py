@@ -108,10 +108,10 @@ def could_answer(plans: list[tuple[StepMemory, Plan]]) -> list[tuple[StepMemory,
 
 
 def instead(memory: StepMemory, machine: Machine) -> list[dict[str, Any]]:
-    """Return the fastest way with LoRA, for a step that was asked for without adapters; [] if there is none."""
-    if any(memory.is_adapted(role) for role in memory.roles):
+    """Return the fastest way with LoRA on all that learns, for a step that was asked for without; [] if there is none."""
+    if not memory.without_adapters:
         return []
-    found = memory.with_flags(**{f"{memory.roles[role]}lora_dim": 16 for role in memory.trained}).cheapest(machine)
+    found = memory.with_flags(**dict.fromkeys(memory.without_adapters, 16)).cheapest(machine)
     return [row_of(*found)] if found else []
 
 
@@ -151,4 +151,5 @@ def report(model: str | None, options: argparse.Namespace, flags: list[str]) -> 
         "settings": [row_of(*one) for one in (plans if options.all else could_answer(plans))],
         "left_out": 0 if options.all else len(plans) - len(could_answer(plans)),
         "instead": instead(memory, machine),
+        "ways_out": memory.ways_out,
     }

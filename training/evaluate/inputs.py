@@ -6,7 +6,7 @@ from typing import Any
 
 from errors import UserError, refuse
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
-from training.utils.data.paths import check_source
+from training.utils.data.paths import check_sources
 from training.utils.flags.steps import EvaluateArguments, RewardEvalArguments
 
 
@@ -18,8 +18,7 @@ def check_inputs(args: Any) -> None:
             check_reward_model(value) if scores else check_language_model(value, f"--{name}")
         elif value and name == "reward_model":
             check_reward_model(value, "--reward_model")
-    for path in args.data_path:
-        check_source(path)
+    check_sources(args.data_path, args.column_map)
     if isinstance(args, EvaluateArguments):
         refuse(
             not args.data_path and not args.lm_eval,

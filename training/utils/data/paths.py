@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from errors import UserError, nearest, refuse
 from training.utils.data.named_sets import NamedSet, find_named_set, similar_name
 from training.utils.data.readers import SUFFIXES, data_suffix, looks_local, read_rows
+from training.utils.data.rows import Columns, Reading, refuse_unused, row_format
 
 logger = logging.getLogger("sanbu")
 
 
-def check_source(path: str, ask_hub: bool = True) -> None:
-    """Raise UserError for a file or folder that is missing or empty, and for a set that the hub does not give.
+def check_sources(paths: Iterable[str], columns: Columns, ask_hub: bool = True) -> None:
+    """Raise UserError for data that check_source refuses, and for --columns that no set has the fields of."""
+    read = [check_source(path, ask_hub, columns) for path in paths]
+    if None not in read:
+        refuse_unused(columns, read)
 
-    Of a file the first record is read. ask_hub=False: sets of the hub are not looked up.
+
+def check_source(path: str, ask_hub: bool = True, columns: Columns | None = None) -> Reading | None:
+    """Return how the first record of a file, or of the one file in a folder, is read; None where only the libraries can tell.
+
+    Raise UserError for a file or folder that is missing or empty, for a first record of no known form, and for a set that the
+    hub does not give. ask_hub=False: sets of the hub are not looked up.
     """
     named, local = find_named_set(path), Path(path).expanduser()
     if local.is_file():
-        refuse(next(read_rows(local), None) is None, f"{path}: no records in it.")
-    elif local.is_dir():
-        if not is_saved_set(local):
-            data_files(local)
-    elif named and named.files and not data_suffix(local):
-        own_files(path, named)
-    else:
-        check_local(path)
-        if ask_hub and not any(map(Path.is_dir, map(download_folder, (path, *(named.names if named else ()))))):
-            check_hub(path)
+        return first_reading(local, named, columns)
+    if local.is_dir():
+        files = [] if is_saved_set(local) else data_files(local)
+        return first_reading(files[0], named, columns) if len(files) == 1 else None
+    if named and named.files and not data_suffix(local):
+        return first_reading(own_files(path, named)["train"], named, columns)
+    check_local(path)
+    if ask_hub and not any(map(Path.is_dir, map(download_folder, (path, *(named.names if named else ()))))):
+        check_hub(path)
+    return None
+
+
+def first_reading(file: Path, named: NamedSet | None, columns: Columns | None) -> Reading:
+    """Return how the first record of a file is read. Raise UserError if there is none, or it has no known form."""
+    reading = Reading()
+    location, row = next(read_rows(file), (None, {}))
+    refuse(location is None, f"{file}: no records in it.")
+    row_format(row, named, columns, f"{file}, {location}", reading)
+    return reading
 
 
 def check_local(path: str) -> None:

@@ -18,7 +18,8 @@ from models.templates import Template
 from training.utils.data.cache import CachedData, arrow_writer, cached, new_rebuild_id
 from training.utils.data.dialogues import whole_dialogues
 from training.utils.data.overview import FILE, overview
-from training.utils.data.records import Reading, check_columns_used, read_records, readings, record_content
+from training.utils.data.records import check_columns_used, read_records, readings, record_content
+from training.utils.data.rows import Reading
 from training.utils.data.sources import open_source
 from training.utils.data.splits import batches, held_out_questions, question_of, select_phase
 from training.utils.data.tokenize import (

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -212,6 +215,27 @@ def check_precision(path: str | None, dtype: str) -> None:
                 f'{path}: the section "{section}" is switched {said}, and the run computes in {dtype}; remove "enabled" and '
                 "choose by --dtype."
             )
+
+
+@cache
+def words_of_deepspeed() -> frozenset[str]:
+    """Return the strings and the names of fields in the files of the installed DeepSpeed that read a configuration."""
+    package = Path(find_spec("deepspeed").origin).parent
+    files = [file for file in package.rglob("*.py") if "config" in file.name or "constants" in file.name]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    found = re.findall(r"""["'](\w+)["']|^    (\w+) *:""", text, re.MULTILINE)
+    return frozenset(string or name for string, name in found)
+
+
+def check_words(path: str | None) -> None:
+    """Raise UserError for a key of --deepspeed_config that stands nowhere in DeepSpeed. Imports nothing: check_keys, which
+    takes seconds, says what is right in another section alone. Names further inside may be the user's own.
+    """
+    for where, _ in places(read_deepspeed_config(path)):
+        names = where.split(".")
+        for place, name in enumerate(names[: 3 if names[0] == "zero_optimization" else 2], start=1):
+            if name not in words_of_deepspeed():
+                refuse_unknown(path, ".".join(names[:place]), words_of_deepspeed())
 
 
 class Asked(dict):

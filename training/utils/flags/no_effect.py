@@ -8,7 +8,14 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from errors import UserError
-from training.utils.flags.steps import CommonArguments, DPOArguments, EvaluateArguments, PPOArguments, RewardArguments, SFTArguments
+from training.utils.flags.steps import (
+    CommonArguments,
+    DPOArguments,
+    EvaluateArguments,
+    PPOArguments,
+    RewardArguments,
+    SFTArguments,
+)
 
 logger = logging.getLogger("sanbu")
 

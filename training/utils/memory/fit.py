@@ -137,6 +137,17 @@ class StepMemory:
         """Return True where the model's own weights are frozen."""
         return bool(self.flag(role, "lora_dim") or self.flag(role, "pre_seq_len"))
 
+    @property
+    def without_adapters(self) -> list[str]:
+        """The flags that would give LoRA to the networks whose own weights are trained."""
+        return [f"{self.roles[role]}lora_dim" for role in self.trained if not self.is_adapted(role)]
+
+    @property
+    def ways_out(self) -> str:
+        """What is left for a step that fits nowhere, in words."""
+        lora = " and ".join(f"--{name}" for name in self.without_adapters)
+        return f"more cards{f', adapters ({lora} 16)' if lora else ''} or a smaller model"
+
     def network(self, role: str, *, recompute: bool = False, trained: bool = True) -> Footprint:
         """Return the network of a role as it is trained, or without adapters. Role "reference": DPO's frozen network."""
         adapted = self.is_adapted("model" if role == "reference" else role)
@@ -282,6 +293,7 @@ class StepMemory:
                 stage = 3 if wanted >= ALL else 2 if wanted >= STATES else 0
             stages, again = dict.fromkeys(self.roles, stage), dict.fromkeys(self.roles, "recompute" in wanted & possible)
             setting = Setting(stages, again, **dict.fromkeys(wanted & possible - {"recompute"}, True))
+            setting = replace(setting, layerwise=setting.layerwise or (stage == 3 and self.setting.layerwise))
             settings += [setting] if setting not in settings else []
         return settings
 
@@ -403,8 +415,7 @@ def refusal(memory: StepMemory, wanted: Plan) -> str:
     if found is None:
         smaller, found = f"--{memory.batch_flag} 1 ", memory.cheapest(machine, 1)
     if found is None:
-        lora = "--actor_lora_dim and --critic_lora_dim" if memory.ppo else "--lora_dim"
-        return f"{sentence}, and no setting does; take more cards, adapters ({lora}) or a smaller model. --force starts anyway."
+        return f"{sentence}, and no setting does; take {memory.ways_out}. --force starts anyway."
     other, fitting = found
     card = f"{fitting.on_card / GIB:.1f} GiB a card, " if machine.accelerator else ""
     return (

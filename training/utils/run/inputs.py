@@ -1,12 +1,23 @@
 """Check the models, data and folders that the flags of a step name, before torch is imported, which takes seconds."""
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from errors import UserError
-from models.checkpoint_folder import CheckpointFolder, open_checkpoint
-from training.utils.data.paths import check_source
+from errors import UserError, refuse
+from models.checkpoint_folder import (
+    CheckpointFolder,
+    check_context_length,
+    check_quantized_base,
+    check_stored_names,
+    may_be_on_hub,
+    open_checkpoint,
+)
+from training.utils.data.paths import check_sources
 from training.utils.run import heartbeat
 from training.utils.run.environment import check_writable, data_paths
 from training.utils.run.manifest import read_manifest
@@ -19,23 +30,68 @@ def check_inputs(args: Any) -> None:
     """
     if heartbeat.several_nodes():
         return
-    for path in data_paths(args):
-        check_source(path)
+    check_cpu(args)
+    check_sources(data_paths(args), args.column_map)
     check_resume(args)
     check_models(args)
     check_writable(Path(args.output_dir))
 
 
-def check_models(args: Any, made: Collection[Path] = ()) -> None:
-    """Raise UserError for a model that is not there, is not whole or cannot play its part. made: folders that steps before
-    this one will write, which are not looked at.
+def check_cpu(args: Any, cpu: bool = False) -> None:
+    """Raise UserError for a dtype or kernels that a CPU does not have, where no card can be. cpu: True where it is known."""
+    if not (cpu or os.environ.get("DS_ACCELERATOR") == "cpu" or (version("torch").endswith("+cpu") and not find_spec("torch_npu"))):
+        return
+    refuse(args.dtype == "fp16", "--dtype fp16: a CPU cannot train in it, and no card is used here; give fp32 or bf16.")
+    kernels = args.attn_implementation
+    refuse(kernels == "flash_attention_2", f"--attn_implementation {kernels}: a CPU has no such kernels; give auto.")
+
+
+def check_models(args: Any, made: Mapping[Path, str] = MappingProxyType({}), ask_hub: bool = True) -> None:
+    """Raise UserError for a model that is not there, is not whole, cannot play its part, or that the flags do not suit.
+
+    made: folders that steps before this one will write -> the models that those start from. Of a model that is made only
+    what it has from that one is looked at. ask_hub=False: models of the hub are not fetched.
     """
-    models = {role: open_checkpoint(path) for role, path in args.models.items() if Path(path) not in made}
+    found = {role: path for role, path in args.models.items() if ask_hub or not may_be_on_hub(path)}
+    models = {role: open_checkpoint(path) for role, path in found.items() if Path(path) not in made}
     for checkpoint in models.values():
         checkpoint.check_vocabulary()
     check_roles(args, models)
-    for checkpoint in models.values():
+    for role, checkpoint in models.items():
         checkpoint.weights  # noqa: B018  (reads the headers of the files, and raises for what is missing or cut)
+        check_bits(args, role, checkpoint)
+    for role, path in found.items():
+        while Path(path) in made:
+            path = made[Path(path)]
+        if ask_hub or not may_be_on_hub(path):
+            check_names_and_length(args, role, open_checkpoint(path))
+
+
+def check_names_and_length(args: Any, role: str, checkpoint: CheckpointFolder) -> None:
+    """Raise UserError if texts can be longer than a model's table of positions, or adapters go to layers that it has not."""
+    prefix, length, flag = role_prefix(role), getattr(args, "max_seq_len", None), "--max_seq_len"
+    if args.section == "ppo":
+        length = args.max_prompt_seq_len + args.max_answer_seq_len
+        flag = "--max_prompt_seq_len + --max_answer_seq_len ="
+    own = role != "reference"
+    check_context_length(checkpoint, length, flag, **(args.prefix_options(prefix.rstrip("_")) if own else {}))
+    if own and getattr(args, f"{prefix}lora_dim"):
+        check_stored_names(checkpoint, getattr(args, f"{prefix}lora_module_name"), f"--{prefix}lora_module_name")
+
+
+def check_bits(args: Any, role: str, checkpoint: CheckpointFolder) -> None:
+    """Raise UserError for weights stored as integers that nothing is trained over, or that are to be quantised otherwise."""
+    if role == "reference":
+        return
+    prefix = role_prefix(role)
+    flags = [getattr(args, f"{prefix}{name}") for name in ("lora_dim", "pre_seq_len", "ptuning_checkpoint")]
+    adapted = any(flags) or checkpoint.weights != checkpoint.folder or bool(checkpoint.content.get("pre_seq_len"))
+    check_quantized_base(checkpoint, args.quantization_bit if adapted else 0, adapters=adapted)
+
+
+def role_prefix(role: str) -> str:
+    """Return how the flags of a role begin: "" for the one model of a step, else actor_ or critic_."""
+    return "" if role in ("model", "reference") else f"{role}_"
 
 
 def check_resume(args: Any) -> None:

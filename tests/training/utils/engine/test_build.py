@@ -15,7 +15,13 @@ from training.utils.engine import build
 from training.utils.engine.build import build_optimizer, warmup_steps
 from training.utils.engine.configs import EngineOptions, frozen_config
 from training.utils.engine.weights import copy_structure, fill
-from training.utils.flags.deepspeed_file import check_keys, check_precision, check_stage, read_deepspeed_config
+from training.utils.flags.deepspeed_file import (
+    check_keys,
+    check_precision,
+    check_stage,
+    check_words,
+    read_deepspeed_config,
+)
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import SFTArguments
 
@@ -186,6 +192,23 @@ def test_the_installed_deepspeed_says_which_keys_and_values_there_are(tmp_path, 
     args = SFTArguments(model_name_or_path="m", output_dir="o", deepspeed_config=str(tmp_path / "ds.json"))
     with pytest.raises(UserError, match=re.escape(sentence)) if sentence else nullcontext():
         check_keys(args)
+    if not sentence:
+        check_words(args.deepspeed_config)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"gradient_cliping": 1}', '"gradient_cliping" is no key of the installed DeepSpeed; did you mean "gradient_clip'),
+        (ZERO % '"overlap_com": true', 'overlap_com" is no key of the installed DeepSpeed; did you mean "overlap_comm"?'),
+        (ZERO % '"offload_param": {"devise": "cpu"}', '"zero_optimization.offload_param.devise" is no key of the installed'),
+        ('{"tensor_board": {"enabled": true}}', '"tensor_board" is no key of the installed DeepSpeed; did you mean "tensorboard'),
+    ],
+)
+def test_a_key_that_deepspeed_has_nowhere_is_told_without_importing_it(tmp_path, content, sentence):
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check_words(str(tmp_path / "ds.json"))
 
 
 def test_every_default_of_deepspeeds_own_sections_passes(tmp_path):
