@@ -42,18 +42,41 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(known), 1, cutoff)), None)
 
 
+def in_language(english: str, chinese: str) -> str:
+    """Return the text in the language of the user."""
+    return chinese if language_of_user() == "zh" else english
+
+
+# argparse's own words in a help text
+WORDS = {
+    "usage: ": "用法：",
+    "options:": "选项：",
+    "positional arguments:": "位置参数：",
+    "show this help message and exit": "显示本帮助后退出",
+}
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser that takes no abbreviations, raises UserError with ``advice``, and knows the flags that it answers to."""
 
-    def __init__(self, advice: str, **words: Any) -> None:
+    def __init__(self, advice: str, *, zh: str = "", **words: Any) -> None:
+        """Make a parser without flags. zh: its description for users with a Chinese locale."""
         self.advice = advice
         self.flags: set[str] = set()
+        words |= {"description": in_language(words["description"], zh)} if zh else {}
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **words)
 
     def add_argument(self, *flags: str, zh: str = "", **options: Any) -> argparse.Action:
         """Add a flag as argparse does. zh: its help for users with a Chinese locale."""
         self.flags.update(flags)
-        return super().add_argument(*flags, **options | ({"help": zh} if zh and language_of_user() == "zh" else {}))
+        return super().add_argument(*flags, **options | ({"help": in_language(options["help"], zh)} if zh else {}))
+
+    def format_help(self) -> str:
+        """Return the help, argparse's own words in the language of the user."""
+        text = super().format_help()
+        for english, chinese in WORDS.items():
+            text = text.replace(english, in_language(english, chinese), 1)
+        return text
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError for what argparse says."""

@@ -47,6 +47,17 @@ from training.utils.run.environment import DONE, check_writable
 from training.utils.run.inputs import check_cpu, check_models, check_resume
 from training.utils.run.metrics import format_seconds
 
+CHINESE = """按顺序运行全部三步：监督微调、奖励模型、PPO；或先微调、再 DPO。
+
+    python train.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type single_gpu
+    python train.py --config configs/cpu/demo.yaml --deployment-type cpu --step 1 2 3 --output-dir output/demo
+    python train.py --deployment-type single_node --method dpo --dpo-flags "--beta 0.2" --dry-run
+
+每一步都由 deepspeed 启动器运行；输出显示在终端，并写入该步骤文件夹中的 training.log：OUTPUT/actor-models/NAME、
+OUTPUT/reward-models/NAME、OUTPUT/step3-models/NAME；DPO 是第二步，写入 OUTPUT/dpo-models/NAME。已完成的步骤会跳过；若它用的是
+别的数据、参数或代码，则先停下，由 --force 或 --keep 决定怎么办。结束时 OUTPUT 中的 report.html 汇总所有步骤：结果、训练前后的
+回答、曲线。
+"""
 ROOT = Path(__file__).resolve().parent
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")  # stand for facebook/opt-SIZE
 DEPLOYMENTS = tuple(load_platforms())
@@ -73,27 +84,42 @@ class Step:
 
 def build_parser() -> CommandLine:
     """Build the parser; DeepSpeed-Chat's train.py and e2e_rlhf.py have the same names."""
-    parser = CommandLine("train.py --help lists the flags.", prog="train.py", description=__doc__)
+    parser = CommandLine("train.py --help lists the flags.", prog="train.py", description=__doc__, zh=CHINESE)
     add = parser.add_argument
-    add("--step", type=int, nargs="+", choices=(1, 2, 3), help="steps to run (default: all of the method)")
-    add("--method", choices=tuple(METHODS), default="ppo", help="after step 1: reward model and PPO (default), or DPO")
-    add("--actor-model", help="hub id or folder, or a size of facebook/opt-*: 1.3b, 6.7b, 13b, 66b, … (default: 1.3b)")
-    add("--reward-model", help="what step 2 starts from; same tokenizer as the actor (default: 350m)")
-    add("--actor-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 1, of DPO, and of the actor in step 3")
-    add("--reward-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 2 and of the critic in step 3")
-    add("--output-dir", help="the three folders of models are made here (default: the recipe's folders, else ./output)")
-    add("--deployment-type", choices=DEPLOYMENTS, help="a platform of configs/platforms.yaml (default: single_gpu)")
-    add("--num-gpus", type=int, help="processes on each node; single_node: all devices unless given")
-    add("--hostfile", help="multi_node: lines HOST slots=N, also a single one (default: /job/hostfile)")
-    add("--config", help="a recipe: YAML with sections launch, sft, reward, ppo; flags given here win over it")
-    add("--data-path", nargs="+", help="data of all three steps: named sets, hub ids, files, folders")
+    add("--step", type=int, nargs="+", choices=(1, 2, 3), help="steps to run (default: all of the method)",
+        zh="要运行的步骤（缺省：该方法的全部步骤）")
+    add("--method", choices=tuple(METHODS), default="ppo", help="after step 1: reward model and PPO (default), or DPO",
+        zh="第一步之后：奖励模型和 PPO（缺省），或 DPO")
+    add("--actor-model", help="hub id or folder, or a size of facebook/opt-*: 1.3b, 6.7b, 13b, 66b, … (default: 1.3b)",
+        zh="hub 上的名称、文件夹，或 facebook/opt-* 的大小：1.3b、6.7b、13b、66b……（缺省：1.3b）")
+    add("--reward-model", help="what step 2 starts from; same tokenizer as the actor (default: 350m)",
+        zh="第二步的起始模型；分词器与 actor 相同（缺省：350m）")
+    add("--actor-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 1, of DPO, and of the actor in step 3",
+        zh="第一步、DPO 和第三步 actor 的 ZeRO 阶段")
+    add("--reward-zero-stage", type=int, choices=range(4), help="ZeRO stage of step 2 and of the critic in step 3",
+        zh="第二步和第三步 critic 的 ZeRO 阶段")
+    add("--output-dir", help="the three folders of models are made here (default: the recipe's folders, else ./output)",
+        zh="在此建立三个模型文件夹（缺省：配方中的文件夹，否则 ./output）")
+    add("--deployment-type", choices=DEPLOYMENTS, help="a platform of configs/platforms.yaml (default: single_gpu)",
+        zh="configs/platforms.yaml 中的平台（缺省：single_gpu）")
+    add("--num-gpus", type=int, help="processes on each node; single_node: all devices unless given",
+        zh="每个节点的进程数；single_node 不给时用全部设备")
+    add("--hostfile", help="multi_node: lines HOST slots=N, also a single one (default: /job/hostfile)",
+        zh="multi_node：若干行 HOST slots=N，也可只有一行（缺省：/job/hostfile）")
+    add("--config", help="a recipe: YAML with sections launch, sft, reward, ppo; flags given here win over it",
+        zh="配方：含 launch、sft、reward、ppo 各节的 YAML；这里给出的参数优先")
+    add("--data-path", nargs="+", help="data of all three steps: named sets, hub ids, files, folders",
+        zh="三步共用的数据：内置名称、hub 上的名称、文件、文件夹")
     for section in SECTIONS:
-        title = step_of(section).title
-        add(f"--{section}-flags", default="", help=f"more flags of the step that does {title}, as one quoted string")
-    add("--resume", action="store_true", help="a step that was cut short continues from its newest whole checkpoint")
-    add("--force", action="store_true", help="run steps that are done again")
-    add("--keep", action="store_true", help="go on with steps that were done with other data, flags or code")
-    add("--dry-run", action="store_true", help="print what would be skipped and the command lines of the rest, run nothing")
+        title, more = step_of(section).title, f"{section} 步骤的更多参数，写成一个带引号的字符串"
+        add(f"--{section}-flags", default="", help=f"more flags of {title}, as one quoted string", zh=more)
+    add("--resume", action="store_true", help="a step that was cut short continues from its newest whole checkpoint",
+        zh="中断的步骤从最新的完整检查点继续")
+    add("--force", action="store_true", help="run steps that are done again", zh="重新运行已完成的步骤")
+    add("--keep", action="store_true", help="go on with steps that were done with other data, flags or code",
+        zh="沿用以别的数据、参数或代码完成的步骤")
+    add("--dry-run", action="store_true", help="print what would be skipped and the command lines of the rest, run nothing",
+        zh="打印将跳过的步骤和其余步骤的命令行，不运行")
     return parser
 
 

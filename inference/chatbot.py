@@ -345,30 +345,48 @@ def converse(bot: Chatbot) -> None:
             print("\n(stopped)" if answering else "\n(Ctrl-D, /quit or a second Ctrl-C ends)", flush=True)
 
 
+CHINESE = """在终端与训练所得的模型对话，使用训练时的模板和停止符。
+
+    python chat.py --path output/step3-models/1.3b
+    python chat.py --path output/actor-models/1.3b --prompt "What is the capital of France?" --greedy
+
+/help 列出对话中的命令。Ctrl-C 停止当前回答。问题也可由管道逐行输入。
+"""
+
+
 def build_parser() -> CommandLine:
     """Define the flags of chat.py; DeepSpeed-Chat's had --path and --max_new_tokens."""
-    parser = CommandLine("chat.py --help lists the flags.", prog="chat.py", description=__doc__)
+    parser = CommandLine("chat.py --help lists the flags.", prog="chat.py", description=__doc__, zh=CHINESE)
     add = parser.add_argument
-    add("--path", help="folder of an SFT model, an actor or a LoRA adapter, output folder of step 3, or a hub id")
-    add("--prompt", help="ask this one question, print the answer, end")
-    add("--system", help="a system message at the start of the dialogue")
+    add("--path", help="folder of an SFT model, an actor or a LoRA adapter, output folder of step 3, or a hub id",
+        zh="SFT 模型、actor 或 LoRA 适配器的文件夹，第三步的输出文件夹，或 hub 上的名称")
+    add("--prompt", help="ask this one question, print the answer, end", zh="只问这一个问题，打印回答后结束")
+    add("--system", help="a system message at the start of the dialogue", zh="对话开头的系统消息")
     add_sampling_flags(parser)
-    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)")
+    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)",
+        zh="auto、fp32、fp16 或 bf16（%(default)s）")
     return parser
 
 
 def add_sampling_flags(parser: CommandLine) -> None:
     """Define the flags of Sampling."""
     usual, add = Sampling(), parser.add_argument
-    add("--max_new_tokens", type=int, default=usual.max_new_tokens, help="longest answer in tokens (%(default)s)")
-    add("--temperature", type=float, default=usual.temperature, help="1 as trained, less is safer (%(default)s)")
-    add("--top_p", type=float, default=usual.top_p, help="draw from this share of probability (%(default)s)")
-    add("--top_k", type=int, default=usual.top_k, help="draw from so many tokens; 0 = all (%(default)s)")
-    add("--greedy", action="store_true", help="always the likeliest token")
+    add("--max_new_tokens", type=int, default=usual.max_new_tokens, help="longest answer in tokens (%(default)s)",
+        zh="回答的最大 token 数（%(default)s）")
+    add("--temperature", type=float, default=usual.temperature, help="1 as trained, less is safer (%(default)s)",
+        zh="1 即训练所得的分布，越小越稳（%(default)s）")
+    add("--top_p", type=float, default=usual.top_p, help="draw from this share of probability (%(default)s)",
+        zh="从累计概率达到该比例的 token 中采样（%(default)s）")
+    add("--top_k", type=int, default=usual.top_k, help="draw from so many tokens; 0 = all (%(default)s)",
+        zh="从最可能的这么多个 token 中采样；0 = 全部（%(default)s）")
+    add("--greedy", action="store_true", help="always the likeliest token", zh="总取最可能的 token")
     penalty = "above 1, such as 1.1: what dialogue and answer have said becomes less likely (%(default)s)"
-    add("--repetition_penalty", type=float, default=usual.repetition_penalty, help=penalty)
-    add("--stop_strings", nargs="+", default=[], metavar="TEXT", help="an answer ends with the first of these texts in it, too")
-    add("--seed", type=int, default=usual.seed, help="same seed, same answers (%(default)s)")
+    less = "大于 1，例如 1.1：对话和回答中出现过的内容概率降低（%(default)s）"
+    add("--repetition_penalty", type=float, default=usual.repetition_penalty, help=penalty, zh=less)
+    add("--stop_strings", nargs="+", default=[], metavar="TEXT", help="an answer ends with the first of these texts in it, too",
+        zh="回答中出现这些文本之一时也结束")
+    add("--seed", type=int, default=usual.seed, help="same seed, same answers (%(default)s)",
+        zh="种子相同则回答相同（%(default)s）")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -4,13 +4,18 @@ python -m scripts.download_dataset Dahoas/rm-static
 python -m training.step1_sft.main --data_path Dahoas/rm-static …     # finds datasets/Dahoas/rm-static by itself
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
-from errors import UserError, told
+from errors import CommandLine, UserError, told
 from training.utils.data.paths import check_hub, download_folder
+
+CHINESE = """把 hub 上的数据集存为文件夹，供没有网络的机器使用。
+
+python -m scripts.download_dataset Dahoas/rm-static
+python -m training.step1_sft.main --data_path Dahoas/rm-static …     # 会自动找到 datasets/Dahoas/rm-static
+"""
 
 
 def download(name: str, output_dir: str | None = None) -> Path:
@@ -40,13 +45,21 @@ def download(name: str, output_dir: str | None = None) -> Path:
     return folder
 
 
+def build_parser() -> CommandLine:
+    """Define the flags."""
+    parser = CommandLine("--help lists the flags.", prog="python -m scripts.download_dataset", description=__doc__, zh=CHINESE)
+    add = parser.add_argument
+    add("dataset_id", help="name of a set, hub id, or ID:CONFIG for a set with configurations",
+        zh="数据集的内置名称、hub 上的名称，或有多个配置时的 ID:CONFIG")
+    add("--output_dir", "--output-dir", help="folder to write; by default datasets/ID of this folder",
+        zh="写入的文件夹；缺省：当前文件夹的 datasets/ID")
+    return parser
+
+
 @told
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and download; return the exit code: 0, or 2 for a UserError."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.download_dataset", description=__doc__.splitlines()[0])
-    parser.add_argument("dataset_id", help="name of a set, hub id, or ID:CONFIG for a set with configurations")
-    parser.add_argument("--output_dir", "--output-dir", help="folder to write; by default datasets/ID of this folder")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     download(args.dataset_id, args.output_dir)
     return 0
 

@@ -19,28 +19,51 @@ from errors import CommandLine, UserError, refuse, told
 from inference.chatbot import chat_folder, quiet
 from inference.command_line import read
 
+CHINESE = """以 OpenAI 的协议经 HTTP 提供模型服务：chat completions、completions、models，以及奖励模型的打分。
+
+    python -m inference.server --path output/step3-models/1.3b
+    python -m inference.server --path output/actor-models/1.3b --adapter law=output/law/adapter --port 9000
+    python -m inference.server --config server.yaml          # 按名称写的参数，例如  path: output/step3-models/1.3b
+
+--path 与 chat.py 的相同，也可以是奖励模型。密钥取自 --api_key_file 或环境变量（SANBU_API_KEY=key1,key2）；没有密钥时只监听本机。
+详见 docs/zh/serving.md。
+"""
 ABOVE_ZERO = ("max_batch", "max_new_tokens", "timeout", "max_body")
 
 
 def build_parser() -> CommandLine:
     """Define the flags."""
     prog = "python -m inference.server"
-    parser = CommandLine(f"{prog} --help lists the flags.", prog=prog, description=__doc__)
+    parser = CommandLine(f"{prog} --help lists the flags.", prog=prog, description=__doc__, zh=CHINESE)
     add = parser.add_argument
-    add("--path", help="folder of an SFT model, an actor, a LoRA adapter or a reward model, output folder of step 3, or a hub id")
-    add("--adapter", nargs="+", default=[], metavar="NAME=DIR", help='LoRA adapters over it, which "model": NAME asks')
-    add("--name", help='the name of the model itself in "model" (the last part of --path)')
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs a key (%(default)s)")
-    add("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
-    add("--api_key_file", metavar="FILE", help="keys that clients must send, one a line; else SANBU_API_KEY in the environment")
-    add("--max_batch", type=int, default=16, help="answers in work at a time; each has a row of the KV cache (%(default)s)")
-    add("--max_queue", type=int, default=256, help="answers that may wait; above it 429 (%(default)s)")
-    add("--max_new_tokens", type=int, default=512, help="the longest answer in tokens (%(default)s)")
-    add("--timeout", type=float, default=300.0, help="seconds for a request, waiting included (%(default)s)")
-    add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)")
-    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)")
-    add("--log_text", action="store_true", help="write prompts and answers into the log, too")
-    add("--config", metavar="FILE", help="a YAML file with these flags by name; the command line goes before it")
+    add("--path", help="folder of an SFT model, an actor, a LoRA adapter or a reward model, output folder of step 3, or a hub id",
+        zh="SFT 模型、actor、LoRA 适配器或奖励模型的文件夹，第三步的输出文件夹，或 hub 上的名称")
+    add("--adapter", nargs="+", default=[], metavar="NAME=DIR", help='LoRA adapters over it, which "model": NAME asks',
+        zh="其上的 LoRA 适配器，以 \"model\": NAME 请求")
+    add("--name", help='the name of the model itself in "model" (the last part of --path)',
+        zh="模型本身在 \"model\" 中的名称（--path 的最后一段）")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs a key (%(default)s)",
+        zh="监听的地址；0.0.0.0 为全部地址，此时需要密钥（%(default)s）")
+    add("--port", type=int, default=8000, help="0 takes a free one (%(default)s)",
+        zh="端口；0 取一个空闲的（%(default)s）")
+    add("--api_key_file", metavar="FILE", help="keys that clients must send, one a line; else SANBU_API_KEY in the environment",
+        zh="客户端须发送的密钥，每行一个；否则取环境变量 SANBU_API_KEY")
+    add("--max_batch", type=int, default=16, help="answers in work at a time; each has a row of the KV cache (%(default)s)",
+        zh="同时生成的回答数；每个占 KV cache 的一行（%(default)s）")
+    add("--max_queue", type=int, default=256, help="answers that may wait; above it 429 (%(default)s)",
+        zh="可排队的回答数，超过则返回 429（%(default)s）")
+    add("--max_new_tokens", type=int, default=512, help="the longest answer in tokens (%(default)s)",
+        zh="回答的最大 token 数（%(default)s）")
+    add("--timeout", type=float, default=300.0, help="seconds for a request, waiting included (%(default)s)",
+        zh="一个请求的时限，含排队，秒（%(default)s）")
+    add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)",
+        zh="一个请求的 MiB 数，超过则返回 413（%(default)s）")
+    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)",
+        zh="auto、fp32、fp16 或 bf16（%(default)s）")
+    add("--log_text", action="store_true", help="write prompts and answers into the log, too",
+        zh="把提示和回答也写入日志")
+    add("--config", metavar="FILE", help="a YAML file with these flags by name; the command line goes before it",
+        zh="按名称写这些参数的 YAML 文件；命令行优先")
     return parser
 
 

@@ -24,6 +24,17 @@ from errors import CommandLine, UserError, refuse, told
 from inference.chatbot import add_sampling_flags, chat_folder, quiet, sampling_of
 from inference.command_line import read
 
+CHINESE = """回答数据库表中的问题；可有任意多个 worker 共用一张表。
+
+    python -m inference.worker create-tables --database sqlite:///questions.db
+    python -m inference.worker --database sqlite:///questions.db --path output/step3-models/1.3b
+    python -m inference.worker ask "What is the capital of France?" --session ann      打印回答
+    python -m inference.worker watch                                                   按状态统计问题数
+    python -m inference.worker --http --port 8080                                      由前端提问；没有 --path：由别的 worker 回答
+
+--database 为 SQLite、postgresql://user:password@host/name 或 mysql://... 的 URL；也可写在环境变量 SANBU_DATABASE 中，密码便不会
+出现在进程列表里。详见 docs/zh/serving.md。
+"""
 COMMANDS = ("create-tables", "ask", "watch")
 ABOVE_ZERO = ("max_batch", "timeout", "lease", "tries", "poll", "max_body")
 
@@ -31,19 +42,23 @@ ABOVE_ZERO = ("max_batch", "timeout", "lease", "tries", "poll", "max_body")
 def build_parser(command: str | None) -> CommandLine:
     """Define the flags of a command; of None those of a worker."""
     prog = f"python -m inference.worker{f' {command}' if command else ''}"
-    parser = CommandLine(f"{prog} --help lists the flags.", prog=prog, description=__doc__)
+    parser = CommandLine(f"{prog} --help lists the flags.", prog=prog, description=__doc__, zh=CHINESE)
     add = parser.add_argument
     database = os.environ.get("SANBU_DATABASE", "sqlite:///questions.db")
-    add("--database", metavar="URL", default=database, help="of SQLite, PostgreSQL or MySQL (SANBU_DATABASE, or sqlite:///questions.db)")
-    add("--retry", type=float, default=60.0, help="seconds to try again where the database does not answer (%(default)s)")
+    add("--database", metavar="URL", default=database, help="of SQLite, PostgreSQL or MySQL (SANBU_DATABASE, or sqlite:///questions.db)",
+        zh="SQLite、PostgreSQL 或 MySQL 的 URL（SANBU_DATABASE，或 sqlite:///questions.db）")
+    add("--retry", type=float, default=60.0, help="seconds to try again where the database does not answer (%(default)s)",
+        zh="数据库无响应时重试的秒数（%(default)s）")
     if command == "ask":
-        add("question", help="the question")
-        add("--session", help="the dialogue that it continues (a new one)")
-        add("--bot_type", default="", help="which workers answer, where they keep to one type")
-        add("--sub_type", default="", help="the same, finer")
-        add("--wait", type=float, default=300.0, help="seconds for the answer; 0 prints the number of the question (%(default)s)")
+        add("question", help="the question", zh="问题")
+        add("--session", help="the dialogue that it continues (a new one)", zh="要接续的对话（缺省：新对话）")
+        add("--bot_type", default="", help="which workers answer, where they keep to one type",
+            zh="由哪一类 worker 回答（worker 只答一类问题时）")
+        add("--sub_type", default="", help="the same, finer", zh="同上，更细的一类")
+        add("--wait", type=float, default=300.0, help="seconds for the answer; 0 prints the number of the question (%(default)s)",
+            zh="等待回答的秒数；0 则打印问题的编号（%(default)s）")
     elif command == "watch":
-        add("--once", action="store_true", help="print one line and end")
+        add("--once", action="store_true", help="print one line and end", zh="打印一行后结束")
     elif command is None:
         add_worker_flags(parser)
     return parser
@@ -52,25 +67,39 @@ def build_parser(command: str | None) -> CommandLine:
 def add_worker_flags(parser: CommandLine) -> None:
     """Define the flags of a worker and of its HTTP."""
     add = parser.add_argument
-    add("--path", help="folder of an SFT model, an actor or a LoRA adapter, output folder of step 3, or a hub id")
-    add("--bot_type", help="answer only questions of this type (all)")
-    add("--sub_type", help="answer only questions of this sub type (all)")
-    add("--system", help="a system message at the start of every dialogue")
-    add("--turns", type=int, default=3, help="answered questions of the session that the model reads (%(default)s)")
-    add("--max_batch", type=int, default=16, help="answers in work at a time (%(default)s)")
-    add("--timeout", type=float, default=300.0, help="seconds for an answer; above it the question has failed (%(default)s)")
-    add("--lease", type=float, default=60.0, help="seconds after which a killed worker's questions come back (%(default)s)")
-    add("--tries", type=int, default=3, help="workers that a question may cost before it has failed (%(default)s)")
-    add("--poll", type=float, default=0.5, help="seconds between looks at the table (%(default)s)")
+    add("--path", help="folder of an SFT model, an actor or a LoRA adapter, output folder of step 3, or a hub id",
+        zh="SFT 模型、actor 或 LoRA 适配器的文件夹，第三步的输出文件夹，或 hub 上的名称")
+    add("--bot_type", help="answer only questions of this type (all)", zh="只回答这一类问题（缺省：全部）")
+    add("--sub_type", help="answer only questions of this sub type (all)", zh="只回答这一子类问题（缺省：全部）")
+    add("--system", help="a system message at the start of every dialogue", zh="每个对话开头的系统消息")
+    add("--turns", type=int, default=3, help="answered questions of the session that the model reads (%(default)s)",
+        zh="模型读取该对话中已回答的问题数（%(default)s）")
+    add("--max_batch", type=int, default=16, help="answers in work at a time (%(default)s)",
+        zh="同时生成的回答数（%(default)s）")
+    add("--timeout", type=float, default=300.0, help="seconds for an answer; above it the question has failed (%(default)s)",
+        zh="一个回答的时限，秒；超时则该问题失败（%(default)s）")
+    add("--lease", type=float, default=60.0, help="seconds after which a killed worker's questions come back (%(default)s)",
+        zh="worker 被杀后，其问题在多少秒后重新可取（%(default)s）")
+    add("--tries", type=int, default=3, help="workers that a question may cost before it has failed (%(default)s)",
+        zh="一个问题最多可让几个 worker 出错，之后算作失败（%(default)s）")
+    add("--poll", type=float, default=0.5, help="seconds between looks at the table (%(default)s)",
+        zh="查看表的间隔秒数（%(default)s）")
     add_sampling_flags(parser)
-    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)")
-    add("--http", action="store_true", help="take questions of a front end over HTTP")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs a key (%(default)s)")
-    add("--port", type=int, default=8080, help="0 takes a free one (%(default)s)")
-    add("--api_key_file", metavar="FILE", help="keys that clients must send, one a line; else SANBU_API_KEY in the environment")
-    add("--max_queue", type=int, default=1000, help="questions that may wait; above it 429 (%(default)s)")
-    add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)")
-    add("--config", metavar="FILE", help="a YAML file with these flags by name; the command line goes before it")
+    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)",
+        zh="auto、fp32、fp16 或 bf16（%(default)s）")
+    add("--http", action="store_true", help="take questions of a front end over HTTP", zh="经 HTTP 接收前端的问题")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs a key (%(default)s)",
+        zh="监听的地址；0.0.0.0 为全部地址，此时需要密钥（%(default)s）")
+    add("--port", type=int, default=8080, help="0 takes a free one (%(default)s)",
+        zh="端口；0 取一个空闲的（%(default)s）")
+    add("--api_key_file", metavar="FILE", help="keys that clients must send, one a line; else SANBU_API_KEY in the environment",
+        zh="客户端须发送的密钥，每行一个；否则取环境变量 SANBU_API_KEY")
+    add("--max_queue", type=int, default=1000, help="questions that may wait; above it 429 (%(default)s)",
+        zh="可排队的问题数，超过则返回 429（%(default)s）")
+    add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)",
+        zh="一个请求的 MiB 数，超过则返回 413（%(default)s）")
+    add("--config", metavar="FILE", help="a YAML file with these flags by name; the command line goes before it",
+        zh="按名称写这些参数的 YAML 文件；命令行优先")
 
 
 def parse(argv: list[str]) -> tuple[str | None, argparse.Namespace]:

@@ -9,7 +9,6 @@ starts afresh. scripts.smollm2 takes a pretrained model (docs/en/smollm2.md); a 
 interrupted, or at the first step whose recipe differs.
 """
 
-import argparse
 import os
 import shlex
 import signal
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import CommandLine, UserError, refuse
 from scripts.demo import smollm2_model
 from scripts.demo.pipeline import ROOT, SECTIONS, Stage, finish, read_recipe, run_stages, script_stage, training_stage
 from scripts.demo.score import demo_score
@@ -85,24 +84,48 @@ def measure_smollm2(args: Namespace) -> dict[str, Any]:
     return record
 
 
+CHINESE = """演示：一个随机初始化的小模型经过 SFT、奖励模型和 PPO，并在留出的提示上测量。
+
+    python -m scripts.demo [--seed 1234] [--output output/demo] [--threads 2]
+    python -m scripts.demo --ppo_flags "--ppo_epochs 4 --generation_batches 2" --pad_is_eos
+    python -m scripts.smollm2 [--seed 1234] [--output output/smollm2] [--threads 2]
+
+第一个把 base/、sft/、reward/、ppo/、answers.jsonl、summary.json 和 report.html 写入输出文件夹，再次运行时从头开始。
+scripts.smollm2 用预训练模型（docs/zh/smollm2.md）；再次运行时从中断处继续，或从配方有变的第一步开始。
+"""
+
+
 def parse(argv: Sequence[str] | None, preset: str = "demo") -> Namespace:
-    """Parse the flags of a preset, check their bounds, and make their paths whole."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, folder, recipe = parser.add_argument, f"output/{preset}", f"configs/cpu/{preset}.yaml"
-    add("--seed", type=int, default=1234, help="random seed of all steps (%(default)s)")
-    add("--output", type=Path, default=ROOT / folder, help=f"where results go ({folder})")
-    add("--threads", type=int, default=usable_cores(), help="CPU threads (%(default)s)")
-    add("--config", type=Path, default=ROOT / recipe, help=f"recipe of the steps ({recipe})")
-    add("--prompts", type=int, default=0, help="measure on so many prompts, and draw smollm2's data from so many; 0 = all")
-    if preset == "demo":
-        add("--ppo_flags", type=shlex.split, default=[], metavar="FLAGS", help="further flags of step 3, as one text")
-        add("--pad_is_eos", action="store_true", help="pad with the end token, as many checkpoints do")
-    args = parser.parse_args(argv)
-    if args.threads < 1 or args.seed < 0 or args.prompts < 0:
-        parser.error("--threads must be 1 or more, --seed and --prompts 0 or more")
+    """Parse the flags of a preset, check their bounds, and make their paths whole. Raise UserError for what is wrong."""
+    args = build_parser(preset).parse_args(argv)
+    wrong = args.threads < 1 or args.seed < 0 or args.prompts < 0
+    refuse(wrong, "--threads must be 1 or more, --seed and --prompts 0 or more; correct them.")
     # The steps run in the root of the repository, where the recipe's data paths lead; the user may stand elsewhere.
     args.output, args.config = args.output.resolve(), args.config.resolve()
     return args
+
+
+def build_parser(preset: str) -> CommandLine:
+    """Define the flags of a preset."""
+    prog = "python -m scripts.demo" if preset == "demo" else f"python -m scripts.{preset}"
+    parser = CommandLine("--help lists the flags.", prog=prog, description=__doc__, zh=CHINESE)
+    add, folder, recipe = parser.add_argument, f"output/{preset}", f"configs/cpu/{preset}.yaml"
+    add("--seed", type=int, default=1234, help="random seed of all steps (%(default)s)",
+        zh="各步骤的随机种子（%(default)s）")
+    add("--output", type=Path, default=ROOT / folder, help=f"where results go ({folder})",
+        zh=f"结果写入的文件夹（{folder}）")
+    add("--threads", type=int, default=usable_cores(), help="CPU threads (%(default)s)",
+        zh="CPU 线程数（%(default)s）")
+    add("--config", type=Path, default=ROOT / recipe, help=f"recipe of the steps ({recipe})",
+        zh=f"各步骤的配方（{recipe}）")
+    add("--prompts", type=int, default=0, help="measure on so many prompts, and draw smollm2's data from so many; 0 = all",
+        zh="用这么多个提示测量，smollm2 的数据也取自这么多个；0 = 全部")
+    if preset == "demo":
+        add("--ppo_flags", type=shlex.split, default=[], metavar="FLAGS", help="further flags of step 3, as one text",
+            zh="第三步的更多参数，写成一个字符串")
+        add("--pad_is_eos", action="store_true", help="pad with the end token, as many checkpoints do",
+            zh="用结束符填充，许多检查点如此")
+    return parser
 
 
 def usable_cores() -> int:
@@ -121,10 +144,9 @@ def run(args: Namespace, preset: str = "demo") -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None, preset: str = "demo") -> None:
     """Command line. Exit code 2 for wrong input, else that of the step that failed; a signal ends the running step as well."""
-    args = parse(argv, preset)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves subprocess.run, which then ends the step as well
     try:
-        run(args, preset)
+        run(parse(argv, preset), preset)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

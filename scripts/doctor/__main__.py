@@ -15,7 +15,7 @@ import os
 import sys
 from dataclasses import asdict
 
-from errors import CommandLine, UserError, language_of_user, told
+from errors import CommandLine, UserError, told
 from scripts.doctor import cluster, machine, versions
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, in_time, probe, refused, started
 from scripts.launch.commands import build_environment
@@ -41,8 +41,7 @@ python -m torch.utils.collect_env 和 ds_report。
 
 def build_parser() -> CommandLine:
     """Return the parser: the doctor's flags, and those of the launcher."""
-    description = CHINESE if language_of_user() == "zh" else __doc__
-    parser = CommandLine("--help lists the flags.", prog="python -m scripts.doctor", description=description)
+    parser = CommandLine("--help lists the flags.", prog="python -m scripts.doctor", description=__doc__, zh=CHINESE)
     add = parser.add_argument
     recipe, zh = "a recipe, or PLATFORM/MODEL: what the run will ask for", "配方，或 PLATFORM/MODEL：运行将要求什么"
     add("--recipe", metavar="FILE", help=recipe, zh=zh)

@@ -22,6 +22,14 @@ if TYPE_CHECKING:  # torch takes seconds to import, and wrong flags are told wit
 
     from models.checkpoint_folder import CheckpointFolder
 
+CHINESE = """把训练所得的模型写成其他程序可用的形式：合并 LoRA、换精度、分片，或一个 GGUF 文件。
+
+    python -m scripts.export --path output/sft/adapter --output_dir exported                # 合并，Hugging Face 格式
+    python -m scripts.export --path output/ppo/actor --output_dir exported --dtype fp16 --max_shard_size 5GB
+    python -m scripts.export --path output/ppo/actor --output_dir exported --format gguf    # 用于 llama.cpp 和 Ollama
+
+GGUF 需要多装一个包：pip install -r requirements-serve.txt
+"""
 PROGRAM = "python -m scripts.export"
 DTYPES = ("auto", "fp32", "fp16", "bf16")
 FORMATS = ("safetensors", "gguf")
@@ -29,7 +37,7 @@ FORMATS = ("safetensors", "gguf")
 
 def build_parser() -> CommandLine:
     """Define the flags."""
-    parser = CommandLine(f"{PROGRAM} --help lists the flags.", prog=PROGRAM, description=__doc__)
+    parser = CommandLine(f"{PROGRAM} --help lists the flags.", prog=PROGRAM, description=__doc__, zh=CHINESE)
     add = parser.add_argument
     add(
         "--path",

@@ -18,10 +18,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, refuse, told
+from errors import CommandLine, UserError, in_language, refuse, told
 from scripts.done import differences, done_otherwise, read_done
 from scripts.launch.checks import step_arguments
 from steps import STEPS, Step
@@ -183,27 +184,46 @@ def download(models: list[str], datasets: list[str]) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+CHINESE = """Kubernetes 作业的 Pod 所运行的命令：按顺序运行步骤、等待前一步骤、下载。
+
+    python -m scripts.pod run --recipe configs/cpu/demo.yaml --step 1 2 3 --workdir /workspace -- torchrun -m
+    python -m scripts.pod wait --folder output/sft --minutes 30
+    python -m scripts.pod download --model facebook/opt-1.3b --dataset Dahoas/rm-static
+
+run 以 LAUNCHER MODULE --config RECIPE --resume … 启动每个步骤；-- 之后的词是启动器，其中 $NAME 取自环境变量。正常结束的步骤在其
+文件夹中留下 sanbu_done.json，之后跳过。若它用的是别的参数、数据或代码，则什么也不启动。一个作业的所有 Pod 运行同一命令、看到同样的
+文件夹，因此对哪些步骤已完成看法一致。
+"""
+
+
+def build_parser() -> CommandLine:
     """Build the parser of run, wait and download."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.pod", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run|wait|download")
-    one = commands.add_parser("run", help="run steps of a recipe, in order")
-    one.add_argument("--recipe", required=True, help="YAML with sections sft, reward, ppo")
-    one.add_argument("--step", nargs="+", required=True, choices=tuple(STEP_OF), help="steps, in this order")
-    one.add_argument("--wait-minutes", type=float, default=0, help="how long the step before may still take (default: 0)")
-    one.add_argument("--keep", action="store_true", help="go on with steps that were done with other flags, data or code")
-    one.add_argument("--flags", default="", help="more flags of the steps, as one quoted string")
+    advice = "--help lists commands and flags."
+    parser = CommandLine(advice, prog="python -m scripts.pod", description=__doc__, zh=CHINESE)
+    kinds = {"dest": "command", "required": True, "metavar": "run|wait|download"}
+    commands = parser.add_subparsers(parser_class=partial(CommandLine, advice), **kinds)
+    one = commands.add_parser("run", help=in_language("run steps of a recipe, in order", "按顺序运行配方的步骤"))
+    one.add_argument("--recipe", required=True, help="YAML with sections sft, reward, ppo",
+        zh="含 sft、reward、ppo 各节的 YAML")
+    one.add_argument("--step", nargs="+", required=True, choices=tuple(STEP_OF), help="steps, in this order",
+        zh="要运行的步骤，按此顺序")
+    one.add_argument("--wait-minutes", type=float, default=0, help="how long the step before may still take (default: 0)",
+        zh="前一步骤还可用多少分钟（缺省：0）")
+    one.add_argument("--keep", action="store_true", help="go on with steps that were done with other flags, data or code",
+        zh="沿用以别的参数、数据或代码完成的步骤")
+    one.add_argument("--flags", default="", help="more flags of the steps, as one quoted string",
+        zh="步骤的更多参数，写成一个带引号的字符串")
     one.add_argument("--patience", type=float, default=PATIENCE, help=argparse.SUPPRESS)
-    one = commands.add_parser("wait", help=f"wait until the folders have their {DONE}")
-    one.add_argument("--folder", nargs="+", required=True, help="output folders of steps")
-    one.add_argument("--minutes", type=float, default=0, help="wait at most this long (default: look once)")
-    one = commands.add_parser("download", help="fetch models and data sets of the hub")
-    one.add_argument("--model", nargs="+", default=[], help="hub ids")
-    one.add_argument("--dataset", nargs="+", default=[], help="named sets, hub ids, or ID:CONFIG")
+    one = commands.add_parser("wait", help=in_language(f"wait until the folders have their {DONE}", f"等到各文件夹中有 {DONE}"))
+    one.add_argument("--folder", nargs="+", required=True, help="output folders of steps", zh="步骤的输出文件夹")
+    one.add_argument("--minutes", type=float, default=0, help="wait at most this long (default: look once)",
+        zh="最多等待的分钟数（缺省：只看一次）")
+    one = commands.add_parser("download", help=in_language("fetch models and data sets of the hub", "下载 hub 上的模型和数据集"))
+    one.add_argument("--model", nargs="+", default=[], help="hub ids", zh="hub 上的名称")
+    one.add_argument("--dataset", nargs="+", default=[], help="named sets, hub ids, or ID:CONFIG",
+        zh="内置名称、hub 上的名称，或 ID:CONFIG")
     for one in commands.choices.values():
-        one.add_argument("--workdir", help="change to this folder first")
+        one.add_argument("--workdir", help="change to this folder first", zh="先进入该文件夹")
     return parser
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import CommandLine, UserError, refuse, told
+from errors import CommandLine, UserError, in_language, refuse, told
 from scripts.launch.checks import check_inputs, check_machine, check_several, step_arguments
 from scripts.launch.commands import Environment, build_command, build_environment
 from scripts.launch.options import Options, add_flags, find_recipe, options_of, plain_words, read_recipe
@@ -30,6 +30,17 @@ from steps import STEPS, Step
 from training.utils.run.environment import DONE, check_writable
 from training.utils.run.metrics import format_seconds
 
+CHINESE = """用配方在其平台所描述的机器上启动一个步骤；各启动脚本经 launch.sh 调用它。
+
+    python -m scripts.launch step1_sft configs/single_node/opt-1.3b.yaml [OUTPUT] [ZERO_STAGE] [参数] [--dry-run]
+    python -m scripts.launch step3_ppo dcu_z100l/chatglm-6b ACTOR CRITIC [ACTOR_ZERO] [CRITIC_ZERO] [OUTPUT] [参数]
+
+不属于启动器的参数传给步骤，并优先于配方。步骤的输出显示在终端，并写入 OUTPUT/training.log。退出码：步骤的退出码（输入有误为 2）；
+被信号终止为 128 + 信号；没有留下 sanbu_done.json 便结束为 1，因为 DeepSpeed 的启动器在子进程被杀时也以 0 结束。
+
+多个节点：从第一个节点经 ssh 启动（--hostfile，以及 pdsh 或 --launcher openmpi）；或在每个节点运行同一命令（--no_ssh 或
+--launcher torchrun，另给 --node_rank 和 --master_addr）；或在 Slurm 的作业中用 --launcher slurm。
+"""
 ROOMS = {step.room: step for step in STEPS}  # the word on the command line
 POSITIONALS = ("output_dir", "zero_stage")
 POSITIONALS_PPO = (
@@ -79,10 +90,13 @@ def build_parser() -> CommandLine:
         prog="scripts.launch",
         usage="python -m scripts.launch STEP RECIPE [positional …] [flags of launcher and step]",
         description=__doc__,
-        epilog="Flags of the step: python -m training.STEP.main --help",
+        zh=CHINESE,
+        epilog=in_language("Flags of the step:", "步骤的参数：") + " python -m training.STEP.main --help",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print command and environment, start nothing")
-    parser.add_argument("--node-rank", type=int, help="number of this node (NODE_RANK, SLURM_NODEID in the environment)")
+    parser.add_argument("--dry-run", action="store_true", help="print command and environment, start nothing",
+        zh="打印命令和环境变量，不启动")
+    parser.add_argument("--node-rank", type=int, help="number of this node (NODE_RANK, SLURM_NODEID in the environment)",
+        zh="本节点的编号（环境变量 NODE_RANK、SLURM_NODEID）")
     add_flags(parser)
     return parser
 

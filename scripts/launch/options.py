@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from errors import UserError, refuse
+from errors import CommandLine, UserError, refuse
 from scripts.launch.hostfile import is_this_machine, read_hostfile
 from scripts.launch.platforms import ROOT, MachineKind, did_you_mean, load_platforms, platform_named
 from training.utils.flags.recipe import load_recipe, recipe_file, recipes_of
@@ -25,9 +25,9 @@ DEFAULT_PORT = 29500  # several nodes must agree on one; a single node takes any
 NOUNS = {str: "text", int: "a whole number", bool: "true or false", dict: "a list of NAME: value"}
 
 
-def setting(help: str, variable: str = "") -> Any:
-    """Return a field of Options. help: of its flag. variable: of the environment, with the same meaning."""
-    return field(default=None, metadata={"help": help, "variable": variable})
+def setting(help: str, zh: str, variable: str = "") -> Any:
+    """Return a field of Options. help, zh: of its flag, in both languages. variable: of the environment, with that meaning."""
+    return field(default=None, metadata={"help": help, "zh": zh, "variable": variable})
 
 
 @dataclass
@@ -35,17 +35,28 @@ class Options:
     """Places and ways of starting processes: the keys of a recipe's launch section, and what follows from them."""
 
     platform: MachineKind
-    processes: int | None = setting("processes on each node", "NUM_GPUS")  # None: every device
-    num_nodes: int | None = setting("the first N hosts of the hostfile; torchrun: how many nodes there are")
-    hostfile: str | None = setting(f"lines HOST slots=N (several nodes: {DEFAULT_HOSTFILE})")
-    master_port: int | None = setting("port of the first node", "MASTER_PORT")
-    master_addr: str | None = setting("address of the first node", "MASTER_ADDR")
-    launcher: str | None = setting(f"{', '.join(LAUNCHERS)}; default: DeepSpeed's own, with pdsh for several nodes")
-    launcher_args: str | None = setting("more words for pdsh, mpirun or srun, as one quoted string")
-    no_ssh: bool | None = setting("the same command is started on every node")
-    ssh_port: int | None = setting("where sshd listens on the other nodes")
-    venv_script: str | None = setting("file to source on the other nodes first, as /opt/dtk/env.sh")
-    env: dict | None = field(default=None, metadata={"help": "", "variable": ""})
+    processes: int | None = setting("processes on each node", "每个节点的进程数", "NUM_GPUS")  # None: every device
+    num_nodes: int | None = setting(
+        "the first N hosts of the hostfile; torchrun: how many nodes there are", "hostfile 的前 N 台主机；torchrun：节点总数"
+    )
+    hostfile: str | None = setting(
+        f"lines HOST slots=N (several nodes: {DEFAULT_HOSTFILE})", f"若干行 HOST slots=N（多节点缺省：{DEFAULT_HOSTFILE}）"
+    )
+    master_port: int | None = setting("port of the first node", "第一个节点的端口", "MASTER_PORT")
+    master_addr: str | None = setting("address of the first node", "第一个节点的地址", "MASTER_ADDR")
+    launcher: str | None = setting(
+        f"{', '.join(LAUNCHERS)}; default: DeepSpeed's own, with pdsh for several nodes",
+        f"{'、'.join(LAUNCHERS)}；缺省：DeepSpeed 自己的启动器，多节点时用 pdsh",
+    )
+    launcher_args: str | None = setting(
+        "more words for pdsh, mpirun or srun, as one quoted string", "传给 pdsh、mpirun 或 srun 的更多参数，写成一个带引号的字符串"
+    )
+    no_ssh: bool | None = setting("the same command is started on every node", "每个节点都已启动同一命令")
+    ssh_port: int | None = setting("where sshd listens on the other nodes", "其他节点上 sshd 的端口")
+    venv_script: str | None = setting(
+        "file to source on the other nodes first, as /opt/dtk/env.sh", "其他节点先 source 的文件，例如 /opt/dtk/env.sh"
+    )
+    env: dict | None = field(default=None, metadata={"help": "", "zh": "", "variable": ""})
     node_rank: int | None = None
     hosts: dict[str, int] = field(default_factory=dict)  # what the hostfile says, empty where there is none
 
@@ -116,15 +127,17 @@ def flag_name(key: str) -> str:
     return "num_gpus" if key == "processes" else key
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: CommandLine) -> None:
     """Add the launchers' flags to a parser."""
-    parser.add_argument("--platform", help="another platform of configs/platforms.yaml than the recipe's")
+    other, zh = "another platform of configs/platforms.yaml than the recipe's", "configs/platforms.yaml 中的另一平台，代替配方的"
+    parser.add_argument("--platform", help=other, zh=zh)
     for key, words in SETTINGS.items():
         kind = {"action": "store_true"} if TYPES[key] is bool else {"type": TYPES[key]}
-        variable = f" ({words['variable']} in the environment)" if words["variable"] else ""
+        name = words["variable"]
+        variable, zh = (f" ({name} in the environment)", f"（环境变量 {name}）") if name else ("", "")
         if words["help"]:
             flag = f"--{flag_name(key).replace('_', '-')}"
-            parser.add_argument(flag, default=None, help=words["help"] + variable, **kind)
+            parser.add_argument(flag, default=None, help=words["help"] + variable, zh=words["zh"] + zh, **kind)
 
 
 def plain_words(argv: list[str], flags: Container[str], quoted: str) -> list[str]:

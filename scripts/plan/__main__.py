@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from errors import CommandLine, UserError, language_of_user, refuse, told
+from errors import CommandLine, UserError, refuse, told
 from scripts.plan.known import known_models
 from scripts.plan.report import report
 from steps import STEPS
@@ -51,9 +51,8 @@ WANTS = {
 
 def build_parser() -> CommandLine:
     """Return the parser of the plan's own flags."""
-    chinese = language_of_user() == "zh"
     usage = "python -m scripts.plan [MODEL] [flags] [flags of the step]"
-    words = {"prog": "python -m scripts.plan", "usage": usage, "description": CHINESE if chinese else __doc__}
+    words = {"prog": "python -m scripts.plan", "usage": usage, "description": __doc__, "zh": CHINESE}
     parser = CommandLine("--help lists the flags.", **words)
     add = parser.add_argument
     critic = "step 3: what critic and reward model start from (default: the same as MODEL)"

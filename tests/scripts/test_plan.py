@@ -85,6 +85,25 @@ def test_one_card_with_lora_shares_weights_before_it_moves_them(config, capsys):
     assert "bf16" not in assumed and "batch" not in assumed  # they were given
 
 
+@pytest.mark.parametrize("given", ["actor_lora_dim", "critic_lora_dim"])
+def test_step_3_with_one_adapter_is_told_of_the_other(config, capsys, given):
+    other = next(name for name in ("actor_lora_dim", "critic_lora_dim") if name != given)
+    flags = ["--step", "3", "--devices", "1", "--device-memory", "2", "--host-memory", "1", f"--{given}", "16"]
+    found = planned(capsys, "--config", str(config), *flags, code=1)
+    assert text(found).startswith(f"recommended    nothing fits: more cards, adapters (--{other} 16) or a smaller model\n")
+    assert all(row["flags"].startswith(f"--{other} 16 ") for row in found["instead"])
+
+
+def test_rows_differ_in_sight_and_keep_to_layerwise_weights_that_were_asked_for(config, capsys):
+    flags = ["--step", "3", "--devices", "4", "--device-memory", "48", "--generation_weights", "layerwise"]
+    found = planned(capsys, str(config), *flags, "--actor_zero_stage", "3", "--all")
+    every = [row["flags"] for row in found["settings"]]
+    assert len(set(every)) == len(every)
+    assert all(("zero_stage 3" in row) == ("layerwise" in row) for row in every)
+    rows = [line.rsplit("  ", 1)[1] for line in text(found).splitlines() if line.startswith(("fits ", "tight ", "no "))]
+    assert len(rows) == len(every) and len({row.split(";")[0] for row in rows}) == len(rows)
+
+
 def test_nothing_fits(config, capsys):
     """Then the row that misses by the least is shown, and the exit code is 1."""
     found = planned(capsys, "--config", str(config), "--devices", "1", "--device-memory", "1.5", code=1)

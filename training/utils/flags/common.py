@@ -68,6 +68,7 @@ class CommonArguments:
 
     section: ClassVar[str]  # of a recipe
     title: ClassVar[str]  # in messages
+    zh: ClassVar[str]  # the docstring in Chinese, for --help
     phase: ClassVar[int]  # which share of --data_split
 
     output_dir: str = flag(

@@ -14,6 +14,7 @@ class DPOArguments(SupervisedArguments):
 
     section: ClassVar[str] = "dpo"
     title: ClassVar[str] = "DPO"
+    zh: ClassVar[str] = "DPO：SFT 模型直接从样本对学习，代替第二步和第三步。"
     phase: ClassVar[int] = 2
 
     beta: float = flag(

@@ -42,7 +42,8 @@ def help_text(args_class: type, module: str, amount: Literal["common", "all"], l
     """Return the help of one command. module: the program's name, as after python -m."""
     words, hints, every = WORDS[language], get_type_hints(args_class), fields(args_class)
     required = [f"--{one.name} …" for one in every if one.default is MISSING and one.default_factory is MISSING]
-    lines = [f"{words['usage']}: python -m {module} {' '.join(required)} [{words['flags']}]", "", args_class.__doc__, ""]
+    title = args_class.zh if language == "zh" else args_class.__doc__
+    lines = [f"{words['usage']}: python -m {module} {' '.join(required)} [{words['flags']}]", "", title, ""]
     groups = grouped(every) if amount == "all" else grouped(every)[:2]
     for title, group in zip(GROUPS[language], groups, strict=False):
         lines += [f"{title}:", *(line for one in group for line in flag_lines(one, hints[one.name], language)), ""]

@@ -59,6 +59,7 @@ class PPOArguments(CommonArguments):
 
     section: ClassVar[str] = "ppo"
     title: ClassVar[str] = "step 3 (PPO)"
+    zh: ClassVar[str] = "第三步：PPO。"
     phase: ClassVar[int] = 3
 
     actor_model_name_or_path: str = flag(

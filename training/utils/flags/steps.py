@@ -33,6 +33,7 @@ class SFTArguments(SupervisedArguments):
 
     section: ClassVar[str] = "sft"
     title: ClassVar[str] = "step 1 (SFT)"
+    zh: ClassVar[str] = "第一步：监督微调。"
     phase: ClassVar[int] = 1
 
     sft_only_data_path: list[str] = flag(
@@ -70,6 +71,7 @@ class RewardArguments(SupervisedArguments):
 
     section: ClassVar[str] = "reward"
     title: ClassVar[str] = "step 2 (reward model)"
+    zh: ClassVar[str] = "第二步：奖励模型。"
     phase: ClassVar[int] = 2
 
     learning_rate: float = flag("Highest learning rate.", 1e-5, common=True, zh="最大学习率。")
@@ -85,6 +87,7 @@ class PromptEvalArguments:
 
     section: ClassVar[str] = "prompt_eval"
     title: ClassVar[str] = "prompt_eval"
+    zh: ClassVar[str] = "evaluate/side_by_side.py：两个模型的回答并列对照。"
 
     model_name_or_path_baseline: str = flag("The model before training.", common=True, zh="训练前的模型。")
     model_name_or_path_finetune: str = flag("The model after training.", common=True, zh="训练后的模型。")
@@ -135,6 +138,7 @@ class EvaluateArguments:
 
     section: ClassVar[str] = "evaluate"
     title: ClassVar[str] = "evaluate"
+    zh: ClassVar[str] = "scripts/evaluate：在数据集或 lm-eval 的任务上评估模型，可与训练前的并列。"
 
     model_name_or_path: str = flag("The trained model.", aliases=("path",), common=True, zh="训练所得的模型。")
     baseline: str | None = flag(
@@ -233,6 +237,7 @@ class RewardEvalArguments:
 
     section: ClassVar[str] = "rw_eval"
     title: ClassVar[str] = "rw_eval"
+    zh: ClassVar[str] = "evaluate/reward_scores.py：给好回答和坏回答打分。"
 
     model_name_or_path: str = flag("The reward model.", common=True, zh="奖励模型。")
     data_path: list[str] = flag(
