@@ -51,7 +51,7 @@ def build_parser() -> CommandLine:
         help="the model that the adapter was trained on, where adapter_config.json names another place",
         zh="适配器训练时的基座；adapter_config.json 所写的位置已变时使用",
     )
-    add("--format", choices=FORMATS, default=FORMATS[0], help="(%(default)s)", zh="（%(default)s）")
+    add("--format", choices=FORMATS, default=FORMATS[0], help="of the files (%(default)s)", zh="文件的格式（%(default)s）")
     add(
         "--dtype",
         choices=DTYPES,

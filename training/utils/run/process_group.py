@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -88,6 +88,7 @@ class Run:
             enabled=rank == 0,
             tensorboard=args.tensorboard_path if args.enable_tensorboard else None,
         )
+        quiet_libraries(Path(args.output_dir, "training.log") if rank == 0 else None)
         attention = attention_implementation(args.attn_implementation, platform)
         process = (rank, local_rank, world_size)
         run = cls(args, platform, device, dtype, attention, *process, metrics, nodes, started=started, lock=lock)
@@ -234,13 +235,30 @@ def seed_everything(seed: int) -> None:
     seed_device(seed)
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries to warnings: a run's own lines must not drown."""
+def quiet_libraries(log: Path | None = None) -> None:
+    """Keep the libraries off the terminal, but for errors: a run's own lines must not drown. What they warn of goes to the log,
+    if there is one; the file is made with the first line.
+    """
     import transformers
 
     for room in ("torch.distributed", "transformers", "peft"):  # DeepSpeed calls older names, and we those of older transformers
-        warnings.filterwarnings("ignore", category=FutureWarning, module=room)
+        warnings.filterwarnings("default" if log else "ignore", category=FutureWarning, module=room)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in ("DeepSpeed", "deepspeed", "peft", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.ERROR)
+    file = logging.FileHandler(log, encoding="utf-8", delay=True) if log else logging.NullHandler()
+    for name in ("transformers", "DeepSpeed", "deepspeed", "peft", "datasets"):
+        library = logging.getLogger(name)
+        library.handlers, library.propagate = [terminal, file], False
+        library.setLevel(logging.WARNING if log else logging.ERROR)
+    if log:
+        show_others = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+            if issubclass(category, FutureWarning):
+                logging.getLogger("transformers").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
+            else:
+                show_others(message, category, filename, lineno, *more)
+
+        warnings.showwarning = show

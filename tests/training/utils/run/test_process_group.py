@@ -30,6 +30,34 @@ def test_a_run_of_one_process_needs_no_port():
         assert done.stdout.splitlines()[-1:] == ["(0, 0, 1)"], done.stderr[-2000:]
 
 
+WARN = """
+import logging, sys, warnings
+from pathlib import Path
+from training.utils.run.process_group import quiet_libraries
+
+quiet_libraries()
+quiet_libraries(Path(sys.argv[1]))
+assert not Path(sys.argv[1]).exists()
+for kind in (FutureWarning, UserWarning):
+    warnings.warn_explicit(f"a {kind.__name__} of theirs", kind, "transformers/model.py", 7, module="transformers.model")
+for name in ("transformers.model", "DeepSpeed", "peft.tuners", "datasets"):
+    logging.getLogger(name).warning("a line of %s", name)
+    logging.getLogger(name).error("an error of %s", name)
+"""
+
+
+def test_what_libraries_warn_of_goes_to_the_log_alone(tmp_path):
+    command = [sys.executable, "-c", WARN, str(tmp_path / "training.log")]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    log = (tmp_path / "training.log").read_text()
+    assert "transformers/model.py:7: FutureWarning: a FutureWarning of theirs" in log and "UserWarning" not in log
+    assert "FutureWarning" not in done.stderr and "a UserWarning of theirs" in done.stderr
+    for name in ("transformers.model", "DeepSpeed", "peft.tuners", "datasets"):
+        assert f"a line of {name}" in log and f"a line of {name}" not in done.stderr
+        assert f"an error of {name}" in log and f"an error of {name}" in done.stderr
+
+
 @pytest.mark.parametrize("said", ["abc", "0", "-5", "1.5", ""])
 def test_a_waiting_time_that_is_none_is_told(monkeypatch, said):
     monkeypatch.setenv("SANBU_TIMEOUT_MINUTES", said)
