@@ -2,6 +2,7 @@
 
     python chat.py --path output/step3-models/1.3b
     python chat.py --path output/actor-models/1.3b --prompt "What is the capital of France?" --greedy
+    python chat.py --path output/step3-models/1.3b --compare output/actor-models/1.3b --web      a page; side by side, with votes
 
 /help lists the commands of the dialogue. Ctrl-C stops an answer. Questions may come from a pipe, one a line.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 from errors import CommandLine, UserError, nearest, refuse, told
 from inference.command_line import read
+from inference.page_flags import add_page_flags, check_page
 
 BARE = {"quit": "/quit", "exit": "/quit", "stop": "/quit", "clear": "/clear"}  # commands that need no slash
 RIGHT: dict[str, Callable[[Any], bool]] = {
@@ -349,6 +351,7 @@ CHINESE = """在终端与训练所得的模型对话，使用训练时的模板�
 
     python chat.py --path output/step3-models/1.3b
     python chat.py --path output/actor-models/1.3b --prompt "What is the capital of France?" --greedy
+    python chat.py --path output/step3-models/1.3b --compare output/actor-models/1.3b --web      网页；并排对比，可投票
 
 /help 列出对话中的命令。Ctrl-C 停止当前回答。问题也可由管道逐行输入。
 """
@@ -365,6 +368,7 @@ def build_parser() -> CommandLine:
     add_sampling_flags(parser)
     add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)",
         zh="auto、fp32、fp16 或 bf16（%(default)s）")
+    add_page_flags(parser)
     return parser
 
 
@@ -399,12 +403,16 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line. UserError for whatever is wrong with it."""
-    args = read(build_parser(), argv)
-    if not args.path:
-        raise UserError("chat.py needs --path: the folder of an SFT model or actor, or the output folder of step 3.")
+    parser = build_parser()
+    args = read(parser, argv)
+    refuse(
+        not (args.path or args.server),
+        "chat.py needs --path: the folder of an SFT model or actor, or the output folder of step 3.",
+    )
     args.sampling = sampling_of(args)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty; write a question, or leave the flag out for a dialogue.")
+    check_page(args, parser)
     return args
 
 
@@ -413,6 +421,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for wrong input."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        if args.web or args.server:
+            return open_page(args)
         folder = chat_folder(args.path)  # before torch is imported, which takes seconds
         if sys.stderr.isatty():
             print(f"loading {folder} …", file=sys.stderr, flush=True)
@@ -425,6 +435,16 @@ def main(argv: list[str] | None = None) -> int:
             converse(bot)
     except KeyboardInterrupt:
         print()
+    return 0
+
+
+def open_page(args: argparse.Namespace) -> int:
+    """Serve the web page until a signal ends it. UserError if its packages are missing."""
+    try:
+        from inference import web
+    except ModuleNotFoundError as error:
+        raise UserError(f"the web page needs {error.name}; install its packages: pip install -r requirements-serve.txt.") from error
+    web.serve(args)
     return 0
 
 
