@@ -1,7 +1,7 @@
 """A web page to talk to models of a server, side by side, and to vote: python chat.py --path DIR --web, or --server URL.
 
 The page holds no model. It asks a server over HTTP: one in this process, or those at the URLs of --server. A vote becomes a
-line of a JSONL file that step 2 reads; one that prefers no answer has neither chosen nor rejected, and step 2 leaves it out.
+line of a JSONL file that step 2 reads; one that prefers neither answer is there, too, and step 2 counts and leaves it out.
 """
 
 from __future__ import annotations
@@ -163,13 +163,12 @@ class Talk:
         return [*self.history, *self.asked[-1:], *({"role": "assistant", "content": text} for text in texts)]
 
     def record(self, vote: str) -> dict[str, Any]:
-        """Return a vote as a record for step 2; chosen and rejected are null for a tie and for two bad answers."""
+        """Return a vote as a record for step 2; a tie and two bad answers have an empty chosen and rejected, and "answers"."""
         left, right = self.answers
-        chosen, rejected = {"left": (left, right), "right": (right, left)}.get(vote, (None, None))
-        return {
-            "prompt": self.asked, "chosen": chosen, "rejected": rejected, "vote": vote,
-            "models": self.names, "answers": self.answers, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }  # fmt: skip
+        chosen, rejected = {"left": (left, right), "right": (right, left)}.get(vote, ("", ""))
+        record = {"prompt": self.asked, "chosen": chosen, "rejected": rejected, "vote": vote, "models": self.names}
+        answers = {} if chosen else {"answers": self.answers}
+        return record | answers | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
 async def answered(

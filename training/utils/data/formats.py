@@ -53,7 +53,7 @@ ANSWER_LIKE = {"answer", "answers", "output", "target", "reply", "label", "text"
 NO_CONTENT = {"id", "idx", "index", "uid", "uuid", "source", "src", "dataset", "data_source", "lang", "language"}
 NO_CONTENT |= {"category", "task", "task_type", "type", "kind", "tag", "tags", "topic", "domain", "license", "origin"}
 NO_CONTENT |= {"model", "models", "split", "url", "link", "time", "timestamp", "created_at", "version", "name"}
-NO_CONTENT |= {"author", "date"}
+NO_CONTENT |= {"author", "date", "vote"}
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 LARGEST_MARGIN = 3e38  # of float32, as margins are kept
@@ -454,6 +454,12 @@ def check_media(row: Fields) -> None:
     for name in MEDIA:
         if row.get(name):
             raise Skip(f'something that is no text (field "{name}")')
+
+
+def check_vote(row: Fields) -> None:
+    """Raise Skip for a vote of the web page (inference/web.py) that prefers neither answer."""
+    if row.get("vote") in ("tie", "bad"):
+        raise Skip("a vote for neither answer")
 
 
 def unread_fields(row: Fields, form: Format) -> dict[str, bool]:

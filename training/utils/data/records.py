@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Value
 
 from errors import UserError
 from training.utils.data.cache import CachedData, arrow_writer, cached
-from training.utils.data.formats import Format, Record, check_media, judgement, unread_fields
+from training.utils.data.formats import Format, Record, check_media, check_vote, judgement, unread_fields
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.rows import MISSING, Columns, Reading, refuse_unused, renamed, row_format
 from training.utils.data.sources import Source, Table, open_source
@@ -129,6 +129,7 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
         check_needed(form, row, raw, mapping, location)
         try:
             check_media(raw)
+            check_vote(raw)
             results = form.convert(row)
         except Skip as reason:
             reading.leave_out(str(reason), reason.answers, location)
