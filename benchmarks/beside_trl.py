@@ -70,7 +70,9 @@ def sft(target: float, block: int, data: str, unit: str, batch: int, length: int
 
 
 PAIRS = {"per_device_train_batch_size": 8, "max_seq_len": 512, "eval_iters": 1}
-TRL_PAIRS = {"length-grouped": {"per_device_train_batch_size": 8, "max_length": 512} | GROUPED}
+# transformers removes the column of lengths before it looks for it, unless all unused columns stay.
+GROUPED_PAIRS = GROUPED | {"remove_unused_columns": False}
+TRL_PAIRS = {"length-grouped": {"per_device_train_batch_size": 8, "max_length": 512} | GROUPED_PAIRS}
 PPO = {
     "per_device_generation_batch_size": PPO_ROWS,
     "per_device_training_batch_size": PPO_ROWS,

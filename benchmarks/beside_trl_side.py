@@ -51,7 +51,7 @@ def train_ours(settings: dict[str, Any]) -> None:
 
         def timed_update(self, experience, *given):
             metrics = update(self, experience, *given)
-            clock.tick(tokens=float(experience.attention_mask.sum()), answers=float(experience.answer_lengths.float().mean()))
+            clock.tick(tokens=float(experience.attention_mask.sum()), answers=float(experience.action_mask.float().sum(1).mean()))
             return metrics
 
         step.DeepSpeedPPOTrainer.train_rlhf = timed_update
