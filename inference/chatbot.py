@@ -347,6 +347,7 @@ def converse(bot: Chatbot) -> None:
             print("\n(stopped)" if answering else "\n(Ctrl-D, /quit or a second Ctrl-C ends)", flush=True)
 
 
+DTYPES = ("auto", "fp32", "fp16", "bf16")
 CHINESE = """在终端与训练所得的模型对话，使用训练时的模板和停止符。
 
     python chat.py --path output/step3-models/1.3b
@@ -366,8 +367,8 @@ def build_parser() -> CommandLine:
     add("--prompt", help="ask this one question, print the answer, end", zh="只问这一个问题，打印回答后结束")
     add("--system", help="a system message at the start of the dialogue", zh="对话开头的系统消息")
     add_sampling_flags(parser)
-    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)",
-        zh="auto、fp32、fp16 或 bf16（%(default)s）")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights (%(default)s)",
+        zh="权重的数值类型（%(default)s）")
     add_page_flags(parser)
     return parser
 

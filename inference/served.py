@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, refuse
-from inference.chatbot import Sampling, load_chatbot
+from inference.chatbot import Sampling, chat_folder, load_chatbot
 from models.checkpoint_folder import find_folder, open_checkpoint
 from models.weight_files import PEFT_FILES, read_json
 
@@ -59,13 +59,22 @@ def gives_scores(path: str) -> bool:
     return (folder / "config.json").is_file() and open_checkpoint(folder).gives_scores
 
 
+def check_served(path: str, name: str | None, adapters: dict[str, str]) -> None:
+    """Raise UserError for a model or adapters that cannot be served, before torch is imported, which takes seconds."""
+    for one, folder in adapters.items():
+        check_adapter(one, folder, name or default_name(path))
+    scores = gives_scores(path)
+    refuse(scores and adapters, f"--adapter: --path {path} is a reward model, over which no adapters are served; drop the flag.")
+    checkpoint = open_checkpoint(path if scores else chat_folder(path))
+    checkpoint.check_vocabulary()
+    checkpoint.weights  # noqa: B018  (reads the headers of the files, and raises for what is missing or cut)
+
+
 def open_model(path: str, name: str | None = None, adapters: dict[str, str] | None = None, dtype: str = "auto") -> ServedModel:
     """Load the model of a folder, or hub id, with adapters (name -> folder) over it. UserError for what is wrong with them."""
     name, adapters = name or default_name(path), adapters or {}
-    for one, folder in adapters.items():
-        check_adapter(one, folder, name)
+    check_served(path, name, adapters)
     if gives_scores(path):
-        refuse(adapters, f"--adapter: --path {path} is a reward model, over which no adapters are served; drop the flag.")
         return open_reward_model(path, name, dtype)
     bot = load_chatbot(path, Sampling(), dtype=dtype)
     model, length = bot.model, bot.longest()

@@ -16,8 +16,9 @@ import sys
 from typing import Any
 
 from errors import CommandLine, UserError, refuse, told
-from inference.chatbot import chat_folder, quiet
+from inference.chatbot import DTYPES, quiet
 from inference.command_line import read
+from inference.served import check_served
 
 CHINESE = """以 OpenAI 的协议经 HTTP 提供模型服务：chat completions、completions、models，以及奖励模型的打分。
 
@@ -58,8 +59,8 @@ def build_parser() -> CommandLine:
         zh="一个请求的时限，含排队，秒（%(default)s）")
     add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)",
         zh="一个请求的 MiB 数，超过则返回 413（%(default)s）")
-    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)",
-        zh="auto、fp32、fp16 或 bf16（%(default)s）")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights (%(default)s)",
+        zh="权重的数值类型（%(default)s）")
     add("--log_text", action="store_true", help="write prompts and answers into the log, too",
         zh="把提示和回答也写入日志")
     add("--config", metavar="FILE", help="a YAML file with these flags by name; the command line goes before it",
@@ -87,6 +88,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Serve until a signal ends it; returns the exit code: 0, or 2 for wrong input."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    check_served(args.path, args.name, args.adapter)
     try:
         from inference.server import limits, start
     except ModuleNotFoundError as error:
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace, keys: list[bytes], bound: Any) -> int:
     """Load the model and serve at a bound socket."""
-    from inference.served import gives_scores, open_model
+    from inference.served import open_model
     from inference.server.app import build_app
     from inference.server.service import Limits, Service
     from inference.server.start import server_of, url_of
@@ -109,8 +111,6 @@ def serve(args: argparse.Namespace, keys: list[bytes], bound: Any) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("sanbu").setLevel(logging.INFO)
     logger = logging.getLogger("sanbu")
-    if not gives_scores(args.path):
-        chat_folder(args.path)  # before torch is imported, which takes seconds
     quiet()
     served = open_model(args.path, args.name, args.adapter, args.dtype)
     limits = Limits(

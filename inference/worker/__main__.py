@@ -21,8 +21,9 @@ import uuid
 from typing import Any
 
 from errors import CommandLine, UserError, refuse, told
-from inference.chatbot import add_sampling_flags, chat_folder, quiet, sampling_of
+from inference.chatbot import DTYPES, add_sampling_flags, quiet, sampling_of
 from inference.command_line import read
+from inference.served import check_served
 
 CHINESE = """回答数据库表中的问题；可有任意多个 worker 共用一张表。
 
@@ -85,8 +86,8 @@ def add_worker_flags(parser: CommandLine) -> None:
     add("--poll", type=float, default=0.5, help="seconds between looks at the table (%(default)s)",
         zh="查看表的间隔秒数（%(default)s）")
     add_sampling_flags(parser)
-    add("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (%(default)s)",
-        zh="auto、fp32、fp16 或 bf16（%(default)s）")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights (%(default)s)",
+        zh="权重的数值类型（%(default)s）")
     add("--http", action="store_true", help="take questions of a front end over HTTP", zh="经 HTTP 接收前端的问题")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs a key (%(default)s)",
         zh="监听的地址；0.0.0.0 为全部地址，此时需要密钥（%(default)s）")
@@ -135,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     command, args = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("sanbu").setLevel(logging.INFO)
+    if command is None and args.path:
+        check_served(args.path, None, {})
     try:
         from inference.worker import table
     except ModuleNotFoundError as error:
@@ -216,7 +219,6 @@ def work(engine: Any, args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace) -> Any:
     """Load the model that answers. UserError for a folder of none."""
-    chat_folder(args.path)  # before torch is imported, which takes seconds
     quiet()
     from inference.served import open_model
     from inference.worker.model import ModelAnswers

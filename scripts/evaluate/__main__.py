@@ -44,7 +44,6 @@ from training.evaluate.text_metrics import METRICS as TEXT_METRICS
 from training.evaluate.text_metrics import check_libraries, score
 from training.utils.data.tokenize import Counts, Limits, fit
 from training.utils.loss import outcomes
-from training.utils.run.environment import check_writable
 from training.utils.run.metrics import format_seconds
 from training.utils.run.process_group import join_process_group, quiet_libraries
 
@@ -59,7 +58,6 @@ def main(args: EvaluateArguments) -> None:
     platform = detect_platform()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     rank, local_rank, processes = join_process_group(platform) if several else (0, 0, 1)
-    check_writable(Path(args.output_dir))
     paths = {"before": args.baseline, "after": args.model_name_or_path}
     checkpoints = {name: open_checkpoint(path) for name, path in paths.items() if path}  # all, before one is loaded
     judge = check_reward_model(args.reward_model, "--reward_model") if args.reward_model else None

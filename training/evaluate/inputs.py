@@ -2,12 +2,14 @@
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from errors import UserError, refuse
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from training.utils.data.paths import check_sources
 from training.utils.flags.steps import EvaluateArguments, RewardEvalArguments
+from training.utils.run.environment import check_writable
 
 
 def check_inputs(args: Any) -> None:
@@ -29,6 +31,7 @@ def check_inputs(args: Any) -> None:
             "--reward_model scores answers to the records of --data_path; name one.",
         )
         check_harness(args.lm_eval)
+        check_writable(Path(args.output_dir))
 
 
 def check_harness(tasks: list[str]) -> None:

@@ -6,6 +6,7 @@ left to do and says why in one line, or asks for what this version cannot do and
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,31 @@ REPLACED = {
     # Where both are given, --do_predict answered the prompts of --test_file: the later row wins.
     "validation_file": ("evaluate", "--data_path {value}"),
     "test_file": ("evaluate", "--data_path {value}"),
+}
+
+# Names in transformers, TRL and LLaMA-Factory -> ours, the first that a step has. The error names it: values may differ.
+FOREIGN = {
+    "max_train_steps": "max_steps",
+    "num_epochs epochs": "num_train_epochs",
+    "micro_batch_size train_batch_size": "per_device_train_batch_size",
+    "max_length max_seq_length model_max_length cutoff_len block_size": "max_seq_len max_prompt_seq_len",
+    "max_prompt_length": "max_prompt_seq_len max_source_length max_seq_len",
+    "max_completion_length response_length max_new_tokens": "max_answer_seq_len max_target_length",
+    "warmup_ratio warmup_steps": "num_warmup_steps",
+    "eval_steps": "eval_interval",
+    "fp16 bf16 torch_dtype": "dtype",
+    "load_in_4bit load_in_8bit quantization_method": "quantization_bit",
+    "use_peft finetuning_type lora_r lora_rank": "lora_dim actor_lora_dim",
+    "lora_target lora_target_modules target_modules": "lora_module_name actor_lora_module_name",
+    "dataset dataset_name train_file": "data_path",
+    "model_path": "model_name_or_path actor_model_name_or_path",
+    "reward_model_path": "critic_model_name_or_path",
+    "ref_model": "ref_model_name_or_path",
+    "num_generations": "num_return_sequences",
+    "init_kl_coef": "kl_coef",
+    "pref_beta": "beta",
+    "report_to": "enable_tensorboard",
+    "resume_from_checkpoint": "resume",
 }
 
 RETIRED = (
@@ -239,3 +265,9 @@ NOT_YET = (
 def former_flags(section: str) -> dict[str, FormerFlag]:
     """Return the rows that the parser of a step knows, by name."""
     return {name: row for row in (*RETIRED, *NOT_YET) if section in row.steps for name in row.names}
+
+
+def our_name(name: str, known: Collection[str]) -> str | None:
+    """Return the flag of ours, among those that a step has, for a flag of another system."""
+    ours = next((ours for names, ours in FOREIGN.items() if name in names.split()), "")
+    return next((one for one in ours.split() if one in known), None)

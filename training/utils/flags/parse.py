@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 from errors import UserError, language_of_user, nearest, refuse
 from steps import STEPS as ALL_STEPS
 from training.utils.flags.checks import validate
-from training.utils.flags.former import former_flags
+from training.utils.flags.former import former_flags, our_name
 from training.utils.flags.help import help_text, wanted_help
 from training.utils.flags.no_effect import say_no_effect
 from training.utils.flags.recipe import SECTIONS, load_recipe
@@ -147,7 +147,10 @@ def unknown_flag(token: str, parser: FlagParser) -> str:
     name = token.lstrip("-").split("=")[0].replace("-", "_")
     if name in LAUNCHER_FLAGS:
         return f"--{name} belongs to the launcher: deepspeed --{name} … --module {MODULES[parser.args_class]} …"
-    near = nearest(name, parser.names)
+    ours = parser.names - parser.former.keys()
+    if instead := our_name(name, ours):
+        return f"--{name} is not a flag of {title}; here it is --{instead}, of which --help all says what it takes."
+    near = nearest(name, ours, 0.8)  # at 0.7 --lora_target gave --kl_target, --template gave --temperature
     elsewhere = [step.title for step in STEPS if name in flag_names(step)]
     if elsewhere and not near:
         return f"--{name} is a flag of {' and '.join(elsewhere)}, not of {title}."

@@ -7,7 +7,7 @@ import pytest
 
 from errors import UserError
 from training.utils.flags.common import Range
-from training.utils.flags.former import NOT_YET, RETIRED
+from training.utils.flags.former import FOREIGN, NOT_YET, RETIRED, former_flags
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import STEPS, EvaluateArguments, PromptEvalArguments, RewardEvalArguments
 
@@ -25,6 +25,15 @@ def test_every_flag_has_a_chinese_meaning(args_class):
 @pytest.mark.parametrize("row", (*RETIRED, *NOT_YET), ids=lambda row: row.names[0])
 def test_every_former_flag_has_a_chinese_sentence_or_is_replaced_by_a_flag(row):
     assert re.search(r"[\u4e00-\u9fff]", row.zh) or re.fullmatch(r"--\w+( \S+)?", row.now)
+
+
+@pytest.mark.parametrize("names", FOREIGN)
+def test_a_flag_of_another_system_has_a_name_here_and_is_no_flag_of_every_step(names):
+    flags = [{one.name for one in fields(args_class)} for args_class in STEPS]
+    assert all(any(ours in known for known in flags) for ours in FOREIGN[names].split())
+    for name in names.split():
+        taken = [name in known or name in former_flags(one.section) for one, known in zip(STEPS, flags, strict=True)]
+        assert not all(taken)
 
 
 @pytest.mark.parametrize("args_class", STEPS)
