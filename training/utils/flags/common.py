@@ -62,6 +62,10 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
+RATE = "Highest learning rate of whole weights and of a prefix; adapters have --lora_learning_rate."
+RATE_ZH = "全部权重或前缀的最大学习率；适配器用 --lora_learning_rate。"
+
+
 @dataclass(kw_only=True)
 class CommonArguments:
     """Flags that all three steps share."""
@@ -294,7 +298,7 @@ class SupervisedArguments(CommonArguments):
         "Evaluate on at most this many micro-batches of each process; 0 = on all.", 0, resume="free",
         zh="每个进程最多评估这么多个微批；0 = 全部。",
     )
-    learning_rate: float = flag("Highest learning rate.", common=True, zh="最大学习率。")
+    learning_rate: float = flag(RATE, common=True, zh=RATE_ZH)
     weight_decay: float = flag(
         "Weight decay of matrices; biases and norms have none.", 0.0,
         zh="矩阵的权重衰减；偏置和归一化层不衰减。",

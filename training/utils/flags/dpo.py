@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from training.utils.flags.common import ABOVE_ZERO, Range, SupervisedArguments, flag
+from training.utils.flags.common import ABOVE_ZERO, RATE, RATE_ZH, Range, SupervisedArguments, flag
 
 
 @dataclass(kw_only=True)
@@ -35,5 +35,5 @@ class DPOArguments(SupervisedArguments):
         zh="冻结的参考模型。缺省：训练的起始模型；使用 LoRA 时即去掉适配器的模型，内存中没有第二份。",
     )
     offload_reference_model: bool = flag("Keep the reference in host memory.", False, zh="把参考模型放在主机内存。")
-    learning_rate: float = flag("Highest learning rate.", 1e-6, common=True, zh="最大学习率。")
+    learning_rate: float = flag(RATE, 1e-6, common=True, zh=RATE_ZH)
     lora_learning_rate: float = flag("Highest learning rate of the adapters.", 1e-5, zh="适配器的最大学习率。")

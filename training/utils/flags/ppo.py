@@ -274,8 +274,9 @@ class PPOArguments(CommonArguments):
 
     # optimizer; warm-up, logging and the rest count in this step's own units
     role_learning_rate: float = both(
-        "Highest learning rate of the {role}.", 1e-6, critic={"default": 5e-6}, common=True,
-        zh="{role} 的最大学习率。",
+        "Highest learning rate of the {role}; its adapters have --{role}_lora_learning_rate.", 1e-6,
+        critic={"default": 5e-6}, common=True,
+        zh="{role} 的最大学习率；其适配器用 --{role}_lora_learning_rate。",
     )
     role_weight_decay: float = both("Weight decay of the {role}'s matrices.", 0.0, zh="{role} 各矩阵的权重衰减。")
     num_warmup_steps: int = flag(

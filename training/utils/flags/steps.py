@@ -15,6 +15,8 @@ from typing import ClassVar, Literal
 from training.utils.flags.common import (
     ABOVE_ZERO,
     ONE_OR_MORE,
+    RATE,
+    RATE_ZH,
     SHARE,
     Attention,
     CommonArguments,
@@ -56,7 +58,7 @@ class SFTArguments(SupervisedArguments):
         "Learn the tokens of the answer, end token included, or those of the prompt too.", "answer",
         zh="只学习回答的 token（含结束符），或连同提示一起学习。",
     )
-    learning_rate: float = flag("Highest learning rate.", 2e-5, common=True, zh="最大学习率。")
+    learning_rate: float = flag(RATE, 2e-5, common=True, zh=RATE_ZH)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +76,11 @@ class RewardArguments(SupervisedArguments):
     zh: ClassVar[str] = "第二步：奖励模型。"
     phase: ClassVar[int] = 2
 
-    learning_rate: float = flag("Highest learning rate.", 1e-5, common=True, zh="最大学习率。")
+    learning_rate: float = flag(
+        "Highest learning rate of whole weights, of a prefix, and always of the score head; adapters have --lora_learning_rate.",
+        1e-5, common=True,
+        zh="全部权重或前缀以及打分头的最大学习率；适配器用 --lora_learning_rate。",
+    )
     center_rewards_coefficient: float = flag(
         "Weight of (chosen + rejected)^2 in the loss, which keeps scores around zero.", 0.0,
         zh="损失中 (chosen + rejected)^2 的权重，使分数保持在零附近。",

@@ -9,7 +9,15 @@ from errors import UserError
 from training.utils.flags.common import Range
 from training.utils.flags.former import FOREIGN, NOT_YET, RETIRED, former_flags
 from training.utils.flags.parse import parse
-from training.utils.flags.steps import STEPS, EvaluateArguments, PromptEvalArguments, RewardEvalArguments
+from training.utils.flags.steps import (
+    STEPS,
+    DPOArguments,
+    EvaluateArguments,
+    PPOArguments,
+    PromptEvalArguments,
+    RewardEvalArguments,
+    SFTArguments,
+)
 
 pytestmark = pytest.mark.fast
 CLASSES = (*STEPS, PromptEvalArguments, EvaluateArguments, RewardEvalArguments)
@@ -34,6 +42,22 @@ def test_a_flag_of_another_system_has_a_name_here_and_is_no_flag_of_every_step(n
     for name in names.split():
         taken = [name in known or name in former_flags(one.section) for one, known in zip(STEPS, flags, strict=True)]
         assert not all(taken)
+
+
+@pytest.mark.parametrize(
+    ("args_class", "flag", "told"),
+    [
+        (SFTArguments, "--max_train_steps", "step 1 (SFT); here it is --max_steps, of which --help all says what it takes."),
+        (PPOArguments, "--lora-target", "step 3 (PPO); here it is --actor_lora_module_name, of"),
+        (DPOArguments, "--fp16", "DPO; here it is --dtype, of"),
+        (SFTArguments, "--report_to", "step 1 (SFT); here it is --enable_tensorboard, of"),
+        (SFTArguments, "--init_kl_coef", "step 1 (SFT); --help all lists all flags."),
+        (PPOArguments, "--template", "step 3 (PPO); --help all lists all flags."),
+    ],
+)
+def test_a_flag_of_another_system_is_told_by_its_name_here_or_by_none(args_class, flag, told):
+    with pytest.raises(UserError, match=re.escape(f"--{flag[2:].replace('-', '_')} is not a flag of {told}")):
+        parse(args_class, [flag, "1"])
 
 
 @pytest.mark.parametrize("args_class", STEPS)
