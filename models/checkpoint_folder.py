@@ -267,17 +267,21 @@ def check_context_length(path: str | Path | CheckpointFolder, length: int, flag:
     """
     checkpoint = open_checkpoint(path)
     content = open_checkpoint(checkpoint.weights).content
+    if FAMILIES[content["model_type"]].positions:
+        saved = prefix.get("ptuning_checkpoint") or checkpoint.weights != checkpoint.folder
+        taken = checkpoint.prefix(**prefix).length if saved else prefix.get("pre_seq_len", 0)
+        check_positions(content, checkpoint.path, length, flag, taken)
+
+
+def check_positions(content: dict[str, Any], path: str, length: int, flag: str, taken: int = 0) -> None:
+    """Raise UserError if the content of a config.json has a table of positions for fewer tokens. taken: places of a prefix."""
     table = FAMILIES[content["model_type"]].positions
-    if table is None:
-        return
-    limit = content.get(*table)
-    saved = prefix.get("ptuning_checkpoint") or checkpoint.weights != checkpoint.folder
-    taken = checkpoint.prefix(**prefix).length if saved else prefix.get("pre_seq_len", 0)
-    if length + taken > limit:
+    limit = content.get(*table) if table else None
+    if limit is not None and length + taken > limit:
         behind = f" behind a prefix of {taken}" if taken else ""
         raise UserError(
-            f"{flag} {length}{behind} is more than the {limit} positions of the {content['model_type']} model "
-            f"{checkpoint.path}; lower it to {limit - taken}."
+            f"{flag} {length}{behind} is more than the {limit} positions of the {content['model_type']} model {path}; lower it "
+            f"to {limit - taken}."
         )
 
 

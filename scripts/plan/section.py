@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from errors import UserError
+from models.checkpoint_folder import check_positions
 from scripts.launch.platforms import MachineKind
 from scripts.plan.known import UnknownModel, config_of, find_config
 from steps import SECTIONS, step_of
 from training.utils.flags.parse import parse
 from training.utils.flags.recipe import Recipe
 from training.utils.memory.arithmetic import GIB, Machine
+from training.utils.run.inputs import longest_text
 
 if TYPE_CHECKING:
     from training.utils.memory.fit import SectionPlan
@@ -43,8 +45,8 @@ def plan_section(
 def plan_arguments(args: Any, recipe: Recipe | None, machine: Machine, dtype: str, attention: str) -> SectionPlan:
     """Return the plan of a step's arguments; recipe: the file that they come from, if any."""
     models = {role: recipe.model_of(str(model)) if recipe else model for role, model in args.models.items()}
-    for model in models.values():
-        find_config(model)  # refuses a wrong name before torch is imported
+    for model in models.values():  # a wrong name or length is told before torch is imported
+        check_positions(find_config(model), str(model), *longest_text(args))
     from training.utils.memory.fit import section_plan
 
     configs = {role: config_of(model) for role, model in models.items()}

@@ -423,7 +423,7 @@ def test_flags_from_a_file_and_the_command_line(tmp_path):
         ("--config {keys}", "holds no flags"),
         ("--config {misspelt}", "there is no flag prot; did you mean port?"),
         ("--config {folder}/none.yaml", "No such file"),
-        ("--path {folder} --dtype fp64 --port 0", "--dtype fp64"),
+        ("--path {folder} --dtype fp64 --port 0", "--dtype: invalid choice: 'fp64'"),
     ],
 )
 def test_wrong_flags_end_it_with_a_sentence(folder, url, tmp_path, capsys, monkeypatch, flags, sentence):

@@ -69,14 +69,17 @@ def check_models(args: Any, made: Mapping[Path, str] = MappingProxyType({}), ask
 
 def check_names_and_length(args: Any, role: str, checkpoint: CheckpointFolder) -> None:
     """Raise UserError if texts can be longer than a model's table of positions, or adapters go to layers that it has not."""
-    prefix, length, flag = role_prefix(role), getattr(args, "max_seq_len", None), "--max_seq_len"
-    if args.section == "ppo":
-        length = args.max_prompt_seq_len + args.max_answer_seq_len
-        flag = "--max_prompt_seq_len + --max_answer_seq_len ="
-    own = role != "reference"
-    check_context_length(checkpoint, length, flag, **(args.prefix_options(prefix.rstrip("_")) if own else {}))
+    prefix, own = role_prefix(role), role != "reference"
+    check_context_length(checkpoint, *longest_text(args), **(args.prefix_options(prefix.rstrip("_")) if own else {}))
     if own and getattr(args, f"{prefix}lora_dim"):
         check_stored_names(checkpoint, getattr(args, f"{prefix}lora_module_name"), f"--{prefix}lora_module_name")
+
+
+def longest_text(args: Any) -> tuple[int, str]:
+    """Return the tokens of the longest text of a step, and the flags that set them, for a sentence."""
+    if args.section == "ppo":
+        return args.max_prompt_seq_len + args.max_answer_seq_len, "--max_prompt_seq_len + --max_answer_seq_len ="
+    return args.max_seq_len, "--max_seq_len"
 
 
 def check_bits(args: Any, role: str, checkpoint: CheckpointFolder) -> None:
