@@ -173,7 +173,7 @@ def test_step_3_of_a_recipe_whose_first_steps_have_not_run(llama, tmp_path):
         (["chatglm-6b", *EIGHT, "--zero_stage", "0", "--offload"], "below --zero_stage 1"),
         (["chatglm-6b", *EIGHT, "--quantization_bit", "4"], "--lora_dim"),
         (["opt-1.3b", *EIGHT, "--max_seq_len", "2049"], "--max_seq_len 2049 is more than the 2048 positions of the opt model"),
-        (["chatglm-6b", *EIGHT, "--max_seq_length", "4"], "did you mean --max_seq_len?"),
+        (["chatglm-6b", *EIGHT, "--max_seq_length", "4"], "here it is --max_seq_len, of"),
         (["chatglm-6b", "--devices", "8", "--device-memory", "-1"], "must be more than 0"),
         ([*EIGHT], "no model"),
         (["chatglm-6b", "--config", "none.json", *EIGHT], "both name a model"),
