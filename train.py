@@ -329,7 +329,8 @@ def check_files(chosen: list[Step], args: argparse.Namespace, dry_run: bool = Fa
         if not dry_run:
             check_writable(step.folder)
         try:
-            check_cpu(one, args.deployment_type == "cpu")
+            if args.deployment_type == "cpu":
+                check_cpu(one)
             check_models(one, made, ask_hub=not dry_run)
         except UserError as error:
             raise UserError(f"{step.title}: {error}") from error

@@ -30,17 +30,16 @@ def check_inputs(args: Any) -> None:
     """
     if heartbeat.several_nodes():
         return
-    check_cpu(args)
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or (version("torch").endswith("+cpu") and not find_spec("torch_npu")):
+        check_cpu(args)
     check_sources(data_paths(args), args.column_map)
     check_resume(args)
     check_models(args)
     check_writable(Path(args.output_dir))
 
 
-def check_cpu(args: Any, cpu: bool = False) -> None:
-    """Raise UserError for a dtype or kernels that a CPU does not have, where no card can be. cpu: True where it is known."""
-    if not (cpu or os.environ.get("DS_ACCELERATOR") == "cpu" or (version("torch").endswith("+cpu") and not find_spec("torch_npu"))):
-        return
+def check_cpu(args: Any) -> None:
+    """Raise UserError for a dtype or kernels that a CPU does not have."""
     refuse(args.dtype == "fp16", "--dtype fp16: a CPU cannot train in it, and no card is used here; give fp32 or bf16.")
     kernels = args.attn_implementation
     refuse(kernels == "flash_attention_2", f"--attn_implementation {kernels}: a CPU has no such kernels; give auto.")
