@@ -47,6 +47,8 @@ ALIASES = {
     **{"conversation": "conversations", "指令": "instruction", "输入": "input", "输出": "output"},
     **{"系统": "system", "system_prompt": "system", "历史": "history", "kto_tag": "label"},
 }
+# Names of a question and of its answer where a row holds no other text (clear_columns): the first that is there.
+CLEAR = {"prompt": ("question", "q", "问", "input"), "response": ("answer", "a", "答", "output", "reply", "target")}
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
 ANSWER_LIKE = {"answer", "answers", "output", "target", "reply", "label", "text", "summary"}
 # Fields that are plainly no content. Other texts that no format reads are warned of.
@@ -54,6 +56,7 @@ NO_CONTENT = {"id", "idx", "index", "uid", "uuid", "source", "src", "dataset", "
 NO_CONTENT |= {"category", "task", "task_type", "type", "kind", "tag", "tags", "topic", "domain", "license", "origin"}
 NO_CONTENT |= {"model", "models", "split", "url", "link", "time", "timestamp", "created_at", "version", "name"}
 NO_CONTENT |= {"author", "date", "vote"}
+EMPTY = (None, "", [], {})
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 LARGEST_MARGIN = 3e38  # of float32, as margins are kept
@@ -422,13 +425,37 @@ FORMATS: tuple[Format, ...] = (
 PROMPTS = FORMATS[-1]
 
 
+def known_names(row: Fields) -> dict[str, str]:
+    """Return the fields of a row with another known name (ALIASES, or ours in capitals) -> ours, where ours is free.
+
+    Of several that could be one of ours the first takes it, those that are null last.
+    """
+    known: dict[str, str] = {}
+    for name in sorted(row, key=lambda name: row[name] is None):
+        plain = name.strip().lower()
+        ours = ALIASES.get(plain, plain if plain in OUR_NAMES else name)
+        if ours != name and row.get(ours) is None and ours not in known.values():
+            known[name] = ours
+    return known
+
+
 def with_our_names(row: Fields) -> Fields:
-    """Return a row whose fields of other known names (ALIASES) have ours, where ours are free."""
-    if not ALIASES.keys() & row.keys():
-        return row
-    taken = {name for name, value in row.items() if value is not None}
-    renamed = {name: ALIASES.get(name, name) for name in row}
-    return {name if ours in taken else ours: row[name] for name, ours in renamed.items()}
+    """Return a row whose fields of other known names have ours."""
+    known = known_names(row)
+    others = {name: value for name, value in row.items() if name not in known and name not in known.values()}
+    return others | {ours: row[name] for name, ours in known.items()} if known else row
+
+
+def clear_columns(row: Fields) -> dict[str, str]:
+    """Return our names -> those in a row of its question and answer, where these have the usual names (CLEAR)."""
+    known, columns = with_our_names(row), {}
+    taken = {"prompt": ("prompt", "instruction", "messages", "conversations"), "response": ("response", "chosen", "rejected")}
+    plain = {name.strip().lower(): name for name, value in row.items() if isinstance(value, str)}
+    for ours, names in CLEAR.items():
+        theirs = next((plain[name] for name in names if name in plain), None)
+        if theirs and all(known.get(name) is None for name in taken[ours]):
+            columns[ours] = theirs
+    return columns
 
 
 def recognise(row: Fields, mapped: set[str] = frozenset()) -> Format | None:
@@ -462,18 +489,29 @@ def check_vote(row: Fields) -> None:
         raise Skip("a vote for neither answer")
 
 
+def read_fields(row: Fields, form: Format) -> list[str]:
+    """Return the fields of a format that a row is read by: those that hold something, in the order of the format.
+
+    Scores say the order of several answers; a label counts where it judges.
+    """
+    unused = {"label"} if judgement(form, row) is None else set()
+    unused |= set() if any(is_turns(row.get(name)) for name in ("response", "output")) else {"score"}
+    names = (*form.needed, *(name for name in form.optional if row.get(name) not in EMPTY), *(["label"] if form.judged else []))
+    return [name for name in names if name not in unused]
+
+
 def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
     """Return the fields that hold something and are not read -> whether they look like content.
 
     A text that stands in the fields that are read too is not missing.
     """
-    read = form.fields - ({"label"} if judgement(form, row) is None else set())
+    read = set(read_fields(row, form))
     unread = {}
     for name, value in row.items():
         if name in read - {"tools"} and isinstance(value, list):
             inner = {key for item in value if isinstance(item, dict) for key in item if item[key]} - MESSAGE_FIELDS
             unread |= {f"{name}.{key}": key not in NO_CONTENT for key in inner}
-        elif name not in read and value not in (None, "", [], {}):
+        elif name not in read and value not in EMPTY:
             if isinstance(value, str) and value in set(texts_in([row.get(one) for one in read])):
                 continue  # such as the question beside its dialogue
             plain = name.lower() in NO_CONTENT or name.lower().endswith(("label", "_id", "_source", "_url"))

@@ -37,7 +37,7 @@ def overview(data: CachedData, paths: list[str], phase: int, tokenizer: Any, num
             columns.append(counts_of(counts, rows, phase, loss_on))
             if split == "train":
                 shown = rows.select(range(min(number, len(rows))))
-        lines += [f"{path}, read by its fields {one['form']}", f"  {'':46}{'train':>12}{'held out':>12}"]
+        lines += [f"{path}, read by {one['form']}", f"  {'':46}{'train':>12}{'held out':>12}"]
         for name in dict.fromkeys([*columns[0], *columns[1]]):
             lines.append(f"  {name:46}{columns[0].get(name, 0):12}{columns[1].get(name, 0):12}")
         lines += [f"  {note.removeprefix(f'{path}: ')}" for note in one["notes"]]

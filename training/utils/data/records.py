@@ -16,7 +16,17 @@ from datasets import Dataset, Features, Value
 
 from errors import UserError
 from training.utils.data.cache import CachedData, arrow_writer, cached
-from training.utils.data.formats import Format, Record, check_media, check_vote, judgement, unread_fields
+from training.utils.data.formats import (
+    Format,
+    Record,
+    assistant_turn,
+    check_media,
+    check_vote,
+    judgement,
+    known_names,
+    read_fields,
+    unread_fields,
+)
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.rows import MISSING, Columns, Reading, refuse_unused, renamed, row_format
 from training.utils.data.sources import Source, Table, open_source
@@ -24,6 +34,8 @@ from training.utils.data.suggested import suggested_columns
 from training.utils.data.turns import BadRecord, Fields, Skip
 
 logger = logging.getLogger("sanbu")
+
+Judged = tuple[Record, int, str]  # the record of an answer with a label, how many answers its dialogue has, where it stands
 
 FEATURES = Features(
     {
@@ -36,7 +48,8 @@ FEATURES = Features(
 )
 WRITE_BATCH = 500
 REPEATED = "a turn of a history that is there already"
-JUDGED_BAD = "an answer judged bad"
+JUDGED_BAD = "an answer judged bad without a good one to the same prompt"
+EARLIER_BAD = "an earlier answer of a dialogue judged bad"
 
 
 def load_records(
@@ -95,6 +108,7 @@ def write_records(file: Path, tables: list[Table], named: NamedSet | None, colum
         while batch := list(islice(records, WRITE_BATCH)):
             write(batch)
             reading.records += len(batch)
+    reading.form += ", ".join(reading.fields)
     labels = ", ".join(table.label for table in tables)
     left_out = reading.left_out_words(labels)
     if not reading.records:
@@ -118,12 +132,12 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
     """
     form: Format | None = None
     seen: dict[bytes, bool] = {}
-    judged: dict[str, tuple[list[Record], list[Record]]] = {}
+    judged: dict[str, tuple[list[Judged], list[Judged]]] = {}
     for location, raw in table.read():
         location = f"{table.label}, {location}"
         if form is None:
             form, mapping = row_format(raw, named, columns, location, reading)
-            reading.form = reading.form or form.set_name or ", ".join(form.needed)
+            reading.form = reading.form or (f"the rule of {form.set_name}" if form.set_name else "its fields ")
             reading.example = reading.example or suggested_columns(raw)
         row = raw if form.set_name else renamed(raw, mapping)
         check_needed(form, row, raw, mapping, location)
@@ -142,6 +156,9 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
             raise UserError(f"{location}: not of the form of {form.set_name} ({error!r}).") from error
         if not form.set_name:
             reading.unread |= unread_fields(row, form)
+            theirs = {ours: name for name, ours in known_names(raw).items()} | mapping
+            for ours in read_fields(row, form):
+                reading.fields[f"{ours}={theirs[ours]}" if theirs.get(ours, ours) != ours else ours] = True
         records = [one for one in results if not isinstance(one, Skip)]
         for reason in (one for one in results if isinstance(one, Skip)):
             reading.leave_out(str(reason), reason.answers, location)
@@ -152,23 +169,35 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
         good = judgement(form, row)
         if good is not None and records:  # the label judges the last answer
             sides = judged.setdefault(json.dumps(records[-1]["messages"]), ([], []))
-            sides[not good].append(records[-1])
-            if not good:
-                reading.leave_out(JUDGED_BAD, len(records), location)
+            sides[not good].append((records[-1], len(records), location))
             records = records[:-1] if good else []
         yield from records
-    yield from paired(judged)
+    yield from paired(judged, reading)
 
 
-def paired(judged: dict[str, tuple[list[Record], list[Record]]]) -> Iterator[Record]:
+def paired(judged: dict[str, tuple[list[Judged], list[Judged]]], reading: Reading) -> Iterator[Record]:
     """Yield the answers judged good, each with one to the same question that was judged bad, as long as there are some.
 
-    They are held until the whole table is read: the two need not be neighbours.
+    They are held until the whole table is read: the two need not be neighbours. Bad ones that are left over are counted.
     """
     for good, bad in judged.values():
-        worse = iter(bad)
-        for record in good:
-            yield record | {"rejected": next(worse, {"chosen": None})["chosen"]}
+        for (record, _, _), (worse, answers, location) in zip(good, bad, strict=False):
+            yield as_pair(record, worse)
+            if answers > 1:
+                reading.leave_out(EARLIER_BAD, answers - 1, location)
+        yield from (record for record, _, _ in good[len(bad) :])
+        for _, answers, location in bad[len(good) :]:
+            reading.leave_out(JUDGED_BAD, answers, location)
+
+
+def as_pair(good: Record, bad: Record) -> Record:
+    """Return the record of a good answer with a bad one to the same prompt as the rejected one."""
+    calls = None
+    if good["calls"] or bad["calls"]:
+        answers = [json.loads(one["calls"])["chosen"] if one["calls"] else assistant_turn(one["chosen"]) for one in (good, bad)]
+        both = dict(zip(("chosen", "rejected"), answers, strict=True))
+        calls = json.dumps(json.loads(good["calls"] or bad["calls"]) | both, ensure_ascii=False)
+    return good | {"rejected": bad["chosen"], "calls": calls}
 
 
 def check_needed(form: Format, row: Fields, raw: Fields, mapping: Columns, location: str) -> None:

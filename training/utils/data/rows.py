@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from errors import UserError, refuse
-from training.utils.data.formats import OUR_NAMES, Format, recognise, with_our_names
+from training.utils.data.formats import OUR_NAMES, Format, clear_columns, recognise, unread_fields, with_our_names
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.suggested import suggested_columns
 from training.utils.data.turns import Fields
@@ -19,7 +19,8 @@ MISSING = object()
 class Reading:
     """The fate of the rows of one split, as the report of a data set tells it."""
 
-    form: str = ""  # the fields that the first row was read by
+    form: str = ""  # what the rows were read by: the rule of a named set, or fields
+    fields: dict[str, bool] = field(default_factory=dict)  # those that were read, as --columns writes them; in order
     records: int = 0
     # reason -> [times, answers that it cost, where it was first met]
     left_out: dict[str, list[Any]] = field(default_factory=dict)
@@ -54,6 +55,7 @@ def row_format(
 ) -> tuple[Format, Columns]:
     """Choose the format by --columns, else the named set, else the fields of the first row; also return the columns to use.
 
+    Where the known names leave a text unread, or make no format, the usual names of a question and its answer may do better.
     Raise UserError if none fits.
     """
     unknown = [ours for ours in columns or () if ours not in OUR_NAMES]
@@ -63,7 +65,11 @@ def row_format(
     if columns and not missing:
         reading.columns_used = True
         return mapped_format(row, columns), columns
-    found = recognise(with_our_names(row))
+    found, clear = recognise(with_our_names(row)), clear_columns(row)
+    if clear and not reads_all(row, {}, found) and reads_all(row, clear, better := recognise(renamed(row, clear))):
+        found = better
+    else:
+        clear = {}
     ruled = named is not None and named.rule is not None
     if columns and (len(missing) < len(columns) or not (found or ruled)):
         raise UserError(f'{location}: --columns names "{missing[0]}", which is not there (found: {", ".join(row)}).')
@@ -76,7 +82,12 @@ def row_format(
         reading.notes.append(f"{location}: without the fields of {named.names[0]} ({wanted}), so read by its own")
     if found is None:
         raise UserError(f"{location}: {unknown_fields(row)}")
-    return found, {}
+    return found, clear
+
+
+def reads_all(row: Fields, columns: Columns, found: Format | None) -> bool:
+    """Return whether a format reads all texts of a row, its names changed by columns."""
+    return found is not None and not any(unread_fields(renamed(row, columns), found).values())
 
 
 def mapped_format(row: Fields, columns: Columns) -> Format:

@@ -107,7 +107,7 @@ def tokenise(records: list[Record], encoding: Encoding, counts: Counts) -> list[
         records = drop(records, lambda record: not record["chosen"], NO_ANSWER, counts)
     if encoding.phase == 2:
         records = drop(records, lambda record: record["rejected"] is None, NO_REJECTED, counts)
-        records = drop(records, lambda record: record["chosen"] == record["rejected"], SAME, counts)
+        records = drop(records, lambda record: record["chosen"].strip() == record["rejected"].strip(), SAME, counts)
     examples = encode_records(records, encoding, counts)
     rows = {1: answer_rows, 2: pair_rows, 3: prompt_rows}[encoding.phase](examples, encoding, counts)
     counts.kept += len(rows)

@@ -1,5 +1,6 @@
 """Records as people have them are read for what they mean: the files of ../shared/cases, and the same kinds in small rows."""
 
+import json
 from datetime import datetime
 from pathlib import Path
 
@@ -20,7 +21,7 @@ SKY = turns("system: One word.", "Colour of grass?", "Green.")
 CASES = {
     "labels_good_bad": (
         [rec(turns("How do I greet a guest?"), "Say welcome, and offer a chair.", "Shout at him.")],
-        "2 with an answer judged bad",
+        "1 with an answer judged bad without a good one to the same prompt (first: line 3)",
     ),
     "pair_text_prompt_dialogues": ([rec(FRUIT, "Green.", "Seven.")], ""),
     "query_response_history_system": (
@@ -113,12 +114,22 @@ ROWS = {
         [{"prompt": "Q", "completion": f"A{n}", "label": n % 2} for n in range(4)]
         + [{"prompt": "Q", "completion": "A5", "label": True}],
         [rec(turns("Q"), "A1", "A0"), rec(turns("Q"), "A3", "A2"), rec(turns("Q"), "A5")],
-        "2 with an answer judged bad",
+        "",
     ),
     "labels in words": (
         [{"prompt": "Q", "response": "A", "label": "good"}, {"prompt": "Q", "response": "B", "kto_tag": "Bad"}],
         [rec(turns("Q"), "A", "B")],
-        "1 with an answer judged bad",
+        "",
+    ),
+    "more bad ones than good ones": (
+        [{"prompt": "Q", "response": f"A{n}", "label": n == 3} for n in range(4)],
+        [rec(turns("Q"), "A3", "A0")],
+        "2 with an answer judged bad without a good one to the same prompt (2 answers; first: line 2)",
+    ),
+    "a pair of labelled dialogues": (
+        [{"messages": turns("Q", "A", "R", answer), "label": answer == "good"} for answer in ("bad", "good")],
+        [rec(turns("Q"), "A"), rec(turns("Q", "A", "R"), "good", "bad")],
+        "1 with an earlier answer of a dialogue judged bad (first: line 1)",
     ),
     "another answer than that of the messages": (
         [{"messages": turns("Q", "A"), "response": "B"}, {"messages": turns("R"), "response": "B"}],
@@ -133,7 +144,7 @@ ROWS = {
     "a dialogue judged bad": (
         [{"messages": turns("Q", "A"), "label": None}, {"messages": turns("Q", "A", "R", "B"), "label": "false"}],
         [rec(turns("Q"), "A")],
-        "1 with an answer judged bad (2 answers; first: line 2)",
+        "1 with an answer judged bad without a good one to the same prompt (2 answers; first: line 2)",
     ),
     "scores": (
         [{"instruction": "Q", "input": "", "output": ["a", "b", "c"], "scores": [2, 3.5, 1]}],
@@ -220,7 +231,38 @@ ROWS = {
         [rec(turns("system: S", "Q"), "A")],
         "",
     ),
+    "capitals": ([{"Prompt": "Q", " RESPONSE": "A"}], [rec(turns("Q"), "A")], ""),
+    "two names for one": (
+        [{"query": "Q", "问题": "R", "response": "A"}],
+        [rec(turns("Q"), "A")],
+        "texts in fields that are not read: 问题",
+    ),
+    "a null of our name": ([{"query": "Q", "prompt": None, "response": "A"}], [rec(turns("Q"), "A")], ""),
+    **{
+        f"{question} and {answer}": ([{question: "Q", answer: "A", "id": "7x"}], [rec(turns("Q"), "A")], "not read: id")
+        for question, answer in (
+            *(("question", "answer"), ("Question", "Answer"), ("q", "a"), ("Q", "A"), ("input", "output")),
+            *(("prompt", "answer"), ("instruction", "answer"), ("question", "response"), ("问", "答")),
+        )
+    },
+    "question, input and output": ([{"question": "Q", "input": "I", "output": "A"}], [rec(turns("Q\nI"), "A")], ""),
+    "question, context and answer": (
+        [{"question": "Q", "context": "C", "answer": "A", "history": [["P", "B"]], "system": "S"}],
+        [rec(turns("system: S", "P"), "B"), rec(turns("system: S", "P", "B", "Q\nC"), "A")],
+        "",
+    ),
+    "question, chosen and rejected": (
+        [{"system": "S", "question": "Q", "chosen": "A", "rejected": "B"}],
+        [rec(turns("system: S", "Q"), "A", "B")],
+        "",
+    ),
+    "a question alone": ([{"question": "Q", "id": 1}], [rec(turns("Q"), "")], "not read: id"),
     # fields that are not read
+    "a score of one answer": (
+        [{"prompt": "Q", "response": "A", "score": 3}],
+        [rec(turns("Q"), "A")],
+        "fields without content, not read: score",
+    ),
     "no content": (
         [{"prompt": "Q", "response": "A", "id": "7", "source": "web"}],
         [rec(turns("Q"), "A")],
@@ -303,6 +345,39 @@ def test_labelled_answers_in_the_steps(tmp_path, llama):
     rows = [{"messages": turns("Q", "A"), "label": True}, {"messages": turns("Q", "B"), "label": False}]
     path = write_lines(tmp_path / "a.jsonl", rows)
     assert len(run(path, 1, llama).train) == len(run(path, 2, llama).train) == 1
+
+
+def test_labelled_calls_of_tools_become_pairs(tmp_path):
+    call = {"role": "function_call", "content": '{"name": "add", "arguments": {}}'}
+    rows = [{"messages": [*turns("Q"), call], "label": True}, {"messages": turns("Q", "No."), "label": False}]
+    for one in (rows, [row | {"label": not row["label"]} for row in rows]):
+        ((record,), _) = read(write_lines(tmp_path / "a.jsonl", one))
+        calls = json.loads(record["calls"])
+        better, worse = (calls[name] for name in (("chosen", "rejected") if one is rows else ("rejected", "chosen")))
+        assert better["tool_calls"][0]["function"]["name"] == "add" and worse == {"role": "assistant", "content": "No."}
+        assert "add" in record["chosen" if one is rows else "rejected"]
+
+
+FORMS = {
+    "alpaca": ([{"instruction": "Q", "input": "", "output": "A"}], "its fields instruction, output"),
+    "all that any row has": (
+        [{"prompt": "Q", "response": "A"}, {"prompt": "R", "response": "B", "history": [["P", "C"]], "system": "S"}],
+        "its fields prompt, response, history, system",
+    ),
+    "labels": ([{"messages": turns("Q", "A"), "kto_tag": 1}], "its fields messages, label=kto_tag"),
+    "no labels": ([{"messages": turns("Q", "A"), "label": "math"}], "its fields messages"),
+    "scores": ([{"prompt": "Q", "response": ["A", "B"], "rating": [1, 2]}], "its fields prompt, response, score=rating"),
+    "margin": ([{"prompt": "Q", "chosen": "A", "rejected": "B", "margin": 1}], "its fields prompt, chosen, rejected, margin"),
+    "other names": ([{"问题": "Q", "Answer": "A", "输入": "I"}], "its fields prompt=问题, response=Answer, input=输入"),
+    "tools": ([{"messages": turns("Q", "A"), "tools": [{"name": "f"}]}], "its fields messages, tools"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_field_that_is_used_is_named(name, tmp_path):
+    rows, form = FORMS[name]
+    found = read_records(open_source(str(write_lines(tmp_path / "a.jsonl", rows))))
+    assert readings(found)["train"].form == form
 
 
 def test_a_text_that_became_a_time(tmp_path):

@@ -33,7 +33,7 @@ def test_the_table_of_each_set(tmp_path, tokenizers, caplog):
         numbers = numbers_of(text)
         assert numbers["examples"] == [str(kept), "0"] and numbers["records of this step"] == [str(records), "0"]
         assert numbers["tokens"][0] == str(sum(lengths)) and numbers["tokens that are targets"][0] == str(sum(learned))
-    assert f"{first}, read by its fields messages" in one
+    assert f"{first}, read by its fields messages\n" in one
     assert "left out 1 with an empty turn (2 answers; first: line 1)" in one
     assert "fields without content, not read: id" in one
     shown = "    | <|im_start|>user\n    | 2+2?<|im_end|>\n    | <|im_start|>assistant\n    | "
