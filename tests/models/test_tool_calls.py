@@ -50,6 +50,7 @@ SPELLED = {
         "tools": TOOLS,
     },
 }
+EARLIER = [{"role": "user", "content": "Who? " * 20}, {"role": "assistant", "content": "Me."}]
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -177,3 +178,34 @@ def test_the_shared_case(shared_cases, tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SANBU_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_tools_and_calls_are_whole_or_the_dialogue_is_left_out(phase, tmp_path):
+    """Too long: earlier whole turns go, the tools stay; where that is not enough, no part of them is cut."""
+    tokenizer = tokenizer_with("tojson")
+    answered = {"messages": DIALOGUE[:-1], "chosen": "Cold.", "rejected": "Hot."} if phase == 2 else {"messages": DIALOGUE}
+    short = write_lines(tmp_path / "short.jsonl", [answered | {"tools": TOOLS}])
+    long = write_lines(tmp_path / "long.jsonl", [answered | {"messages": EARLIER + answered["messages"], "tools": TOOLS}])
+    other = write_lines(tmp_path / "other.jsonl", [{"prompt": "x", "chosen": "y", "rejected": "z"}])
+    ids = "input_ids" if phase == 1 else "chosen_ids"
+
+    def rows(path, limit):
+        data = run([path, other], phase, tokenizer, max_seq_len=limit)
+        return data.train[ids][:-1], data.report["train"]
+
+    whole, _ = rows(short, 999)
+    longest = max(map(len, whole))
+    for limit in (longest, longest + 5):
+        kept, report = rows(long, limit)
+        assert kept[-len(whole) :] == whole and report["truncated_prompts"] == len(whole)
+    kept, report = rows(short, longest - 1)
+    assert kept == whole[:-1] and report["dropped"] == {"tools and newest turn too long": 1}
+    assert report["joined"] == 0
+
+
+def test_a_call_that_is_too_long_is_left_out(tmp_path):
+    tokenizer = tokenizer_with("tojson")
+    rows = [{"messages": [DIALOGUE[0], call({"city": "Oslo " * n})]} for n in (1, 60)]
+    report = run(write_lines(tmp_path / "a.jsonl", rows), 1, tokenizer, max_seq_len=64).report["train"]
+    assert (report["kept"], report["dropped"]) == (1, {"call of a tool too long": 1})

@@ -25,9 +25,9 @@ from training.utils.data.splits import batches, held_out_questions, question_of,
 from training.utils.data.tokenize import (
     NO_ANSWER,
     NO_REJECTED,
+    RAISE,
     SCHEMAS,
     SPLITS,
-    TOO_LONG,
     Counts,
     Encoding,
     Limits,
@@ -196,8 +196,10 @@ def check_something_left(paths: list[str], encoding: Encoding, counts: Counts) -
             "all of them."
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items())
-    if counts.dropped[TOO_LONG]:
-        reasons += f" (raise --max_prompt_seq_len {encoding.limits.max_seq_len})"
+    if any(counts.dropped[reason] for reason in RAISE):
+        source = encoding.limits.max_source_length
+        name = "max_prompt_seq_len" if encoding.phase == 3 else "max_source_length" if source else "max_seq_len"
+        reasons += f" (raise --{name} {source or encoding.limits.max_seq_len})"
     raise UserError(f"{names}: of {counts.records} records none is left to train on: {reasons}.")
 
 

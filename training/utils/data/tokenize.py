@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import tempfile
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,6 +51,9 @@ SPLITS = ("train", "eval")
 NO_ANSWER, NO_REJECTED = "without an answer", "without a rejected answer"
 SAME, SAME_CUT = "chosen equals rejected", "chosen equals rejected after truncation"
 TOO_LONG, REFUSED = "prompt too long", "refused by the chat template"
+SYSTEM_TOO_LONG, CALL_TOO_LONG = "system text too long", "call of a tool too long"
+TOOLS_TOO_LONG = "tools and newest turn too long"
+RAISE = (TOO_LONG, SYSTEM_TOO_LONG, CALL_TOO_LONG, TOOLS_TOO_LONG)  # what a longer limit mends
 
 
 @dataclass
@@ -159,15 +163,15 @@ def encode_one(record: Record, encoding: Encoding, fields: tuple[str, ...]) -> t
 
 def answer_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> list[Row]:
     """Return rows of step 1: one for a dialogue, where its template and its length allow."""
-    rows = []
+    rows, left_out = [], counts.dropped.total()
     for dialogue in grouped(examples, lambda example: example.record):
-        rows += dialogue_rows(dialogue, encoding, counts)
-    counts.joined += len(examples) - len(rows)
+        rows += filter(None, dialogue_rows(dialogue, encoding, counts))
+    counts.joined += len(examples) - len(rows) - (counts.dropped.total() - left_out)
     return rows
 
 
-def dialogue_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> list[Row]:
-    """Return the rows of a dialogue.
+def dialogue_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> list[Row | None]:
+    """Return the rows of a dialogue, None for one that is left out.
 
     One is for all answers that stand in the last one's prompt as they are learned. Of a dialogue that is too long, the
     oldest whole turns become a row of their own. The other answers have one each.
@@ -195,9 +199,12 @@ def dialogue_rows(examples: list[Example], encoding: Encoding, counts: Counts) -
     return [*rows, *reversed(newest_first)]
 
 
-def joined_row(examples: list[Example], encoding: Encoding, counts: Counts) -> Row:
-    """Return one row of examples that stand in the last one, or of a single one."""
-    prompt, answer = fit(examples[-1].prompt, examples[-1].answers, encoding.limits, encoding.template, counts)
+def joined_row(examples: list[Example], encoding: Encoding, counts: Counts) -> Row | None:
+    """Return one row of examples that stand in the last one, or of a single one; None if it is left out."""
+    fitted = fit_example(examples[-1], encoding, counts)
+    if fitted is None:
+        return None
+    prompt, answer = fitted
     between: list[int] = []
     for one, following in pairwise(examples):
         between += [len(one.prompt) + len(one.answers[0]), len(following.prompt)]
@@ -214,7 +221,10 @@ def pair_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> li
     """Return rows of step 2. Both answers follow the same prompt, which is cut for the longer of them."""
     rows = []
     for example in examples:
-        prompt, good, bad = fit(example.prompt, example.answers, encoding.limits, encoding.template, counts)
+        fitted = fit_example(example, encoding, counts)
+        if fitted is None:
+            continue
+        prompt, good, bad = fitted
         if good == bad:
             counts.dropped[SAME if example.answers[0] == example.answers[1] else SAME_CUT] += 1
             continue
@@ -234,6 +244,63 @@ def prompt_rows(examples: list[Example], encoding: Encoding, counts: Counts) -> 
     return rows
 
 
+def fit_example(example: Example, encoding: Encoding, counts: Counts) -> tuple[list[int], ...] | None:
+    """Return prompt and answers within the limits, as fit does, but with a system text, tools and calls whole.
+
+    The oldest whole turns go first, then, without tools, the beginning of the newest question. None, counted with its
+    reason, if that is not enough.
+    """
+    record, limits, template = example.record, encoding.limits, encoding.template
+    calls, longest = json.loads(record["calls"] or "{}"), longest_answer(limits, template)
+    for name, answer in zip(ANSWERS[encoding.phase], example.answers, strict=True):
+        if calls and "tool_calls" in calls[name] and len(answer) > longest:
+            counts.dropped[CALL_TOO_LONG] += 1
+            return None
+    space = prompt_space(example.answers, limits, template)
+    if len(example.prompt) <= space or not (calls or record["messages"][0]["role"] == "system"):
+        return fit(example.prompt, example.answers, limits, template, counts)
+    prompt = newest_whole_turns(record, encoding, space)
+    if prompt is None:
+        counts.dropped[TOOLS_TOO_LONG if calls else SYSTEM_TOO_LONG] += 1
+        return None
+    counts.truncated_prompts += 1
+    return fit(prompt, example.answers, limits, template, counts)
+
+
+def newest_whole_turns(record: Record, encoding: Encoding, space: int) -> list[int] | None:
+    """Return the tokens of a prompt without its oldest turns, at most ``space``; None if the newest one is too long.
+
+    Of a prompt without tools the system text stays and the newest question loses its beginning.
+    """
+    messages = record["messages"]
+    system = int(messages[0]["role"] == "system")
+    starts = [place for place, turn in enumerate(messages) if turn["role"] == "user" and place > system]
+
+    def prompt_from(start: int) -> list[int]:
+        kept = {"messages": messages[:system] + messages[start:], "calls": record["calls"]}
+        if record["calls"]:
+            calls = json.loads(record["calls"])
+            calls["messages"] = calls["messages"][:system] + calls["messages"][start:]
+            kept["calls"] = json.dumps(calls)
+        return encode_one(kept, encoding, ())[0]
+
+    place = bisect_left(starts, True, key=lambda start: len(prompt_from(start)) <= space)
+    if place < len(starts):
+        return prompt_from(starts[place])
+    if record["calls"]:
+        return None
+    prompt = prompt_from(starts[-1] if starts else system)
+    other = {"role": "user", "content": "1" if messages[-1]["content"].startswith("0") else "0"}
+    frame = encode_one({"messages": [*messages[:system], other], "calls": None}, encoding, ())[0]
+    head, tail = shared_length(prompt, frame), shared_length(prompt[::-1], frame[::-1])
+    return None if head + tail >= space else prompt[:head] + prompt[len(prompt) - space + head :]
+
+
+def shared_length(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two lists have in common at their beginning."""
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def fit(
     prompt: list[int], answers: list[list[int]], limits: Limits, template: Template, counts: Counts
 ) -> tuple[list[int], ...]:
@@ -246,9 +313,14 @@ def fit(
     longest = longest_answer(limits, template)
     cut = [answer if len(answer) <= longest else [*answer[: longest - 1], answer[-1]] for answer in answers]
     counts.truncated_answers += sum(len(answer) > longest for answer in answers)
-    space = limits.max_source_length or limits.max_seq_len - max(len(answer) for answer in cut)
+    space = prompt_space(answers, limits, template)
     counts.truncated_prompts += len(prompt) > space
     return (cut_prompt(prompt, space, template), *cut)
+
+
+def prompt_space(answers: list[list[int]], limits: Limits, template: Template) -> int:
+    """Return how many tokens of a prompt there is space for before any of the answers, these cut to longest_answer."""
+    return limits.max_source_length or limits.max_seq_len - min(longest_answer(limits, template), max(map(len, answers)))
 
 
 def longest_answer(limits: Limits, template: Template) -> int:

@@ -113,6 +113,45 @@ def test_a_long_dialogue_keeps_its_question(tmp_path, llama):
     assert data.report["train"]["truncated_prompts"] == data.report["train"]["truncated_answers"] == 2
 
 
+SYSTEM = "system: Be kind, be brief, and never say that you do not know."
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen2", *GENERATIONS])
+def test_a_system_text_stays_whole(family, phase, tmp_path, tokenizers, request):
+    """Oldest whole turns go first, then the beginning of the newest question; without space for that the record is left out."""
+    tokenizer = tokenizers[family] if family in tokenizers else request.getfixturevalue("chatglm_tokenizers")[family]
+    template = load_template(None, tokenizer)
+    system, *rest = turns(SYSTEM, *(f"{word} number {n}?" for n in range(4) for word in ("Which", "That is")), "And the last?")
+    pair = {"chosen": "Four.", "rejected": "No idea at all."}
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": [system, *rest], **pair}])
+    prompts = [template.encode_prompt(tokenizer, [system, *rest[start:]]) for start in range(0, 9, 2)]
+    taken = max(len(template.encode_answer(tokenizer, pair[name])) for name in (("chosen", "rejected")[:phase]))
+
+    def prompt_of(limit, path=path):
+        """The prompt that is kept, and what became of the record."""
+        data = run([path, other], phase, tokenizer, max_seq_len=limit + taken)
+        row = data.train[0] if len(data.train) > 1 else {"prompt_length": 0}
+        ids = row.get("input_ids" if phase == 1 else "chosen_ids", [])[: row["prompt_length"]]
+        return ids, data.report["train"]
+
+    other = write_lines(tmp_path / "b.jsonl", [{"prompt": "x", "chosen": "y", "rejected": "z"}])
+    for prompt, longer in zip(prompts[1:], prompts, strict=False):
+        for limit in (len(prompt), len(longer) - 1):
+            found, report = prompt_of(limit)
+            assert found == prompt and report["truncated_prompts"] == 1
+    question = " ".join(map(str, range(100))) + " Why?"
+    path = write_lines(tmp_path / "c.jsonl", [{"messages": [system, {"role": "user", "content": question}], **pair}])
+    whole, limit = template.encode_prompt(tokenizer, [system, {"role": "user", "content": question}]), len(prompts[-1]) + 20
+    found, _ = prompt_of(limit, path)
+    tail = next(n for n in range(limit) if found[limit - n - 1] != whole[len(whole) - n - 1])
+    assert len(found) == limit and found[: limit - tail] == whole[: limit - tail], "nothing but the middle is missing"
+    assert SYSTEM[8:] in tokenizer.decode(found) and tokenizer.decode(found).count("Why?") == 1
+    found, report = prompt_of(len(prompts[-1]) // 2)
+    assert not found and report["dropped"] == {"system text too long": 1}
+
+
 # --- what is dropped --------------------------------------------------------------------------------------------------
 
 REFUSING = (
