@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from training.utils.data.names import ANSWER_LIKE, NO_CONTENT
 from training.utils.data.turns import (
     MESSAGE_FIELDS,
     BadRecord,
@@ -35,27 +36,6 @@ from training.utils.data.turns import (
 
 Record = dict[str, Any]
 
-OUR_NAMES = ("prompt", "response", "chosen", "rejected", "messages", "conversations", "context", "instruction")
-OUR_NAMES += ("input", "output", "history", "system", "content", "summary", "margin", "score", "label", "tools")
-# Other names that published sets and tools use for ours.
-ALIASES = {
-    **dict.fromkeys(("query", "问题", "提问"), "prompt"),
-    **dict.fromkeys(("completion", "回答", "答案"), "response"),
-    **dict.fromkeys(("rejected_response", "rejected_messages"), "rejected"),
-    **dict.fromkeys(("chosen_response", "chosen_messages"), "chosen"),
-    **dict.fromkeys(("scores", "rating", "ratings", "reward", "rewards"), "score"),
-    **{"conversation": "conversations", "指令": "instruction", "输入": "input", "输出": "output"},
-    **{"系统": "system", "system_prompt": "system", "历史": "history", "kto_tag": "label"},
-}
-# Names of a question and of its answer where a row holds no other text (clear_columns): the first that is there.
-CLEAR = {"prompt": ("question", "q", "问", "input"), "response": ("answer", "a", "答", "output", "reply", "target")}
-# Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
-ANSWER_LIKE = {"answer", "answers", "output", "target", "reply", "label", "text", "summary"}
-# Fields that are plainly no content. Other texts that no format reads are warned of.
-NO_CONTENT = {"id", "idx", "index", "uid", "uuid", "source", "src", "dataset", "data_source", "lang", "language"}
-NO_CONTENT |= {"category", "task", "task_type", "type", "kind", "tag", "tags", "topic", "domain", "license", "origin"}
-NO_CONTENT |= {"model", "models", "split", "url", "link", "time", "timestamp", "created_at", "version", "name"}
-NO_CONTENT |= {"author", "date", "vote"}
 EMPTY = (None, "", [], {})
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -423,39 +403,6 @@ FORMATS: tuple[Format, ...] = (
     Format(("prompt",), lambda row: [record(_asked(row))], (*EARLIER, *MATERIAL)),
 )
 PROMPTS = FORMATS[-1]
-
-
-def known_names(row: Fields) -> dict[str, str]:
-    """Return the fields of a row with another known name (ALIASES, or ours in capitals) -> ours, where ours is free.
-
-    Of several that could be one of ours the first takes it, those that are null last.
-    """
-    known: dict[str, str] = {}
-    for name in sorted(row, key=lambda name: row[name] is None):
-        plain = name.strip().lower()
-        ours = ALIASES.get(plain, plain if plain in OUR_NAMES else name)
-        if ours != name and row.get(ours) is None and ours not in known.values():
-            known[name] = ours
-    return known
-
-
-def with_our_names(row: Fields) -> Fields:
-    """Return a row whose fields of other known names have ours."""
-    known = known_names(row)
-    others = {name: value for name, value in row.items() if name not in known and name not in known.values()}
-    return others | {ours: row[name] for name, ours in known.items()} if known else row
-
-
-def clear_columns(row: Fields) -> dict[str, str]:
-    """Return our names -> those in a row of its question and answer, where these have the usual names (CLEAR)."""
-    known, columns = with_our_names(row), {}
-    taken = {"prompt": ("prompt", "instruction", "messages", "conversations"), "response": ("response", "chosen", "rejected")}
-    plain = {name.strip().lower(): name for name, value in row.items() if isinstance(value, str)}
-    for ours, names in CLEAR.items():
-        theirs = next((plain[name] for name in names if name in plain), None)
-        if theirs and all(known.get(name) is None for name in taken[ours]):
-            columns[ours] = theirs
-    return columns
 
 
 def recognise(row: Fields, mapped: set[str] = frozenset()) -> Format | None:

@@ -23,11 +23,11 @@ from training.utils.data.formats import (
     check_media,
     check_vote,
     judgement,
-    known_names,
     read_fields,
     unread_fields,
 )
 from training.utils.data.named_sets import NamedSet
+from training.utils.data.names import known_names
 from training.utils.data.rows import MISSING, Columns, Reading, refuse_unused, renamed, row_format
 from training.utils.data.sources import Source, Table, open_source
 from training.utils.data.suggested import suggested_columns

@@ -6,8 +6,9 @@ from itertools import islice
 from typing import Any
 
 from errors import UserError, refuse
-from training.utils.data.formats import OUR_NAMES, Format, clear_columns, recognise, unread_fields, with_our_names
+from training.utils.data.formats import Format, recognise, unread_fields
 from training.utils.data.named_sets import NamedSet
+from training.utils.data.names import OUR_NAMES, clear_columns, with_our_names
 from training.utils.data.suggested import suggested_columns
 from training.utils.data.turns import Fields
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from training.utils.data.formats import NO_CONTENT
+from training.utils.data.names import NO_CONTENT
 
 QUESTION = re.compile("question|query|prompt|instruction|input|request|ask|问|指令|输入", re.IGNORECASE)
 ANSWER = re.compile("answer|response|output|reply|target|completion|summary|solution|chosen|good|better|win|答|输出", re.IGNORECASE)
