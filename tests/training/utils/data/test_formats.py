@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.training.utils.data.rows import HH, HH_TURNS, rec, turns, write_lines
 from training.utils.data import named_sets
-from training.utils.data.names import OUR_NAMES
 from training.utils.data.named_sets import NAMED_SETS
+from training.utils.data.names import OUR_NAMES
 from training.utils.data.turns import split_turns
 
 pytestmark = pytest.mark.fast
