@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -65,6 +67,18 @@ class RowsLayer(DynamicLayer):
             self.stores[number] = store
         self._show(end)
 
+    def fill(self, states: Sequence[Tensor | None], number: int, columns: int, like: Tensor) -> None:
+        """Begin with ``columns`` columns whose right end holds states [2 · layers, heads, n, dim] of each row; None: nothing."""
+        self.lazy_initialization(like, like)
+        self.stores = []
+        for part in (2 * number, 2 * number + 1):
+            store = like.new_zeros(len(states), like.shape[1], columns + SPARE_COLUMNS, like.shape[3])
+            for row, one in enumerate(states):
+                if one is not None:
+                    store[row, :, columns - one.shape[2] : columns] = one[part]
+            self.stores.append(store)
+        self._show(columns)
+
     def _show(self, end: int) -> None:
         self.keys, self.values = (store[:, :, :end] for store in self.stores)
 
@@ -87,6 +101,17 @@ class RowsCache(Cache):
         """
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(rows, new, self.front)
+
+    def states(self, row: int, length: int) -> Tensor:
+        """Return a copy of a row's last ``length`` keys and values, [2 · layers, heads, length, dim]."""
+        return torch.stack([part[row, :, -length:] for layer in self.layers for part in (layer.keys, layer.values)])
+
+    def fill(self, states: Sequence[Tensor | None], columns: int) -> None:
+        """Begin an empty cache of ``columns`` columns with states() of other caches, at the right end of a row; None: nothing."""
+        known = next(one for one in states if one is not None)
+        for number in range(len(known) // 2):
+            self.layers.append(self.layer_class_to_replicate())
+            self.layers[number].fill(states, number, columns, known)
 
     def join(self, other: RowsCache) -> None:
         """Put the rows of other below these; the attention mask must hide what stands left of the narrower ones."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from inference.cache import RowsCache, rows_cache
+from inference.decoder import next_logits, runs
 from inference.lockstep import in_step
 from inference.sampling import StopStrings, draw, occurring, penalised, uniform_numbers
 from models.heads import base_model, mask_with_prefix, position_ids_for, prefix_cache, prefix_length
@@ -213,9 +214,12 @@ class Batch:
     """
 
     def __init__(
-        self, model: nn.Module, rules: Rules, prompts: Sequence[Sequence[int] | Tensor], asked: list[int], rows: list[int]
-    ) -> None:
-        """Read prompts, each once. asked: the number of the prompt that each row answers; equal ones stand together."""
+        self, model: nn.Module, rules: Rules, prompts: Sequence[Sequence[int] | Tensor], asked: list[int], rows: list[int],
+        known: Sequence[Tensor | None] = (),
+    ) -> None:  # fmt: skip
+        """Read prompts, each once. asked: the number of the prompt that each row answers; equal ones stand together. known: the
+        states of each prompt's beginning (RowsCache.states), which need not be read, or None; where the batch shares().
+        """
         self.model, self.rules, self.network = model, rules, base_model(model)
         self.takes = inspect.signature(self.network.forward).parameters
         device, places = next(model.parameters()).device, {prompt: place for place, prompt in enumerate(dict.fromkeys(asked))}
@@ -227,9 +231,10 @@ class Batch:
             mask[place, width - len(prompts[prompt]) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         positions = position_ids_for(model, ids, mask, room=rules.max_new_tokens)
-        self.mask, self.tokens = mask[:, :0], None
         self.cache = rows_cache(self.network, prefix_cache(model, len(ids)), prefix_length(model))
-        self._forward(ids, mask, None if positions is None else positions[..., :width])
+        self.direct = self.replaces and runs(self.network)
+        begin = self._remember([known[prompt] if known else None for prompt in places], mask)
+        self._forward(ids[:, begin:], mask[:, begin:], None if positions is None else positions[..., begin:width])
         self.ahead = None if positions is None else positions[..., width:]
         self.seen = occurring(ids, mask, self.logits.shape[1]) if rules.repetition_penalty != 1.0 else None
         self.rows = torch.arange(len(ids), device=device)
@@ -242,6 +247,11 @@ class Batch:
     def replaces(self) -> bool:
         """True where rows can give their places to others."""
         return isinstance(self.cache, RowsCache)
+
+    @property
+    def shares(self) -> bool:
+        """True where the states of a token depend on it and on those before it alone, so that other prompts may begin with them."""
+        return self.replaces and not self.cache.front and (self.ahead is None or self.ahead.dim() == 2)
 
     def draw(self, answers: _Answers) -> None:
         """Draw the next token of each row."""
@@ -291,9 +301,22 @@ class Batch:
             if getattr(self, name) is not None:
                 setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
+    def _remember(self, known: list[Tensor | None], mask: Tensor) -> int:
+        """Fill the cache with what is known of all prompts, mask [batch, width]; returns the first column that is to be read."""
+        lengths, width = mask.sum(dim=1).tolist(), mask.shape[1]
+        unread = max(length - (0 if one is None else one.shape[2]) for length, one in zip(lengths, known, strict=True))
+        self.mask, self.tokens = mask[:, : width - unread], None
+        if unread < width:
+            kept = [None if length <= unread else one[:, :, : length - unread] for length, one in zip(lengths, known, strict=True)]
+            self.cache.fill(kept, width - unread)
+        return width - unread
+
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor | None) -> None:
         """Feed tokens [batch, n] behind what is cached; mask [batch, n]."""
         self.mask = torch.cat([self.mask, mask], dim=1)
+        if self.direct:
+            self.logits = next_logits(self.network, ids, positions, mask_with_prefix(self.model, self.mask), self.cache)
+            return
         extra = {} if positions is None else {"position_ids": positions}
         if "logits_to_keep" in self.takes:
             extra["logits_to_keep"] = 1

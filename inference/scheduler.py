@@ -20,6 +20,7 @@ from torch import Tensor
 
 from inference.chatbot import Sampling
 from inference.engine import DROP_SHARE, Batch, Rules
+from inference.prompt_cache import PromptCache
 from inference.sampling import StopStrings, draw, penalised, uniform_numbers
 from inference.served import ServedModel
 
@@ -30,6 +31,7 @@ PREFILL_TOKENS = 4096
 # Let questions in once they are this share of the answers in work, or after so many steps: to read prompts costs those a pass.
 # Demo model, 16 clients, answers of 9 tokens, answers a CPU second: at once 46 and 52, at 1/4 54 and 66, at 1/2 54 and 57, at 1 52.
 JOIN_SHARE, JOIN_STEPS = 0.25, 4
+PROMPT_CACHE = 2**28  # bytes
 
 
 class Busy(Exception):
@@ -80,14 +82,16 @@ class Scheduler:
     """Answers questions in a thread of its own; submit() may be called from any thread.
 
     max_batch: answers in work at a time. max_queue: answers that may wait for a place. longest: of any answer, in tokens.
+    prompt_cache: bytes of keys and values of earlier dialogues that are kept.
     """
 
-    def __init__(self, served: ServedModel, max_batch: int, max_queue: int, longest: int) -> None:
+    def __init__(self, served: ServedModel, max_batch: int, max_queue: int, longest: int, prompt_cache: int = PROMPT_CACHE) -> None:
         self.served, self.max_batch, self.max_queue = served, max_batch, max_queue
         self.rules = Rules(longest, (), served.tokenizer.pad_token_id)
         self.stops = frozenset(served.stop_token_ids)
         # Rust tokenizers refuse a second thread while a setting changes ("Already borrowed"), and encoding changes settings.
         self.tokenizer = copy.deepcopy(served.tokenizer)
+        self.prompts = PromptCache(prompt_cache)
         self.waiting: deque[Answer] = deque()
         self.groups: list[_Group] = []
         self.wake = threading.Condition()
@@ -197,7 +201,8 @@ class _Group:
         order = sorted(range(len(answers)), key=lambda row: distinct.index(prompts[row]))
         asked = [distinct.index(prompts[row]) for row in order]
         self.answers: list[Answer | None] = [answers[row] for row in order]
-        self.batch = Batch(scheduler.served.model, scheduler.rules, distinct, asked, order)
+        known = [scheduler.prompts.find(self.adapter or "", prompt) for prompt in distinct]
+        self.batch = Batch(scheduler.served.model, scheduler.rules, distinct, asked, order, known)
 
     @property
     def live(self) -> int:
@@ -292,6 +297,10 @@ class _Group:
             answer.on_token(answer)
         if answer.finish:
             self.answers[row] = None
+            if self.batch.shares:
+                said = (*answer.prompt, *answer.tokens[:-1])  # the last one was not read
+                states = partial(self.batch.cache.states, row, len(said))
+                self.scheduler.prompts.keep(self.adapter or "", said, states)
             _resolve(answer, partial(answer.future.set_result, answer))
 
 

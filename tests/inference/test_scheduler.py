@@ -119,19 +119,61 @@ def test_sliding_windows_and_rows_that_cannot_change_places(tmp_path, scheduler)
 
 def test_equal_prompts_are_read_once(tmp_path, scheduler, monkeypatch):
     served = open_model(str(tiny_checkpoint(tmp_path, "llama")))
-    rows, forward = [], served.model.forward
+    rows, forward = [], served.model.lm_head.forward
 
-    def counting(*args, **words):
-        rows.append(len(words["input_ids"]))
-        return forward(*args, **words)
+    def counting(hidden):
+        rows.append(len(hidden))
+        return forward(hidden)
 
-    monkeypatch.setattr(served.model, "forward", counting)
+    monkeypatch.setattr(served.model.lm_head, "forward", counting)
     answers = [Answer([5, 6, 7], Sampling(4, seed=number)) for number in range(4)]
     one = scheduler(served)
     one.submit(answers)
     wait([answer.future for answer in answers], timeout=60)
     assert rows[0] == 1 and rows[1] == 4
     assert [answer.tokens for answer in answers] == [alone(served, answer) for answer in answers]
+
+
+def follow_up(served, first: Answer, words: str) -> Answer:
+    """The next turn of a dialogue, whose prompt begins with all that the model read and said."""
+    more = served.tokenizer(words, add_special_tokens=False)["input_ids"]
+    return Answer([*first.prompt, *first.tokens, *more], Sampling(8, greedy=True))
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "gpt2", "glm4", "chatglm2-6b"])
+def test_a_dialogue_is_read_from_where_it_ended(tmp_path, scheduler, request, family):
+    """The second turns of two dialogues, and a prompt that is no dialogue's, in one lot: the answers are those without a cache."""
+    if family in FAMILIES:
+        folder = tiny_checkpoint(tmp_path, family, seed=1)
+    else:
+        folder = tiny_chatglm(tmp_path / "model", family, request.getfixturevalue("shared_dir"))
+    served = open_model(str(folder))
+    one, read = scheduler(served), []
+    served.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(tuple(args[0].shape)))
+    first = questions(served)[:2]
+    one.submit(first)
+    wait([answer.future for answer in first], timeout=60)
+    read.clear()
+    second = [follow_up(served, answer, TEXT[2][:9]) for answer in first]
+    one.submit(second)
+    wait([answer.future for answer in second], timeout=60)
+    unread = max(len(after.prompt) - len(before.prompt) - len(before.tokens) for before, after in zip(first, second, strict=True))
+    assert read[0] == (2, unread + 1)  # the last token of an answer is drawn, not read
+    third = [follow_up(served, answer, TEXT[3][:7]) for answer in second]
+    third.append(Answer(first[0].prompt[::-1], Sampling(8, greedy=True)))
+    one.submit(third)
+    wait([answer.future for answer in third], timeout=60)
+    for answer in (*second, *third):
+        assert answer.tokens == alone(served, answer)
+
+
+@pytest.mark.parametrize("generation", ["chatglm-6b"])
+def test_a_context_that_sees_itself_whole_is_not_shared(tmp_path, scheduler, generation, shared_dir):
+    served = open_model(str(tiny_chatglm(tmp_path / "model", generation, shared_dir)))
+    one, [answer] = scheduler(served), questions(served)[:1]
+    one.submit([answer])
+    answer.future.result(60)
+    assert not one.prompts.kept
 
 
 def test_adapters_answer_side_by_side(tmp_path, scheduler):
@@ -224,27 +266,27 @@ def test_what_goes_wrong_harms_nobody_else(llama, scheduler, monkeypatch):
     """Logits that are no numbers end one answer; an error of the network all in work, and the next are answered."""
     one = scheduler(llama)
     bad, good = Answer([9, 9, 9], Sampling(8, greedy=True)), long(1)
-    forward = llama.model.forward
+    embedding = llama.model.get_input_embeddings()
+    forward = embedding.forward
 
-    def poisoned(*args, **words):
-        output = forward(*args, **words)
-        if words["input_ids"].shape[1] > 1:  # the prompts
-            output.logits[(words["input_ids"] == 9).sum(1) > 2] = float("nan")
-        return output
+    def poisoned(ids):
+        states = forward(ids)
+        states[(ids == 9).sum(1) > 2, -1] = float("nan")
+        return states
 
-    monkeypatch.setattr(llama.model, "forward", poisoned)
+    monkeypatch.setattr(embedding, "forward", poisoned)
     one.submit([bad, good])
     assert isinstance(bad.future.exception(60), NotFinite)
     assert good.future.result(60).tokens == alone(llama, good)
 
-    def out_of_memory(*args, **words):
+    def out_of_memory(ids):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(llama.model, "forward", out_of_memory)
+    monkeypatch.setattr(embedding, "forward", out_of_memory)
     lost = long(2)
     one.submit([lost])
     assert "out of memory" in str(lost.future.exception(60))
-    monkeypatch.setattr(llama.model, "forward", forward)
+    monkeypatch.setattr(embedding, "forward", forward)
     last = long(3)
     one.submit([last])
     assert last.future.result(60).tokens == alone(llama, last)

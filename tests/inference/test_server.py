@@ -238,8 +238,8 @@ def wait_until(true, seconds: float = 60.0) -> None:
 def slow(served, monkeypatch):
     """Each token takes 20 ms."""
     network = served.model.get_base_model()
-    forward = network.forward
-    monkeypatch.setattr(network, "forward", lambda *args, **words: time.sleep(0.02) or forward(*args, **words))
+    forward = network.lm_head.forward
+    monkeypatch.setattr(network.lm_head, "forward", lambda hidden: time.sleep(0.02) or forward(hidden))
 
 
 LONG = {"model": "tiny", "messages": ASK, "max_tokens": 200, "temperature": 1.5, "seed": 2}
