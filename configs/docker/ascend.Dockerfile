@@ -31,12 +31,13 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN PIP_EXTRA_INDEX_URL="${TORCH_INDEX}" python -m pip install --no-cache-dir "torch==${TORCH_VERSION}" \
     && python -m pip install --no-cache-dir "torch-npu==${TORCH_NPU_VERSION}" pyyaml==6.0.3
 
-COPY requirements.txt /tmp/requirements.txt
+COPY requirements.txt requirements-serve.txt /tmp/
 RUN python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > /tmp/constraints.txt \
     && sed '/^torch==/d' /tmp/requirements.txt > /tmp/others.txt \
+    && sed '/^-r /d' /tmp/requirements-serve.txt >> /tmp/others.txt \
     && python -m pip install --no-cache-dir --constraint /tmp/constraints.txt --requirement /tmp/others.txt \
     && python -c "from importlib.metadata import version; assert version('torch').startswith('${TORCH_VERSION}'), 'torch was replaced'" \
-    && rm /tmp/requirements.txt /tmp/others.txt /tmp/constraints.txt
+    && rm /tmp/requirements*.txt /tmp/others.txt /tmp/constraints.txt
 
 COPY . /opt/sanbu
 # Sessions over ssh and `bash -c` read these two; CANN's variables are missing there otherwise.

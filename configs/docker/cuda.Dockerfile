@@ -23,13 +23,14 @@ RUN apt-get update \
     && printf 'StrictModes no\n' > /etc/ssh/sshd_config.d/sanbu.conf
 
 # Everything but torch, which the base brings; the constraint keeps pip from putting another build in its place.
-COPY requirements.txt /tmp/requirements.txt
+COPY requirements.txt requirements-serve.txt /tmp/
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -c "import torch; print('torch==' + torch.__version__)" > /tmp/constraints.txt \
     && sed '/^torch==/d' /tmp/requirements.txt > /tmp/others.txt \
+    && sed '/^-r /d' /tmp/requirements-serve.txt >> /tmp/others.txt \
     && python -m pip install --no-cache-dir --constraint /tmp/constraints.txt --requirement /tmp/others.txt \
     && python -c "import torch, deepspeed; assert torch.version.cuda, 'this is no CUDA build of torch'" \
-    && rm /tmp/requirements.txt /tmp/others.txt /tmp/constraints.txt
+    && rm /tmp/requirements*.txt /tmp/others.txt /tmp/constraints.txt
 
 COPY . /opt/sanbu
 RUN (getent passwd 1000 > /dev/null || useradd --create-home --uid 1000 sanbu) \

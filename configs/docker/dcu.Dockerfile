@@ -26,7 +26,7 @@ RUN apt-get update \
     && printf 'StrictModes no\n' > /etc/ssh/sshd_config.d/sanbu.conf
 
 COPY configs/docker/wheels/ /tmp/wheels/
-COPY requirements.txt /tmp/requirements.txt
+COPY requirements.txt requirements-serve.txt /tmp/
 COPY scripts/vendor_env.sh /opt/sanbu/scripts/vendor_env.sh
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0
 # Vendor wheels first and without their dependencies; then everything else under a constraint that names this torch.
@@ -38,11 +38,12 @@ RUN . /opt/sanbu/scripts/vendor_env.sh \
     && find /tmp/wheels -name '*.whl' -print0 \
         | xargs --null --no-run-if-empty python -m pip install --no-cache-dir --no-deps \
     && sed -E '/^(torch|deepspeed|numpy)==/d' /tmp/requirements.txt > /tmp/others.txt \
+    && sed '/^-r /d' /tmp/requirements-serve.txt >> /tmp/others.txt \
     && python -m pip install --no-cache-dir --constraint /tmp/constraints.txt --requirement /tmp/others.txt \
     && (python -m pip show --quiet deepspeed || python -m pip install --no-cache-dir --no-deps deepspeed==0.14.4) \
     && python -c "import torch; assert torch.version.hip, 'torch is no longer the build of DTK'" \
     && DS_ACCELERATOR=cuda python -c "import deepspeed.launcher.runner" \
-    && rm -r /tmp/wheels /tmp/requirements.txt /tmp/others.txt /tmp/constraints.txt
+    && rm -r /tmp/wheels /tmp/requirements*.txt /tmp/others.txt /tmp/constraints.txt
 
 COPY . /opt/sanbu
 # Sessions over ssh and `bash -c` read these two; DTK's variables are missing there otherwise.

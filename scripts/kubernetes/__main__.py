@@ -1,4 +1,4 @@
-"""Kubernetes manifests from a recipe: claim, downloads, training, TensorBoard, a dialogue; and checks of manifests.
+"""Kubernetes manifests from a recipe: claim, downloads, training, TensorBoard, a dialogue, a server; and checks of manifests.
 
     python -m scripts.k8s render --kind pytorchjob --recipe configs/multi_node/llama-2-7b.yaml --step all --out DIR
     python -m scripts.k8s render --kind deepspeedjob --recipe configs/dcu_z100l/chatglm-6b.yaml --step 2 --image NAME:TAG
@@ -31,7 +31,7 @@ STEPS = ("steps/step1_sft.yaml", "steps/step2_reward.yaml", "steps/step3_ppo.yam
 # The committed set. The nine training jobs and the dialogue have predecessors elsewhere (docs/en/kubernetes.md); the rest
 # shows every other kind and every platform with an accelerator once.
 SETS = (
-    ("deepspeedjob", "single_gpu/opt-1.3b", ("1-storage.yaml", "2-download.yaml", "5-chat.yaml", *STEPS)),
+    ("deepspeedjob", "single_gpu/opt-1.3b", ("1-storage.yaml", "2-download.yaml", "5-chat.yaml", "6-serve.yaml", *STEPS)),
     ("deepspeedjob", "single_node/opt-13b", STEPS),
     ("deepspeedjob", "multi_node/opt-66b", STEPS),
     ("deepspeedjob", "dcu_z100l/chatglm-6b", ("3-train.yaml",)),
@@ -136,7 +136,7 @@ def render_command(args: argparse.Namespace) -> int:
         parse(step.arguments_class, ["--config", job.recipe.path, *job.flags])
         check_memory(job, step)
     if not choices and "5-chat.yaml" not in files:
-        print(f"# no 5-chat.yaml: {job.model} does not fit on one card, and chat.py uses one", file=sys.stderr)
+        print(f"# no 5-chat.yaml, no 6-serve.yaml: {job.model} does not fit on one card, and both use one", file=sys.stderr)
     if not args.out:  # single steps are left out beside the job that runs them all
         print("---\n".join(text for name, text in files.items() if not name.startswith("steps/")), end="")
         return 0

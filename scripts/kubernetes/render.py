@@ -36,6 +36,7 @@ ABOUT = {
     "2-download.yaml": "models and data sets of the hub to the claim (a token: secret huggingface, key token)",
     "4-tensorboard.yaml": "curves: kubectl port-forward service/NAME-tensorboard 6006:80",
     "5-chat.yaml": "a dialogue, on one card: kubectl attach -it deployment/NAME-chat",
+    "6-serve.yaml": "the HTTP server, on one card (keys: secret NAME-serve, key api-key): http://NAME-serve:8000/v1",
 }
 
 
@@ -307,7 +308,7 @@ def render(job: SimpleNamespace, choices: Sequence[str] = ()) -> dict[str, str]:
     if choices:
         steps = [STEP_OF[choice] for choice in choices]
         return alone(*steps) if len(steps) == 1 else {"train.yaml": training(job, steps, "several steps in order")}
-    wanted = {"2-download.yaml": job.hub_words, "5-chat.yaml": job.chat_folder}
+    wanted = {"2-download.yaml": job.hub_words, "5-chat.yaml": job.chat_folder, "6-serve.yaml": job.chat_folder}
     files = {"3-train.yaml": training(job, job.steps, f"{title(job.steps)}; a step that is done is skipped")}
     for name, about in ABOUT.items():
         if wanted.get(name, True):

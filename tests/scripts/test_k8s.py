@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
+from inference.server.__main__ import parse as parse_server_flags
 from scripts.kubernetes import __main__ as k8s
 from scripts.kubernetes import check, pod
 from scripts.kubernetes.render import make_job, quantity, render
@@ -55,7 +56,7 @@ def trainer_of(document: dict) -> dict:
 def test_the_committed_set_is_what_would_be_rendered_and_valid(capsys):
     assert k8s.main(["set", "--check"]) == 0, capsys.readouterr().out
     assert k8s.main(["check", str(k8s.COMMITTED)]) == 0
-    assert "16 documents in 16 files, 0 problems" in capsys.readouterr().out
+    assert "18 documents in 17 files, 0 problems" in capsys.readouterr().out
 
 
 def test_the_operators_own_schemas_take_every_kind(shared_dir):
@@ -111,6 +112,28 @@ def test_the_dialogue_asks_for_the_cards_that_it_sees():
         assert main["resources"]["requests"][resource] == main["resources"]["limits"][resource] == cards
         assert main["stdin"] and main["tty"] and main["command"][-3:-1] == ["/opt/sanbu/chat.py", "--path"]
     assert "5-chat.yaml" not in files("deepspeedjob", "multi_node/opt-66b")  # 132 GB do not go on one card
+
+
+def test_the_server_is_asked_after_its_health_and_has_time_to_answer():
+    """What the manifest and the server must agree on: port, path, key, the time that a request may take."""
+    deployment, service = files("deepspeedjob", "single_gpu/opt-1.3b")["6-serve.yaml"]
+    spec = deployment["spec"]["template"]["spec"]
+    (main,) = spec["containers"]
+    words = main["command"][main["command"].index("inference.server") + 1 :]
+    args = parse_server_flags(words)
+    ports = {one["name"]: one["containerPort"] for one in main["ports"]}
+    assert ports == {"http": args.port} and service["spec"]["ports"][0]["targetPort"] == "http"
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert main[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    waits = int(main["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert spec["terminationGracePeriodSeconds"] > args.timeout + waits
+    (key,) = [one for one in main["env"] if one["name"] == "SANBU_API_KEY"]
+    assert key["valueFrom"]["secretKeyRef"] == {"name": "sanbu-opt-1-3b-serve", "key": "api-key"}  # no key, no pod
+    assert args.host == "0.0.0.0"
+    assert next(one for one in main["volumeMounts"] if one["name"] == "work")["readOnly"]
+    dcu = files("pytorchjob", "dcu_z100l/chatglm-6b")["6-serve.yaml"][0]["spec"]["template"]["spec"]["containers"][0]
+    assert dcu["command"][:2] == ["bash", "/opt/sanbu/scripts/vendor_env.sh"]
 
 
 def test_the_commands_are_accepted_by_those_who_read_them():
