@@ -55,6 +55,8 @@ def build_parser() -> CommandLine:
         zh="可排队的回答数，超过则返回 429（%(default)s）")
     add("--max_new_tokens", type=int, default=512, help="the longest answer in tokens (%(default)s)",
         zh="回答的最大 token 数（%(default)s）")
+    add("--prompt_cache", type=float, default=256, help="MiB for earlier dialogues, whose next turns begin so (%(default)s)",
+        zh="保存此前对话的 MiB 数，其下一轮从其后读起（%(default)s）")
     add("--timeout", type=float, default=300.0, help="seconds for a request, waiting included (%(default)s)",
         zh="一个请求的时限，含排队，秒（%(default)s）")
     add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)",
@@ -75,7 +77,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ABOVE_ZERO:
         refuse(not getattr(args, name) > 0, f"--{name} {getattr(args, name)} is out of range; it must be above 0.")
     refuse(not 0 <= args.port < 65536, f"--port {args.port} is out of range; ports end at 65535.")
-    refuse(args.max_queue < 0, f"--max_queue {args.max_queue} is out of range; it must be 0 or more.")
+    for name in ("max_queue", "prompt_cache"):
+        refuse(getattr(args, name) < 0, f"--{name} {getattr(args, name)} is out of range; it must be 0 or more.")
     pairs = [one.partition("=") for one in args.adapter]
     wrong = next((one for one, (name, _, path) in zip(args.adapter, pairs, strict=True) if not name or not path), None)
     refuse(wrong is not None, f"--adapter {wrong}: expected NAME=DIR, such as law=output/law/adapter.")
@@ -114,8 +117,9 @@ def serve(args: argparse.Namespace, keys: list[bytes], bound: Any) -> int:
     quiet()
     served = open_model(args.path, args.name, args.adapter, args.dtype)
     limits = Limits(
-        args.max_batch, args.max_queue, args.max_new_tokens, args.timeout, int(args.max_body * 2**20), args.log_text
-    )
+        args.max_batch, args.max_queue, args.max_new_tokens, args.timeout, int(args.max_body * 2**20), args.log_text,
+        int(args.prompt_cache * 2**20),
+    )  # fmt: skip
     service = Service(served, limits)
     bound.listen()  # who connects from now on is answered
     logger.info("serving %s at %s/v1", ", ".join(served.names), url_of(bound))

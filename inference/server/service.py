@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from errors import nearest
-from inference.scheduler import Answer, Busy, Scheduler, Stopping
+from inference.scheduler import PROMPT_CACHE, Answer, Busy, Scheduler, Stopping
 from inference.scores import Scorer, Scoring
 from inference.served import ServedModel
 from inference.server.protocol import Question, Refusal
@@ -24,7 +24,8 @@ SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 @dataclass(frozen=True)
 class Limits:
     """Settings of a server. max_batch, max_queue: answers in work and waiting. max_new_tokens: of an answer. timeout: seconds
-    of a request. max_body: bytes of one. log_text: also write prompts and answers into the log.
+    of a request. max_body: bytes of one. log_text: also write prompts and answers into the log. prompt_cache: bytes of keys and
+    values of earlier dialogues.
     """
 
     max_batch: int = 16
@@ -33,6 +34,7 @@ class Limits:
     timeout: float = 300.0
     max_body: int = 2**20
     log_text: bool = False
+    prompt_cache: int = PROMPT_CACHE
 
 
 class Metrics:
@@ -62,7 +64,7 @@ class Service:
         if served.scores:
             self.worker = Scorer(served, limits.max_batch, limits.max_queue)
         else:
-            self.worker = Scheduler(served, limits.max_batch, limits.max_queue, self.longest)
+            self.worker = Scheduler(served, limits.max_batch, limits.max_queue, self.longest, limits.prompt_cache)
         # Encoding changes settings of a tokenizer, so that one thread encodes with it, and none decodes.
         self.encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.decoder = copy.deepcopy(served.tokenizer)
