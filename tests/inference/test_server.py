@@ -308,7 +308,7 @@ def test_the_end_answers_what_is_in_work_and_refuses_the_rest(served, slow):
 
         thread = threading.Thread(target=ask)
         thread.start()
-        wait_until(lambda: len(service.worker.waiting) == 1)
+        wait_until(lambda: service.worker.in_work == 1 and len(service.worker.waiting) == 1)
         service.end()
         thread.join()
         assert waiting[0].status_code == 503
