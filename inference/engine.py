@@ -209,8 +209,9 @@ class Batch:
     """Rows in work: a rectangle of cache in which all of them end in the same column.
 
     rows [batch]: which row of the call each is. mask [batch, width]: the columns of the cache that are the row's own, a
-    prefix aside. ahead: the positions of the tokens to come, [batch, max_new_tokens] or [batch, 2, max_new_tokens] or None.
-    logits [batch, vocab] of the next token. done [batch] bool. seen [batch, vocab] bool, for the repetition penalty.
+    prefix aside. ahead: the positions of the prompt's last token and of those to come, [batch, 1 + max_new_tokens] or
+    [batch, 2, 1 + max_new_tokens] or None. logits [batch, vocab] of the next token, None while the prompts' last tokens are unread.
+    done [batch] bool. seen [batch, vocab] bool, for the repetition penalty.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class Batch:
     ) -> None:  # fmt: skip
         """Read prompts, each once. asked: the number of the prompt that each row answers; equal ones stand together. known: the
         states of each prompt's beginning (RowsCache.states), which need not be read, or None; where the batch shares().
+        If all but the last tokens are known, nothing is read yet; the caller has read() read those.
         """
         self.model, self.rules, self.network = model, rules, base_model(model)
         self.takes = inspect.signature(self.network.forward).parameters
@@ -234,8 +236,10 @@ class Batch:
         self.cache = rows_cache(self.network, prefix_cache(model, len(ids)), prefix_length(model))
         self.direct = self.replaces and runs(self.network)
         begin = self._remember([known[prompt] if known else None for prompt in places], mask)
-        self._forward(ids[:, begin:], mask[:, begin:], None if positions is None else positions[..., begin:width])
-        self.ahead = None if positions is None else positions[..., width:]
+        self.logits = None
+        if not begin or begin < width - 1:
+            self._forward(ids[:, begin:], mask[:, begin:], None if positions is None else positions[..., begin:width])
+        self.ahead = None if positions is None else positions[..., width - 1 :]
         self.seen = occurring(ids, mask, self.logits.shape[1]) if rules.repetition_penalty != 1.0 else None
         self.rows = torch.arange(len(ids), device=device)
         self.done = torch.zeros(len(ids), dtype=torch.bool, device=device)
@@ -275,8 +279,7 @@ class Batch:
         """Run the network on the tokens drawn last. lengths [batch]: how many tokens each answer has with them."""
         positions = None
         if self.ahead is not None:
-            last = (lengths - 1).view(-1, *[1] * (self.ahead.dim() - 1))
-            positions = self.ahead.take_along_dim(last, dim=-1)
+            positions = self.ahead.take_along_dim(lengths.view(-1, *[1] * (self.ahead.dim() - 1)), dim=-1)
         self._forward(self.tokens[:, None], torch.ones_like(self.tokens)[:, None], positions)
 
     def drop(self) -> None:
@@ -288,7 +291,7 @@ class Batch:
         self.cache.replace(places, other.cache)
         self.mask[places] = nn.functional.pad(other.mask, (self.mask.shape[1] - other.mask.shape[1], 0))
         for name in ("rows", "done", "logits", "ahead", "seen"):
-            if getattr(self, name) is not None:
+            if getattr(other, name) is not None:
                 getattr(self, name)[places] = getattr(other, name)
 
     def join(self, other: Batch) -> None:
@@ -297,6 +300,8 @@ class Batch:
         width = max(self.mask.shape[1], other.mask.shape[1])
         masks = [nn.functional.pad(one.mask, (width - one.mask.shape[1], 0)) for one in (self, other)]
         self.mask, self.tokens = torch.cat(masks), None
+        if other.logits is None:
+            other.logits = self.logits.new_zeros(len(other.rows), self.logits.shape[1])
         for name in ("rows", "done", "logits", "ahead", "seen"):
             if getattr(self, name) is not None:
                 setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))

@@ -56,6 +56,7 @@ class Answer:
 
     tokens, the one that stopped it included. log_probs: of each token, and (token, log-probability) of the likeliest, at
     temperature 1. finish: "stop", or "length" where max_new_tokens cut it off. first: time.monotonic() of the first token.
+    unread: the prompt's last token is read with the others' next ones.
     future: has the answer itself as its result; to cancel it gives up the place.
     """
 
@@ -70,6 +71,7 @@ class Answer:
     log_probs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     finish: str | None = None
     first: float | None = None
+    unread: bool = False
     future: Future[Answer] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
@@ -164,8 +166,11 @@ class Scheduler:
         taken: list[Answer] = []
         in_work = self.in_work
         room = self.max_batch - in_work
-        if min(len(self.waiting), room) < JOIN_SHARE * in_work and self.held < JOIN_STEPS:
-            self.held += bool(self.waiting and room)
+        with self.wake:
+            first = self.waiting[0] if self.waiting and room else None
+        known = first is not None and self._known(first)
+        if not known and min(len(self.waiting), room) < JOIN_SHARE * in_work and self.held < JOIN_STEPS:
+            self.held += first is not None
             return taken
         self.held = 0
         with self.wake:
@@ -174,10 +179,17 @@ class Scheduler:
                 width = max(len(one.prompt) for one in (*taken, answer))
                 if taken and (answer.adapter != taken[0].adapter or width * (len(taken) + 1) > PREFILL_TOKENS):
                     break
+                if self._known(answer) != known:
+                    break
                 self.waiting.popleft()
                 if not answer.future.cancelled():
                     taken.append(answer)
         return taken
+
+    def _known(self, answer: Answer) -> bool:
+        """Return True if all of a prompt but its last token was read before: to let it in costs those in work nothing."""
+        states = self.prompts.find(answer.adapter or "", answer.prompt)
+        return states is not None and states.shape[2] == len(answer.prompt) - 1
 
     def _admit(self, answers: list[Answer]) -> None:
         """Read prompts and let their answers join those in work with the same adapter."""
@@ -203,6 +215,8 @@ class _Group:
         self.answers: list[Answer | None] = [answers[row] for row in order]
         known = [scheduler.prompts.find(self.adapter or "", prompt) for prompt in distinct]
         self.batch = Batch(scheduler.served.model, scheduler.rules, distinct, asked, order, known)
+        for answer in answers:
+            answer.unread = self.batch.logits is None
 
     @property
     def live(self) -> int:
@@ -233,8 +247,13 @@ class _Group:
         self.leave()
         if not self.live:
             return
-        self.batch.tokens = self.draw()
-        for row, token in enumerate(self.batch.tokens.tolist()):
+        living = {row: answer for row, answer in enumerate(self.answers) if answer is not None}
+        drawing = {row: answer for row, answer in living.items() if not answer.unread}
+        self.batch.tokens = self.draw(drawing)
+        for row, answer in living.items():
+            if answer.unread:
+                self.batch.tokens[row], answer.unread = answer.prompt[-1], False
+        for row, token in zip(drawing, self.batch.tokens[list(drawing)].tolist(), strict=True):
             self.add(row, token)
         if not self.live:
             return
@@ -250,16 +269,16 @@ class _Group:
             if answer is not None and answer.future.cancelled():
                 self.answers[row] = None
 
-    def draw(self) -> Tensor:
-        """Return the next token of each row, [batch]; note log-probabilities where they are asked for."""
+    def draw(self, drawing: dict[int, Answer]) -> Tensor:
+        """Return the next token of these rows in [batch]; note log-probabilities where they are asked for."""
+        if not drawing:
+            return torch.zeros_like(self.batch.rows)
         logits = self.batch.logits.float()
-        self.note = {row: logits[row] for row, answer in enumerate(self.answers) if answer and answer.top is not None}
-        if any(answer and changes_logits(answer) for answer in self.answers):
+        self.note = {row: logits[row] for row, answer in drawing.items() if answer.top is not None}
+        if any(map(changes_logits, drawing.values())):
             logits = logits.clone()
         kinds: dict[tuple, list[int]] = {}
-        for row, answer in enumerate(self.answers):
-            if answer is None:
-                continue
+        for row, answer in drawing.items():
             if changes_logits(answer):
                 change_logits(logits[row], answer)
             if not answer.sampling.greedy:
@@ -271,8 +290,8 @@ class _Group:
             uniform = [self.answers[row].uniform[len(self.answers[row].tokens)] for row in rows]
             tokens[rows] = draw(scores, torch.tensor(uniform, device=scores.device), top_p, top_k)[0]
         finite = logits.gather(1, tokens[:, None]).isfinite().squeeze(1).tolist()
-        for row, answer in enumerate(self.answers):
-            if answer and not finite[row]:
+        for row, answer in drawing.items():
+            if not finite[row]:
                 _fail(answer, NotFinite())
                 self.answers[row] = None
         return tokens
