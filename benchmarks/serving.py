@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.serving --path output/demo/ppo/actor --seconds 120 --requests 5000
 
 All servers run at once, and idle but for the one that is asked: slices of time go round, so that what else the machine does
-falls on all of them. Answers are greedy. CPU seconds are those of the server's process; the clients have their own.
+falls on all of them. Answers are greedy. CPU seconds are those of the server's process; the clients have their own. 32 questions
+go round, so that sanbu has read each before; sanbu-cold keeps nothing of what it read (--prompt_cache 0).
 """
 
 from __future__ import annotations
@@ -139,12 +140,13 @@ def servers(stack: ExitStack, args: argparse.Namespace) -> list[Server]:
     started = []
     for name in args.servers:
         port = free_port()
-        if name == "sanbu":
+        if name in ("sanbu", "sanbu-cold"):
             command = [sys.executable, "-m", "inference.server", "--path", args.path, "--port", str(port), "--name", "model"]
+            command += ["--prompt_cache", "0"] if name == "sanbu-cold" else []
         else:
             command = [sys.executable, "-m", "transformers.cli.transformers", "serve", args.path, "--port", str(port)]
             command += ["--device", args.device, *(["--continuous-batching"] if name == "transformers-cb" else [])]
-        model = "model" if name == "sanbu" else args.path
+        model = "model" if name.startswith("sanbu") else args.path
         started.append(stack.enter_context(running(name, command, port, model, f"{args.log}-{name}.log")))
     return started
 
@@ -153,7 +155,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, help="folder of a model")
-    parser.add_argument("--servers", nargs="+", default=["sanbu", "transformers", "transformers-cb"])
+    parser.add_argument("--servers", nargs="+", default=["sanbu", "sanbu-cold", "transformers", "transformers-cb"])
     parser.add_argument("--seconds", type=float, default=20, help="for each server and number of clients")
     parser.add_argument("--rounds", type=int, default=4, help="slices that this time is cut into")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
@@ -189,10 +191,11 @@ def print_results(started: list[Server], args: argparse.Namespace) -> None:
             speed, work = number / server.walls[clients], number / max(server.cpus[clients], 1e-9)
             rows.append([server.name, clients, number, f"{speed:.1f}", f"{work:.1f}", differing])
     print_table(["server", "clients", "answers", "answers/s", "answers/CPU s", "questions with several answers"], rows)
-    rows = [
-        [server.name, *(f"{1000 * statistics.median(server.firsts[clients]):.0f}" for clients in (1, 4))] for server in started
-    ]
-    print_table(["server", "first token of a lone client, ms", "of 4 clients, ms"], rows)
+    rows = []
+    for server in started:
+        lone, four = (1000 * statistics.median(server.firsts[clients]) for clients in (1, 4))
+        rows.append([server.name, f"{lone:.0f}", f"{four:.0f}", f"{four / lone:.2f}", f"{server.resident():.0f}"])
+    print_table(["server", "first token of a lone client, ms", "of 4 clients, ms", "ratio", "resident MiB"], rows)
 
 
 def watch_memory(server: Server, requests: int) -> None:

@@ -12,6 +12,7 @@ from inference.engine import generate
 from models.chatglm import layers
 from models.chatglm.configuration_chatglm import ChatGLM2Config, ChatGLMConfig
 from models.chatglm.layers import attend, visibility_bias
+from models.chatglm.registration import register_networks
 from models.heads import TokenLogProbs
 from models.load import load_causal_lm, load_tokenizer
 from models.save import save_model
@@ -37,6 +38,7 @@ def root(shared_dir):
 
 def tiny(family, **changes):
     """A random network, in evaluation mode."""
+    register_networks()  # reading a folder would; a configuration made here does not
     config = TINY["chatglm-6b" if family == "chatglm-6b" else "chatglm2-6b"]
     config = type(config).from_dict(config.to_dict() | changes)
     torch.manual_seed(0)
