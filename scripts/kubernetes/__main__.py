@@ -137,8 +137,8 @@ def render_command(args: argparse.Namespace) -> int:
         check_memory(job, step)
     if not choices and "5-chat.yaml" not in files:
         print(f"# no 5-chat.yaml, no 6-serve.yaml: {job.model} does not fit on one card, and both use one", file=sys.stderr)
-    if not args.out:  # single steps are left out beside the job that runs them all
-        print("---\n".join(text for name, text in files.items() if not name.startswith("steps/")), end="")
+    if not args.out:  # without single steps, beside the job that runs them all, and the server, which needs a secret and a card
+        print("---\n".join(text for name, text in files.items() if not name.startswith(("steps/", "6-serve"))), end="")
         return 0
     for name, text in files.items():
         path = Path(args.out) / name
