@@ -215,9 +215,14 @@ class Batch:
     """
 
     def __init__(
-        self, model: nn.Module, rules: Rules, prompts: Sequence[Sequence[int] | Tensor], asked: list[int], rows: list[int],
+        self,
+        model: nn.Module,
+        rules: Rules,
+        prompts: Sequence[Sequence[int] | Tensor],
+        asked: list[int],
+        rows: list[int],
         known: Sequence[Tensor | None] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Read prompts, each once. asked: the number of the prompt that each row answers; equal ones stand together. known: the
         states of each prompt's beginning (RowsCache.states), which need not be read, or None; where the batch shares().
         If all but the last tokens are known, nothing is read yet; the caller has read() read those.

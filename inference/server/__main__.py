@@ -116,10 +116,8 @@ def serve(args: argparse.Namespace, keys: list[bytes], bound: Any) -> int:
     logger = logging.getLogger("sanbu")
     quiet()
     served = open_model(args.path, args.name, args.adapter, args.dtype)
-    limits = Limits(
-        args.max_batch, args.max_queue, args.max_new_tokens, args.timeout, int(args.max_body * 2**20), args.log_text,
-        int(args.prompt_cache * 2**20),
-    )  # fmt: skip
+    body, kept = int(args.max_body * 2**20), int(args.prompt_cache * 2**20)
+    limits = Limits(args.max_batch, args.max_queue, args.max_new_tokens, args.timeout, body, args.log_text, kept)
     service = Service(served, limits)
     bound.listen()  # who connects from now on is answered
     logger.info("serving %s at %s/v1", ", ".join(served.names), url_of(bound))

@@ -36,7 +36,9 @@ def url_of(bound: socket.socket) -> str:
 
 def server_of(gate: Gate) -> uvicorn.Server:
     """Return uvicorn's server for the application. A first signal ends it when all is answered, a second one at once."""
-    server = uvicorn.Server(uvicorn.Config(gate, log_config=None, access_log=False, server_header=False, lifespan="off"))
+    # httptools, which uvicorn prefers where it is installed, takes headers of any length and what is hardly HTTP; h11 refuses both.
+    config = uvicorn.Config(gate, http="h11", log_config=None, access_log=False, server_header=False, lifespan="off")
+    server = uvicorn.Server(config)
 
     def drain() -> None:
         gate.service.end()

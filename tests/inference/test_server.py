@@ -5,7 +5,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -458,3 +461,17 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, adapter):
     other = tiny_checkpoint(tmp_path / "wide", "llama", hidden_size=16)
     with pytest.raises(UserError, match="does not fit the model"):
         open_model(str(other), adapters={"law": adapter})
+
+
+def test_the_unit_of_the_guide_is_valid(tmp_path, repository):
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not installed")
+    text = re.search(r"```ini\n(.*?)```", (repository / "docs/en/serving.md").read_text(encoding="utf-8"), re.S)[1]
+    unit = tmp_path / "sanbu.service"
+    unit.write_text(text.replace("/srv/sanbu/.venv/bin/python", sys.executable))
+    done = subprocess.run([program, "verify", "--man=no", str(unit)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    words = re.search(r"^ExecStart=.* -m inference.server (.*)", text, re.M)[1].split()
+    assert words == ["--config", "server.yaml"]
+    assert int(re.search(r"^TimeoutStopSec=(\d+)", text, re.M)[1]) > parse(["--path", str(tmp_path)]).timeout
