@@ -79,8 +79,10 @@ class CommandLine(argparse.ArgumentParser):
         return text
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError for what argparse says."""
-        raise UserError(f"{message[:1].upper()}{message[1:]}; {self.advice}")
+        """Raise UserError for what argparse says, with the flag that an unknown one is a slip of."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        near = self.nearest_flag(unknown.split()[0]) if unknown != message else None
+        raise UserError(f"{message[:1].upper()}{message[1:]}; {f'did you mean {near}?' if near else self.advice}")
 
     def nearest_flag(self, word: str) -> str | None:
         """Return the flag that a word on the command line is a slip of."""

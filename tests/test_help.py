@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-from errors import language_of_user
+from errors import UserError, language_of_user
 from training.utils.flags.help import help_text
 from training.utils.flags.parse import MODULES
 
@@ -66,6 +66,14 @@ def test_every_description_and_flag_is_there_in_chinese(module):
             elif action.help != argparse.SUPPRESS and action.dest != "help":
                 assert CHINESE.search(action.help), action.option_strings
         assert not re.search(r"show this help|^options:|^positional", parser.format_help(), re.MULTILINE)
+
+
+def test_a_slip_is_told_with_the_flag_that_was_meant():
+    parser = import_module("scripts.doctor.__main__").build_parser()
+    with pytest.raises(UserError, match=r"^Unrecognized arguments: --recip x; did you mean --recipe\?$"):
+        parser.parse_args(["--recip", "x"])
+    with pytest.raises(UserError, match=r"^Unrecognized arguments: --nonsense; --help lists the flags\.$"):
+        parser.parse_args(["--nonsense"])
 
 
 @pytest.mark.parametrize("args_class", MODULES)
