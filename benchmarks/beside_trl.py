@@ -123,9 +123,9 @@ def random_records(kind: str, count: int = 1200) -> Iterator[dict[str, Any]]:
 
     for _ in range(count):
         if kind == "pairs":
-            yield {"prompt": words(90), "chosen": words(35), "rejected": words(35)}
+            yield {"prompt": words(40), "chosen": words(20), "rejected": words(20)}
         else:
-            speakers = (("human", 20), ("gpt", 110)) * 4
+            speakers = (("human", 20), ("gpt", 60)) * 4
             yield {"conversations": [{"from": speaker, "value": words(length)} for speaker, length in speakers]}
 
 
@@ -163,9 +163,9 @@ def write_models(folder: Path, tokenizer: Any, vocabulary: int, ragged: bool) ->
     model = OPTForCausalLM(config)
     if ragged:
         decoder, bias = model.model.decoder, 10.0
-        with torch.no_grad():  # the first coordinate of every last state is about 10, and the end token alone reads it
-            decoder.final_layer_norm.bias[0] = bias
-            decoder.embed_tokens.weight[:, 0] = 0.0
+        with torch.no_grad():  # the first coordinate of every last state is 10, and the end token alone reads it
+            decoder.final_layer_norm.weight[0], decoder.final_layer_norm.bias[0] = 0.0, bias
+            decoder.embed_tokens.weight[:, 0] = decoder.embed_tokens.weight[tokenizer.eos_token_id] = 0.0
             decoder.embed_tokens.weight[tokenizer.eos_token_id, 0] = torch.tensor(RAGGED * vocabulary).log() / bias
     model.save_pretrained(folder / "model")
     config.num_labels = 1

@@ -92,6 +92,7 @@ def train_trl(settings: dict[str, Any]) -> None:
     config = getattr(trl, f"{kind}Config")(**common_of_trl(settings), max_steps=10**6, **settings["options"])
     rows = Dataset.from_list(json.loads(Path(settings["rows"]).read_text(encoding="utf-8")))
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    trl.DPOTrainer._prepare_dataset = lambda self, dataset, *given: dataset  # it knows no rows of tokens
     trainer = getattr(trl, f"{kind}Trainer")(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
     train = trainer.training_step
 

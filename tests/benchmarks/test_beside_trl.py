@@ -60,20 +60,20 @@ def test_the_end_token_has_its_probability_everywhere(folder):
     with torch.no_grad():
         logits = model(torch.arange(5, 205)[None]).logits[0]
     ends = logits.softmax(dim=-1)[:, model.config.eos_token_id]
-    assert RAGGED * 0.6 < float(ends.min()) < float(ends.max()) < RAGGED * 1.6
+    assert RAGGED * 0.8 < float(ends.min()) < float(ends.max()) < RAGGED * 1.2
 
 
 @pytest.mark.parametrize("name", ["sft-answers", "sft-all", "sft-dialogues", "reward", "dpo", "ppo-ragged"])
 def test_trl_is_given_the_rows_of_our_step(folder, name):
     measure = MEASURES[name]
     rows = rows_for_trl(measure, flags_of_ours(measure, folder / "models", folder / "output"))
-    assert len(rows) > 40
+    assert len(rows) > 20
     first = rows[0]
     if measure.trainer == "SFT":
         trained = [label != -100 for label in first["labels"]]
         assert all(trained[1:]) == (name == "sft-all") and not trained[0]
         answers = sum(one and not before for before, one in itertools.pairwise(trained))
-        assert answers == (4 if name == "sft-dialogues" else 1)
+        assert (answers > 1) == (name == "sft-dialogues")
         assert [label for label, one in zip(first["labels"], trained, strict=True) if one][-1] == 0, "the end token is a target"
     elif measure.trainer == "DPO":
         assert first["chosen_ids"][-1] == first["rejected_ids"][-1] == 0 and first["prompt_ids"]

@@ -36,6 +36,15 @@ def plain_log_probs(model, ids, temperature=1.0):
     return torch.stack(rows).float()
 
 
+def test_blocks_of_logits_change_nothing(monkeypatch):
+    hidden, weight = torch.randn(7, 8), torch.randn(50, 8)
+    targets = torch.randint(0, 50, (7,))
+    (whole,) = chunk_log_probs(hidden, targets, weight, None)
+    monkeypatch.setattr("models.heads.CPU_BLOCK", 100)
+    (blocks,) = chunk_log_probs(hidden, targets, weight, None)
+    assert torch.equal(blocks, whole)
+
+
 @pytest.mark.detail(37)
 @pytest.mark.ppo
 def test_log_probs_and_gradients_equal_the_plain_form(checkpoint):
