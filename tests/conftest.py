@@ -56,3 +56,17 @@ def shared_cases(shared_dir) -> Path:
     if not folder.is_dir():
         pytest.skip("../shared holds no cases")
     return folder
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Run the steps that train.py starts in forked processes, without DeepSpeed's launcher."""
+    from scripts.launch import processes
+    from tests.launching import start
+
+    def run_step(command, env, log):
+        module, *flags = command[command.index("--module") + 1 :]
+        done = start(module, flags)
+        return done.returncode, (done.stdout + done.stderr).splitlines()
+
+    monkeypatch.setattr(processes, "run_step", run_step)

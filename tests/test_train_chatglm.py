@@ -7,8 +7,7 @@ import pytest
 
 import train
 from inference import chatbot
-from scripts.launch import processes
-from tests.launching import logged, start
+from tests.launching import logged
 from tests.tiny_chatglm import tiny_chatglm
 
 pytestmark = pytest.mark.scripts
@@ -18,18 +17,6 @@ PPO = (
     "--max_steps 2 --max_prompt_seq_len 64 --max_answer_seq_len 8 --per_device_generation_batch_size 4 "
     "--per_device_training_batch_size 4 --eval_prompts 2"
 )
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """Run the steps that train.py starts in forked processes, without DeepSpeed's launcher."""
-
-    def run_step(command, env, log):
-        module, *flags = command[command.index("--module") + 1 :]
-        done = start(module, flags)
-        return done.returncode, (done.stdout + done.stderr).splitlines()
-
-    monkeypatch.setattr(processes, "run_step", run_step)
 
 
 def test_three_steps_then_chat(forked, shared_dir, tmp_path, monkeypatch, capsys):
