@@ -11,10 +11,12 @@ from scripts.report.words import word
 from training.utils.run.metrics import format_figure, is_finite, read_lines
 
 MOST_HELD_OUT, MOST_TRAINING = 24, 8  # rows of a table
-# What templates write before a turn, special tokens left out: "Human: ", "[Round 1]\n\n问：", "user\n", "[INST]".
+# What templates write before a turn, special tokens left out: "Human: ", "[Round 1]\n\n问：", "user\n", "[INST]". A tokenizer
+# without the tokens of its chat template has them as text: "<|im_start|>user\n … <|im_end|>", "<|user|>\n".
 MARKS = re.compile(
-    r"(?:^|\n+)[ \t]*(?:\[Round \d+\]\n+)?(?:(?P<user>Human|问|user)|(?P<assistant>Assistant|答|assistant)|(?P<system>system))"
-    r"(?:[:：][ \t]*|\n+)|(?P<user2>\[INST\])|(?P<assistant2>\[/INST\])"
+    r"(?:^|\n+)[ \t]*(?:\[Round \d+\]\n+)?(?:<\|(?:im_start\|>)?)?"
+    r"(?:(?P<user>Human|问|user)|(?P<assistant>Assistant|答|assistant)|(?P<system>system))"
+    r"(?:\|>)?(?:[:：][ \t]*|\n+)|(?P<user2>\[INST\])|(?P<assistant2>\[/INST\])"
 )
 
 
@@ -35,7 +37,8 @@ def turns_of(prompt: str) -> list[tuple[str, str]]:
     marks = list(MARKS.finditer(prompt + "\n"))
     ends = [*(mark.start() for mark in marks[1:]), len(prompt)][: len(marks)]
     turns = [
-        (mark.lastgroup.rstrip("2"), prompt[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)
+        (mark.lastgroup.rstrip("2"), prompt[mark.end() : end].strip().removesuffix("<|im_end|>"))
+        for mark, end in zip(marks, ends, strict=True)
     ]
     before = prompt[: marks[0].start()].strip() if marks else prompt.strip()
     turns = [("system" if marks else "user", before), *turns]

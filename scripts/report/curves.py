@@ -49,6 +49,8 @@ def draw_curve(curves: dict[str, list[tuple[int, float]]], width: int = 300, hei
 
 def axis(value: float) -> str:
     """Return a value in the few characters that have space beside a curve."""
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}".replace("e-0", "e-")
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 

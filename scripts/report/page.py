@@ -117,14 +117,15 @@ def step_section(runs: Sequence[StepRun], names: Sequence[str], summary: dict[st
     for name, run in zip(names, runs, strict=True):
         state = "done" if run.done else "cut_short" if run.there else "absent"
         flags, seconds, memory = run.flags, run.done.get("seconds"), run.done.get("peak_memory_gb")
-        data = flags.get("data_path")
+        given = [flags.get(name) for name in ("data_path", "sft_only_data_path")]
+        data = [path for paths in given if isinstance(paths, list) for path in paths]
         unit = "rollouts" if run.section == "ppo" else "optimizer_steps"
         rows.append(
             (
                 name,
                 word(state, language),
                 short_path(flags.get("model_name_or_path") or flags.get("actor_model_name_or_path") or ""),
-                ", ".join(map(short_path, data)) if isinstance(data, list) else "",
+                ", ".join(map(short_path, data)),
                 word(unit, language, run.last_step) if run.metrics else "",
                 format_seconds(seconds) if is_finite(seconds) else "",
                 f"{memory:.2f} GB" if is_finite(memory) else "",

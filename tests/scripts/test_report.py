@@ -9,7 +9,7 @@ import pytest
 
 from scripts.report.__main__ import main
 from scripts.report.answers import turns_of
-from scripts.report.curves import draw_curve
+from scripts.report.curves import axis, draw_curve
 from scripts.report.runs import find_runs
 from scripts.report.words import CURVES, RESULTS, STEP_TITLES, WORDS
 from steps import SECTIONS
@@ -57,6 +57,7 @@ def write_steps(sft: Path, reward: Path, ppo: Path) -> None:
     write(ppo / "samples.jsonl", [row | {"answer": answer} for row, answer in zip(held_out + training, answers, strict=True)])
     for folder, model in ((sft, "model_name_or_path"), (reward, "model_name_or_path"), (ppo, "actor_model_name_or_path")):
         flags = {model: "some/where/base", "data_path": ["a/b/pairs.jsonl"]}
+        flags |= {"sft_only_data_path": ["c/d/sft.jsonl"]} if folder == sft else {}
         write(folder / "sanbu_done.json", {"flags": flags, "seconds": 100.0, "peak_memory_gb": 2.5})
         write(folder / "data.txt", "pairs.jsonl, read by its fields <prompt>\n")
 
@@ -128,6 +129,7 @@ def test_the_page_of_train_py_has_the_sft_answer_beside_ppos_and_tells_held_out_
     assert [row[:2] for row in steps[1:]] == [
         ["Step 1: supervised fine-tuning", "done"], ["Step 2: reward model", "done"], ["Step 3: PPO", "done"],
     ]  # fmt: skip
+    assert steps[1][3] == "b/pairs.jsonl, d/sft.jsonl"
     assert steps[3][2:7] == ["where/base", "b/pairs.jsonl", "2 rollouts", "1:40", "2.50 GB"]
     assert page.count("read by its fields &lt;prompt&gt;") == 3
 
@@ -224,6 +226,9 @@ def test_models_of_the_same_step_are_told_apart(root):
         ("[Round 0]\n问：一\n答：二\n[Round 1]\n问：三\n答：", [("user", "一"), ("assistant", "二"), ("user", "三")]),
         ("[Round 1]\n\n问：一\n\n答：二\n\n[Round 2]\n\n问：三\n\n答：", [("user", "一"), ("assistant", "二"), ("user", "三")]),
         ("system\nBe kind.\nuser\na\nassistant\n<think>\n\n</think>\n\n", [("system", "Be kind."), ("user", "a")]),
+        ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+         [("system", "Be kind."), ("user", "a")]),
+        ("<|user|>\na\n<|assistant|>\nb\n<|user|>\nc\n<|assistant|>\n", [("user", "a"), ("assistant", "b"), ("user", "c")]),
         ("[INST] a [/INST] b [INST] c [/INST]", [("user", "a"), ("assistant", "b"), ("user", "c")]),
         ("什么是问答系统？user experience", [("user", "什么是问答系统？user experience")]),
         ("", [("user", "")]),
@@ -231,6 +236,11 @@ def test_models_of_the_same_step_are_told_apart(root):
 )  # fmt: skip
 def test_prompts_are_shown_without_the_marks_of_their_template(prompt, turns):
     assert turns_of(prompt) == turns
+
+
+@pytest.mark.parametrize("value", [6.4312e-05, -1.29e-4, 1.5e-12, 0.0, 0.0015, -123.456, 2345.6, 1.234e7])
+def test_a_value_beside_a_curve_is_short(value):
+    assert len(axis(value)) <= 8 and float(axis(value)) == pytest.approx(value, rel=0.05)
 
 
 DEEP = "[" * 100_000
