@@ -26,7 +26,8 @@ from models.templates import load_template
 from training.utils.data.batching import SFTBatch, collate_sft, target_counts
 from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
-from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
+from training.utils.engine.checkpoint import Checkpoint, export
+from training.utils.engine.same_run import fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.loss import sft_loss
 from training.utils.run.loop import GlobalBatches, Progress, evaluation_batches
@@ -51,7 +52,7 @@ def main(args: SFTArguments) -> None:
     batches = GlobalBatches(data.train, targets, collate, run, args)
 
     engine = trained_engine(model, args, run, tokenizer, batches.total_steps)
-    checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
+    checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint), batches.sizes)
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
     if len(data.eval) == 0:

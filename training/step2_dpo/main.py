@@ -28,7 +28,8 @@ from training.step2_dpo.reference import answer_log_probs, load_reference, refer
 from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs, pair_widths
 from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
-from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
+from training.utils.engine.checkpoint import Checkpoint, export
+from training.utils.engine.same_run import fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.loss import dpo_loss, implicit_rewards
 from training.utils.run.loop import GlobalBatches, Progress, evaluation_batches
@@ -55,7 +56,7 @@ def main(args: DPOArguments) -> None:
     batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args, pair_widths(data.train, share))
     reference = load_reference(args, models, tokenizer, run)
     engine = trained_engine(models["model"], args, run, tokenizer, batches.total_steps)
-    checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
+    checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint), batches.sizes)
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
     evaluated, measured_on = data.eval, "held-out"

@@ -27,7 +27,8 @@ from models.templates import load_template
 from training.utils.data.batching import PairBatch, collate_pairs, pair_widths
 from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine
-from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
+from training.utils.engine.checkpoint import Checkpoint, export
+from training.utils.engine.same_run import fingerprint
 from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.loss import bradley_terry_loss, pair_accuracy
 from training.utils.run.loop import GlobalBatches, Progress, evaluation_batches
@@ -50,7 +51,7 @@ def main(args: RewardArguments) -> None:
     collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id, share=share)
     batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args, pair_widths(data.train, share))
     engine = trained_engine(model, args, run, tokenizer, batches.total_steps, scalar=True)
-    checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint))
+    checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint), batches.sizes)
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)
     evaluated, measured_on = data.eval, "held-out"

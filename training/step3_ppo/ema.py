@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import UserError
-from training.utils.run.deepspeed_internals import in_shared_buffer, master_fragment, plain_masters
+from training.utils.engine.state import SavedTensors
+from training.utils.run.deepspeed_internals import optimizer_places
 from training.utils.run.process_group import Run
+
+AVERAGE = "average"  # its kind in the files of a checkpoint
 
 
 @dataclass
@@ -59,12 +61,13 @@ class MovingAverage:
         All processes call it. Names are those of ``network.named_parameters()``; see checkpoint.export.
         """
         whole: dict[str, Tensor] = {}
-        for name, parameter in self._trained():
+        for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad:
+                continue
             shape = getattr(parameter, "ds_shape", parameter.shape)
             flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self.engine.device)
             if name in self.averages:
                 mine, start = self.averages[name], self.starts[name]
-                mine = mine[: max(0, flat.numel() - start)]  # ZeRO-3 pads the last part
                 flat[start : start + mine.numel()] = mine.to(flat.device)
             if self.run.world_size > 1:
                 # Parts do not overlap: each sum has one term that is not 0.
@@ -73,39 +76,26 @@ class MovingAverage:
                 whole[name] = flat.view(shape).cpu()
         return whole
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return this process's part, for its file in a checkpoint."""
-        return {"averages": self.averages, "starts": self.starts}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return this process's part, for its files in a checkpoint (engine/state.py)."""
+        return {f"{AVERAGE}:{self.starts[name]}:{name}": average for name, average in self.averages.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's part. Raises UserError if it is cut in another way than the engine is now."""
-        shapes = {name: tensor.shape for name, tensor in self.averages.items()}
-        if {name: tensor.shape for name, tensor in state["averages"].items()} != shapes or state["starts"] != self.starts:
-            raise UserError(
-                "--resume: the moving average in the checkpoint is not of this run's trained parameters; give the flags "
-                "of the run that wrote it, or another --output_dir."
-            )
-        for name, tensor in state["averages"].items():
-            self.averages[name].copy_(tensor)
+    def read(self, saved: SavedTensors) -> None:
+        """Go on from a checkpoint's files. Raises UserError for what they lack."""
+        for name, average in self.averages.items():
+            saved.fill(average, AVERAGE, name, self.starts[name])
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+    def load_former(self, state: dict[str, Any]) -> None:
+        """Go on from this process's part of a checkpoint of before December 2026, of the same processes and ZeRO stage."""
+        for name, average in self.averages.items():
+            average.copy_(state["averages"][name][: len(average)])  # ZeRO-3 padded the last part
 
     def _shares(self) -> dict[str, Share]:
-        """Return what this process owns of each trained parameter, in float32 where the optimizer has that."""
-        import deepspeed
-
-        masters = plain_masters(self.engine.optimizer)
+        """Return what this process keeps the average of: what it owns, or its even share of what all of them own."""
         shares: dict[str, Share] = {}
-        for name, parameter in self._trained():
-            if hasattr(parameter, "ds_id"):
-                source = deepspeed.utils.safe_get_local_fp32_param(parameter).detach()
-                shares[name] = Share(source, source.numel() * dist.get_rank(parameter.ds_process_group))
-            elif in_shared_buffer(parameter):
-                if fragment := master_fragment(parameter):
-                    shares[name] = Share(*fragment)
-            else:
-                flat = masters.get(id(parameter), parameter).detach().flatten()
-                first, last = (flat.numel() * rank // self.run.world_size for rank in (self.run.rank, self.run.rank + 1))
-                shares[name] = Share(flat[first:last], first)
+        for name, place in optimizer_places(self.engine, self.network).items():
+            first, last = 0, place.length
+            if place.whole:
+                first, last = (place.length * rank // self.run.world_size for rank in (self.run.rank, self.run.rank + 1))
+            shares[name] = Share(place.of(place.slot)[first:last], place.start + first)
         return shares

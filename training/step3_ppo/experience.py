@@ -68,7 +68,7 @@ class Experience:
     advantages: Tensor | None = None  # [rows, answer]
     returns: Tensor | None = None  # [rows, answer]
     pad_id: int = 0  # fills input_ids where rows of different widths come together; no mask is made from it
-    sampler_gap: float | None = None  # largest |old_log_probs - log_probs| of the rollout; None: not looked at
+    sampler_gap: float | None = None  # largest |old_log_probs - log_probs| of the rollout; None: they are the same
     metrics: dict[str, float] = field(default_factory=dict)  # what the log shows of the rollout
 
     @classmethod

@@ -32,7 +32,8 @@ from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine, check_models
 from training.step3_ppo.rollout import PromptBatches
 from training.step3_ppo.scoring import Rewards, kept_on_failure
 from training.utils.data.prepare import prepare_phase
-from training.utils.engine.checkpoint import Checkpoint, export, fingerprint
+from training.utils.engine.checkpoint import Checkpoint, export
+from training.utils.engine.same_run import fingerprint
 from training.utils.run.loop import Progress, due
 from training.utils.run.memory import check_run_fits
 from training.utils.run.process_group import Run
@@ -54,7 +55,8 @@ def main(args: PPOArguments) -> None:
     template = load_template(models["actor"], tokenizer)
     data = prepare_phase(args, 3, tokenizer, template, args.output_dir)
     prompts = PromptBatches(data.train, run, args, tokenizer.pad_token_id)
-    minibatches = math.ceil(prompts.size * args.num_return_sequences / minibatch_size(args, run.world_size))
+    sizes = {"rollout": prompts.size, "minibatch": minibatch_size(args, run)}
+    minibatches = math.ceil(sizes["rollout"] * args.num_return_sequences / sizes["minibatch"])
     steps = {"critic": prompts.total * args.ppo_epochs * minibatches}
     steps["actor"] = (prompts.total - args.critic_warmup_rollouts) * args.ppo_epochs * minibatches
     if steps["actor"] < 1:
@@ -62,14 +64,14 @@ def main(args: PPOArguments) -> None:
             f"--critic_warmup_rollouts {args.critic_warmup_rollouts}: the whole run has {prompts.total} rollouts, and the "
             "actor would never learn; lower it."
         )
-    mixture = PretrainingMix.of(args, run, tokenizer, template, minibatch_size(args, run.world_size))
+    mixture = PretrainingMix.of(args, run, tokenizer, template, sizes["minibatch"])
 
     paths = models["actor"], models.get("critic")
     engine = DeepSpeedRLHFEngine(*paths, tokenizer, steps["critic"], args, run, rewards, steps["actor"])
     trainer = DeepSpeedPPOTrainer(engine, args, mixture)
     content = data.fingerprint + (mixture.fingerprint if mixture else "")
-    states = {"trainer": trainer} | ({"actor_ema": engine.actor_ema} if engine.actor_ema else {})
-    checkpoint = Checkpoint(run, engine.trained, fingerprint(args, run, content), states)
+    averages = {"actor_ema": engine.actor_ema} if engine.actor_ema else {}
+    checkpoint = Checkpoint(run, engine.trained, fingerprint(args, run, content), sizes, {"trainer": trainer}, averages)
     start = checkpoint.resume()
     held_out = HeldOut(engine, data.eval, args, trainer.sampler)
     progress = Progress(run, prompts.total, start)

@@ -26,6 +26,7 @@ from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out
 from training.utils.data.batching import PromptBatch
 from training.utils.engine.step import Accumulation, optimizer_metrics, step_together
+from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
 
@@ -50,12 +51,14 @@ class DeepSpeedPPOTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know, as JSON."""
-        own = {"kl_coef": self.kl_coef, "actor_steps": self.actor_steps, "sampler_trusted": self.sampler.trusted}
-        return own | {"health": self.health.state_dict()}
+        own = {"kl_coef": self.kl_coef, "kl_coef_flag": self.args.kl_coef, "actor_steps": self.actor_steps}
+        return own | {"sampler_trusted": self.sampler.trusted, "health": self.health.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from state_dict()."""
-        self.kl_coef, self.actor_steps = state["kl_coef"], state["actor_steps"]
+        if state.get("kl_coef_flag", self.args.kl_coef) == self.args.kl_coef:  # else --allow kl_coef sets it anew
+            self.kl_coef = state["kl_coef"]
+        self.actor_steps = state["actor_steps"]
         self.health.load_state_dict(state["health"])
         self.sampler.trusted = state.get("sampler_trusted")
 
@@ -79,7 +82,7 @@ class DeepSpeedPPOTrainer:
         actor_learns = rollout > args.critic_warmup_rollouts
         for trained in self.engine.trained.values():
             trained.train()
-        size = minibatch_size(args, run.world_size)
+        size = minibatch_size(args, run)
         plan = [
             rows
             for epoch in range(args.ppo_epochs)
@@ -182,9 +185,10 @@ class DeepSpeedPPOTrainer:
         )
 
 
-def minibatch_size(args, world_size: int) -> int:
-    """Return the rows of one optimizer step over all processes."""
-    return args.per_device_training_batch_size * args.gradient_accumulation_steps * world_size
+def minibatch_size(args, run: Run) -> int:
+    """Return the rows of one optimizer step over all processes; of a run that is resumed what it began with."""
+    flags = args.per_device_training_batch_size * args.gradient_accumulation_steps * run.world_size
+    return run.sizes.get("minibatch", flags)
 
 
 def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args, kl_coef: float | None = None) -> None:

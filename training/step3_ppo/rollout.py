@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from errors import UserError
 from inference.engine import check_finite, generate_many
 from models.heads import at_last_token
 from training.step3_ppo.experience import Experience
@@ -51,7 +52,13 @@ class PromptBatches:
     def __init__(self, dataset, run: Run, args, pad_id: int) -> None:
         self.dataset, self.run, self.seed, self.pad_id = dataset, run, args.seed, pad_id
         self.lengths = list(dataset["length"])
-        self.size = args.per_device_generation_batch_size * args.generation_batches * run.world_size
+        flags = args.per_device_generation_batch_size * args.generation_batches * run.world_size
+        self.size = run.sizes.get("rollout", flags)
+        if self.size % run.world_size:
+            raise UserError(
+                f"The run that is resumed has {self.size} prompts a rollout, which {run.world_size} processes cannot share "
+                "evenly; take a number of processes that divides it."
+            )
         self.per_epoch = math.ceil(len(self.lengths) / self.size)
         self.total = args.max_steps if args.max_steps > 0 else self.per_epoch * args.num_train_epochs
 
@@ -177,25 +184,26 @@ def complete_experience(
     Each process scores its share and the shares are added up, so all of them end with the same whole rollout. The actor runs
     through the engine that will train it - same kernels, same dtype - so that the first ratio is 1. From the second rollout
     on the sampler's log-probabilities take the place of that forward where the first look showed that they are the same
-    (--old_log_probs). A resumed run looks again, and keeps to what was found at first.
+    (--old_log_probs). A resumed run looks again, only to warn, and keeps to what was found at first.
     """
     engine.eval()
-    may_reuse = rollout > 1 and args.old_log_probs == "auto"
+    may_reuse = rollout > 1 and args.old_log_probs == "auto" and engine.run.dtype == torch.float32
     if may_reuse and sampler.trusted and sampler.checked:
         forward_policies(engine, experience, args, {"ref_log_probs": engine.ref})
         experience.old_log_probs = experience.log_probs
     else:
         forward_policies(engine, experience, args, {"old_log_probs": engine.actor, "ref_log_probs": engine.ref})
         # The weights changed nowhere in between: only rounding may separate the sampler from the training forward.
-        gap = (experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max()
-        experience.sampler_gap = float(gap)
+        gap = float((experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max())
         if not sampler.checked:
             sampler.checked = True
-            warn_of_sampler(experience.sampler_gap, engine.run.dtype)
+            warn_of_sampler(gap, engine.run.dtype)
         if sampler.trusted is None:
-            sampler.trusted = experience.sampler_gap <= TRUSTED_GAP and engine.run.dtype == torch.float32
+            sampler.trusted = gap <= TRUSTED_GAP and engine.run.dtype == torch.float32
         if may_reuse and sampler.trusted:
             experience.old_log_probs = experience.log_probs
+        else:
+            experience.sampler_gap = gap
     score_answers(engine, experience, args)
 
 

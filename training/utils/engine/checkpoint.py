@@ -9,12 +9,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from errors import DiskError, UserError
@@ -22,14 +22,24 @@ from models.adapters.lora import merged_state_dict, save_adapter, save_prefix
 from models.adapters.prefix import has_prefix
 from models.device import rng_state, set_rng_state
 from models.heads import base_model
-from models.save import save_model
+from models.save import save_model, share_permissions
+from training.utils.engine.same_run import check_same_run
+from training.utils.engine.state import (
+    SavedTensors,
+    engine_facts,
+    engine_tensors,
+    read_engine,
+    set_engine_facts,
+    write_tensors,
+)
 from training.utils.engine.weights import trained_weights, whole_model
-from training.utils.run.deepspeed_internals import load_data, load_data_alone, save_on_every_disk
+from training.utils.run.deepspeed_internals import load_data, load_data_alone
 from training.utils.run.manifest import (
     MANIFEST,
     check_content,
     flush,
     read_manifest,
+    settle,
     step_folders,
     step_name,
     whole_checkpoints,
@@ -42,13 +52,7 @@ logger = logging.getLogger("sanbu")
 # Of the flags with resume="free", which may differ between a run and its resumption: they change the learning rate of the
 # steps to come, which is allowed and said.
 LENGTH = ("max_steps", "num_train_epochs")
-
-
-def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
-    """Return what must be equal for a resumed run to continue the same curve: flags, number of processes, data."""
-    free = {one.name for one in fields(args) if one.metadata["resume"] == "free"}
-    flags = {name: value for name, value in asdict(args).items() if name not in free}
-    return {"world_size": run.world_size, "data": data, **flags}
+FACTS = "engine.json"
 
 
 def export(
@@ -102,18 +106,27 @@ class Checkpoint:
     """The checkpoints of one run, under ``output_dir/checkpoints/step-00000012``.
 
     A folder is written under another name, gets its manifest (all files with sizes and checksums) last and is renamed then;
-    without a matching manifest it is never read. It holds the engines' weights, optimizers, schedules and loss scales, and
+    without a matching manifest it is never read. It holds the engines' trained weights, optimizers, schedules and loss scales
+    and the ``averages`` (MovingAverage), which other numbers of processes under other ZeRO stages can read (state.py), and
     for every process the states of the random generators and of ``states``: objects with state_dict() and load_state_dict(),
-    whose state is tensors, numbers and text. The position in the data is the step itself. Nodes that do not share a disk have a
-    folder each, with what their own processes need, and resume from the newest step that all of them have whole.
+    whose state is numbers and text, the same on all processes. The position in the data is the step itself, with the ``sizes``
+    of batches (GlobalBatches), which a resumed run keeps. Nodes that do not share a disk have a folder each, with what their
+    own processes need, and resume from the newest step that all of them have whole.
 
     What lies there of another run is moved into ``checkpoints/earlier-1``, with its metrics; nothing of it is removed.
     """
 
     def __init__(
-        self, run: Run, engines: dict[str, Any], marks: dict[str, Any], states: dict[str, Any] | None = None
+        self,
+        run: Run,
+        engines: dict[str, Any],
+        marks: dict[str, Any],
+        sizes: dict[str, int],
+        states: dict[str, Any] | None = None,
+        averages: dict[str, Any] | None = None,
     ) -> None:
-        self.run, self.engines, self.states = run, engines, states or {}
+        self.run, self.engines, self.sizes = run, engines, sizes
+        self.states, self.averages = states or {}, averages or {}
         self.marks = json.loads(json.dumps(marks, default=str))
         self.folder = Path(run.args.output_dir) / "checkpoints"
         self._check_nodes()
@@ -135,21 +148,31 @@ class Checkpoint:
             shutil.rmtree(final, ignore_errors=True)
             partial.mkdir(parents=True)
         self._check_space(partial)
-        for name, engine in self.engines.items():
-            if run.nodes.keeps_disk:
-                save_on_every_disk(engine)
-            engine.save_checkpoint(str(partial / name), tag="state", save_latest=False)
-        torch.save(generator_states(), partial / f"generators-{run.rank}.pt")
-        for name, owner in self.states.items():
-            torch.save(owner.state_dict(), partial / f"{name}-{run.rank}.pt")
-        run.barrier()
+        own = settle(partial, self._files(partial))
+        written = {name: one for of_process in [*run.nodes.gather(own), own] for name, one in of_process.items()}
         if run.nodes.keeps_disk:
-            self._seal(partial, final, step)
+            self._seal(partial, final, step, {name: one for name, one in written.items() if (partial / name).exists()})
         # On disks of their own: no node removes an older checkpoint before every node has this one.
         run.barrier()
         if run.nodes.keeps_disk:
             self._prune()
         run.barrier()
+
+    def _files(self, partial: Path) -> Iterator[Path]:
+        """Write the files of this process; yield each when it is written."""
+        rank, keeps_disk = self.run.rank, self.run.nodes.keeps_disk
+        for name, engine in self.engines.items():
+            yield from write_tensors(partial / name, rank, engine_tensors(engine, keeps_disk))
+            if keeps_disk:
+                facts = partial / name / FACTS
+                facts.write_text(json.dumps(engine_facts(engine)), encoding="utf-8")
+                yield facts
+        for name, average in self.averages.items():
+            yield from write_tensors(partial / name, rank, average.tensors())
+        states = {"generators": generator_states()} | {name: owner.state_dict() for name, owner in self.states.items()}
+        for name, state in states.items():
+            torch.save(state, partial / f"{name}-{rank}.pt")
+            yield partial / f"{name}-{rank}.pt"
 
     def _check_space(self, partial: Path) -> None:
         """Raise DiskError, on all processes, if a disk has no room for a checkpoint as large as the newest on it."""
@@ -180,18 +203,20 @@ class Checkpoint:
         """Turn what a full or lost disk raises inside into a DiskError; torch's writer says neither ENOSPC nor the path."""
         try:
             yield
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None)
-            if not reason and not re.search("iostream|unexpected pos|inline_container|Parent directory", str(error)):
+            if not reason and not re.search("iostream|unexpected pos|inline_container|Parent directory|os error", str(error)):
                 raise
             sentence = self._disk_sentence(partial, reason or "the disk took no more")
             if self.run.world_size == 1:
                 shutil.rmtree(partial, ignore_errors=True)
             raise DiskError(sentence) from error
 
-    def _seal(self, partial: Path, final: Path, step: int) -> None:
+    def _seal(self, partial: Path, final: Path, step: int, written: dict[str, tuple[int, str]]) -> None:
         """Write the manifest and give the folder its name."""
-        write_manifest(partial, step, marks=self.marks, length=self._length())
+        more = {"marks": self.marks, "length": self._length(), "sizes": self.sizes}
+        write_manifest(partial, step, written, **more)
+        share_permissions(partial, MANIFEST)
         partial.rename(final)
         flush(self.folder)
 
@@ -224,19 +249,47 @@ class Checkpoint:
         if wanted != "auto" and (damage := self._damage(folder)):
             raise UserError(damage)
         manifest = self.run.nodes.together(lambda: self._checked(folder))
-        for name, engine in self.engines.items():
-            load_data_alone(engine)
-            if engine.load_checkpoint(str(folder / name), tag="state")[0] is None:
-                raise UserError(f"{folder}: the state of the {name} could not be loaded; resume from an older checkpoint.")
-        for name, owner in self.states.items():
-            owner.load_state_dict(load_data(folder / f"{name}-{self.run.rank}.pt"))
-        set_generator_states(load_data(folder / f"generators-{self.run.rank}.pt"))
+        self._load(folder)
         step, own = manifest["step"], folder.resolve().parent == self.folder.resolve()
         self._set_aside(step if own else None, metrics=not own and bool(step_folders(self.folder)))
         self.run.metrics.rewind(step)
         self._warn_of_length(manifest.get("length", {}))
         logger.info("Resumed from %s after %d steps.", folder, step)
         return step
+
+    def _load(self, folder: Path) -> None:
+        """Bring back the state that a checkpoint holds. Raises UserError, on all nodes, for what it lacks."""
+        if any((folder / name / "state").is_dir() for name in self.engines):
+            self._load_former(folder)
+        else:
+            parts = {name: SavedTensors(folder / name) for name in (*self.engines, *self.averages)}
+
+            def read() -> None:
+                for name, engine in self.engines.items():
+                    read_engine(engine, parts[name])
+                for name, average in self.averages.items():
+                    average.read(parts[name])
+
+            self.run.nodes.together(read)
+            for name, engine in self.engines.items():
+                set_engine_facts(engine, json.loads((folder / name / FACTS).read_text(encoding="utf-8")))
+        for name, owner in self.states.items():
+            owner.load_state_dict(load_data(self._own(folder, name)))
+        set_generator_states(load_data(self._own(folder, "generators")))
+
+    def _own(self, folder: Path, name: str) -> Path:
+        """Return the file of this process, or that of the first one where the checkpoint was written by fewer."""
+        own = folder / f"{name}-{self.run.rank}.pt"
+        return own if own.exists() else min(folder.glob(f"{name}-*.pt"))
+
+    def _load_former(self, folder: Path) -> None:
+        """Load a checkpoint of before December 2026, which has DeepSpeed's own files."""
+        for name, engine in self.engines.items():
+            load_data_alone(engine)
+            if engine.load_checkpoint(str(folder / name), tag="state")[0] is None:
+                raise UserError(f"{folder}: the state of the {name} could not be loaded; resume from an older checkpoint.")
+        for name, average in self.averages.items():
+            average.load_former(load_data(folder / f"{name}-{self.run.rank}.pt"))
 
     def _set_aside(self, after: int | None, metrics: bool) -> None:
         """Move checkpoints out of the way that are of later steps than this run has done, or all (after=None): they would
@@ -323,8 +376,15 @@ class Checkpoint:
     def _checked(self, folder: Path) -> dict[str, Any]:
         """Return the manifest of a checkpoint that this process can go on from. Raises UserError otherwise."""
         manifest = read_manifest(folder)
-        self._check_marks(folder, manifest["marks"])
-        if f"generators-{self.run.rank}.pt" not in manifest["files"]:
+        then, now = manifest["marks"], self.marks
+        check_same_run(folder, then, now, self.run.args)
+        moved = [name for name in now if name == "world_size" or name.endswith("zero_stage") if then.get(name) != now[name]]
+        if moved and "sizes" not in manifest:
+            raise UserError(
+                f"{folder} was written by an earlier version, in files that the same processes under the same ZeRO stage read "
+                f"({', '.join(f'{name} {then.get(name)}' for name in moved)}); go on with those."
+            )
+        if f"generators-{self.run.rank}.pt" not in manifest["files"] and "world_size" not in moved:
             raise UserError(
                 f"{folder} has nothing of rank {self.run.rank}: it was another node's; start the nodes in the order of the run "
                 "that wrote it (--node_rank, lines of the hostfile), or copy the folder that belongs here."
@@ -337,29 +397,14 @@ class Checkpoint:
         first, *others = self.run.nodes.gather(self.marks)
         for name, marks in zip(names[1:], others, strict=False):
             differ = [mark for mark in first if marks.get(mark) != first[mark] and not mark.endswith("path")]
-            if "data" in differ:
-                raise UserError(f"{name} reads other training data than {names[0]}; copy the same files to every node.")
+            for what, words in {"data": "reads other training data", "models": "has other model weights"}.items():
+                if what in differ:
+                    raise UserError(f"{name} {words} than {names[0]}; copy the same files to every node.")
             for mark in differ:
                 raise UserError(
                     f"{name} was started with --{mark} {marks.get(mark)}, {names[0]} with {first[mark]}; start the same "
                     "command on every node."
                 )
-
-    def _check_marks(self, folder: Path, marks: dict[str, Any]) -> None:
-        """Raise UserError for the first mark in which the checkpoint and this run differ. Marks of former flags do not count."""
-        for name in sorted(self.marks):
-            then, now = marks.get(name), self.marks.get(name)
-            if then == now:
-                continue
-            if name == "data":
-                reason = "other training data; resume with the same files, or start afresh"
-            elif name == "world_size":
-                raise UserError(
-                    f"{folder} was made by {then} processes, this run has {now}; DeepSpeed's shards need the same number."
-                )
-            else:
-                reason = f"--{name} {then}, this run says {now}; give the same value, or another --output_dir"
-            raise UserError(f"{folder} was made with {reason}.")
 
 
 def check_loads(folder: Path) -> None:
@@ -368,6 +413,8 @@ def check_loads(folder: Path) -> None:
         try:
             if name.endswith(".pt"):
                 load_data(folder / name, mmap=True)
+            elif name.endswith(".safetensors"):
+                safe_open(folder / name, framework="pt")
         except Exception as error:  # what a damaged pickle raises is of any type
             reason = str(error).split("\n")[0]
             raise UserError(f"{folder} does not load ({name}: {reason}); resume from an older one.") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from errors import refuse
+from errors import nearest, refuse
 from training.utils.flags.deepspeed_file import check_offload, check_owned, check_precision, check_stage, check_words
 from training.utils.flags.no_effect import check_no_effect
 from training.utils.flags.steps import CommonArguments, PPOArguments, SFTArguments
@@ -34,6 +34,7 @@ def validate(args: Any) -> None:
 def check_training(args: CommonArguments, stages: dict[str, int | str]) -> None:
     """Raise UserError for flags of a training step that contradict each other. stages: by the prefix of each model's flags."""
     check_data(args)
+    check_allowed(args)
     if isinstance(args, SFTArguments):
         check_lengths(args)
     if isinstance(args, PPOArguments):
@@ -85,6 +86,16 @@ def check_output(args: Any) -> None:
         output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK),
         f"--output {output} cannot be written; name a file in an existing folder of yours.",
     )
+
+
+def check_allowed(args: CommonArguments) -> None:
+    """Raise UserError for names in --allow that are no flags, or flags that cannot change within a run."""
+    kinds = {one.name: one.metadata["resume"] for one in fields(args)}
+    may = ", ".join(name for name, kind in kinds.items() if kind == "allow")
+    for name in args.allowed:
+        near = nearest(name, kinds)
+        refuse(name not in kinds, f"--allow {name}: no such flag{f'; is it {near}' if near else ''}.")
+        refuse(kinds[name] == "same", f"--allow {name}: it cannot change within a run; these can: {may}.")
 
 
 def numbers(text: str) -> list[float]:

@@ -45,16 +45,18 @@ def flag(
     *,
     aliases: tuple[str, ...] = (),
     within: Range = NOT_NEGATIVE,
-    resume: Literal["same", "free"] = "same",
+    resume: Literal["same", "allow", "layout", "free"] = "same",
     zh: str = "",
     common: bool = False,
     **options: Any,
 ) -> Any:
     """Return a dataclass field that becomes a flag; required where no default is given.
 
-    aliases: other names, without dashes. within: the range of a number. resume: "free" where a resumed run may have
-    another value. zh: the meaning in Chinese. common: shown by --help, not only by --help all. options: nargs and const for
-    argparse, metavar for --help.
+    aliases: other names, without dashes. within: the range of a number. zh: the meaning in Chinese. common: shown by --help,
+    not only by --help all. options: nargs and const for argparse, metavar for --help.
+
+    resume: what a resumed run may have of it. "same": the value of before; "allow": another with --allow; "layout": another,
+    as it only says how the same is computed, but the same on all nodes; "free": anything.
     """
     metadata = {"help": help, "zh": zh, "aliases": aliases, "within": within, "resume": resume, "common": common, **options}
     if isinstance(default, list):
@@ -90,6 +92,7 @@ class CommonArguments:
         "One or more data sets: named sets, hub ids, folders saved by scripts/download_dataset.py, or JSON, JSONL, "
         "CSV and Parquet files.",
         ["Dahoas/rm-static"], common=True,
+        resume="layout",
         zh="一个或多个数据集：内置名称、Hub 上的 id、scripts/download_dataset.py 保存的文件夹，"
         "或 JSON、JSONL、CSV、Parquet 文件。",
     )
@@ -134,6 +137,7 @@ class CommonArguments:
     )
     gradient_accumulation_steps: int = flag(
         "Micro-batches of each process in one optimizer step.", 1, within=ONE_OR_MORE, common=True,
+        resume="layout",
         zh="每个进程在一个优化器步中累积的微批数。",
     )
     max_tokens_per_device: int | None = flag(
@@ -141,6 +145,7 @@ class CommonArguments:
         "as the batch size per device holds of the longest example, on a CPU 1024 if that is less. 0 = cut by the number of "
         "examples.",
         None,
+        resume="layout",
         zh="一个微批的 token 数（含填充）；怎样切分批，梯度都一样。不给时：每设备批大小乘以最长样本的长度，CPU 上不超过 1024。"
         "0 = 按样本数切分。",
     )
@@ -170,6 +175,12 @@ class CommonArguments:
         nargs="?", const="auto", metavar="FOLDER", resume="free", common=True,
         zh="续训：不带值时从 --output_dir 下最新的完整检查点继续，带值时从所给文件夹继续。",
     )
+    allow: str | None = flag(
+        "With --resume: flags, with commas, that go on with another value than the run began with, such as "
+        "learning_rate,lr_scheduler_type.",
+        None, metavar="FLAGS", resume="free",
+        zh="配合 --resume：允许改用新值的参数，用逗号分隔，例如 learning_rate,lr_scheduler_type。",
+    )
     enable_tensorboard: bool = flag("Write curves for TensorBoard.", False, resume="free", zh="为 TensorBoard 写曲线。")
     tensorboard_path: str | None = flag(
         "Folder of the curves. None: tensorboard under --output_dir.", None, resume="free",
@@ -179,27 +190,33 @@ class CommonArguments:
     # optimizer
     lr_scheduler_type: Schedule = flag(
         "How the learning rate changes over the run.", "cosine",
+        resume="allow",
         zh="学习率在训练过程中的变化方式。",
     )
     num_warmup_steps: int = flag(
         "Optimizer steps of linear warm-up; at most half of the run is used for it.", 0,
+        resume="allow",
         zh="学习率线性预热的优化器步数；最多占全程的一半。",
     )
     optimizer: Literal["auto", "adamw", "fused_adam", "cpu_adam"] = flag(
         "auto: torch's AdamW, or DeepSpeed's CPU Adam where optimizer states are offloaded.", "auto",
+        resume="allow",
         zh="auto：torch 的 AdamW；优化器状态卸载到主机时用 DeepSpeed 的 CPU Adam。",
     )
-    adam_beta1: float = flag("Decay of the mean of gradients.", 0.9, within=BELOW_ONE, zh="梯度均值的衰减系数。")
+    adam_beta1: float = flag("Decay of the mean of gradients.", 0.9, within=BELOW_ONE, resume="allow", zh="梯度均值的衰减系数。")
     adam_beta2: float = flag(
         "Decay of the mean of squared gradients.", 0.95, within=BELOW_ONE,
+        resume="allow",
         zh="梯度平方均值的衰减系数。",
     )
     adam_epsilon: float = flag(
         "Added to the root of the mean square.", 1e-8, within=ABOVE_ZERO,
+        resume="allow",
         zh="加在均方根上的小量。",
     )
     max_grad_norm: float = flag(
         "Gradients are scaled down to this norm; 0 = never.", 1.0,
+        resume="allow",
         zh="梯度裁剪到该范数；0 = 不裁剪。",
     )
 
@@ -208,11 +225,13 @@ class CommonArguments:
         "Type of weights and activations. auto: bf16 where the device computes in it, else fp16, and fp32 on a CPU. "
         "Losses, log-probabilities and their sums are float32 always.",
         "auto", common=True,
+        resume="allow",
         zh="权重和激活的数值类型。auto：设备支持时用 bf16，否则 fp16，CPU 上用 fp32。"
         "损失、对数概率及其求和始终为 float32。",
     )
     attn_implementation: Attention = flag(
         "Attention kernels. auto: sdpa where the model has it, else eager.", "auto",
+        resume="allow",
         zh="注意力实现。auto：模型支持时用 sdpa，否则 eager。",
     )
 
@@ -228,20 +247,24 @@ class CommonArguments:
     )
     offload: bool = flag(
         "Keep optimizer states in host memory, under ZeRO stage 3 the parameters too.", False, common=True,
+        resume="layout",
         zh="把优化器状态放在主机内存，ZeRO-3 下参数也放在主机内存。",
     )
     offload_optimizer: bool = flag(
         "Keep only the optimizer states in host memory (ZeRO stage 1 or more).", False,
+        resume="layout",
         zh="只把优化器状态放在主机内存（ZeRO-1 及以上）。",
     )
     offload_param: bool = flag(
         "Keep the parameters in host memory (ZeRO stage 3).", False,
+        resume="layout",
         zh="把参数放在主机内存（ZeRO-3）。",
     )
     deepspeed_config: str | None = flag(
         "JSON whose keys win over the DeepSpeed configuration made from the flags. Optimizer, scheduler, batch sizes and "
         "offloaded optimizer states in it must be auto or equal to the flags.", None,
         aliases=("deepscale_config",), metavar="FILE",
+        resume="allow",
         zh="JSON 文件，其中的键优先于由参数生成的 DeepSpeed 配置。其中的优化器、学习率调度、批大小和优化器状态卸载须为 auto，"
         "或与参数一致。",
     )
@@ -259,6 +282,11 @@ class CommonArguments:
         """--columns as a dictionary: our name -> the name in the file."""
         return dict(pair.split("=", 1) for pair in self.columns.split(",")) if self.columns else {}
 
+    @property
+    def allowed(self) -> list[str]:
+        """--allow as a list of names."""
+        return [name.strip().removeprefix("--") for name in (self.allow or "").split(",") if name.strip()]
+
     def prefix_options(self, role: str = "") -> dict[str, Any]:
         """Return the options of a prefix for models/load.py; role as in EngineOptions.of."""
         names = ("pre_seq_len", "prefix_projection", "ptuning_checkpoint")
@@ -271,6 +299,7 @@ class SupervisedArguments(CommonArguments):
 
     model_name_or_path: str = flag(
         "Folder or hub id of the model to start from.", common=True,
+        resume="layout",
         zh="起始模型的文件夹或 Hub id。",
     )
     max_seq_len: int = flag(
@@ -281,6 +310,7 @@ class SupervisedArguments(CommonArguments):
     )
     per_device_train_batch_size: int = flag(
         "Examples (step 2, DPO: pairs) in a micro-batch of each process.", 16, within=ONE_OR_MORE, common=True,
+        resume="layout",
         zh="每个进程一个微批的样本数（第二步和 DPO：样本对数）。",
     )
     per_device_eval_batch_size: int = flag(
@@ -291,6 +321,7 @@ class SupervisedArguments(CommonArguments):
         "Examples of one optimizer step over all processes; sets the accumulation. 0 = per_device_train_batch_size x "
         "gradient_accumulation_steps x processes.",
         0,
+        resume="layout",
         zh="所有进程一个优化器步的样本数，由此决定梯度累积。"
         "0 = per_device_train_batch_size x gradient_accumulation_steps x 进程数。",
     )
@@ -298,19 +329,22 @@ class SupervisedArguments(CommonArguments):
         "Evaluate on at most this many micro-batches of each process; 0 = on all.", 0, resume="free",
         zh="每个进程最多评估这么多个微批；0 = 全部。",
     )
-    learning_rate: float = flag(RATE, common=True, zh=RATE_ZH)
+    learning_rate: float = flag(RATE, common=True, resume="allow", zh=RATE_ZH)
     weight_decay: float = flag(
         "Weight decay of matrices; biases and norms have none.", 0.0,
+        resume="allow",
         zh="矩阵的权重衰减；偏置和归一化层不衰减。",
     )
-    dropout: float = flag("Dropout everywhere in the model.", 0.0, within=BELOW_ONE, zh="模型各处的 dropout。")
+    dropout: float = flag("Dropout everywhere in the model.", 0.0, within=BELOW_ONE, resume="allow", zh="模型各处的 dropout。")
     gradient_checkpointing: bool = flag(
         "Recompute activations in the backward pass: less memory, a third more work.", False, common=True,
+        resume="layout",
         zh="反向传播时重新计算激活：内存更少，计算多三分之一。",
     )
     zero_stage: Stage = flag(
         "ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 weights too. auto: the lowest with which the run fits.",
         0, common=True,
+        resume="layout",
         zh="ZeRO 阶段：1 切分优化器状态，2 再切分梯度，3 再切分权重。auto：能放下的最低阶段。",
     )
     lora_dim: int = flag(
@@ -323,6 +357,7 @@ class SupervisedArguments(CommonArguments):
     )
     lora_dropout: float = flag(
         "Dropout in front of the adapters.", 0.0, within=BELOW_ONE,
+        resume="allow",
         zh="适配器输入处的 dropout。",
     )
     lora_module_name: str = flag(
@@ -331,7 +366,7 @@ class SupervisedArguments(CommonArguments):
         "auto",
         zh="加适配器的模块：名称的一部分，多个用逗号分隔；auto = 每个块的线性层。",
     )
-    lora_learning_rate: float = flag("Highest learning rate of the adapters.", 1e-4, zh="适配器的最大学习率。")
+    lora_learning_rate: float = flag("Highest learning rate of the adapters.", 1e-4, resume="allow", zh="适配器的最大学习率。")
     pre_seq_len: int = flag(
         "P-Tuning v2: train so many learned places in front of every text (step 2: and the score head) and freeze all "
         "else; only they are saved, and the folder names the model they belong to. They want a high --learning_rate, "

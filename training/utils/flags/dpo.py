@@ -21,11 +21,13 @@ class DPOArguments(SupervisedArguments):
         "Strength of the KL constraint to the reference: the implicit reward of an answer is beta x (its log-probability - the "
         "reference's).",
         0.1, within=ABOVE_ZERO, common=True,
+        resume="allow",
         zh="对参考模型的 KL 约束强度：回答的隐式奖励为 beta x（其对数概率 - 参考模型的对数概率）。",
     )
     label_smoothing: float = flag(
         "Share of pairs whose answers are taken to be the wrong way round (conservative DPO); less than 0.5.", 0.0,
         within=Range("must be 0 or more and less than 0.5, where a pair says nothing any more", least=0, below=0.5),
+        resume="allow",
         zh="假定标反了的样本对所占比例（保守 DPO）；小于 0.5。",
     )
     ref_model_name_or_path: str | None = flag(
@@ -34,6 +36,8 @@ class DPOArguments(SupervisedArguments):
         None, metavar="FOLDER",
         zh="冻结的参考模型。缺省：训练的起始模型；使用 LoRA 时即去掉适配器的模型，内存中没有第二份。",
     )
-    offload_reference_model: bool = flag("Keep the reference in host memory.", False, zh="把参考模型放在主机内存。")
-    learning_rate: float = flag(RATE, 1e-6, common=True, zh=RATE_ZH)
-    lora_learning_rate: float = flag("Highest learning rate of the adapters.", 1e-5, zh="适配器的最大学习率。")
+    offload_reference_model: bool = flag(
+        "Keep the reference in host memory.", False, resume="layout", zh="把参考模型放在主机内存。",
+    )
+    learning_rate: float = flag(RATE, 1e-6, common=True, resume="allow", zh=RATE_ZH)
+    lora_learning_rate: float = flag("Highest learning rate of the adapters.", 1e-5, resume="allow", zh="适配器的最大学习率。")

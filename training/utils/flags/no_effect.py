@@ -39,6 +39,7 @@ ROWS = {
             lambda args: args.lr_scheduler_type == "constant" and args.num_warmup_steps,
             "with --lr_scheduler_type constant; take constant_with_warmup",
         ),
+        Row("allow", lambda args: args.allow and not args.resume, "without --resume; give it too"),
     ),
     DPOArguments: (
         Row(

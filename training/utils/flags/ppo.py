@@ -64,12 +64,14 @@ class PPOArguments(CommonArguments):
 
     actor_model_name_or_path: str = flag(
         "The SFT model: actor and reference start from it.", common=True,
+        resume="layout",
         zh="SFT 模型：actor 和参考模型由它开始。",
     )
     critic_model_name_or_path: str | None = flag(
         "The reward model: critic and reward model start from it. Required, but for --reward_model false without a critic "
         "(--advantage grpo, rloo, reinforce++).",
         None, common=True,
+        resume="layout",
         zh="奖励模型：critic 和奖励模型由它开始。必需，除非 --reward_model false 且没有 critic（--advantage grpo、"
         "rloo、reinforce++）。",
     )
@@ -86,10 +88,12 @@ class PPOArguments(CommonArguments):
     per_device_generation_batch_size: int = flag(
         "Prompts that each process answers at once.", 16, aliases=("per_device_train_batch_size",), within=ONE_OR_MORE,
         common=True,
+        resume="layout",
         zh="每个进程一次回答的提示数。",
     )
     generation_batches: int = flag(
         "Such batches in one rollout.", 1, aliases=("generation_batch_numbers",), within=ONE_OR_MORE,
+        resume="layout",
         zh="一个采样轮中这样的批数。",
     )
     num_return_sequences: int = flag(
@@ -101,18 +105,21 @@ class PPOArguments(CommonArguments):
     per_device_training_batch_size: int = flag(
         "Answers in a micro-batch of each process; times gradient_accumulation_steps a minibatch.", 16,
         aliases=("per_device_mini_train_batch_size",), within=ONE_OR_MORE, common=True,
+        resume="layout",
         zh="每个进程一个微批的回答数；乘以 gradient_accumulation_steps 即一个小批。",
     )
-    ppo_epochs: int = flag("Passes over a rollout.", 1, within=ONE_OR_MORE, zh="每个采样轮的数据训练几遍。")
+    ppo_epochs: int = flag("Passes over a rollout.", 1, within=ONE_OR_MORE, resume="allow", zh="每个采样轮的数据训练几遍。")
 
     # sampling
-    temperature: float = flag("Sampling temperature.", 1.0, within=ABOVE_ZERO, zh="采样温度。")
+    temperature: float = flag("Sampling temperature.", 1.0, within=ABOVE_ZERO, resume="allow", zh="采样温度。")
     top_p: float = flag(
         "Sample from the likeliest tokens that hold this share of probability; 1 = all.", 1.0, within=SHARE,
+        resume="allow",
         zh="从累计概率达到该比例的最可能 token 中采样；1 = 全部。",
     )
     top_k: int = flag(
         "Sample from this many likeliest tokens; 0 = all.", 0,
+        resume="allow",
         zh="从最可能的这么多个 token 中采样；0 = 全部。",
     )
 
@@ -120,12 +127,14 @@ class PPOArguments(CommonArguments):
         "An answer also ends with the token that completes one of these texts; such an end counts as one, as the end token "
         "does.",
         [],
+        resume="allow",
         zh="生成的 token 使其中任一文本完整出现时，回答也就此结束；与结束符同等看待。",
     )
     generation_weights: Literal["auto", "gathered", "layerwise"] = flag(
         "Under ZeRO-3. gathered: each process gathers the whole actor once a rollout. layerwise: the weights stay split and "
         "every token fetches every layer, slow, in little memory. auto: gathered where they fit beside the cache.",
         "auto",
+        resume="layout",
         zh="用于 ZeRO-3。gathered：每个进程每个采样轮收集一次完整的 actor。layerwise：权重保持切分，"
         "每个 token 逐层收集，慢但省内存。auto：缓存之外放得下时用 gathered。",
     )
@@ -133,19 +142,23 @@ class PPOArguments(CommonArguments):
     # KL penalty
     kl_coef: float = flag(
         "Weight of the KL penalty against the reference.", 0.05, common=True,
+        resume="allow",
         zh="KL 惩罚系数（相对参考模型）。",
     )
     kl_in: Literal["reward", "loss"] = flag(
         "Take the penalty off each token's reward, or add it to the loss.", "reward",
+        resume="allow",
         zh="从每个 token 的奖励中扣除 KL 惩罚，或加到损失上。",
     )
     kl_target: float = flag(
         "After each rollout --kl_coef is moved so that the KL comes to this many nats an answer; 0 = it stays.", 0.0,
+        resume="allow",
         zh="每个采样轮后调整 --kl_coef，使每个回答的 KL 接近这么多 nat；0 = 不调整。",
     )
     kl_horizon: float = flag(
         "With --kl_target: answers in which the coefficient can change by a fifth at most.", 10_000.0,
         within=ABOVE_ZERO,
+        resume="allow",
         zh="配合 --kl_target：系数每变化至多五分之一所对应的回答数。",
     )
 
@@ -158,6 +171,7 @@ class PPOArguments(CommonArguments):
         "Python functions that score, each as FILE.py:NAME, called with a list of prompts and one of answers "
         "(docs/en/rewards.md).",
         [], common=True,
+        resume="allow",
         zh="打分的 Python 函数，写作 FILE.py:NAME，以提示列表和回答列表调用（docs/zh/rewards.md）。",
     )
     reward_endpoint: list[str] = flag(
@@ -169,6 +183,7 @@ class PPOArguments(CommonArguments):
         "Weights of the sources in the sum that is the score, in the order reward model, functions, endpoints: with "
         "commas, such as 1,0.5 (--reward_weights=-1,2 if the first is negative). 0: only in the log. None: 1 each.",
         None,
+        resume="allow",
         zh="各来源在总分中的权重，依次为奖励模型、函数、服务，用逗号分隔，"
         "例如 1,0.5（第一个为负时写 --reward_weights=-1,2）。0：只记日志。缺省：各为 1。",
     )
@@ -187,23 +202,28 @@ class PPOArguments(CommonArguments):
     )
     clip_reward_value: float = flag(
         "Scores are cut to +- this, after normalisation; 0 = never.", 5.0,
+        resume="allow",
         zh="归一化后的分数截断到 ± 该值；0 = 不截断。",
     )
     missing_eos_penalty: float = flag(
         "Taken off the normalised score of an answer that did not end within the limit.", 1.0,
+        resume="allow",
         zh="回答在长度上限内没有结束时，从归一化分数中扣除的值。",
     )
     overlong_penalty: float = flag(
         "Taken off the normalised score of an answer as long as the limit; less for shorter ones, see --overlong_tokens.",
         0.0,
+        resume="allow",
         zh="回答达到长度上限时从归一化分数中扣除的值；较短的扣得少，见 --overlong_tokens。",
     )
     overlong_tokens: int = flag(
         "The overlong penalty begins so many tokens before the limit and grows in a straight line.", 0,
+        resume="allow",
         zh="超长惩罚从上限前这么多个 token 开始，线性增加。",
     )
     whiten_rewards: bool = flag(
         "Scale the rewards of a rollout's tokens to variance 1; their mean stays.", False,
+        resume="allow",
         zh="把一个采样轮中各 token 的奖励缩放到方差为 1，均值不变。",
     )
 
@@ -216,21 +236,24 @@ class PPOArguments(CommonArguments):
         zh="优势的估计方法。gae：后续奖励与 critic 的价值相比；reinforce++：后续奖励与所有回答的相比；grpo、rloo："
         "回答的奖励与同一提示的其他回答相比。只有 gae 需要 critic。",
     )
-    gamma: float = flag("Discount from token to token.", 1.0, within=UP_TO_ONE, zh="逐 token 的折扣因子。")
+    gamma: float = flag("Discount from token to token.", 1.0, within=UP_TO_ONE, resume="allow", zh="逐 token 的折扣因子。")
     lam: float = flag(
         "Lambda of generalised advantage estimation.", 0.95, within=UP_TO_ONE,
+        resume="allow",
         zh="广义优势估计（GAE）的 lambda。",
     )
     whiten_advantages: bool = flag(
         "Scale the advantages of a rollout to mean 0, variance 1 (gae and reinforce++; grpo and rloo have a scale of their "
         "own).",
         True,
+        resume="allow",
         zh="把一个采样轮的优势归一化为均值 0、方差 1（gae 和 reinforce++；grpo 和 rloo 有自己的尺度）。",
     )
     old_log_probs: Literal["auto", "forward"] = flag(
         "Log-probabilities of the policy that answered, which the ratio is taken against. forward: from a forward of their own; "
         "auto: in float32 those that sampling has computed anyway, once they were found equal to the forward's (1e-4).",
         "auto",
+        resume="allow",
         zh="作为概率比分母的采样策略的对数概率。forward：单独做一次前向计算；auto：float32 下直接用采样时算出的值，"
         "但须先核对与前向计算一致（1e-4）。",
     )
@@ -238,33 +261,40 @@ class PPOArguments(CommonArguments):
     # losses
     cliprange: float = flag(
         "The ratio of probabilities counts up to 1 +- this.", 0.2, within=ABOVE_ZERO,
+        resume="allow",
         zh="概率比的裁剪范围：1 ± 该值。",
     )
     cliprange_low: float | None = flag(
         "The ratio counts down to 1 - this. None: --cliprange.", None, within=ABOVE_ZERO,
+        resume="allow",
         zh="概率比的下限为 1 - 该值。缺省：--cliprange。",
     )
     cliprange_high: float | None = flag(
         "The ratio counts up to 1 + this. None: --cliprange.", None, within=ABOVE_ZERO,
+        resume="allow",
         zh="概率比的上限为 1 + 该值。缺省：--cliprange。",
     )
     dual_clip: float = flag(
         "A token with negative advantage A costs at most -A times this (more than 1, such as 3); 0 = off.", 0.0,
+        resume="allow",
         zh="优势 A 为负的 token，损失至多为 -A 乘以该值（大于 1，例如 3）；0 = 关闭。",
     )
     cliprange_value: float = flag(
         "The critic's value counts up to +- this around its old value.", 0.2, within=ABOVE_ZERO,
+        resume="allow",
         zh="critic 的价值相对旧值的裁剪范围：± 该值。",
     )
-    entropy_coef: float = flag("Weight of the entropy bonus.", 0.0, zh="熵奖励的权重。")
+    entropy_coef: float = flag("Weight of the entropy bonus.", 0.0, resume="allow", zh="熵奖励的权重。")
     loss_reduction: Literal["token", "sequence"] = flag(
         "Mean over all tokens of a minibatch, or over its answers of the mean over an answer's tokens.", "token",
+        resume="allow",
         zh="对小批内全部 token 取平均，或先在每个回答内平均、再对回答平均。",
     )
     max_approx_kl: float = flag(
         "End the passes over a rollout once a minibatch lies this far (nats a token) from the policy that sampled; 0 = "
         "never.",
         0.0,
+        resume="allow",
         zh="某个小批与采样策略的距离达到该值（每 token 的 nat）时，结束对该采样轮的训练；0 = 从不。",
     )
     critic_warmup_rollouts: int = flag(
@@ -276,26 +306,31 @@ class PPOArguments(CommonArguments):
     role_learning_rate: float = both(
         "Highest learning rate of the {role}; its adapters have --{role}_lora_learning_rate.", 1e-6,
         critic={"default": 5e-6}, common=True,
+        resume="allow",
         zh="{role} 的最大学习率；其适配器用 --{role}_lora_learning_rate。",
     )
-    role_weight_decay: float = both("Weight decay of the {role}'s matrices.", 0.0, zh="{role} 各矩阵的权重衰减。")
+    role_weight_decay: float = both("Weight decay of the {role}'s matrices.", 0.0, resume="allow", zh="{role} 各矩阵的权重衰减。")
     num_warmup_steps: int = flag(
         "Optimizer steps of linear warm-up; at most half of the run is used for it.", 10,
+        resume="allow",
         zh="学习率线性预热的优化器步数；最多占全程的一半。",
     )
 
     # models
     role_dropout: float = both(
         "Dropout of the {role}; above 0 the ratio of probabilities is noise.", 0.0, within=BELOW_ONE,
+        resume="allow",
         zh="{role} 的 dropout；大于 0 时概率比带有噪声。",
         critic={"help": "Dropout of the critic.", "zh": "critic 的 dropout。"},
     )
     role_gradient_checkpointing: bool = both(
         "Recompute the {role}'s activations in the backward pass.", False,
+        resume="layout",
         zh="反向传播时重新计算 {role} 的激活。",
     )
     role_zero_stage: Stage = both(
         "ZeRO stage of the {role}; at 3 the {frozen} is sharded too.", 0, common=True,
+        resume="layout",
         zh="{role} 的 ZeRO 阶段；为 3 时{frozen_zh}也切分。",
     )
     memory_mode: Literal["separate", "shared"] = flag(
@@ -307,8 +342,12 @@ class PPOArguments(CommonArguments):
         "四者是其上的适配器和打分头；需要 --actor_lora_dim、--critic_lora_dim，"
         "以及第二步用 --lora_dim 从 actor 的文件夹训练出的奖励模型（docs/zh/memory-modes.md）。",
     )
-    offload_reference_model: bool = flag("Keep the reference in host memory.", False, zh="把参考模型放在主机内存。")
-    offload_reward_model: bool = flag("Keep the reward model in host memory.", False, zh="把奖励模型放在主机内存。")
+    offload_reference_model: bool = flag(
+        "Keep the reference in host memory.", False, resume="layout", zh="把参考模型放在主机内存。",
+    )
+    offload_reward_model: bool = flag(
+        "Keep the reward model in host memory.", False, resume="layout", zh="把奖励模型放在主机内存。",
+    )
     role_lora_dim: int = both(
         "Rank of the {role}'s LoRA adapters; 0 = train all weights.", 0, common=True,
         zh="{role} 的 LoRA 适配器的秩；0 = 训练全部权重。",
@@ -323,6 +362,7 @@ class PPOArguments(CommonArguments):
     )
     role_lora_learning_rate: float = both(
         "Highest learning rate of the {role}'s adapters.", 1e-5, critic={"default": 5e-5},
+        resume="allow",
         zh="{role} 的适配器的最大学习率。",
     )
     role_pre_seq_len: int = both(
@@ -356,6 +396,7 @@ class PPOArguments(CommonArguments):
         "With fp16: where the gradients of actor or critic overflow, both leave the step out, not that one alone. Both "
         "gradients are in memory at once then.",
         False,
+        resume="allow",
         zh="用 fp16 时：actor 或 critic 任一梯度溢出，两者都跳过这一步，而不只是溢出的一方。"
         "此时两者的梯度同时占用内存。",
     )
@@ -369,6 +410,7 @@ class PPOArguments(CommonArguments):
     ema_decay: float = flag(
         "With --enable_ema: what the average keeps at each optimizer step; it looks back over about 1 / (1 - this) steps.",
         0.992, within=BELOW_ONE,
+        resume="allow",
         zh="配合 --enable_ema：滑动平均在每个优化器步保留的比例；约回看 1 / (1 - 该值) 步。",
     )
     unsupervised_dataset_name: str | None = flag(
@@ -385,6 +427,7 @@ class PPOArguments(CommonArguments):
     )
     unsup_coef: float = flag(
         "Weight of the mean log-likelihood of that text beside PPO's loss (gamma in eq. 2 of InstructGPT).", 27.8,
+        resume="allow",
         zh="该文本平均对数似然相对 PPO 损失的权重（InstructGPT 式 2 中的 gamma）。",
     )
 

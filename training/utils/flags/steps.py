@@ -58,7 +58,7 @@ class SFTArguments(SupervisedArguments):
         "Learn the tokens of the answer, end token included, or those of the prompt too.", "answer",
         zh="只学习回答的 token（含结束符），或连同提示一起学习。",
     )
-    learning_rate: float = flag(RATE, 2e-5, common=True, zh=RATE_ZH)
+    learning_rate: float = flag(RATE, 2e-5, common=True, resume="allow", zh=RATE_ZH)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,10 +79,12 @@ class RewardArguments(SupervisedArguments):
     learning_rate: float = flag(
         "Highest learning rate of whole weights, of a prefix, and always of the score head; adapters have --lora_learning_rate.",
         1e-5, common=True,
+        resume="allow",
         zh="全部权重或前缀以及打分头的最大学习率；适配器用 --lora_learning_rate。",
     )
     center_rewards_coefficient: float = flag(
         "Weight of (chosen + rejected)^2 in the loss, which keeps scores around zero.", 0.0,
+        resume="allow",
         zh="损失中 (chosen + rejected)^2 的权重，使分数保持在零附近。",
     )
 

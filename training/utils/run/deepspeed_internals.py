@@ -3,11 +3,13 @@
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -16,11 +18,6 @@ def forget_shared_memory_collectives() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def save_on_every_disk(engine) -> None:
-    """Let this process write, too, what is equal on all below ZeRO-3; DeepSpeed lets rank 0 alone write it."""
-    engine.save_non_zero_checkpoint = True
 
 
 def load_data(path: str | Path, map_location: Any = None, mmap: bool = False) -> Any:
@@ -62,12 +59,103 @@ def in_shared_buffer(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping")
 
 
-def master_fragment(parameter: nn.Parameter) -> tuple[Tensor, int] | None:
-    """Return this process's float32 elements of a parameter with in_shared_buffer, and the position of the first of them in
-    the flattened parameter; None if it owns none.
+@dataclass
+class Place:
+    """Where the optimizer has the float32 elements of a parameter that this process owns: elements start … of the flattened
+    parameter, ``length`` of them, are elements offset … of slot, a tensor that the optimizer moves. whole: every process owns
+    the whole parameter, as without ZeRO.
     """
-    mapping = parameter._hp_mapping
-    return None if mapping is None else (mapping.get_hp_fragment().detach(), mapping.lp_fragment_address.start)
+
+    slot: Tensor
+    offset: int
+    start: int
+    length: int
+    whole: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these elements, live and flat, of slot or of a tensor of its shape in the optimizer's state."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.length]
+
+
+def optimizer_places(engine, model: nn.Module) -> dict[str, Place]:
+    """Return the places of a model's trained parameters by name, without those of which this process owns nothing.
+
+    model: engine.module or a part of it.
+    """
+    optimizer = engine.optimizer
+    flat = dict(flat_groups(optimizer))
+    masters = {} if flat else plain_masters(optimizer)
+    places: dict[str, Place] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_id"):
+            group, offset, most = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = most * dist.get_rank(parameter.ds_process_group)
+            length = min(most, parameter.ds_numel - start)  # the last parts are padded, or empty
+            place = Place(optimizer.fp32_partitioned_groups_flat[group], offset, start, length)
+        elif in_shared_buffer(parameter):
+            if parameter._hp_mapping is None:
+                continue
+            ours, theirs = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
+            slot = optimizer.optimizer.param_groups[parameter._hp_mapping.param_group_index]["params"][0]
+            place = Place(slot, ours.start, theirs.start, theirs.numel)
+        else:
+            slot, offset = flat.get(id(parameter), (masters.get(id(parameter), parameter), 0))
+            place = Place(slot, offset, 0, parameter.numel(), whole=True)
+        if place.length > 0:
+            places[name] = place
+    return places
+
+
+def flat_groups(optimizer) -> Iterator[tuple[int, tuple[Tensor, int]]]:
+    """Yield id of a 16-bit parameter, and the flat float32 tensor of its group with its position in it, for DeepSpeed's
+    optimizer around a fused Adam without ZeRO; nothing for all others.
+    """
+    for slot, group in zip(getattr(optimizer, "fp32_groups_flat", ()), getattr(optimizer, "fp16_groups", ()), strict=False):
+        offset = 0
+        for parameter in group:
+            yield id(parameter), (slot, offset)
+            offset += parameter.numel()
+
+
+def copy_masters(engine) -> None:
+    """Let the network compute with the optimizer's float32 weights, rounded to its dtype. All processes call it."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2, bf16
+        optimizer.update_lp_params()
+    else:
+        masters = plain_masters(optimizer)
+        for parameter in engine.module.parameters():
+            if id(parameter) in masters:
+                parameter.data.copy_(masters[id(parameter)].data)
+
+
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def scale_keeper(optimizer):
+    """Return the object that has the loss scale: ZeRO's scaler, a configuration since DeepSpeed 0.18, or the optimizer."""
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", optimizer)
+
+
+def loss_scale(optimizer) -> dict[str, Any]:
+    """Return the loss scale and what its next changes depend on; little or nothing without float16."""
+    keeper = scale_keeper(optimizer)
+    return {name: getattr(keeper, name) for name in LOSS_SCALE if hasattr(keeper, name)}
+
+
+def set_loss_scale(optimizer, saved: dict[str, Any]) -> None:
+    """Go on from loss_scale()."""
+    keeper = scale_keeper(optimizer)
+    for name, value in saved.items():
+        if hasattr(keeper, name):
+            setattr(keeper, name, value)
 
 
 def forgotten_loss_scale(engine) -> float:

@@ -55,7 +55,8 @@ class GlobalBatches:
         check_token_budget(self.padded, args.max_tokens_per_device)
         self.per_device = args.per_device_train_batch_size
         self.budget = token_budget(args, self.per_device, max(self.padded, default=0), run.device)
-        self.batch_size = global_batch_size(args, run.world_size, self.per_device)
+        self.batch_size = kept_batch_size(args, run) or global_batch_size(args, run.world_size, self.per_device)
+        self.sizes = {"global_batch": self.batch_size}
         self.steps_per_epoch = math.ceil(len(self.lengths) / self.batch_size)
         self.total_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
 
@@ -130,6 +131,20 @@ def evaluation_batches(dataset, collate: Collate, run: Run, per_device: int, lim
         examples = examples[: limit * per_device * run.world_size]
     for positions in plan_micro_batches([lengths[one] for one in examples], run.world_size, per_device, None)[run.rank]:
         yield load_micro_batches(dataset, examples, [positions], collate, run.device)[0]
+
+
+def kept_batch_size(args, run: Run) -> int:
+    """Return the examples of one optimizer step of the run that is resumed, 0 where none is: the order of the data hangs on it.
+
+    Raises UserError if --global_batch_size is another.
+    """
+    kept = run.sizes.get("global_batch", 0)
+    if kept and args.global_batch_size not in (0, kept):
+        raise UserError(
+            f"--global_batch_size {args.global_batch_size}: the run that is resumed takes {kept} examples a step, and the order of "
+            "its data hangs on that; give that number or none, or another --output_dir."
+        )
+    return kept
 
 
 def global_batch_size(args, world_size: int, per_device: int) -> int:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,36 @@ def whole_checkpoints(folder: Path) -> Iterator[Path]:
             yield candidate
 
 
-def write_manifest(folder: Path, step: int, **more: Any) -> None:
-    """Bring all files of a folder to the disk and list them, with sizes and checksums, in its manifest."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in [*paths, *(one for one in folder.rglob("*") if one.is_dir())]:
-        flush(path)
-    names = [str(path.relative_to(folder)) for path in paths]
-    sizes = {name: (folder / name).stat().st_size for name in names}
-    manifest = {"step": step, **more, "files": sizes, "checksums": checksums(folder, names)}
+def write_manifest(folder: Path, step: int, written: dict[str, tuple[int, str]], **more: Any) -> None:
+    """List the files of a folder, with sizes and checksums, in its manifest; bring it and the folder to the disk."""
+    sizes = {name: size for name, (size, _) in written.items()}
+    manifest = {"step": step, **more, "files": sizes, "checksums": {name: checksum for name, (_, checksum) in written.items()}}
     manifest["checksum"] = own_checksum(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    flush(folder / MANIFEST)
-    flush(folder)
+    for path in (folder / MANIFEST, *(one for one in folder.rglob("*") if one.is_dir()), folder):
+        flush(path)
+
+
+def sizes_to_resume(args: Any) -> dict[str, int]:
+    """Return the sizes of batches of the run that --resume continues, by name; {} where there is none, or none is noted."""
+    if not args.resume:
+        return {}
+    newest = reversed(step_folders(Path(args.output_dir) / "checkpoints"))
+    for folder in newest if args.resume == "auto" else [Path(args.resume)]:
+        try:
+            return read_manifest(folder).get("sizes", {})
+        except UserError:  # is told when the checkpoint is chosen
+            continue
+    return {}
+
+
+def settle(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
+    """Bring files to the disk while the next ones are written. Returns size and checksum of each by its name in the folder."""
+    with ThreadPoolExecutor() as pool:  # hashlib and fsync let go of the interpreter
+        pending = [(path, pool.submit(file_checksum, path), pool.submit(flush, path)) for path in paths]
+        for _, _, flushed in pending:
+            flushed.result()
+        return {str(path.relative_to(folder)): (path.stat().st_size, checksum.result()) for path, checksum, _ in pending}
 
 
 def flush(path: Path) -> None:

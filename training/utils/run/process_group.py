@@ -36,6 +36,7 @@ from training.utils.flags.deepspeed_file import check_keys
 from training.utils.run import heartbeat
 from training.utils.run.deepspeed_internals import forget_shared_memory_collectives
 from training.utils.run.environment import DONE, check_writable, describe_inputs, hold_folder
+from training.utils.run.manifest import sizes_to_resume
 from training.utils.run.metrics import Metrics, format_seconds
 from training.utils.run.nodes import Nodes, meet, waiting_note
 
@@ -64,6 +65,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     lock: IO[str] | None = None  # of the output folder, on the processes that write it
     inputs: dict = field(default_factory=dict)  # as describe_inputs says, on the processes that write DONE
+    sizes: dict[str, int] = field(default_factory=dict)  # of batches, of the run that is resumed (manifest.sizes_to_resume)
 
     @classmethod
     def start(cls, args) -> Run:
@@ -92,6 +94,7 @@ class Run:
         attention = attention_implementation(args.attn_implementation, platform)
         process = (rank, local_rank, world_size)
         run = cls(args, platform, device, dtype, attention, *process, metrics, nodes, started=started, lock=lock)
+        run.sizes = next(filter(None, nodes.gather(sizes_to_resume(args))), {})
         run.inputs = describe_inputs(args) if nodes.keeps_disk else {}  # before the run, in which files may change
         for name in ("SIGTERM", "SIGUSR1"):  # what Slurm and Kubernetes send before they kill
             signal.signal(getattr(signal, name), lambda number, _: run.stop_signals.append(number))

@@ -9,41 +9,52 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from errors import DiskError, UserError
+from training.utils.engine import state
 from training.utils.engine.checkpoint import MANIFEST, Checkpoint, whole_checkpoints
+from training.utils.engine.state import SavedTensors
+from training.utils.flags.steps import SFTArguments
 from training.utils.run.metrics import Metrics
 from training.utils.run.nodes import Nodes
 
 pytestmark = pytest.mark.fast
+SIZES = {"global_batch": 8}
+WEIGHTS = "model/rank-0-0.safetensors"
 
 
 class FakeEngine:
-    """Stands in for DeepSpeed: one number as state."""
+    """Stands in for DeepSpeed's engine without ZeRO: one weight, its optimizer and schedule."""
+
+    global_steps = global_samples = skipped_steps = 0
 
     def __init__(self, value: int) -> None:
-        self.value = value
+        self.module = torch.nn.Linear(1, 1, bias=False)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
         self.checkpoint_engine = SimpleNamespace()
+        self.value = value
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        (Path(folder) / tag).mkdir(parents=True)
-        (Path(folder) / tag / "value").write_text(str(self.value))
+    @property
+    def value(self) -> int:
+        return int(self.module.weight)
 
-    def load_checkpoint(self, folder: str, tag: str):
-        self.value = int((Path(folder) / tag / "value").read_text())
-        return folder, {}
+    @value.setter
+    def value(self, value: int) -> None:
+        torch.nn.init.constant_(self.module.weight, value)
 
 
 def fake_run(folder: Path, resume: str = "", limit: int = 0, **flags) -> SimpleNamespace:
     """A process alone."""
-    args = SimpleNamespace(output_dir=str(folder), resume=resume, save_total_limit=limit, **flags)
+    args = SFTArguments(output_dir=str(folder), model_name_or_path="m", resume=resume, save_total_limit=limit, **flags)
     metrics = Metrics(folder, enabled=True)
     return SimpleNamespace(args=args, rank=0, local_rank=0, world_size=1, barrier=lambda: None, metrics=metrics, nodes=Nodes())
 
 
 def checkpoint_of(folder: Path, value: int = 0, resume: str | Path = "", marks: dict | None = None, **flags) -> Checkpoint:
     """A checkpoint of one engine with this value."""
-    return Checkpoint(fake_run(folder, str(resume), **flags), {"model": FakeEngine(value)}, marks or {"seed": 1})
+    return Checkpoint(fake_run(folder, str(resume), **flags), {"model": FakeEngine(value)}, marks or {"seed": 1}, SIZES)
 
 
 def test_resume_brings_back_weights_step_and_random_numbers(tmp_path):
@@ -71,13 +82,13 @@ def test_a_half_written_checkpoint_is_refused_and_passed_over(tmp_path, damage):
     elif damage == "cut file":
         (newest / "generators-0.pt").write_bytes(b"")
     else:
-        (newest / "model" / "state" / "value").unlink()
+        (newest / WEIGHTS).unlink()
     with pytest.raises(UserError, match="step-00000002"):
         checkpoint_of(tmp_path, resume=newest).resume()
     assert [one.name for one in whole_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 
 
-NAMES = ["generators-0.pt", "model/state/value", MANIFEST]
+NAMES = ["generators-0.pt", WEIGHTS, "model/engine.json", MANIFEST]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,7 +125,7 @@ def test_a_checkpoint_without_checksums_resumes_and_a_copy_is_none(tmp_path):
     checkpoint_of(tmp_path, limit=1).save(2)
     newest = tmp_path / "checkpoints" / "step-00000002"
     manifest = json.loads((newest / MANIFEST).read_text())
-    (newest / MANIFEST).write_text(json.dumps({name: manifest[name] for name in ("step", "marks", "length", "files")}))
+    (newest / MANIFEST).write_text(json.dumps({name: manifest[name] for name in ("step", "marks", "length", "sizes", "files")}))
     copy = shutil.copytree(newest, newest.with_suffix(".bak"))
     checkpoint = checkpoint_of(tmp_path, 5, resume="auto", limit=1)
     assert checkpoint.resume() == 2
@@ -154,18 +165,97 @@ def test_older_checkpoints_stay_until_the_newest_loads(tmp_path, caplog):
     assert "No older checkpoint is removed" in caplog.text
 
 
+MARKS = {"data": "a", "models": {"model": "w"}, "seed": 1, "max_seq_len": 64, "learning_rate": 1e-3, "weight_decay": 0.0}
+
+
 @pytest.mark.parametrize(
     ("marks", "expected"),
     [
-        ({"zero_stage": 3, "world_size": 2, "data": "a"}, "--zero_stage 2, this run says 3"),
-        ({"zero_stage": 2, "world_size": 4, "data": "a"}, "by 2 processes, this run has 4"),
-        ({"zero_stage": 2, "world_size": 2, "data": "b"}, "other training data"),
+        ({"seed": 2, "data": "b"}, "--seed 1, this run says 2, which cannot change within a run"),
+        ({"max_seq_len": 32, "data": "b"}, "--max_seq_len 64, this run says 32"),
+        ({"data": "b"}, "other training data"),
+        ({"models": {"model": "v"}}, r"other weights \(model\)"),
+        (
+            {"learning_rate": 1e-4, "weight_decay": 0.1},
+            "--learning_rate 0.001, --weight_decay 0.0; this run says .* by --allow learning_rate,weight_decay",
+        ),
     ],
 )
 def test_a_foreign_checkpoint_is_refused(tmp_path, marks, expected):
-    checkpoint_of(tmp_path, marks={"zero_stage": 2, "world_size": 2, "data": "a"}).save(1)
-    with pytest.raises(UserError, match=expected):
-        checkpoint_of(tmp_path, resume="auto", marks=marks).resume()
+    checkpoint_of(tmp_path, marks=MARKS).save(1)
+    for allow in (None, "learning_rate"):
+        with pytest.raises(UserError, match=expected):
+            checkpoint_of(tmp_path, resume="auto", marks=MARKS | marks, allow=allow).resume()
+
+
+def test_an_allowed_flag_changes_with_a_line_and_the_schedule_goes_on_with_it(tmp_path, caplog):
+    caplog.set_level("INFO")
+    first = checkpoint_of(tmp_path, marks=MARKS)
+    for _ in range(3):
+        first.engines["model"].optimizer.step()
+        first.engines["model"].lr_scheduler.step()
+    first.save(3)
+    second = checkpoint_of(tmp_path, resume="auto", marks=MARKS | {"learning_rate": 0.8}, allow="learning_rate")
+    engine = second.engines["model"]
+    engine.lr_scheduler.base_lrs = [0.8]
+    assert second.resume() == 3
+    assert engine.optimizer.param_groups[0]["lr"] == engine.lr_scheduler.get_last_lr()[0] == 0.8 / (1 + 3)
+    assert "--learning_rate 0.8 from here on (it was 0.001)." in caplog.text
+    second.save(4)
+    with pytest.raises(UserError, match=r"--learning_rate 0\.8; this run says --learning_rate 0\.001"):
+        checkpoint_of(tmp_path, resume="auto", marks=MARKS).resume()
+
+
+def test_another_number_of_processes_is_said_in_one_line(tmp_path, caplog):
+    caplog.set_level("INFO")
+    before = {"world_size": 4, "zero_stage": 1, "per_device_train_batch_size": 2, "offload": True}
+    checkpoint_of(tmp_path, 5, marks=MARKS | before).save(1)
+    now = {"world_size": 1, "zero_stage": 0, "per_device_train_batch_size": 8, "offload": False}
+    checkpoint = checkpoint_of(tmp_path, resume="auto", marks=MARKS | now)
+    assert (checkpoint.resume(), checkpoint.engines["model"].value) == (1, 5)
+    said = "processes 1 (it was 4), --zero_stage 0 (it was 1): the global batch and the order of the data stay"
+    assert sum(said in record.getMessage() for record in caplog.records) == 1
+
+
+def test_pieces_of_other_processes_are_put_together(tmp_path):
+    """Eleven elements, cut by three processes, read in every other cut; a hole is named."""
+    whole = torch.arange(11.0)
+    for rank, (start, end) in enumerate([(0, 4), (4, 9), (9, 11)]):
+        save_file({f"exp_avg:{start}:a:b": whole[start:end].clone()}, tmp_path / f"rank-{rank}-0.safetensors")
+    saved = SavedTensors(tmp_path)
+    for start in range(11):
+        for end in range(start + 1, 12):
+            found = torch.zeros(end - start)
+            saved.fill(found, "exp_avg", "a:b", start)
+            assert torch.equal(found, whole[start:end])
+    (tmp_path / "rank-1-0.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lacks 5 elements \(exp_avg\) of a:b"):
+        SavedTensors(tmp_path).fill(torch.zeros(11), "exp_avg", "a:b", 0)
+
+
+def test_a_large_state_is_written_in_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "FILE_BYTES", 100)
+    tensors = {f"weight:0:{number}": torch.full((10,), float(number)) for number in range(7)}
+    files = list(state.write_tensors(tmp_path / "model", 0, tensors))
+    assert len(files) == 4 and {key for file in files for key in load_file(file)} == set(tensors)
+
+
+def test_a_checkpoint_in_deepspeed_s_own_files_resumes_with_the_processes_of_before(tmp_path):
+    """Builds before December 2026 wrote those."""
+    checkpoint = checkpoint_of(tmp_path, 3, marks=MARKS | {"world_size": 1})
+    checkpoint.save(2)
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    shutil.rmtree(newest / "model")
+    (newest / "model" / "state").mkdir(parents=True)
+    manifest = json.loads((newest / MANIFEST).read_text())
+    files = {"generators-0.pt": manifest["files"]["generators-0.pt"]}
+    (newest / MANIFEST).write_text(json.dumps({"step": 2, "marks": manifest["marks"], "files": files}))
+    resumed = checkpoint_of(tmp_path, resume="auto", marks=MARKS | {"world_size": 1})
+    read = []
+    resumed.engines["model"].load_checkpoint = lambda folder, tag: read.append((folder, tag)) or (folder, {})
+    assert resumed.resume() == 2 and read == [(str(newest / "model"), "state")]
+    with pytest.raises(UserError, match=r"written by an earlier version.*world_size 1"):
+        checkpoint_of(tmp_path, resume="auto", marks=MARKS | {"world_size": 2}).resume()
 
 
 def test_nothing_to_resume_starts_afresh_but_a_named_folder_must_exist(tmp_path):
@@ -180,7 +270,7 @@ def test_only_the_newest_are_kept(tmp_path):
         checkpoint.save(step)
     assert names(tmp_path / "checkpoints") == ["step-00000003", "step-00000010"]
     manifest = json.loads((tmp_path / "checkpoints" / "step-00000010" / MANIFEST).read_text())
-    assert manifest["step"] == 10 and "model/state/value" in manifest["files"]
+    assert manifest["step"] == 10 and WEIGHTS in manifest["files"] and manifest["sizes"] == SIZES
 
 
 def names(folder: Path) -> list[str]:
@@ -208,7 +298,7 @@ def test_a_run_that_starts_afresh_keeps_its_own_checkpoints_and_spares_those_of_
     for step in (50, 100):
         checkpoint.save(step)
     assert names(tmp_path / "checkpoints") == ["earlier-1", "step-00000050", "step-00000100"]
-    assert (tmp_path / "checkpoints/step-00000100/model/state/value").read_text() == "1"
+    assert load_file(tmp_path / "checkpoints/step-00000100" / WEIGHTS)["weight:0:weight"].item() == 1
     aside = tmp_path / "checkpoints" / "earlier-1"
     assert names(aside) == ["metrics.jsonl", "step-00000100", "step-00000150"]
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -272,17 +362,17 @@ def test_another_length_of_the_run_is_allowed_and_said(tmp_path, caplog, schedul
 
 def full_disk(checkpoint: Checkpoint, name: str) -> None:
     """Let one file of the next save lie on a full disk."""
-    engine = checkpoint.engines["model"]
-    plain = engine.save_checkpoint
+    plain = checkpoint._files
 
-    def save(folder: str, **more) -> None:
-        plain(folder, **more)
-        (Path(folder).parent / name).symlink_to("/dev/full")
+    def files(partial: Path):
+        (partial / name).parent.mkdir(exist_ok=True)
+        (partial / name).symlink_to("/dev/full")
+        yield from plain(partial)
 
-    engine.save_checkpoint = save
+    checkpoint._files = files
 
 
-@pytest.mark.parametrize("name", ["generators-0.pt", MANIFEST])
+@pytest.mark.parametrize("name", ["generators-0.pt", "model/engine.json", MANIFEST])
 def test_a_full_disk_in_a_save_is_one_sentence_and_spares_older_checkpoints(tmp_path, name):
     checkpoint = checkpoint_of(tmp_path, 7, limit=1)
     checkpoint.save(1)
@@ -299,7 +389,7 @@ def test_free_space_is_looked_at_before_a_save(tmp_path, monkeypatch):
     checkpoint = checkpoint_of(tmp_path)
     checkpoint.save(1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
-    checkpoint.engines["model"].save_checkpoint = None   # is not come to
+    checkpoint._files = None   # is not come to
     with pytest.raises(DiskError, match=r"too little room.* 9 bytes are free"):
         checkpoint.save(2)
     assert [one.name for one in whole_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]

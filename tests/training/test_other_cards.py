@@ -1,0 +1,74 @@
+"""A run goes on with other numbers of processes under other ZeRO stages: 1 -> 2 -> 1 makes the curve of the unbroken run."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.launching import write_pairs
+from tests.several import run_several
+from tests.tiny import tiny_checkpoint
+from tests.training.runs import CURVES, assert_same_curves, assert_same_weights, step
+
+pytestmark = pytest.mark.distributed
+
+KEPT = "--save_steps 1 --save_total_limit 0 --max_steps 4"
+LORA = "--lora_dim 4 --lora_learning_rate 1e-3"
+MOVING = "--enable_ema --ema_decay 0.5 --ppo_epochs 2"
+STAGES = "--actor_zero_stage {} --critic_zero_stage {}"
+# name -> step, its flags, those of the two processes that go on, and those of the one process that goes on from them
+RUNS = {
+    "sft-tied": ("sft", "", "--zero_stage 1 --per_device_train_batch_size 1", "--zero_stage 3"),
+    "sft-prefix": ("sft", "--pre_seq_len 4 --learning_rate 1e-2 --global_batch_size 7", "--zero_stage 2", "--zero_stage 0"),
+    "sft-bf16": ("sft", "--dtype bf16", "--zero_stage 3", "--zero_stage 1"),
+    "reward-lora": ("reward", LORA, "--zero_stage 3", "--zero_stage 2"),
+    "dpo": ("dpo", "", "--zero_stage 2", "--zero_stage 0"),
+    "ppo": ("ppo", MOVING, STAGES.format(3, 2), STAGES.format(1, 0)),
+    "ppo-lora": ("ppo", "--actor_lora_dim 4 --critic_lora_dim 4 --enable_ema", "", STAGES.format(2, 3)),
+}
+
+
+def base_of(name: str) -> str:
+    return "opt" if "tied" in name else "llama"
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    """The folder with whole runs by name, those that two processes took over after step 1, and "back-" those that one took over
+    from these after step 2.
+    """
+    folder = tmp_path_factory.mktemp("cards")
+    data = write_pairs(folder / "pairs.jsonl", 120)
+    bases = {base_of(name): tiny_checkpoint(folder / base_of(name), base_of(name)) for name in RUNS}
+
+    def run(name: str, output: str, more: str) -> tuple[str, list[str]]:
+        kind, flags, *_ = RUNS[name]
+        return step(kind, folder / output, data, bases[base_of(name)], f"{KEPT} {flags} {more}", critic=folder / "reward-lora")
+
+    first = sorted(RUNS, key=lambda name: name != "reward-lora")  # the critic of the others
+    run_several([run(name, name, "") for name in first], folder, 1)
+    for name in RUNS:
+        take_over(folder / name, folder / f"two-{name}", 1)
+    run_several([run(name, f"two-{name}", f"{RUNS[name][2]} --resume") for name in RUNS], folder, 2)
+    for name in RUNS:
+        take_over(folder / f"two-{name}", folder / f"back-{name}", 2)
+    run_several([run(name, f"back-{name}", f"{RUNS[name][3]} --resume") for name in RUNS], folder, 1)
+    return folder
+
+
+def take_over(whole: Path, cut: Path, steps: int) -> None:
+    """Copy the checkpoint after so many steps, and the metrics."""
+    name = f"step-{steps:08d}"
+    shutil.copytree(whole / "checkpoints" / name, cut / "checkpoints" / name)
+    shutil.copy(whole / "metrics.jsonl", cut / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("taken", ["two", "back"])
+def test_the_curve_is_that_of_the_unbroken_run(outputs, taken, name):
+    whole, resumed = outputs / name, outputs / f"{taken}-{name}"
+    half = "bf16" in name
+    assert_same_curves(resumed, whole, CURVES[RUNS[name][0]], 3e-3 if half else 1e-4)
+    for file in ("model", "actor/model", "critic/model", "actor_ema/model", "pytorch_model"):
+        if (whole / f"{file}.safetensors").exists():
+            assert_same_weights(resumed / f"{file}.safetensors", whole / f"{file}.safetensors", 2e-3 if half else 1e-4)

@@ -1,0 +1,79 @@
+"""Compare the run that wrote a checkpoint with the one that goes on from it: what must be equal, what may change, what is said."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from models.checkpoint_folder import open_checkpoint
+from training.utils.run.process_group import Run
+
+logger = logging.getLogger("sanbu")
+
+SAMPLES, SAMPLE = 16, 4096  # of each weight file: how many blocks are looked at, of how many bytes
+
+
+def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
+    """Return what a checkpoint remembers of its run: flags (but for those with resume="free"), processes, models and data."""
+    free = {one.name for one in fields(args) if one.metadata["resume"] == "free"}
+    flags = {name: value for name, value in asdict(args).items() if name not in free}
+    models = {role: weights_digest(path) for role, path in args.models.items()}
+    return {"world_size": run.world_size, "data": data, "models": models, **flags}
+
+
+def weights_digest(path: str) -> str:
+    """Return a hash of names, sizes and samples of a model's weight files: frozen ones are in no checkpoint."""
+    model = open_checkpoint(path)
+    folders = dict.fromkeys([model.folder, model.weights, *model.adapters])
+    files = [file for one in folders for kind in ("*.safetensors", "*.bin") for file in sorted(one.glob(kind))]
+    state = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        state.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            for number in range(SAMPLES):
+                content.seek(size * number // SAMPLES)
+                state.update(content.read(SAMPLE))
+    return state.hexdigest()
+
+
+def check_same_run(folder: Path, then: dict[str, Any], now: dict[str, Any], args: Any) -> None:
+    """Raise UserError if a checkpoint's run differs from this one in what may not change, or not without --allow.
+
+    Logs a line for each flag that does change. Marks of former flags, and those that the checkpoint has not, do not count.
+    """
+    kinds = {one.name: one.metadata["resume"] for one in fields(args)}
+    changed = [name for name in sorted(now) if name in then and then[name] != now[name]]
+    for name in changed:
+        if kinds.get(name) == "same":
+            raise UserError(
+                f"{folder} was made with --{name} {then[name]}, this run says {now[name]}, which cannot change within a run; "
+                "give the same value, or another --output_dir."
+            )
+    asked = [name for name in changed if kinds.get(name) == "allow"]
+    if set(asked) - set(args.allowed):
+        before, after = (", ".join(f"--{name} {marks[name]}" for name in asked) for marks in (then, now))
+        raise UserError(
+            f"{folder} was made with {before}; this run says {after}. Give the same, or go on with the new by --allow "
+            f"{','.join(asked)}."
+        )
+    if "models" in changed:
+        roles = [role for role in now["models"] if now["models"][role] != then["models"].get(role)]
+        raise UserError(f"{folder} was made from other weights ({', '.join(roles)}); bring those back, or start afresh.")
+    if "data" in changed:
+        raise UserError(f"{folder} was made with other training data; resume with the same files, or start afresh.")
+    for name in asked:
+        logger.info("--%s %s from here on (it was %s).", name, now[name], then[name])
+    layout = [name for name in changed if re.search("^world_size$|zero_stage$|^per_device|accumulation", name)]
+    if layout:
+        what = [f"{'processes' if name == 'world_size' else f'--{name}'} {now[name]} (it was {then[name]})" for name in layout]
+        logger.info(
+            "%s: the global batch and the order of the data stay; dropout draws other masks, and sums are rounded in another "
+            "order.",
+            ", ".join(what),
+        )
