@@ -150,14 +150,12 @@ def check_memory(plans: Plans) -> list[Check]:
 def disk_bytes(found: SectionPlan, keep: int) -> float:
     """Return the bytes that a section writes: the checkpoints it keeps, one more while that is written, and the model.
 
-    A checkpoint holds the weights and, of what is trained, Adam's two moments and under 16 bits the float32 masters:
-    14 bytes a weight that is trained in 16 bits.
+    A checkpoint holds of what is trained the float32 weights and Adam's two moments, 12 bytes a weight.
     """
     memory = found.memory
     counts = [memory.network(role).weights for role in memory.trained]
-    weights = sum(memory.element * one.total for one in counts)
-    states = sum((8 if memory.element == 4 else 12) * one.trained for one in counts)
-    return (weights + states) * ((keep or 2) + 1) + weights
+    states = sum(12 * one.trained for one in counts)
+    return states * ((keep or 2) + 1) + sum(memory.element * one.total for one in counts)
 
 
 def check_disk(situation: Situation, plans: Plans) -> list[Check]:

@@ -210,7 +210,7 @@ def billions(model: str) -> float | None:
 
 
 def claim_size(model: str) -> str:
-    """Return 64 bytes a weight: two checkpoints (the old until the new is whole) of two models at 14, four models."""
+    """Return 64 bytes a weight: two checkpoints (the old until the new is whole) of two models at 12, four models, and room."""
     size = billions(model)
     needed = 64 * size * 1e9 / 2**30 if size else 500
     return f"{max(100, -(-needed // 100) * 100):.0f}Gi"

@@ -191,9 +191,9 @@ def small_plan(tiny_model):
 
 @pytest.mark.parametrize(("share", "state"), [(2.1, "ok"), (1.5, "warn"), (0.5, "fail")])
 def test_disk(tmp_path, monkeypatch, small_plan, share, state):
-    """Count 14 bytes a weight in a checkpoint, two of them at the moment of writing, and the model itself."""
+    """Count 12 bytes a weight in a checkpoint, two of them at the moment of writing, and the model itself."""
     needed = machine.disk_bytes(small_plan, 1)
-    assert needed == (2 * 14 + 2) * small_plan.memory.network("model").weights.total
+    assert needed == (2 * 12 + 2) * small_plan.memory.network("model").weights.total
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=share * needed))
     sections = ("sft", "reward", "dpo")
     flags = {name: {"output_dir": str(tmp_path / "new" / name), "save_total_limit": 1} for name in sections}
