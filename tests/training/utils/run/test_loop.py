@@ -25,17 +25,17 @@ def collate(rows, real):
     return Rows(row["number"] for row, is_real in zip(rows, real, strict=True) if is_real)
 
 
-def one_of(world_size: int, rank: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+def one_of(world_size: int, rank: int = 0, **sizes: int) -> SimpleNamespace:
+    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"), sizes=sizes)
 
 
-def batches(rank: int = 0, world_size: int = 1, **changes) -> GlobalBatches:
+def batches(rank: int = 0, world_size: int = 1, kept: int = 0, **changes) -> GlobalBatches:
     settings = {"seed": 1, "max_steps": 0, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "global_batch_size": 4}
     dataset = Dataset.from_dict({"number": list(range(len(LENGTHS))), "length": LENGTHS})
     settings |= {"per_device_train_batch_size": 2, "max_tokens_per_device": 0, "eval_interval": 0, "save_steps": 0}
     settings |= changes
     args = SimpleNamespace(**settings)
-    return GlobalBatches(dataset, [1.0] * len(LENGTHS), collate, one_of(world_size, rank), args)
+    return GlobalBatches(dataset, [1.0] * len(LENGTHS), collate, one_of(world_size, rank, global_batch=kept), args)
 
 
 def numbers(*found) -> list[int]:
@@ -86,6 +86,19 @@ def test_the_budget_without_the_flag_is_what_the_batch_size_allows(device, per_d
     assert token_budget(args, per_device, longest, torch.device(device)) == budget
     args.max_tokens_per_device = 0
     assert token_budget(args, per_device, longest, torch.device(device)) is None
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_resumed_run_keeps_its_global_batch_whatever_the_processes(world_size):
+    """Of 4, which three processes cannot share evenly."""
+    changes = {"global_batch_size": 0, "per_device_train_batch_size": 3}
+    whole = list(batches().after(0))
+    shares = [list(batches(rank, world_size, kept=4, **changes).after(0)) for rank in range(world_size)]
+    for step, expected in enumerate(whole):
+        assert numbers(*(share[step] for share in shares)) == numbers(expected)
+        assert all(share[step].denominator == expected.denominator for share in shares)
+    with pytest.raises(UserError, match="--global_batch_size 8: the run that is resumed takes 4 examples a step"):
+        batches(kept=4, global_batch_size=8)
 
 
 def test_an_example_beyond_the_token_budget_is_told_before_the_first_step():
