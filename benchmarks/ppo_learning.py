@@ -351,7 +351,7 @@ def prompts_of_ours(flags: list[str]) -> list[list[list[int]]]:
     args = parse(PPOArguments, flags)
     tokenizer = load_tokenizer(args.models["actor"])
     data = prepare_phase(args, 3, tokenizer, load_template(args.models["actor"], tokenizer)).train
-    alone = SimpleNamespace(rank=0, world_size=1, device="cpu")
+    alone = SimpleNamespace(rank=0, world_size=1, device="cpu", sizes={})
     return [
         [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
         for _, batch in PromptBatches(data, alone, args, tokenizer.pad_token_id).after(0)
