@@ -18,6 +18,8 @@ SUCCESSORS = {
 }
 # former name -> what to use instead
 GONE = {
+    "benchmarks.data_memory": "its results stand in benchmarks/RESULTS.md under 'Memory and time of preparing 100,000 pairs'; it "
+    "runs at commit be35d39, and python -m scripts.preprocess_dataset prepares data of your own.",
     "benchmarks.ppo_vocabulary": "its results stand in benchmarks/RESULTS.md under 'Larger vocabularies'; it runs at commit "
     "44ce0bc, and benchmarks.ppo_learning compares with TRL today.",
     "benchmarks.shared_trunk": "its results stand in benchmarks/RESULTS.md under 'Memory of the four models of PPO'; it runs at "
