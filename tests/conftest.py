@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,29 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def log_level():
     """Give every test the log level of a fresh process: runs within this one set it to their rank's."""
     logging.getLogger("sanbu").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def folder_of(request, tmp_path_factory):
+    """(family, seed) -> its tiny checkpoint, made once and only read; ChatGLM's ("chatglm-6b", …) in the published layout."""
+    from tests.tiny import tiny_checkpoint  # transformers takes seconds
+    from tests.tiny_chatglm import tiny_chatglm
+
+    folder = tmp_path_factory.mktemp("families")
+
+    @cache
+    def make(family: str, seed: int = 0) -> Path:
+        if family.startswith("chatglm"):
+            return tiny_chatglm(folder / family, family, request.getfixturevalue("shared_dir"), seed=seed)
+        return tiny_checkpoint(folder / str(seed) / family, family, seed=seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(folder_of) -> Path:
+    """A tiny LLaMA, which tests only read."""
+    return folder_of("llama")
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from models.load import load_scalar_model, load_tokenizer
-from models.save import save_model
-from models.templates import load_template
 from tests.launching import environment, logged, write_pairs
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_reward_model
 from tests.two_nodes import SILENCE, TwoNodes, launcher, machine_room, ssh_servers, until
 from training.utils.engine.checkpoint import whole_checkpoints
 
@@ -45,9 +41,7 @@ def room(tmp_path_factory):
     """Two nodes; on the disk of each a model, data, the recipe and a hostfile whose names nobody resolves."""
     folder = tmp_path_factory.mktemp("nodes")
     base, pairs = tiny_checkpoint(folder / "base", "llama"), write_pairs(folder / "pairs.jsonl", 200)
-    tokenizer = load_tokenizer(base)
-    reward = load_scalar_model(base, dtype=torch.float32, seed=3)
-    save_model(reward, tokenizer, load_template(base, tokenizer), folder / "reward")
+    tiny_reward_model(base, folder / "reward")
     with machine_room(folder) as room:
         print("network namespaces" if room.separate else "no network namespaces here: two groups of processes on loopback")
         for node in room.nodes:

@@ -19,6 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from models.load import load_scalar_model, load_tokenizer
+from models.save import save_model
+from models.templates import load_template
+
 FAMILIES = ("opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "glm", "glm4")
 SPARE_ROWS = 8  # more embedding rows than tokens, as BLOOM and Qwen have
 
@@ -150,3 +154,11 @@ def tiny_checkpoint(folder: Path, family: str, *, seed: int = 0, vocab_size: int
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
+
+
+def tiny_reward_model(base: Path, folder: Path, *, seed: int = 3, **figures: float) -> Path:
+    """Write a reward model over a language model's folder, as step 2 saves it; figures go to its config. Returns the folder."""
+    model, tokenizer = load_scalar_model(base, dtype=torch.float32, seed=seed), load_tokenizer(base)
+    model.config.update(figures)
+    save_model(model, tokenizer, load_template(base, tokenizer), folder)
+    return folder

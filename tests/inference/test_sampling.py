@@ -12,7 +12,6 @@ from inference.sampling import StopStrings, draw, occurring, penalised
 from inference.streaming import TextStream
 from models.load import load_tokenizer
 from models.templates import load_template
-from tests.tiny import tiny_checkpoint
 from tests.tiny_chatglm import GENERATIONS, copy_tokenizer
 
 PAD = 3
@@ -20,8 +19,8 @@ TEXT = "问：怎么做面包？答：把面粉、水、盐和酵母混合 🍞�
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama", seed=1)
+def folder(folder_of):
+    return folder_of("llama", 1)
 
 
 @pytest.fixture(scope="module")

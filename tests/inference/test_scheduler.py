@@ -195,8 +195,8 @@ def test_adapters_answer_side_by_side(tmp_path, scheduler):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return open_model(str(tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama")))
+def llama(folder_of):
+    return open_model(str(folder_of("llama")))
 
 
 def long(number: int = 0) -> Answer:

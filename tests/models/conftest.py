@@ -1,25 +1,8 @@
-"""Tiny checkpoints, made once for all tests of models, which only read them."""
-
-from functools import cache
+"""Tiny checkpoints of every family, one after another."""
 
 import pytest
 
-from tests.tiny import FAMILIES, tiny_checkpoint
-from tests.tiny_chatglm import tiny_chatglm
-
-
-@pytest.fixture(scope="session")
-def folder_of(request, tmp_path_factory):
-    """family -> its tiny checkpoint; ChatGLM's ("chatglm-6b", ...) are in the published layout."""
-    folder = tmp_path_factory.mktemp("families")
-
-    @cache
-    def make(family):
-        if family.startswith("chatglm"):
-            return tiny_chatglm(folder / family, family, request.getfixturevalue("shared_dir"))
-        return tiny_checkpoint(folder / family, family)
-
-    return make
+from tests.tiny import FAMILIES
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -14,11 +14,6 @@ from tests.models.common import load
 KINDS = ("bin", "old", "safetensors")
 
 
-@pytest.fixture
-def llama(folder_of):
-    return folder_of("llama")
-
-
 def shards_of(llama, folder, kind):
     """The checkpoint in two shards of a kind; returns their files and the index."""
     folder.mkdir()

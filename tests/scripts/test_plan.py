@@ -12,16 +12,10 @@ from scripts.plan.__main__ import main, text
 from scripts.plan.section import plan_arguments, plan_section
 from steps import step_of
 from tests.launching import REPOSITORY, environment
-from tests.tiny import tiny_checkpoint
 from training.utils.flags.recipe import Recipe
 from training.utils.memory.arithmetic import GIB, Machine
 
 EIGHT = ["--devices", "8", "--device-memory", "32", "--host-memory", "512", "--dtype", "fp16", "--attn_implementation", "eager"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return str(tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama"))
 
 
 def test_chatglm_on_eight_cards_of_32_gib(capsys):
@@ -138,7 +132,7 @@ def test_step_3_of_a_recipe_whose_first_steps_have_not_run(llama, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     sections = {
         "launch": {"platform": "cpu"},
-        "sft": {"model_name_or_path": llama, "output_dir": "out/sft"},
+        "sft": {"model_name_or_path": str(llama), "output_dir": "out/sft"},
         "reward": {"model_name_or_path": "out/sft", "output_dir": "out/reward"},
         "ppo": {
             "actor_model_name_or_path": "out/sft",

@@ -9,7 +9,6 @@ import torch
 
 from models.heads import TokenLogProbs, TokenScores, at_last_token
 from models.load import load_causal_lm, load_scalar_model
-from tests.tiny import tiny_checkpoint
 from training.step2_dpo.reference import answer_log_probs
 from training.step3_ppo.objectives import policy_loss, value_loss
 from training.utils.data.batching import collate_answer_pairs, collate_pairs, collate_sft, plan_micro_batches
@@ -18,11 +17,6 @@ from training.utils.loss import bradley_terry_loss, dpo_loss, implicit_rewards, 
 # processes, examples a micro-batch, tokens a micro-batch
 CUTS = [(1, 7, None), (1, 1, None), (1, 3, None), (2, 2, None), (3, 1, None), (5, 4, None), (1, None, 60), (2, None, 45)]
 PAD, BETA = 2, 0.5
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +65,8 @@ def token_log_probs(model, ids: list[int], start: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
-def test_sft_gradient(folder, rows, loss_on):
-    model = TokenLogProbs(load_causal_lm(folder, dtype=torch.float32))
+def test_sft_gradient(llama, rows, loss_on):
+    model = TokenLogProbs(load_causal_lm(llama, dtype=torch.float32))
     starts = [row["prompt_length"] if loss_on == "answer" else 1 for row in rows]
     total = sum(row["length"] - start for row, start in zip(rows, starts, strict=True))
 
@@ -87,8 +81,8 @@ def test_sft_gradient(folder, rows, loss_on):
     assert_any_cut_is_the_whole(model, rows, alone, micro)
 
 
-def test_reward_gradient(folder, rows):
-    model = TokenScores(load_scalar_model(folder, dtype=torch.float32, seed=1))
+def test_reward_gradient(llama, rows):
+    model = TokenScores(load_scalar_model(llama, dtype=torch.float32, seed=1))
 
     def alone(row):
         scores = [model.model(input_ids=torch.tensor([row[name]])).logits[0, 0] for name in ("chosen_ids", "rejected_ids")]
@@ -102,9 +96,9 @@ def test_reward_gradient(folder, rows):
     assert_any_cut_is_the_whole(model, rows, alone, micro, pairs=True)
 
 
-def test_dpo_gradient(folder, rows, tmp_path):
-    model = TokenLogProbs(load_causal_lm(folder, dtype=torch.float32))
-    other = TokenLogProbs(load_causal_lm(tiny_checkpoint(tmp_path, "llama", seed=5), dtype=torch.float32))
+def test_dpo_gradient(folder_of, llama, rows):
+    model = TokenLogProbs(load_causal_lm(llama, dtype=torch.float32))
+    other = TokenLogProbs(load_causal_lm(folder_of("llama", 5), dtype=torch.float32))
 
     def alone(row):
         sums = []
@@ -124,12 +118,12 @@ def test_dpo_gradient(folder, rows, tmp_path):
 @pytest.mark.detail(33)
 @pytest.mark.ppo
 @pytest.mark.parametrize("role", ["actor", "critic"])
-def test_ppo_gradient(folder, rows, role):
+def test_ppo_gradient(llama, rows, role):
     """One denominator for the global minibatch."""
     if role == "actor":
-        model = TokenLogProbs(load_causal_lm(folder, dtype=torch.float32))
+        model = TokenLogProbs(load_causal_lm(llama, dtype=torch.float32))
     else:
-        model = TokenScores(load_scalar_model(folder, dtype=torch.float32, seed=1))
+        model = TokenScores(load_scalar_model(llama, dtype=torch.float32, seed=1))
     first, second = torch.randn(2, len(rows), 20, generator=torch.Generator().manual_seed(1)) * 0.3
     total = sum(row["length"] - row["prompt_length"] for row in rows)
 

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from models.heads import TokenLogProbs
 from models.load import load_causal_lm
-from tests.tiny import tiny_checkpoint
 from training.utils.engine.build import build_engine
 from training.utils.engine.configs import EngineOptions
 from training.utils.engine.step import optimizer_step
@@ -41,10 +40,8 @@ def train(base: Path, stage: int, output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("precision")
-    base = tiny_checkpoint(folder / "base", "llama")
-    yield {stage: train(base, stage, folder) for stage in STAGES}
+def results(llama, tmp_path_factory):
+    yield {stage: train(llama, stage, tmp_path_factory.mktemp("precision")) for stage in STAGES}
     dist.destroy_process_group()
 
 

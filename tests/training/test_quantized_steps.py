@@ -8,13 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from errors import UserError
 from models.checkpoint_folder import open_checkpoint
-from models.load import load_scalar_model, load_tokenizer
-from models.save import save_model
-from models.templates import load_template
 from tests.launching import logged, write_pairs
 from tests.models.test_zero3 import tiny_integers
 from tests.several import run_several
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_reward_model
 from tests.training.runs import step
 from training.utils.engine.build import check_trained_model
 from training.utils.flags.parse import parse
@@ -31,9 +28,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
     write_pairs(folder / "pairs.jsonl", 120)
     base = tiny_checkpoint(folder / "base", "llama")
-    tokenizer = load_tokenizer(base)
-    reward = load_scalar_model(base, dtype=torch.float32, seed=5)
-    save_model(reward, tokenizer, load_template(base, tokenizer), folder / "reward")
+    tiny_reward_model(base, folder / "reward", seed=5)
     return folder
 
 

@@ -6,31 +6,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.load import load_scalar_model, load_tokenizer
-from models.save import save_model
+from models.load import load_tokenizer
 from models.templates import load_template
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_reward_model
 
 
 @pytest.fixture(scope="package")
-def llama(tmp_path_factory) -> Path:
-    """A tiny language model; read only."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture(scope="package")
-def qwen2(tmp_path_factory) -> Path:
+def qwen2(folder_of) -> Path:
     """A tiny language model with another tokenizer and template; read only."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("qwen2"), "qwen2", seed=1)
+    return folder_of("qwen2", 1)
 
 
 @pytest.fixture(scope="package")
 def reward_model(llama, tmp_path_factory) -> Path:
     """A tiny reward model, saved as step 2 saves it; read only."""
-    folder = tmp_path_factory.mktemp("models") / "reward"
-    tokenizer = load_tokenizer(llama)
-    save_model(load_scalar_model(llama, dtype=torch.float32, seed=3), tokenizer, load_template(llama, tokenizer), folder)
-    return folder
+    return tiny_reward_model(llama, tmp_path_factory.mktemp("models") / "reward")
 
 
 class SlowAnswers:

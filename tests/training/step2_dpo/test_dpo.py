@@ -10,7 +10,6 @@ import training.step2_dpo.reference as reference_room
 from models.adapters.lora import add_lora
 from models.heads import TokenLogProbs
 from models.load import load_causal_lm
-from tests.tiny import tiny_checkpoint
 from training.utils.data.batching import collate_answer_pairs
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import DPOArguments
@@ -23,14 +22,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A folder with a tiny model."""
-    folder = tmp_path_factory.mktemp("start")
-    tiny_checkpoint(folder / "base", "llama")
-    return folder
-
-
 # --- what is summed ---------------------------------------------------------------------------------------------------
 
 
@@ -40,9 +31,9 @@ def plain_log_prob(model, ids: list[int], prompt: int) -> torch.Tensor:
     return sum(table[place - 1, ids[place]] for place in range(prompt, len(ids)))
 
 
-def test_log_probs_are_those_of_each_answer_alone(start):
+def test_log_probs_are_those_of_each_answer_alone(llama):
     """Chosen and rejected answers in one padded forward equal each text alone; the tokens of the prompt are not summed."""
-    model = load_causal_lm(start / "base", dtype=torch.float32)
+    model = load_causal_lm(llama, dtype=torch.float32)
     texts = [(row[name], row["prompt_length"]) for name in ("chosen_ids", "rejected_ids") for row in ROWS]
     with torch.no_grad():
         expected = [float(plain_log_prob(model, *text)) for text in texts]
@@ -65,9 +56,9 @@ class Engine(torch.nn.Module):
         return self.module(*args, **kwargs)
 
 
-def test_the_reference_under_lora_is_the_model_without_its_adapter(start):
-    base = TokenLogProbs(load_causal_lm(start / "base", dtype=torch.float32)).eval()
-    adapted = add_lora(load_causal_lm(start / "base", dtype=torch.float32), dim=4, alpha=8, dropout=0.5)
+def test_the_reference_under_lora_is_the_model_without_its_adapter(llama):
+    base = TokenLogProbs(load_causal_lm(llama, dtype=torch.float32)).eval()
+    adapted = add_lora(load_causal_lm(llama, dtype=torch.float32), dim=4, alpha=8, dropout=0.5)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -81,15 +72,15 @@ def test_the_reference_under_lora_is_the_model_without_its_adapter(start):
     assert (reference_room.answer_log_probs(engine, batch) - found).abs().max() > 0.1   # the adapter is back
 
 
-def test_a_reference_on_the_host_is_split_while_it_is_read(start, tmp_path, monkeypatch):
+def test_a_reference_on_the_host_is_split_while_it_is_read(llama, tmp_path, monkeypatch):
     """Whatever the stage of the model that is trained: its own configuration would bind the weights to the device."""
     seen = []
     monkeypatch.setattr(reference_room, "load_causal_lm", lambda path, **settings: seen.append(settings) or torch.nn.Linear(1, 1))
     monkeypatch.setattr(reference_room, "build_frozen", lambda model, run, **how: how["offload"])
     run = SimpleNamespace(dtype=torch.float32, attention="sdpa", world_size=1, device=torch.device("cpu"), in_turn=nullcontext)
     for stage in ("0", "3"):
-        flags = f"--model_name_or_path {start}/base --data_path d --output_dir {tmp_path} --zero_stage {stage}"
+        flags = f"--model_name_or_path {llama} --data_path d --output_dir {tmp_path} --zero_stage {stage}"
         args = parse(DPOArguments, [*flags.split(), "--offload_reference_model"])
-        assert reference_room.load_reference(args, {"model": start / "base"}, None, run) is True
+        assert reference_room.load_reference(args, {"model": llama}, None, run) is True
     for settings in seen:
         assert settings["zero3_config"]["zero_optimization"]["offload_param"] == {"device": "cpu"}

@@ -6,10 +6,9 @@ import torch
 
 from inference.engine import Generation
 from models.checkpoint_folder import open_checkpoint
-from models.load import load_scalar_model, load_tokenizer
-from models.save import save_model
+from models.load import load_tokenizer
 from models.templates import load_template
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_reward_model
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages
 from training.step3_ppo.pretraining_mix import PretrainingMix
@@ -26,12 +25,9 @@ MEAN, STD = 0.3, 1.7  # of the reward model's scores
 def write_models(folder: Path) -> tuple[Path, Path]:
     """An actor whose checkpoint asks for greedy answers, which must not matter, and a reward model with statistics."""
     actor = tiny_checkpoint(folder / "actor", "llama")
-    tokenizer = load_tokenizer(actor)
-    reward = load_scalar_model(actor, dtype=torch.float32, seed=5)
-    reward.config.update({"reward_mean": MEAN, "reward_std": STD})
-    save_model(reward, tokenizer, load_template(actor, tokenizer), folder / "reward")
+    reward = tiny_reward_model(actor, folder / "reward", seed=5, reward_mean=MEAN, reward_std=STD)
     (actor / "generation_config.json").write_text('{"do_sample": false, "top_k": 1, "repetition_penalty": 5.0}')
-    return actor, folder / "reward"
+    return actor, reward
 
 
 FLAGS = (

@@ -10,7 +10,6 @@ import torch
 from errors import UserError
 from models.checkpoint_folder import open_checkpoint
 from scripts.plan.known import config_of
-from tests.tiny import tiny_checkpoint
 from training.step1_sft import main as step1
 from training.utils.flags.steps import PPOArguments, SFTArguments
 from training.utils.memory import fit
@@ -20,15 +19,10 @@ from training.utils.run import memory as run_memory
 ONE = Machine(1, 1, 0.0, 0.05 * GIB, accelerator=False)
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return str(tiny_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama"))
-
-
 @pytest.fixture
 def sft(llama):
     """Return the arguments of step 1 with some flags."""
-    return lambda **flags: SFTArguments(model_name_or_path=llama, output_dir="unused", **flags)
+    return lambda **flags: SFTArguments(model_name_or_path=str(llama), output_dir="unused", **flags)
 
 
 def memory_of(args):
@@ -102,7 +96,7 @@ def test_a_step_refuses_before_it_reads_weights(sft, tmp_path, monkeypatch):
 
 
 def test_the_check_is_quick_and_leaves_random_numbers_alone(llama):
-    args = PPOArguments(actor_model_name_or_path=llama, critic_model_name_or_path=llama, output_dir="unused")
+    args = PPOArguments(actor_model_name_or_path=str(llama), critic_model_name_or_path=str(llama), output_dir="unused")
     machine = Machine(2, 2, 0.0, 8.0 * GIB, accelerator=False)
     check(args, machine)
     state, began = torch.get_rng_state(), time.process_time()
