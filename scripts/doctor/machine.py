@@ -1,4 +1,4 @@
-"""This machine and the run: platform, dtypes, operators, memory, disk, and processes that can talk to each other."""
+"""This machine and the run: platform, dtypes, memory, disk, and processes that can talk to each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # it imports torch, which may be broken here
 Plans = Mapping[str, "SectionPlan | UserError"]  # by section
 SHM_LITTLE = 1 * GIB  # Docker gives 64 MB; 8 data workers and NCCL's rings want more
 BUSY = 0.1  # of a card's memory, taken by others
-BUILDS = "ds_report names what is missing: a compiler, ninja, CUDA_HOME or ROCM_HOME"
 
 
 def check_platform(situation: Situation) -> list[Check]:
@@ -81,29 +80,6 @@ def check_dtype(situation: Situation) -> list[Check]:
         todo = "in fp16 watch loss_scale: the overflow flag decides; if every step is skipped, see docs/en/launching.md"
         checks.append(Check("dtype", "overflow", WARN, why, todo))
     return checks
-
-
-def check_operators(situation: Situation, plans: Plans) -> Check:
-    """Say whether DeepSpeed can build the optimizers that the recipe uses. Without them a run takes torch's AdamW."""
-    builds = situation.facts.get("ops")
-    if builds is None:
-        return Check("operators", "builds", SKIP, situation.facts.get("ops_error", "DeepSpeed gave no answer"))
-    sections = situation.recipe.sections if situation.recipe else {}
-    wanted = {str(values.get("optimizer")) for values in sections.values()}
-    settings = [section.plan.setting for section in plans.values() if not isinstance(section, UserError)]
-    if situation.accelerator != "cpu" and any(setting.offload_optimizer for setting in settings):
-        wanted.add("cpu_adam")
-    if missing := sorted(name for name in wanted & builds.keys() if not builds[name]):
-        why = f"DeepSpeed cannot build {' and '.join(missing)} here; torch's AdamW takes its place"
-        return Check("operators", "builds", WARN, why, BUILDS)
-    why = ", ".join(f"{name}: {'can be built' if able else 'no'}" for name, able in builds.items())
-    return Check("operators", "builds", OK, why)
-
-
-def check_build(name: str, situation: Situation) -> Check:
-    """Build one of DeepSpeed's optimizers, and load it."""
-    _, why = probe("build", name, situation=situation, times=30)
-    return Check("operators", name, WARN if why else OK, why or "built, and it loads", BUILDS if why else "")
 
 
 def run_machine(situation: Situation) -> Machine:

@@ -1,6 +1,6 @@
 """The parts of the doctor that load torch, touch a device or run on another host. Each prints one line of JSON.
 
-python -m scripts.doctor.probe facts [VENDOR] | packages | all_reduce BACKEND | build OPTIMIZER | host ADDRESS PORT
+python -m scripts.doctor.probe facts [VENDOR] | packages | all_reduce BACKEND | host ADDRESS PORT
 """
 
 import json
@@ -70,18 +70,14 @@ def facts(vendor: str = "") -> dict[str, Any]:
 
 
 def packages() -> dict[str, Any]:
-    """Return the errors of DeepSpeed's and transformers' imports by name, and the optimizers that DeepSpeed can build."""
-    found: dict[str, Any] = {"import": {}}
+    """Return the errors of DeepSpeed's and transformers' imports by name."""
+    errors = {}
     for name in ("deepspeed", "transformers"):
         try:
             import_module(name)
         except Exception as error:  # an import runs anything
-            found["import"][name] = reason(error)
-    try:
-        found["ops"] = operators()
-    except Exception as error:
-        found["ops_error"] = reason(error)
-    return found
+            errors[name] = reason(error)
+    return {"import": errors}
 
 
 def dtypes(platform: Any) -> dict[str, Any]:
@@ -96,16 +92,6 @@ def dtypes(platform: Any) -> dict[str, Any]:
         "works": {name: device.probe_dtype(device.DTYPES[name], platform) for name in ("fp16", "bf16")},
         "first_ascend": device.is_first_ascend(chip),
         "attention": device.attention_implementation("auto", platform),
-    }
-
-
-def operators() -> dict[str, bool]:
-    """Return the optimizers that DeepSpeed can build here, as ds_report lists them."""
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
-    from torch.utils.cpp_extension import is_ninja_available
-
-    return {
-        name: is_ninja_available() and ALL_OPS[name].is_compatible(verbose=False) for name in ("cpu_adam", "fused_adam")
     }
 
 
@@ -159,14 +145,6 @@ def all_reduce(backend: str) -> dict[str, Any]:
     return {"processes": size}
 
 
-def build(name: str) -> dict[str, Any]:
-    """Build one of DeepSpeed's optimizers, and load it."""
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
-
-    ALL_OPS[name].load(verbose=False)
-    return {}
-
-
 def host(address: str = "", port: str = "") -> dict[str, Any]:
     """Return versions, clock and cards of this host, and whether it reaches the first node. Imports no torch."""
     cards = [path for path in Path("/dev").iterdir() if re.fullmatch(r"(nvidia|davinci)\d+", path.name)]
@@ -182,7 +160,7 @@ def host(address: str = "", port: str = "") -> dict[str, Any]:
 if __name__ == "__main__":
     part, *words = sys.argv[1:]
     try:
-        answer = {"facts": facts, "packages": packages, "all_reduce": all_reduce, "build": build, "host": host}[part](*words)
+        answer = {"facts": facts, "packages": packages, "all_reduce": all_reduce, "host": host}[part](*words)
     except Exception as error:  # the doctor reports it
         answer = {"error": reason(error)}
     print(f"\n{MARK}{json.dumps(answer)}", flush=True)

@@ -105,18 +105,7 @@ def started(function: Callable[..., Any], *words: Any, **options: Any) -> Future
     return future
 
 
-def in_time(future: Future, group: str, name: str, situation: Situation, times: float = 10) -> tuple[Any, list[Check]]:
-    """Return a future's result, or {} and the finding that it did not end within its limit."""
-    try:
-        return future.result(situation.seconds * times), []
-    except TimeoutError:
-        why = f"it did not end within {situation.seconds * times:g} seconds"
-        return {}, [Check(group, name, WARN, why, "give a longer --timeout, or look at what else runs here")]
-
-
-def probe(
-    part: str, *words: str, situation: Situation, times: float = 10, launcher: Sequence[str] = ()
-) -> tuple[Any, str]:
+def probe(part: str, *words: str, situation: Situation, launcher: Sequence[str] = ()) -> tuple[Any, str]:
     """Run a part of scripts/doctor/probe.py in a child, with the launcher's variables on the device that is here.
 
     This process never touches a device. Return as ``ask`` does.
@@ -129,4 +118,4 @@ def probe(
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environ.get("PYTHONPATH"))))
     environ["PYTHONSAFEPATH"] = "1"
     command = [sys.executable, *launcher, "-m", "scripts.doctor.probe", part, *words]
-    return ask(command, situation.seconds * times, environ)
+    return ask(command, situation.seconds * 10, environ)

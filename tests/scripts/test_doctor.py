@@ -18,7 +18,6 @@ from scripts.launch.options import Options
 from scripts.launch.platforms import load_platforms, platform_named
 from scripts.plan.known import config_of
 from scripts.plan.section import plan_section
-from tests.tiny import tiny_checkpoint
 from training.utils.flags.parse import parse
 from training.utils.flags.recipe import Recipe
 from training.utils.flags.steps import SFTArguments
@@ -163,30 +162,13 @@ def test_dtypes(found, asked, expected):
     assert states(machine.check_dtype(situation(dtypes_error="RuntimeError: driver"))) == {"probe": "fail"}
 
 
-def test_operators(small_plan):
-    recipe = {"sft": {"optimizer": "auto"}}
-    here = situation("single_node", recipe=recipe, ops={"cpu_adam": False, "fused_adam": True})
-    assert states(machine.check_operators(here, {})) == {"builds": "ok"}  # nothing is to be built
-    assert states(machine.check_operators(here, {"sft": small_plan})) == {"builds": "warn"}  # it offloads
-    here.platform = platform_named("cpu")  # where offload has no meaning
-    assert states(machine.check_operators(here, {"sft": small_plan})) == {"builds": "ok"}
-    here.recipe.sections["sft"]["optimizer"] = "cpu_adam"
-    assert states(machine.check_operators(here, {})) == {"builds": "warn"}
-
-
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """Return a folder with a tiny network."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "llama")
-
-
-@pytest.fixture(scope="module")
-def small_plan(tiny_model):
+def small_plan(llama):
     """Return the plan of a tiny network in 16 bits with offloaded optimizer states."""
-    words = f"--model_name_or_path {tiny_model} --data_path x --output_dir x --zero_stage 2 --offload_optimizer --max_seq_len 64"
+    words = f"--model_name_or_path {llama} --data_path x --output_dir x --zero_stage 2 --offload_optimizer --max_seq_len 64"
     computer = Machine(8, 8, 80.0 * GIB, 512.0 * GIB)
     args = parse(SFTArguments, words.split())
-    return section_plan(args, {"model": config_of(str(tiny_model))}, computer, dtype="fp16", attention="sdpa")
+    return section_plan(args, {"model": config_of(str(llama))}, computer, dtype="fp16", attention="sdpa")
 
 
 @pytest.mark.parametrize(("share", "state"), [(2.1, "ok"), (1.5, "warn"), (0.5, "fail")])
@@ -253,23 +235,22 @@ def test_hostfile(nodes, monkeypatch, capsys):
 
 
 def test_checks_run_side_by_side_in_a_stable_order_and_one_that_hangs_is_named(monkeypatch, capsys, tmp_path):
-    """Each of four waits for the others to begin; the plan never ends."""
-    together, for_ever = Barrier(4, timeout=60), Event()
+    """Each of three waits for the others to begin; the plan never ends."""
+    together, for_ever = Barrier(3, timeout=60), Event()
     monkeypatch.setattr(machine, "probe", lambda *_, **__: ({}, "together" if together.wait() < 0 else ""))
-    monkeypatch.setattr(doctor.cluster, "check_hosts", lambda *_: [Check("cluster", f"hosts {together.wait() > 3}", "ok", "")])
+    monkeypatch.setattr(doctor.cluster, "check_hosts", lambda *_: [Check("cluster", f"hosts {together.wait() > 2}", "ok", "")])
     monkeypatch.setattr(machine, "plans_of", lambda _: for_ever.wait())
 
     def played(part, *_, **__):
-        return ({"import": {}, "ops": {}}, "") if part == "packages" and together.wait() < 4 else (CPU, "")
+        return ({"import": {}}, "") if part == "packages" and together.wait() < 3 else (CPU, "")
 
     monkeypatch.setattr(doctor, "probe", played)
-    assert doctor.main(["--build", "cpu_adam", "--timeout", "0.05", "--json"]) == 1
+    assert doctor.main(["--timeout", "0.05", "--json"]) == 1
     checks = json.loads(capsys.readouterr().out)["checks"]
     late = next(check for check in checks if check["group"] == "memory")
     assert late["state"] == "warn" and "0.5 seconds" in late["why"]
-    assert [check["name"] for check in checks if check["group"] in ("operators", "communication", "cluster")] == [
-        "hostfile", "builds", "cpu_adam", "all-reduce", "port", "hosts False",
-    ]  # fmt: skip
+    names = [check["name"] for check in checks if check["group"] in ("communication", "cluster")]
+    assert names == ["hostfile", "all-reduce", "port", "hosts False"]
 
 
 # Answers as a host does, with the versions that VERSIONS says and the way back walked by bash.
@@ -400,7 +381,7 @@ def test_wrong_flags(flags, words):
         doctor.main(flags)
 
 
-def test_the_whole_command(tiny_model, monkeypatch, capsys, tmp_path):
+def test_the_whole_command(llama, monkeypatch, capsys, tmp_path):
     """Look at a recipe for DCUs where there are none. The facts are asked for in this process, and no group is formed."""
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
@@ -413,7 +394,7 @@ def test_the_whole_command(tiny_model, monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(doctor, "probe", here)
     monkeypatch.setattr(machine, "probe", here)
-    flags = f"model_name_or_path: {tiny_model}, data_path: x, output_dir: {tmp_path / 'out'}, max_seq_len: 64"
+    flags = f"model_name_or_path: {llama}, data_path: x, output_dir: {tmp_path / 'out'}, max_seq_len: 64"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"launch: {{platform: dcu_z100l}}\nsft: {{{flags}}}\nreward: {{{flags}, zero_stage: 9}}\n")
     assert doctor.main(["--recipe", str(recipe), "--json"]) == 2
@@ -435,7 +416,7 @@ def test_the_whole_command(tiny_model, monkeypatch, capsys, tmp_path):
 def test_several_nodes_of_cards(nodes, monkeypatch, capsys, tmp_path):
     """Play torch and ssh: two nodes with two cards each, of which one answers."""
     here = nodes(f'if [[ " $* " == *" node-2 "* ]]; then echo "Permission denied" >&2; exit 255; fi\n{HERE}')
-    facts = CUDA | {"versions": VERSIONS, "dtypes": chip("sm80", ["bf16", "fp16", "fp32"]), "ops": {}, "tools": {"driver": "535"}}
+    facts = CUDA | {"versions": VERSIONS, "dtypes": chip("sm80", ["bf16", "fp16", "fp32"]), "tools": {"driver": "535"}}
     monkeypatch.setattr(doctor, "probe", lambda *_, **__: (facts, ""))
     monkeypatch.setattr(machine, "probe", lambda *_, **__: ({}, ""))
     monkeypatch.setattr(cluster, "versions", lambda: VERSIONS)
