@@ -15,17 +15,12 @@ from models.heads import base_model
 IDLE_COLUMNS = 8  # of a prompt, in a pass that nobody reads; ChatGLM's needs the marks at the prompt's end
 
 
-def is_split(model: nn.Module) -> bool:
-    """Tell whether ZeRO-3 keeps the weights split, each process a part."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 @contextmanager
 def in_step(model: nn.Module) -> Iterator[None]:
     """Switch gradients off inside. With split weights all processes enter, each runs the network at least once, and whoever leaves
     first runs it on and on, unread, until the last one leaves.
     """
-    if not is_split(model):
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 marks what it splits
         with torch.inference_mode():
             yield
         return

@@ -11,9 +11,9 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 
+import psutil
 import torch
 
 from errors import UserError
@@ -301,12 +301,7 @@ def free_memory() -> int | None:
     if module is None:
         names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")  # of torchrun, of deepspeed, and at worst one too high
         processes = int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
-        try:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            available = next(line for line in lines if line.startswith("MemAvailable:"))
-        except (OSError, StopIteration):
-            return None
-        return int(available.split()[1]) * 1024 // processes
+        return psutil.virtual_memory().available // processes
     if not hasattr(module, "mem_get_info"):
         return None
     return module.mem_get_info()[0] + module.memory_reserved() - module.memory_allocated()

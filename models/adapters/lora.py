@@ -156,11 +156,11 @@ def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = N
     return merged
 
 
-def save_adapter(model: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> bool:
+def save_adapter(model: nn.Module, folder: str | Path) -> bool:
     """Write the adapter alone (and the trained scalar head, and new rows) into the folder, in the format that
     PeftModel.from_pretrained opens; with new rows over the base whose embedding was enlarged.
 
-    state_dict as in merged_state_dict. Returns False, and writes nothing, for a model without an adapter.
+    Returns False, and writes nothing, for a model without an adapter.
     """
     if not is_peft(model):
         return False
@@ -168,7 +168,7 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: dict[str, Ten
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config, state_dict = model.peft_config[_NAME], model.state_dict() if state_dict is None else state_dict
+    config, state_dict = model.peft_config[_NAME], model.state_dict()
     tensors = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
     for layer in config.trainable_token_indices or ():
         tensors[f"{_PREFIX}{layer}.{PEFT_ROWS}"] = state_dict[f"{_PREFIX}{layer}.{NAME}"]

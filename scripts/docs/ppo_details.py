@@ -16,16 +16,16 @@ PAGES = ("docs/en/ppo.md", "docs/zh/ppo.md")
 ROW = re.compile(r"^\| (\d+) \|(.*)\|[^|]*\|$", re.MULTILINE)
 
 
-def tests_by_detail(root: Path = REPOSITORY) -> dict[int, list[str]]:
+def tests_by_detail() -> dict[int, list[str]]:
     """Return for each detail the tests that carry its number, by file and place."""
     found: dict[int, list[str]] = defaultdict(list)
-    for file in sorted((root / "tests").rglob("test_*.py")):
+    for file in sorted((REPOSITORY / "tests").rglob("test_*.py")):
         text = file.read_text(encoding="utf-8")
         for node in ast.parse(text).body if "pytest.mark.detail(" in text else ():
             for mark in getattr(node, "decorator_list", []):
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.detail":
                     for number in map(ast.literal_eval, mark.args):
-                        found[number].append(f"{file.relative_to(root).as_posix()}::{node.name}")
+                        found[number].append(f"{file.relative_to(REPOSITORY).as_posix()}::{node.name}")
     return found
 
 

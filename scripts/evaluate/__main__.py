@@ -15,9 +15,7 @@ from training.evaluate.inputs import check_inputs, check_reward_model
 from training.utils.flags.steps import EvaluateArguments
 from training.utils.run.entry import parse_or_exit, run_main
 
-if (
-    __name__ == "__main__"
-):  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong input are answered at once
     ARGS = parse_or_exit(EvaluateArguments, check=check_inputs)
 
 import json

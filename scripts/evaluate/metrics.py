@@ -66,11 +66,8 @@ def estimates(measured: Mapping[str, Mapping[str, Sequence[float]]], seed: int) 
     """
     names = [(model, name) for model, columns in measured.items() for name in columns]
     values = np.array([measured[model][name] for model, name in names], dtype=float).T
-    place, means, draws = (
-        {name: number for number, name in enumerate(names)},
-        values.mean(axis=0),
-        resampled_means(values, seed),
-    )
+    place = {name: number for number, name in enumerate(names)}
+    means, draws = values.mean(axis=0), resampled_means(values, seed)
     rows: dict[str, dict[str, Estimate]] = {}
     for name, metric in METRICS.items():
         row, resampled = {}, {}

@@ -106,16 +106,8 @@ def task_table(found: Mapping[str, Any], language: str) -> list[list[str]]:
     for task, metrics in of_models[0].items() if of_models else ():
         for name in metrics:
             values = [tasks[task][name] for tasks in of_models]
-            rows.append(
-                [
-                    task,
-                    name,
-                    *(
-                        f"{one['value']:.4f}" + (f" +- {one['stderr']:.4f}" if "stderr" in one else "")
-                        for one in values
-                    ),
-                ]
-            )
+            errors = (f" +- {one['stderr']:.4f}" if "stderr" in one else "" for one in values)
+            rows.append([task, name, *(f"{one['value']:.4f}{error}" for one, error in zip(values, errors, strict=True))])
     return rows
 
 
@@ -196,11 +188,8 @@ def answer_section(found: Mapping[str, Any], language: str) -> str:
     rows = [[word("prompt", language), *(word(origin, language) for origin in origins)]]
     for row in shown:
         turns = row["messages"]
-        prompt = (
-            turns[0]["content"]
-            if len(turns) == 1
-            else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-        )
+        whole = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        prompt = turns[0]["content"] if len(turns) == 1 else whole
         rows.append([prompt, *(answer_cell(row.get(origin, {"text": ""}), language) for origin in origins)])
     note = word("shown", language, shown=len(shown), count=len(records))
     return section(word("answers", language), table("answers texts", rows[0], rows[1:]), note)

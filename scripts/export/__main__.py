@@ -39,36 +39,18 @@ def build_parser() -> CommandLine:
     """Define the flags."""
     parser = CommandLine(f"{PROGRAM} --help lists the flags.", prog=PROGRAM, description=__doc__, zh=CHINESE)
     add = parser.add_argument
-    add(
-        "--path",
-        required=True,
-        help="folder of a trained model or of a LoRA adapter, or a hub id",
-        zh="训练所得模型或 LoRA 适配器的文件夹，或 hub 上的名称",
-    )
+    path, zh = "folder of a trained model or of a LoRA adapter, or a hub id", "训练所得模型或 LoRA 适配器的文件夹，或 hub 上的名称"
+    add("--path", required=True, help=path, zh=zh)
     add("--output_dir", required=True, help="new or empty folder to write", zh="要写入的文件夹：新建的或空的")
-    add(
-        "--base",
-        help="the model that the adapter was trained on, where adapter_config.json names another place",
-        zh="适配器训练时的基座；adapter_config.json 所写的位置已变时使用",
-    )
+    base = "the model that the adapter was trained on, where adapter_config.json names another place"
+    add("--base", help=base, zh="适配器训练时的基座；adapter_config.json 所写的位置已变时使用")
     add("--format", choices=FORMATS, default=FORMATS[0], help="of the files (%(default)s)", zh="文件的格式（%(default)s）")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="auto: as the weights are stored (%(default)s)",
-        zh="auto：与所存权重相同（%(default)s）",
-    )
-    add(
-        "--max_shard_size",
-        help="largest size of a weight file, such as 5GB; one file up to 50GB without it",
-        zh="单个权重文件的最大大小，如 5GB；不给时 50GB 以内为一个文件",
-    )
-    add(
-        "--pre_tokenizer",
-        help="GGUF: llama.cpp's name for how the tokenizer cuts words, where it is not found by itself",
-        zh="GGUF：llama.cpp 对分词前切分方式的名称；无法自动认出时给出",
-    )
+    dtype, zh = "auto: as the weights are stored (%(default)s)", "auto：与所存权重相同（%(default)s）"
+    add("--dtype", choices=DTYPES, default="auto", help=dtype, zh=zh)
+    size = "largest size of a weight file, such as 5GB; one file up to 50GB without it"
+    add("--max_shard_size", help=size, zh="单个权重文件的最大大小，如 5GB；不给时 50GB 以内为一个文件")
+    cuts = "GGUF: llama.cpp's name for how the tokenizer cuts words, where it is not found by itself"
+    add("--pre_tokenizer", help=cuts, zh="GGUF：llama.cpp 对分词前切分方式的名称；无法自动认出时给出")
     return parser
 
 

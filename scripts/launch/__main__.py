@@ -69,11 +69,6 @@ class Launch:
         return Path(self.args.output_dir)
 
     @property
-    def title(self) -> str:
-        """Return a title such as ``step 1 (SFT)``."""
-        return self.args.title
-
-    @property
     def log(self) -> Path:
         """Return the file for what it prints; one for each node, because they may share the folder."""
         own = "" if self.options.is_first_node else f"-node{self.options.node_rank}"
@@ -144,7 +139,7 @@ def positional_flags(step: Step, values: list[str]) -> list[str]:
 def shown(launch: Launch) -> str:
     """Return what would be started, as text that a shell reads: variables with their reasons, then the command."""
     options, environment = launch.options, launch.environment
-    lines = [f"# {launch.title}, {launch.recipe}", f"# platform {options.platform.name}: {options.platform.title}"]
+    lines = [f"# {launch.args.title}, {launch.recipe}", f"# platform {options.platform.name}: {options.platform.title}"]
     lines += [f"# output and log: {launch.log}", ""]
     settings = {f"export {name}={shlex.quote(value)}": environment.reasons[name] for name, value in environment.variables.items()}
     settings |= {f"unset {name}": "the same choice stands in --include below" for name in environment.removed}
@@ -198,11 +193,11 @@ def start(launch: Launch) -> int:
         done = launch.output / f".done-node{launch.options.node_rank}"
         env["SANBU_NODE_DONE"] = str(done)
     say(wrapped(launch.command))
-    code, seconds = run_to_end(launch.title, launch.command, env, launch.log, done)
+    code, seconds = run_to_end(launch.args.title, launch.command, env, launch.log, done)
     if code == 0:
         if not launch.options.is_first_node:
             done.unlink()
-        say(f"{launch.title} took {format_seconds(seconds)}: {launch.output}")
+        say(f"{launch.args.title} took {format_seconds(seconds)}: {launch.output}")
     return code
 
 

@@ -144,14 +144,6 @@ def in_batches(
     return [results[number] for number in range(len(order))]
 
 
-def mean_lengths(answers: Sequence[Answer]) -> dict[str, float]:
-    """Return the mean length in tokens, and the share of answers that ended before the limit."""
-    return {
-        "mean_tokens": sum(answer.tokens for answer in answers) / len(answers),
-        "ended": sum(answer.ended for answer in answers) / len(answers),
-    }
-
-
 def held_out(path: str, columns: dict[str, str], cache_dir: str | None = None, alone: bool = True) -> Any:
     """Return the held-out records of a data set, or all where it has no held-out part. alone: see load_records.
 

@@ -10,9 +10,7 @@ from training.evaluate.inputs import check_inputs, check_reward_model
 from training.utils.flags.steps import RewardEvalArguments
 from training.utils.run.entry import parse_or_exit, run_main
 
-if (
-    __name__ == "__main__"
-):  # before torch is imported, which takes seconds: --help, wrong flags and paths are answered at once
+if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong input are answered at once
     ARGS = parse_or_exit(RewardEvalArguments, check=check_inputs)
 
 import statistics

@@ -21,7 +21,7 @@ from pathlib import Path
 from errors import UserError
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import empty_cache
-from training.evaluate.common import BUILT_IN, Answer, Messages, held_out, load_for_evaluation, mean_lengths, write_json
+from training.evaluate.common import BUILT_IN, Answer, Messages, held_out, load_for_evaluation, write_json
 from training.utils.run.process_group import quiet_libraries
 
 BATCH = 16  # answers in work at once
@@ -34,7 +34,11 @@ def main(args: PromptEvalArguments) -> None:
     models = {"baseline": args.model_name_or_path_baseline, "finetuned": args.model_name_or_path_finetune}
     checkpoints = {name: open_checkpoint(path) for name, path in models.items()}  # both, before either is loaded
     answers = {name: ask(checkpoint, prompts, args) for name, checkpoint in checkpoints.items()}
-    summary = {name: mean_lengths([answer for row in rows for answer in row]) for name, rows in answers.items()}
+    summary = {}
+    for name, rows in answers.items():
+        each = [answer for row in rows for answer in row]
+        means = {"mean_tokens": [answer.tokens for answer in each], "ended": [answer.ended for answer in each]}
+        summary[name] = {what: sum(values) / len(each) for what, values in means.items()}
     print_table(prompts, answers, models, shutil.get_terminal_size((120, 24)).columns)
     for name, values in summary.items():
         print(f"{name:10} {values['mean_tokens']:7.1f} tokens an answer, {values['ended']:.0%} ended by themselves")

@@ -77,17 +77,12 @@ def read_in_turn(load: Callable[..., nn.Module], path: str | Path | CheckpointFo
     (zero3_config) are read by all processes together.
     """
     copies = run.device.type != "cpu" and not settings["zero3_config"]
-    copies = copies and makes_copy(path, settings["dtype"], settings["quantization_bit"])
+    if copies:
+        checkpoint, dtype = open_checkpoint(path), str(settings["dtype"]).removeprefix("torch.")
+        copies = bool(settings["quantization_bit"] or checkpoint.adapters) or checkpoint.stored_dtype != dtype
     with run.in_turn(copies):
         model = load(path, **settings)
         return model.to(run.device) if copies else model
-
-
-def makes_copy(path: str | Path | CheckpointFolder, dtype: torch.dtype, quantization_bit: int) -> bool:
-    """Tell whether the weights of a checkpoint are computed anew while they are read, not mapped as they are."""
-    checkpoint = open_checkpoint(path)
-    anew = quantization_bit or checkpoint.adapters
-    return bool(anew) or checkpoint.stored_dtype != str(dtype).removeprefix("torch.")
 
 
 def build_engine(model: nn.Module, options: EngineOptions, run: Run, steps: int):

@@ -85,13 +85,8 @@ def whole_model(engine, device: torch.device | None = None, keep: bool = True) -
         plain.eval()
     yield plain if keep else None
     if keep:
-        empty = {id(parameter): placeholder(parameter) for parameter in plain.parameters()}
-        fill(plain, empty, {})
-
-
-def placeholder(parameter: nn.Parameter) -> nn.Parameter:
-    """Return an empty parameter of the same shape on the meta device."""
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        empty = ((id(one), torch.empty_like(one, device="meta")) for one in plain.parameters())
+        fill(plain, {key: nn.Parameter(one, requires_grad=False) for key, one in empty}, {})
 
 
 def fill(model: nn.Module, parameters: dict[int, nn.Parameter], buffers: dict[str, Tensor]) -> None:
