@@ -20,14 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_chatglm import ChatGLMConfig
-from .layers import (
-    Attention,
-    Classifier,
-    LanguageModel,
-    RotaryEmbedding,
-    Trunk,
-    causal_visibility,
-)
+from .layers import Attention, Classifier, LanguageModel, RotaryEmbedding, Trunk, causal_visibility
 from .quantized_linear import replace_with_quantized
 
 # The residual is multiplied by sqrt(2 * 28) in every ChatGLM-6B, whatever its number of layers: the original's blocks

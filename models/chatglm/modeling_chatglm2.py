@@ -14,15 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_chatglm import ChatGLM2Config
-from .layers import (
-    Attention,
-    Classifier,
-    LanguageModel,
-    RotaryEmbedding,
-    Trunk,
-    causal_visibility,
-    prefix_width,
-)
+from .layers import Attention, Classifier, LanguageModel, RotaryEmbedding, Trunk, causal_visibility, prefix_width
 from .quantized_linear import replace_with_quantized
 
 

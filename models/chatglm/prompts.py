@@ -26,9 +26,8 @@ CJK = "[\u4e00-\u9fff]"
 BESIDE_CJK = re.compile(f"(?<={CJK})[,!:;?]|[,!:;?](?={CJK})")
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 ROLES = ("system", "user", "assistant", "observation")  # of ChatGLM3
-CHATGLM3_TOOLS = (
-    "Answer the following questions as best as you can. You have access to the following tools:"  # its published prompt
-)
+# ChatGLM3's published prompt
+CHATGLM3_TOOLS = "Answer the following questions as best as you can. You have access to the following tools:"
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.step3_ppo.objectives import (
-    adapted_kl_coef,
-    aggregate,
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    kl_loss,
-    loss_denominator,
-)
+from training.step3_ppo.objectives import adapted_kl_coef, aggregate, kl_k1, kl_k2, kl_k3, kl_loss, loss_denominator
 
 pytestmark = [pytest.mark.ppo, pytest.mark.fast]
 LOGITS = torch.tensor([1.0, -0.5, 0.3, -2.0])

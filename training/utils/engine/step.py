@@ -7,12 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from training.utils.engine.extras import extras
-from training.utils.run.deepspeed_internals import (
-    as_if_overflowed,
-    forgotten_loss_scale,
-    gradient_norm,
-    has_overflow,
-)
+from training.utils.run.deepspeed_internals import as_if_overflowed, forgotten_loss_scale, gradient_norm, has_overflow
 from training.utils.run.process_group import Run
 
 
