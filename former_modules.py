@@ -20,8 +20,10 @@ SUCCESSORS = {
 GONE = {
     "benchmarks.data_memory": "its results stand in benchmarks/RESULTS.md under 'Memory and time of preparing 100,000 pairs'; it "
     "runs at commit be35d39, and python -m scripts.preprocess_dataset prepares data of your own.",
+    "benchmarks.ppo_learning": "its results stand in benchmarks/RESULTS.md under 'How well and how fast PPO learns, beside TRL'; "
+    "it runs at commit be35d39, and python -m benchmarks.beside_trl compares the speed of every step with TRL's today.",
     "benchmarks.ppo_vocabulary": "its results stand in benchmarks/RESULTS.md under 'Larger vocabularies'; it runs at commit "
-    "44ce0bc, and benchmarks.ppo_learning compares with TRL today.",
+    "44ce0bc, and python -m benchmarks.beside_trl --vocabulary 32000 compares with TRL today.",
     "benchmarks.shared_trunk": "its results stand in benchmarks/RESULTS.md under 'Memory of the four models of PPO'; it runs at "
     "commit 44ce0bc, and python -m scripts.plan MODEL --step 3 --memory_mode shared --actor_lora_dim 16 plans for a model.",
 }
