@@ -16,7 +16,7 @@ import sys
 from concurrent import futures
 from dataclasses import asdict
 
-from errors import CommandLine, UserError, told
+from errors import CommandLine, UserError, refuse, told
 from scripts.doctor import cluster, machine, versions
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, probe, refused, started
 from scripts.launch.commands import build_environment
@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     """Look at everything and print it. Return the exit code."""
     parser = build_parser()
     words = plain_words(sys.argv[1:] if argv is None else argv, parser.flags, "--launcher-args")
+    gone = any(word.split("=")[0] == "--build" for word in words)
+    refuse(gone, "--build is gone: ds_report says which optimizers DeepSpeed can build, and a run builds its own; drop it.")
     args = parser.parse_args(words)
     situation, checks, hosts = situation_of(args)
     checks += examine(situation, hosts)

@@ -374,6 +374,7 @@ def test_forwarded(nodes):
         (["--recipe", "dcu_z100l/chatglm-7b"], "did you mean chatglm"),
         (["--recipe", "none.yaml"], "no such file"),
         (["--timeout", "0"], "--timeout"),
+        (["--build", "cpu_adam"], "ds_report"),
     ],
 )
 def test_wrong_flags(flags, words):
