@@ -130,7 +130,7 @@ def read_engine(engine, saved: SavedTensors) -> None:
 
 def as_step(optimizer: torch.optim.Optimizer, slot: Tensor, number: float) -> Tensor | int:
     """Return a number of steps as the optimizer keeps it: torch's in a tensor, DeepSpeed's as a number."""
-    if not isinstance(optimizer, torch.optim.Adam):
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):  # AdamW is no Adam before torch 2.6
         return int(number)
     return torch.tensor(number, dtype=torch.float32, device=slot.device if optimizer.defaults.get("fused") else "cpu")
 
