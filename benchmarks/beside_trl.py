@@ -310,7 +310,10 @@ def start_sides(measure: Measure, folder: Path, args: argparse.Namespace) -> lis
 
 
 def run_measure(name: str, measure: Measure, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all sides in turn. Returns name, target and each side's blocks; TRL is the fastest of its settings."""
+    """Measure all sides in turn. Returns name, target and each side's blocks; TRL is the fastest of its settings.
+
+    blocks.json has what is measured so far.
+    """
     sides = start_sides(measure, folder, args)
 
     def rate(side: Side) -> float:
@@ -319,6 +322,7 @@ def run_measure(name: str, measure: Measure, folder: Path, args: argparse.Namesp
     for number in range(args.rounds):
         for side in sides if number % 2 else reversed(sides):
             side.measure()
+        (folder / "blocks.json").write_text(json.dumps({side.name: side.blocks for side in sides}), encoding="utf-8")
         peers = sorted((side for side in sides if side.name.startswith("TRL")), key=rate, reverse=True)
         for slower in peers[1:] if number == min(1, args.rounds - 1) else []:
             print(f"{name}, {slower.name}: {rate(slower):.3g} {measure.unit} a CPU second; left out", file=sys.stderr)
