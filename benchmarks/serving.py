@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, help="folder of a model")
     parser.add_argument("--servers", nargs="+", default=["sanbu", "sanbu-cold", "transformers", "transformers-cb"])
-    parser.add_argument("--seconds", type=float, default=20, help="for each server and number of clients")
+    parser.add_argument("--seconds", type=float, default=20, help="for each server; a quarter of it for a lone client and for streams")
     parser.add_argument("--rounds", type=int, default=4, help="slices that this time is cut into")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--requests", type=int, default=0, help="also ask our server so many questions and watch its memory")
@@ -171,11 +171,10 @@ def main() -> None:
         for _ in range(args.rounds):
             for clients in args.clients:
                 for server in started:
-                    load(server, clients, args.seconds / args.rounds)
-        for _ in range(args.rounds):
+                    load(server, clients, args.seconds / args.rounds / (4 if clients == 1 else 1))
             for clients in (1, 4):
                 for server in started:
-                    load(server, clients, args.seconds / args.rounds / 2, stream=True)
+                    load(server, clients, args.seconds / args.rounds / 4, stream=True)
         print_results(started, args)
         if args.requests:
             watch_memory(next(server for server in started if server.name == "sanbu"), args.requests)
