@@ -145,7 +145,9 @@ def servers(stack: ExitStack, args: argparse.Namespace) -> list[Server]:
             command += ["--prompt_cache", "0"] if name == "sanbu-cold" else []
         else:
             command = [sys.executable, "-m", "transformers.cli.transformers", "serve", args.path, "--port", str(port)]
-            command += ["--device", args.device, *(["--continuous-batching"] if name == "transformers-cb" else [])]
+            command += ["--device", args.device]
+            if name == "transformers-cb":  # without the share its cache takes most of the free memory, on a CPU, too
+                command += ["--continuous-batching", "--cb-max-memory-percent", str(args.cb_memory)]
         model = "model" if name.startswith("sanbu") else args.path
         started.append(stack.enter_context(running(name, command, port, model, f"{args.log}-{name}.log")))
     return started
@@ -156,11 +158,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, help="folder of a model")
     parser.add_argument("--servers", nargs="+", default=["sanbu", "sanbu-cold", "transformers", "transformers-cb"])
-    parser.add_argument("--seconds", type=float, default=20, help="for each server; a quarter of it for a lone client and for streams")
+    parser.add_argument("--seconds", type=float, default=20, help="a server; for a lone client and streams a quarter")
     parser.add_argument("--rounds", type=int, default=4, help="slices that this time is cut into")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--requests", type=int, default=0, help="also ask our server so many questions and watch its memory")
     parser.add_argument("--device", default="cpu", help="for transformers serve; ours takes what there is")
+    parser.add_argument("--cb-memory", type=float, default=0.1, help="share of the memory that transformers-cb may take")
     parser.add_argument("--log", default="serving", help="beginning of the names of the servers' logs")
     args = parser.parse_args()
     with ExitStack() as stack:
