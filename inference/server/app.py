@@ -30,11 +30,12 @@ def build_app(service: Service, keys: Sequence[bytes] = ()) -> Gate:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        question = read(ChatQuestion, await body_of(request, limits.max_body))
+        body = await body_of(request, limits.max_body)
+        question = read(ChatQuestion, body)
         adapter = service.adapter(question)
         tools = question.tools if question.tool_choice == "auto" else []
         wanted = question.longest or limits.max_new_tokens
-        prompt, left_out = await service.encode(chat_prompt, question.messages, tools, wanted)
+        prompt, left_out = await service.encode(len(body), chat_prompt, question.messages, tools, wanted)
         if left_out:
             request.scope["notes"]["left_out"] = left_out
         names = [tool.function.name for tool in tools]
@@ -42,20 +43,22 @@ def build_app(service: Service, keys: Sequence[bytes] = ()) -> Gate:
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        question = read(TextQuestion, await body_of(request, limits.max_body))
+        body = await body_of(request, limits.max_body)
+        question = read(TextQuestion, body)
         adapter = service.adapter(question)
         rows = served.model.get_input_embeddings().weight.shape[0]
-        prompts = [await service.encode(text_prompt, prompt, rows) for prompt in question.prompts]
+        prompts = [await service.encode(len(body), text_prompt, prompt, rows) for prompt in question.prompts]
         return await Exchange(service, request, question, adapter, prompts).response()
 
     @app.post("/v1/score")
     async def score(request: Request, normalised: bool = False) -> dict[str, Any]:
-        question = read(ScoreQuestion, await body_of(request, limits.max_body))
+        body = await body_of(request, limits.max_body)
+        question = read(ScoreQuestion, body)
         service.known(question.model)
         if not served.scores:
             raise Refusal(400, f"{served.name} is no reward model; start a server with --path and a reward model.", param="model")
         pairs = zip(question.prompts, question.answers, strict=True)
-        rows = [await service.encode(score_tokens, prompt, answer) for prompt, answer in pairs]
+        rows = [await service.encode(len(body), score_tokens, prompt, answer) for prompt, answer in pairs]
         scoring = Scoring(rows, normalised)
         service.submit([scoring])
         [scores] = await finished(request, [scoring], limits.timeout)

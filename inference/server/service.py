@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -18,6 +18,7 @@ from inference.scores import Scorer, Scoring
 from inference.served import ServedModel
 from inference.server.protocol import Question, Refusal
 
+SHORT = 1024  # bytes of a request: encoding them takes 1 ms at most, as long as to wake another thread and be woken by it
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
 
@@ -65,14 +66,17 @@ class Service:
             self.worker = Scorer(served, limits.max_batch, limits.max_queue)
         else:
             self.worker = Scheduler(served, limits.max_batch, limits.max_queue, self.longest, limits.prompt_cache)
-        # Encoding changes settings of a tokenizer, so that one thread encodes with it, and none decodes.
+        # Encoding changes settings of a tokenizer, so that each has one thread: the event loop's decodes, too.
         self.encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.decoder = copy.deepcopy(served.tokenizer)
+        self.here = replace(served, tokenizer=self.decoder)
         self.metrics.in_work.set_function(lambda: self.worker.in_work)
         self.metrics.waiting.set_function(lambda: len(self.worker.waiting))
 
-    async def encode(self, function: Callable, *words: Any) -> Any:
-        """Run a function that encodes; its first argument is the model."""
+    async def encode(self, size: int, function: Callable, *words: Any) -> Any:
+        """Run a function that encodes for a request of so many bytes; its first argument is the model."""
+        if size <= SHORT:
+            return function(self.here, *words)
         return await asyncio.get_running_loop().run_in_executor(self.encoder, function, self.served, *words)
 
     def known(self, model: str | None) -> None:
