@@ -202,11 +202,13 @@ def print_results(started: list[Server], args: argparse.Namespace) -> None:
 
 def watch_memory(server: Server, requests: int) -> None:
     """Print the resident memory in the course of many questions."""
-    rows = []
-    for _ in range(10):
-        load(server, 16, 3600, most=requests // 10)
-        rows.append([sum(server.counts.values()), f"{server.resident():.0f}"])
-    print_table(["questions so far", "resident MiB"], rows)
+
+    def rows() -> Iterator[list[object]]:
+        for _ in range(10):
+            load(server, 16, 3600, most=requests // 10)
+            yield [sum(server.counts.values()), f"{server.resident():.0f}"]
+
+    print_table(["questions so far", "resident MiB"], rows())
 
 
 if __name__ == "__main__":

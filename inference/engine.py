@@ -6,7 +6,6 @@ other shapes round differently: once in a great while a draw at the edge between
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from inference.cache import RowsCache, rows_cache
 from inference.decoder import next_logits, runs
 from inference.lockstep import in_step
 from inference.sampling import StopStrings, draw, occurring, penalised, uniform_numbers
-from models.heads import base_model, mask_with_prefix, position_ids_for, prefix_cache, prefix_length
+from models.heads import base_model, forward_arguments, mask_with_prefix, position_ids_for, prefix_cache, prefix_length
 
 # Drop finished rows once they make up this share of the batch: dropping copies the cache once, keeping wastes a row in
 # every matrix product. 4 layers x 256, batch 64, answers of 10 tokens on average and 32 at most, one CPU core: never 0.64 s,
@@ -228,7 +227,7 @@ class Batch:
         If all but the last tokens are known, nothing is read yet; the caller has read() read those.
         """
         self.model, self.rules, self.network = model, rules, base_model(model)
-        self.takes = inspect.signature(self.network.forward).parameters
+        self.takes = forward_arguments(type(self.network))
         device, places = next(model.parameters()).device, {prompt: place for place, prompt in enumerate(dict.fromkeys(asked))}
         width = max(len(prompts[prompt]) for prompt in places)
         ids = torch.full((len(places), width), rules.pad_token_id, dtype=torch.long)

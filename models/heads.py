@@ -7,7 +7,7 @@ whole only there.
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -226,6 +226,12 @@ def last_hidden_state(
     return decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
 
 
+@cache
+def forward_arguments(network: type[nn.Module]) -> frozenset[str]:
+    """Return the names of the arguments of a class of networks. Kept: a look costs 0.2 ms, as much as ten small products."""
+    return frozenset(inspect.signature(network.forward).parameters)
+
+
 def position_ids_for(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, room: int = 0) -> Tensor | None:
     """Return the position ids of the tokens and of ``room`` more that will be generated behind them; slice the last dimension.
 
@@ -237,7 +243,7 @@ def position_ids_for(model: nn.Module, input_ids: Tensor, attention_mask: Tensor
     decoder = getattr(network, "base_model", network)
     if hasattr(decoder, "position_ids_for"):
         return decoder.position_ids_for(input_ids, attention_mask, room)
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+    if "position_ids" not in forward_arguments(type(decoder)):
         return None
     mask = F.pad(attention_mask.long(), (0, room), value=1)
     return (prefix_length(model) + mask.cumsum(dim=1) - 1).clamp(min=0)
