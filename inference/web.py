@@ -268,7 +268,7 @@ def layout(names: list[str], sampling: Sampling, system: str, say: dict[str, str
             for side, name in enumerate((names[0], other))
         ]
     with gr.Row(visible=bool(other)) as parts.voting:
-        parts.votes = [gr.Button(say[vote], size="sm", interactive=False, elem_id=f"vote-{vote}") for vote in VOTES]
+        parts.votes = [gr.Button(say[vote], size="sm", min_width=80, interactive=False, elem_id=f"vote-{vote}") for vote in VOTES]
     parts.box = gr.Textbox(
         placeholder=say["ask"], show_label=False, submit_btn=True, autofocus=True, max_lines=8, elem_id="box"
     )  # fmt: skip
