@@ -128,7 +128,7 @@ class Talk:
 
     history: turns that all models read. asked: messages of the last question, its own included. names, answers: of each side.
     whole: True once all answers are complete. vote: one of VOTES. stopping: True once the visitor wants no more of an answer.
-    count: questions so far, forgotten ones too.
+    unanswered: a question that was taken back. count: questions so far, forgotten ones too.
     """
 
     history: list[dict[str, str]] = field(default_factory=list)
@@ -138,13 +138,22 @@ class Talk:
     whole: bool = False
     vote: str = ""
     stopping: bool = False
+    unanswered: str = ""
     count: int = 0
 
+    def ask(self, question: str, names: list[str], system: str) -> None:
+        """Begin a turn. The dialogue goes on with the right answer if it was voted the better one, else with the left one."""
+        self.settle()
+        before = [{"role": "system", "content": system}] if system.strip() else []
+        self.asked = [*before, *self.history, {"role": "user", "content": question}]
+        self.names, self.answers, self.unanswered, self.stopping = names, [""] * len(names), "", False
+        self.count += 1
+
     def settle(self) -> None:
-        """Let the dialogue go on: with the right answer if it was voted the better one, else with the left one."""
+        """Put the last turn, with one of its answers, behind the others."""
         if self.asked:
-            answer = {"role": "assistant", "content": self.answers[self.vote == "right"]}
-            self.history = [*self.history, self.asked[-1], answer]
+            answer = self.answers[self.vote == "right"] or "".join(self.answers)  # a side may be stopped before its first word
+            self.history = [*self.history, self.asked[-1], {"role": "assistant", "content": answer}]
             self.take_back()
 
     def take_back(self) -> str:
@@ -171,30 +180,23 @@ class Talk:
         return record | answers | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-async def answered(
-    talk: Talk, question: str, models: list[Model], system: str, settings: dict[str, Any], silent: str
-) -> AsyncIterator[list[str]]:
-    """Ask the models, and write their answers into the dialogue. Yields every MOMENT, in the end what went wrong.
+async def answered(talk: Talk, models: list[Model], settings: dict[str, Any], silent: str) -> AsyncIterator[list[str]]:
+    """Let the models answer the question of a dialogue. Yields every MOMENT, in the end what went wrong.
 
     settings: of the request's body, with the seed of the dialogue's first answer. silent: what is said of a server that does not
     answer. A stopped answer stays as far as it was written, as in chat.py; without any text the question is taken back.
     """
-    talk.settle()
-    before = [{"role": "system", "content": system}] if system.strip() else []
-    talk.asked = [*before, *talk.history, {"role": "user", "content": question}]
-    talk.names, talk.answers = [model.name for model in models], [""] * len(models)
-    talk.stopping, seed = False, settings["seed"] + talk.count
-    talk.count += 1
-    answers, problems = talk.answers, []  # a dialogue that is cleared gets other lists
+    answers, problems = talk.answers, []  # a dialogue that is cleared gets another list of answers
+    body = settings | {"messages": talk.asked}
 
     async def write(side: int, model: Model) -> None:
-        body = settings | {"messages": talk.asked, "seed": seed + side * OFFSET}
+        seed = settings["seed"] + talk.count - 1 + side * OFFSET
         try:
-            async for piece in pieces(model, body):
+            async for piece in pieces(model, body | {"seed": seed}):
                 answers[side] += piece
         except UserError as error:
             problems.append(f"{model.name}: {error}")
-        except (httpx.HTTPError, ValueError) as error:  # ValueError: no JSON
+        except Exception as error:  # a connection that breaks, or what is no protocol of OpenAI's
             problems.append(silent.format(model.name, str(error) or type(error).__name__))
 
     tasks = pending = [asyncio.create_task(write(side, model)) for side, model in enumerate(models)]
@@ -208,7 +210,7 @@ async def answered(
     if talk.answers is answers:
         talk.whole = not problems and not pending
         if not talk.whole and not any(answers):
-            talk.take_back()
+            talk.unanswered = talk.take_back()
     yield problems
 
 
@@ -243,7 +245,7 @@ def add_vote(path: Path, record: dict[str, Any]) -> None:
 def build_page(models: list[Model], sampling: Sampling, system: str, path: Path, language: str) -> gr.Blocks:
     """Return the page. sampling, system: its settings at the start. path: of the votes. UserError for what is wrong with them."""
     say = words(language)
-    with gr.Blocks(title=f"Sanbu: {say['title']}", analytics_enabled=False, fill_height=True, fill_width=True) as page:
+    with gr.Blocks(title=f"Sanbu: {say['title']}", analytics_enabled=False, fill_width=True) as page:
         parts = layout([model.name for model in models], sampling, system, say)
         parts.status.value = counted(path, say)
         connect(parts, models, sampling, path, say)
@@ -259,9 +261,9 @@ def layout(names: list[str], sampling: Sampling, system: str, say: dict[str, str
         parts.right = gr.Dropdown([(say["nothing"], ""), *names], value=other, label=say["compare"], elem_id="right")
         parts.system = gr.Textbox(system, label=say["system"], lines=2, max_lines=8, elem_id="system")
         warmth, longest = 0.0 if sampling.greedy else sampling.temperature, sampling.max_new_tokens
-        parts.temperature = gr.Slider(0, max(2.0, warmth), warmth, step=0.05, label=say["temperature"])
-        parts.top_p = gr.Slider(0.01, 1, sampling.top_p, step=0.01, label=say["top_p"])
-        parts.longest = gr.Slider(1, max(LONGEST, longest), longest, step=1, label=say["max_new_tokens"])
+        parts.temperature = gr.Slider(0, 2, warmth, step=0.05, label=say["temperature"])
+        parts.top_p = gr.Slider(min(0.01, sampling.top_p), 1, sampling.top_p, step=0.01, label=say["top_p"])
+        parts.longest = gr.Slider(1, max(LONGEST, longest), longest, step=1, label=say["max_new_tokens"], elem_id="longest")
     with gr.Row():
         parts.panes = [
             gr.Chatbot(label=name, visible=bool(name), height=HEIGHT, min_height=240, buttons=["copy_all"], elem_id=f"pane-{side}")
@@ -304,13 +306,13 @@ def connect(parts: SimpleNamespace, models: list[Model], sampling: Sampling, pat
             return
         body = settings | {"temperature": temperature, "top_p": top_p, "max_tokens": longest}
         sides = [by_name[name] for name in (left, right) if name]
-        writing = answered(talk, question.strip(), sides, system, body, say["silent"])
+        talk.ask(question.strip(), [model.name for model in sides], system)
         yield state(talk, writing=True, value="")
-        async for problems in writing:
+        async for problems in answered(talk, sides, body, say["silent"]):
             for problem in problems:
                 gr.Warning(problem, duration=20)
             yield panes(talk)
-        yield state(talk, **({} if talk.asked else {"value": question}))
+        yield state(talk, **({"value": talk.unanswered} if talk.unanswered else {}))
 
     async def ask_again(talk: Talk, *inputs: Any) -> AsyncIterator[dict[Any, Any]]:
         async for shown in ask(talk, talk.take_back(), *inputs):

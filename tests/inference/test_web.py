@@ -76,7 +76,8 @@ def ask(talk: Talk, question: str, models: list[Model], system: str = "", **body
     """Ask until all is answered; returns what went wrong."""
 
     async def wait() -> list[str]:
-        writing = answered(talk, question, models, system, BODY | body, SAY["silent"])
+        talk.ask(question, [model.name for model in models], system)
+        writing = answered(talk, models, BODY | body, SAY["silent"])
         return [problem async for problems in writing for problem in problems]
 
     return asyncio.run(wait())
@@ -114,9 +115,10 @@ def test_the_dialogue_goes_on_with_the_better_answer():
 
 def test_a_stopped_answer_stays_and_leaves_its_place(models, services, slow):
     talk = Talk()
+    talk.ask(ASK, ["first"], "")
 
     async def stopped() -> None:
-        async for _ in answered(talk, ASK, models[:1], "", BODY | {"max_tokens": 200, "temperature": 0}, SAY["silent"]):
+        async for _ in answered(talk, models[:1], BODY | {"max_tokens": 200, "temperature": 0}, SAY["silent"]):
             talk.stopping = bool(talk.answers and len(talk.answers[0]) > 5)
 
     asyncio.run(stopped())
@@ -127,8 +129,11 @@ def test_a_stopped_answer_stays_and_leaves_its_place(models, services, slow):
 
 
 def test_a_visitor_who_goes_leaves_the_place(models, services, slow):
+    talk = Talk()
+    talk.ask(ASK, ["first"], "")
+
     async def gone() -> None:
-        writing = answered(Talk(), ASK, models[:1], "", BODY | {"max_tokens": 200, "temperature": 0}, SAY["silent"])
+        writing = answered(talk, models[:1], BODY | {"max_tokens": 200, "temperature": 0}, SAY["silent"])
         await anext(writing)
         await writing.aclose()
 
@@ -139,7 +144,7 @@ def test_a_visitor_who_goes_leaves_the_place(models, services, slow):
 def test_what_a_server_refuses_is_told_and_the_question_taken_back(models):
     talk = Talk()
     assert ask(talk, ASK, models[:1], max_tokens=900) == ["first: max_tokens: this server writes 200 at most."]
-    assert (talk.asked, talk.answers, talk.whole) == ([], [], False)
+    assert (talk.asked, talk.answers, talk.whole, talk.unanswered) == ([], [], False, ASK)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         away = Model("away", "away", f"http://127.0.0.1:{free.getsockname()[1]}", "")
@@ -313,7 +318,16 @@ def test_in_chromium(chromium, models, services, slow, tmp_path, monkeypatch):
         page.goto(url)
         box, left, right = page.locator("#box textarea"), page.locator("#pane-0 .bot"), page.locator("#pane-1 .bot")
 
+        longest = page.locator("#longest input[type=number]")
+        longest.fill("300")
+        longest.press("Tab")
         box.fill(ASK)
+        box.press("Enter")
+        page.get_by_text("max_tokens: this server writes 200 at most.").first.wait_for()
+        assert box.input_value() == ASK and left.count() == 0, "what was refused can be asked again"
+        longest.fill("150")
+        longest.press("Tab")
+
         box.press("Enter")
         left.nth(0).wait_for()
         lengths = {len(left.nth(0).inner_text()) for _ in range(20) if not time.sleep(0.05)}
