@@ -66,10 +66,10 @@ def models(services) -> list[Model]:
 
 @pytest.fixture
 def slow(services, monkeypatch):
-    """Each token of the first model takes 20 ms."""
+    """Each token of the first model takes 50 ms: 200 of them 10 s, more than anything here waits."""
     network = services[0].served.model
     forward = network.forward
-    monkeypatch.setattr(network, "forward", lambda *args, **named: time.sleep(0.02) or forward(*args, **named))
+    monkeypatch.setattr(network, "forward", lambda *args, **named: time.sleep(0.05) or forward(*args, **named))
 
 
 def ask(talk: Talk, question: str, models: list[Model], system: str = "", **body) -> list[str]:
@@ -81,6 +81,12 @@ def ask(talk: Talk, question: str, models: list[Model], system: str = "", **body
         return [problem async for problems in writing for problem in problems]
 
     return asyncio.run(wait())
+
+
+def written(service: Service) -> int:
+    """Tokens of all answers so far, once nothing is in work."""
+    wait_until(lambda: not service.worker.in_work and not service.in_work)
+    return int(service.metrics.answer_tokens._value.get())
 
 
 def wait_until(true, seconds: float = 60.0) -> None:
@@ -116,6 +122,7 @@ def test_the_dialogue_goes_on_with_the_better_answer():
 def test_a_stopped_answer_stays_and_leaves_its_place(models, services, slow):
     talk = Talk()
     talk.ask(ASK, ["first"], "")
+    before = written(services[0])
 
     async def stopped() -> None:
         async for _ in answered(talk, models[:1], BODY | {"max_tokens": 200, "temperature": 0}, SAY["silent"]):
@@ -131,6 +138,7 @@ def test_a_stopped_answer_stays_and_leaves_its_place(models, services, slow):
 def test_a_visitor_who_goes_leaves_the_place(models, services, slow):
     talk = Talk()
     talk.ask(ASK, ["first"], "")
+    before = written(services[0])
 
     async def gone() -> None:
         writing = answered(talk, models[:1], BODY | {"max_tokens": 200, "temperature": 0}, SAY["silent"])
@@ -138,7 +146,7 @@ def test_a_visitor_who_goes_leaves_the_place(models, services, slow):
         await writing.aclose()
 
     asyncio.run(gone())
-    wait_until(lambda: not services[0].worker.in_work and not services[0].in_work)
+    assert written(services[0]) - before < 200
 
 
 def test_what_a_server_refuses_is_told_and_the_question_taken_back(models):
@@ -311,23 +319,27 @@ def test_in_chromium(chromium, models, services, slow, tmp_path, monkeypatch):
     connect, asked = socket.socket.connect, []
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address) or connect(self, address))
     votes = tmp_path / "votes.jsonl"
-    with serving(models, votes, greedy=True, max_new_tokens=150) as url:
+    with serving(models, votes, greedy=True) as url:
         page = chromium.new_page(viewport={"width": 1100, "height": 700}, locale="en-US")
         page.set_default_timeout(120_000)
         page.on("request", lambda request: asked.append(request.url))
         page.goto(url)
         box, left, right = page.locator("#box textarea"), page.locator("#pane-0 .bot"), page.locator("#pane-1 .bot")
 
-        longest = page.locator("#longest input[type=number]")
-        longest.fill("300")
-        longest.press("Tab")
+
+        def tokens(most: int) -> None:
+            longest = page.locator("#longest input[type=number]")
+            longest.fill(str(most))
+            longest.press("Tab")
+
+        tokens(300)
         box.fill(ASK)
         box.press("Enter")
         page.get_by_text("max_tokens: this server writes 200 at most.").first.wait_for()
         assert box.input_value() == ASK and left.count() == 0, "what was refused can be asked again"
-        longest.fill("150")
-        longest.press("Tab")
 
+        tokens(200)
+        before = written(services[0])
         box.press("Enter")
         left.nth(0).wait_for()
         lengths = {len(left.nth(0).inner_text()) for _ in range(20) if not time.sleep(0.05)}
@@ -335,8 +347,9 @@ def test_in_chromium(chromium, models, services, slow, tmp_path, monkeypatch):
         page.locator("#box .stop-button").click()
         page.locator("#again:enabled").wait_for()
         assert page.locator("#vote-left").is_disabled(), "a stopped answer is not voted on"
-        wait_until(lambda: not services[0].worker.in_work)
+        assert written(services[0]) - before < 200
 
+        tokens(20)
         page.locator("#again").click()
         page.locator("#vote-left:enabled").wait_for()
         assert left.count() == right.count() == 1
@@ -360,11 +373,13 @@ def test_in_chromium(chromium, models, services, slow, tmp_path, monkeypatch):
         page.locator("#right input").click()
         page.get_by_role("option", name=SAY["nothing"]).click()
         page.locator("#pane-1").wait_for(state="hidden")
+        tokens(200)
+        before = written(services[0])
         box.fill(ASK)
         box.press("Enter")
         left.nth(0).wait_for()
         page.close()  # in the middle of an answer
-        wait_until(lambda: not services[0].worker.in_work)
+        assert written(services[0]) - before < 200
 
         box = (chinese := chromium.new_page()).locator("#box textarea")
     with serving(models, votes, language="zh") as url:
