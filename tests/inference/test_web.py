@@ -212,14 +212,14 @@ def test_step_2_reads_votes(tmp_path, folders):
     assert [(one["chosen"], one["rejected"]) for one in records[1:3]] == [("yes 1", "no 1"), ("no 2", "yes 2")]
     assert [turn["content"] for turn in records[3]["prompt"][1:]] == ["0?", "yes 0", "1?", "yes 1", "2?", "no 2", "3?"]
     output = tmp_path / "reward"
-    told = succeed(
+    succeed(
         "training.step2_reward.main",
         ["--model_name_or_path", str(folders[0]), "--data_path", str(file), "--output_dir", str(output), "--data_split", "0,1,0",
          "--num_train_epochs", "1"],
     )  # fmt: skip
-    assert "10 records; left out 10 with a vote for neither answer (first: line 1)" in told
-    assert "not read: vote, models, time" in told
-    assert (output / "config.json").is_file()
+    told = (output / "data.txt").read_text(encoding="utf-8")
+    assert "10 records; left out 10 with a vote for neither answer (first: line 1)" in told, told
+    assert "fields without content, not read: vote, models, time" in told, told
 
 
 def test_a_file_that_is_no_file_of_votes(tmp_path):
@@ -255,11 +255,11 @@ def test_flags_that_are_wrong(flags, sentence):
 
 def test_what_cannot_be_served(tmp_path, folders, models, monkeypatch):
     monkeypatch.delenv("SANBU_API_KEY", raising=False)
-    votes = ["--votes", str(tmp_path / "votes.jsonl"), "--port", "0"]
+    usual = ["--votes", str(tmp_path / "votes.jsonl"), "--port", "0"]
 
     def refused(*flags: str) -> str:
         with pytest.raises(UserError) as caught:
-            serve(parse([*flags, *votes]))
+            serve(parse([*usual, *flags]))
         return str(caught.value)
 
     assert "--host 0.0.0.0 without a key" in refused("--path", str(folders[0]), "--web", "--host", "0.0.0.0")

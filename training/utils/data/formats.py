@@ -433,7 +433,7 @@ def check_media(row: Fields) -> None:
 def check_vote(row: Fields) -> None:
     """Raise Skip for a vote of the web page (inference/web.py) that prefers neither answer."""
     if row.get("vote") in ("tie", "bad"):
-        raise Skip("a vote for neither answer")
+        raise Skip("a vote for neither answer", 0)
 
 
 def read_fields(row: Fields, form: Format) -> list[str]:
