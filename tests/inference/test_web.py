@@ -298,7 +298,6 @@ def test_a_page_with_a_key_asks_for_it(models, tmp_path):
         assert client.post("/login", data={"username": "ann", "password": "wrong"}).status_code == 400
         assert client.post("/login", data={"username": "ann", "password": "right"}).status_code == 200
         assert client.get("/config").status_code == 200
-        assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +343,7 @@ def test_in_chromium(chromium, models, services, slow, tmp_path, monkeypatch):
         left.nth(0).wait_for()
         lengths = {len(left.nth(0).inner_text()) for _ in range(20) if not time.sleep(0.05)}
         assert len(lengths) > 2, "the answer is written piece by piece"
-        page.locator("#box .stop-button").click()
+        page.get_by_test_id("stop-button").click()
         page.locator("#again:enabled").wait_for()
         assert page.locator("#vote-left").is_disabled(), "a stopped answer is not voted on"
         assert written(services[0]) - before < 200
