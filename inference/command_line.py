@@ -21,14 +21,16 @@ def read(parser: CommandLine, argv: list[str]) -> argparse.Namespace:
 
 def flags_of(path: str, parser: CommandLine) -> list[str]:
     """Return the flags of a YAML file as words of a command line. UserError for what is none."""
-    import yaml
+    from yaml_text import parse_yaml  # yaml is imported only where there is some
 
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise UserError(f"--config {path}: {reason}; name a YAML file with flags, such as  port: 9000.") from error
-    refuse(not isinstance(content, dict), f"--config {path} holds no flags; write them by name, such as  port: 9000.")
+    content, *more = parse_yaml(text, f"--config {path}") or [{}]
+    content = {} if content is None else content
+    refuse(not isinstance(content, dict) or more, f"--config {path} holds no flags; write them by name, such as  port: 9000.")
     words: list[str] = []
     for name, value in content.items():
         flag = f"--{name}"

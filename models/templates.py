@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from json_text import parse_json
 from models import chat_templates
 from models.chatglm import prompts
 from models.chatglm.prompts import CHATGLM
@@ -158,7 +159,7 @@ def load_template(folder: str | Path | CheckpointFolder | None, tokenizer: Any) 
         usual = "chat_template" if tokenizer.chat_template else "human_assistant"
         return template_of_kind(version or usual, tokenizer)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         layout = content.pop("format")
         if layout not in (1, 2) or content["kind"] not in KINDS or not content["stop_token_ids"]:
             raise ValueError("its format, kind or stop_token_ids are not known here")

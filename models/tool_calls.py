@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from errors import UserError
+from json_text import parse_json
 from models.chatglm.prompts import CHATGLM3_TOOLS
 from models.templates import Messages, Template, encode_texts, name_of
 
@@ -109,8 +110,8 @@ def arguments_of(call: dict[str, Any]) -> Any:
 
 def _as_object(arguments: Any) -> Any:
     try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError:
+        return parse_json(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
         return arguments
 
 

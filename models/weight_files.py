@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from errors import UserError
+from json_text import parse_json
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told without it
     from torch import Tensor
@@ -164,7 +165,7 @@ def base_named_in(folder: Path) -> tuple[Path, str] | None:
 def read_json(file: Path, path: str | Path) -> dict:
     """Return the object in a JSON file of the checkpoint ``path``; UserError if it is missing or broken."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"model {path} has no {file.name}; an interrupted save or download leaves such a folder: make it again."

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from json_text import parse_json
 from training.utils.run.environment import DONE, data_paths, describe_inputs
 
 COMPARED = ("max_steps", "num_train_epochs", "reward_endpoint")  # they may differ in a run that is resumed, not in one that is done
@@ -14,9 +15,10 @@ COMPARED = ("max_steps", "num_train_epochs", "reward_endpoint")  # they may diff
 def read_done(folder: Path) -> dict[str, Any] | None:
     """Return what a step wrote into its output folder when it had ended well; None if it has not."""
     try:
-        return json.loads((folder / DONE).read_text(encoding="utf-8"))
+        done = parse_json((folder / DONE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return done if isinstance(done, dict) and isinstance(done.get("flags", {}), dict) else None
 
 
 def differences(args: Any, done: dict[str, Any]) -> str:

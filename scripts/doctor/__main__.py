@@ -56,7 +56,7 @@ def build_parser() -> CommandLine:
 def situation_of(args: argparse.Namespace) -> tuple[Situation, list[Check], dict[str, int]]:
     """Return what is asked for, findings about that, and the hosts.
 
-    Raise UserError for an unknown recipe or platform, and for a hostfile that cannot be read.
+    Raise UserError for an unknown recipe or platform, a wrong flag, and a hostfile that cannot be read.
     """
     if not 0 < args.timeout < 3600:
         raise UserError(f"--timeout {args.timeout:g}: give a number of seconds, for instance 20.")
@@ -69,8 +69,8 @@ def situation_of(args: argparse.Namespace) -> tuple[Situation, list[Check], dict
     situation.platform = platform_named(name) if name else None
     hosts = read_hostfile(args.hostfile) if args.hostfile else {}
     if situation.platform:
+        situation.options = options_of(args, launch, args.recipe or "--platform", situation.environ)
         try:
-            situation.options = options_of(args, launch, args.recipe or "--platform", situation.environ)
             situation.environment = build_environment(situation.options, situation.environ)
             checks.append(Check("recipe", "launch", OK, situation.platform.title))
         except UserError as error:

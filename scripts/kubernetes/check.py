@@ -16,6 +16,7 @@ from errors import UserError, refuse
 from scripts.kubernetes.render import quantity
 from scripts.launch.platforms import did_you_mean
 from steps import Step
+from yaml_text import StrictLoader, parse_yaml
 
 CORE = {"PersistentVolumeClaim": "v1", "Service": "v1", "Job": "batch/v1", "Deployment": "apps/v1"}
 TRAINING = {
@@ -37,17 +38,13 @@ def check_file(path: Path) -> tuple[int, list[str]]:
 
     Raise UserError for a file that cannot be read.
     """
-    import yaml
-
     try:
-        documents = [one for one in yaml.safe_load_all(path.read_text(encoding="utf-8")) if one is not None]
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise UserError(f"{path}: {reason}; name a manifest or a folder with some.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    # Kubernetes reads YAML 1.1: defaultMode: 0644 is octal there.
+    documents = [one for one in parse_yaml(text, path, StrictLoader) if one is not None]
     sentences = [] if documents else [f"{path}: no document in it."]
     for number, document in enumerate(documents, 1):
         metadata = document.get("metadata") if isinstance(document, dict) else None

@@ -8,18 +8,18 @@ import getpass
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, refuse
+from errors import refuse
 from scripts.launch.hostfile import read_hostfile
 from scripts.launch.options import DEFAULT_PORT, Options, accelerator_name
 from scripts.launch.platforms import ROOT, variable_reasons
 from training.utils.run.environment import free_port
+from training.utils.run.ranks import first_slurm_node as first_host
 
 MASKS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
 # What the shell has set and other nodes need too. DeepSpeed itself forwards PYTHON*, NCCL* (or ASCEND*, HCCL*), no others.
@@ -136,13 +136,7 @@ def first_slurm_node(environ: Mapping[str, str]) -> str:
         "--launcher slurm works inside an allocation (sbatch, salloc), and SLURM_JOB_NODELIST is not set; to see the "
         "command from outside, give --master_addr and --num_nodes.",
     )
-    if not re.search(r"[\[,]", nodes):
-        return nodes
-    try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"scontrol cannot name the hosts of {nodes} ({error}); give --master_addr.") from error
-    return listed.stdout.split()[0]
+    return first_host(nodes)
 
 
 def node_rank(options: Options, environ: Mapping[str, str]) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, nearest
+from json_text import parse_json
 from models.checkpoint_folder import told_by_transformers
 from models.families import FAMILIES
 from models.weight_files import check_sizes
@@ -54,8 +55,8 @@ def find_config(model: str) -> dict[str, Any]:
 def read_config(path: Path) -> dict[str, Any]:
     """Return the content of a config.json. Raise UserError for one of no supported family, or with sizes that no network has."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a config.json ({error}).") from error
     kind = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:

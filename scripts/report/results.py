@@ -1,11 +1,11 @@
 """The results of a run as rows of text: what each step changed, and what the demo measured."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from json_text import parse_json
 from scripts.report.runs import StepRun
 from scripts.report.words import ON, RESULTS, choose, word
 from training.utils.run.metrics import format_seconds
@@ -119,9 +119,9 @@ def read_summary(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        summary = json.loads(file.read_bytes())
+        summary = parse_json(file.read_bytes())
         check_whole(summary)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{file} is no whole summary ({reason}); run the demo again, or remove the file.") from error
     return summary

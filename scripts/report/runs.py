@@ -2,13 +2,13 @@
 and counted.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from json_text import parse_json
 from scripts.report.words import STEP_TITLES, word
 from steps import METHODS, SECTIONS, STEPS, step_of
 from training.utils.run.environment import DONE
@@ -110,8 +110,8 @@ def read_run(folder: Path, section: str | None = None) -> StepRun:
         left_out += [("cut_lines", file, cut), ("odd_values", file, sum(not is_finite(value) for value in values))]
     if (file := folder / DONE).is_file():
         try:
-            done = json.loads(file.read_bytes())
-        except (ValueError, RecursionError):
+            done = parse_json(file.read_bytes())
+        except ValueError:
             done = None
         if not isinstance(done, dict):
             done = {}

@@ -24,6 +24,7 @@ from datasets import Dataset
 from filelock import FileLock
 
 from errors import UserError
+from json_text import parse_json
 from training.utils.data.digest import file_digest
 
 logger = logging.getLogger("sanbu")
@@ -155,7 +156,7 @@ def _build(folder: Path, names: Sequence[str], build: Callable[[Path], Any], reb
 def _open(folder: Path, rebuild_id: str | None = None) -> CachedData | None:
     """Return the data of a finished folder; None if there is none, it is damaged or was not built under rebuild_id."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         if rebuild_id is not None and manifest["rebuild_id"] != rebuild_id:
             return None
         files = manifest["files"]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from errors import UserError
+from json_text import parse_json
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 CHUNK = 1 << 20
@@ -105,8 +106,8 @@ def _is_dialogue(line: str) -> bool:
     if not (line.startswith("[") and line.endswith("]")):
         return False
     try:
-        turns = json.loads(line)
-    except json.JSONDecodeError:
+        turns = parse_json(line)
+    except ValueError:
         return False
     return bool(turns) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
 
@@ -121,14 +122,10 @@ def _line_values(path: Path, file: IO[str], first: str) -> Iterator[tuple[str, A
             line += more
         if line.strip():
             try:
-                value = json.loads(
-                    line.rstrip("\r\n")
-                )  # an error at its end is in this line, not at the start of the next
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: invalid JSON ({error.msg}, column {error.colno}); "
-                    "expected one object a line."
-                ) from error
+                value = parse_json(line.rstrip("\r\n"))  # an error at its end is in this line, not at the start of the next
+            except ValueError as error:
+                column = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise UserError(f"{path}, line {number}: invalid JSON ({column}); expected one object a line.") from error
             yield f"line {number}", value
         line = file.readline()
 
@@ -193,6 +190,9 @@ class JsonWindow:
                     self.skip(length)
                     raise self.error(f"invalid JSON in record {number} ({error.msg}).") from error
                 size = min(2 * size, 64 * CHUNK)
+            except (ValueError, RecursionError) as error:  # a number of 6,000 digits; 3,000 lists in each other
+                reason = "nested too deep" if isinstance(error, RecursionError) else error
+                raise self.error(f"invalid JSON in record {number} ({reason}).") from error
         self.skip(end - self.position)
         return value
 

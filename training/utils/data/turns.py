@@ -4,11 +4,12 @@ A turn is {"role": system, user, assistant or tool, "content": text}. Where the 
 answer that is no target), and of tool use "tool_calls", "name", "tool_call_id" in the form of a chat template.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
+
+from json_text import parse_json
 
 Message = dict[str, Any]
 Fields = dict[str, Any]
@@ -92,9 +93,9 @@ def items(value: Any, field: str) -> list:
 def from_json(value: str, field: str) -> Any:
     """Return the value that a text spells in JSON."""
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise BadRecord(f'field "{field}" looks like JSON, but is invalid ({error.msg})') from error
+        return parse_json(value)
+    except ValueError as error:
+        raise BadRecord(f'field "{field}" looks like JSON, but is invalid ({getattr(error, "msg", error)})') from error
 
 
 def is_columns(value: Any) -> bool:

@@ -63,6 +63,7 @@ def check_ranges(args: Any) -> None:
         value = getattr(args, one.name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
+        refuse(isinstance(value, int) and abs(value) > 2**63, f"--{one.name} {value}: must be less than 2^63.")
         refuse(not math.isfinite(value), f"--{one.name} {value}: must be finite.")
         within = one.metadata["within"]
         refuse(not within.holds(value), f"--{one.name} {value}: {within.wrong}.")

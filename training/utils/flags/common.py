@@ -36,6 +36,10 @@ ONE_OR_MORE = Range("must be 1 or more", least=1)
 ABOVE_ZERO = Range("must be more than 0", above=0)
 BELOW_ONE = Range("must be 0 or more and less than 1", least=0, below=1)
 UP_TO_ONE = Range("must lie between 0 and 1", least=0, most=1)
+LENGTH = Range("must be 1 or more and at most 1048576", least=1, most=2**20)  # with 10^9 the plan of the memory alone took minutes
+PROMPT_AND_END = Range("must be 2 or more, a prompt and the end token, and at most 1048576", least=2, most=2**20)
+WORD_AND_END = Range("must be 2 or more, a word and the end token, and at most 1048576", least=2, most=2**20)
+SEED = Range("must lie between 0 and 2^63 - 1, what torch takes", least=0, below=2**63)
 SHARE = Range("must be more than 0 and at most 1", above=0, most=1)
 
 
@@ -150,7 +154,7 @@ class CommonArguments:
         "0 = 按样本数切分。",
     )
     seed: int = flag(
-        "Random seed. Give every step the same one: it also decides which records a step gets.", 1234,
+        "Random seed. Give every step the same one: it also decides which records a step gets.", 1234, within=SEED,
         zh="随机种子。各步骤应相同：它也决定每一步分到哪些记录。",
     )
     logging_steps: int = flag(
@@ -305,7 +309,7 @@ class SupervisedArguments(CommonArguments):
     max_seq_len: int = flag(
         "Longest example in tokens, prompt and answer. Longer ones lose the oldest part of the prompt, never the end "
         "token.",
-        512, within=Range("must be 2 or more: a prompt and the end token", least=2), common=True,
+        512, within=PROMPT_AND_END, common=True,
         zh="样本（提示加回答）的最大 token 数。超长时丢弃提示中最旧的部分，从不丢弃结束符。",
     )
     per_device_train_batch_size: int = flag(

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import hjson
 
 from errors import UserError, nearest, refuse
+from json_text import parse_json
 
 logger = logging.getLogger("sanbu")
 
@@ -108,9 +109,9 @@ def loads(text: str, path: str) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return parse_json(text, object_pairs_hook=once)
     except json.JSONDecodeError:
-        with suppress(hjson.HjsonDecodeError):
+        with suppress(hjson.HjsonDecodeError, RecursionError, ValueError):
             return hjson.loads(text, object_pairs_hook=once)
         raise
 

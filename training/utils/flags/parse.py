@@ -215,4 +215,4 @@ def parse(args_class: type[Args], argv: Sequence[str] | None = None) -> Args:
 
 def is_main_process() -> bool:
     """Return whether this process speaks for all, by what the launcher says in the environment."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
+    return (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from training.utils.flags.common import (
     ABOVE_ZERO,
     BELOW_ONE,
+    LENGTH,
     ONE_OR_MORE,
     SHARE,
     UP_TO_ONE,
@@ -78,11 +79,11 @@ class PPOArguments(CommonArguments):
 
     # lengths and batches
     max_prompt_seq_len: int = flag(
-        "Longest prompt in tokens; longer ones are left out and counted.", 256, within=ONE_OR_MORE, common=True,
+        "Longest prompt in tokens; longer ones are left out and counted.", 256, within=LENGTH, common=True,
         zh="提示的最大 token 数；超长的提示不用，并计数。",
     )
     max_answer_seq_len: int = flag(
-        "Longest answer in tokens.", 256, within=ONE_OR_MORE, common=True,
+        "Longest answer in tokens.", 256, within=LENGTH, common=True,
         zh="回答的最大 token 数。",
     )
     per_device_generation_batch_size: int = flag(

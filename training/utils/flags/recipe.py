@@ -116,18 +116,18 @@ def _platforms_of(file: Path) -> list[str]:
 
 def _read_yaml(path: str, file: Path) -> Any:
     """Return the content of a YAML file; ``path`` is how the user named it."""
-    import yaml
+    from yaml_text import parse_yaml  # yaml is imported only where there is some
 
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; name an existing YAML file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: not a UTF-8 text file.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    contents = parse_yaml(text, path)
+    if len(contents) > 1:
+        raise UserError(f"{path}: {len(contents)} documents, apart by ---; a recipe is one.")
+    return contents[0] if contents else None
 
 
 def _checked_sections(path: str, content: dict[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,17 @@ from typing import ClassVar, Literal
 
 from training.utils.flags.common import (
     ABOVE_ZERO,
+    LENGTH,
     ONE_OR_MORE,
+    PROMPT_AND_END,
     RATE,
     RATE_ZH,
+    SEED,
     SHARE,
+    WORD_AND_END,
     Attention,
     CommonArguments,
     Dtype,
-    Range,
     SupervisedArguments,
     flag,
 )
@@ -45,13 +48,13 @@ class SFTArguments(SupervisedArguments):
     max_source_length: int | None = flag(
         "With --max_target_length, instead of --max_seq_len, which becomes the sum: longest prompt in tokens. Longer "
         "ones lose their oldest part.",
-        None, within=ONE_OR_MORE,
+        None, within=LENGTH,
         zh="与 --max_target_length 一起代替 --max_seq_len（后者变为两者之和）：提示的最大 token 数。"
         "超长时丢弃最旧的部分。",
     )
     max_target_length: int | None = flag(
         "Longest answer in tokens, end token included. Longer ones lose their tail, never the end token.", None,
-        within=Range("must be 2 or more: a word and the end token", least=2), common=True,
+        within=WORD_AND_END, common=True,
         zh="回答的最大 token 数，含结束符。超长时截去尾部，从不丢弃结束符。",
     )
     loss_on: Literal["answer", "all"] = flag(
@@ -133,7 +136,7 @@ class PromptEvalArguments:
         "Also write prompts, answers and figures to this JSON file.", None, metavar="FILE", common=True,
         zh="同时把提示、回答和指标写入该 JSON 文件。",
     )
-    seed: int = flag("Random seed.", 1234, zh="随机种子。")
+    seed: int = flag("Random seed.", 1234, within=SEED, zh="随机种子。")
     dtype: Dtype = flag("Type of the weights, as in training.", "auto", common=True, zh="权重的数值类型，同训练。")
     attn_implementation: Attention = flag("Attention kernels, as in training.", "auto", zh="注意力实现，同训练。")
 
@@ -198,12 +201,12 @@ class EvaluateArguments:
     )
     max_source_length: int | None = flag(
         "Longest prompt in tokens; longer ones lose their oldest part. None: what the model leaves room for.", None,
-        within=ONE_OR_MORE,
+        within=LENGTH,
         zh="提示的最大 token 数；超长时丢弃最旧的部分。缺省：模型留出的余地。",
     )
     max_target_length: int = flag(
         "Longest answer in tokens, end token included.", 128, aliases=("max_new_tokens", "val_max_target_length"),
-        within=Range("must be 2 or more: a word and the end token", least=2), common=True,
+        within=WORD_AND_END, common=True,
         zh="回答的最大 token 数，含结束符。",
     )
     truncate_labels: bool = flag(
@@ -232,7 +235,7 @@ class EvaluateArguments:
         "With --do_sample: so many likeliest tokens; 0 = all.", 0,
         zh="配合 --do_sample：从最可能的这么多个 token 中采样；0 = 全部。",
     )
-    seed: int = flag("Random seed.", 1234, zh="随机种子。")
+    seed: int = flag("Random seed.", 1234, within=SEED, zh="随机种子。")
     dtype: Dtype = flag("Type of the weights, as in training.", "auto", common=True, zh="权重的数值类型，同训练。")
     attn_implementation: Attention = flag("Attention kernels, as in training.", "auto", zh="注意力实现，同训练。")
 
@@ -255,7 +258,7 @@ class RewardEvalArguments:
     columns: str | None = flag("As in training.", None, zh="同训练。")
     max_seq_len: int = flag(
         "Longest prompt and answer in tokens, as in training.", 512,
-        within=Range("must be 2 or more: a prompt and the end token", least=2), common=True,
+        within=PROMPT_AND_END, common=True,
         zh="样本（提示加回答）的最大 token 数。超长时丢弃提示中最旧的部分，从不丢弃结束符。",
     )
     num_pairs: int = flag(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from errors import UserError, reader_may_leave
 from training.utils.flags.parse import is_main_process, parse
 from training.utils.run import heartbeat
-from training.utils.run.environment import adopt_mpi_ranks
+from training.utils.run.ranks import adopt_ranks
 
 Args = TypeVar("Args")
 
@@ -25,8 +25,8 @@ def parse_or_exit(
     check: further checks, which raise UserError. A step's main.py calls this above its imports of torch: --help, a wrong
     flag and a wrong path are answered in less than a second.
     """
-    adopt_mpi_ranks()
     with errors_told(), reader_may_leave():
+        adopt_ranks()
         args = parse(args_class, argv)
         check(args)
     gc.disable()  # until run_main: the imports between make objects that stay, and looking through them took 1.2 of 12 s

@@ -1,11 +1,10 @@
-"""Ports, the output folder, and the variables that launchers leave. Imports no torch."""
+"""Ports, the output folder, and what a run is made of. Imports no torch."""
 
 import fcntl
 import logging
 import os
 import socket
 import uuid
-from collections.abc import MutableMapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,15 +76,3 @@ def describe_inputs(args: Any) -> dict[str, Any]:
         data.append(file_digest(*files) if files else None)
     code = [file for room in ("models", "inference", "training") for file in sorted((ROOT / room).rglob("*.py"))]
     return {"data": data, "code": file_digest(*code)}
-
-
-def adopt_mpi_ranks(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set the variables that torch reads, under OpenMPI's mpirun, which numbers its processes by variables of its own.
-
-    Without them every process would take itself for a run of one. MASTER_ADDR and MASTER_PORT come from scripts/launch/__main__.py.
-    """
-    if "RANK" in environ or "OMPI_COMM_WORLD_RANK" not in environ:
-        return
-    for name in ("RANK", "LOCAL_RANK", "LOCAL_SIZE"):
-        environ[name] = environ[f"OMPI_COMM_WORLD_{name}"]
-    environ["WORLD_SIZE"] = environ["OMPI_COMM_WORLD_SIZE"]

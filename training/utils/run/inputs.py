@@ -21,13 +21,15 @@ from training.utils.data.paths import check_sources
 from training.utils.run import heartbeat
 from training.utils.run.environment import check_writable, data_paths
 from training.utils.run.manifest import read_manifest
+from training.utils.run.ranks import check_alone
 
 
 def check_inputs(args: Any) -> None:
-    """Raise UserError for a model, data set, checkpoint or output folder that a step cannot use.
+    """Raise UserError for a model, data set, checkpoint or output folder that a step cannot use, and outside srun.
 
     Of several nodes none ends here: the others would wait for it. The run finds the same and says it with the node's name.
     """
+    check_alone()
     if heartbeat.several_nodes():
         return
     if os.environ.get("DS_ACCELERATOR") == "cpu" or (version("torch").endswith("+cpu") and not find_spec("torch_npu")):

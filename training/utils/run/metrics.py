@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from json_text import parse_json
+
 
 class Metrics:
     """Writes one JSON object a line to ``metrics.jsonl`` of the output folder and, if asked, the same to TensorBoard.
@@ -35,9 +37,9 @@ class Metrics:
             kept = []
             for line in path.read_bytes().split(b"\n"):  # answers hold characters that splitlines takes for ends
                 try:
-                    if json.loads(line).get("step", 0) <= step:
+                    if parse_json(line).get("step", 0) <= step:
                         kept.append(line + b"\n")
-                except ValueError:  # the line, or the letter, that a kill cut in two
+                except (ValueError, AttributeError, TypeError):  # the line, or the letter, that a kill cut in two
                     continue
             draft = path.with_name(f".{path.name}.tmp")  # a kill meanwhile must not cost the curve so far
             draft.write_bytes(b"".join(kept))
@@ -72,8 +74,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     records, left_out = [], 0
     for line in path.read_bytes().split(b"\n"):  # answers hold characters that splitlines takes for ends
         try:
-            record = json.loads(line) if line.strip() else {}
-        except (ValueError, RecursionError):
+            record = parse_json(line) if line.strip() else {}
+        except ValueError:
             record = None
         if isinstance(record, dict):
             records += [record] if record else []

@@ -241,7 +241,7 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
         (SFTArguments, ["--learning_rate", "nan"], "--learning_rate nan: must be finite."),
         (SFTArguments, ["--learning_rate=-1"], "--learning_rate -1.0: must not be negative."),
         (SFTArguments, ["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: must be 1 or more."),
-        (SFTArguments, ["--max_seq_len", "1"], "--max_seq_len 1: must be 2 or more: a prompt and the end token."),
+        (SFTArguments, ["--max_seq_len", "1"], "--max_seq_len 1: must be 2 or more, a prompt and the end token"),
         (SFTArguments, ["--max_source_length", "64"],
          "--max_source_length needs --max_target_length too; to limit both together give --max_seq_len alone."),
         (SFTArguments, ["--max_target_length", "64"], "--max_target_length needs --max_source_length too"),

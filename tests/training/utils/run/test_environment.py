@@ -1,4 +1,4 @@
-"""Ranks that OpenMPI gives are those that torch and DeepSpeed read; other launchers' are left alone. Memory of a container."""
+"""The memory of a container, and one run a folder."""
 
 import math
 import multiprocessing
@@ -10,25 +10,9 @@ import pytest
 
 from errors import UserError
 from training.utils.memory.container import container_free
-from training.utils.run.environment import adopt_mpi_ranks, hold_folder
+from training.utils.run.environment import hold_folder
 
 pytestmark = pytest.mark.fast
-
-MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in zip(("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"), "5184", strict=True)}
-
-
-def test_a_process_of_mpirun_knows_its_rank():
-    environ = dict(MPI)
-    adopt_mpi_ranks(environ)
-    assert environ == MPI | {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
-
-
-def test_what_another_launcher_said_stands():
-    for environ in ({"RANK": "2", **MPI}, {}):
-        before = dict(environ)
-        adopt_mpi_ranks(environ)
-        assert environ == before
-
 
 def test_a_container_has_what_its_limit_leaves(tmp_path):
     """The host's free memory says nothing about it; a run that took it as its own was killed."""
