@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,12 @@ def refuse(wrong: object, sentence: str) -> None:
     """Raise UserError with the sentence if something is wrong."""
     if wrong:
         raise UserError(sentence)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with *** for the passwords of addresses in it: scheme://user:PASSWORD@host, ?password=…, &token=…"""
+    text = re.sub(r"(\w://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
+    return re.sub(r"(?i)([?&]\w*(?:password|passwd|token|secret|api_?key)=)[^&\s'\"]+", r"\1***", text)
 
 
 def language_of_user() -> Literal["en", "zh"]:
@@ -113,7 +120,7 @@ def told(main: Callable[..., Any]) -> Callable[..., Any]:
             with reader_may_leave():
                 return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
             return 2
 
     return ending

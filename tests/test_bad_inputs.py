@@ -113,8 +113,9 @@ def run_all(todo: list[dict], folder: Path, output: Path) -> None:
             file.write(json.dumps(end) + "\n")
 
 
-def test_one_sentence_and_exit_code_2(folder, tmp_path):
-    todo = cases()
+@pytest.mark.parametrize("command", CONTENT["commands"])
+def test_one_sentence_and_exit_code_2(folder, tmp_path, command):
+    todo = [case for case in cases() if case.command == command]
     process = FORKS.Process(target=run_all, args=([asdict(case) for case in todo], folder, tmp_path / "ends.jsonl"))
     process.start()
     process.join()

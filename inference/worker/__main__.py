@@ -20,7 +20,7 @@ import time
 import uuid
 from typing import Any
 
-from errors import CommandLine, UserError, refuse, told
+from errors import CommandLine, UserError, refuse, told, without_secrets
 from inference.chatbot import DTYPES, add_sampling_flags, quiet, sampling_of
 from inference.command_line import read
 from inference.served import check_served
@@ -212,7 +212,7 @@ def work(engine: Any, args: argparse.Namespace) -> int:
 
     names = ("max_batch", "lease", "tries", "turns", "poll", "retry")
     kind = {name: value for name in ("bot_type", "sub_type") if (value := getattr(args, name)) is not None}
-    logging.getLogger("sanbu").info("answering the questions of %s with %s", engine.url, args.path)
+    logging.getLogger("sanbu").info("answering the questions of %s with %s", without_secrets(str(engine.url)), args.path)
     Worker(engine, answers, Settings(**{name: getattr(args, name) for name in names}, kind=kind)).run(stop)
     return 0
 

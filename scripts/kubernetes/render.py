@@ -24,6 +24,7 @@ from steps import SECTIONS, STEPS, Step
 from training.utils.flags.recipe import Recipe, recipe_file
 
 KINDS = ("deepspeedjob", "pytorchjob", "trainjob", "mpijob")
+ACCESS_MODES = ("ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod")
 TRAINER_VERSIONS = ("2.0", "2.1", "2.2", "2.3")
 CODE, WORK = "/opt/sanbu", "/workspace"  # in the pod: the project in the image, the volume
 PORT = 29517  # of the processes' first meeting; DeepSpeedJob and MPIJob, where no operator sets one
@@ -89,9 +90,21 @@ def check_settings(settings: argparse.Namespace) -> None:
         settings.pvc == "",
         "--pvc is empty: without a volume, models and checkpoints would be lost with their pod; name a claim.",
     )
+    for flag, least in (("retries", 0), ("wait_minutes", 1), ("cpu", 1)):
+        count = getattr(settings, flag)
+        refuse(count is not None and count < least, f"--{flag.replace('_', '-')} {count}: give {least} or more.")
+    for flag in ("pvc_size", "memory", "shm"):
+        text = getattr(settings, flag)
+        refuse(text is not None and not quantity(text), f"--{flag.replace('_', '-')} {text}: give more than nothing, such as 64Gi.")
+    modes, mode = ", ".join(ACCESS_MODES), settings.access_mode
+    refuse(mode not in ACCESS_MODES, f"--access-mode {mode} is unknown{did_you_mean(mode, ACCESS_MODES)}; use one of {modes}.")
+    dotted, label = settings.storage_class, r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+    refuse(
+        dotted is not None and not re.fullmatch(rf"{label}(\.{label})*", dotted),
+        f"--storage-class {dotted}: Kubernetes takes small letters, digits, dashes and dots; kubectl get storageclass lists them.",
+    )
     wrong = image and not re.fullmatch(IMAGE, image)
     refuse(wrong, f"--image {image}: name a tag other than latest, or a restart may run other code.")
-    quantity(settings.pvc_size or 0)
     ranked = settings.priority is not None
     if kind == "trainjob":
         unknown = version not in TRAINER_VERSIONS

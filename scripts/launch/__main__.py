@@ -17,12 +17,13 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from errors import CommandLine, UserError, in_language, refuse, told
+from errors import CommandLine, UserError, in_language, refuse, told, without_secrets
 from scripts.launch.checks import check_inputs, check_machine, check_several, step_arguments
-from scripts.launch.commands import Environment, build_command, build_environment
+from scripts.launch.commands import SECRET, Environment, build_command, build_environment
 from scripts.launch.options import Options, add_flags, find_recipe, options_of, plain_words, read_recipe
 from scripts.launch.platforms import did_you_mean
 from scripts.launch.processes import run_to_end, say, stoppable
@@ -141,7 +142,8 @@ def shown(launch: Launch) -> str:
     options, environment = launch.options, launch.environment
     lines = [f"# {launch.args.title}, {launch.recipe}", f"# platform {options.platform.name}: {options.platform.title}"]
     lines += [f"# output and log: {launch.log}", ""]
-    settings = {f"export {name}={shlex.quote(value)}": environment.reasons[name] for name, value in environment.variables.items()}
+    values = {name: masked(name, value) for name, value in environment.variables.items()}
+    settings = {f"export {name}={shlex.quote(value)}": environment.reasons[name] for name, value in values.items()}
     settings |= {f"unset {name}": "the same choice stands in --include below" for name in environment.removed}
     file = env_file(launch.output)
     if environment.forwarded:
@@ -150,10 +152,15 @@ def shown(launch: Launch) -> str:
     lines += [f"{text:{width}}  # {reason}" for text, reason in settings.items()]
     if environment.forwarded:
         lines += ["", f"# {file} will be written with"]
-        lines += [f"#     {name}={value}" for name, value in environment.forwarded.items()]
+        lines += [f"#     {name}={masked(name, value)}" for name, value in environment.forwarded.items()]
     if options.several and (options.no_ssh or options.launcher == "torchrun"):
         lines += ["", f"# on node {options.node_rank} of {options.nodes}; the others are started alike, with their --node_rank"]
-    return "\n".join([*lines, "", wrapped(launch.command)])
+    return "\n".join([*lines, "", without_secrets(wrapped(launch.command))])
+
+
+def masked(name: str, value: str) -> str:
+    """Return a variable's value for the terminal: *** for a secret."""
+    return "***" if SECRET.search(name) else without_secrets(value)
 
 
 def wrapped(command: list[str]) -> str:
@@ -178,7 +185,9 @@ def passed_on(environment: Environment, output: Path) -> dict[str, str]:
     env = environment.over(os.environ)
     if environment.forwarded:
         lines = [f"{name}={value}\n" for name, value in environment.forwarded.items()]
-        env_file(output).write_text("".join(lines), encoding="utf-8")
+        env_file(output).unlink(missing_ok=True)  # perhaps one that everybody may read
+        with open(env_file(output), "x", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
+            file.writelines(lines)
         env["DS_ENV_FILE"] = str(env_file(output))
     return env
 
@@ -192,7 +201,7 @@ def start(launch: Launch) -> int:
     if not launch.options.is_first_node:  # the first process of this node leaves a mark of its own
         done = launch.output / f".done-node{launch.options.node_rank}"
         env["SANBU_NODE_DONE"] = str(done)
-    say(wrapped(launch.command))
+    say(without_secrets(wrapped(launch.command)))
     code, seconds = run_to_end(launch.args.title, launch.command, env, launch.log, done)
     if code == 0:
         if not launch.options.is_first_node:

@@ -12,11 +12,12 @@ from typing import Any
 
 from errors import UserError, refuse
 from scripts.launch.commands import master_address
-from scripts.launch.hostfile import is_loopback, resolved
+from scripts.launch.hostfile import is_loopback, is_this_machine, resolved
 from scripts.launch.options import DEFAULT_HOSTFILE, DEFAULT_PORT, Options
 from steps import Step
 from training.utils.run.environment import data_paths
 
+AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 TOOLS = {"openmpi": ("mpirun", "ompi_info"), "slurm": ("srun",), "pdsh": ("pdsh", "ssh")}
 
 
@@ -112,8 +113,16 @@ def check_machine(options: Options) -> None:
         check_address(options)
     elif not options.is_first_node:
         check_first_node(options)
-    if options.master_port and options.is_first_node and options.launcher != "slurm":
-        check_port(options.master_port)
+    port = options.master_port or (DEFAULT_PORT if options.several else 0)  # one node takes any that is free
+    here = options.is_first_node and options.launcher != "slurm" and not options.elsewhere
+    if port and here and is_this_machine(options.master_addr or next(iter(options.hosts), "localhost")):
+        check_port(port)
+    lacking = [name for name in AS_ROOT if not os.environ.get(name)]
+    refuse(
+        options.by_ssh and options.launcher == "openmpi" and os.geteuid() == 0 and lacking,
+        f"mpirun does not run as root unless {' and '.join(f'{name}=1' for name in AS_ROOT)} are set; set them, as usual in a "
+        "container, or start as another user.",
+    )
 
 
 def check_devices(options: Options) -> None:

@@ -27,7 +27,8 @@ FORWARDED = re.compile(
     "(NCCL|RCCL|HCCL|GLOO|UCX|ASCEND|HIP|HSA|MIOPEN|ROCM|PYTORCH|TORCH|OMP|HF|TRANSFORMERS|TOKENIZERS|DEEPSPEED|DS|SANBU|CUDA)_"
     "|DTK|LD_LIBRARY_PATH|PATH"
 )
-NOT_FORWARDED = re.compile(r"TOKEN$|SECRET|PASSWORD|API_KEY|VISIBLE_DEVICES$|^DS_ENV_FILE$")
+SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|API_KEY")
+NOT_FORWARDED = re.compile(SECRET.pattern + r"|VISIBLE_DEVICES$|^DS_ENV_FILE$")
 # DeepSpeed puts double quotes around such values, whoever reads them.
 UNREADABLE = {"openmpi": re.compile(r"[^\w@%+=:,./-]"), "pdsh": re.compile(r"[\"$`\\\n]")}
 TORCHRUN = "torch.distributed.run"

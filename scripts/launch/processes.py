@@ -14,6 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TextIO
 
+from errors import without_secrets
 from training.utils.run.environment import DONE
 from training.utils.run.metrics import format_seconds
 
@@ -30,7 +31,11 @@ HINTS = (
         "(--num-gpus), no --offload, smaller batches",
     ),
     (r"No space left on device", "the disk is full: free space, or name another --output-dir"),
-    (r"Address already in use|EADDRINUSE", "another program listens on the port of the run: start the command again"),
+    (
+        r"Address already in use|EADDRINUSE",
+        "another program listens on the port of the run: start the command again, on several nodes "
+        "with another --master_port",
+    ),
     (
         r"timed out after \d+ms while trying to connect|waiting for clients",
         "not all nodes have come: start the command on each, with the same --master_addr and --master_port, and let the "
@@ -94,9 +99,10 @@ def run_step(command: list[str], env: dict[str, str], log: Path, patience: float
     """
     say("", end="")  # what stands in the buffer comes before what the command prints
     with log.open("ab") as file:
-        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.write(f"$ {without_secrets(shlex.join(command))}\n".encode())
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+        own_name = {"SLURM_JOB_NAME": f"sanbu-{os.getpid()}"}  # srun calls its step so, and ask_to_end finds it
+        process = subprocess.Popen(command, env=env | own_name, start_new_session=True, **pipes)
         tail, shown = bytearray(), without_chatter()
 
         def show(chunk: bytes) -> None:
@@ -110,7 +116,7 @@ def run_step(command: list[str], env: dict[str, str], log: Path, patience: float
             try:
                 drain(process, show, deadline=None)
             except Interrupted:
-                signal_group(process, signal.SIGTERM)
+                ask_to_end(process, own_name["SLURM_JOB_NAME"])
                 with contextlib.suppress(Interrupted):  # a second Ctrl-C does not wait
                     drain(process, show, deadline=time.monotonic() + patience)
                 raise
@@ -176,6 +182,29 @@ def drain(process: subprocess.Popen, show: Callable[[bytes], None], deadline: fl
             deadline = deadline or time.monotonic() + 5.0
 
 
+def ask_to_end(process: subprocess.Popen, name: str) -> None:
+    """Send SIGTERM to the process group of a child; where it is srun, to the tasks of its step, which has this name.
+
+    srun itself (Slurm 22.05) answers SIGTERM with SIGKILL for its tasks, which then save nothing.
+    """
+    if Path(process.args[0]).name == "srun":
+        job = os.environ["SLURM_JOB_ID"]
+        steps = slurm("squeue", "--steps", "--noheader", f"--job={job}", "--format=%i %j")
+        found = [step for step, _, called in (line.partition(" ") for line in steps.splitlines()) if called.strip() == name]
+        if found:
+            slurm("scancel", "--signal=TERM", *found)
+            return
+    signal_group(process, signal.SIGTERM)
+
+
+def slurm(*command: str) -> str:
+    """Return what a command of Slurm prints; "" where it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def signal_group(process: subprocess.Popen, number: int) -> None:
     """Send a signal to the process group of a child that has not been reaped."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when only zombies are left
@@ -203,10 +232,13 @@ def signals_raise():
 
 def exit_code(code: int, lines: list[str]) -> int:
     """Return what a shell would say: 128 + signal for a killed child; under torchrun, which ends with 1 whatever its children
-    ended with, the code of the process that failed first, as its report names it.
+    ended with, the code of the process that failed first, as its report names it, or of the signal that torchrun got.
     """
     if code < 0:
         return 128 - code
+    stopped = re.findall(r"SignalException: Process \d+ got signal: (\d+)", "\n".join(lines))
+    if code == 1 and stopped:
+        return 128 + int(stopped[-1])
     reported = re.findall(r"^\s*exitcode\s*:\s*(-?\d+)", "\n".join(lines), re.MULTILINE)
     if code == 1 and reported:
         first = int(reported[-1])  # the root cause stands last
@@ -216,7 +248,8 @@ def exit_code(code: int, lines: list[str]) -> int:
 
 def explain(title: str, code: int, lines: list[str], seconds: float, log: Path) -> str:
     """Return the sentences about a step that failed: where, its own last error, hints, the log."""
-    errors = [match[1] for line in lines if (match := re.search(r"(?:^|: )error: (.+)", line))]
+    own = [line for line in lines if not re.match(r"(srun|slurmstepd\S*): error: ", line)]  # they say that it ended, not why
+    errors = [match[1] for line in own if (match := re.search(r"(?:^|: )error: (.+)", line))]
     raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
     report = [f"error: {title} ended with exit code {code} after {format_seconds(seconds)}."]
     report += [f"  it said: {line}" for line in (errors or raised)[-1:]]

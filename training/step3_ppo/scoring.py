@@ -10,7 +10,9 @@ import importlib.util
 import json
 import logging
 import numbers
+import queue
 import sys
+import threading
 import time
 import traceback
 import urllib.error
@@ -26,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from errors import UserError
+from json_text import parse_json
 from training.step3_ppo.experience import Experience
 
 logger = logging.getLogger("sanbu")
@@ -33,6 +36,7 @@ logger = logging.getLogger("sanbu")
 MODEL = "model"  # the reward model's name in the log
 LARGEST = torch.finfo(torch.float32).max
 LONGEST_PAUSE = 60.0  # seconds
+LONGEST_ANSWER = 16 << 20  # bytes; 100,000 scores have 2 MiB
 BUSY = (408, 425, 429)  # a server that may answer later, as all of 5xx; any other 4xx will say the same again
 
 
@@ -42,6 +46,16 @@ class RewardError(UserError):
 
 class Unreachable(Exception):
     """An endpoint that did not answer this time."""
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: it turns the POST into a GET of another page, whose scores nobody asked for."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Follow none; urllib raises HTTPError then."""
+
+
+NO_REDIRECTS = urllib.request.build_opener(NoRedirect)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -132,13 +146,37 @@ class RewardEndpoint:
         )
 
     def _post(self, body: bytes) -> bytes:
+        """Return _ask(body) within timeout seconds. A socket's own timeout starts anew with each byte that drips in."""
+        outcome: queue.Queue = queue.Queue()
+
+        def ask() -> None:
+            try:
+                outcome.put((self._ask(body), None))
+            except Exception as error:
+                outcome.put((None, error))
+
+        threading.Thread(target=ask, name="reward endpoint", daemon=True).start()
+        try:
+            content, error = outcome.get(timeout=self.timeout)
+        except queue.Empty:
+            raise Unreachable("no answer in time") from None
+        if error:
+            raise error
+        return content
+
+    def _ask(self, body: bytes) -> bytes:
         request = urllib.request.Request(self.url, data=body, headers={"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return response.read()
+            with NO_REDIRECTS.open(request, timeout=self.timeout) as response:
+                content = response.read(LONGEST_ANSWER + 1)
         except urllib.error.HTTPError as error:
             if error.code >= 500 or error.code in BUSY:
                 raise Unreachable(f"HTTP {error.code} {error.reason}") from error
+            if 300 <= error.code < 400:
+                place = error.headers.get("Location", "nowhere")
+                raise RewardError(
+                    f"{self.label} sends on to {place} (HTTP {error.code}), which nobody asked for; give the address that answers."
+                ) from error
             try:
                 excerpt = shortened(error.read(500).decode("utf-8", "replace"), 200)
             except (OSError, HTTPException):  # the connection broke while it explained itself
@@ -153,10 +191,13 @@ class RewardEndpoint:
             reason = getattr(error, "reason", error)
             late = isinstance(reason, TimeoutError)
             raise Unreachable("no answer in time" if late else f"no answer ({reason or type(error).__name__})") from error
+        if len(content) > LONGEST_ANSWER:
+            raise RewardError(f"{self.label} answered more than {LONGEST_ANSWER >> 20} MiB; expected one number an answer.")
+        return content
 
     def _scores(self, content: bytes) -> Any:
         try:
-            return json.loads(content)["scores"]
+            return parse_json(content)["scores"]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             excerpt = shortened(content[:500].decode("utf-8", "replace"), 200)
             raise RewardError(f'{self.label} answered {excerpt!r}; expected JSON {{"scores": [...]}}.') from error

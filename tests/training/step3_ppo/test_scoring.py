@@ -140,15 +140,28 @@ def server():
             if reply == "hang up":
                 self.connection.close()
                 return
+            if reply == "drip":
+                for _ in range(40):  # each byte comes well within the limit
+                    self.wfile.write(b"H")
+                    time.sleep(0.1)
+                return
             if isinstance(reply, float):
                 time.sleep(reply)
                 reply = (200, {"scores": [len(answer) for answer in asked[-1]["answers"]]})
-            code, content = reply
+            self.reply_with(*reply)
+
+        def reply_with(self, code, content):
             body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
             self.send_response(code)
+            if 300 <= code < 400:
+                self.send_header("Location", f"{self.server.url}/another")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def do_GET(self):
+            self.server.asked.append("GET")
+            self.reply_with(200, {"scores": [1.0, 1.0, 1.0]})
 
         def handle(self):
             with contextlib.suppress(OSError):  # who asked did not wait
@@ -199,7 +212,10 @@ def test_an_address_that_cannot_be_asked_is_told_and_not_tried_again(url):
     assert pauses == []
 
 
-@pytest.mark.parametrize(("reply", "words"), [((502, ""), "HTTP 502"), (0.5, "no answer in time"), (None, "refused")])
+LATE = "no answer in time"
+
+
+@pytest.mark.parametrize(("reply", "words"), [((502, ""), "HTTP 502"), (0.5, LATE), ("drip", LATE), (None, "refused")])
 def test_after_the_last_attempt_it_is_an_error(server, reply, words):
     """Whatever is in its place; the pauses stop growing at a minute."""
     server.replies = [reply]
@@ -218,6 +234,10 @@ def test_after_the_last_attempt_it_is_an_error(server, reply, words):
     ((200, {"scores": [1, 2]}), ["2 scores for 3 answers"]),
     ((200, {"scores": [1, math.nan, 2]}), ["nan", "Human: Hi!"]),
     ((200, {"scores": "123"}), ["str", "list"]),
+    ((200, "[" * 100_000), ["[[[", '"scores"']),
+    ((200, '{"scores": [1' + "1" * 5000 + ", 2, 3]}"), ["1111", '"scores"']),
+    ((200, " " * (16 << 20) + "1"), ["more than 16 MiB"]),
+    *(((code, ""), [f"HTTP {code}", "/score/another", "give the address"]) for code in (301, 302, 303, 307, 308)),
 ])
 def test_an_endpoint_that_does_not_keep_the_contract_is_not_asked_again(server, reply, words):
     server.replies = [reply]

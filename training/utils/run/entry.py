@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from errors import UserError, reader_may_leave
+from errors import UserError, reader_may_leave, without_secrets
 from training.utils.flags.parse import is_main_process, parse
 from training.utils.run import heartbeat
 from training.utils.run.ranks import adopt_ranks
@@ -52,7 +52,7 @@ def errors_told() -> Iterator[None]:
             # Usually all processes fail alike: the main one speaks, and the launcher ends this one while it waits.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5 if os.environ.get("LOCAL_RANK") == "0" else 10)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(error.code) from None
     except Exception as error:
         # With gloo, the loss of another node shows in the main thread too, as an error of a socket.

@@ -249,7 +249,7 @@ def test_only_the_main_process_says_it(monkeypatch, caplog):
          "--max_seq_len 100 is not --max_source_length + --max_target_length = 128; drop it"),
         (SFTArguments, ["--max_source_length", "9", "--max_target_length", "1"], "--max_target_length 1: must be 2 or"),
         (EvaluateArguments, ["--top_p", "0.9"], "--top_p has no effect on greedy answers; add --do_sample, or drop it."),
-        (EvaluateArguments, ["--max_source_length", "0"], "--max_source_length 0: must be 1 or more."),
+        (EvaluateArguments, ["--max_source_length", "0"], "--max_source_length 0: must be 1 or more"),
         (EvaluateArguments, ["--source_prefix", "x"], "--source_prefix: drop it and write the prefix into the data"),
         (SFTArguments, ["--dropout", "1"], "--dropout 1.0: must be 0 or more and less than 1."),
         (PPOArguments, ["--temperature", "0"], "--temperature 0.0: must be more than 0."),

@@ -25,7 +25,7 @@ def adopted(environ: dict[str, str]) -> dict[str, str]:
 def test_a_process_of_mpirun_knows_its_rank():
     where = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     assert adopted(MPI | where) == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}
-    with pytest.raises(UserError, match="several hosts.*scripts.launch"):
+    with pytest.raises(UserError, match=r"several hosts.*scripts\.launch"):
         adopted(MPI)
     alone = adopted(MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "PMIX_NAMESPACE": "77"})
     assert alone["MASTER_ADDR"] == "127.0.0.1" and 20000 <= int(alone["MASTER_PORT"]) < 32768
