@@ -175,6 +175,9 @@ def read_weights(
     try:
         options = {"config": config, "dtype": dtype, "attn_implementation": attn, "output_loading_info": True}
         model, info = auto_class.from_pretrained(checkpoint.weights, **options)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # each field of a config has its own
+        file, reason = checkpoint.weights / "config.json", f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{file}: transformers makes no network of it ({reason}); correct it, or copy the file again.") from error
     except RuntimeError as error:
         if "mismatch" not in str(error).lower():
             raise

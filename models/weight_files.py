@@ -185,6 +185,9 @@ def check_sizes(content: dict[str, Any], file: Path) -> None:
         if not right and not (value is None and name in OPTIONAL):
             shown = json.dumps(value)[:40]
             raise UserError(f"{file}: {name} is {shown}, no size of a network; correct it, or copy the file again.")
+    names = content.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{file}: architectures is {json.dumps(names)[:40]}, no list of names; correct it, or copy the file again.")
     heads, groups = content.get("num_attention_heads"), content.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise UserError(f"{file}: {heads} num_attention_heads cannot share {groups} num_key_value_heads evenly; correct it.")

@@ -37,9 +37,10 @@ class Case:
     words: list[str]
     env: dict[str, str]
     says: str
+    wrong: str
 
     def __str__(self) -> str:
-        return " ".join([*(f"{name}={value}" for name, value in self.env.items()), self.command, *self.words[-2:]])
+        return " ".join([*(f"{name}={value}" for name, value in self.env.items()), self.command, self.wrong])
 
 
 def cases() -> list[Case]:
@@ -55,7 +56,7 @@ def cases() -> list[Case]:
                 more = shlex.split(wrong) if kind == "with" else [] if place else [flag, wrong]
                 whole = [wrong if word == place else word for word in words] + more
                 says = row["says"].replace("{}", re.escape(wrong.lstrip("-").split()[0] if wrong.strip() else flag or ""))
-                found.append(Case(command, module, whole, row.get("env", {}), says))
+                found.append(Case(command, module, whole, row.get("env", {}), says, wrong))
     return found
 
 
@@ -121,7 +122,7 @@ def test_one_sentence_and_exit_code_2(folder, tmp_path, command):
     process.join()
     wrong = []
     for case, (code, seconds, text) in zip(todo, map(json.loads, (tmp_path / "ends.jsonl").read_text().splitlines()), strict=True):
-        lines = [line for line in text.splitlines() if re.match(r"error: |\S+: error: ", line)]
+        lines = [line for line in text.splitlines() if re.match(r"(.*: )?error: ", line)]
         right = code == 2 and len(lines) == 1 and "Traceback" not in text and seconds < 3
         if not right or not re.search(case.says, lines[0]):
             wrong.append(f"{case}: exit {code}, {seconds:.1f} s, {(lines or [text[-300:]])[-1]}")

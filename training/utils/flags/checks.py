@@ -23,6 +23,7 @@ logger = logging.getLogger("sanbu")
 def validate(args: Any) -> None:
     """Raise UserError for a value out of range or flags that contradict each other."""
     check_ranges(args)
+    refuse(not all(args.data_path), "--data_path holds an empty name; give names of data sets or paths of files.")
     check_columns(args)
     check_output(args)
     stages = {name.removesuffix("zero_stage"): value for name, value in vars(args).items() if name.endswith("zero_stage")}
@@ -110,7 +111,6 @@ def numbers(text: str) -> list[float]:
 
 def check_data(args: CommonArguments) -> None:
     """Raise UserError for data and shares that cannot be read, a step without a share, or a missing --deepspeed_config."""
-    refuse(not all(args.data_path), "--data_path holds an empty name; give names of data sets or paths of files.")
     split, shares = f"--data_split {args.data_split}", numbers(args.data_split)
     refuse(
         len(shares) != 3 or min(shares) < 0 or not sum(shares),
