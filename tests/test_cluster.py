@@ -1,4 +1,4 @@
-"""Steps under a real Slurm and a real mpirun: scripts/test.sh -m cluster. Needs root, and slurm-wlm, munge, openmpi-bin of Debian."""
+"""Steps under a real Slurm and mpirun: scripts/test.sh -m cluster. Needs root, and slurm-wlm, munge and openmpi-bin of Debian."""
 
 import shutil
 import sys
