@@ -38,7 +38,6 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 MpiDefault=none
 KillWait=30
-SchedulerParameters=requeue_delay=0
 NodeName=na NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[0]} CPUs=4 State=UNKNOWN
 NodeName=nb NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
 PartitionName=all Nodes=na,nb Default=YES MaxTime=INFINITE State=UP

@@ -88,8 +88,8 @@ def test_a_job_that_is_told_to_end_saves_and_resumes(cluster, words):
     if not words:  # Slurm keeps a cancelled job from the queue
         return
     assert code == "143:0", text[-6000:]
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     assert cluster.run("scontrol", "requeue", job).returncode == 0
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm 22.05 waits two minutes
     cluster.until(job, "RUNNING", text="Resumed")
     cluster.run("scancel", "--batch", "--signal=TERM", job)
     cluster.until(job, "FAILED")
@@ -104,6 +104,8 @@ def test_a_lost_node_sends_the_job_back_to_the_queue(cluster):
         if process.is_running() and environ_of(process).get("SLURM_NODEID") == "1" and environ_of(process).get("RANK") == "1"
     )  # fmt: skip
     second.kill()
+    cluster.until(job, "PENDING", seconds=120)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     cluster.until(job, "RUNNING", text="Resumed", seconds=400)
     text = cluster.log(job)
     assert "is lost: the connection to it ended" in text and "the job goes back to the queue" in text, text[-6000:]

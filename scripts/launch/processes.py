@@ -14,6 +14,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from errors import without_secrets
 from training.utils.run.environment import DONE
 from training.utils.run.metrics import format_seconds
@@ -183,9 +185,10 @@ def drain(process: subprocess.Popen, show: Callable[[bytes], None], deadline: fl
 
 
 def ask_to_end(process: subprocess.Popen, name: str) -> None:
-    """Send SIGTERM to the process group of a child; where it is srun, to the tasks of its step, which has this name.
+    """Send SIGTERM to the process group of a child, but where it is or has started srun or mpirun: these kill before a step saves.
 
-    srun itself (Slurm 22.05) answers SIGTERM with SIGKILL for its tasks, which then save nothing.
+    srun (Slurm 22.05) answers SIGTERM with SIGKILL for its tasks: they are signalled through Slurm, in the step of this name.
+    mpirun (OpenMPI 4.1) has one second between SIGTERM and SIGKILL; SIGUSR1 it passes on, and a step takes that alike.
     """
     if Path(process.args[0]).name == "srun":
         job = os.environ["SLURM_JOB_ID"]
@@ -194,6 +197,11 @@ def ask_to_end(process: subprocess.Popen, name: str) -> None:
         if found:
             slurm("scancel", "--signal=TERM", *found)
             return
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.name() == "mpirun":
+                child.send_signal(signal.SIGUSR1)
+                return
     signal_group(process, signal.SIGTERM)
 
 
