@@ -1,6 +1,7 @@
 """Steps under a real Slurm and mpirun: scripts/test.sh -m cluster. Needs root, and slurm-wlm, munge and openmpi-bin of Debian."""
 
 import shutil
+import subprocess
 import sys
 import time
 
@@ -94,6 +95,24 @@ def test_a_job_that_is_told_to_end_saves_and_resumes(cluster, words):
     cluster.run("scancel", "--batch", "--signal=TERM", job)
     cluster.until(job, "FAILED")
     assert steps_done(cluster, output) > step
+
+
+def test_torchrun_restarts_from_the_newest_checkpoint(cluster):
+    """--max-restarts 1 starts the same words again, without --resume; the losses are those of a run that was not killed."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1"]
+    step = [*PLAIN[1:], "--max_steps", "30", "--save_steps", "2"]
+    whole = cluster.run(*torchrun, "--master_port", "29713", *step, "--output_dir", "unbroken")
+    assert whole.returncode == 0, whole.stdout[-3000:] + whole.stderr[-3000:]
+    words = [*torchrun, "--master_port", "29714", *step, "--output_dir", "again"]
+    again = subprocess.Popen(words, cwd=cluster.folder, env=cluster.env)
+    while steps_done(cluster, "again") < 7:
+        assert again.poll() is None
+        time.sleep(0.02)
+    next(one for one in psutil.Process(again.pid).children() if environ_of(one).get("RANK") == "1").kill()
+    assert again.wait(300) == 0
+    assert logged(cluster.folder / "again", "train/loss") == logged(cluster.folder / "unbroken", "train/loss")
+    names = {folder.name for folder in (cluster.folder / "again" / "checkpoints").iterdir()}
+    assert "step-00000030" in names and not any(name.startswith("earlier") for name in names), names
 
 
 def test_a_lost_node_sends_the_job_back_to_the_queue(cluster):

@@ -277,6 +277,22 @@ def test_other_nodes_are_told_what_they_need_and_no_secret(recipe, hostfile, tmp
     assert dict(line.split("=", maxsplit=1) for line in Path(where[0]).read_text().splitlines()) == told
 
 
+def test_what_is_shown_has_no_secret_and_the_file_is_the_users_own(recipe, hostfile, tmp_path):
+    """The user's own file does send them: they are in OUTPUT/deepspeed_env, and neither in a dry run nor in the log."""
+    secrets = "HF_TOKEN=hf_secret\nHF_ENDPOINT=https://me:password1@hub.example\n"
+    (tmp_path / ".deepspeed_env").write_text(secrets)
+    words = ["--hostfile", hostfile, "--tensorboard_path", "http://me:password2@host/x?token=password3&y=1"]
+    launch = launched("step1_sft", recipe("dcu_z100l"), *words, HOME=str(tmp_path))
+    text = shown(launch)
+    assert "hf_secret" not in text and "password" not in text and "HF_TOKEN=" in text and "https://me:***@hub.example" in text
+    launch.output.mkdir(parents=True)
+    file = env_file(launch.output)
+    file.write_text("of an earlier run")
+    file.chmod(0o644)
+    passed_on(launch.environment, launch.output)
+    assert file.stat().st_mode & 0o777 == 0o600 and secrets in file.read_text()
+
+
 def test_a_dry_run_is_read_back_by_a_shell_and_makes_nothing(recipe, hostfile, tmp_path, capsys, monkeypatch):
     for name in ("DS_ACCELERATOR", *commands.MASKS):
         monkeypatch.delenv(name, raising=False)

@@ -83,6 +83,8 @@ def read_file(path: str | None) -> dict[str, Any]:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--deepspeed_config {path} is no text in UTF-8; name a JSON file of DeepSpeed keys.") from error
+    except ValueError as error:  # nested too deep, a number of 6,000 digits
+        raise UserError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object of DeepSpeed keys, found {json.dumps(config)[:40]}.")
     config = without_auto(config)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from errors import UserError, reader_may_leave, without_secrets
 from training.utils.flags.parse import is_main_process, parse
 from training.utils.run import heartbeat
-from training.utils.run.ranks import adopt_ranks
+from training.utils.run.ranks import adopt_ranks, number
 
 Args = TypeVar("Args")
 
@@ -28,6 +28,8 @@ def parse_or_exit(
     with errors_told(), reader_may_leave():
         adopt_ranks()
         args = parse(args_class, argv)
+        if getattr(args, "resume", "") is None and number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0):
+            args.resume = "auto"  # torchrun --max-restarts starts the same command again
         check(args)
     gc.disable()  # until run_main: the imports between make objects that stay, and looking through them took 1.2 of 12 s
     return args

@@ -24,8 +24,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be written under the folder, which is made if it is absent."""
+def check_writable(folder: Path, flag: str = "--output_dir") -> None:
+    """Raise UserError that names the flag unless files can be written under the folder, which is made if it is absent."""
     probe = folder / f".writable-{uuid.uuid4().hex}"   # process numbers are the same in many containers
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"--output_dir {folder} cannot be written ({error.strerror}); name a folder where you may create files."
+            f"{flag} {folder} cannot be written ({error.strerror}); name a folder where you may create files."
         ) from error
 
 

@@ -38,6 +38,8 @@ def check_inputs(args: Any) -> None:
     check_resume(args)
     check_models(args)
     check_writable(Path(args.output_dir))
+    if args.enable_tensorboard:
+        check_writable(Path(args.tensorboard_path), "--tensorboard_path")
 
 
 def check_cpu(args: Any) -> None:
