@@ -68,7 +68,11 @@ def problems(document: Any) -> list[str]:
     if not isinstance(document.get("metadata"), dict) or not isinstance(document.get("spec"), dict):
         return ["metadata and spec with their fields are needed."]
     try:
-        found = [*wrong_fields(document), *schema_errors(own_schemas()[kind], document)]
+        own = schema_errors(own_schemas()[kind], document)
+        try:
+            found = [*wrong_fields(document), *own]
+        except (AttributeError, TypeError, KeyError):  # no pods can be found where a number stands for a section
+            found = own or ["spec: a section has a value of another type than its kind has."]
         if not found:
             found = [error for spec in pods(document) for error in schema_errors(own_schemas()["Pod"], spec)]
     except ImportError as error:
