@@ -118,7 +118,8 @@ def test_recipes(tmp_path, content):
 def test_deepspeed_files(tmp_path, content, step):
     file = tmp_path / "deepspeed.json"
     file.write_bytes(content)
-    words = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"] if step is PPOArguments else ["--path", "m"]
+    models = ("actor_model_name_or_path", "critic_model_name_or_path") if step is PPOArguments else ("model_name_or_path",)
+    words = [word for model in models for word in (f"--{model}", "m")]
     args = parse(step, [*words, "--output_dir", "o"])
     args.deepspeed_config = str(file)
     roles = ["actor_", "critic_"] if step is PPOArguments else [""]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import refuse
+from errors import UserError, refuse
 from scripts.launch.hostfile import read_hostfile
 from scripts.launch.options import DEFAULT_PORT, Options, accelerator_name
 from scripts.launch.platforms import ROOT, variable_reasons
@@ -276,7 +276,10 @@ def user_settings(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """
     name, settings = environ.get("DS_ENV_FILE", ".deepspeed_env"), {}
     for path in dict.fromkeys(folder / name for folder in (Path(environ.get("HOME", "~")).expanduser(), Path())):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not a UTF-8 text file; write lines NAME=VALUE.") from error
         for number, line in enumerate(map(str.strip, lines), 1):
             match = re.fullmatch(r"(\w+)\s*=\s*(.*)", line)
             if match:
