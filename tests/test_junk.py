@@ -25,8 +25,8 @@ from scripts.report.page import write_report
 from scripts.report.runs import find_runs
 from tests.tiny import tiny_tokenizer
 from training.step3_ppo.scoring import RewardEndpoint, checked_scores
-from training.utils.data.formats import OUR_NAMES
 from training.utils.data.named_sets import NAMED_SETS
+from training.utils.data.names import OUR_NAMES
 from training.utils.data.readers import SUFFIXES, read_rows
 from training.utils.data.records import Reading, table_records
 from training.utils.data.sources import Table
