@@ -35,7 +35,9 @@ TOKENS = 8192  # of the tokenizer; a larger vocabulary of the model has rows tha
 LEARNING_RATE = 1e-5
 PPO_ROWS, PROMPT, ANSWER = 16, 128, 64
 RAGGED = 0.043  # probability of the end token: 22 tokens an answer where 64 are the most
-GROUPED = {"train_sampling_strategy": "group_by_length"}
+# Batches of like length in random order, as ours. TRL's own group_by_length pads more, and goes from long to short through
+# fifty batches, so that a block of a few steps would not stand for an epoch.
+GROUPED = {"train_sampling_strategy": "sequential"}
 # Never in a run: evaluations, checkpoints and the end.
 ENDLESS = {"max_steps": 10**6, "eval_interval": 10**6, "save_steps": 10**6, "logging_steps": 10**6}
 
@@ -70,9 +72,7 @@ def sft(target: float, block: int, data: str, unit: str, batch: int, length: int
 
 
 PAIRS = {"per_device_train_batch_size": 8, "max_seq_len": 512, "eval_iters": 1}
-# transformers removes the column of lengths before it looks for it, unless all unused columns stay.
-GROUPED_PAIRS = GROUPED | {"remove_unused_columns": False}
-TRL_PAIRS = {"length-grouped": {"per_device_train_batch_size": 8, "max_length": 512} | GROUPED_PAIRS}
+TRL_PAIRS = {"length-grouped": {"per_device_train_batch_size": 8, "max_length": 512} | GROUPED}
 PPO = {
     "per_device_generation_batch_size": PPO_ROWS,
     "per_device_training_batch_size": PPO_ROWS,
@@ -189,12 +189,12 @@ def flags_of_ours(measure: Measure, folder: Path, output: Path) -> list[str]:
 
 
 def rows_for_trl(measure: Measure, flags: list[str]) -> list[dict[str, Any]]:
-    """Return the rows that our step will train on, in the columns of TRL's trainer."""
+    """Return the rows that our step will train on, in the columns of TRL's trainer, and in batches of like length."""
     import importlib
 
     from models.load import load_tokenizer
     from models.templates import load_template
-    from training.utils.data.batching import collate_sft
+    from training.utils.data.batching import collate_sft, plan_epoch
     from training.utils.data.prepare import prepare_phase
     from training.utils.flags.parse import parse
 
@@ -205,14 +205,16 @@ def rows_for_trl(measure: Measure, flags: list[str]) -> list[dict[str, Any]]:
     data = prepare_phase(args, measure.phase, tokenizer, template).train
     if measure.phase == 3:
         return [{"input_ids": row["prompt_ids"]} for row in data]
+    batches = plan_epoch(data["length"], args.per_device_train_batch_size, seed=args.seed, epoch=0)
+    data = data.select([example for batch in batches for example in batch])
     if measure.trainer == "SFT":
         rows = []
         for row in data:
             batch = collate_sft([row], pad_id=tokenizer.pad_token_id, loss_on=args.loss_on, end_id=template.end_token_id)
             labels = batch.labels.masked_fill(~batch.loss_mask, -100)[0].tolist()
-            rows.append({"input_ids": row["input_ids"], "labels": labels, "length": len(labels)})
+            rows.append({"input_ids": row["input_ids"], "labels": labels})
         return rows
-    pairs = [{name: row[name] for name in ("chosen_ids", "rejected_ids")} | {"length": row["length"]} for row in data]
+    pairs = [{name: row[name] for name in ("chosen_ids", "rejected_ids")} for row in data]
     if measure.trainer == "Reward":
         return pairs
     return [
@@ -220,7 +222,6 @@ def rows_for_trl(measure: Measure, flags: list[str]) -> list[dict[str, Any]]:
             "prompt_ids": pair["chosen_ids"][: row["prompt_length"]],
             "chosen_ids": pair["chosen_ids"][row["prompt_length"] :],
             "rejected_ids": pair["rejected_ids"][row["prompt_length"] :],
-            "length": pair["length"],
         }
         for pair, row in zip(pairs, data, strict=True)
     ]
