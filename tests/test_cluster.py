@@ -21,7 +21,6 @@ FLAGS = {
     "seed": 7, "max_seq_len": 64, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "zero_stage": 2,
 }  # fmt: skip
 PLAIN = [sys.executable, "-m", "training.step1_sft.main", "--config", "plain.yaml"]
-BATCH = ["step1_sft", "recipe.yaml"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,8 @@ def steps_done(cluster: Cluster, output: str) -> int:
 
 def begin(cluster: Cluster, output: str, *words: str, steps: int = 7) -> str:
     """Submit the batch file for two nodes, and wait until it has made some steps; returns the job."""
-    job = cluster.submit(*BATCH, output, "--num_gpus", "1", "--master_port", "29711", *words)
+    recipe = str(cluster.folder / "recipe.yaml")
+    job = cluster.submit("step1_sft", recipe, output, "--num_gpus", "1", "--master_port", "29711", *words)
     ends = time.monotonic() + 300
     while steps_done(cluster, output) < steps:
         assert time.monotonic() < ends and cluster.state(job)[0] in ("PENDING", "RUNNING"), cluster.log(job)[-6000:]
@@ -82,7 +82,7 @@ def test_a_job_that_is_told_to_end_saves_and_resumes(cluster, words):
     cluster.run("scancel", *words, job)
     code = cluster.until(job, "FAILED", "CANCELLED", text="continues" if words else "")
     text = cluster.log(job)
-    saved = whole_checkpoints(cluster.folder / output / "checkpoints")
+    saved = list(whole_checkpoints(cluster.folder / output / "checkpoints"))
     step = steps_done(cluster, output)
     assert saved and int(saved[0].name.removeprefix("step-")) == step >= 7, text[-6000:]
     assert "Traceback" not in text.replace("Traceback (most recent call last):\n  File \"<frozen runpy>", ""), text[-6000:]

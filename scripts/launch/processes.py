@@ -103,8 +103,10 @@ def run_step(command: list[str], env: dict[str, str], log: Path, patience: float
     with log.open("ab") as file:
         file.write(f"$ {without_secrets(shlex.join(command))}\n".encode())
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        own_name = {"SLURM_JOB_NAME": f"sanbu-{os.getpid()}"}  # srun calls its step so, and ask_to_end finds it
-        process = subprocess.Popen(command, env=env | own_name, start_new_session=True, **pipes)
+        name = f"sanbu-{os.getpid()}"  # srun calls its step so, and ask_to_end finds it
+        if Path(command[0]).name == "srun":
+            command = [command[0], f"--job-name={name}", *command[1:]]
+        process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
         tail, shown = bytearray(), without_chatter()
 
         def show(chunk: bytes) -> None:
@@ -118,7 +120,7 @@ def run_step(command: list[str], env: dict[str, str], log: Path, patience: float
             try:
                 drain(process, show, deadline=None)
             except Interrupted:
-                ask_to_end(process, own_name["SLURM_JOB_NAME"])
+                ask_to_end(process, name)
                 with contextlib.suppress(Interrupted):  # a second Ctrl-C does not wait
                     drain(process, show, deadline=time.monotonic() + patience)
                 raise
