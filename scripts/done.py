@@ -22,7 +22,7 @@ def read_done(folder: Path) -> dict[str, Any] | None:
 
 
 def differences(args: Any, done: dict[str, Any]) -> str:
-    """Return what a finished step was made with that is not asked for now, "" for nothing: flags, data files, code.
+    """Return what a finished step was made with that is not asked for now, "" for nothing: flags, data files, models, code.
 
     Facts that it did not write down are not compared. A flag that is "auto" now was settled by the run.
     """
@@ -35,6 +35,10 @@ def differences(args: Any, done: dict[str, Any]) -> str:
     if not {"data_path", "sft_only_data_path"} & set(changed):
         triples = zip(data_paths(args), done.get("data", []), inputs["data"], strict=False)
         found += [f"{path} has another content now" for path, old, new in triples if old and new and old != new]
+    made_of = done.get("models", {})
+    for role, path in args.models.items():
+        known = inputs["models"][role] and made_of.get(role) and not any(name.endswith("model_name_or_path") for name in changed)
+        found += [f"{path} has other weights now"] * bool(known and inputs["models"][role] != made_of[role])
     found += ["the program's code is another now"] * (done.get("code", inputs["code"]) != inputs["code"])
     return "; ".join(found)
 

@@ -384,6 +384,11 @@ def test_a_step_done_with_other_data_flags_recipe_or_code_is_not_taken_for_done(
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "c"}\n')
     assert "data.jsonl has another content now." in result()[2]
     assert result("--force")[0] == 0
+    with (tmp_path / models[1] / "model.safetensors").open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"another.")
+    assert f"was done otherwise: {models[1]} has other weights now." in result()[2]
+    assert result("--force")[0] == 0
     monkeypatch.setattr("scripts.done.describe_inputs", lambda args: describe_inputs(args) | {"code": "changed"})
     assert "was done otherwise: the program's code is another now." in result()[2]
     # Folders of earlier versions say nothing of data and code.

@@ -57,8 +57,9 @@ def build_app(service: Service, keys: Sequence[bytes] = ()) -> Gate:
         service.known(question.model)
         if not served.scores:
             raise Refusal(400, f"{served.name} is no reward model; start a server with --path and a reward model.", param="model")
-        pairs = zip(question.prompts, question.answers, strict=True)
-        rows = [await service.encode(len(body), score_tokens, prompt, answer) for prompt, answer in pairs]
+        ended = question.ended or [True] * len(question.answers)
+        samples = zip(question.prompts, question.answers, ended, strict=True)
+        rows = [await service.encode(len(body), score_tokens, *sample) for sample in samples]
         scoring = Scoring(rows, normalised)
         service.submit([scoring])
         [scores] = await finished(request, [scoring], limits.timeout)

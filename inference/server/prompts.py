@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -94,15 +95,16 @@ def too_long(served: ServedModel, what: str) -> Refusal:
 # --- what a reward model reads ------------------------------------------------------------------------------------------
 
 
-def score_tokens(served: ServedModel, prompt: str | list[Message], answer: str) -> list[int]:
-    """Return the tokens of a dialogue and its answer. Raises Refusal."""
+def score_tokens(served: ServedModel, prompt: str | list[Message], answer: str, ended: bool = True) -> list[int]:
+    """Return the tokens of a dialogue and its answer, with the end token behind if it ended. Raises Refusal."""
     tokenizer, template = served.tokenizer, served.template
     if isinstance(prompt, str) and template.kind == "chatglm2" and prompt.startswith("[Round ") and prompt.endswith("答："):
         ids = [*template.prefix_ids, *tokenizer.encode_plain([prompt])[0], *template.suffix_ids]
     else:
         messages = written_messages(served, prompt) if isinstance(prompt, str) else [message.plain() for message in prompt]
         ids = encoded(served, messages, [], False)
-    ids = [*ids, *template.encode_answer(tokenizer, answer)]
+    whole = template if ended else replace(template, answer_suffix="")
+    ids = [*ids, *whole.encode_answer(tokenizer, answer)][: None if ended else -1]
     if len(ids) > served.longest:
         raise too_long(served, "a prompt and its answer have")
     return ids

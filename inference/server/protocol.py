@@ -228,15 +228,21 @@ class TextQuestion(Question):
 
 
 class ScoreQuestion(Form):
-    """The body of /v1/score. A prompt is a dialogue, a question, or text as the template writes it (step 3 sends that)."""
+    """The body of /v1/score. A prompt is a dialogue, a question, or text as the template writes it (step 3 sends that).
+
+    ended: false for an answer that was cut off, which has no end token; all ended unless it is given.
+    """
 
     model: str | None = None
     prompts: list[str | list[Message]] = Field(max_length=100_000)
     answers: list[str]
+    ended: list[bool] | None = None
 
     @model_validator(mode="after")
     def agrees(self) -> ScoreQuestion:
         """Refuse lists of different lengths."""
+        if self.ended is not None and len(self.ended) != len(self.answers):
+            raise ValueError(f'{len(self.answers)} "answers" and {len(self.ended)} "ended"; there must be one an answer')
         if len(self.prompts) != len(self.answers):
             raise ValueError(f'{len(self.prompts)} "prompts" and {len(self.answers)} "answers"; there must be one answer a prompt')
         return self

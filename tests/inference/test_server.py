@@ -369,22 +369,24 @@ def test_step_3_gets_the_scores_of_its_own_reward_model(reward):
         [{"role": "system", "content": "Be brief."}, *ASK],
         [*ASK, {"role": "assistant", "content": "Mix flour and water."}, {"role": "user", "content": "And then?\n\nI wait."}],
     ]
-    answers = ["Mix it.", "Wait an hour, and bake it.", ""]
+    answers, ended = ["Mix it.", "Wait an hour, and bake", ""], [True, False, True]
     rows = [
-        [*template.encode_prompt(tokenizer, dialogue), *template.encode_answer(tokenizer, answer)]
-        for dialogue, answer in zip(dialogues, answers, strict=True)
+        [*template.encode_prompt(tokenizer, dialogue), *template.encode_answer(tokenizer, answer)][: None if whole else -1]
+        for dialogue, answer, whole in zip(dialogues, answers, ended, strict=True)
     ]
     with torch.no_grad():
         ids = [torch.tensor([row]) for row in rows]
         expected = [float(at_last_token(TokenScores(reward.model)(one, torch.ones_like(one)), torch.ones_like(one))) for one in ids]
     prompts = [tokenizer.decode(template.encode_prompt(tokenizer, dialogue), skip_special_tokens=True) for dialogue in dialogues]
     with serving(reward, max_batch=2) as (address, one, _):
-        assert RewardEndpoint(f"{address}/v1/score", 60, 0)(prompts, answers) == pytest.approx(expected, rel=1e-4)
-        in_units = RewardEndpoint(f"{address}/v1/score?normalised=true", 60, 0)(prompts, answers)
+        assert RewardEndpoint(f"{address}/v1/score", 60, 0)(prompts, answers, ended) == pytest.approx(expected, rel=1e-4)
+        in_units = RewardEndpoint(f"{address}/v1/score?normalised=true", 60, 0)(prompts, answers, ended)
         assert in_units == pytest.approx([(score - 0.5) / 2.0 for score in expected], rel=1e-4)
-        body = json.dumps({"prompts": [dialogues[1], ASK[0]["content"]], "answers": [answers[1], answers[0]]}).encode()
+        asked = {"prompts": [dialogues[1], ASK[0]["content"]], "answers": [answers[1], answers[0]]}
+        body = json.dumps(asked | {"ended": [False, True]}).encode()
         reply = json.loads(raw(address, post("/v1/score", body)).partition(b"\r\n\r\n")[2])
         assert reply["scores"] == pytest.approx([expected[1], expected[0]], rel=1e-4)
+        assert b"one an answer" in raw(address, post("/v1/score", json.dumps(asked | {"ended": [True]}).encode()))
         with pytest.raises(openai.BadRequestError, match="reward model, which does not talk"):
             one.chat.completions.create(model="reward", messages=ASK)
 

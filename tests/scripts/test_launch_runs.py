@@ -67,7 +67,7 @@ def test_a_step_on_two_processes_through_the_launcher(repository, folder):
     end = json.loads((output / "sanbu_done.json").read_text())
     flags = end["flags"]
     assert (flags["zero_stage"], flags["max_steps"], flags["max_seq_len"]) == (1, 2, 64)
-    assert {key: end[key] for key in ("data", "code")} == describe_inputs(SFTArguments(**flags))  # what train.py compares
+    assert {key: end[key] for key in ("data", "models", "code")} == describe_inputs(SFTArguments(**flags))  # what train.py compares
     assert len(logged(output, "train/loss")) == 2
     log = (output / "training.log").read_text()
     assert log.startswith("$ ") and "dist_world_size=2" in log

@@ -242,8 +242,9 @@ def score_answers(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> 
             last = at_last_token(engine.reward(joined.input_ids, joined.attention_mask), joined.attention_mask)
             scores[real, 0] = last[: len(real)].float()
     if rewards.outside:
-        texts = engine.texts(experience.select(mine))
-        scores[mine, len(rewards.names) - len(rewards.outside) :] = rewards.ask_outside(*texts, run.world_size).to(run.device)
+        rows = experience.select(mine)
+        outside = rewards.ask_outside(*engine.texts(rows), rows.ended.tolist(), run.world_size)
+        scores[mine, len(rewards.names) - len(rewards.outside) :] = outside.to(run.device)
     if run.world_size > 1:
         dist.all_reduce(scores)
     experience.source_scores = scores

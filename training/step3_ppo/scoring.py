@@ -90,8 +90,8 @@ class RewardFunction:
             problem = "no such name" if self.function is None else f"a {type(self.function).__name__}"
             raise UserError(f"{self.label}: {problem} in the file; expected a function {self.name}(prompts, answers).")
 
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Return one finite float an answer. Raises RewardError that names the sample."""
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str], _ended: Sequence[bool] = ()) -> list[float]:
+        """Return one finite float an answer. Raises RewardError that names the sample. Functions are not told what was cut off."""
         try:
             scores = self.function(list(prompts), list(answers))
         except (Exception, SystemExit) as error:  # one that ends its process would leave the others waiting
@@ -117,10 +117,11 @@ class RewardFunction:
 
 
 class RewardEndpoint:
-    """--reward_endpoint URL: POST {"prompts": [...], "answers": [...]} as JSON, answered by {"scores": [...]}.
+    """--reward_endpoint URL: POST {"prompts": [...], "answers": [...], "ended": [...]} as JSON, answered by {"scores": [...]}.
 
-    One request for a process's share of a rollout. No answer within timeout seconds, a lost connection and a busy server
-    (HTTP 5xx, 408, 425, 429) are tried again, so many times, after 1, 2, 4, ... seconds; anything else wrong ends the run.
+    ended is false where --max_answer_seq_len cut the answer off. One request for a process's share of a rollout. No answer
+    within timeout seconds, a lost connection and a busy server (HTTP 5xx, 408, 425, 429) are tried again, so many times,
+    after 1, 2, 4, ... seconds; anything else wrong ends the run.
     """
 
     def __init__(self, url: str, timeout: float, retries: int, pause: Callable[[float], None] = time.sleep) -> None:
@@ -128,9 +129,13 @@ class RewardEndpoint:
         self.label = f"--reward_endpoint {url}"
         self.url, self.timeout, self.retries, self.pause = url, timeout, retries, pause
 
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Return one finite float an answer. Raises RewardError when all attempts failed or the answer is not usable."""
-        body = json.dumps({"prompts": list(prompts), "answers": list(answers)}).encode()
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool] = ()) -> list[float]:
+        """Return one finite float an answer. Raises RewardError when all attempts failed or the answer is not usable.
+
+        ended: whether each answer came to its end; nothing for True everywhere.
+        """
+        ended = list(ended) or [True] * len(answers)
+        body = json.dumps({"prompts": list(prompts), "answers": list(answers), "ended": ended}).encode()
         for attempt in range(self.retries + 1):
             try:
                 return checked_scores(self._scores(self._post(body)), prompts, answers, self.label)
@@ -281,14 +286,14 @@ class Rewards:
         columns = zip(self.names, experience.source_scores.T, strict=True)
         return {f"score_{name}": float(scores.mean()) for name, scores in columns}
 
-    def ask_outside(self, prompts: Sequence[str], answers: Sequence[str], world_size: int) -> Tensor:
-        """Return the scores of functions and endpoints, [rows, sources outside], on the host.
+    def ask_outside(self, prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool], world_size: int) -> Tensor:
+        """Return the scores of functions and endpoints, [rows, sources outside], on the host. ended: no answer that was cut off.
 
         All processes call it, each with its rows, perhaps none. Raises RewardError, on all together, if a source fails.
         """
         failure, columns = None, []
         try:
-            columns = [source(prompts, answers) for source in self.outside] if answers else []
+            columns = [source(prompts, answers, ended) for source in self.outside] if answers else []
         except RewardError as error:
             failure = error
         raise_together(failure, world_size)

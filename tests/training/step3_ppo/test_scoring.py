@@ -193,7 +193,9 @@ def test_an_endpoint_gets_the_texts_and_gives_the_scores(server):
     source, pauses = endpoint(server.url)
     prompts, answers = ["你好", *PROMPTS[1:]], ANSWERS
     assert source(prompts, answers) == [13.0, 23.0, 0.0]
-    assert server.asked == [{"prompts": prompts, "answers": answers}] and pauses == []
+    assert source(prompts, answers, [True, False, True]) == [13.0, 23.0, 0.0]
+    asked = {"prompts": prompts, "answers": answers}
+    assert server.asked == [asked | {"ended": [True] * 3}, asked | {"ended": [True, False, True]}] and pauses == []
 
 
 @pytest.mark.parametrize("reply", [(503, "busy"), (429, "slow down"), (500, ""), "hang up", 0.6])

@@ -19,3 +19,22 @@ def file_digest(*files: Path) -> str:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
     return state.hexdigest()
+
+
+def sampled_digest(*files: Path, places: int = 64, length: int = 4096) -> str:
+    """Return a hash of the names, the sizes and pieces of the content of files, so many of length bytes in each, evenly spread.
+
+    For weights, of which a training changes nearly every byte: 13 GB take milliseconds. Raise UserError as file_digest.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for path in files:
+        try:
+            size = path.stat().st_size
+            state.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for place in range(places):
+                    file.seek(max(size - length, 0) * place // (places - 1))
+                    state.update(file.read(length))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    return state.hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from errors import UserError
-from training.utils.data.digest import file_digest
+from training.utils.data.digest import file_digest, sampled_digest
 
 logger = logging.getLogger("sanbu")
 
@@ -67,12 +67,17 @@ def data_paths(args: Any) -> list[str]:
 
 
 def describe_inputs(args: Any) -> dict[str, Any]:
-    """Return what a run is made of besides its flags, as hashes of content: its data, in the order of data_paths, and the
-    program. Goes into DONE, for train.py to compare. A set of the hub has None: its name alone tells it apart.
+    """Return what a run is made of besides its flags, as hashes of content: its data, in the order of data_paths, the weights
+    of its models by role, and the program. Goes into DONE, for train.py to compare. A set or a model of the hub has None: its
+    name alone tells it apart.
     """
     data = []
     for local in (Path(path).expanduser() for path in data_paths(args)):
         files = sorted(one for one in local.rglob("*") if one.is_file()) if local.is_dir() else [local] * local.is_file()
         data.append(file_digest(*files) if files else None)
+    models = {}
+    for role, folder in args.models.items():
+        weights = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(folder).expanduser().glob(kind))
+        models[role] = sampled_digest(*weights) if weights else None
     code = [file for room in ("models", "inference", "training") for file in sorted((ROOT / room).rglob("*.py"))]
-    return {"data": data, "code": file_digest(*code)}
+    return {"data": data, "models": models, "code": file_digest(*code)}
