@@ -7,13 +7,16 @@ a chat template takes ({"messages", "chosen", "rejected", "tools"}), and message
 """
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from training.utils.data.names import ANSWER_LIKE, NO_CONTENT
 from training.utils.data.turns import (
+    LEARN_MARKS,
     MESSAGE_FIELDS,
     BadRecord,
     Fields,
@@ -39,7 +42,9 @@ Record = dict[str, Any]
 EMPTY = (None, "", [], {})
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
-LARGEST_MARGIN = 3e38  # of float32, as margins are kept
+LARGEST_NUMBER = 3e38  # of float32, as margins are kept
+ORDERS = {"score": 1, "rank": -1}  # fields that say the order of several answers -> whether high is good
+RECORD_UNLEARNED = "a record marked not to learn"
 DIFFERENT = "two dialogues that differ before the last answer"
 NOT_IN_DIALOGUE = "a prompt that is not in the dialogue beside it"
 UNLEARNED = "an answer marked not to learn"
@@ -82,7 +87,7 @@ def record(
         calls = json.dumps(calls, ensure_ascii=False)
     better, worse = (_shown(one) if one else None for one in answers)
     messages = [{"role": turn["role"], "content": _shown(turn)} for turn in messages]
-    return {"messages": messages, "chosen": better or "", "rejected": worse, "margin": _margin(margin), "calls": calls}
+    return {"messages": messages, "chosen": better or "", "rejected": worse, "margin": _number(margin), "calls": calls}
 
 
 def _shown(turn: Message) -> str:
@@ -91,16 +96,16 @@ def _shown(turn: Message) -> str:
     return "\n".join(filter(None, [turn["content"], *calls])) if calls else turn["content"]
 
 
-def _margin(value: Any) -> float | None:
+def _number(value: Any, field: str = "margin") -> float | None:
     if value is None or value == "":
         return None
     try:
-        margin = float(value)
+        number = float(value)
     except (TypeError, ValueError) as error:
-        raise BadRecord(f'field "margin" is {value!r}, expected a number') from error
-    if not abs(margin) <= LARGEST_MARGIN:  # NaN, too: one of them would make the loss of all NaN
-        raise BadRecord(f'field "margin" is {value!r}, expected a finite number')
-    return margin
+        raise BadRecord(f'field "{field}" is {value!r}, expected a number') from error
+    if not abs(number) <= LARGEST_NUMBER:  # NaN, too: one of them would make the loss of all NaN
+        raise BadRecord(f'field "{field}" is {value!r}, expected a finite number')
+    return number
 
 
 def dialogue(messages: list[Message], tools: Any = None) -> list[Record | Skip]:
@@ -157,20 +162,19 @@ def history(row: Fields) -> list[Message]:
     return turns
 
 
-def instruction(row: Fields) -> list[Message]:
-    """Read the earlier turns, and instruction and input as one question."""
-    return history(row) + user_turn("\n".join(filter(None, [text(row["instruction"], "instruction"), *_material(row)])))
-
-
 def _material(row: Fields) -> list[str]:
     """Read what a question works on, and stands below it: "input", and dolly's "context"."""
     return [text(row[name], name) for name in ("input", "context") if row.get(name)]
 
 
-def _asked(row: Fields) -> list[Message]:
-    turns, material = prompt_messages(row["prompt"]), _material(row)
-    if material and turns and turns[-1]["role"] == "user":
-        turns[-1] = turns[-1] | {"content": "\n".join(filter(None, [turns[-1]["content"], *material]))}
+def _asked(row: Fields, field: str = "prompt") -> list[Message]:
+    """Read the earlier turns and the question, with what it works on below it."""
+    turns, material = prompt_messages(row[field], field), _material(row)
+    if turns and turns[-1]["role"] == "assistant" and is_empty(turns[-1]):  # the open "Assistant:"
+        turns.pop()
+    if material:
+        question = turns.pop()["content"] if turns and turns[-1]["role"] == "user" else ""
+        turns += user_turn("\n".join(filter(None, [question, *material])))
     return history(row) + turns
 
 
@@ -183,8 +187,12 @@ def _turns(row: Fields, field: str) -> list[Message]:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def answer_turns(row: Fields, field: str) -> list[Message]:
-    """Read an answer: a text, one message, or messages. Behind a prompt with role marks a space before the text goes."""
+def answer_turns(row: Fields, field: str, asked: Sequence[Message] = ()) -> list[Message]:
+    """Read an answer: a text, one message, or messages. Behind a prompt with role marks a space before the text goes.
+
+    asked: the prompt. A text with role marks that repeats one of its questions, or is of hh-rlhf's form, is a whole dialogue;
+    any other is an answer that quotes one.
+    """
     value = row[field]
     if is_turns(value):
         turns = items(value, field)
@@ -199,7 +207,12 @@ def answer_turns(row: Fields, field: str) -> list[Message]:
     if isinstance(value, dict):
         return read_item({"role": "assistant"} | value, field)
     reply = text(value, field, strip=False)
-    prompt = row.get("prompt", row.get("context"))
+    whole = split_turns(reply, answered=True) or []
+    questions = {normal(turn["content"]) for turn in asked if turn["role"] == "user"}
+    repeated = any(turn["role"] == "user" and normal(turn["content"]) in questions for turn in whole)
+    if repeated or (whole and reply.startswith("\n\nHuman:")):
+        return whole
+    prompt = row.get("prompt") or row.get("instruction") or row.get("context")
     marked = reply.startswith(" ") and isinstance(prompt, str) and split_turns(text(prompt, "prompt"))
     return [assistant_turn(reply.removeprefix(" ") if marked else reply)]
 
@@ -221,7 +234,7 @@ def joined(asked: list[Message], turns: list[Message]) -> list[Message]:
 
 def pair(asked: list[Message], row: Fields) -> list[Record | Skip]:
     """Read the answers "chosen" and "rejected" (perhaps null), each alone or behind the whole dialogue."""
-    sides = [answer_turns(row, field) for field in ("chosen", "rejected") if row.get(field) is not None]
+    sides = [answer_turns(row, field, asked) for field in ("chosen", "rejected") if row.get(field) is not None]
     dialogues = [joined(asked, turns) for turns in sides]
     if any(one[-1]["role"] != "assistant" for one in dialogues):
         raise Skip("a dialogue that does not end with an answer")
@@ -245,7 +258,7 @@ def _pair_after_messages(row: Fields) -> list[Record | Skip]:
         *messages, last = messages
         if row.get("chosen") is None:
             row = row | {"chosen": last}
-        elif normal(answer_turns(row, "chosen")[-1]["content"]) != normal(last["content"]):
+        elif normal(answer_turns(row, "chosen", messages)[-1]["content"]) != normal(last["content"]):
             raise Skip("messages that end with another answer than the chosen one")
     if row.get("chosen") is None:
         raise Skip("a dialogue that does not end with an answer")
@@ -254,15 +267,15 @@ def _pair_after_messages(row: Fields) -> list[Record | Skip]:
 
 def _pair_with(row: Fields, asked: str, reply: str) -> list[Record | Skip]:
     """Read a pair whose better answer has the name of a single one."""
-    return pair(instruction(row) if asked == "instruction" else _asked(row), row | {"chosen": row[reply]})
+    return pair(_asked(row, asked), row | {"chosen": row[reply]})
 
 
 def _answer_behind(row: Fields, field: str, reply: str) -> list[Record | Skip]:
     """Read messages and an answer of their own field. Messages that end with this answer are the whole dialogue."""
     messages = _turns(row, field)
     if not messages or messages[-1]["role"] != "assistant":
-        return dialogue(joined(messages, answer_turns(row, reply)), _tools(row))
-    if normal(answer_turns(row, reply)[-1]["content"]) != normal(messages[-1]["content"]):
+        return dialogue(joined(messages, answer_turns(row, reply, messages)), _tools(row))
+    if normal(answer_turns(row, reply, messages)[-1]["content"]) != normal(messages[-1]["content"]):
         raise Skip(f'messages that end with another answer than "{reply}"')
     return dialogue(messages, _tools(row))
 
@@ -287,24 +300,16 @@ def _answered_dialogue(value: Any, field: str) -> list[Message]:
     return turns
 
 
-def _prompt_response(row: Fields) -> list[Record | Skip]:
-    several = isinstance(row["response"], list) and all(isinstance(one, str) for one in row["response"])
-    if several and row.get("score") is not None:
-        return _ranked(_asked(row), row["response"], "response", row["score"])
-    turns, asked = answer_turns(row, "response"), _asked(row)
+def _replied(row: Fields, question: str, reply: str) -> list[Record | Skip]:
+    """Read a question and its answer, or several answers: a list in "output" stands in order, best first."""
+    asked, value = _asked(row, question), row[reply]
+    several = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if several and (reply == "output" or any(row.get(name) is not None for name in ORDERS)):
+        return _ranked(asked, row, reply)
+    turns = answer_turns(row, reply, asked)
     if len(turns) > 1 or row.get("history"):
         return _answered(asked, turns)
     return [record(asked, *turns)]
-
-
-def _instruction_output(row: Fields) -> list[Record | Skip]:
-    if is_turns(row["output"]):
-        return _ranked(instruction(row), row["output"], "output", row.get("score"))
-    return _answered(instruction(row), [assistant_turn(text(row["output"], "output", strip=False))])
-
-
-def _instruction_response(row: Fields) -> list[Record | Skip]:
-    return _instruction_output(row | {"output": row["response"]})
 
 
 def _answered(asked: list[Message], turns: list[Message]) -> list[Record | Skip]:
@@ -313,20 +318,47 @@ def _answered(asked: list[Message], turns: list[Message]) -> list[Record | Skip]
     return dialogue(joined(asked, turns))
 
 
-def _ranked(asked: list[Message], answers: Any, field: str, scores: Any) -> list[Record | Skip]:
-    """Read several answers: a pair of the best and the worst. scores None: they stand in order, best first."""
-    texts = [text(reply, field, strip=False) for reply in items(answers, field)]
-    if scores is not None:
-        numbers = [_margin(score) for score in items(scores, "score")]
-        if len(numbers) != len(texts) or None in numbers:
-            raise BadRecord(f'field "score" has {len(numbers)} numbers for the {len(texts)} answers of "{field}"')
-        order = sorted(range(len(texts)), key=lambda place: -numbers[place])
-        if len(texts) > 1 and numbers[order[0]] == numbers[order[-1]]:
+def _ranked(asked: list[Message], row: Fields, field: str) -> list[Record | Skip]:
+    """Read several answers: a pair of the best and the worst. Without a score or a rank they stand in order, best first."""
+    texts = [text(reply, field, strip=False) for reply in items(row[field], field)]
+    orders = [_goodness(row[name], name, sign, len(texts), field) for name, sign in ORDERS.items() if row.get(name) is not None]
+    if not orders and len(texts) > 1:
+        _check_order(row, field, len(texts))
+    if orders:
+        order = sorted(range(len(texts)), key=lambda place: -orders[0][place])
+        for numbers in orders[1:]:
+            if any(numbers[one] < numbers[other] for one, other in pairwise(order)):
+                raise BadRecord('the fields "score" and "rank" put the answers in different orders; remove the wrong one')
+        if len(texts) > 1 and orders[0][order[0]] == orders[0][order[-1]]:
             raise Skip("answers with the same score", len(texts))
         texts = [texts[place] for place in order]
     texts = [reply for reply in texts if reply.strip()] or [""]
     between = [Skip("a rank between the best and the worst", len(texts) - 2)] if len(texts) > 2 else []
     return [record(asked, texts[0], texts[-1] if len(texts) > 1 else None), *between]
+
+
+def _goodness(value: Any, name: str, sign: int, count: int, field: str) -> list[float]:
+    """Return how good each of the answers is, by their scores or ranks. sign: 1 or -1, by which they grow with it."""
+    numbers = [_number(one, name) for one in items(value, name)]
+    if len(numbers) != count or None in numbers:
+        raise BadRecord(f'field "{name}" has {len(numbers)} numbers for the {count} answers of "{field}"')
+    return [sign * number for number in numbers]
+
+
+def _check_order(row: Fields, field: str, count: int) -> None:
+    """Raise BadRecord for a field of unknown meaning that has as many numbers as there are answers: it may order them."""
+    for name, value in row.items():
+        as_many = name not in (field, "history") and isinstance(value, list) and len(value) == count
+        if as_many and not any(isinstance(one, str) and not looks_numeric(one) for one in value):
+            raise BadRecord(
+                f'"{field}" is a list of {count} answers, and "{name}" may say their order: --columns score={name} '
+                f"(high is good), --columns rank={name} (1 is the best), or remove it (then the first is the best)"
+            )
+
+
+def looks_numeric(value: str) -> bool:
+    """Return whether a text is a number or a judgement."""
+    return truth(value) is not None or re.fullmatch(r"[-+]?\d+([.,/]\d+)?", value.strip()) is not None
 
 
 def question_answer(row: Fields, question: str, chosen: str) -> list[Record]:
@@ -370,7 +402,7 @@ class Format:
 
 EARLIER, TOOLS, MATERIAL = ("history", "system"), ("system", "tools"), ("input", "context")
 MORE = (*TOOLS, "margin")
-PAIRED, ANSWERED = ("history", *MATERIAL, *MORE), (*EARLIER, *MATERIAL, "score")
+PAIRED, ANSWERED = ("history", *MATERIAL, *MORE), (*EARLIER, *MATERIAL, *ORDERS)
 
 
 # The first one that fits is taken.
@@ -379,7 +411,7 @@ FORMATS: tuple[Format, ...] = (
     Format(("conversations", "rejected"), lambda row: _pair_after_messages(row | {"messages": row["conversations"]}), MORE),
     Format(("messages", "chosen", "rejected"), _pair_after_messages, ("prompt", *MORE)),
     Format(("messages", "rejected"), _pair_after_messages, ("prompt", *MORE)),
-    Format(("instruction", "chosen", "rejected"), lambda row: pair(instruction(row), row), PAIRED),
+    Format(("instruction", "chosen", "rejected"), lambda row: pair(_asked(row, "instruction"), row), PAIRED),
     Format(("prompt", "chosen", "rejected"), lambda row: pair(_asked(row), row), PAIRED),
     *(
         Format((asked, reply, "rejected"), partial(_pair_with, asked=asked, reply=reply), PAIRED)
@@ -395,9 +427,10 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(("messages",), lambda row: dialogue(_turns(row, "messages"), _tools(row)), TOOLS, judged=True),
     Format(("conversations",), lambda row: dialogue(_turns(row, "conversations"), _tools(row)), TOOLS, judged=True),
-    Format(("prompt", "response"), _prompt_response, ANSWERED, "history", judged=True),
-    Format(("instruction", "output"), _instruction_output, ANSWERED, "history", judged=True),
-    Format(("instruction", "response"), _instruction_response, ANSWERED, "history", judged=True),
+    *(
+        Format(names, partial(_replied, question=names[0], reply=names[1]), ANSWERED, "history", judged=True)
+        for names in (("prompt", "response"), ("instruction", "output"), ("instruction", "response"))
+    ),
     Format(("content", "summary"), lambda row: question_answer(row, "content", "summary")),
     Format(("prompt", "queries", "answers"), lambda row: mkqa(row, "en", row["prompt"])),
     Format(("prompt",), lambda row: [record(_asked(row))], (*EARLIER, *MATERIAL)),
@@ -439,12 +472,13 @@ def check_vote(row: Fields) -> None:
 def read_fields(row: Fields, form: Format) -> list[str]:
     """Return the fields of a format that a row is read by: those that hold something, in the order of the format.
 
-    Scores say the order of several answers; a label counts where it judges.
+    Scores and ranks say the order of several answers; a label counts where it judges, a mark says whether to learn the record.
     """
     unused = {"label"} if judgement(form, row) is None else set()
-    unused |= set() if any(is_turns(row.get(name)) for name in ("response", "output")) else {"score"}
+    unused |= set() if any(is_turns(row.get(name)) for name in ("response", "output")) else set(ORDERS)
     names = (*form.needed, *(name for name in form.optional if row.get(name) not in EMPTY), *(["label"] if form.judged else []))
-    return [name for name in names if name not in unused]
+    marks = [name for name in LEARN_MARKS if row.get(name) not in EMPTY]
+    return [*(name for name in names if name not in unused), *marks]
 
 
 def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
@@ -459,7 +493,7 @@ def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
             inner = {key for item in value if isinstance(item, dict) for key in item if item[key]} - MESSAGE_FIELDS
             unread |= {f"{name}.{key}": key not in NO_CONTENT for key in inner}
         elif name not in read and value not in EMPTY:
-            if isinstance(value, str) and value in set(texts_in([row.get(one) for one in read])):
+            if set(texts_in(value)) - {""} <= set(texts_in([row.get(one) for one in read])) and any(texts_in(value)):
                 continue  # such as the question beside its dialogue
             plain = name.lower() in NO_CONTENT or name.lower().endswith(("label", "_id", "_source", "_url"))
             unread[name] = not plain and any(texts_in(value))

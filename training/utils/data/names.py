@@ -1,9 +1,9 @@
 """The names of fields: ours, others that are known for them, and those that say nothing of a dialogue."""
 
-from training.utils.data.turns import Fields
+from training.utils.data.turns import Fields, truth
 
 OUR_NAMES = ("prompt", "response", "chosen", "rejected", "messages", "conversations", "context", "instruction")
-OUR_NAMES += ("input", "output", "history", "system", "content", "summary", "margin", "score", "label", "tools")
+OUR_NAMES += ("input", "output", "history", "system", "content", "summary", "margin", "score", "rank", "label", "tools")
 # Other names that published sets and tools use for ours.
 ALIASES = {
     **dict.fromkeys(("query", "问题", "提问"), "prompt"),
@@ -11,9 +11,13 @@ ALIASES = {
     **dict.fromkeys(("rejected_response", "rejected_messages"), "rejected"),
     **dict.fromkeys(("chosen_response", "chosen_messages"), "chosen"),
     **dict.fromkeys(("scores", "rating", "ratings", "reward", "rewards"), "score"),
+    **dict.fromkeys(("overall_score", "overall_scores", "overall_rating", "overall_ratings"), "score"),
+    **{"ranks": "rank"},  # not "ranking": it may also list the places of the answers in their order
     **{"conversation": "conversations", "指令": "instruction", "输入": "input", "输出": "output"},
     **{"系统": "system", "system_prompt": "system", "历史": "history", "kto_tag": "label"},
 }
+# Names of "label" where it says true or false.
+VERDICTS = {"is_good", "is_correct", "is_chosen", "is_desirable", "correct", "desirable", "thumbs_up"}
 # Names of a question and of its answer where a row holds no other text (clear_columns): the first that is there.
 CLEAR = {"prompt": ("question", "q", "问", "input"), "response": ("answer", "a", "答", "output", "reply", "target")}
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
@@ -34,6 +38,8 @@ def known_names(row: Fields) -> dict[str, str]:
     for name in sorted(row, key=lambda name: row[name] is None):
         plain = name.strip().lower()
         ours = ALIASES.get(plain, plain if plain in OUR_NAMES else name)
+        if plain in VERDICTS and truth(row[name]) is not None:
+            ours = "label"
         if ours != name and row.get(ours) is None and ours not in known.values():
             known[name] = ours
     return known

@@ -55,6 +55,8 @@ def counts_of(counts: dict[str, Any], rows: Dataset, phase: int, loss_on: str) -
     named = {"records of this step": counts["records"]}
     named |= {f"left out: {reason}": count for reason, count in counts["dropped"].items()}
     named |= {words: counts[name] for name, words in cuts.items() if counts[name]}
+    if phase == 1 and counts["rejected"]:
+        named |= {"answers rejected or judged bad, not learned": counts["rejected"]}
     if counts["joined"]:
         named |= {"answers in the sequence of a later one": counts["joined"]}
         named |= {"tokens with a sequence for each answer": counts["tokens_apart"]}

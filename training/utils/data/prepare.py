@@ -160,6 +160,7 @@ def tokenise_records(
         counts.records += len(batch)
         if excluded:
             batch = drop(batch, lambda record: question_of(record["messages"]) in excluded, HELD_OUT, counts)
+        counts.rejected += sum(record["rejected"] is not None for record in batch)
         write(tokenise(batch, encoding, counts))
     return counts
 

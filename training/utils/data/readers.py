@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from errors import UserError
-from json_text import parse_json
+from json_text import parse_json, unique_names
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 CHUNK = 1 << 20
 LONGEST_RECORD = 256 << 20
 WHITE = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder()
+DECODER = json.JSONDecoder(object_pairs_hook=unique_names)
 Row = tuple[str, dict[str, Any]]
 
 
@@ -122,7 +122,8 @@ def _line_values(path: Path, file: IO[str], first: str) -> Iterator[tuple[str, A
             line += more
         if line.strip():
             try:
-                value = parse_json(line.rstrip("\r\n"))  # an error at its end is in this line, not at the start of the next
+                # Without its end: an error there is in this line, not at the start of the next.
+                value = parse_json(line.rstrip("\r\n"), object_pairs_hook=unique_names)
             except ValueError as error:
                 column = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise UserError(f"{path}, line {number}: invalid JSON ({column}); expected one object a line.") from error
@@ -220,6 +221,9 @@ def _csv_rows(path: Path, suffix: str) -> Iterator[Row]:
         delimiter = max(",;\t", key=first.count) if suffix == ".csv" else "\t"
         reader = csv.DictReader(chain([first], file), delimiter=delimiter, strict=True)
         try:
+            names = reader.fieldnames or ()  # spreadsheets leave columns without a name at the end
+            reader.fieldnames = [name or f"column {place}" for place, name in enumerate(names, start=1)]
+            _check_columns(f"{path}, line 1", reader.fieldnames)
             for row in reader:
                 location = f"line {reader.line_num}"
                 if None in row or None in row.values():
@@ -234,6 +238,13 @@ def _csv_rows(path: Path, suffix: str) -> Iterator[Row]:
             raise UserError(f"{path}, line {reader.line_num + 1}: invalid CSV ({error}).") from error
 
 
+def _check_columns(location: str, names: list[str]) -> None:
+    """Raise UserError for a name that two columns have."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f'{location}: two columns are called "{twice}"; rename or remove one of them.')
+
+
 def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow  # 0.4 s, which a wrong flag need not wait for
     import pyarrow.parquet
@@ -243,7 +254,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             shutil.copyfileobj(file, unpacked, CHUNK)
             file = unpacked
         try:
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=500)
+            table = pyarrow.parquet.ParquetFile(file)
+            _check_columns(str(path), table.schema_arrow.names)
+            batches = table.iter_batches(batch_size=500)
             for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1):
                 yield f"record {number}", row
         except pyarrow.ArrowInvalid as error:

@@ -17,6 +17,7 @@ from datasets import Dataset, Features, Value
 from errors import UserError
 from training.utils.data.cache import CachedData, arrow_writer, cached
 from training.utils.data.formats import (
+    RECORD_UNLEARNED,
     Format,
     Record,
     assistant_turn,
@@ -31,7 +32,7 @@ from training.utils.data.names import known_names
 from training.utils.data.rows import MISSING, Columns, Reading, refuse_unused, renamed, row_format
 from training.utils.data.sources import Source, Table, open_source
 from training.utils.data.suggested import suggested_columns
-from training.utils.data.turns import BadRecord, Fields, Skip
+from training.utils.data.turns import BadRecord, Fields, Skip, is_learned
 
 logger = logging.getLogger("sanbu")
 
@@ -145,6 +146,8 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
             check_media(raw)
             check_vote(raw)
             results = form.convert(row)
+            if not form.set_name and not is_learned(row, "the record"):
+                raise Skip(RECORD_UNLEARNED, max(1, sum(not isinstance(one, Skip) for one in results)))
         except Skip as reason:
             reading.leave_out(str(reason), reason.answers, location)
             continue
@@ -155,8 +158,8 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
                 raise
             raise UserError(f"{location}: not of the form of {form.set_name} ({error!r}).") from error
         if not form.set_name:
-            reading.unread |= unread_fields(row, form)
             theirs = {ours: name for name, ours in known_names(raw).items()} | mapping
+            reading.unread |= {theirs.get(name, name): content for name, content in unread_fields(row, form).items()}
             for ours in read_fields(row, form):
                 reading.fields[f"{ours}={theirs[ours]}" if theirs.get(ours, ours) != ours else ours] = True
         records = [one for one in results if not isinstance(one, Skip)]

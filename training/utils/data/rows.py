@@ -8,7 +8,7 @@ from typing import Any
 from errors import UserError, refuse
 from training.utils.data.formats import Format, recognise, unread_fields
 from training.utils.data.named_sets import NamedSet
-from training.utils.data.names import OUR_NAMES, clear_columns, with_our_names
+from training.utils.data.names import OUR_NAMES, clear_columns, known_names, with_our_names
 from training.utils.data.suggested import suggested_columns
 from training.utils.data.turns import Fields
 
@@ -104,12 +104,20 @@ def mapped_format(row: Fields, columns: Columns) -> Format:
 
 
 def renamed(row: Fields, columns: Columns) -> Fields:
-    """Return a row under our names: what --columns maps, and the other fields that are known."""
+    """Return a row under our names: what --columns maps, and the other fields that are known.
+
+    A field of a name that --columns gives to another, and one that it looks inside, have longer names: they are told as not
+    read where they hold more.
+    """
     if not columns:
         return with_our_names(row)
-    mapped = {theirs.split(".")[0] if theirs not in row else theirs for theirs in columns.values()}
-    others = with_our_names({name: value for name, value in row.items() if name not in mapped})
-    return others | {ours: field_of(row, theirs) for ours, theirs in columns.items()}
+    mapped, made = set(columns.values()), {ours: field_of(row, theirs) for ours, theirs in columns.items()}
+    inside = {theirs.split(".")[0] for theirs in mapped if theirs not in row}
+    others = {name: value for name, value in row.items() if name not in mapped | inside | made.keys()}
+    known = {name: ours for name, ours in known_names(others).items() if ours not in made}
+    rest = {f"{name} (the rest)": row[name] for name in inside if name in row}
+    rest |= {f"{name} (of the file)": row[name] for name in made if name in row and name not in mapped | inside}
+    return {known.get(name, name): value for name, value in others.items()} | rest | made
 
 
 def field_of(row: Fields, name: str, default: Any = None) -> Any:

@@ -61,6 +61,7 @@ class Counts:
     """Numbers of records, rows kept, tokens and cuts of one split; dropped: number of records by reason.
 
     joined: records that became part of a later one's row; tokens_apart: all tokens, had each record a row of its own.
+    rejected: records with a worse answer, which step 1 does not learn.
     """
 
     records: int = 0
@@ -70,6 +71,7 @@ class Counts:
     tokens_apart: int = 0
     truncated_prompts: int = 0
     truncated_answers: int = 0
+    rejected: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
 

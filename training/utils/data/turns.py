@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from json_text import parse_json
+from json_text import parse_json, unique_names
 
 Message = dict[str, Any]
 Fields = dict[str, Any]
@@ -27,7 +27,7 @@ TURN_NAMES = ROLES | dict.fromkeys(("input", "question", "prompt", "instruction"
 TURN_NAMES |= dict.fromkeys(("output", "answer", "response", "回答", "答"), "assistant")
 # Fields of a turn that say whether its text is learned, and the value of those that are.
 LEARN_MARKS = dict.fromkeys(
-    ("loss", "weight", "train", "training", "trainable", "loss_weight", "loss_scale", "output_with_loss"), True
+    ("loss", "weight", "train", "training", "trainable", "loss_mask", "loss_weight", "loss_scale", "output_with_loss"), True
 ) | {"masked": False}
 # What labels and marks say, in lower case.
 TRUTHS = dict.fromkeys(("true", "1", "1.0", "good", "chosen", "desirable"), True)
@@ -93,7 +93,7 @@ def items(value: Any, field: str) -> list:
 def from_json(value: str, field: str) -> Any:
     """Return the value that a text spells in JSON."""
     try:
-        return parse_json(value)
+        return parse_json(value, object_pairs_hook=unique_names)
     except ValueError as error:
         raise BadRecord(f'field "{field}" looks like JSON, but is invalid ({getattr(error, "msg", error)})') from error
 
@@ -164,7 +164,7 @@ def turn_of(role: str, content: Any, value: Fields, field: str) -> Message:
         calls, content = [{"function": one} for one in (calls if isinstance(calls, list) else [calls])], ""
     content = "" if content is None and calls else content_text(content, field, strip=role != "assistant")
     turn = {"role": "assistant" if role == CALL else role, "content": content}
-    if role == "assistant" and not is_learned(value, field):
+    if role == "assistant" and not is_learned(value, f'a turn of field "{field}"'):
         turn["learn"] = False
     if calls:
         turn["tool_calls"] = [tool_call(one, field) for one in calls]
@@ -197,20 +197,18 @@ def content_text(content: Any, field: str, *, strip: bool) -> str:
     return text("".join(texts), field, strip=strip)
 
 
-def is_learned(value: Fields, field: str) -> bool:
-    """Return whether the marks of a turn leave it a target."""
+def is_learned(value: Fields, where: str) -> bool:
+    """Return whether the marks of a turn or a record leave it a target. where: the field of the turn, for an error."""
     if value.get("train_detail"):
-        raise BadRecord(f'field "{field}" marks parts of a turn (train_detail); only whole turns can be marked')
-    for name, learned in LEARN_MARKS.items():
-        if value.get(name) is not None:
-            mark = truth(value[name])
-            if mark is None:
-                raise BadRecord(
-                    f'field "{field}" has a turn with "{name}" {value[name]!r}, expected true, false, 1 or 0'
-                )
-            if mark != learned:
-                return False
-    return True
+        raise BadRecord(f"{where} marks parts of a turn (train_detail); only whole turns can be marked")
+    marks = {name: truth(value[name]) for name in LEARN_MARKS if value.get(name) not in (None, "")}
+    unknown = next((name for name, mark in marks.items() if mark is None), None)
+    if unknown:
+        raise BadRecord(
+            f'{where} has "{unknown}" {value[unknown]!r}, expected true, false, 1 or 0 (is it to be learned?); '
+            "rename or remove it if it means something else"
+        )
+    return all(mark == LEARN_MARKS[name] for name, mark in marks.items())
 
 
 def tidy(messages: Iterable[Message]) -> list[Message]:

@@ -72,6 +72,7 @@ def one(*contents, role="role", content="content"):
 
 WHOLE = {"chosen": turns("Q1", "A1", "Q2", "A"), "rejected": turns("Q1", "A1", "Q2", "B")}
 TWO = rec(turns("Q1", "A1", "Q2"), "A", "B")
+DIALOGUE = "\n\nHuman: Q1\n\nAssistant: A1\n\nHuman: Q2\n\nAssistant:"
 UNLEARNED = "1 with an answer marked not to learn"
 ROWS = {
     # pairs as whole dialogues beside a prompt
@@ -156,6 +157,48 @@ ROWS = {
         [rec(turns("Q"), "a")],
         "1 with answers with the same score (2 answers",
     ),
+    "ranks": (
+        [{"instruction": "Q", "input": "", "output": ["a", "b", "c"], "rank": [3, 1, 2]}],
+        [rec(turns("Q"), "b", "a")],
+        "1 with a rank between the best and the worst",
+    ),
+    "a score of another name": (
+        [{"prompt": "Q", "response": ["a", "b"], "overall_score": [1, 5]}],
+        [rec(turns("Q"), "b", "a")],
+        "",
+    ),
+    "scores and ranks": (
+        [{"prompt": "Q", "response": ["a", "b"], "scores": [1, 5], "ranks": [2, 1], "length": [7, 9]}],
+        [rec(turns("Q"), "b", "a")],
+        "fields without content, not read: length",
+    ),
+    "texts beside several answers": (
+        [{"instruction": "Q", "output": ["a", "b"], "models": ["one", "two"], "critique": ["fine", "wrong"]}],
+        [rec(turns("Q"), "a", "b")],
+        "texts in fields that are not read: critique; ",
+    ),
+    # labels and marks of a record
+    **{
+        name: (
+            [{"prompt": "Q", "response": f"A{bad}", name: not bad} for bad in (0, 1)],
+            [rec(turns("Q"), "A0", "A1")],
+            "",
+        )
+        for name in ("is_good", "is_correct", "Correct", "desirable")
+    },
+    "an answer that is called correct": (
+        [{"prompt": "Q", "response": "A", "correct": "Paris"}],
+        [rec(turns("Q"), "A")],
+        "texts in fields that are not read: correct",
+    ),
+    **{
+        f"{name} of a record": (
+            [{"messages": turns("Q", "A"), name: good}, {"messages": turns("R", "B", "S", "C"), name: bad}],
+            [rec(turns("Q"), "A")],
+            "1 with a record marked not to learn (2 answers; first: line 2)",
+        )
+        for name, good, bad in (("loss", True, False), ("weight", 1.0, 0), ("loss_mask", 1, 0), ("masked", "", True))
+    },
     # turns that are not learned, or no text
     "masked": (
         [{"messages": [*turns("Q"), {"role": "assistant", "content": "X", "masked": True}, *turns("R", "A")]}],
@@ -208,6 +251,39 @@ ROWS = {
     "Chinese marks": (
         [{"prompt": "[Round 0]\n问：甲\n答：乙\n[Round 1]\n问：丙\n答：", "response": "丁"}],
         [rec(turns("甲", "乙", "丙"), "丁")],
+        "",
+    ),
+    "marks in an instruction": (
+        [{"instruction": "Human:Hi\nAssistant:Yo\nHuman:Who?\nAssistant:", "input": "I", "output": "A"}],
+        [rec(turns("Hi", "Yo", "Who?\nI"), "A")],
+        "",
+    ),
+    "input below a prompt with marks": (
+        [{"prompt": "\n\nHuman: Hi\n\nAssistant:", "input": "I", "response": " A"}],
+        [rec(turns("Hi\nI"), "A")],
+        "",
+    ),
+    **{
+        f"whole dialogues as texts beside {asked}": (
+            [{asked: prompt} | {side: f"{DIALOGUE} {side}" for side in ("chosen", "rejected")}],
+            [rec(turns("Q1", "A1", "Q2"), "chosen", "rejected")],
+            "",
+        )
+        for asked, prompt in (("prompt", "Q1"), ("instruction", "Q2"), ("prompt", DIALOGUE), ("messages", turns("Q1")))
+    },
+    "a whole dialogue as a response": (
+        [{"prompt": "Q1", "response": "Human: Q1\nAssistant: A1\nHuman: Q2\nAssistant: A2"}],
+        [rec(turns("Q1"), "A1"), rec(turns("Q1", "A1", "Q2"), "A2")],
+        "",
+    ),
+    "a dialogue as text about another question": (
+        [{"prompt": "Q", "response": "A"}, {"prompt": "Q", "response": f"{DIALOGUE} A2"}],
+        [rec(turns("Q"), "A")],
+        "1 with a prompt that is not in the dialogue beside it",
+    ),
+    "an answer that quotes a dialogue": (
+        [{"prompt": "Write one.", "response": "User: Hi\nAssistant: Yo"}],
+        [rec(turns("Write one."), "User: Hi\nAssistant: Yo")],
         "",
     ),
     "Human and AI": (
@@ -297,6 +373,23 @@ def test_rows(name, tmp_path):
 REFUSED = {
     "scores missing": ({"prompt": "Q", "response": ["a", "b"]}, "a list of 2 texts and nothing says which is better"),
     "scores of another number": ({"prompt": "Q", "response": ["a", "b"], "score": [1]}, "1 numbers for the 2 answers"),
+    **{
+        f"{name} of several answers": (
+            {"instruction": "Q", "output": ["a", "b"], name: value},
+            f'"{name}" may say their order: --columns score={name} .high is good., --columns rank={name} ',
+        )
+        for name, value in (
+            *(("ranking", [1, 0]), ("quality", ["4", "5/5"]), ("is_correct", [False, True])),
+            *(("verdict", ["bad", "good"]), ("annotations", [{"helpfulness": 1}, {"helpfulness": 5}])),
+        )
+    },
+    "an order without a word": ({"instruction": "Q", "response": ["a", "b"]}, "nothing says which is better"),
+    "ranks against scores": (
+        {"prompt": "Q", "response": ["a", "b"], "score": [1, 2], "rank": [1, 2]},
+        "put the answers in different orders",
+    ),
+    "half a weight of a record": ({"prompt": "Q", "response": "A", "weight": 0.5}, 'the record has "weight" 0.5, expected true'),
+    "a mask of tokens": ({"prompt": "Q", "response": "A", "loss_mask": [0, 1]}, r'the record has "loss_mask" .0, 1., expected'),
     "half a weight": (
         {"messages": [*turns("Q"), {"role": "assistant", "content": "A", "weight": 0.5}]},
         '"weight" 0.5, expected true',
@@ -324,6 +417,23 @@ def test_columns_leave_the_other_known_fields(tmp_path):
     records, notes = read(write_lines(tmp_path / "a.jsonl", [row]), columns={"prompt": "q"})
     before = turns("system: S", "Colour?", "Blue.")
     assert records == [rec(before[:2], "Blue."), rec([*before, *turns("And?")], "Red.")] and not notes
+
+
+@pytest.mark.parametrize(
+    "row, columns, note",
+    [
+        ({"question": "Q", "response": "A", "prompt": "P"}, {"prompt": "question"}, "prompt (of the file)"),
+        ({"question": "Q", "response": "A", "query": "P"}, {"prompt": "question"}, "query"),
+        ({"q": {"text": "Q", "title": "P"}, "response": "A"}, {"prompt": "q.text"}, "q (the rest)"),
+        ({"q": {"text": "Q"}, "response": "A", "prompt": "Q"}, {"prompt": "q.text"}, ""),
+        ({"prompt": "A", "response": "Q"}, {"prompt": "response", "response": "prompt"}, ""),
+        ({"places": [2, 1], "prompt": "Q", "response": ["B", "A"]}, {"rank": "places"}, ""),
+    ],
+)
+def test_what_columns_push_aside_is_told(row, columns, note, tmp_path):
+    records, notes = read(write_lines(tmp_path / "a.jsonl", [row]), columns=columns)
+    assert records == [rec(turns("Q"), "A", "B" if "places" in row else None)]
+    assert (f"not read: {note};" in notes) if note else not notes
 
 
 @pytest.mark.parametrize("phase", [1, 2, 3])

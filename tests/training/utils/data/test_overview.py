@@ -64,6 +64,14 @@ def test_what_a_step_learns_is_marked(phase, loss_on, expected, tmp_path, llama)
     assert (">>>" in table.split("):\n")[1]) == (phase != 3)
 
 
+def test_step_1_tells_every_bad_answer(shared_cases, tmp_path, llama):
+    """One that has a good one beside it, for step 2, and one that has none."""
+    run(shared_cases / "labels_good_bad.jsonl", 1, llama, overview_folder=str(tmp_path))
+    table = (tmp_path / "data.txt").read_text(encoding="utf-8")
+    assert numbers_of(table)["answers rejected or judged bad, not learned"] == ["1", "0"]
+    assert "left out 1 with an answer judged bad without a good one" in table
+
+
 def test_long_texts_lose_their_middle(tmp_path, llama):
     rows = [{"prompt": "word " * 1000, "response": "end"}]
     run(write_lines(tmp_path / "a.jsonl", rows), 1, llama, max_seq_len=4000, overview_folder=str(tmp_path))

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -131,6 +132,9 @@ BAD = {
     "short.csv": ("prompt,response\na,b\nc\n", "short.csv, line 3: fewer cells than the 2 columns"),
     "long.csv": ("prompt,response\na,b,c\n", "long.csv, line 2: more cells than the 2 columns"),
     "quote.csv": ('prompt,response\na,"b\n', "quote.csv, line 2: invalid CSV"),
+    "twice.csv": ("prompt,response,prompt\na,b,c\n", 'twice.csv, line 1: two columns are called "prompt"; rename'),
+    "twice.jsonl": (f'{GOOD}\n{{"prompt": "a", "prompt": "b"}}\n', 'line 2: invalid JSON .the name "prompt" stands twice'),
+    "twice_inside.json": (f'[{GOOD},\n{{"a": {{"b": 1, "b": 2}}}}]', 'line 2: invalid JSON in record 2 .the name "b" stands'),
     "broken.parquet": ("PAR1 not really", "broken.parquet: not a readable Parquet file"),
 }
 
@@ -141,6 +145,18 @@ def test_bad_file(name, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         list(read_rows(tmp_path / name))
+
+
+def test_two_parquet_columns_of_one_name(tmp_path):
+    table = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match='two columns are called "prompt"'):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_columns_without_a_name_are_numbered(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,,\nQ,,x\n")
+    assert [row for _, row in read_rows(tmp_path / "a.csv")] == [{"prompt": "Q", "column 2": "", "column 3": "x"}]
 
 
 def test_bad_bytes(tmp_path):
