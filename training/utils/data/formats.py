@@ -8,16 +8,14 @@ a chat template takes ({"messages", "chosen", "rejected", "tools"}), and message
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from training.utils.data.names import ANSWER_LIKE, NO_CONTENT
+from training.utils.data.names import ANSWER_LIKE
 from training.utils.data.turns import (
-    LEARN_MARKS,
-    MESSAGE_FIELDS,
     BadRecord,
     Fields,
     Message,
@@ -39,7 +37,6 @@ from training.utils.data.turns import (
 
 Record = dict[str, Any]
 
-EMPTY = (None, "", [], {})
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 LARGEST_NUMBER = 3e38  # of float32, as margins are kept
@@ -467,43 +464,3 @@ def check_vote(row: Fields) -> None:
     """Raise Skip for a vote of the web page (inference/web.py) that prefers neither answer."""
     if row.get("vote") in ("tie", "bad"):
         raise Skip("a vote for neither answer", 0)
-
-
-def read_fields(row: Fields, form: Format) -> list[str]:
-    """Return the fields of a format that a row is read by: those that hold something, in the order of the format.
-
-    Scores and ranks say the order of several answers; a label counts where it judges, a mark says whether to learn the record.
-    """
-    unused = {"label"} if judgement(form, row) is None else set()
-    unused |= set() if any(is_turns(row.get(name)) for name in ("response", "output")) else set(ORDERS)
-    names = (*form.needed, *(name for name in form.optional if row.get(name) not in EMPTY), *(["label"] if form.judged else []))
-    marks = [name for name in LEARN_MARKS if row.get(name) not in EMPTY]
-    return [*(name for name in names if name not in unused), *marks]
-
-
-def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
-    """Return the fields that hold something and are not read -> whether they look like content.
-
-    A text that stands in the fields that are read too is not missing.
-    """
-    read = set(read_fields(row, form))
-    unread = {}
-    for name, value in row.items():
-        if name in read - {"tools"} and isinstance(value, list):
-            inner = {key for item in value if isinstance(item, dict) for key in item if item[key]} - MESSAGE_FIELDS
-            unread |= {f"{name}.{key}": key not in NO_CONTENT for key in inner}
-        elif name not in read and value not in EMPTY:
-            if set(texts_in(value)) - {""} <= set(texts_in([row.get(one) for one in read])) and any(texts_in(value)):
-                continue  # such as the question beside its dialogue
-            plain = name.lower() in NO_CONTENT or name.lower().endswith(("label", "_id", "_source", "_url"))
-            unread[name] = not plain and any(texts_in(value))
-    return unread
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """Yield all texts within a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from texts_in(one)

@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Value
 
 from errors import UserError
 from training.utils.data.cache import CachedData, arrow_writer, cached
+from training.utils.data.fields import read_fields, unread_fields
 from training.utils.data.formats import (
     RECORD_UNLEARNED,
     Format,
@@ -24,8 +25,6 @@ from training.utils.data.formats import (
     check_media,
     check_vote,
     judgement,
-    read_fields,
-    unread_fields,
 )
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.names import known_names

@@ -6,7 +6,8 @@ from itertools import islice
 from typing import Any
 
 from errors import UserError, refuse
-from training.utils.data.formats import Format, recognise, unread_fields
+from training.utils.data.fields import unread_fields
+from training.utils.data.formats import Format, recognise
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.names import OUR_NAMES, clear_columns, known_names, with_our_names
 from training.utils.data.suggested import suggested_columns
