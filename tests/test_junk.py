@@ -30,7 +30,7 @@ from training.utils.data.names import OUR_NAMES
 from training.utils.data.readers import SUFFIXES, read_rows
 from training.utils.data.records import Reading, table_records
 from training.utils.data.sources import Table
-from training.utils.flags.deepspeed_file import check_offload, check_owned, check_precision, check_stage
+from training.utils.flags.deepspeed_file import check_against_flags, check_offload, check_precision
 from training.utils.flags.parse import parse
 from training.utils.flags.recipe import Recipe, load_recipe
 from training.utils.flags.steps import STEPS, PPOArguments, SFTArguments
@@ -122,13 +122,13 @@ def test_deepspeed_files(tmp_path, content, step):
     words = [word for model in models for word in (f"--{model}", "m")]
     args = parse(step, [*words, "--output_dir", "o"])
     args.deepspeed_config = str(file)
-    roles = ["actor_", "critic_"] if step is PPOArguments else [""]
-    for check in (
-        lambda: check_owned(args, roles), lambda: check_offload(args), lambda: check_precision(str(file), "bf16"),
-        lambda: check_stage(str(file), dict.fromkeys(roles, 0)),
-    ):  # fmt: skip
-        with only_user_errors():
-            check()
+    stages = dict.fromkeys(["actor_", "critic_"] if step is PPOArguments else [""], 0)
+    with only_user_errors():
+        check_against_flags(args, stages)
+    with only_user_errors():
+        check_offload(args)
+    with only_user_errors():
+        check_precision(str(file), "bf16")
 
 
 @junk

@@ -147,7 +147,8 @@ def encode_records(records: list[Record], encoding: Encoding, counts: Counts) ->
             examples.append(Example(record, *encode_one(record, encoding, fields)))
         except UserError as error:
             if not counts.dropped[REFUSED]:
-                logger.warning("%s The record is left out; more of the kind are only counted.", error)
+                begins = str(record["messages"][0]["content"])[:60]
+                logger.warning("%s The record, which begins with %r, is left out; more are only counted.", error, begins)
             counts.dropped[REFUSED] += 1
     return examples
 

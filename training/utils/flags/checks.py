@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from errors import nearest, refuse
-from training.utils.flags.deepspeed_file import check_offload, check_owned, check_precision, check_stage, check_words
+from training.utils.flags.deepspeed_file import check_against_flags, check_offload, check_precision, check_words
 from training.utils.flags.no_effect import check_no_effect
 from training.utils.flags.steps import CommonArguments, PPOArguments, SFTArguments
 
@@ -43,8 +43,7 @@ def check_training(args: CommonArguments, stages: dict[str, int | str]) -> None:
         check_rewards(args)
         check_objective(args)
         check_memory_mode(args)
-    check_stage(args.deepspeed_config, stages)
-    check_owned(args, list(stages))
+    check_against_flags(args, stages)
     check_words(args.deepspeed_config)
     check_offload(args)
     if args.dtype != "auto":

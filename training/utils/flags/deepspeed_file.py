@@ -134,10 +134,11 @@ def places(section: dict[str, Any], inside: str = "") -> Iterator[tuple[str, Any
             yield f"{inside}{key}", value
 
 
-def check_owned(args: Any, prefixes: list[str]) -> None:
-    """Raise UserError where the file sets what the flags decide, to another value than theirs.
+def check_against_flags(args: Any, stages: dict[str, int | str]) -> None:
+    """Raise UserError, one for all of them, where the file sets what the flags decide to other values than theirs.
 
-    prefixes: what stands before the names of each model's flags ("", or "actor_" and "critic_").
+    stages: what --zero_stage says, by what stands before the names of each model's flags ("", or "actor_" and "critic_"). It
+    also rules how weights are loaded and saved.
     """
     path, config = args.deepspeed_config, read_file(args.deepspeed_config)
     for key in PARALLEL:
@@ -146,21 +147,33 @@ def check_owned(args: Any, prefixes: list[str]) -> None:
         used = config.get(key)
         if used and not (isinstance(used, dict) and used.get("enabled") is False):
             logger.warning('%s: "%s" has no effect in the steps%s.', path, key, instead)
+    stage = config.get("zero_optimization", {}).get("stage")
+    others = [prefix for prefix, flag in stages.items() if stage is not None and stage != flag]
+    found = [f'"stage" is {json.dumps(stage)}, and the flags say --{prefix}zero_stage {stages[prefix]}' for prefix in others]
     for where, value in places({key: config[key] for key in config if any(place.split(".")[0] == key for place in OWNED)}):
-        refuse(where not in (*OWNED, *FREE), f'{path}: "{where}" has no flag here; remove it.')
-        flag, found = OWNED.get(where, [value]), f'{path}: "{where}" is {json.dumps(value)}'
-        if isinstance(flag, list):
-            refuse(value not in flag, f"{found}, and the steps have {json.dumps(flag[0])} alone; remove it.")
-            continue
-        micro = "per_device_training_batch_size" if args.section == "ppo" else "per_device_train_batch_size"
-        for role in prefixes:
-            names = flag.format(role=role, micro=micro).split()
-            asked = [getattr(args, name) for name in names]
-            said = " ".join(f"--{name} {number}" for name, number in zip(names, asked, strict=True))
-            unknown = where.endswith(".type") and str(value).lower() not in TYPES
-            refuse(unknown, f"{found}, which --{names[0]} does not have; remove the section.")
-            way_out = "remove the key, or give the flag the value you want"
-            refuse(not equal(where, value, asked), f"{found}, and the flags say {said}; {way_out}.")
+        found += differences(args, where, value, list(stages))
+    one = len(found) == 1
+    way_out = f"remove the {'key' if one else 'keys'}, or give the {'flag the value' if one else 'flags the values'} you want"
+    refuse(found, f"{path}: {'; '.join(found)}; {way_out}.")
+
+
+def differences(args: Any, where: str, value: Any, prefixes: list[str]) -> list[str]:
+    """Return in words where a value of the file differs from the flags. Raises UserError for what no flag can say."""
+    path, given = args.deepspeed_config, f'"{where}" is {json.dumps(value)}'
+    refuse(where not in (*OWNED, *FREE), f'{path}: "{where}" has no flag here; remove it.')
+    flag, found = OWNED.get(where, [value]), []
+    if isinstance(flag, list):
+        refuse(value not in flag, f"{path}: {given}, and the steps have {json.dumps(flag[0])} alone; remove it.")
+        return []
+    micro = "per_device_training_batch_size" if args.section == "ppo" else "per_device_train_batch_size"
+    for role in prefixes if "{role}" in flag else prefixes[:1]:
+        names = flag.format(role=role, micro=micro).split()
+        asked = [getattr(args, name) for name in names]
+        unknown = where.endswith(".type") and str(value).lower() not in TYPES
+        refuse(unknown, f"{path}: {given}, which --{names[0]} does not have; remove the section.")
+        said = " ".join(f"--{name} {number}" for name, number in zip(names, asked, strict=True))
+        found += [f"{given}, and the flags say {said}"] * (not equal(where, value, asked))
+    return found
 
 
 def equal(where: str, value: Any, asked: list[Any]) -> bool:
@@ -186,20 +199,6 @@ def check_offload(args: Any) -> None:
         f"{'move it to the host' if asked else 'keep it on the card'}; {'remove the key' if asked else 'add --offload_optimizer'}"
         f"{'' if asked else ', or remove the key'}.",
     )
-
-
-def check_stage(path: str | None, stages: dict[str, int | str]) -> None:
-    """UserError if the file asks for another ZeRO stage than the flags, which also rule how weights are loaded and saved.
-
-    stages: what --zero_stage says, by what stands before that name ("", "actor_", "critic_").
-    """
-    stage = read_deepspeed_config(path).get("zero_optimization", {}).get("stage")
-    for prefix, flag in stages.items():
-        if stage is not None and stage != flag:
-            raise UserError(
-                f'{path}: "stage" {json.dumps(stage)} contradicts --{prefix}zero_stage {flag}; remove the key and give the '
-                f"stage you want by --{prefix}zero_stage."
-            )
 
 
 def check_precision(path: str | None, dtype: str) -> None:
