@@ -6,17 +6,26 @@
 Only tokenizer and configuration of the model are needed. --cache_dir (or SANBU_CACHE) says where the cache lies.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
+from errors import CommandLine, language_of_user, told
 from models.checkpoint_folder import open_checkpoint
 from steps import STEPS
 from training.utils.data.paths import check_sources
+from training.utils.flags.help import help_text, wanted_help
 from training.utils.flags.steps import CommonArguments
 from training.utils.run.entry import parse_or_exit, run_main
 from training.utils.run.environment import data_paths
+
+CHINESE = """提前把某一步的数据分词一次，写入 Arrow 缓存，之后用相同参数训练时直接取用；不加载权重。
+
+    python -m scripts.preprocess_dataset --model_name_or_path 目录 --data_path AdvertiseGen [第 1 步的任意参数]
+    python -m scripts.preprocess_dataset --step 2 …        （3 为 PPO 的提示，dpo 为 DPO）
+
+只需要模型的分词器和配置。缓存的位置由 --cache_dir（或 SANBU_CACHE）指定。
+"""
 
 
 def preprocess(args: CommonArguments) -> None:
@@ -47,14 +56,20 @@ def check_inputs(args: CommonArguments) -> None:
     check_sources(data_paths(args), args.column_map)
 
 
+@told
 def main(argv: list[str] | None = None) -> None:
     """Read --step; everything else is for the parser of that step, which needs an --output_dir that nothing uses here."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = CommandLine("--help lists the flags.", add_help=False)
     arguments = {step.choice: step.arguments_class for step in STEPS}
     parser.add_argument("--step", choices=arguments, default="1")
     given, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if amount := wanted_help(flags):
+        language = language_of_user()
+        print(CHINESE if language == "zh" else __doc__)
+        print(help_text(arguments[given.step], "scripts.preprocess_dataset", amount, language))
+        return
     run_main(preprocess, parse_or_exit(arguments[given.step], ["--output_dir", ".", *flags], check_inputs))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

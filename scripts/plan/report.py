@@ -133,7 +133,7 @@ def report(model: str | None, options: argparse.Namespace, flags: list[str]) -> 
     return {
         "recommended": None if best is None else smaller + best[0].flags_of(best[1].setting),
         "answer": row_of(*best) if best else None,
-        "assumed": assumed(memory, given, options, platform, machine),
+        "assumed": assumed(memory, given | ({memory.batch_flag} if batch else set()), options, platform, machine),
         "models": {role: {"path": path, "parameters": counts[role].total} for role, path in args.models.items()},
         "trained_parameters": {role: counts[role].trained for role in memory.trained},
         "step": step.choice,

@@ -62,3 +62,13 @@ def test_other_steps_and_wrong_flags(flags, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             preprocess_dataset.main([*flags, *wrong])
         assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_help_is_that_of_the_step_and_of_this_command(monkeypatch, capsys):
+    for language, begin in (("C", "Tokenise the data of a step once"), ("zh_CN.UTF-8", "提前把某一步的数据分词一次")):
+        for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+            monkeypatch.setenv(name, language)
+        preprocess_dataset.main(["--step", "3", "--help"])
+        said = capsys.readouterr().out
+        assert said.startswith(begin) and "python -m scripts.preprocess_dataset" in said and "--max_prompt_seq_len" in said
