@@ -329,15 +329,16 @@ def _ranked(asked: list[Message], row: Fields, field: str) -> list[Record | Skip
         if len(texts) > 1 and orders[0][order[0]] == orders[0][order[-1]]:
             raise Skip("answers with the same score", len(texts))
         texts = [texts[place] for place in order]
-    texts = [reply for reply in texts if reply.strip()] or [""]
-    between = [Skip("a rank between the best and the worst", len(texts) - 2)] if len(texts) > 2 else []
-    return [record(asked, texts[0], texts[-1] if len(texts) > 1 else None), *between]
+    said = [reply for reply in texts if reply.strip()] or [""]
+    left_out = [Skip("a rank between the best and the worst", len(said) - 2)] if len(said) > 2 else []
+    left_out += [Skip("an empty answer", len(texts) - len(said))] if len(texts) > len(said) else []
+    return [record(asked, said[0], said[-1] if len(said) > 1 else None), *left_out]
 
 
 def _goodness(value: Any, name: str, sign: int, count: int, field: str) -> list[float]:
     """Return how good each of the answers is, by their scores or ranks. sign: 1 or -1, by which they grow with it."""
-    numbers = [_number(one, name) for one in items(value, name)]
-    if len(numbers) != count or None in numbers:
+    numbers = [number for one in items(value, name) if (number := _number(one, name)) is not None]
+    if len(numbers) != count:
         raise BadRecord(f'field "{name}" has {len(numbers)} numbers for the {count} answers of "{field}"')
     return [sign * number for number in numbers]
 

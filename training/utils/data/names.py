@@ -14,7 +14,7 @@ ALIASES = {
     **dict.fromkeys(("overall_score", "overall_scores", "overall_rating", "overall_ratings"), "score"),
     **{"ranks": "rank"},  # not "ranking": it may also list the places of the answers in their order
     **{"conversation": "conversations", "指令": "instruction", "输入": "input", "输出": "output"},
-    **{"系统": "system", "system_prompt": "system", "历史": "history", "kto_tag": "label"},
+    **{"系统": "system", "system_prompt": "system", "历史": "history", "kto_tag": "label", "functions": "tools"},
 }
 # Names of "label" where it says true or false.
 VERDICTS = {"is_good", "is_correct", "is_chosen", "is_desirable", "correct", "desirable", "thumbs_up"}

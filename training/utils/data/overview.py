@@ -40,7 +40,7 @@ def overview(data: CachedData, paths: list[str], phase: int, tokenizer: Any, num
         lines += [f"{path}, read by {one['form']}", f"  {'':46}{'train':>12}{'held out':>12}"]
         for name in dict.fromkeys([*columns[0], *columns[1]]):
             lines.append(f"  {name:46}{columns[0].get(name, 0):12}{columns[1].get(name, 0):12}")
-        lines += [f"  {note.removeprefix(f'{path}: ')}" for note in one["notes"]]
+        lines += [f"  {note}" for note in one["notes"]]
         for place, row in enumerate(shown, start=1):
             lines.append(f"  example {place} ({SHOWN[phase]}):")
             lines += [

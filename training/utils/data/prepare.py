@@ -17,8 +17,9 @@ from errors import UserError
 from models.templates import Template
 from training.utils.data.cache import CachedData, arrow_writer, cached, new_rebuild_id
 from training.utils.data.dialogues import whole_dialogues
+from training.utils.data.names import OUR_NAMES
 from training.utils.data.overview import FILE, overview
-from training.utils.data.records import check_columns_used, read_records, readings, record_content
+from training.utils.data.records import check_columns_used, notes_of, read_records, readings, record_content
 from training.utils.data.rows import Reading
 from training.utils.data.sources import open_source
 from training.utils.data.splits import batches, held_out_questions, question_of, select_phase
@@ -89,9 +90,8 @@ def prepare_phase(
         sets = []
         for one, (path, sft_only) in zip(read, paths, strict=True):
             train, held_out = select_phase(one.datasets, phase, sft_only=sft_only, **share)
-            notes = [note for reading in readings(one).values() for note in reading.notes]
             reading, own_eval = readings(one)["train"], "eval" in one.datasets
-            sets.append(StepRecords(path, reading, notes, train, held_out, own_eval))
+            sets.append(StepRecords(path, reading, notes_of(one), train, held_out, own_eval))
         counts = write_tokens(folder, encoding, sets)
         total = {split: sum_of([of_set[split] for of_set in counts]) for split in SPLITS}
         check_something_left([path for path, _ in paths], encoding, total["train"])
@@ -169,6 +169,12 @@ def check_usable(one: StepRecords, phase: int, counts: Counts) -> None:
     """Raise UserError if a whole set lacks what the step needs, though it has records."""
     candidates = counts.records - counts.dropped[HELD_OUT]
     path, others = one.path, [name for name, content in one.reading.unread.items() if content]
+    ours = [name for name in others if name in OUR_NAMES]
+    if candidates and counts.dropped[NO_ANSWER] == candidates and ours:
+        raise UserError(
+            f"{path}: read as prompts alone, as the first record is one, but later records have {', '.join(ours)}; give every "
+            "record an answer, or put the prompts into a file of their own."
+        )
     if candidates and counts.dropped[NO_ANSWER] == candidates and others:
         raise UserError(
             f"{path}: read as prompts alone, for the fields {', '.join(others)} are not known, and step {phase} needs answers; "

@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Value
 
 from errors import UserError
 from training.utils.data.cache import CachedData, arrow_writer, cached
-from training.utils.data.fields import read_fields, unread_fields
+from training.utils.data.fields import EMPTY, read_fields, unread_fields
 from training.utils.data.formats import (
     RECORD_UNLEARNED,
     Format,
@@ -48,6 +48,7 @@ FEATURES = Features(
 )
 WRITE_BATCH = 500
 REPEATED = "a turn of a history that is there already"
+NO_JUDGEMENT = "a label that is neither good nor bad"
 JUDGED_BAD = "an answer judged bad without a good one to the same prompt"
 EARLIER_BAD = "an earlier answer of a dialogue judged bad"
 
@@ -62,8 +63,8 @@ def load_records(
     read = read_records(open_source(path), columns, cache_dir)
     if alone:
         check_columns_used([read], columns)
-    for line in (note for reading in readings(read).values() for note in reading.notes):
-        logger.info("%s", line)
+    for line in notes_of(read):
+        logger.info("%s: %s", path, line)
     return read.datasets
 
 
@@ -90,6 +91,12 @@ def readings(read: CachedData) -> dict[str, Reading]:
     return {split: Reading(**values) for split, values in read.report.items()}
 
 
+def notes_of(read: CachedData) -> list[str]:
+    """Return the notes on all splits."""
+    words = {"train": "", "eval": "held out: "}
+    return [f"{words[split]}{note}" for split, reading in readings(read).items() for note in reading.notes]
+
+
 def check_columns_used(read: list[CachedData], columns: Columns | None) -> None:
     """Raise UserError if no set has the fields of --columns."""
     refuse_unused(columns, (reading for one in read for reading in readings(one).values()))
@@ -110,18 +117,22 @@ def write_records(file: Path, tables: list[Table], named: NamedSet | None, colum
             reading.records += len(batch)
     reading.form += ", ".join(reading.fields)
     labels = ", ".join(table.label for table in tables)
-    left_out = reading.left_out_words(labels)
+    left_out = reading.left_out_words()
     if not reading.records:
         raise UserError(
             f"{labels}: " + (f"no usable record; left out {left_out}." if left_out else "no records in it.")
         )
     if left_out:
-        reading.notes.append(f"{labels}: {reading.records} records; left out {left_out}")
+        reading.notes.append(f"{reading.records} records; left out {left_out}")
     for words, content in (("texts in fields that are not read", True), ("fields without content, not read", False)):
         names = [name for name, looks_so in reading.unread.items() if looks_so == content]
         if names:
             more = "; --columns says what a field is (docs/en/own-data.md)" if content else ""
-            reading.notes.append(f"{labels}: {words}: {', '.join(names)}{more}")
+            reading.notes.append(f"{words}: {', '.join(names)}{more}")
+    # The cache goes by content: a copy of the data under another path has the same notes.
+    for table in tables:
+        name = f"{Path(table.label).name}, " if len(tables) > 1 else ""
+        reading.notes = [note.replace(f"{table.label}, ", name) for note in reading.notes]
     return reading
 
 
@@ -133,6 +144,7 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
     form: Format | None = None
     seen: dict[bytes, bool] = {}
     judged: dict[str, tuple[list[Judged], list[Judged]]] = {}
+    judges: bool | None = None  # whether labels say good or bad, as the first one does
     for location, raw in table.read():
         location = f"{table.label}, {location}"
         if form is None:
@@ -145,8 +157,14 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
             check_media(raw)
             check_vote(raw)
             results = form.convert(row)
+            answers = max(1, sum(not isinstance(one, Skip) for one in results))
             if not form.set_name and not is_learned(row, "the record"):
-                raise Skip(RECORD_UNLEARNED, max(1, sum(not isinstance(one, Skip) for one in results)))
+                raise Skip(RECORD_UNLEARNED, answers)
+            good = judgement(form, row)
+            if form.judged and row.get("label") not in EMPTY:
+                judges = good is not None if judges is None else judges
+                if judges and good is None:
+                    raise Skip(NO_JUDGEMENT, answers)
         except Skip as reason:
             reading.leave_out(str(reason), reason.answers, location)
             continue
@@ -168,8 +186,7 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
             records = list(
                 without_repeats(records, row.get(form.history, MISSING) is not MISSING, seen, reading, location)
             )
-        good = judgement(form, row)
-        if good is not None and records:  # the label judges the last answer
+        if good is not None and judges and records:  # the label judges the last answer
             sides = judged.setdefault(json.dumps(records[-1]["messages"]), ([], []))
             sides[not good].append((records[-1], len(records), location))
             records = records[:-1] if good else []

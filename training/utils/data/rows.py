@@ -37,10 +37,10 @@ class Reading:
         counted[0] += 1
         counted[1] += answers
 
-    def left_out_words(self, label: str) -> str:
-        """Return the counts in words: "2 with an empty turn (5 answers; first: line 3)". label: of the whole, not repeated."""
+    def left_out_words(self) -> str:
+        """Return the counts in words: "2 with an empty turn (5 answers; first: line 3)"."""
         return ", ".join(
-            f"{count} with {reason} ({f'{answers} answers; ' if answers > 1 else ''}first: {first.removeprefix(f'{label}, ')})"
+            f"{count} with {reason} ({f'{answers} answers; ' if answers > 1 else ''}first: {first})"
             for reason, (count, answers, first) in sorted(self.left_out.items(), key=lambda item: -item[1][0])
         )
 

@@ -263,8 +263,12 @@ def split_turns(value: str, answered: bool = False) -> list[Message] | None:
         if turns := _split_at(value, user, assistant, answered):
             return turns
     body = value.strip()
-    for user, assistant in () if answered else SPEAKERS:
-        if re.match(rf"{user}[:：]", body) and (turns := _split_at(f"{body}\n\n{assistant}:", user, assistant, False)):
+    there = sorted(SPEAKERS, key=lambda marks: re.search(rf"\s{marks[1]}[:：]", body) is None)
+    for user, assistant in () if answered else there:
+        mark = rf"({user}|{assistant})[:：]"
+        lines = re.search(rf"\n{mark}", body) and not re.search(rf"\n\s*\n{mark}", body)  # as the marks that are there
+        opened = f"{body}{'' if lines else chr(10)}\n{assistant}:"
+        if re.match(rf"{user}[:：]", body) and (turns := _split_at(opened, user, assistant, False)):
             return turns
     return None
 

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from models.templates import load_template
 from training.utils.data.cache import CachedData
 from training.utils.data.prepare import prepare_phase
+from training.utils.data.records import read_records, readings
+from training.utils.data.sources import open_source
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -46,6 +48,12 @@ def pairs(count: int, offset: int = 0) -> list[dict]:
         }
         for n in range(offset, offset + count)
     ]
+
+
+def read(path: Path, **arguments):
+    """The training records of a file and its notes as one text."""
+    found = read_records(open_source(str(path)), **arguments)
+    return found.train.to_list(), " ".join(readings(found)["train"].notes)
 
 
 def run(paths, phase: int, tokenizer, template=None, overview_folder=None, **flags) -> CachedData:

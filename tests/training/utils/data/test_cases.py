@@ -2,13 +2,12 @@
 
 import json
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
 from errors import UserError
-from tests.training.utils.data.rows import rec, run, turns, write_lines
+from tests.training.utils.data.rows import read, rec, run, turns, write_lines
 from training.utils.data.records import read_records, readings
 from training.utils.data.sources import open_source
 
@@ -49,12 +48,6 @@ CASES = {
     "list_of_messages_a_line": ([PERU, CHILE], ""),
     "indented_answer": ([rec(turns("Body of f, which returns x:"), "    return x\n")], ""),
 }
-
-
-def read(path: Path, **arguments):
-    """The training records of a file and its notes as one text."""
-    found = read_records(open_source(str(path)), **arguments)
-    return found.train.to_list(), " ".join(readings(found)["train"].notes)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -110,95 +103,6 @@ ROWS = {
         [TWO],
         "1 with a prompt that is not in the dialogue",
     ),
-    # labels and scores
-    "labels 1 and 0": (
-        [{"prompt": "Q", "completion": f"A{n}", "label": n % 2} for n in range(4)]
-        + [{"prompt": "Q", "completion": "A5", "label": True}],
-        [rec(turns("Q"), "A1", "A0"), rec(turns("Q"), "A3", "A2"), rec(turns("Q"), "A5")],
-        "",
-    ),
-    "labels in words": (
-        [{"prompt": "Q", "response": "A", "label": "good"}, {"prompt": "Q", "response": "B", "kto_tag": "Bad"}],
-        [rec(turns("Q"), "A", "B")],
-        "",
-    ),
-    "more bad ones than good ones": (
-        [{"prompt": "Q", "response": f"A{n}", "label": n == 3} for n in range(4)],
-        [rec(turns("Q"), "A3", "A0")],
-        "2 with an answer judged bad without a good one to the same prompt (2 answers; first: line 2)",
-    ),
-    "a pair of labelled dialogues": (
-        [{"messages": turns("Q", "A", "R", answer), "label": answer == "good"} for answer in ("bad", "good")],
-        [rec(turns("Q"), "A"), rec(turns("Q", "A", "R"), "good", "bad")],
-        "1 with an earlier answer of a dialogue judged bad (first: line 1)",
-    ),
-    "another answer than that of the messages": (
-        [{"messages": turns("Q", "A"), "response": "B"}, {"messages": turns("R"), "response": "B"}],
-        [rec(turns("R"), "B")],
-        '1 with messages that end with another answer than "response"',
-    ),
-    "labels that judge nothing": (
-        [{"messages": turns("Q", "A"), "label": "math"}],
-        [rec(turns("Q"), "A")],
-        "not read: label",
-    ),
-    "a dialogue judged bad": (
-        [{"messages": turns("Q", "A"), "label": None}, {"messages": turns("Q", "A", "R", "B"), "label": "false"}],
-        [rec(turns("Q"), "A")],
-        "1 with an answer judged bad without a good one to the same prompt (2 answers; first: line 2)",
-    ),
-    "scores": (
-        [{"instruction": "Q", "input": "", "output": ["a", "b", "c"], "scores": [2, 3.5, 1]}],
-        [rec(turns("Q"), "b", "c")],
-        "1 with a rank between the best and the worst",
-    ),
-    "equal scores": (
-        [{"prompt": "Q", "response": ["a"], "reward": [1]}, {"prompt": "Q", "response": ["a", "b"], "reward": [1, 1]}],
-        [rec(turns("Q"), "a")],
-        "1 with answers with the same score (2 answers",
-    ),
-    "ranks": (
-        [{"instruction": "Q", "input": "", "output": ["a", "b", "c"], "rank": [3, 1, 2]}],
-        [rec(turns("Q"), "b", "a")],
-        "1 with a rank between the best and the worst",
-    ),
-    "a score of another name": (
-        [{"prompt": "Q", "response": ["a", "b"], "overall_score": [1, 5]}],
-        [rec(turns("Q"), "b", "a")],
-        "",
-    ),
-    "scores and ranks": (
-        [{"prompt": "Q", "response": ["a", "b"], "scores": [1, 5], "ranks": [2, 1], "length": [7, 9]}],
-        [rec(turns("Q"), "b", "a")],
-        "fields without content, not read: length",
-    ),
-    "texts beside several answers": (
-        [{"instruction": "Q", "output": ["a", "b"], "models": ["one", "two"], "critique": ["fine", "wrong"]}],
-        [rec(turns("Q"), "a", "b")],
-        "texts in fields that are not read: critique; ",
-    ),
-    # labels and marks of a record
-    **{
-        name: (
-            [{"prompt": "Q", "response": f"A{bad}", name: not bad} for bad in (0, 1)],
-            [rec(turns("Q"), "A0", "A1")],
-            "",
-        )
-        for name in ("is_good", "is_correct", "Correct", "desirable")
-    },
-    "an answer that is called correct": (
-        [{"prompt": "Q", "response": "A", "correct": "Paris"}],
-        [rec(turns("Q"), "A")],
-        "texts in fields that are not read: correct",
-    ),
-    **{
-        f"{name} of a record": (
-            [{"messages": turns("Q", "A"), name: good}, {"messages": turns("R", "B", "S", "C"), name: bad}],
-            [rec(turns("Q"), "A")],
-            "1 with a record marked not to learn (2 answers; first: line 2)",
-        )
-        for name, good, bad in (("loss", True, False), ("weight", 1.0, 0), ("loss_mask", 1, 0), ("masked", "", True))
-    },
     # turns that are not learned, or no text
     "masked": (
         [{"messages": [*turns("Q"), {"role": "assistant", "content": "X", "masked": True}, *turns("R", "A")]}],
@@ -371,25 +275,6 @@ def test_rows(name, tmp_path):
 
 
 REFUSED = {
-    "scores missing": ({"prompt": "Q", "response": ["a", "b"]}, "a list of 2 texts and nothing says which is better"),
-    "scores of another number": ({"prompt": "Q", "response": ["a", "b"], "score": [1]}, "1 numbers for the 2 answers"),
-    **{
-        f"{name} of several answers": (
-            {"instruction": "Q", "output": ["a", "b"], name: value},
-            f'"{name}" may say their order: --columns score={name} .high is good., --columns rank={name} ',
-        )
-        for name, value in (
-            *(("ranking", [1, 0]), ("quality", ["4", "5/5"]), ("is_correct", [False, True])),
-            *(("verdict", ["bad", "good"]), ("annotations", [{"helpfulness": 1}, {"helpfulness": 5}])),
-        )
-    },
-    "an order without a word": ({"instruction": "Q", "response": ["a", "b"]}, "nothing says which is better"),
-    "ranks against scores": (
-        {"prompt": "Q", "response": ["a", "b"], "score": [1, 2], "rank": [1, 2]},
-        "put the answers in different orders",
-    ),
-    "half a weight of a record": ({"prompt": "Q", "response": "A", "weight": 0.5}, 'the record has "weight" 0.5, expected true'),
-    "a mask of tokens": ({"prompt": "Q", "response": "A", "loss_mask": [0, 1]}, r'the record has "loss_mask" .0, 1., expected'),
     "half a weight": (
         {"messages": [*turns("Q"), {"role": "assistant", "content": "A", "weight": 0.5}]},
         '"weight" 0.5, expected true',
@@ -494,3 +379,9 @@ def test_a_text_that_became_a_time(tmp_path):
     Dataset.from_dict({"prompt": ["When?"], "response": [datetime(2020, 1, 1)]}).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(UserError, match=r"\"response\" is a datetime and no longer the text it was.*original file"):
         read(tmp_path / "set")
+
+
+def test_a_first_record_without_the_answer_of_the_others(tmp_path, llama):
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "Q0"}, *({"prompt": f"Q{n}", "response": "A"} for n in (1, 2))])
+    with pytest.raises(UserError, match="as prompts alone, as the first record is one, but later records have response"):
+        run(path, 1, llama)

@@ -47,6 +47,13 @@ FORMATS = {
         a_or_b("system: Be kind.", "Hi"),
     ),
     "pairs, the open Assistant: is missing": ({"prompt": "\n\nHuman: Hi"} | A_OR_B, a_or_b("Hi")),
+    **{
+        f"pairs, line breaks without an open {assistant}:": (
+            {"prompt": f"{user}: Hi\n{assistant}: Hello.\n{user}: Who?\nYou?"} | A_OR_B,
+            a_or_b("Hi", "Hello.", "Who?\nYou?"),
+        )
+        for user, assistant in (("Human", "Assistant"), ("User", "AI"), ("问", "答"))
+    },
     "pairs of messages": ({"prompt": turns("Hi")} | A_OR_B_AFTER_HI, a_or_b("Hi")),
     "pairs with the chosen dialogue once more, as messages": (
         {"prompt": "Hi", "messages": turns("Hi", "A")} | A_OR_B_AFTER_HI,

@@ -99,6 +99,18 @@ def test_bad_records(name, load, tmp_path):
 
 
 @pytest.mark.fast
+def test_notes_of_a_copy_do_not_name_the_first_file(tmp_path):
+    rows = [*PAIRS, PAIRS[0] | {"chosen": "", "id": 1}]
+    for folder, file in (("one", "a.jsonl"), ("two", "b.jsonl")):
+        write_lines(tmp_path / folder / file, rows)
+        (reading,) = readings(read_records(open_source(str(tmp_path / folder / file)))).values()
+        assert reading.notes == ["2 records; left out 1 with an empty answer (first: line 3)"]
+    write_lines(tmp_path / "two/c.jsonl", rows)
+    (reading,) = readings(read_records(open_source(str(tmp_path / "two")))).values()
+    assert reading.notes == ["4 records; left out 2 with an empty answer (2 answers; first: b.jsonl, line 3)"]
+
+
+@pytest.mark.fast
 def test_the_cache_follows_the_content_not_the_name(tmp_path):
     def files(path, **columns):
         return load_records(str(path), columns=columns)["train"].cache_files
