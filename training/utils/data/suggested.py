@@ -13,6 +13,7 @@ WORSE = re.compile("neg|bad|reject|worse|lose|other|_k$|差", re.IGNORECASE)
 def suggested_columns(row: dict[str, Any]) -> str:
     """Return what --columns could be for the texts of a row, by their names; an example where these do not say enough."""
     texts = [name for name, value in row.items() if isinstance(value, str) and name not in NO_CONTENT]
+    texts = [name for name in texts if not name.lower().endswith(("_id", "_url", "_source", "_label"))]
     asked = next((name for name in texts if QUESTION.search(name) and not ANSWER.search(name)), None)
     others = [name for name in texts if name != asked]
     worse = next((name for name in others if WORSE.search(name)), None)

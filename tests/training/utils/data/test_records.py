@@ -67,6 +67,7 @@ BAD = {
     "unknown.jsonl": ('{"ask": "q", "told": "r"}\n', "the fields ask, told are no known format.*--columns"),
     "suggested.jsonl": ('{"request": "q", "solution": "r", "type": "t"}\n', "--columns prompt=request,response=solution .docs"),
     "suggested_pair.jsonl": ('{"question": "q", "response_j": "r", "response_k": "s"}\n', "chosen=response_j,rejected=response_k "),
+    "no_id.jsonl": ('{"question_id": "1", "winner": "b"}\n', "--columns prompt=question,response=answer .docs"),
     "nothing_to_suggest.jsonl": ('{"toy_a": "q", "toy_b": "r", "toy_c": "s"}\n', "--columns prompt=question,response=answer .docs"),
     "many_fields.json": (json.dumps({f"f{n}": {} for n in range(99)}), "the fields f0, f1, f2, f3, f4, f5, f6, f7, … are no known"),
     "no_role.jsonl": ('{"messages": [{"said": "x", "by": "y"}]}\n', '"messages" has a message without "role" .found: said, by.'),
