@@ -257,7 +257,9 @@ def exit_code(code: int, lines: list[str]) -> int:
 
 
 def explain(title: str, code: int, lines: list[str], seconds: float, log: Path) -> str:
-    """Return the sentences about a step that failed: where, its own last error, hints, the log."""
+    """Return the sentences about a step that failed: where, its own last error, hints, the log; or that a signal has stopped it."""
+    if code in (128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM):  # torchrun raises then
+        return f"{title} was stopped by a signal after {format_seconds(seconds)}; the same command with --resume continues."
     own = [line for line in lines if not re.match(r"(srun|slurmstepd\S*): error: ", line)]  # they say that it ended, not why
     errors = [match[1] for line in own if (match := re.search(r"(?:^|: )error: (.+)", line))]
     raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]

@@ -19,7 +19,7 @@ from errors import UserError
 from scripts.launch import __main__ as launching
 from scripts.launch import checks
 from scripts.launch.__main__ import prepare
-from scripts.launch.processes import exit_code, run_step
+from scripts.launch.processes import exit_code, explain, run_step
 from tests.launching import environment, logged, write_pairs
 from tests.tiny import tiny_checkpoint
 from training.utils.flags.steps import SFTArguments
@@ -133,6 +133,14 @@ def test_codes_behind_torchrun_are_those_of_the_process_that_failed_first():
     assert exit_code(1, other) == 2
     assert exit_code(1, [*other[:-1], "  exitcode  : -9 (pid: 6)"]) == 137
     assert (exit_code(1, []), exit_code(-9, other), exit_code(0, other), exit_code(3, other)) == (1, 137, 0, 3)
+
+
+def test_a_stop_from_outside_is_not_told_as_an_error():
+    """scancel --signal=TERM reaches torchrun, not the launcher: it raises, and ends with 1."""
+    lines = ["torch.distributed.elastic.multiprocessing.api.SignalException: Process 7 got signal: 15"]
+    code = exit_code(1, lines)
+    told = explain("step 1", code, lines, 5.0, Path("training.log"))
+    assert code == 143 and "--resume continues" in told and "error" not in told and "Exception" not in told
 
 
 DRIVER = """
