@@ -243,7 +243,11 @@ def signals_raise():
 def exit_code(code: int, lines: list[str]) -> int:
     """Return what a shell would say: 128 + signal for a killed child; under torchrun, which ends with 1 whatever its children
     ended with, the code of the process that failed first, as its report names it, or of the signal that torchrun got.
+
+    A step that said that a node is lost ended with 75; srun answers with what the lost one had, or the torchrun that it then ended.
     """
+    if code and any(re.search(r"error: node \d+ \(.*\) is lost: ", line) for line in lines):
+        return 75
     if code < 0:
         return 128 - code
     stopped = re.findall(r"SignalException: Process \d+ got signal: (\d+)", "\n".join(lines))

@@ -135,6 +135,12 @@ def test_codes_behind_torchrun_are_those_of_the_process_that_failed_first():
     assert (exit_code(1, []), exit_code(-9, other), exit_code(0, other), exit_code(3, other)) == (1, 137, 0, 3)
 
 
+def test_a_lost_node_is_75_whatever_srun_ends_with():
+    """srun answers with the code of the node that was lost, or with the SIGTERM that it sends the others."""
+    said = ["error: node 1 (b) is lost: the connection to it ended.", "  exitcode  : -9 (pid: 6)"]
+    assert [exit_code(code, said) for code in (0, 1, 137, 143)] == [0, 75, 75, 75]
+
+
 def test_a_stop_from_outside_is_not_told_as_an_error():
     """scancel --signal=TERM reaches torchrun, not the launcher: it raises, and ends with 1."""
     lines = ["torch.distributed.elastic.multiprocessing.api.SignalException: Process 7 got signal: 15"]

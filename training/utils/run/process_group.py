@@ -217,9 +217,22 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
         timeout = timedelta(minutes=minutes)
         if os.environ.get("WORLD_SIZE") == "1":
             dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            store, (rank, size) = store_after_restart(timeout), (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+            dist.init_process_group(platform.backend, store=store, rank=rank, world_size=size, timeout=timeout)
         deepspeed.init_distributed(dist_backend=platform.backend, verbose=False, timeout=timeout)
         note.cancel()
     return dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size()
+
+
+def store_after_restart(timeout: timedelta) -> dist.Store:
+    """Return torchrun's store, with names of this start's own: in torch 2.13 it still holds the addresses of the processes that
+    --max_restarts has replaced, and connecting to them fails.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, else by the first process
+    store = dist.TCPStore(address, port, is_master=not held and os.environ["RANK"] == "0", timeout=timeout)
+    return dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def timeout_minutes() -> int:
