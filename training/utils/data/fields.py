@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from training.utils.data.formats import ORDERS, Format, judgement
-from training.utils.data.names import NO_CONTENT
-from training.utils.data.turns import LEARN_MARKS, MESSAGE_FIELDS, Fields, is_turns
+from training.utils.data.names import NO_CONTENT, says_nothing
+from training.utils.data.turns import LEARN_MARKS, MESSAGE_FIELDS, OF_TOOLS, Fields, is_turns, role_of
 
 EMPTY = (None, "", [], {})
 
@@ -31,14 +31,18 @@ def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
     unread = {}
     for name, value in row.items():
         if name in read - {"tools"} and isinstance(value, list):
-            inner = {key for item in value if isinstance(item, dict) for key in item if item[key]} - MESSAGE_FIELDS
+            inner = {key for item in value if isinstance(item, dict) for key in item if item[key] and not read_in_turn(key, item)}
             unread |= {f"{name}.{key}": key not in NO_CONTENT for key in inner}
         elif name not in read and value not in EMPTY:
             if set(texts_in(value)) - {""} <= set(texts_in([row.get(one) for one in read])) and any(texts_in(value)):
                 continue  # such as the question beside its dialogue
-            plain = name.lower() in NO_CONTENT or name.lower().endswith(("label", "_id", "_source", "_url"))
-            unread[name] = not plain and any(texts_in(value))
+            unread[name] = not says_nothing(name) and any(texts_in(value))
     return unread
+
+
+def read_in_turn(name: str, turn: Fields) -> bool:
+    """Return whether a field of a turn is read: the name is that of a tool, and templates write none of a user."""
+    return name in MESSAGE_FIELDS and (name not in OF_TOOLS or role_of(turn) == "tool")
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -37,8 +37,6 @@ from training.utils.data.turns import (
 
 Record = dict[str, Any]
 
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-
 LARGEST_NUMBER = 3e38  # of float32, as margins are kept
 ORDERS = {"score": 1, "rank": -1}  # fields that say the order of several answers -> whether high is good
 RECORD_UNLEARNED = "a record marked not to learn"
@@ -123,10 +121,11 @@ def dialogue(messages: list[Message], tools: Any = None) -> list[Record | Skip]:
 
 
 def greetings(messages: list[Message]) -> list[Skip]:
-    """Return a Skip for the answers before the first question, which tidy drops."""
+    """Return Skips for the answers, and for the turns of tools, before the first question: tidy drops them."""
     asked = next((n for n, turn in enumerate(messages) if turn["role"] == "user" and not is_empty(turn)), 0)
-    count = sum(turn["role"] == "assistant" and not is_empty(turn) for turn in messages[:asked])
-    return [Skip("an answer before the first question", count)] if count else []
+    early = [turn["role"] for turn in messages[:asked] if not is_empty(turn)]
+    answers = [Skip("an answer before the first question", early.count("assistant"))] if "assistant" in early else []
+    return [*answers, *([Skip("a turn of a tool before the first question", 0)] if "tool" in early else [])]
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -142,7 +141,14 @@ def _before_pair(row: Fields) -> list[Message]:
 
 def _tools(row: Fields) -> Any:
     tools = row.get("tools")
-    return from_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
+    if isinstance(tools, str):
+        tools = from_json(tools, "tools") if tools.lstrip().startswith(("[", "{")) else tools.strip()
+    tools = [tools] if isinstance(tools, dict) and not is_turns(tools) else tools
+    if tools and not (is_turns(tools) and all(isinstance(one, dict) for one in items(tools, "tools"))):
+        raise BadRecord(
+            'field "tools" is no list of tools, [{"name": "…", "parameters": {…}}]; rename or remove it if it means something else'
+        )
+    return items(tools, "tools") if tools else None
 
 
 def history(row: Fields) -> list[Message]:
@@ -173,6 +179,11 @@ def _asked(row: Fields, field: str = "prompt") -> list[Message]:
         question = turns.pop()["content"] if turns and turns[-1]["role"] == "user" else ""
         turns += user_turn("\n".join(filter(None, [question, *material])))
     return history(row) + turns
+
+
+def _prompt_alone(row: Fields) -> list[Record | Skip]:
+    asked = _asked(row)
+    return [*greetings(asked), record(asked, tools=_tools(row))]
 
 
 def _turns(row: Fields, field: str) -> list[Message]:
@@ -305,14 +316,14 @@ def _replied(row: Fields, question: str, reply: str) -> list[Record | Skip]:
         return _ranked(asked, row, reply)
     turns = answer_turns(row, reply, asked)
     if len(turns) > 1 or row.get("history"):
-        return _answered(asked, turns)
-    return [record(asked, *turns)]
+        return _answered(asked, turns, _tools(row))
+    return [*greetings(asked), record(asked, *turns, tools=_tools(row))]
 
 
-def _answered(asked: list[Message], turns: list[Message]) -> list[Record | Skip]:
+def _answered(asked: list[Message], turns: list[Message], tools: Any) -> list[Record | Skip]:
     if is_empty(turns[-1]):
         raise Skip("an empty answer")
-    return dialogue(joined(asked, turns))
+    return dialogue(joined(asked, turns), tools)
 
 
 def _ranked(asked: list[Message], row: Fields, field: str) -> list[Record | Skip]:
@@ -332,7 +343,8 @@ def _ranked(asked: list[Message], row: Fields, field: str) -> list[Record | Skip
     said = [reply for reply in texts if reply.strip()] or [""]
     left_out = [Skip("a rank between the best and the worst", len(said) - 2)] if len(said) > 2 else []
     left_out += [Skip("an empty answer", len(texts) - len(said))] if len(texts) > len(said) else []
-    return [record(asked, said[0], said[-1] if len(said) > 1 else None), *left_out]
+    one = record(asked, said[0], said[-1] if len(said) > 1 else None, tools=_tools(row))
+    return [one, *greetings(asked), *left_out]
 
 
 def _goodness(value: Any, name: str, sign: int, count: int, field: str) -> list[float]:
@@ -400,7 +412,7 @@ class Format:
 
 EARLIER, TOOLS, MATERIAL = ("history", "system"), ("system", "tools"), ("input", "context")
 MORE = (*TOOLS, "margin")
-PAIRED, ANSWERED = ("history", *MATERIAL, *MORE), (*EARLIER, *MATERIAL, *ORDERS)
+PAIRED, ANSWERED = ("history", *MATERIAL, *MORE), (*EARLIER, *MATERIAL, "tools", *ORDERS)
 
 
 # The first one that fits is taken.
@@ -431,7 +443,7 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(("content", "summary"), lambda row: question_answer(row, "content", "summary")),
     Format(("prompt", "queries", "answers"), lambda row: mkqa(row, "en", row["prompt"])),
-    Format(("prompt",), lambda row: [record(_asked(row))], (*EARLIER, *MATERIAL)),
+    Format(("prompt",), _prompt_alone, (*EARLIER, *MATERIAL, "tools")),
 )
 PROMPTS = FORMATS[-1]
 
@@ -452,13 +464,6 @@ def recognise(row: Fields, mapped: set[str] = frozenset()) -> Format | None:
 def judgement(form: Format, row: Fields) -> bool | None:
     """Return whether the answer of a row is labelled good (True) or bad (False); None without such a label."""
     return truth(row["label"]) if form.judged and row.get("label") is not None else None
-
-
-def check_media(row: Fields) -> None:
-    """Raise Skip for a row with an image or the like, without which its text means something else."""
-    for name in MEDIA:
-        if row.get(name):
-            raise Skip(f'something that is no text (field "{name}")')
 
 
 def check_vote(row: Fields) -> None:

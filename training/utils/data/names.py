@@ -29,6 +29,11 @@ NO_CONTENT |= {"model", "models", "split", "url", "link", "time", "timestamp", "
 NO_CONTENT |= {"author", "date", "vote"}
 
 
+def says_nothing(name: str) -> bool:
+    """Return whether a field of this name is plainly no content."""
+    return name.lower() in NO_CONTENT or name.lower().endswith(("label", "_id", "_source", "_url"))
+
+
 def known_names(row: Fields) -> dict[str, str]:
     """Return the fields of a row with another known name (ALIASES, or ours in capitals) -> ours, where ours is free.
 

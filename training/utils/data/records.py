@@ -22,7 +22,6 @@ from training.utils.data.formats import (
     Format,
     Record,
     assistant_turn,
-    check_media,
     check_vote,
     judgement,
 )
@@ -31,7 +30,7 @@ from training.utils.data.names import known_names
 from training.utils.data.rows import MISSING, Columns, Reading, refuse_unused, renamed, row_format
 from training.utils.data.sources import Source, Table, open_source
 from training.utils.data.suggested import suggested_columns
-from training.utils.data.turns import BadRecord, Fields, Skip, is_learned
+from training.utils.data.turns import BadRecord, Fields, Skip, check_media, is_learned
 
 logger = logging.getLogger("sanbu")
 
@@ -223,9 +222,11 @@ def check_needed(form: Format, row: Fields, raw: Fields, mapping: Columns, locat
     """Raise UserError if a row lacks a field of the format."""
     missing = next((name for name in form.needed if row.get(name) is None), None)
     if missing is not None:
+        theirs = ({ours: name for name, ours in known_names(raw).items()} | mapping).get(missing, missing)
         present = ", ".join(name for name, value in raw.items() if value is not None) or "nothing"
+        wrong = f'field "{theirs}" is null' if theirs in raw else f'no field "{theirs}"'
         raise UserError(
-            f'{location}: no field "{mapping.get(missing, missing)}" (found: {present}). Give every record one, as the '
+            f"{location}: {wrong} (found: {present}). Give every record one, as the "
             "first record has, or put records of another kind into a file of their own."
         )
 

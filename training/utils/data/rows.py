@@ -10,7 +10,7 @@ from training.utils.data.fields import unread_fields
 from training.utils.data.formats import Format, recognise
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.names import OUR_NAMES, clear_columns, known_names, with_our_names
-from training.utils.data.suggested import suggested_columns
+from training.utils.data.suggested import for_example, suggested_columns
 from training.utils.data.turns import Fields
 
 Columns = dict[str, str]  # our name of a field -> its name in the data; "a.b" looks inside
@@ -150,6 +150,6 @@ def unknown_fields(row: Fields) -> str:
         return f'no field "prompt" or "rejected" (found: {fields}); pairs need prompt, chosen and rejected.'
     return (
         f"the fields {fields} are no known format (prompt/chosen/rejected, prompt/response, messages, "
-        "conversations, instruction/output, content/summary, prompt); say which is which, for example "
-        f"--columns {suggested_columns(row)} (docs/en/own-data.md)."
+        "conversations, instruction/output, content/summary, prompt); say which is which"
+        f"{for_example(suggested_columns(row))} (docs/en/own-data.md)."
     )

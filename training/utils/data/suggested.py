@@ -3,22 +3,47 @@
 import re
 from typing import Any
 
-from training.utils.data.names import NO_CONTENT
+from training.utils.data.names import says_nothing
+from training.utils.data.turns import ROLES, BadRecord, Skip, items, messages_of, role_of
 
 QUESTION = re.compile("question|query|prompt|instruction|input|request|ask|问|指令|输入", re.IGNORECASE)
-ANSWER = re.compile("answer|response|output|reply|target|completion|summary|solution|chosen|good|better|win|答|输出", re.IGNORECASE)
+ANSWER = re.compile(
+    "answer|response|output|reply|target|completion|summary|solution|chosen|good|better|win(?!ner)|答|输出", re.IGNORECASE
+)
 WORSE = re.compile("neg|bad|reject|worse|lose|other|_k$|差", re.IGNORECASE)
+NUMBER, LETTER = re.compile(r"[-+]?\d+([.,/]\d+)?"), re.compile(r"\(?[A-J]\)?\.?")  # a letter: of a choice in a list
 
 
 def suggested_columns(row: dict[str, Any]) -> str:
-    """Return what --columns could be for the texts of a row, by their names; an example where these do not say enough."""
-    texts = [name for name, value in row.items() if isinstance(value, str) and name not in NO_CONTENT]
-    texts = [name for name in texts if not name.lower().endswith(("_id", "_url", "_source", "_label"))]
+    """Return what --columns could be for a row: its one list of messages, or its texts by their names; else ""."""
+    dialogues = [name for name, value in row.items() if is_dialogue(value)]
+    if dialogues:
+        return f"messages={dialogues[0]}" if len(dialogues) == 1 else ""
+    texts = [name for name, value in row.items() if isinstance(value, str) and not says_nothing(name)]
+    choices = [NUMBER, LETTER] if any(isinstance(value, (list, dict)) for value in row.values()) else [NUMBER]
+    texts = [name for name in texts if row[name] not in row and not any(one.fullmatch(row[name].strip()) for one in choices)]
     asked = next((name for name in texts if QUESTION.search(name) and not ANSWER.search(name)), None)
     others = [name for name in texts if name != asked]
     worse = next((name for name in others if WORSE.search(name)), None)
     better = next((name for name in others if name != worse and (worse or ANSWER.search(name))), None)
     if not asked or not better:
-        return "prompt=question,response=answer"
+        return ""
     columns = {"prompt": asked} | ({"chosen": better, "rejected": worse} if worse else {"response": better})
     return ",".join(f"{ours}={theirs}" for ours, theirs in columns.items() if ours != theirs)
+
+
+def for_example(columns: str) -> str:
+    """Return a suggestion as the end of a sentence, "" where there is none."""
+    return f", for example --columns {columns}" if columns else " with --columns"
+
+
+def is_dialogue(value: Any) -> bool:
+    """Return whether a value can be read as messages of a user and an assistant, and is no list of records."""
+    if not isinstance(value, (list, dict)) and not str(value).lstrip().startswith("["):
+        return False
+    try:
+        turns = items(value, "")
+        roles = {turn["role"] for turn in messages_of(turns, "")}
+    except (BadRecord, Skip):
+        return False
+    return {"user", "assistant"} <= roles and all(role_of(turn) or ROLES.keys() & turn.keys() for turn in turns)

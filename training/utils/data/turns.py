@@ -33,8 +33,9 @@ LEARN_MARKS = dict.fromkeys(
 TRUTHS = dict.fromkeys(("true", "1", "1.0", "good", "chosen", "desirable"), True)
 TRUTHS |= dict.fromkeys(("false", "0", "0.0", "bad", "rejected", "undesirable"), False)
 TEXT_NAMES = ("content", "value", "text")
-TOOL_NAMES = ("tool_calls", "function_call", "name", "tool_call_id")
-MESSAGE_FIELDS = {"role", "from", "id", *TEXT_NAMES, *TOOL_NAMES, *LEARN_MARKS, *TURN_NAMES}
+OF_TOOLS = ("name", "tool_call_id")  # fields of a tool's turn
+MESSAGE_FIELDS = {"role", "from", "id", "tool_calls", "function_call", *OF_TOOLS, *TEXT_NAMES, *LEARN_MARKS, *TURN_NAMES}
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Marks of the two sides in dialogues that are written as one text.
 SPEAKERS = [(user, assistant) for user in ("Human", "User", "USER") for assistant in ("Assistant", "ASSISTANT", "AI")]
 SPEAKERS += [("问", "答"), ("用户", "助手")]
@@ -58,6 +59,11 @@ class Skip(Exception):
 
 def text(value: Any, field: str, *, strip: bool = True) -> str:
     """Return a text; half a surrogate pair (text cut inside an emoji) is replaced. strip: without white space around it."""
+    if hasattr(value, "isoformat"):
+        raise BadRecord(
+            f'field "{field}" is a {type(value).__name__} and no longer the text it was: the JSON reader of datasets turns a '
+            "column of date-like texts into times; give the original file, or save the set again with Value('string') for it"
+        )
     if not isinstance(value, str):
         raise BadRecord(f'field "{field}" is {kind_of(value)}, expected a text')
     try:
@@ -69,11 +75,6 @@ def text(value: Any, field: str, *, strip: bool = True) -> str:
 
 def kind_of(value: Any) -> str:
     """Return the kind of a value in words, for an error."""
-    if hasattr(value, "isoformat"):
-        return (
-            f"a {type(value).__name__} and no longer the text it was: the JSON reader of datasets turns a column of "
-            "date-like texts into times. Give the original file, or save the set again with Value('string') for it"
-        )
     return "null" if value is None else f"a {type(value).__name__}"
 
 
@@ -127,8 +128,8 @@ def messages_of(value: Any, field: str) -> list[Message]:
     try:
         messages = [turn for item in turns for turn in read_item(item, field)]
     except Skip as reason:
-        roles = [item.get("role", item.get("from", "assistant")) for item in turns if isinstance(item, dict)]
-        raise Skip(str(reason), sum(ROLES.get(role) == "assistant" for role in roles)) from None
+        answers = sum(role_of(item) in ("assistant", None) for item in turns if isinstance(item, dict))
+        raise Skip(str(reason), answers) from None
     for one, turn in pairwise(messages):  # calls that are made together, each a turn of its own
         if turn.get("parallel") and one.get("parallel"):
             turn["tool_calls"] = one.pop("tool_calls") + turn["tool_calls"]
@@ -140,10 +141,15 @@ def read_item(value: Any, field: str) -> list[Message]:
     """Read one turn ({role, content}, {from, value}, {role, text}), or a question and its answer ({human, assistant})."""
     if not isinstance(value, dict):
         raise BadRecord(f'field "{field}" holds {kind_of(value)}, expected {{"role": "user", "content": "…"}}')
+    check_media(value, f"{field}.")
     role = value.get("role", value.get("from"))
     if role is None:
         named = [(TURN_NAMES[name], text) for name, text in value.items() if name in TURN_NAMES and text is not None]
         pairs = [pair for one in ("system", "user", "assistant") for pair in named if pair[0] == one]
+        asks = any(TURN_NAMES.get(name) == "assistant" for name in value) and "user" in dict(named)
+        if asks and "assistant" not in dict(named):  # {"human": "…", "assistant": null}: not answered
+            named.append(("assistant", ""))
+            pairs.append(named[-1])
         if "assistant" in dict(named) and len(dict(named)) == len(pairs) == len(named):
             return [turn_of(one, content, value, field) for one, content in pairs]
     if role is None:
@@ -152,6 +158,21 @@ def read_item(value: Any, field: str) -> list[Message]:
         raise BadRecord(f'field "{field}" has the role {role!r}, expected one of {", ".join(sorted(ROLES))}')
     content = next((value[name] for name in TEXT_NAMES if value.get(name) is not None), None)
     return [turn_of(ROLES[role.lower()], content, value, field)]
+
+
+def role_of(value: Fields) -> str | None:
+    """Return our name of the role that a turn says it has; None if it says none that is known."""
+    return ROLES.get(str(value.get("role", value.get("from"))).lower())
+
+
+def check_media(value: Fields, where: str = "") -> None:
+    """Raise Skip for a row or a turn with an image or the like, without which its text means something else.
+
+    where: "messages." for a turn of these.
+    """
+    for name in MEDIA:
+        if value.get(name):
+            raise Skip(f'something that is no text (field "{where}{name}")')
 
 
 def turn_of(role: str, content: Any, value: Fields, field: str) -> Message:
@@ -169,7 +190,7 @@ def turn_of(role: str, content: Any, value: Fields, field: str) -> Message:
     if calls:
         turn["tool_calls"] = [tool_call(one, field) for one in calls]
         turn |= {"parallel": True} if role == CALL else {}
-    extra = ("name", "tool_call_id") if role == "tool" else ()
+    extra = OF_TOOLS if role == "tool" else ()
     return turn | {name: value[name] for name in extra if value.get(name) is not None}
 
 

@@ -151,6 +151,26 @@ ROWS = {
         [rec(turns("Q"), "A")],
         "1 with an empty turn (3 answers; first: line 2)",
     ),
+    "an image in a message": (
+        [{"messages": turns("Q", "A")}, {"messages": [turns("Q")[0] | {"images": ["x.png"]}, *turns("Q", "A")[1:]]}],
+        [rec(turns("Q"), "A")],
+        '1 with something that is no text (field "messages.images") (first: line 2)',
+    ),
+    "a result of a tool before the first question": (
+        [{"messages": [{"role": "tool", "content": "5"}, *turns("Q", "A")]}],
+        [rec(turns("Q"), "A")],
+        "1 with a turn of a tool before the first question",
+    ),
+    "a greeting in a prompt": (
+        [{"prompt": [*turns("Q", "Welcome")[1:], *turns("Q")], "response": "A"}],
+        [rec(turns("Q"), "A")],
+        "1 with an answer before the first question",
+    ),
+    "a last question with null": (
+        [{"messages": [{"human": "Q", "assistant": "A"}, {"human": "R", "assistant": None}]}],
+        [rec(turns("Q"), "A")],
+        "1 with a last question without an answer",
+    ),
     # names
     "Chinese marks": (
         [{"prompt": "[Round 0]\n问：甲\n答：乙\n[Round 1]\n问：丙\n答：", "response": "丁"}],
@@ -253,6 +273,11 @@ ROWS = {
         [rec(turns("Q"), "A")],
         "texts in fields that are not read: thought; --columns",
     ),
+    "the name of a user": (
+        [{"messages": [{"role": "user", "content": "Q", "name": "Bob"}, *turns("Q", "A")[1:]]}],
+        [rec(turns("Q"), "A")],
+        "fields without content, not read: messages.name",
+    ),
     "content in a message": (
         [{"messages": [*turns("Q"), {"role": "assistant", "content": "A", "reasoning_content": "T"}]}],
         [rec(turns("Q"), "A")],
@@ -283,6 +308,7 @@ REFUSED = {
         {"messages": [*turns("Q"), {"role": "assistant", "content": "A", "train_detail": [1]}]},
         "only whole turns",
     ),
+    "tools that are none": ({"prompt": "Q", "response": "A", "tools": ["web"]}, 'field "tools" is no list of tools'),
     "a call without a name": (
         {"messages": [*turns("Q"), {"role": "function_call", "content": '{"x": 1}'}]},
         "a call that is not of the form",
@@ -375,9 +401,16 @@ def test_every_field_that_is_used_is_named(name, tmp_path):
     assert readings(found)["train"].form == form
 
 
+@pytest.mark.parametrize("tools", [[{"name": "f"}], {"name": "f"}, '[{"name": "f"}]'])
+@pytest.mark.parametrize("answer", [{}, {"response": "A"}, {"response": ["A", "B"], "score": [2, 1]}])
+def test_tools_beside_a_prompt(answer, tools, tmp_path):
+    records, notes = read(write_lines(tmp_path / "a.jsonl", [{"prompt": "Q", **answer, "tools": tools}]))
+    assert json.loads(records[0]["calls"])["tools"] == [{"name": "f"}] and not notes
+
+
 def test_a_text_that_became_a_time(tmp_path):
     Dataset.from_dict({"prompt": ["When?"], "response": [datetime(2020, 1, 1)]}).save_to_disk(str(tmp_path / "set"))
-    with pytest.raises(UserError, match=r"\"response\" is a datetime and no longer the text it was.*original file"):
+    with pytest.raises(UserError, match=r"\"response\" is a datetime and no longer the text it was: .*original file.*for it\.$"):
         read(tmp_path / "set")
 
 

@@ -11,6 +11,7 @@ from errors import UserError
 from tests.training.utils.data.rows import PAIR_RECORDS, PAIRS, rec, turns, write_lines
 from training.utils.data.records import check_columns_used, load_records, read_records, readings
 from training.utils.data.sources import open_source
+from training.utils.data.suggested import suggested_columns
 
 GOOD = json.dumps(PAIRS[1])
 
@@ -41,6 +42,31 @@ def test_columns_leave_sets_without_these_fields_alone(load, tmp_path):
         load(path, columns=columns)
 
 
+DIALOGUE = turns("Q", "A")
+SUGGESTED = [
+    ({"dialog": DIALOGUE, "id": "7"}, "messages=dialog"),
+    ({"talk": json.dumps(DIALOGUE)}, "messages=talk"),
+    ({"talk": [{"human": "Q", "assistant": "A"}]}, "messages=talk"),
+    ({"data": [{"prompt": "Q", "response": "A"}]}, ""),
+    ({"question_id": "x1", "conversation_a": DIALOGUE, "conversation_b": DIALOGUE, "winner": "model_b"}, ""),
+    ({"question_id": "x1", "query_text": "Q?", "winner": "model_b"}, ""),
+    ({"context": "C", "question": "Q?", "answers": {"text": ["A"], "answer_start": [5]}}, ""),
+    ({"question": "Q?", "choices": ["x", "y"], "answer": "B"}, ""),
+    ({"question": "Q?", "A": "x", "B": "y", "answer": "B"}, ""),
+    ({"question": "Q?", "hint": "H", "answer": "yes."}, "prompt=question,response=answer"),
+]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("row, columns", SUGGESTED)
+def test_columns_are_suggested_only_where_they_train_texts(row, columns, load, tmp_path):
+    assert suggested_columns(row) == columns
+    if columns:
+        path = write_lines(tmp_path / "a.jsonl", [row])
+        (record,) = load(path, columns=dict(pair.split("=") for pair in columns.split(",")))["train"]
+        assert record["messages"][0]["content"].startswith("Q") and record["chosen"] in ("A", "yes.")
+
+
 WRONG_COLUMNS = [
     ({"prompt": "question", "response": "anwser"}, '"anwser", which is not there .found: question, answer'),
     ({"promt": "question"}, "--columns promt=…: no such name of ours"),
@@ -61,14 +87,13 @@ BAD = {
     "empty_list.json": ("[]", "empty_list.json: no records"),
     "header.csv": ("prompt,response\n", "header.csv: no records"),
     "missing.jsonl": (f'{GOOD}\n{{"prompt": "a", "chosen": "b"}}\n', 'line 2: no field "rejected" .found: prompt, chosen'),
-    "null.json": (f'[{GOOD}, {{"prompt": "a", "chosen": "b", "rejected": null}}]', r'record 2 .line 1.: no field "rejected"'),
+    "null.json": (f'[{GOOD}, {{"prompt": "a", "chosen": "b", "rejected": null}}]', r'record 2 .line 1.: field "rejected" is null'),
     "labels.jsonl": ('{"text": "good", "label": 1}\n', "line 1: labelled texts .fields text, label. are no dialogues"),
     "no_fields.jsonl": ("{}\n", "line 1: an empty record, {}; remove it"),
     "unknown.jsonl": ('{"ask": "q", "told": "r"}\n', "the fields ask, told are no known format.*--columns"),
     "suggested.jsonl": ('{"request": "q", "solution": "r", "type": "t"}\n', "--columns prompt=request,response=solution .docs"),
     "suggested_pair.jsonl": ('{"question": "q", "response_j": "r", "response_k": "s"}\n', "chosen=response_j,rejected=response_k "),
-    "no_id.jsonl": ('{"question_id": "1", "winner": "b"}\n', "--columns prompt=question,response=answer .docs"),
-    "nothing_to_suggest.jsonl": ('{"toy_a": "q", "toy_b": "r", "toy_c": "s"}\n', "--columns prompt=question,response=answer .docs"),
+    "nothing_to_suggest.jsonl": ('{"toy_a": "q", "toy_b": "r", "toy_c": "s"}\n', "say which is which with --columns .docs"),
     "many_fields.json": (json.dumps({f"f{n}": {} for n in range(99)}), "the fields f0, f1, f2, f3, f4, f5, f6, f7, … are no known"),
     "no_role.jsonl": ('{"messages": [{"said": "x", "by": "y"}]}\n', '"messages" has a message without "role" .found: said, by.'),
     "prompt_answer.jsonl": ('{"prompt": "q", "answer": "r", "text": "t"}\n', "the fields prompt, answer, text are no known format"),
@@ -81,7 +106,7 @@ BAD = {
     "string.jsonl": ('{"messages": "hello"}\n', 'field "messages" is a str, expected a list'),
     "history.jsonl": ('{"prompt": "a", "response": "b", "history": [["x"]]}\n', "not a pair .question, answer"),
     "mkqa.jsonl": ('{"query": "q", "queries": {"en": "q"}, "answers": ["a"]}\n', 'field "answers" is not of the form'),
-    "unanswered.jsonl": ('{"prompt": "Q", "response": null}\n', 'no field "response"'),
+    "unanswered.jsonl": ('{"prompt": "Q", "response": null}\n', 'field "response" is null'),
     "margin.jsonl": (GOOD[:-1] + ', "margin": "much"}\n', "field \"margin\" is 'much', expected a number"),
     "nan.jsonl": (GOOD[:-1] + ', "margin": NaN}\n', 'field "margin" is nan, expected a finite number'),
     "large.jsonl": (GOOD[:-1] + ', "margin": 1e39}\n', "expected a finite number"),
