@@ -37,8 +37,10 @@ OF_TOOLS = ("name", "tool_call_id")  # fields of a tool's turn
 MESSAGE_FIELDS = {"role", "from", "id", "tool_calls", "function_call", *OF_TOOLS, *TEXT_NAMES, *LEARN_MARKS, *TURN_NAMES}
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Marks of the two sides in dialogues that are written as one text.
-SPEAKERS = [(user, assistant) for user in ("Human", "User", "USER") for assistant in ("Assistant", "ASSISTANT", "AI")]
-SPEAKERS += [("问", "答"), ("用户", "助手")]
+SPEAKERS = [(user, assistant) for user in ("Human", "User", "USER") for assistant in ("Assistant", "ASSISTANT", "AI", "Bot")]
+# Words of ordinary texts, too: marks only where the text begins with one and each stands at the start of a line.
+WORDS = [(user, assistant) for user in ("user", "human") for assistant in ("assistant", "ai", "bot")] + [("问题", "回答")]
+SPEAKERS += [("问", "答"), ("用户", "助手"), *WORDS]
 ASKS = re.compile(f"(?:{'|'.join(sorted({user for user, _ in SPEAKERS}))})[:：]")
 
 
@@ -289,6 +291,9 @@ def split_turns(value: str, answered: bool = False) -> list[Message] | None:
         mark = rf"({user}|{assistant})[:：]"
         lines = re.search(rf"\n{mark}", body) and not re.search(rf"\n\s*\n{mark}", body)  # as the marks that are there
         opened = f"{body}{'' if lines else chr(10)}\n{assistant}:"
+        marks = re.findall(rf"^{mark}", body, flags=re.MULTILINE)
+        if (user, assistant) in WORDS and (assistant not in marks or marks[-1] != user):
+            continue
         if re.match(rf"{user}[:：]", body) and (turns := _split_at(opened, user, assistant, False)):
             return turns
     return None
@@ -306,9 +311,10 @@ def _split_at(value: str, user: str, assistant: str, answered: bool) -> list[Mes
         body = re.sub(r"\[Round \d+\]\s*\n", "", body)  # ChatGLM's own
     mark = rf"({user}|{assistant})[:：]"
     starts = re.match(mark, body) is not None
-    if not starts and not re.search(rf"\n\s*\n{user}[:：]", body):
+    words = (user, assistant) in WORDS
+    if not starts and (words or not re.search(rf"\n\s*\n{user}[:：]", body)):
         return None
-    for separator in (r"\n\s*\n", r"\n", r"\s"):
+    for separator in (r"\n\s*\n", r"\n", r"\s")[: 2 if words else 3]:
         before, *pieces = re.split(rf"(?:^|{separator}){mark}", body)
         roles, contents = pieces[0::2], pieces[1::2]
         if user in roles and roles[-1] == assistant and bool(contents[-1].strip()) == answered:

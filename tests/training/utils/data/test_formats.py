@@ -209,6 +209,26 @@ def test_useless_rows_are_left_out_and_counted(name, load, tmp_path, caplog):
     assert note in caplog.text
 
 
+MARKS = [("User", "Bot"), ("user", "assistant"), ("human", "ai"), ("问题", "回答"), ("USER", "ASSISTANT")]
+
+
+@pytest.mark.parametrize("end", ["", "\n{}:"])
+@pytest.mark.parametrize("user, assistant", MARKS)
+def test_marks_of_a_dialogue(user, assistant, end):
+    text = f"{user}: Hi\n{assistant}: Yo\n{user}: Who?{end.format(assistant)}"
+    assert split_turns(text) == turns("Hi", "Yo", "Who?", "")
+    assert split_turns(f"{user}：Hi\n{assistant}：") == turns("Hi", "")
+
+
+TEXTS = ["user: the one who asks", "Each user: a name\nassistant: none\nuser: x", "问题：什么是“回答：”？"]
+TEXTS += ["user: a assistant: b user: c", "阅读文章。\n\n问题：作者是谁？\n回答：", "问题：一加一？\n回答：二", "username: x\nassistant:"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_that_are_no_dialogue(text):
+    assert split_turns(text) is None
+
+
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters=":："), min_size=1).map(str.strip).filter(bool)
 
 
