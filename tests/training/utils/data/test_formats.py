@@ -221,7 +221,10 @@ def test_marks_of_a_dialogue(user, assistant, end):
 
 
 TEXTS = ["user: the one who asks", "Each user: a name\nassistant: none\nuser: x", "问题：什么是“回答：”？"]
-TEXTS += ["user: a assistant: b user: c", "阅读文章。\n\n问题：作者是谁？\n回答：", "问题：一加一？\n回答：二", "username: x\nassistant:"]
+TEXTS += [
+    "username: x\nassistant:", "user: a assistant: b user: c",
+    "阅读文章。\n\n问题：作者是谁？\n回答：", "问题：一加一？\n回答：二",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
