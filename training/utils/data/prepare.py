@@ -17,7 +17,7 @@ from errors import UserError
 from models.templates import Template
 from training.utils.data.cache import CachedData, arrow_writer, cached, new_rebuild_id
 from training.utils.data.dialogues import whole_dialogues
-from training.utils.data.names import OUR_NAMES
+from training.utils.data.names import ALIASES, OUR_NAMES
 from training.utils.data.overview import FILE, overview
 from training.utils.data.records import check_columns_used, notes_of, read_records, readings, record_content
 from training.utils.data.rows import Reading
@@ -170,7 +170,7 @@ def check_usable(one: StepRecords, phase: int, counts: Counts) -> None:
     """Raise UserError if a whole set lacks what the step needs, though it has records."""
     candidates = counts.records - counts.dropped[HELD_OUT]
     path, others = one.path, [name for name, content in one.reading.unread.items() if content]
-    ours = [name for name in others if name in OUR_NAMES]
+    ours = [name for name in others if ALIASES.get(name.strip().lower(), name) in OUR_NAMES]
     if candidates and counts.dropped[NO_ANSWER] == candidates and ours:
         raise UserError(
             f"{path}: read as prompts alone, as the first record is one, but later records have {', '.join(ours)}; give every "

@@ -164,6 +164,11 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
                 judges = good is not None if judges is None else judges
                 if judges and good is None:
                     raise Skip(NO_JUDGEMENT, answers)
+                if good is not None and not judges:  # taken for no judgement, a bad answer would be learned
+                    raise BadRecord(
+                        f'field "label" is {row["label"]!r}, which says whether the answer is good, and the first label does not; '
+                        "put a record with such a label first, or rename the field if it means something else"
+                    )
         except Skip as reason:
             reading.leave_out(str(reason), reason.answers, location)
             continue

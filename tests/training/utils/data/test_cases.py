@@ -362,6 +362,19 @@ def test_prompts_beside_texts_that_are_not_understood(phase, tmp_path, llama):
     assert len(run(path, phase, llama, column_map=columns).train) == 3
 
 
+def test_a_label_that_judges_behind_one_that_does_not(tmp_path):
+    rows = [{"prompt": f"Q{n}", "response": "A", "label": label} for n, label in enumerate(("neutral", 0))]
+    with pytest.raises(UserError, match=r'line 2: field "label" is 0, which says whether .* put a record with such a label first'):
+        read(write_lines(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize("name", ["response", "completion"])
+def test_answers_that_only_later_records_have(name, tmp_path, llama):
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "Q"}, {"prompt": "R", name: "A"}])
+    with pytest.raises(UserError, match=f"the first record is one, but later records have {name};"):
+        run(path, 1, llama)
+
+
 def test_labelled_answers_in_the_steps(tmp_path, llama):
     rows = [{"messages": turns("Q", "A"), "label": True}, {"messages": turns("Q", "B"), "label": False}]
     path = write_lines(tmp_path / "a.jsonl", rows)
@@ -412,9 +425,3 @@ def test_a_text_that_became_a_time(tmp_path):
     Dataset.from_dict({"prompt": ["When?"], "response": [datetime(2020, 1, 1)]}).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(UserError, match=r"\"response\" is a datetime and no longer the text it was: .*original file.*for it\.$"):
         read(tmp_path / "set")
-
-
-def test_a_first_record_without_the_answer_of_the_others(tmp_path, llama):
-    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "Q0"}, *({"prompt": f"Q{n}", "response": "A"} for n in (1, 2))])
-    with pytest.raises(UserError, match="as prompts alone, as the first record is one, but later records have response"):
-        run(path, 1, llama)
