@@ -10,6 +10,7 @@ from pathlib import Path
 import train
 from scripts.docs import flags_table
 from tests.launching import environment
+from tests.tiny import tiny_checkpoint
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments, RewardArguments, SFTArguments
 
@@ -51,11 +52,15 @@ def test_named_files_and_scripts_exist(repository):
             assert (repository / link).exists(), f"{name} links to {link}"
 
 
-def test_train_py_accepts_its_commands(repository, capsys):
+def test_train_py_accepts_its_commands(repository, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     found = [c for c in commands(repository, "README.md") if c[:2] == ["python", "train.py"]]
     assert len(found) == 2
+    base = tiny_checkpoint(tmp_path / "base", "llama", max_position_embeddings=2048)
     for command in found:
-        assert train.main([*command[2:], "--dry-run"]) in (0, None)
+        words = [word.replace("/models/chatglm2-6b", str(base)) for word in command[2:]]
+        assert train.main([*words, "--dry-run"]) in (0, None)
         shown = capsys.readouterr().out
         for module in ("step1_sft", "step2_reward", "step3_ppo"):
             assert f"training.{module}.main" in shown

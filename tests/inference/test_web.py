@@ -67,9 +67,9 @@ def models(services) -> list[Model]:
 @pytest.fixture
 def slow(services, monkeypatch):
     """Each token of the first model takes 50 ms: 200 of them 10 s, more than anything here waits."""
-    network = services[0].served.model
-    forward = network.forward
-    monkeypatch.setattr(network, "forward", lambda *args, **named: time.sleep(0.05) or forward(*args, **named))
+    head = services[0].served.model.lm_head  # the network's own forward is not asked for each token
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda hidden: time.sleep(0.05) or forward(hidden))
 
 
 def ask(talk: Talk, question: str, models: list[Model], system: str = "", **body) -> list[str]:

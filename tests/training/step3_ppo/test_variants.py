@@ -168,7 +168,7 @@ def test_the_coefficient_moves_after_its_use_and_is_state(models, tmp_path):
     trainer.train_rlhf(experience, 1)
     assert trainer.kl_coef == pytest.approx(0.2 * (1 - 0.2 * 4 / 40))  # 4 answers, error at its bound
     assert rollout(trainer, 2).metrics["kl_coef"] == trainer.kl_coef
-    other = build(models, tmp_path / "other", "--kl_target 0.5")
+    other = build(models, tmp_path / "other", "--kl_target 0.5 --kl_coef 0.2")
     other.load_state_dict(json.loads(json.dumps(trainer.state_dict())))
     assert other.kl_coef == trainer.kl_coef and other.state_dict() == trainer.state_dict()
 
