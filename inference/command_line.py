@@ -7,6 +7,19 @@ from pathlib import Path
 from errors import CommandLine, UserError, refuse
 
 
+def add_http_flags(parser: CommandLine, port: int) -> None:
+    """Define the flags of whoever listens. port: the one it takes unless told."""
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs a key (%(default)s)",
+        zh="监听的地址；0.0.0.0 为全部地址，此时需要密钥（%(default)s）")
+    add("--port", type=int, default=port, help="0 takes a free one (%(default)s)",
+        zh="端口；0 取一个空闲的（%(default)s）")
+    add("--api_key_file", metavar="FILE", help="keys that clients must send, one a line; else SANBU_API_KEY in the environment",
+        zh="客户端须发送的密钥，每行一个；否则取环境变量 SANBU_API_KEY")
+    add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)",
+        zh="一个请求的 MiB 数，超过则返回 413（%(default)s）")
+
+
 def read(parser: CommandLine, argv: list[str]) -> argparse.Namespace:
     """Parse words, after those of the file that --config names. UserError for a flag that there is not."""
     spelled = [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", word) for word in argv]

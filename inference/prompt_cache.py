@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from models.shared_prompts import shared_length
+
 
 class PromptCache:
     """States of token sequences, the least recently used ones dropped above ``most`` bytes.
@@ -26,7 +28,7 @@ class PromptCache:
         key = (name, *tokens)
         place = bisect_left(self.order, key)
         near = self.order[max(0, place - 1) : place + 1]
-        length, best = max(((common(one, key), one) for one in near), default=(0, key))
+        length, best = max(((shared_length(one, key), one) for one in near), default=(0, key))
         length = min(length - 1, len(tokens) - 1)  # without the name
         if length < 1:
             return None
@@ -39,13 +41,13 @@ class PromptCache:
         """
         key = (name, *tokens)
         place = bisect_left(self.order, key)
-        if place < len(self.order) and common(self.order[place], key) == len(key):
+        if place < len(self.order) and self.order[place][: len(key)] == key:
             self.kept.move_to_end(self.order[place])
             return
         new = states()
         if new.nbytes > self.most:
             return
-        while place and common(self.order[place - 1], key) == len(self.order[place - 1]):
+        while place and self.order[place - 1] == key[: len(self.order[place - 1])]:
             place -= 1
             self._drop(self.order[place])
         insort(self.order, key)
@@ -57,8 +59,3 @@ class PromptCache:
     def _drop(self, key: tuple) -> None:
         self.size -= self.kept.pop(key).nbytes
         del self.order[bisect_left(self.order, key)]
-
-
-def common(one: tuple, other: tuple) -> int:
-    """Return how many elements two tuples share at their beginnings."""
-    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

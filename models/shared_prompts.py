@@ -64,6 +64,11 @@ def share_prompts(
     return SharedRows(input_ids, positions, branches, places.flatten(0, 1))
 
 
+def shared_length(one: Sequence, other: Sequence) -> int:
+    """Return how many elements two sequences have in common at their beginnings."""
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def can_share_prompts(path: str | CheckpointFolder, attention: str, **prefix: Any) -> bool:
     """Tell whether a network takes positions and a mask of our own, so that two answers fit into a row.
 

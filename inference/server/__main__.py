@@ -17,7 +17,7 @@ from typing import Any
 
 from errors import CommandLine, UserError, refuse, told
 from inference.chatbot import DTYPES, quiet
-from inference.command_line import read
+from inference.command_line import add_http_flags, read
 from inference.served import check_served
 
 CHINESE = """以 OpenAI 的协议经 HTTP 提供模型服务：chat completions、completions、models，以及奖励模型的打分。
@@ -43,12 +43,7 @@ def build_parser() -> CommandLine:
         zh="其上的 LoRA 适配器，以 \"model\": NAME 请求")
     add("--name", help='the name of the model itself in "model" (the last part of --path)',
         zh="模型本身在 \"model\" 中的名称（--path 的最后一段）")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs a key (%(default)s)",
-        zh="监听的地址；0.0.0.0 为全部地址，此时需要密钥（%(default)s）")
-    add("--port", type=int, default=8000, help="0 takes a free one (%(default)s)",
-        zh="端口；0 取一个空闲的（%(default)s）")
-    add("--api_key_file", metavar="FILE", help="keys that clients must send, one a line; else SANBU_API_KEY in the environment",
-        zh="客户端须发送的密钥，每行一个；否则取环境变量 SANBU_API_KEY")
+    add_http_flags(parser, 8000)
     add("--max_batch", type=int, default=16, help="answers in work at a time; each has a row of the KV cache (%(default)s)",
         zh="同时生成的回答数；每个占 KV cache 的一行（%(default)s）")
     add("--max_queue", type=int, default=256, help="answers that may wait; above it 429 (%(default)s)",
@@ -59,8 +54,6 @@ def build_parser() -> CommandLine:
         zh="保存此前对话的 MiB 数，其下一轮从其后读起（%(default)s）")
     add("--timeout", type=float, default=300.0, help="seconds for a request, waiting included (%(default)s)",
         zh="一个请求的时限，含排队，秒（%(default)s）")
-    add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)",
-        zh="一个请求的 MiB 数，超过则返回 413（%(default)s）")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (%(default)s)",
         zh="权重的数值类型（%(default)s）")
     add("--log_text", action="store_true", help="write prompts and answers into the log, too",

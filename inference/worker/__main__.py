@@ -22,7 +22,7 @@ from typing import Any
 
 from errors import CommandLine, UserError, refuse, told, without_secrets
 from inference.chatbot import DTYPES, add_sampling_flags, quiet, sampling_of
-from inference.command_line import read
+from inference.command_line import add_http_flags, read
 from inference.served import check_served
 
 CHINESE = """回答数据库表中的问题；可有任意多个 worker 共用一张表。
@@ -89,16 +89,9 @@ def add_worker_flags(parser: CommandLine) -> None:
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (%(default)s)",
         zh="权重的数值类型（%(default)s）")
     add("--http", action="store_true", help="take questions of a front end over HTTP", zh="经 HTTP 接收前端的问题")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs a key (%(default)s)",
-        zh="监听的地址；0.0.0.0 为全部地址，此时需要密钥（%(default)s）")
-    add("--port", type=int, default=8080, help="0 takes a free one (%(default)s)",
-        zh="端口；0 取一个空闲的（%(default)s）")
-    add("--api_key_file", metavar="FILE", help="keys that clients must send, one a line; else SANBU_API_KEY in the environment",
-        zh="客户端须发送的密钥，每行一个；否则取环境变量 SANBU_API_KEY")
+    add_http_flags(parser, 8080)
     add("--max_queue", type=int, default=1000, help="questions that may wait; above it 429 (%(default)s)",
         zh="可排队的问题数，超过则返回 429（%(default)s）")
-    add("--max_body", type=float, default=1.0, help="MiB of a request; above it 413 (%(default)s)",
-        zh="一个请求的 MiB 数，超过则返回 413（%(default)s）")
     add("--config", metavar="FILE", help="a YAML file with these flags by name; the command line goes before it",
         zh="按名称写这些参数的 YAML 文件；命令行优先")
 

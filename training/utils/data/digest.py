@@ -21,6 +21,11 @@ def file_digest(*files: Path) -> str:
     return state.hexdigest()
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder, in order."""
+    return sorted(file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
+
+
 def sampled_digest(*files: Path, places: int = 64, length: int = 4096) -> str:
     """Return a hash of the names, the sizes and pieces of the content of files, so many of length bytes in each, evenly spread.
 

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow
 
 from errors import UserError
+from models.shared_prompts import shared_length
 from models.templates import Template
 from models.tool_calls import check_tools, encode_tool_dialogue
 from training.utils.data.dialogues import Example, grouped, newest_turns, stands_in
@@ -297,11 +298,6 @@ def newest_whole_turns(record: Record, encoding: Encoding, space: int) -> list[i
     frame = encode_one({"messages": [*messages[:system], other], "calls": None}, encoding, ())[0]
     head, tail = shared_length(prompt, frame), shared_length(prompt[::-1], frame[::-1])
     return None if head + tail >= space else prompt[:head] + prompt[len(prompt) - space + head :]
-
-
-def shared_length(one: list[int], other: list[int]) -> int:
-    """Return how many tokens two lists have in common at their beginning."""
-    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def fit(

@@ -397,7 +397,7 @@ class Checkpoint:
         first, *others = self.run.nodes.gather(self.marks)
         for name, marks in zip(names[1:], others, strict=False):
             differ = [mark for mark in first if marks.get(mark) != first[mark] and not mark.endswith("path")]
-            for what, words in {"data": "reads other training data", "models": "has other model weights"}.items():
+            for what, words in {"data": "reads other training data", "weights": "has other model weights"}.items():
                 if what in differ:
                     raise UserError(f"{name} {words} than {names[0]}; copy the same files to every node.")
             for mark in differ:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from dataclasses import asdict, fields
@@ -11,35 +10,25 @@ from typing import Any
 
 from errors import UserError
 from models.checkpoint_folder import open_checkpoint
+from training.utils.data.digest import sampled_digest, weight_files
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
-
-SAMPLES, SAMPLE = 16, 4096  # of each weight file: how many blocks are looked at, of how many bytes
 
 
 def fingerprint(args: Any, run: Run, data: str) -> dict[str, Any]:
     """Return what a checkpoint remembers of its run: flags (but for those with resume="free"), processes, models and data."""
     free = {one.name for one in fields(args) if one.metadata["resume"] == "free"}
     flags = {name: value for name, value in asdict(args).items() if name not in free}
-    models = {role: weights_digest(path) for role, path in args.models.items()}
-    return {"world_size": run.world_size, "data": data, "models": models, **flags}
+    weights = {role: weights_digest(path) for role, path in args.models.items()}
+    return {"world_size": run.world_size, "data": data, "weights": weights, **flags}
 
 
 def weights_digest(path: str) -> str:
-    """Return a hash of names, sizes and samples of a model's weight files: frozen ones are in no checkpoint."""
+    """Return sampled_digest of a model's weight files, those of its base and adapters too: frozen ones are in no checkpoint."""
     model = open_checkpoint(path)
     folders = dict.fromkeys([model.folder, model.weights, *model.adapters])
-    files = [file for one in folders for kind in ("*.safetensors", "*.bin") for file in sorted(one.glob(kind))]
-    state = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        state.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as content:
-            for number in range(SAMPLES):
-                content.seek(size * number // SAMPLES)
-                state.update(content.read(SAMPLE))
-    return state.hexdigest()
+    return sampled_digest(*(file for one in folders for file in weight_files(one)))
 
 
 def check_same_run(folder: Path, then: dict[str, Any], now: dict[str, Any], args: Any) -> None:
@@ -62,8 +51,8 @@ def check_same_run(folder: Path, then: dict[str, Any], now: dict[str, Any], args
             f"{folder} was made with {before}; this run says {after}. Give the same, or go on with the new by --allow "
             f"{','.join(asked)}."
         )
-    if "models" in changed:
-        roles = [role for role in now["models"] if now["models"][role] != then["models"].get(role)]
+    if "weights" in changed:
+        roles = [role for role in now["weights"] if now["weights"][role] != then["weights"].get(role)]
         raise UserError(f"{folder} was made from other weights ({', '.join(roles)}); bring those back, or start afresh.")
     if "data" in changed:
         raise UserError(f"{folder} was made with other training data; resume with the same files, or start afresh.")

@@ -176,9 +176,12 @@ class PPOArguments(CommonArguments):
         zh="打分的 Python 函数，写作 FILE.py:NAME，以提示列表和回答列表调用（docs/zh/rewards.md）。",
     )
     reward_endpoint: list[str] = flag(
-        'Servers that score: POST of JSON {"prompts": [...], "answers": [...]}, answered by {"scores": [...]}.', [],
+        'Servers that score: POST of JSON {"prompts": [...], "answers": [...], "ended": [...]}, answered by {"scores": [...]} '
+        "(docs/en/rewards.md).",
+        [],
         resume="free",
-        zh='打分的服务：POST JSON {"prompts": [...], "answers": [...]}，返回 {"scores": [...]}。',
+        zh='打分的服务：POST JSON {"prompts": [...], "answers": [...], "ended": [...]}，返回 {"scores": [...]}'
+        "（docs/zh/rewards.md）。",
     )
     reward_weights: str | None = flag(
         "Weights of the sources in the sum that is the score, in the order reward model, functions, endpoints: with "

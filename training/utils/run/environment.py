@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from errors import UserError
-from training.utils.data.digest import file_digest, sampled_digest
+from training.utils.data.digest import file_digest, sampled_digest, weight_files
 
 logger = logging.getLogger("sanbu")
 
@@ -77,7 +77,7 @@ def describe_inputs(args: Any) -> dict[str, Any]:
         data.append(file_digest(*files) if files else None)
     models = {}
     for role, folder in args.models.items():
-        weights = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(folder).expanduser().glob(kind))
+        weights = weight_files(Path(folder).expanduser())
         models[role] = sampled_digest(*weights) if weights else None
     code = [file for room in ("models", "inference", "training") for file in sorted((ROOT / room).rglob("*.py"))]
     return {"data": data, "models": models, "code": file_digest(*code)}

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from errors import UserError
 from models.templates import load_template
 from training.utils.data.cache import CachedData
 from training.utils.data.prepare import prepare_phase
@@ -54,6 +57,19 @@ def read(path: Path, **arguments):
     """The training records of a file and its notes as one text."""
     found = read_records(open_source(str(path)), **arguments)
     return found.train.to_list(), " ".join(readings(found)["train"].notes)
+
+
+def check_read(folder: Path, rows: list[dict], expected: list[dict], note: str) -> None:
+    """Rows give these records, and this note or none."""
+    records, notes = read(write_lines(folder / "a.jsonl", rows))
+    assert records == expected
+    assert note in notes and bool(note) == bool(notes), notes
+
+
+def check_refused(folder: Path, row: dict, message: str) -> None:
+    """A file of one row is refused, with its line."""
+    with pytest.raises(UserError, match=f"line 1: .*{message}"):
+        read(write_lines(folder / "a.jsonl", [row]))
 
 
 def run(paths, phase: int, tokenizer, template=None, overview_folder=None, **flags) -> CachedData:

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from errors import UserError
-from tests.training.utils.data.rows import read, rec, run, turns, write_lines
+from tests.training.utils.data.rows import check_read, check_refused, read, rec, run, turns, write_lines
 from training.utils.data.records import read_records, readings
 from training.utils.data.sources import open_source
 
@@ -293,10 +293,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name, tmp_path):
-    rows, expected, note = ROWS[name]
-    records, notes = read(write_lines(tmp_path / "a.jsonl", rows))
-    assert records == expected
-    assert note in notes and bool(note) == bool(notes), notes
+    check_read(tmp_path, *ROWS[name])
 
 
 REFUSED = {
@@ -318,9 +315,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name, tmp_path):
-    row, message = REFUSED[name]
-    with pytest.raises(UserError, match=f"line 1: .*{message}"):
-        read(write_lines(tmp_path / "a.jsonl", [row]))
+    check_refused(tmp_path, *REFUSED[name])
 
 
 def test_columns_leave_the_other_known_fields(tmp_path):

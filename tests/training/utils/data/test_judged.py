@@ -2,8 +2,7 @@
 
 import pytest
 
-from errors import UserError
-from tests.training.utils.data.rows import read, rec, turns, write_lines
+from tests.training.utils.data.rows import check_read, check_refused, rec, turns
 
 pytestmark = pytest.mark.fast
 
@@ -112,10 +111,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name, tmp_path):
-    rows, expected, note = ROWS[name]
-    records, notes = read(write_lines(tmp_path / "a.jsonl", rows))
-    assert records == expected
-    assert note in notes and bool(note) == bool(notes), notes
+    check_read(tmp_path, *ROWS[name])
 
 
 REFUSED = {
@@ -144,6 +140,4 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name, tmp_path):
-    row, message = REFUSED[name]
-    with pytest.raises(UserError, match=f"line 1: .*{message}"):
-        read(write_lines(tmp_path / "a.jsonl", [row]))
+    check_refused(tmp_path, *REFUSED[name])

@@ -165,7 +165,7 @@ def test_older_checkpoints_stay_until_the_newest_loads(tmp_path, caplog):
     assert "No older checkpoint is removed" in caplog.text
 
 
-MARKS = {"data": "a", "models": {"model": "w"}, "seed": 1, "max_seq_len": 64, "learning_rate": 1e-3, "weight_decay": 0.0}
+MARKS = {"data": "a", "weights": {"model": "w"}, "seed": 1, "max_seq_len": 64, "learning_rate": 1e-3, "weight_decay": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ MARKS = {"data": "a", "models": {"model": "w"}, "seed": 1, "max_seq_len": 64, "l
         ({"seed": 2, "data": "b"}, "--seed 1, this run says 2, which cannot change within a run"),
         ({"max_seq_len": 32, "data": "b"}, "--max_seq_len 64, this run says 32"),
         ({"data": "b"}, "other training data"),
-        ({"models": {"model": "v"}}, r"other weights \(model\)"),
+        ({"weights": {"model": "v"}}, r"other weights \(model\)"),
         (
             {"learning_rate": 1e-4, "weight_decay": 0.1},
             "--learning_rate 0.001, --weight_decay 0.0; this run says .* by --allow learning_rate,weight_decay",
