@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A job that goes back to the queue (scontrol requeue) is not eligible for two minutes, on an idle cluster too.
+# A job that goes back to the queue (scontrol requeue) is not eligible for two minutes, on an idle cluster too. Who starts it in the second
+# in which it has ended finds out why: slurmd takes the new start for the old one ("Job credential revoked"), and the job has failed.
 # Needs root and Debian's slurm-wlm and munge; starts them in a temporary folder and stops them.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin
@@ -28,6 +29,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 KillWait=30
+SchedulerParameters=sched_min_interval=1000
 NodeName=na NodeHostname=$host NodeAddr=127.0.0.1 Port=23818 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=na Default=YES State=UP
 CONF
@@ -39,14 +41,30 @@ sleep 1
 slurmd -D -N na 2>/dev/null & pids+=($!)
 for _ in $(seq 60); do [[ $(sinfo --noheader --format=%T 2>/dev/null) = idle ]] && break; sleep 0.5; done
 srun --version
+wait_for() { for _ in $(seq 600); do [[ " $2 " = *" $(scontrol show job "$1" | grep -Po "JobState=\K\w+") "* ]] && return; sleep 0.05; done; }
 printf '#!/bin/bash\nsleep 100\n' >"$folder/job.sh"
 cd "$folder"
 job=$(sbatch --parsable --requeue job.sh)
-for _ in $(seq 60); do [[ $(squeue --noheader --job "$job" --format=%T) = RUNNING ]] && break; sleep 0.5; done
+wait_for "$job" RUNNING
 scontrol requeue "$job"
 sleep 2
 scontrol show job "$job" | grep -E "JobState|EligibleTime"
 times=$(scontrol show job "$job" | grep -Eo "(Submit|Eligible)Time=[^ ]+" | cut -d= -f2)
 seconds=$(($(date -d "$(tail -n 1 <<<"$times")" +%s) - $(date -d "$(head -n 1 <<<"$times")" +%s)))
 echo "seconds from the requeue to the earliest start: $seconds"
-if ((seconds > 60)); then echo "as found: two minutes of waiting; scontrol update StartTime=now ends it"; else echo CHANGED; exit 1; fi
+scancel "$job"
+printf '#!/bin/bash\nsleep "0.$(printf %%09d $((1000000000 - 10#$(date +%%N))))"\nexit 3\n' >"$folder/job.sh"  # at the start of a second
+for try in $(seq 30); do  # all must fall into that second
+  job=$(sbatch --parsable --requeue job.sh)
+  wait_for "$job" FAILED
+  printf '%s\n' "requeue $job" "update JobId=$job StartTime=now" | scontrol >/dev/null
+  sleep 3
+  if revoked=$(grep "JobId=$job: Job credential revoked" slurmctld.log); then echo "try $try: ${revoked#*] }" && break; fi
+  scancel "$job"
+done
+if ((seconds > 60)) && [[ $revoked ]]; then
+  echo "as found: two minutes of waiting; scontrol update StartTime=now ends it, but not at once"
+else
+  echo CHANGED
+  exit 1
+fi

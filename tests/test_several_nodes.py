@@ -1,5 +1,6 @@
 """Two nodes with a disk each: steps by every launcher; a node that dies or is cut off; what is left resumes."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,14 +9,18 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
+from scripts.launch.checks import AS_ROOT
 from tests.launching import environment, logged, write_pairs
 from tests.tiny import tiny_checkpoint, tiny_reward_model
-from tests.two_nodes import SILENCE, TwoNodes, launcher, machine_room, ssh_servers, until
+from tests.two_nodes import SILENCE, Job, TwoNodes, launcher, machine_room, ssh_servers, until
 from training.utils.engine.checkpoint import whole_checkpoints
 
 pytestmark = pytest.mark.distributed
@@ -134,27 +139,62 @@ def test_a_lost_node_ends_the_other_by_name_and_the_run_resumes(whole, tmp_path)
         assert {name for name in names if name.startswith("generators")} == {f"generators-{node.number}.pt"}
 
 
-@pytest.mark.skipif(
-    not (shutil.which("pdsh") and shutil.which("ssh") and shutil.which("sshd", path="/usr/sbin:/usr/bin") and os.geteuid() == 0),
-    reason="pdsh, ssh or sshd is not installed (Debian: pdsh openssh-server), or the tests do not run as root",
-)
-def test_pdsh_starts_both_nodes_over_ssh(room, tmp_path):
-    """DeepSpeed's default way: one command on the first node. Both nodes have the folder that it is called in."""
-    first = room.nodes[0]
-    words = ["--hostfile", "hosts", "--master_addr", room.address, "--master_port", str(room.port), "--max_steps", "2"]
-    with ssh_servers(room, tmp_path) as env:
-        first.env |= env | {"SANBU_NODE_TIMEOUT": "30"}   # sent on to the other node, as the name of the interface
-        job = first.start([sys.executable, "-m", "scripts.launch", "step1_sft", "recipe.yaml", str(tmp_path / "out"), *words])
+# --- one command on the first node ------------------------------------------------------------------------------------
+
+SERVED = shutil.which("ssh") and shutil.which("sshd", path="/usr/sbin:/usr/bin") and os.geteuid() == 0
+
+
+@contextmanager
+def by_ssh(room: TwoNodes, folder: Path, hosts: str, *words: str, **more: str) -> Iterator[Job]:
+    """Step 1, started on the first node for both of them, into a folder that both see."""
+    first, before = room.nodes[0], room.nodes[0].env
+    (first.folder / "named").write_text(hosts)
+    named = ["--hostfile", "named", "--master_addr", room.address, "--master_port", str(room.port), *words]
+    with ssh_servers(room, folder) as env:
+        first.env = before | env | more
+        job = first.start([sys.executable, "-m", "scripts.launch", "step1_sft", "recipe.yaml", str(folder / "out"), *named])
         try:
-            assert job.wait() == 0, job.printed[-6000:]
+            yield job
         finally:
             job.signal(9)
             job.process.wait()
-            for name in env:
-                del first.env[name]
-            first.env["SANBU_NODE_TIMEOUT"] = str(SILENCE)
+            first.env = before
+
+
+@pytest.mark.skipif(
+    not (shutil.which("pdsh") and SERVED),
+    reason="pdsh, ssh or sshd is not installed (Debian: pdsh openssh-server), or the tests do not run as root",
+)
+def test_pdsh_starts_both_nodes_over_ssh(room, tmp_path):
+    """DeepSpeed's default way. What the shell has set is sent on to the other node, as the name of the interface."""
+    with by_ssh(room, tmp_path, HOSTS, "--max_steps", "2", SANBU_NODE_TIMEOUT="30") as job:
+        assert job.wait() == 0, job.printed[-6000:]
     assert "shared by all nodes" in job.printed and len(logged(tmp_path / "out", "train/loss")) == 2
     assert "node-b" in job.printed and "GLOO_SOCKET_IFNAME=" in (tmp_path / "out/deepspeed_env").read_text()
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(
+    not (shutil.which("mpirun") and SERVED),
+    reason="mpirun, ssh or sshd is not installed (Debian: openmpi-bin openssh-server), or the tests do not run as root",
+)
+def test_mpirun_starts_two_processes_on_each_node_and_one_is_killed(room, tmp_path):
+    """Placed by turns: ranks 0 and 2 on the first node, 1 and 3 on the second."""
+    if not room.separate:
+        pytest.skip("two hosts for mpirun need network namespaces")
+    words = ["--launcher", "openmpi", "--launcher_args", "--map-by node --mca btl_tcp_if_include eth0", "--max_steps", "3000"]
+    with by_ssh(room, tmp_path, HOSTS.replace("=1", "=2"), *words, **dict.fromkeys(AS_ROOT, "1")) as job:
+        until(lambda: any(whole_checkpoints(tmp_path / "out/checkpoints")), [job], "the first checkpoint")
+        ranks = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(tmp_path / "out") in process.cmdline() and (rank := process.environ().get("OMPI_COMM_WORLD_RANK")):
+                    ranks[rank] = process
+        assert sorted(ranks) == ["0", "1", "2", "3"]
+        ranks["3"].kill()
+        assert job.wait(120) == 75, job.printed[-6000:]
+    said = job.printed.splitlines()[-4:]
+    assert any("it said: node 1 (node-b) is lost" in line for line in said), job.printed[-6000:]
 
 
 # --- Slurm ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from errors import UserError
 from models import device
 from scripts.launch import commands
 from scripts.launch.__main__ import env_file, main, passed_on, prepare, shown
-from scripts.launch.checks import check_machine
+from scripts.launch.checks import AS_ROOT, check_machine
 from scripts.launch.processes import without_chatter
 from training.utils.flags.parse import parse as parse_step
 from training.utils.flags.steps import PPOArguments, SFTArguments
@@ -451,3 +452,12 @@ def test_a_taken_port_and_missing_tools(recipe, hostfile, monkeypatch, tmp_path)
     check_machine(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--master_addr", "::1").options)
     with pytest.raises(UserError, match=r"node\.invalid, does not resolve; give --master_addr"):
         check_machine(launched("step1_sft", recipe("multi_node"), "--hostfile", hostfile, "--master_addr", "node.invalid").options)
+    for tool in ("mpirun", "ompi_info"):
+        shutil.copy(tmp_path / "ssh", tmp_path / tool)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv(AS_ROOT[0], "1")
+    monkeypatch.delenv(AS_ROOT[1], raising=False)
+    words = ["--hostfile", hostfile, "--master_addr", "::1", "--launcher", "openmpi"]
+    launch = launched("step1_sft", recipe("multi_node"), *words, GLOO_SOCKET_IFNAME="lo")
+    with pytest.raises(UserError, match=rf"mpirun does not run as root unless {AS_ROOT[0]}=1 and {AS_ROOT[1]}=1 are set"):
+        check_machine(launch.options)

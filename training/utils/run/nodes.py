@@ -6,6 +6,7 @@ import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,7 @@ def meet(output: Path, rank: int, local_rank: int, world_size: int) -> Nodes:
     port = listener.getsockname()[1] if listener else 0
     processes: list[Any] = [None] * world_size
     dist.all_gather_object(processes, (socket.gethostname(), local_rank, port, uuid.uuid4().hex))
-    names, node = [], -1
-    for host, local, _, _ in processes:
-        node += local == 0
-        names.append(f"node {max(node, 0)} ({host})")
+    names = node_names([(host, local) for host, local, _, _ in processes])
     nodes = Nodes(names, several=True)
     _, _, port, token = processes[0]
     if limit and port:
@@ -78,6 +76,18 @@ def meet(output: Path, rank: int, local_rank: int, world_size: int) -> Nodes:
     leaders = [one for one, (_, local, _, _) in enumerate(processes) if local == 0]
     nodes.keeps_disk = keeps_disk(nodes, output, rank, leaders, token)
     return nodes
+
+
+def node_names(processes: list[tuple[str, int]]) -> list[str]:
+    """Return what to call the node of each rank, from the host names and local ranks of all. The ranks of a node need not stand
+    side by side (mpirun --map-by node). Where two nodes have one host name they must.
+    """
+    names, numbers, counter = [], {}, count()
+    for host, local in processes:
+        if local == 0:
+            numbers[host] = next(counter)
+        names.append(f"node {numbers.get(host, 0)} ({host})")
+    return names
 
 
 def keeps_disk(nodes: Nodes, output: Path, rank: int, leaders: list[int], token: str) -> bool:

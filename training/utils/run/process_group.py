@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, refuse
 from models.device import (
     Platform,
     attention_implementation,
@@ -200,7 +201,8 @@ def held_alone(nodes: Nodes, folder: Path) -> IO[str] | None:
 def join_process_group(platform: Platform) -> tuple[int, int, int]:
     """Join the group that the launcher (deepspeed, torchrun, srun) describes in the environment, or open one of one process.
 
-    A group of one meets nobody, so it takes no port that could be in use. Returns rank, local rank and number of processes.
+    A group of one meets nobody, so it takes no port that could be in use. Returns rank, local rank and number of processes. Raises
+    UserError where another program listens on the port of the first process.
     """
     import deepspeed
 
@@ -220,8 +222,17 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
         elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             store, (rank, size) = store_after_restart(timeout), (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
             dist.init_process_group(platform.backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        deepspeed.init_distributed(dist_backend=platform.backend, verbose=False, timeout=timeout)
-        note.cancel()
+        try:
+            deepspeed.init_distributed(dist_backend=platform.backend, verbose=False, timeout=timeout)
+        except dist.DistNetworkError as error:
+            refuse(
+                "EADDRINUSE" in str(error),
+                f"port {os.environ['MASTER_PORT']} of {socket.gethostname()} is in use; give another --master_port to the "
+                "launcher, or set MASTER_PORT where srun or mpirun starts the step.",
+            )
+            raise
+        finally:
+            note.cancel()
     return dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size()
 
 

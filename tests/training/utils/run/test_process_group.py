@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from errors import UserError
+from models.device import PLATFORMS
 from tests.launching import REPOSITORY, environment
 from training.utils.run import process_group as run
-from training.utils.run.nodes import Nodes, keeps_disk
+from training.utils.run.nodes import Nodes, keeps_disk, node_names
 from training.utils.run.process_group import timeout_minutes
 
 JOIN = """
@@ -28,6 +29,15 @@ def test_a_run_of_one_process_needs_no_port():
         command, env = [sys.executable, "-c", JOIN], environment(**group)
         done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1:] == ["(0, 0, 1)"], done.stderr[-2000:]
+
+
+def test_the_first_of_two_processes_names_a_port_that_is_taken(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (group | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"port {taken.getsockname()[1]} of \S+ is in use; give another --master_port"):
+            run.join_process_group(PLATFORMS["cpu"])
 
 
 WARN = """
@@ -65,6 +75,19 @@ def test_a_waiting_time_that_is_none_is_told(monkeypatch, said):
         timeout_minutes()
     monkeypatch.setenv("SANBU_TIMEOUT_MINUTES", "45")
     assert timeout_minutes() == 45
+
+
+@pytest.mark.parametrize(
+    ("processes", "numbers"),
+    [
+        ([("a", 0), ("a", 1), ("b", 0), ("b", 1)], [0, 0, 1, 1]),
+        ([("a", 0), ("b", 0), ("a", 1), ("b", 1)], [0, 1, 0, 1]),  # mpirun --map-by node
+        ([("a", 0), ("a", 0), ("a", 1)], [0, 1, 1]),  # two nodes that call themselves alike
+    ],
+)
+def test_nodes_are_named_by_their_hosts(processes, numbers):
+    named = [f"node {number} ({host})" for number, (host, _) in zip(numbers, processes, strict=True)]
+    assert node_names(processes) == named
 
 
 @pytest.mark.parametrize("trouble", ["resolve_dtype", "check_writable"])
