@@ -51,7 +51,7 @@ def main(args: SFTArguments) -> None:
     targets = target_counts(data.train, args.loss_on)
     batches = GlobalBatches(data.train, targets, collate, run, args)
 
-    engine = trained_engine(model, args, run, tokenizer, batches.total_steps)
+    engine = trained_engine(model, args, run, tokenizer, batches.schedule_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint), batches.sizes)
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)

@@ -55,7 +55,7 @@ def main(args: DPOArguments) -> None:
     collate = partial(collate_answer_pairs, pad_id=tokenizer.pad_token_id, share=share)
     batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args, pair_widths(data.train, share))
     reference = load_reference(args, models, tokenizer, run)
-    engine = trained_engine(models["model"], args, run, tokenizer, batches.total_steps)
+    engine = trained_engine(models["model"], args, run, tokenizer, batches.schedule_steps)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint), batches.sizes)
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)

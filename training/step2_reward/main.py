@@ -50,7 +50,7 @@ def main(args: RewardArguments) -> None:
     share = can_share_prompts(model, run.attention, **args.prefix_options())
     collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id, share=share)
     batches = GlobalBatches(data.train, [1.0] * len(data.train), collate, run, args, pair_widths(data.train, share))
-    engine = trained_engine(model, args, run, tokenizer, batches.total_steps, scalar=True)
+    engine = trained_engine(model, args, run, tokenizer, batches.schedule_steps, scalar=True)
     checkpoint = Checkpoint(run, {"model": engine}, fingerprint(args, run, data.fingerprint), batches.sizes)
     start = checkpoint.resume()
     progress = Progress(run, batches.total_steps, start)

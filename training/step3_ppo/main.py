@@ -55,13 +55,13 @@ def main(args: PPOArguments) -> None:
     template = load_template(models["actor"], tokenizer)
     data = prepare_phase(args, 3, tokenizer, template, args.output_dir)
     prompts = PromptBatches(data.train, run, args, tokenizer.pad_token_id)
-    sizes = {"rollout": prompts.size, "minibatch": minibatch_size(args, run)}
+    sizes = prompts.sizes | {"minibatch": minibatch_size(args, run)}
     minibatches = math.ceil(sizes["rollout"] * args.num_return_sequences / sizes["minibatch"])
-    steps = {"critic": prompts.total * args.ppo_epochs * minibatches}
-    steps["actor"] = (prompts.total - args.critic_warmup_rollouts) * args.ppo_epochs * minibatches
+    steps = {"critic": prompts.schedule * args.ppo_epochs * minibatches}
+    steps["actor"] = (prompts.schedule - args.critic_warmup_rollouts) * args.ppo_epochs * minibatches
     if steps["actor"] < 1:
         raise UserError(
-            f"--critic_warmup_rollouts {args.critic_warmup_rollouts}: the whole run has {prompts.total} rollouts, and the "
+            f"--critic_warmup_rollouts {args.critic_warmup_rollouts}: the whole run has {prompts.schedule} rollouts, and the "
             "actor would never learn; lower it."
         )
     mixture = PretrainingMix.of(args, run, tokenizer, template, sizes["minibatch"])

@@ -26,6 +26,7 @@ from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out
 from training.utils.data.batching import PromptBatch
 from training.utils.engine.step import Accumulation, optimizer_metrics, step_together
+from training.utils.run.loop import kept_size
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -45,20 +46,21 @@ class DeepSpeedPPOTrainer:
         self.args = args
         self.run = rlhf_engine.run
         self.kl_coef = args.kl_coef
-        self.actor_steps = 0  # optimizer steps so far: where the mixture's text goes on
+        self.text_read = 0  # blocks of the mixture's text so far
         self.sampler = SamplerState()
         self.health = Health(half=self.run.dtype != torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know, as JSON."""
-        own = {"kl_coef": self.kl_coef, "kl_coef_flag": self.args.kl_coef, "actor_steps": self.actor_steps}
+        own = {"kl_coef": self.kl_coef, "kl_coef_flag": self.args.kl_coef, "text_read": self.text_read}
         return own | {"sampler_trusted": self.sampler.trusted, "health": self.health.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from state_dict()."""
         if state.get("kl_coef_flag", self.args.kl_coef) == self.args.kl_coef:  # else --allow kl_coef sets it anew
             self.kl_coef = state["kl_coef"]
-        self.actor_steps = state["actor_steps"]
+        # A checkpoint of before December 2026 has optimizer steps instead.
+        self.text_read = state.get("text_read", state.get("actor_steps", 0) * self.run.sizes.get("minibatch", 0))
         self.health.load_state_dict(state["health"])
         self.sampler.trusted = state.get("sampler_trusted")
 
@@ -142,7 +144,7 @@ class DeepSpeedPPOTrainer:
     def _actor_gradients(self, micro_batches: list[Experience], denominator: float, tokens: float) -> dict[str, float]:
         """Accumulate the gradients of the PPO loss and of the text beside it. Returns metrics as _train_minibatch does."""
         run, actor, coef = self.run, self.engine.actor, self.args.unsup_coef
-        text = self.mixture.micro_batches(self.actor_steps) if self.mixture else []
+        text = self.mixture.micro_batches(self.text_read) if self.mixture else []
         gradients = Accumulation(actor, len(micro_batches) + len(text), run)
         sums: dict[str, float] = defaultdict(float)
         deviation, text_loss = 0.0, 0.0
@@ -156,7 +158,7 @@ class DeepSpeedPPOTrainer:
             loss = self.mixture.loss(actor, micro)
             gradients.backward(coef * loss)
             text_loss += loss.detach()
-        self.actor_steps += 1
+        self.text_read += self.mixture.size if self.mixture else 0
         metrics = {"actor_loss": gradients.total()}
         if self.mixture:
             metrics["text_loss"] = run.sum(float(text_loss))[0]
@@ -188,7 +190,7 @@ class DeepSpeedPPOTrainer:
 def minibatch_size(args, run: Run) -> int:
     """Return the rows of one optimizer step over all processes; of a run that is resumed what it began with."""
     flags = args.per_device_training_batch_size * args.gradient_accumulation_steps * run.world_size
-    return run.sizes.get("minibatch", flags)
+    return kept_size("minibatch", args, run) or flags
 
 
 def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args, kl_coef: float | None = None) -> None:

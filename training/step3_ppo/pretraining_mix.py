@@ -19,8 +19,8 @@ from training.utils.run.process_group import Run
 class PretrainingMix:
     """Blocks of text for the actor's optimizer steps, as many in each as a whole minibatch has answers.
 
-    Which blocks a step reads follows from the seed and the number of the step alone, so a resumed run and any number of
-    processes read the same. The text comes round again, in another order, when all of it was read.
+    Which blocks a step reads follows from the seed and the blocks read before, so a resumed run and any number of processes
+    read the same. The text comes round again, in another order, when all of it was read.
     """
 
     def __init__(self, data: CachedData, run: Run, args, pad_id: int, size: int) -> None:
@@ -44,9 +44,9 @@ class PretrainingMix:
         data = prepare_blocks(args.unsupervised_dataset_name, tokenizer, template, length, **options)
         return cls(data, run, args, tokenizer.pad_token_id, size)
 
-    def examples(self, step: int) -> list[int]:
-        """Return the blocks of the optimizer step with this number, counted from 0 over the whole run."""
-        return [self._example(position) for position in range(step * self.size, (step + 1) * self.size)]
+    def examples(self, read: int) -> list[int]:
+        """Return the blocks of the optimizer step before which so many were read in the whole run."""
+        return [self._example(position) for position in range(read, read + self.size)]
 
     def _example(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.blocks))
@@ -54,9 +54,9 @@ class PretrainingMix:
             self.order = epoch, np.random.default_rng([self.args.seed, epoch]).permutation(len(self.blocks))
         return int(self.order[1][offset])
 
-    def micro_batches(self, step: int) -> list[SFTBatch]:
-        """Return this process's share of the step's blocks, cut as its answers are."""
-        examples = self.examples(step)
+    def micro_batches(self, read: int) -> list[SFTBatch]:
+        """Return this process's share of a step's blocks (examples), cut as its answers are."""
+        examples = self.examples(read)
         plan = plan_share([self.length] * len(examples), self.length, self.run, self.args)
         return load_micro_batches(self.blocks, examples, plan, self.collate, self.run.device)
 

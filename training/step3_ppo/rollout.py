@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from inference.engine import check_finite, generate_many
 from models.heads import at_last_token
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
-from training.utils.data.batching import PromptBatch, collate_prompts, plan_epoch
+from training.utils.data.batching import Epochs, PromptBatch, collate_prompts
 from training.utils.engine.weights import generation_model
+from training.utils.run.loop import epochs_of, kept_size
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -46,32 +46,31 @@ class SamplerState:
 class PromptBatches:
     """The prompts of each rollout. All processes get equally many; the order does not depend on their number.
 
-    The last rollout of an epoch is filled up with prompts from the epoch's start, so that no process runs short.
+    The last rollout of an epoch is filled up with prompts from the epoch's start, so that no process runs short. schedule: the
+    rollouts of a run of this size from its start, which the learning rates go by.
     """
 
     def __init__(self, dataset, run: Run, args, pad_id: int) -> None:
         self.dataset, self.run, self.seed, self.pad_id = dataset, run, args.seed, pad_id
         self.lengths = list(dataset["length"])
         flags = args.per_device_generation_batch_size * args.generation_batches * run.world_size
-        self.size = run.sizes.get("rollout", flags)
-        if self.size % run.world_size:
+        size = kept_size("rollout", args, run) or flags
+        if size % run.world_size:
             raise UserError(
-                f"The run that is resumed has {self.size} prompts a rollout, which {run.world_size} processes cannot share "
-                "evenly; take a number of processes that divides it."
+                f"The run that is resumed has {size} prompts a rollout, which {run.world_size} processes cannot share "
+                "evenly; take a number of processes that divides it, or --allow generation_batches."
             )
-        self.per_epoch = math.ceil(len(self.lengths) / self.size)
-        self.total = args.max_steps if args.max_steps > 0 else self.per_epoch * args.num_train_epochs
+        self.epochs, self.sizes = epochs_of("rollout", size, len(self.lengths), run)
+        self.total = args.max_steps or self.epochs.total(len(self.lengths), args.num_train_epochs)
+        self.schedule = args.max_steps or Epochs(size).total(len(self.lengths), args.num_train_epochs)
 
     def after(self, rollout: int) -> Iterator[tuple[int, PromptBatch]]:
         """Yield (number of the rollout from 1, this process's prompts) for the rollouts that follow the given one."""
-        for number in range(rollout, self.total):
-            epoch = number // self.per_epoch
-            plan = plan_epoch(self.lengths, self.size, seed=self.seed, epoch=epoch, bucket=False)   # a rollout mixes all lengths
-            examples = list(plan[number % self.per_epoch])
-            fillers = [example for batch in plan for example in batch]
-            while len(examples) < self.size:
-                examples += fillers[: self.size - len(examples)]
-            yield number + 1, self.batch(examples)
+        mixed = {"bucket": False, "fill": True}  # a rollout mixes all lengths
+        for number, _, examples, _ in self.epochs.after(rollout, self.lengths, self.seed, **mixed):
+            if number > self.total:
+                return
+            yield number, self.batch(examples)
 
     def batch(self, examples: list[int]) -> PromptBatch:
         """Return this process's share of the given examples, every n-th of them so that lengths are even."""

@@ -87,19 +87,19 @@ def a_mix(world_size: int = 1, rank: int = 0, blocks: int = 10, size: int = 4, p
 
 def test_every_block_comes_once_before_any_comes_again_and_steps_can_start_anywhere():
     mix = a_mix()
-    read = [example for step in range(5) for example in mix.examples(step)]
+    read = [example for step in range(5) for example in mix.examples(4 * step)]
     assert sorted(read[:10]) == sorted(read[10:]) == list(range(10))
     assert read[:10] != read[10:]
-    assert [a_mix().examples(step) for step in (3, 1)] == [read[12:16], read[4:8]]
+    assert [a_mix().examples(step) for step in (12, 4)] == [read[12:16], read[4:8]]
 
 
 @pytest.mark.parametrize("budget", [0, 12])
 @pytest.mark.parametrize(("world_size", "size"), [(1, 4), (2, 4), (2, 5), (3, 4)])
 def test_processes_share_the_blocks_of_one(world_size, size, budget):
-    shares = [a_mix(world_size, rank, size=size, budget=budget).micro_batches(1) for rank in range(world_size)]
+    shares = [a_mix(world_size, rank, size=size, budget=budget).micro_batches(size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     real = [first for share in shares for micro in share for first in micro.input_ids[micro.loss_mask.any(1), 0].tolist()]
-    assert sorted(real) == sorted(a_mix(size=size).examples(1))
+    assert sorted(real) == sorted(a_mix(size=size).examples(size))
     targets = sum(int(micro.loss_mask.sum()) for share in shares for micro in share)
     assert targets == size * a_mix().targets == size * 5
     assert all(micro.input_ids.shape[0] <= 2 for share in shares for micro in share)

@@ -6,8 +6,10 @@ plan_micro_batches cuts one global batch for them. Both return positions, no dat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, cycle, islice
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,58 @@ def plan_epoch(
     if whole < len(order):
         batches.append(order[whole:])
     return [batch.tolist() for batch in batches]
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """The global batches of a run, epoch after epoch: ``size`` examples each, numbered from 1.
+
+    After a change of the size within a run (--allow) they are those behind batch ``since``, when ``seen`` examples of ``epoch``
+    had been taken; the rest of this epoch keeps the order that was drawn for batches of ``order``.
+    """
+
+    size: int
+    since: int = 0
+    epoch: int = 0
+    seen: int = 0
+    order: int = 0
+
+    def changed(self, number: int, size: int, count: int) -> Epochs:
+        """Return the batches of another size behind the one with this number. count: examples of an epoch."""
+        done, rest = number - self.since, math.ceil((count - self.seen) / self.size)
+        if done < rest:
+            epoch, seen, order = self.epoch, self.seen + done * self.size, self.order or self.size
+        else:
+            epochs, within = divmod(done - rest, math.ceil(count / self.size))
+            epoch, seen, order = self.epoch + 1 + epochs, within * self.size, self.size
+        return Epochs(size, number, epoch, seen, order if seen else 0)
+
+    def total(self, count: int, epochs: int) -> int:
+        """Return the number of the last batch of so many epochs of so many examples."""
+        if self.epoch >= epochs:
+            return self.since
+        rest = math.ceil((count - self.seen) / self.size)
+        return self.since + rest + (epochs - self.epoch - 1) * math.ceil(count / self.size)
+
+    def after(
+        self, number: int, lengths: Sequence[int], seed: int, bucket: bool = True, fill: bool = False
+    ) -> Iterator[tuple[int, int, list[int], bool]]:
+        """Yield (number, epoch, examples, whether it ends the epoch) for the batches behind one, without end.
+
+        fill: the last batch of an epoch is filled up from the epoch's start. bucket: as in plan_epoch.
+        """
+        epoch, done = self.epoch, self.since
+        while True:
+            begun = epoch == self.epoch and self.seen > 0
+            plan = plan_epoch(lengths, self.order if begun else self.size, seed, epoch, bucket=bucket)
+            order = list(chain.from_iterable(plan))
+            if begun:
+                plan = [order[start : start + self.size] for start in range(self.seen, len(order), self.size)]
+            if fill:
+                plan[-1] = list(islice(chain(plan[-1], cycle(order)), self.size))
+            for position in range(max(number - done, 0), len(plan)):
+                yield done + position + 1, epoch, plan[position], position == len(plan) - 1
+            epoch, done = epoch + 1, done + len(plan)
 
 
 def plan_micro_batches(

@@ -106,6 +106,7 @@ def build_engine(model: nn.Module, options: EngineOptions, run: Run, steps: int)
     config = options.train_config(run)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     extras(engine).skeleton, extras(engine).saturation = skeleton, watch_saturation(engine)
+    extras(engine).schedule_steps = steps
     masters = plain_masters(engine.optimizer)
     for parameter, value in exact:
         if id(parameter) in masters:

@@ -23,7 +23,7 @@ from models.adapters.prefix import has_prefix
 from models.device import rng_state, set_rng_state
 from models.heads import base_model
 from models.save import save_model, share_permissions
-from training.utils.engine.same_run import check_same_run
+from training.utils.engine.same_run import check_same_run, tell_sizes
 from training.utils.engine.state import (
     SavedTensors,
     engine_facts,
@@ -110,8 +110,8 @@ class Checkpoint:
     and the ``averages`` (MovingAverage), which other numbers of processes under other ZeRO stages can read (state.py), and
     for every process the states of the random generators and of ``states``: objects with state_dict() and load_state_dict(),
     whose state is numbers and text, the same on all processes. The position in the data is the step itself, with the ``sizes``
-    of batches (GlobalBatches), which a resumed run keeps. Nodes that do not share a disk have a folder each, with what their
-    own processes need, and resume from the newest step that all of them have whole.
+    of batches (loop.epochs_of), which a resumed run keeps but for --allow. Nodes that do not share a disk have a folder each,
+    with what their own processes need, and resume from the newest step that all of them have whole.
 
     What lies there of another run is moved into ``checkpoints/earlier-1``, with its metrics; nothing of it is removed.
     """
@@ -249,7 +249,7 @@ class Checkpoint:
         if wanted != "auto" and (damage := self._damage(folder)):
             raise UserError(damage)
         manifest = self.run.nodes.together(lambda: self._checked(folder))
-        self._load(folder)
+        self._load(folder, resized=tell_sizes(folder, manifest, self.sizes))
         step, own = manifest["step"], folder.resolve().parent == self.folder.resolve()
         self._set_aside(step if own else None, metrics=not own and bool(step_folders(self.folder)))
         self.run.metrics.rewind(step)
@@ -257,8 +257,11 @@ class Checkpoint:
         logger.info("Resumed from %s after %d steps.", folder, step)
         return step
 
-    def _load(self, folder: Path) -> None:
-        """Bring back the state that a checkpoint holds. Raises UserError, on all nodes, for what it lacks."""
+    def _load(self, folder: Path, resized: bool) -> None:
+        """Bring back the state that a checkpoint holds. Raises UserError, on all nodes, for what it lacks.
+
+        resized: see set_engine_facts.
+        """
         if any((folder / name / "state").is_dir() for name in self.engines):
             self._load_former(folder)
         else:
@@ -272,7 +275,7 @@ class Checkpoint:
 
             self.run.nodes.together(read)
             for name, engine in self.engines.items():
-                set_engine_facts(engine, json.loads((folder / name / FACTS).read_text(encoding="utf-8")))
+                set_engine_facts(engine, json.loads((folder / name / FACTS).read_text(encoding="utf-8")), resized)
         for name, owner in self.states.items():
             owner.load_state_dict(load_data(self._own(folder, name)))
         set_generator_states(load_data(self._own(folder, "generators")))

@@ -12,12 +12,13 @@ class Extras:
     """Facts of ours that belong to one engine.
 
     skeleton: the structure of the model, without weights, under ZeRO-3. saturation: the SaturationWatch of a chip that needs
-    one. generation_weights: "gathered" or "layerwise", once it was chosen.
+    one. generation_weights: "gathered" or "layerwise", once it was chosen. schedule_steps: the length of the schedule.
     """
 
     skeleton: nn.Module | None = None
     saturation: Any = None
     generation_weights: str | None = None
+    schedule_steps: int = 0
 
 
 _EXTRAS: WeakKeyDictionary[Any, Extras] = WeakKeyDictionary()

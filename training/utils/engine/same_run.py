@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
 from models.checkpoint_folder import open_checkpoint
 from training.utils.data.digest import sampled_digest, weight_files
+from training.utils.flags.common import BATCH_FLAGS
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -61,8 +63,23 @@ def check_same_run(folder: Path, then: dict[str, Any], now: dict[str, Any], args
     layout = [name for name in changed if re.search("^world_size$|zero_stage$|^per_device|accumulation", name)]
     if layout:
         what = [f"{'processes' if name == 'world_size' else f'--{name}'} {now[name]} (it was {then[name]})" for name in layout]
-        logger.info(
-            "%s: the global batch and the order of the data stay; dropout draws other masks, and sums are rounded in another "
-            "order.",
-            ", ".join(what),
-        )
+        stay = "" if set(args.allowed) & set(chain(*BATCH_FLAGS.values())) else "the global batch and the order of the data stay; "
+        logger.info("%s: %sdropout draws other masks, and sums are rounded in another order.", ", ".join(what), stay)
+
+
+def tell_sizes(folder: Path, manifest: dict[str, Any], now: dict[str, int]) -> bool:
+    """Return whether batches have another size than those of a checkpoint; log a line then.
+
+    Raises UserError if the place in the data, at which the new size begins, is not the checkpoint's.
+    """
+    then, since = manifest.get("sizes", now), now.get("since", 0)
+    if since not in (then.get("since", 0), manifest["step"]):
+        raise UserError(f"{folder} has another size of batches than the newer one, which is damaged; give --resume {folder}.")
+    units = {"global_batch": "examples a step", "rollout": "prompts a rollout", "minibatch": "answers an optimizer step"}
+    changed = [f"{now[one]} {unit} (it was {then[one]})" for one, unit in units.items() if one in now and now[one] != then[one]]
+    if changed:
+        place = f" epoch {now.get('epoch', 0)} goes on behind its first {now.get('seen', 0)} examples;"
+        place = place if since == manifest["step"] else ""
+        rate = "the learning rate goes on from its place in the whole schedule"
+        logger.info("From here on %s:%s %s.", ", ".join(changed), place, rate)
+    return bool(changed)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
+from training.utils.engine.extras import extras
 from training.utils.run.deepspeed_internals import (
     copy_masters,
     loss_scale,
@@ -136,20 +137,22 @@ def as_step(optimizer: torch.optim.Optimizer, slot: Tensor, number: float) -> Te
 
 
 def engine_facts(engine) -> dict[str, Any]:
-    """Return what is the same on all processes, for JSON: counters, the place in the schedule, the loss scale."""
-    counters = {name: getattr(engine, name) for name in COUNTERS}
-    return counters | {"schedule": engine.lr_scheduler.last_epoch, "loss_scale": loss_scale(engine.optimizer)}
+    """Return what is the same on all processes, for JSON: counters, the place in the schedule, its length, the loss scale."""
+    schedule = {"schedule": engine.lr_scheduler.last_epoch, "schedule_steps": extras(engine).schedule_steps}
+    return {name: getattr(engine, name) for name in COUNTERS} | schedule | {"loss_scale": loss_scale(engine.optimizer)}
 
 
-def set_engine_facts(engine, facts: dict[str, Any]) -> None:
+def set_engine_facts(engine, facts: dict[str, Any], resized: bool) -> None:
     """Set counters, schedule and loss scale, and let the network compute with the optimizer's weights. All processes call it.
 
-    The learning rate is that of the schedule of this run at the place of the saved one.
+    The learning rate is that of the schedule of this run at the place of the saved one. resized: batches have another size from
+    here on, so that the schedule has another number of steps for the same data; the place is the same share of it.
     """
     for name in COUNTERS:
         setattr(engine, name, facts[name])
     scheduler = engine.lr_scheduler
-    scheduler.last_epoch = facts["schedule"]
+    stretch = extras(engine).schedule_steps / facts["schedule_steps"] if resized else 1
+    scheduler.last_epoch = round(facts["schedule"] * stretch)
     scheduler._last_lr = scheduler.get_lr()
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = rate

@@ -8,11 +8,13 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from errors import nearest, refuse
+from training.utils.flags.common import BATCH_FLAGS
 from training.utils.flags.deepspeed_file import check_against_flags, check_offload, check_precision, check_words
 from training.utils.flags.no_effect import check_no_effect
 from training.utils.flags.steps import CommonArguments, PPOArguments, SFTArguments
@@ -92,7 +94,8 @@ def check_output(args: Any) -> None:
 def check_allowed(args: CommonArguments) -> None:
     """Raise UserError for names in --allow that are no flags, or flags that cannot change within a run."""
     kinds = {one.name: one.metadata["resume"] for one in fields(args)}
-    may = ", ".join(name for name, kind in kinds.items() if kind == "allow")
+    sizes = set(chain(*BATCH_FLAGS.values()))
+    may = ", ".join(name for name, kind in kinds.items() if kind == "allow" or name in sizes)
     for name in args.allowed:
         near = nearest(name, kinds)
         refuse(name not in kinds, f"--allow {name}: no such flag{f'; is it {near}' if near else ''}.")

@@ -13,6 +13,12 @@ Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Stage = Literal[0, 1, 2, 3, "auto"]
+# The sizes that a resumed run keeps, and the flags that they are made of in a new one, or where --allow names any of them.
+BATCH_FLAGS = {
+    "global_batch": ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    "rollout": ("per_device_generation_batch_size", "generation_batches"),
+    "minibatch": ("per_device_training_batch_size", "gradient_accumulation_steps"),
+}
 
 
 @dataclass(frozen=True)
@@ -181,9 +187,10 @@ class CommonArguments:
     )
     allow: str | None = flag(
         "With --resume: flags, with commas, that go on with another value than the run began with, such as "
-        "learning_rate,lr_scheduler_type.",
+        "learning_rate,lr_scheduler_type. A batch size keeps the run's examples a step unless it is named here.",
         None, metavar="FLAGS", resume="free",
-        zh="配合 --resume：允许改用新值的参数，用逗号分隔，例如 learning_rate,lr_scheduler_type。",
+        zh="配合 --resume：允许改用新值的参数，用逗号分隔，例如 learning_rate,lr_scheduler_type。批大小若未列出，每步样本数"
+        "保持不变。",
     )
     enable_tensorboard: bool = flag("Write curves for TensorBoard.", False, resume="free", zh="为 TensorBoard 写曲线。")
     tensorboard_path: str | None = flag(
@@ -330,8 +337,9 @@ class SupervisedArguments(CommonArguments):
         "0 = per_device_train_batch_size x gradient_accumulation_steps x 进程数。",
     )
     eval_iters: int = flag(
-        "Evaluate on at most this many micro-batches of each process; 0 = on all.", 0, resume="free",
-        zh="每个进程最多评估这么多个微批；0 = 全部。",
+        "Evaluate on at most this many micro-batches, the same examples on any number of processes; 0 = on all.", 0,
+        resume="free",
+        zh="最多评估这么多个微批，样本与进程数无关；0 = 全部。",
     )
     learning_rate: float = flag(RATE, common=True, resume="allow", zh=RATE_ZH)
     weight_decay: float = flag(

@@ -4,13 +4,14 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from errors import UserError
-from training.utils.data.batching import plan_epoch, plan_micro_batches
+from training.utils.data.batching import Epochs, plan_micro_batches
+from training.utils.flags.common import BATCH_FLAGS
 from training.utils.run.metrics import progress_line
 from training.utils.run.process_group import Run
 
@@ -42,7 +43,8 @@ class GlobalBatches:
     """All global batches of a run. The order follows from the seed and the step alone, whatever the number of processes.
 
     targets: how many targets (tokens, pairs) each example adds to the denominator of its global batch. widths: the tokens that
-    each takes in a micro-batch, where that is not its length.
+    each takes in a micro-batch, where that is not its length. schedule_steps: the length of the learning rate's schedule, that
+    of a run with this global batch from its start.
     """
 
     def __init__(
@@ -55,19 +57,17 @@ class GlobalBatches:
         check_token_budget(self.padded, args.max_tokens_per_device)
         self.per_device = args.per_device_train_batch_size
         self.budget = token_budget(args, self.per_device, max(self.padded, default=0), run.device)
-        self.batch_size = kept_batch_size(args, run) or global_batch_size(args, run.world_size, self.per_device)
-        self.sizes = {"global_batch": self.batch_size}
-        self.steps_per_epoch = math.ceil(len(self.lengths) / self.batch_size)
-        self.total_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
+        size = kept_batch_size(args, run) or global_batch_size(args, run.world_size, self.per_device)
+        self.epochs, self.sizes = epochs_of("global_batch", size, len(self.lengths), run)
+        self.total_steps = args.max_steps or self.epochs.total(len(self.lengths), args.num_train_epochs)
+        self.schedule_steps = args.max_steps or Epochs(size).total(len(self.lengths), args.num_train_epochs)
 
     def after(self, step: int) -> Iterator[GlobalBatch]:
         """Yield the global batches that follow the given number of finished steps."""
-        planned, plan = -1, []
-        for number in range(step + 1, self.total_steps + 1):
-            epoch, position = divmod(number - 1, self.steps_per_epoch)
-            if epoch != planned:
-                planned, plan = epoch, plan_epoch(self.padded, self.batch_size, seed=self.args.seed, epoch=epoch)
-            yield self._batch(number, epoch, plan[position], ends_epoch=position == self.steps_per_epoch - 1)
+        for number, epoch, examples, ends_epoch in self.epochs.after(step, self.padded, self.args.seed):
+            if number > self.total_steps:
+                return
+            yield self._batch(number, epoch, examples, ends_epoch)
 
     def _batch(self, step: int, epoch: int, examples: list[int], ends_epoch: bool) -> GlobalBatch:
         args, lengths = self.args, [self.padded[example] for example in examples]
@@ -122,27 +122,44 @@ def load_micro_batches(dataset, examples: Sequence[int], plan: list[list[int]], 
 def evaluation_batches(dataset, collate: Collate, run: Run, per_device: int, limit: int = 0) -> Iterator[Any]:
     """Yield every example of a held-out set exactly once over all processes; equally many micro-batches on each.
 
-    limit > 0 (--eval_iters) takes no more examples than fill that many micro-batches of every process: always the same ones,
-    drawn by lot, as the first of a plan are the longest.
+    limit > 0 (--eval_iters) takes no more examples than fill that many micro-batches, on any number of processes: always the
+    same ones, drawn by lot, as the first of a plan are the longest.
     """
     lengths, examples = list(dataset["length"]), list(range(len(dataset)))
     if limit:
         random.Random("evaluation").shuffle(examples)
-        examples = examples[: limit * per_device * run.world_size]
+        examples = examples[: limit * per_device]
     for positions in plan_micro_batches([lengths[one] for one in examples], run.world_size, per_device, None)[run.rank]:
         yield load_micro_batches(dataset, examples, [positions], collate, run.device)[0]
 
 
+def kept_size(name: str, args, run: Run) -> int:
+    """Return a size of batches (BATCH_FLAGS) of the run that is resumed; 0 where the flags say it: a new run, or by --allow."""
+    return 0 if set(BATCH_FLAGS[name]) & set(args.allowed) else run.sizes.get(name, 0)
+
+
+def epochs_of(name: str, size: int, count: int, run: Run) -> tuple[Epochs, dict[str, int]]:
+    """Return the global batches of a run, or of the rest of the one that is resumed; and what its checkpoints note of them.
+
+    name: of the size, in the notes. count: examples of an epoch.
+    """
+    noted = {part: run.sizes[part] for part in ("since", "epoch", "seen", "order") if part in run.sizes}
+    epochs = Epochs(run.sizes.get(name, size), **noted)
+    if epochs.size != size:
+        epochs = epochs.changed(run.sizes["step"], size, count)
+    return epochs, {name: size} | {part: value for part, value in asdict(epochs).items() if value and part != "size"}
+
+
 def kept_batch_size(args, run: Run) -> int:
-    """Return the examples of one optimizer step of the run that is resumed, 0 where none is: the order of the data hangs on it.
+    """Return the examples of one optimizer step of the run that is resumed, or 0, as kept_size does.
 
     Raises UserError if --global_batch_size is another.
     """
-    kept = run.sizes.get("global_batch", 0)
+    kept = kept_size("global_batch", args, run)
     if kept and args.global_batch_size not in (0, kept):
         raise UserError(
-            f"--global_batch_size {args.global_batch_size}: the run that is resumed takes {kept} examples a step, and the order of "
-            "its data hangs on that; give that number or none, or another --output_dir."
+            f"--global_batch_size {args.global_batch_size}: the run that is resumed takes {kept} examples a step; give that "
+            "number or none, or go on with the new one by --allow global_batch_size."
         )
     return kept
 

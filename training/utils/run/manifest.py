@@ -49,15 +49,16 @@ def write_manifest(folder: Path, step: int, written: dict[str, tuple[int, str]],
 
 
 def sizes_to_resume(args: Any) -> dict[str, int]:
-    """Return the sizes of batches of the run that --resume continues, by name; {} where there is none, or none is noted."""
+    """Return the sizes of batches of the run that --resume continues, by name, and its step; {} where none is noted."""
     if not args.resume:
         return {}
     newest = reversed(step_folders(Path(args.output_dir) / "checkpoints"))
     for folder in newest if args.resume == "auto" else [Path(args.resume)]:
         try:
-            return read_manifest(folder).get("sizes", {})
+            manifest = read_manifest(folder)
         except UserError:  # is told when the checkpoint is chosen
             continue
+        return {"step": manifest["step"], **manifest["sizes"]} if "sizes" in manifest else {}
     return {}
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from errors import DiskError, UserError
 from training.utils.engine import state
 from training.utils.engine.checkpoint import MANIFEST, Checkpoint, whole_checkpoints
+from training.utils.engine.extras import extras
 from training.utils.engine.state import SavedTensors
 from training.utils.flags.steps import SFTArguments
 from training.utils.run.metrics import Metrics
@@ -204,6 +205,22 @@ def test_an_allowed_flag_changes_with_a_line_and_the_schedule_goes_on_with_it(tm
     second.save(4)
     with pytest.raises(UserError, match=r"--learning_rate 0\.8; this run says --learning_rate 0\.001"):
         checkpoint_of(tmp_path, resume="auto", marks=MARKS).resume()
+
+
+def test_another_batch_size_is_said_and_the_schedule_goes_on_at_its_share(tmp_path, caplog):
+    caplog.set_level("INFO")
+    first = checkpoint_of(tmp_path)
+    extras(first.engines["model"]).schedule_steps, first.engines["model"].lr_scheduler.last_epoch = 60, 15
+    first.save(15)
+    second = checkpoint_of(tmp_path, resume="auto")
+    extras(second.engines["model"]).schedule_steps = 30
+    second.sizes = {"global_batch": 16, "since": 15, "seen": 120, "order": 8}
+    assert second.resume() == 15 and second.engines["model"].lr_scheduler.last_epoch == 8
+    said = "From here on 16 examples a step (it was 8): epoch 0 goes on behind its first 120 examples; the learning rate"
+    assert sum(said in record.getMessage() for record in caplog.records) == 1
+    second.sizes = {"global_batch": 16, "since": 20, "seen": 160, "order": 8}  # of a newer checkpoint, which was damaged
+    with pytest.raises(UserError, match="another size of batches than the newer one"):
+        second.resume()
 
 
 def test_another_number_of_processes_is_said_in_one_line(tmp_path, caplog):

@@ -1,5 +1,7 @@
 """Which examples make which step: independent of the number of processes, continued where a run stopped."""
 
+import itertools
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from errors import UserError
+from training.utils.data.batching import Epochs
 from training.utils.run.loop import GlobalBatches, due, evaluation_batches, global_batch_size, token_budget
 
 pytestmark = pytest.mark.fast
@@ -29,13 +32,13 @@ def one_of(world_size: int, rank: int = 0, **sizes: int) -> SimpleNamespace:
     return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"), sizes=sizes)
 
 
-def batches(rank: int = 0, world_size: int = 1, kept: int = 0, **changes) -> GlobalBatches:
+def batches(rank: int = 0, world_size: int = 1, kept: dict | None = None, **changes) -> GlobalBatches:
     settings = {"seed": 1, "max_steps": 0, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "global_batch_size": 4}
     dataset = Dataset.from_dict({"number": list(range(len(LENGTHS))), "length": LENGTHS})
     settings |= {"per_device_train_batch_size": 2, "max_tokens_per_device": 0, "eval_interval": 0, "save_steps": 0}
-    settings |= changes
+    settings |= {"allowed": []} | changes
     args = SimpleNamespace(**settings)
-    return GlobalBatches(dataset, [1.0] * len(LENGTHS), collate, one_of(world_size, rank, global_batch=kept), args)
+    return GlobalBatches(dataset, [1.0] * len(LENGTHS), collate, one_of(world_size, rank, **kept or {}), args)
 
 
 def numbers(*found) -> list[int]:
@@ -93,12 +96,36 @@ def test_a_resumed_run_keeps_its_global_batch_whatever_the_processes(world_size)
     """Of 4, which three processes cannot share evenly."""
     changes = {"global_batch_size": 0, "per_device_train_batch_size": 3}
     whole = list(batches().after(0))
-    shares = [list(batches(rank, world_size, kept=4, **changes).after(0)) for rank in range(world_size)]
+    shares = [list(batches(rank, world_size, kept={"global_batch": 4}, **changes).after(0)) for rank in range(world_size)]
     for step, expected in enumerate(whole):
         assert numbers(*(share[step] for share in shares)) == numbers(expected)
         assert all(share[step].denominator == expected.denominator for share in shares)
     with pytest.raises(UserError, match="--global_batch_size 8: the run that is resumed takes 4 examples a step"):
-        batches(kept=4, global_batch_size=8)
+        batches(kept={"global_batch": 4}, global_batch_size=8)
+
+
+@pytest.mark.parametrize("stops", itertools.product(range(7), (0, 1, 2, 5), (8, 3)))
+def test_an_epoch_whose_batch_changes_twice_trains_every_example_once(stops):
+    """Batches of 4, then of another size, then of 2; --allow names a flag that the size is made of."""
+    first, more, second = stops
+    done, kept = list(batches().after(0))[:first], {"step": first, "global_batch": 4}
+    for stop, size in ((more, second), (99, 2)):
+        run = batches(kept=kept, global_batch_size=size, allowed=["gradient_accumulation_steps"])
+        done += list(run.after(len(done)))[:stop]
+        kept = {"step": len(done), **run.sizes}
+        assert list(batches(kept=kept, global_batch_size=size).after(len(done)))[:1] == list(run.after(len(done)))[:1], "kept"
+    assert [batch.step for batch in done] == list(range(1, run.total_steps + 1)) and done[-1].last
+    for epoch in (0, 1):
+        assert numbers(*(batch for batch in done if batch.epoch == epoch)) == list(range(11))
+    assert run.schedule_steps == 12, "two epochs of 6 batches of 2"
+
+
+def test_the_last_batch_of_an_epoch_is_filled_up_also_behind_another_size():
+    lengths = [1] * 11
+    whole = list(islice(Epochs(4).after(0, lengths, seed=1, fill=True), 6))
+    order = [example for _, epoch, examples, _ in whole for example in examples if epoch == 0][:11]
+    number, epoch, examples, ends = list(islice(Epochs(4).changed(1, 5, 11).after(1, lengths, seed=1, fill=True), 2))[1]
+    assert (number, epoch, examples, ends) == (3, 0, order[9:] + order[:3], True)
 
 
 def test_an_example_beyond_the_token_budget_is_told_before_the_first_step():
@@ -135,8 +162,8 @@ def test_a_limited_evaluation_takes_a_fair_sample():
     dataset, samples = Dataset.from_dict({"number": list(range(400)), "length": lengths}), []
     for world_size in (1, 2, 4):
         ranks = [one_of(world_size, rank) for rank in range(world_size)]
-        shares = [list(evaluation_batches(dataset, collate, rank, 20 // world_size, limit=2)) for rank in ranks]
-        assert {len(share) for share in shares} == {2}
+        shares = [list(evaluation_batches(dataset, collate, rank, 20, limit=2)) for rank in ranks]
+        assert len({len(share) for share in shares}) == 1
         samples.append(sorted(number for share in shares for micro in share for number in micro))
     assert len(set(samples[0])) == 40 and samples[0] == samples[1] == samples[2], "however many processes share them"
     mean = sum(lengths[number] for number in samples[0]) / 40
