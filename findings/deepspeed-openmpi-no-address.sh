@@ -24,9 +24,9 @@ import deepspeed
 
 deepspeed.init_distributed("gloo")
 PY
-PATH=$PWD/venv/bin:$PATH venv/bin/python -m deepspeed.launcher.runner --hostfile hosts --force_multi --launcher openmpi \
+PATH=$PWD/venv/bin:$PATH venv/bin/python -m deepspeed.launcher.runner --hostfile hosts --force_multi --no_ssh_check --launcher openmpi \
   --launcher_args "--mca btl_tcp_if_include lo --oversubscribe" --master_addr 127.0.0.1 --master_port 29791 step.py >log 2>&1 || true
-grep -E "^OMPI_COMM_WORLD_RANK" log | sort
+{ grep -E "^OMPI_COMM_WORLD_RANK" log || true; } | sort
 grep -m 1 -E "^ModuleNotFoundError" log || true
 if [ "$(grep -c "RANK=None MASTER_ADDR=None MASTER_PORT=None" log)" = 2 ] && grep -q "No module named 'mpi4py'" log; then
   echo "as found: no rank, no address, and a package that is missing"
