@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, refuse
-from scripts.launch.commands import first_slurm_node, master_address
+from scripts.launch.commands import master_address
 from scripts.launch.hostfile import is_loopback, is_this_machine, resolved
 from scripts.launch.options import DEFAULT_HOSTFILE, DEFAULT_PORT, Options
 from steps import Step
@@ -113,12 +113,10 @@ def check_machine(options: Options) -> None:
         check_address(options)
     elif not options.is_first_node:
         check_first_node(options)
-    slurm = options.launcher == "slurm"
-    port = options.master_port or (DEFAULT_PORT if options.several or slurm else 0)  # one node takes any that is free
-    if port and options.is_first_node and not options.elsewhere:
-        first = first_slurm_node(os.environ) if slurm else next(iter(options.hosts), "localhost")
-        if is_this_machine(options.master_addr or first):
-            check_port(port)
+    port = options.master_port or (DEFAULT_PORT if options.several or options.launcher == "slurm" else 0)  # one node: any
+    here = options.is_first_node and not options.elsewhere
+    if port and here and is_this_machine(master_address(options, os.environ) or "localhost"):
+        check_port(port)
     lacking = [name for name in AS_ROOT if not os.environ.get(name)]
     refuse(
         options.by_ssh and options.launcher == "openmpi" and os.geteuid() == 0 and lacking,

@@ -112,12 +112,11 @@ def slurm_words(options: Options, environ: Mapping[str, str]) -> list[str]:
     """Return the words of srun with one torchrun a node, inside an allocation (sbatch, salloc). Ranks follow the nodes'
     order, so that each node finds its own files of a checkpoint again.
     """
-    address = options.master_addr or environ.get("MASTER_ADDR") or first_slurm_node(environ)
     words = ["srun", f"--nodes={options.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     words += shlex.split(options.launcher_args or "")
     # SLURM_NODEID differs by task, so a shell on the node reads it; $0 and $@ are the words that follow.
     words += ["bash", "-c", f'exec "$0" -m {TORCHRUN} --node_rank "$SLURM_NODEID" "$@"', sys.executable]
-    words += [*size_words(options, environ), "--master_addr", address]
+    words += [*size_words(options, environ), "--master_addr", master_address(options, environ)]
     return [*words, "--master_port", str(options.master_port or DEFAULT_PORT)]
 
 
@@ -157,12 +156,13 @@ def node_rank(options: Options, environ: Mapping[str, str]) -> int:
 
 
 def master_address(options: Options, environ: Mapping[str, str], needed: bool = False) -> str | None:
-    """Return where rank 0 listens: --master_addr, MASTER_ADDR, else the first host of the hostfile; None where nobody says.
+    """Return where rank 0 listens: --master_addr, MASTER_ADDR, else the first host of the allocation or the hostfile, or None.
 
     Always given to DeepSpeed, which would take the first address that ``ssh HOST hostname -I`` prints: perhaps docker's.
     needed: raise UserError where nobody says.
     """
-    address = options.master_addr or environ.get("MASTER_ADDR") or next(iter(options.hosts), None)
+    address = options.master_addr or environ.get("MASTER_ADDR")
+    address = address or (first_slurm_node(environ) if options.launcher == "slurm" else next(iter(options.hosts), None))
     unknown = needed and not address
     refuse(unknown, "several nodes need --master_addr, the address of the first one as the others reach it, or --hostfile.")
     return address

@@ -6,7 +6,6 @@ import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +81,11 @@ def node_names(processes: list[tuple[str, int]]) -> list[str]:
     """Return what to call the node of each rank, from the host names and local ranks of all. The ranks of a node need not stand
     side by side (mpirun --map-by node). Where two nodes have one host name they must.
     """
-    names, numbers, counter = [], {}, count()
+    names, numbers, newest = [], {}, -1
     for host, local in processes:
-        if local == 0:
-            numbers[host] = next(counter)
-        names.append(f"node {numbers.get(host, 0)} ({host})")
+        newest += local == 0
+        numbers[host] = newest if local == 0 else numbers.get(host, 0)
+        names.append(f"node {numbers[host]} ({host})")
     return names
 
 

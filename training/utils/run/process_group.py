@@ -231,8 +231,7 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
                 "launcher, or set MASTER_PORT where srun or mpirun starts the step.",
             )
             raise
-        finally:
-            note.cancel()
+        note.cancel()
     return dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size()
 
 
