@@ -8,7 +8,6 @@ Only tokenizer and configuration of the model are needed. --cache_dir (or SANBU_
 
 import logging
 import sys
-from pathlib import Path
 
 from errors import CommandLine, language_of_user, told
 from models.checkpoint_folder import open_checkpoint
@@ -41,8 +40,7 @@ def preprocess(args: CommonArguments) -> None:
     model = tokenizer_model(args)
     tokenizer = load_tokenizer(model)
     data = prepare_phase(args, args.phase, tokenizer, load_template(model, tokenizer))
-    folder = Path(data.train.cache_files[0]["filename"]).parent
-    print(f"{args.title}: {len(data.train)} examples to train on, {len(data.eval)} held out, in {folder}", flush=True)
+    print(f"{args.title}: {len(data.train)} examples to train on, {len(data.eval)} held out, in {data.folder}", flush=True)
 
 
 def tokenizer_model(args: CommonArguments) -> str:

@@ -5,7 +5,6 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from scripts import download_dataset
 from scripts.download_dataset import download, main
-from training.utils.data import sources
 from training.utils.data.records import load_records
 
 ROW = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " A", "rejected": " B"}
@@ -22,7 +21,7 @@ def hub(tmp_path, monkeypatch):
         asked.append((hub_id, config))
         return load_from_disk(str(tmp_path / "hub"))
 
-    monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset", load)
     monkeypatch.setattr(download_dataset, "check_hub", lambda name: None)
     work = tmp_path / "work"
     work.mkdir()
@@ -41,7 +40,7 @@ def test_download_then_train_without_network(hub, monkeypatch, tmp_path, capsys)
     def no_network(*_):
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(sources, "load_dataset", no_network)
+    monkeypatch.setattr("datasets.load_dataset", no_network)
     for path in ("Dahoas/rm-static", "rm-static", "datasets/Dahoas/rm-static", "./datasets/Dahoas/rm-static"):
         found = load_records(path, cache_dir=str(tmp_path / "cache"))
         assert {part: len(rows) for part, rows in found.items()} == {"train": 2, "eval": 1}

@@ -46,7 +46,7 @@ def test_training_opens_what_was_tokenised(flags, tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(prepare, "tokenise", lambda *_: pytest.fail("tokenised again"))
     data = prepare.prepare_phase(args, 1, tokenizer, template)
     assert (len(data.train), len(data.eval)) == (20, 5)
-    assert Path(data.train.cache_files[0]["filename"]).parent == folder
+    assert data.folder == folder
     assert not Path("sanbu_done.json").exists()
 
 

@@ -82,7 +82,7 @@ def a_mix(world_size: int = 1, rank: int = 0, blocks: int = 10, size: int = 4, p
     run = SimpleNamespace(world_size=world_size, rank=rank, device=torch.device("cpu"))
     from datasets import Dataset
 
-    return PretrainingMix(CachedData({"train": Dataset.from_list(rows)}, {}, ""), run, args, 0, size)
+    return PretrainingMix(CachedData({"train": Dataset.from_list(rows)}, {}, "", None), run, args, 0, size)
 
 
 def test_every_block_comes_once_before_any_comes_again_and_steps_can_start_anywhere():

@@ -12,19 +12,18 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import torch.distributed as dist
-from datasets import Dataset
 from filelock import FileLock
 
 from errors import UserError
 from json_text import parse_json
+from training.utils.data.arrow_rows import ArrowRows, read_arrow
 from training.utils.data.digest import file_digest
 
 logger = logging.getLogger("sanbu")
@@ -34,19 +33,20 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class CachedData:
-    """The content of a finished folder: its data sets by name, what its builder told about them, a hash of the files."""
+    """A finished folder: its data sets by name, what its builder told about them, a hash of the files."""
 
-    datasets: dict[str, Dataset]
+    datasets: dict[str, ArrowRows]
     report: Any
     fingerprint: str
+    folder: Path
 
     @property
-    def train(self) -> Dataset:
+    def train(self) -> ArrowRows:
         """Return the data to train on."""
         return self.datasets["train"]
 
     @property
-    def eval(self) -> Dataset:
+    def eval(self) -> ArrowRows:
         """Return the held-out data."""
         return self.datasets["eval"]
 
@@ -97,18 +97,6 @@ def new_rebuild_id() -> str:
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(made, src=0)
     return made[0]
-
-
-@contextmanager
-def arrow_writer(file: Path, schema: pyarrow.Schema) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """Give a function that appends rows to a new Arrow file."""
-    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
-
-        def write(rows: list[dict[str, Any]]) -> None:
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
-
-        write([])  # without any batch at all, an empty file would not open
-        yield write
 
 
 # --- what a folder's name is made of ----------------------------------------------------------------------------------
@@ -163,9 +151,9 @@ def _open(folder: Path, rebuild_id: str | None = None) -> CachedData | None:
         for name, expected in files.items():
             if file_digest(folder / name) != expected:
                 raise ValueError(f"{name} is not what was written")
-        opened = {Path(name).stem: Dataset.from_file(str(folder / name)) for name in files}
+        opened = {Path(name).stem: read_arrow(folder / name) for name in files}
         fingerprint = hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
-        return CachedData(opened, manifest["report"], fingerprint)
+        return CachedData(opened, manifest["report"], fingerprint, folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError, pyarrow.ArrowException) as error:
         if folder.exists():
             logger.warning("The cache %s is damaged (%s): building it again.", folder, error)

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from itertools import chain, groupby, pairwise
 from typing import Any
 
-from datasets import Dataset
-
+from training.utils.data.arrow_rows import ArrowRows
 from training.utils.data.batching import context_spans, target_counts
 from training.utils.data.cache import CachedData
 from training.utils.data.tokenize import SPLITS
@@ -49,7 +48,7 @@ def overview(data: CachedData, paths: list[str], phase: int, tokenizer: Any, num
     return "\n".join(lines)
 
 
-def counts_of(counts: dict[str, Any], rows: Dataset, phase: int, loss_on: str) -> dict[str, int]:
+def counts_of(counts: dict[str, Any], rows: ArrowRows, phase: int, loss_on: str) -> dict[str, int]:
     """Return the numbers of one split of a set by their names."""
     cuts = {"truncated_prompts": "prompts cut at the beginning", "truncated_answers": "answers cut at the end"}
     named = {"records of this step": counts["records"]}

@@ -16,7 +16,8 @@ from typing import Any
 
 from errors import UserError
 from models.templates import CHATGLM, Template, encode_texts
-from training.utils.data.cache import CachedData, arrow_writer, cached, new_rebuild_id
+from training.utils.data.arrow_rows import arrow_writer
+from training.utils.data.cache import CachedData, cached, new_rebuild_id
 from training.utils.data.digest import file_digest
 from training.utils.data.readers import Row, data_suffix
 from training.utils.data.sources import Table, open_source

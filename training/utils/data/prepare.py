@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from datasets import Dataset
 
 from errors import UserError
 from models.templates import Template
-from training.utils.data.cache import CachedData, arrow_writer, cached, new_rebuild_id
+from training.utils.data.arrow_rows import ArrowRows, arrow_writer
+from training.utils.data.cache import CachedData, cached, new_rebuild_id
 from training.utils.data.dialogues import whole_dialogues
 from training.utils.data.names import ALIASES, OUR_NAMES
 from training.utils.data.overview import FILE, overview
@@ -52,8 +52,8 @@ class StepRecords:
     path: str
     reading: Reading  # of the training split
     notes: list[str]  # of all splits
-    train: Dataset
-    eval: Dataset
+    train: ArrowRows
+    eval: ArrowRows
     own_eval: bool
 
 
@@ -153,7 +153,7 @@ def write_tokens(folder: Path, encoding: Encoding, sets: list[StepRecords]) -> l
 
 
 def tokenise_records(
-    records: Dataset, encoding: Encoding, excluded: set[str], write: Callable[[list[dict[str, Any]]], None]
+    records: ArrowRows, encoding: Encoding, excluded: set[str], write: Callable[[list[dict[str, Any]]], None]
 ) -> Counts:
     """Tokenise and write records, but for those whose question is excluded; return what became of them."""
     counts = Counts()

@@ -12,10 +12,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value
+import pyarrow
 
 from errors import UserError
-from training.utils.data.cache import CachedData, arrow_writer, cached
+from training.utils.data.arrow_rows import ArrowRows, arrow_writer
+from training.utils.data.cache import CachedData, cached
 from training.utils.data.fields import EMPTY, read_fields, unread_fields
 from training.utils.data.formats import (
     RECORD_UNLEARNED,
@@ -36,13 +37,13 @@ logger = logging.getLogger("sanbu")
 
 Judged = tuple[Record, int, str]  # the record of an answer with a label, how many answers its dialogue has, where it stands
 
-FEATURES = Features(
+SCHEMA = pyarrow.schema(
     {
-        "messages": [{"role": Value("string"), "content": Value("string")}],
-        "chosen": Value("string"),
-        "rejected": Value("string"),
-        "margin": Value("float32"),
-        "calls": Value("string"),
+        "messages": pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})),
+        "chosen": pyarrow.string(),
+        "rejected": pyarrow.string(),
+        "margin": pyarrow.float32(),
+        "calls": pyarrow.string(),
     }
 )
 WRITE_BATCH = 500
@@ -54,7 +55,7 @@ EARLIER_BAD = "an earlier answer of a dialogue judged bad"
 
 def load_records(
     path: str, *, columns: Columns | None = None, cache_dir: str | None = None, alone: bool = True
-) -> dict[str, Dataset]:
+) -> dict[str, ArrowRows]:
     """Return the records behind one --data_path as read_records does, and log what was left out.
 
     alone: no other set could have the fields of --columns, so this one must.
@@ -110,7 +111,7 @@ def write_records(file: Path, tables: list[Table], named: NamedSet | None, colum
     """Write the records of some tables into one Arrow file. Raise UserError if there is none."""
     reading = Reading()
     records = chain.from_iterable(table_records(table, named, columns, reading) for table in tables)
-    with arrow_writer(file, FEATURES.arrow_schema) as write:
+    with arrow_writer(file, SCHEMA) as write:
         while batch := list(islice(records, WRITE_BATCH)):
             write(batch)
             reading.records += len(batch)

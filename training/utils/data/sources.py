@@ -1,15 +1,16 @@
 """Find out what a --data_path is: a data file, a folder, a named set or a set of the hub. Its rows are read elsewhere."""
 
+from __future__ import annotations
+
 import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from errors import UserError
 from training.utils.data.digest import file_digest
@@ -24,6 +25,9 @@ from training.utils.data.paths import (
     own_files,
 )
 from training.utils.data.readers import Row, data_suffix, read_rows
+
+if TYPE_CHECKING:  # datasets, which imports pandas, takes 0.8 s, and most data is in files
+    from datasets import Dataset, DatasetDict
 
 logger = logging.getLogger("sanbu")
 
@@ -85,6 +89,8 @@ def load_from_hub(name: str) -> DatasetDict:
 
     Raise UserError that says how to fetch the set beforehand, if there is no network.
     """
+    from datasets import load_dataset
+
     hub_id, config = hub_name(name)
     try:
         return load_dataset(hub_id, config)
@@ -105,13 +111,15 @@ def load_from_hub(name: str) -> DatasetDict:
 def _folder_splits(folder: Path) -> dict[str, list[Table]]:
     """Read a folder of save_to_disk (one set or several splits), or one of data files named after splits."""
     if is_saved_set(folder):
+        from datasets import load_from_disk
+
         try:
             saved = load_from_disk(str(folder))
         except (OSError, ValueError, KeyError, pyarrow.ArrowInvalid) as error:
             raise UserError(
                 f"{folder}: a folder of save_to_disk that cannot be read ({error}); write it again."
             ) from error
-        return _saved_splits(saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved}), str(folder))
+        return _saved_splits(saved if isinstance(saved, dict) else {"train": saved}, str(folder))
     files = data_files(folder)
     by_split: dict[str, list[Path]] = {}
     for file in files:
@@ -125,7 +133,7 @@ def _folder_splits(folder: Path) -> dict[str, list[Table]]:
     return {split: [file_table(file) for file in by_split[name]] for split, name in names.items()}
 
 
-def _saved_splits(saved: DatasetDict, label: str) -> dict[str, list[Table]]:
+def _saved_splits(saved: dict[str, Dataset], label: str) -> dict[str, list[Table]]:
     return {
         split: [Table(f"{label} ({name})", partial(_dataset_rows, saved[name]), _dataset_digest(saved[name]))]
         for split, name in _chosen_splits(list(saved), label).items()

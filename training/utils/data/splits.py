@@ -10,11 +10,10 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
-
-from datasets import Dataset
+from itertools import islice
 
 from errors import UserError
+from training.utils.data.arrow_rows import ArrowRows
 
 logger = logging.getLogger("sanbu")
 
@@ -51,8 +50,8 @@ def phase_and_part(key: str, ratios: tuple[float, float, float], seed: int, eval
 
 
 def select_phase(
-    records: dict[str, Dataset], phase: int, *, data_split: str, seed: int, eval_fraction: float, sft_only: bool = False
-) -> tuple[Dataset, Dataset]:
+    records: dict[str, ArrowRows], phase: int, *, data_split: str, seed: int, eval_fraction: float, sft_only: bool = False
+) -> tuple[ArrowRows, ArrowRows]:
     """Return (training, evaluation) records of one step out of those of a set. Either may be empty for a small set.
 
     The opening question is the key: the turns of a dialogue, and pairs about one question, stay together. A set with
@@ -98,7 +97,7 @@ def question_of(messages: list[dict[str, str]]) -> str:
     return _digest(opening_question(messages))
 
 
-def held_out_questions(held_out: Dataset, others: list[Dataset]) -> set[str]:
+def held_out_questions(held_out: ArrowRows, others: list[ArrowRows]) -> set[str]:
     """Return the opening questions (question_of) that a set holds out, which no other set may train on either.
 
     Questions that make up more than a fifth are left out, for they are a fixed instruction: a fifth of the split that
@@ -112,14 +111,11 @@ def held_out_questions(held_out: Dataset, others: list[Dataset]) -> set[str]:
     return {question for question in questions if counts[question] <= most}
 
 
-def batches(dataset: Dataset) -> Iterator[list[dict]]:
+def batches(dataset: ArrowRows) -> Iterator[list[dict]]:
     """Yield the rows of a data set in lists of 500."""
-    for batch in dataset.iter(batch_size=500):
-        yield [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-
-
-def _rows(dataset: Dataset, columns: list[str]) -> Iterator[dict]:
-    return chain.from_iterable(batches(dataset.select_columns(columns)))
+    rows = iter(dataset)
+    while batch := list(islice(rows, 500)):
+        yield batch
 
 
 def _digest(text: str) -> str:
@@ -127,22 +123,22 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _keys(dataset: Dataset, whole: bool) -> Iterator[str]:
+def _keys(dataset: ArrowRows, whole: bool) -> Iterator[str]:
     """Yield the key of each record: of its opening question, or of the whole record."""
     if not whole:
-        yield from (question_of(row["messages"]) for row in _rows(dataset, ["messages"]))
+        yield from (question_of(row["messages"]) for row in dataset.with_columns("messages"))
         return
-    for row in _rows(dataset, ["messages", "chosen", "rejected"]):
+    for row in dataset.with_columns("messages", "chosen", "rejected"):
         yield _digest(json.dumps([row["messages"], row["chosen"], row["rejected"]]))
 
 
-def _has_constant_prompt(dataset: Dataset) -> bool:
+def _has_constant_prompt(dataset: ArrowRows) -> bool:
     """Return whether one opening question holds more than a fifth of the dialogues, as in sets with a single prompt.
 
     Later turns do not count: a long dialogue is many records with one opening. Without first turns all records count.
     """
     first, every = Counter(), Counter()
-    for row in _rows(dataset, ["messages"]):
+    for row in dataset.with_columns("messages"):
         opening = question_of(row["messages"])
         every[opening] += 1
         first[opening] += all(turn["role"] != "assistant" for turn in row["messages"])

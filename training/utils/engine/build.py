@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 from models.adapters.lora import add_lora
@@ -27,6 +28,7 @@ from models.weight_files import first_line
 from training.utils.engine.configs import EngineOptions, frozen_config
 from training.utils.engine.extras import extras
 from training.utils.engine.half_precision import watch_saturation
+from training.utils.engine.schedule import rate_share
 from training.utils.engine.weights import copy_structure
 from training.utils.run.deepspeed_internals import plain_masters
 from training.utils.run.process_group import Run
@@ -92,16 +94,11 @@ def build_engine(model: nn.Module, options: EngineOptions, run: Run, steps: int)
     optimizer, where it moves: trained_weights.
     """
     import deepspeed
-    from transformers import get_scheduler
 
     exact = to_dtype([parameter for parameter in model.parameters() if parameter.requires_grad], run.dtype)
     optimizer = build_optimizer(parameter_groups(model, options), options)
-    scheduler = get_scheduler(
-        options.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=warmup_steps(options.num_warmup_steps, steps),
-        num_training_steps=max(steps, 1),
-    )
+    plan = {"warmup": warmup_steps(options.num_warmup_steps, steps), "total": max(steps, 1)}
+    scheduler = LambdaLR(optimizer, lambda step: rate_share(options.lr_scheduler_type, step, **plan))
     skeleton = copy_structure(model) if options.zero_stage == 3 else None
     config = options.train_config(run)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)

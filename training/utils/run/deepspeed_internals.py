@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 
 def forget_shared_memory_collectives() -> None:
-    """Keep DeepSpeed on a CPU from its shared-memory operator: compiling it takes half a minute, and a compiler."""
+    """Keep DeepSpeed on a CPU from its shared-memory operator: compiling it takes half a minute, and a compiler.
+
+    The table is there from DeepSpeed's import on, or made when it is first read, by looking for compilers: 0.3 s.
+    """
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def load_data(path: str | Path, map_location: Any = None, mmap: bool = False) -> Any:

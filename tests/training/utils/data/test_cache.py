@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from errors import UserError
 from training.utils.data import cache as caching
-from training.utils.data.cache import arrow_writer, cached, code_files, new_rebuild_id
+from training.utils.data.arrow_rows import arrow_writer
+from training.utils.data.cache import cached, code_files, new_rebuild_id
 
 SCHEMA = pyarrow.schema({"number": pyarrow.int64()})
 NAMES = ("train", "eval")
@@ -52,7 +53,7 @@ def test_a_folder_is_built_once_and_opened_again(cache):
     again = opened(build=lambda folder: pytest.fail("built again"))
     assert first.train["number"][:] == list(range(1000)) and len(first.eval) == 0
     assert (again.report, again.fingerprint) == (first.report, first.fingerprint) == ({"train": 1000}, first.fingerprint)
-    assert again.train.cache_files == first.train.cache_files
+    assert again.train.to_list() == first.train.to_list()
 
 
 def test_the_folder_follows_content_and_code(cache, monkeypatch, tmp_path):

@@ -5,7 +5,6 @@ from datasets import Dataset, DatasetDict
 
 from errors import UserError
 from tests.training.utils.data.rows import HH, HH_TURNS, PAIR_RECORDS, PAIRS, rec, turns, write_lines
-from training.utils.data import sources
 from training.utils.data.named_sets import NAMED_SETS, find_named_set
 
 pytestmark = pytest.mark.fast
@@ -83,7 +82,7 @@ def test_named_set(name, load, tmp_path, monkeypatch):
         asked.append((hub_id, config))
         return DatasetDict.load_from_disk(str(tmp_path / "hub"))
 
-    monkeypatch.setattr(sources, "load_dataset", hub)
+    monkeypatch.setattr("datasets.load_dataset", hub)
     if not name.startswith("."):
         assert load(name) == {"train": [expected], "eval": [expected, expected]}
         owners = {"mkqa-Chinese": "apple/mkqa", "mkqa-Japanese": "apple/mkqa", "Zhihu-KOL": "wangrui6/Zhihu-KOL"}

@@ -139,7 +139,7 @@ def test_notes_of_a_copy_do_not_name_the_first_file(tmp_path):
 @pytest.mark.fast
 def test_the_cache_follows_the_content_not_the_name(tmp_path):
     def files(path, **columns):
-        return load_records(str(path), columns=columns)["train"].cache_files
+        return read_records(open_source(str(path)), columns).folder
 
     path = write_lines(tmp_path / "a.jsonl", PAIRS)
     first = files(path)

@@ -107,7 +107,7 @@ def hub(tmp_path, monkeypatch):
             return answer
 
     hub = Hub()
-    monkeypatch.setattr(sources, "load_dataset", hub)
+    monkeypatch.setattr("datasets.load_dataset", hub)
     return hub
 
 

@@ -3,14 +3,15 @@
 import json
 import math
 
+import pyarrow
 import pytest
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import UserError
 from tests.training.utils.data.rows import rec, turns
-from training.utils.data.records import FEATURES, load_records
+from training.utils.data.arrow_rows import ArrowRows
+from training.utils.data.records import SCHEMA, load_records
 from training.utils.data.splits import opening_question, parse_split, phase_and_part, select_phase
 
 
@@ -29,8 +30,8 @@ def dialogues(count: int, num_turns: int) -> list[dict]:
     return records
 
 
-def dataset(records: list[dict]) -> Dataset:
-    return Dataset.from_list(records, features=FEATURES)
+def dataset(records: list[dict]) -> ArrowRows:
+    return ArrowRows([pyarrow.RecordBatch.from_pylist(records, schema=SCHEMA)])
 
 
 def split(records: list[dict], held_out: list[dict] | None = None, **settings) -> dict[tuple[int, str], list[dict]]:
