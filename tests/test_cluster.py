@@ -237,18 +237,20 @@ def test_a_job_that_is_told_to_end_goes_on_to_the_same_end(cluster, section, wor
 
 
 @trains
-def test_torchrun_restarts_from_the_newest_checkpoint(cluster):
+@pytest.mark.parametrize("meeting", ["--master_port={}", "--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{}"], ids=["port", "c10d"])
+def test_torchrun_restarts_from_the_newest_checkpoint(cluster, request, meeting):
     """--max-restarts 1 starts the same words again, without --resume; the end is that of a run that was not killed."""
+    output = f"again-{request.node.callspec.id}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1"]
-    words = [*torchrun, "--master_port", str(free_port()), *PLAIN[1:], "--output_dir", "again"]
+    words = [*torchrun, *meeting.format(free_port()).split(), *PLAIN[1:], "--output_dir", output]
     again = subprocess.Popen(words, cwd=cluster.folder, env=cluster.env)
-    while steps_done(cluster, "again") < 7:
+    while steps_done(cluster, output) < 7:
         assert again.poll() is None
         time.sleep(0.02)
     next(one for one in psutil.Process(again.pid).children() if environ_of(one).get("RANK") == "1").kill()
     assert again.wait(300) == 0
-    assert curve(cluster.folder / "again") == curve(unbroken(cluster, STEP["sft"]))
-    names = {folder.name for folder in (cluster.folder / "again" / "checkpoints").iterdir()}
+    assert curve(cluster.folder / output) == curve(unbroken(cluster, STEP["sft"]))
+    names = {folder.name for folder in (cluster.folder / output / "checkpoints").iterdir()}
     assert "step-00000024" in names and not any(name.startswith("earlier") for name in names), names
 
 
