@@ -13,9 +13,9 @@ from models.sizes import SPARE_COLUMNS
 
 
 class RowsLayer(DynamicLayer):
-    """One layer's keys and values, [batch, heads, columns, dim], at the front of buffers with columns to spare.
+    """One layer's keys and values, [batch, heads, columns, dim], in buffers with columns to spare.
 
-    ``keys`` and ``values``, which the network sees, are views of what is used.
+    ``keys`` and ``values``, which the network sees, are views of what is used: the columns from ``begin`` on.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -23,37 +23,45 @@ class RowsLayer(DynamicLayer):
         used = self.get_seq_length()
         if not used:
             self.lazy_initialization(key_states, value_states)
-            self.stores = [None, None]
-        end = used + key_states.shape[-2]
-        for number, new in enumerate((key_states, value_states)):
-            store = self.stores[number]
-            if store is None or end > store.shape[-2]:
-                store = new.new_empty(*new.shape[:2], end + SPARE_COLUMNS, new.shape[3])
-                if used:
-                    store[:, :, :used] = self.stores[number][:, :, :used]
-                self.stores[number] = store
-            store[:, :, used:end] = new
-        self._show(end)
+            self.begin, self.stores = 0, []
+        width = used + key_states.shape[-2]
+        if not self.stores or self.begin + width > self.stores[0].shape[-2]:
+            states = key_states, value_states
+            self.stores = [new.new_empty(*new.shape[:2], width + SPARE_COLUMNS, new.shape[3]) for new in states]
+            if used:
+                self.stores[0][:, :, :used], self.stores[1][:, :, :used] = self.keys, self.values
+            self.begin = 0
+        end = self.begin + width
+        for store, new in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, self.begin + used : end] = new
+        self._show(width)
         return self.keys, self.values
 
     def rebuild(self, rows: Tensor, front: int, drop: int) -> None:
         """Keep only these rows (they may repeat), without ``drop`` columns behind the first ``front``."""
         end = self.get_seq_length()
-        for number, store in enumerate(self.stores):
-            new = store.new_empty(len(rows), *store.shape[1:])
-            new[:, :, :front] = store[rows, :, :front]
-            torch.index_select(store[:, :, front + drop : end], 0, rows, out=new[:, :, front : end - drop])
+        for number, old in enumerate((self.keys, self.values)):
+            new = old.new_empty(len(rows), old.shape[1], self.stores[number].shape[2], old.shape[3])
+            new[:, :, :front] = old[rows, :, :front]
+            torch.index_select(old[:, :, front + drop :], 0, rows, out=new[:, :, front : end - drop])
             self.stores[number] = new
+        self.begin = 0
         self._show(end - drop)
+
+    def trim(self, drop: int) -> None:
+        """Forget the first ``drop`` columns; nothing is copied."""
+        self.begin += drop
+        self._show(self.get_seq_length() - drop)
 
     def replace(self, rows: Tensor, other: RowsLayer, front: int) -> None:
         """Put other's rows in the place of these: its first ``front`` columns in front, the rest at the right end."""
         end = self.get_seq_length()
         begin = end - (other.get_seq_length() - front)
-        for mine, new in zip(self.stores, (other.keys, other.values), strict=True):
+        for mine, new in ((self.keys, other.keys), (self.values, other.values)):
             mine[rows, :, front:begin] = 0.0  # never seen, but an infinity left there would be felt
             mine[rows, :, begin:end] = new[:, :, front:]
-            mine[rows, :, :front] = new[:, :, :front]
+            if front:
+                mine[rows, :, :front] = new[:, :, :front]
 
     def join(self, other: RowsLayer, front: int) -> None:
         """Put other's rows below these, both with their first ``front`` columns in front and the rest at the right end."""
@@ -65,12 +73,13 @@ class RowsLayer(DynamicLayer):
                 part[:, :, :front] = old[:, :, :front]
                 part[:, :, end - old.shape[2] + front : end] = old[:, :, front:]
             self.stores[number] = store
+        self.begin = 0
         self._show(end)
 
     def fill(self, states: Sequence[Tensor | None], number: int, columns: int, like: Tensor) -> None:
         """Begin with ``columns`` columns whose right end holds states [2 · layers, heads, n, dim] of each row; None: nothing."""
         self.lazy_initialization(like, like)
-        self.stores = []
+        self.begin, self.stores = 0, []
         for part in (2 * number, 2 * number + 1):
             store = like.new_zeros(len(states), like.shape[1], columns + SPARE_COLUMNS, like.shape[3])
             for row, one in enumerate(states):
@@ -79,8 +88,8 @@ class RowsLayer(DynamicLayer):
             self.stores.append(store)
         self._show(columns)
 
-    def _show(self, end: int) -> None:
-        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+    def _show(self, width: int) -> None:
+        self.keys, self.values = (store[:, :, self.begin : self.begin + width] for store in self.stores)
 
 
 class RowsCache(Cache):
@@ -94,6 +103,11 @@ class RowsCache(Cache):
         """Keep only these rows (they may repeat), without their first ``drop`` columns behind the prefix."""
         for layer in self.layers:
             layer.rebuild(rows, self.front, drop)
+
+    def trim(self, drop: int) -> None:
+        """Forget the first ``drop`` columns, where no prefix stands before them."""
+        for layer in self.layers:
+            layer.trim(drop)
 
     def replace(self, rows: Tensor, other: RowsCache) -> None:
         """Put the rows of other, which is not wider, in the place of these rows. What stands left of them is not cleared

@@ -6,7 +6,8 @@ modules, 4.2, 5.2 and 7.9 ms here.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,48 +23,70 @@ def runs(network: nn.Module) -> bool:
     return known and config._attn_implementation == "sdpa" and not (network._forward_pre_hooks or network._forward_hooks)
 
 
-def next_logits(network: Any, ids: Tensor, positions: Tensor, seen: Tensor, cache: Any) -> Tensor:
-    """Return the logits [batch, vocab] of the token behind ids [batch, n], and put the keys and values of ids into the cache.
+class Reading(NamedTuple):
+    """Tokens of some rows that the network reads next.
 
-    positions [batch, n]. seen [batch, columns with these] is 1 on the columns of the cache that are the row's own.
+    ids, positions [batch, n]. seen [batch, columns with these] is 1 on the columns of the cache that are the row's own.
     """
-    decoder = network.model
-    hidden = decoder.embed_tokens(ids)
-    cos, sin = (part[:, :, None] for part in decoder.rotary_emb(hidden, position_ids=positions))
-    mask = visible(seen, ids.shape[1])
+
+    ids: Tensor
+    positions: Tensor
+    seen: Tensor
+    cache: Any
+
+
+def next_logits(network: Any, readings: Sequence[Reading]) -> Sequence[Tensor]:
+    """Return the logits [batch, vocab] of the token behind the ids of each reading, and put keys and values into its cache.
+
+    The readings share all but the attention: prompts are read in the pass over the next tokens of other answers.
+    """
+    decoder, sizes = network.model, [one.ids.numel() for one in readings]
+    hidden = torch.cat([decoder.embed_tokens(one.ids).flatten(0, 1) for one in readings])
+    positions = torch.cat([one.positions.flatten() for one in readings])[None]
+    cos, sin = (part[0, :, None] for part in decoder.rotary_emb(hidden, position_ids=positions))
+    masks = [visible(one.seen, one.ids.shape[1], hidden.dtype) for one in readings]
     for layer in decoder.layers:
-        hidden = hidden + attend(layer.self_attn, normed(layer.input_layernorm, hidden), cos, sin, mask, cache)
+        heads = turned_heads(layer.self_attn, normed(layer.input_layernorm, hidden), cos, sin)
+        parts = zip(readings, masks, *(states.split(sizes) for states in heads), strict=True)
+        hidden = hidden + layer.self_attn.o_proj(torch.cat([attend(layer.self_attn, *part) for part in parts]))
         inner, mlp = normed(layer.post_attention_layernorm, hidden), layer.mlp
         hidden = hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(inner)) * mlp.up_proj(inner))
-    return network.lm_head(normed(decoder.norm, hidden[:, -1]))
+    last = [part[one.ids.shape[1] - 1 :: one.ids.shape[1]] for one, part in zip(readings, hidden.split(sizes), strict=True)]
+    return network.lm_head(normed(decoder.norm, torch.cat(last))).split([len(one.ids) for one in readings])
 
 
-def visible(seen: Tensor, length: int) -> Tensor:
-    """Return which columns each of the last ``length`` tokens sees: [batch, columns] -> [batch, 1, length, columns] bool."""
-    columns = seen.shape[1]
-    mask = seen.bool()[:, None, None]
-    if length == 1:
-        return mask
-    place = torch.arange(columns, device=seen.device)
-    asking = place[columns - length :, None]
-    return (mask & (place <= asking)) | (place == asking)  # padding sees itself: a row that sees nothing would give NaN
+def visible(seen: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores of the last ``length`` tokens, 0 on columns that they see and -inf on others:
+    [batch, columns] -> [batch, 1, length, columns]. Attention would make the same of a boolean mask in every layer.
+    """
+    mask, columns = seen.bool()[:, None, None], seen.shape[1]
+    if length > 1:
+        place = torch.arange(columns, device=seen.device)
+        asking = place[columns - length :, None]
+        mask = (mask & (place <= asking)) | (place == asking)  # padding sees itself: a row that sees nothing would give NaN
+    return torch.zeros(mask.shape, dtype=dtype, device=seen.device).masked_fill_(~mask, float("-inf"))
 
 
-def attend(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any) -> Tensor:
-    """Return the output of an attention layer, whose keys and values go into the cache."""
-    shape = (*hidden.shape[:2], -1, attention.head_dim)
+def turned_heads(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value, [tokens, heads, dim], of hidden [tokens, width]; the first two with their positions."""
+    shape = (len(hidden), -1, attention.head_dim)
     query, key = attention.q_proj(hidden).view(shape), attention.k_proj(hidden).view(shape)
     if hasattr(attention, "q_norm"):
         query, key = normed(attention.q_norm, query), normed(attention.k_norm, key)
-    query, key = turned(query, cos, sin).transpose(1, 2), turned(key, cos, sin).transpose(1, 2)
-    keys, values = cache.update(key, attention.v_proj(hidden).view(shape).transpose(1, 2), attention.layer_idx)
+    return turned(query, cos, sin), turned(key, cos, sin), attention.v_proj(hidden).view(shape)
+
+
+def attend(attention: Any, reading: Reading, mask: Tensor, *heads: Tensor) -> Tensor:
+    """Return what each token of a reading attends to, [tokens, width], and put its keys and values into the cache."""
+    query, key, value = (states.view(*reading.ids.shape, *states.shape[1:]).transpose(1, 2) for states in heads)
+    keys, values = reading.cache.update(key, value, attention.layer_idx)
     grouped = query.shape[1] != keys.shape[1]
     out = F.scaled_dot_product_attention(query, keys, values, mask, scale=attention.scaling, enable_gqa=grouped)
-    return attention.o_proj(out.transpose(1, 2).flatten(2))
+    return out.transpose(1, 2).reshape(reading.ids.numel(), -1)
 
 
 def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864) to states [batch, n, heads, dim]; cos, sin [batch, n, 1, dim]."""
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864) to states [tokens, heads, dim]; cos, sin [tokens, 1, dim]."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from inference.cache import RowsCache, rows_cache
-from inference.decoder import next_logits, runs
+from inference.decoder import Reading, next_logits, runs
 from inference.lockstep import in_step
 from inference.sampling import StopStrings, draw, occurring, penalised, uniform_numbers
 from models.heads import base_model, forward_arguments, mask_with_prefix, position_ids_for, prefix_cache, prefix_length
@@ -145,20 +145,41 @@ def generate_many(
         while batch is not None or queue:
             if batch is None:
                 batch = begin(max_batch)
+                read(batch)
             batch.draw(answers)
             finished = int(batch.done.sum())
+            replaces = queue and batch.replaces
             if finished == len(batch.done):
                 batch = None
-            elif not (queue and batch.replaces):
-                if finished >= DROP_SHARE * len(batch.done):
-                    batch.drop()
-                batch.read(answers.lengths[batch.rows])
-            else:  # the others read one token more before finished rows are replaced, so that all rows end in the same column
-                batch.read(answers.lengths[batch.rows])
-                if finished >= REPLACE_SHARE * len(batch.done):
-                    places = batch.done.nonzero().squeeze(1)[: len(queue)]
-                    batch.replace(places, begin(len(places)))
+                continue
+            if not replaces and finished >= DROP_SHARE * len(batch.done):
+                batch.drop()
+            batch.go_on(answers.lengths[batch.rows])
+            if replaces and finished >= REPLACE_SHARE * len(batch.done):
+                places = batch.done.nonzero().squeeze(1)[: len(queue)]
+                other = begin(len(places))
+                read(batch, other)
+                batch.replace(places, other)
+            else:
+                read(batch)
     return answers.generation()
+
+
+def read(*batches: Batch) -> None:
+    """Run the network on what each of these batches of one model has to read next, in one pass where decoder.py computes it."""
+    for batch in batches:
+        batch.mask = torch.cat([batch.mask, batch.unread.seen], dim=1)
+    if batches[0].direct:
+        readings = [one.unread._replace(seen=mask_with_prefix(one.model, one.mask)) for one in batches]
+        for batch, logits in zip(batches, next_logits(batches[0].network, readings), strict=True):
+            batch.logits = logits
+    else:
+        for batch in batches:
+            batch.forward()
+    for batch in batches:
+        batch.unread = None
+        if batch.asked is not None:
+            batch.spread()
 
 
 class _Answers:
@@ -209,8 +230,8 @@ class Batch:
 
     rows [batch]: which row of the call each is. mask [batch, width]: the columns of the cache that are the row's own, a
     prefix aside. ahead: the positions of the prompt's last token and of those to come, [batch, 1 + max_new_tokens] or
-    [batch, 2, 1 + max_new_tokens] or None. logits [batch, vocab] of the next token, None while the prompts' last tokens are unread.
-    done [batch] bool. seen [batch, vocab] bool, for the repetition penalty.
+    [batch, 2, 1 + max_new_tokens] or None. logits [batch, vocab] of the next token, None until read(). unread: what read() takes
+    next. done [batch] bool. seen [batch, vocab] bool, for the repetition penalty.
     """
 
     def __init__(
@@ -222,9 +243,8 @@ class Batch:
         rows: list[int],
         known: Sequence[Tensor | None] = (),
     ) -> None:
-        """Read prompts, each once. asked: the number of the prompt that each row answers; equal ones stand together. known: the
-        states of each prompt's beginning (RowsCache.states), which need not be read, or None; where the batch shares().
-        If all but the last tokens are known, nothing is read yet; the caller has read() read those.
+        """Lay out prompts, each once, for read(). asked: the number of the prompt that each row answers; equal ones stand together.
+        known: the states of each prompt's beginning (RowsCache.states), which need not be read, or None; where the batch shares().
         """
         self.model, self.rules, self.network = model, rules, base_model(model)
         self.takes = forward_arguments(type(self.network))
@@ -240,16 +260,23 @@ class Batch:
         self.cache = rows_cache(self.network, prefix_cache(model, len(ids)), prefix_length(model))
         self.direct = self.replaces and runs(self.network)
         begin = self._remember([known[prompt] if known else None for prompt in places], mask)
-        self.logits = None
-        if not begin or begin < width - 1:
-            self._forward(ids[:, begin:], mask[:, begin:], None if positions is None else positions[..., begin:width])
+        now = None if positions is None else positions[..., begin:width]
+        self.unread: Reading | None = Reading(ids[:, begin:], now, mask[:, begin:], self.cache)
         self.ahead = None if positions is None else positions[..., width - 1 :]
-        self.seen = occurring(ids, mask, self.logits.shape[1]) if rules.repetition_penalty != 1.0 else None
-        self.rows = torch.arange(len(ids), device=device)
-        self.done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        if len(asked) > len(places):
-            self._select(torch.tensor([places[prompt] for prompt in asked], device=device))
         self.rows = torch.tensor(rows, device=device)
+        self.asked = torch.tensor([places[prompt] for prompt in asked], device=device)
+        self.prompts = (ids, mask) if rules.repetition_penalty != 1.0 else None
+        self.logits = self.seen = None
+        self.done = torch.zeros(len(ids), dtype=torch.bool, device=device)
+
+    def spread(self) -> None:
+        """Give each answer a row of its own, once the prompts are read."""
+        rows, asked, self.rows, self.asked = self.rows, self.asked, None, None
+        if self.prompts is not None:
+            self.seen = occurring(*self.prompts, self.logits.shape[1])
+        if len(asked) > len(self.done):
+            self._select(asked)
+        self.rows = rows
 
     @property
     def replaces(self) -> bool:
@@ -279,33 +306,37 @@ class Batch:
         chosen = scores.gather(1, self.tokens[:, None]).squeeze(1)
         self.done = answers.add(self.rows, self.tokens, chosen, ~self.done)
 
-    def read(self, lengths: Tensor) -> None:
-        """Run the network on the tokens drawn last. lengths [batch]: how many tokens each answer has with them."""
+    def go_on(self, lengths: Tensor) -> None:
+        """Let read() take the tokens drawn last. lengths [batch]: how many tokens each answer has with them."""
         positions = None
         if self.ahead is not None:
             positions = self.ahead.take_along_dim(lengths.view(-1, *[1] * (self.ahead.dim() - 1)), dim=-1)
-        self._forward(self.tokens[:, None], torch.ones_like(self.tokens)[:, None], positions)
+        self.unread = Reading(self.tokens[:, None], positions, torch.ones_like(self.tokens)[:, None], self.cache)
 
     def drop(self) -> None:
         """Finished rows leave, and columns that belong to none of the others."""
         self._select((~self.done).nonzero().squeeze(1))
 
     def replace(self, places: Tensor, other: Batch) -> None:
-        """Finished rows give their places to those of another batch, just begun, whose prompts are not wider."""
+        """Finished rows give their places to those of another batch, just read, whose prompts are not wider. Columns that belong
+        to none of the rows in work are forgotten: attention pays for each.
+        """
         self.cache.replace(places, other.cache)
         self.mask[places] = nn.functional.pad(other.mask, (self.mask.shape[1] - other.mask.shape[1], 0))
         for name in ("rows", "done", "logits", "ahead", "seen"):
             if getattr(other, name) is not None:
                 getattr(self, name)[places] = getattr(other, name)
+        if not self.cache.front:
+            empty = int(self.mask[~self.done].any(dim=0).int().argmax())
+            self.cache.trim(empty)
+            self.mask = self.mask[:, empty:]
 
     def join(self, other: Batch) -> None:
-        """Put the rows of another batch, just begun by the same rules, below these, whichever is wider."""
+        """Put the rows of another batch, just read by the same rules, below these, whichever is wider."""
         self.cache.join(other.cache)
         width = max(self.mask.shape[1], other.mask.shape[1])
         masks = [nn.functional.pad(one.mask, (width - one.mask.shape[1], 0)) for one in (self, other)]
         self.mask, self.tokens = torch.cat(masks), None
-        if other.logits is None:
-            other.logits = self.logits.new_zeros(len(other.rows), self.logits.shape[1])
         for name in ("rows", "done", "logits", "ahead", "seen"):
             if getattr(self, name) is not None:
                 setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
@@ -320,18 +351,14 @@ class Batch:
             self.cache.fill(kept, width - unread)
         return width - unread
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor | None) -> None:
-        """Feed tokens [batch, n] behind what is cached; mask [batch, n]."""
-        self.mask = torch.cat([self.mask, mask], dim=1)
-        if self.direct:
-            self.logits = next_logits(self.network, ids, positions, mask_with_prefix(self.model, self.mask), self.cache)
-            return
-        extra = {} if positions is None else {"position_ids": positions}
+    def forward(self) -> None:
+        """Let the network's own modules read what is unread."""
+        extra = {} if self.unread.positions is None else {"position_ids": self.unread.positions}
         if "logits_to_keep" in self.takes:
             extra["logits_to_keep"] = 1
         seen = mask_with_prefix(self.model, self.mask)
         extra |= {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
-        output = self.network(input_ids=ids, attention_mask=seen, **extra)
+        output = self.network(input_ids=self.unread.ids, attention_mask=seen, **extra)
         self.cache, self.logits = output.past_key_values, output.logits[:, -1]
 
     def _select(self, places: Tensor) -> None:

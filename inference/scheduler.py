@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inference.chatbot import Sampling
-from inference.engine import DROP_SHARE, Batch, Rules
+from inference.engine import DROP_SHARE, Batch, Rules, read
 from inference.prompt_cache import PromptCache
 from inference.sampling import StopStrings, draw, penalised, uniform_numbers
 from inference.served import ServedModel
@@ -56,7 +56,6 @@ class Answer:
 
     tokens, the one that stopped it included. log_probs: of each token, and (token, log-probability) of the likeliest, at
     temperature 1. finish: "stop", or "length" where max_new_tokens cut it off. first: time.monotonic() of the first token.
-    unread: the prompt's last token is read with the others' next ones.
     future: has the answer itself as its result; to cancel it gives up the place.
     """
 
@@ -71,7 +70,6 @@ class Answer:
     log_probs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     finish: str | None = None
     first: float | None = None
-    unread: bool = False
     future: Future[Answer] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
@@ -148,12 +146,11 @@ class Scheduler:
                         return
                 joining: list[Answer] = []
                 try:
-                    joining = self._next()
-                    if joining:
-                        self._admit(joining)
                     for group in self.groups:
-                        group.step()
+                        group.draw()
                     self.groups = [group for group in self.groups if group.live]
+                    joining = self._next()
+                    self._read(_Group(self, joining) if joining else None)
                 except Exception as error:  # out of memory, a driver: these questions are lost, the next ones may be answered
                     logger.exception("answers were lost")
                     lost = [answer for group in self.groups for answer in group.answers if answer is not None]
@@ -166,11 +163,10 @@ class Scheduler:
         taken: list[Answer] = []
         in_work = self.in_work
         room = self.max_batch - in_work
-        with self.wake:
-            first = self.waiting[0] if self.waiting and room else None
-        known = first is not None and self._known(first)
-        if not known and min(len(self.waiting), room) < JOIN_SHARE * in_work and self.held < JOIN_STEPS:
-            self.held += first is not None
+        waits = bool(self.waiting) and room > 0
+        direct = bool(self.groups) and self.groups[0].batch.direct  # prompts are read in the pass of those in work
+        if not direct and min(len(self.waiting), room) < JOIN_SHARE * in_work and self.held < JOIN_STEPS:
+            self.held += waits
             return taken
         self.held = 0
         with self.wake:
@@ -179,34 +175,30 @@ class Scheduler:
                 width = max(len(one.prompt) for one in (*taken, answer))
                 if taken and (answer.adapter != taken[0].adapter or width * (len(taken) + 1) > PREFILL_TOKENS):
                     break
-                if self._known(answer) != known:
-                    break
                 self.waiting.popleft()
                 if not answer.future.cancelled():
                     taken.append(answer)
         return taken
 
-    def _known(self, answer: Answer) -> bool:
-        """Return True if all of a prompt but its last token was read before: to let it in costs those in work nothing."""
-        states = self.prompts.find(answer.adapter or "", answer.prompt)
-        return states is not None and states.shape[2] == len(answer.prompt) - 1
-
-    def _admit(self, answers: list[Answer]) -> None:
-        """Read prompts and let their answers join those in work with the same adapter."""
-        self.served.use(answers[0].adapter)
-        group = _Group(self, answers)
-        for other in self.groups:
-            if other.adapter == group.adapter and other.batch.replaces:
-                other.take_in(group)
-                return
-        self.groups = [*self.groups, group]
+    def _read(self, new: _Group | None) -> None:
+        """Read the last tokens of all answers in work, and the prompts of new ones, which join those with the same adapter."""
+        old = [group for group in self.groups if new and group.adapter == new.adapter and group.batch.replaces][:1]
+        if new is not None and not old:
+            self.groups = [*self.groups, new]
+        for group in self.groups:
+            self.served.use(group.adapter)
+            if group in old:
+                read(group.batch, new.batch)
+                group.take_in(new)
+            else:
+                read(group.batch)
 
 
 class _Group:
     """Answers in work that share the network's passes: the rows of a batch. A row whose answer ended holds None."""
 
     def __init__(self, scheduler: Scheduler, answers: list[Answer]) -> None:
-        """Read the prompts, equal ones once."""
+        """Lay out the prompts, equal ones once."""
         self.scheduler, self.adapter = scheduler, answers[0].adapter
         prompts = [tuple(answer.prompt) for answer in answers]
         distinct = list(dict.fromkeys(prompts))
@@ -215,8 +207,6 @@ class _Group:
         self.answers: list[Answer | None] = [answers[row] for row in order]
         known = [scheduler.prompts.find(self.adapter or "", prompt) for prompt in distinct]
         self.batch = Batch(scheduler.served.model, scheduler.rules, distinct, asked, order, known)
-        for answer in answers:
-            answer.unread = self.batch.logits is None
 
     @property
     def live(self) -> int:
@@ -227,6 +217,7 @@ class _Group:
         """Give rows that have ended to a group that was just read, or else put its rows below."""
         places = [row for row, answer in enumerate(self.answers) if answer is None][: len(other.answers)]
         if len(places) == len(other.answers) and other.batch.mask.shape[1] <= self.batch.mask.shape[1]:
+            self.batch.done = self.ended()
             self.batch.replace(torch.tensor(places, device=self.batch.mask.device), other.batch)
             for place, answer in zip(places, other.answers, strict=True):
                 self.answers[place] = answer
@@ -236,32 +227,31 @@ class _Group:
         self.batch.join(other.batch)
         self.answers += other.answers
 
+    def ended(self) -> Tensor:
+        """Return which rows have no answer in work, [batch] bool."""
+        return torch.tensor([answer is None for answer in self.answers], device=self.batch.done.device)
+
     def drop(self) -> None:
         """Take the rows out that have ended."""
-        self.batch.done = torch.tensor([answer is None for answer in self.answers], device=self.batch.done.device)
+        self.batch.done = self.ended()
         self.batch.drop()
         self.answers = [answer for answer in self.answers if answer is not None]
 
-    def step(self) -> None:
-        """Draw a token for each answer, and read it."""
+    def draw(self) -> None:
+        """Draw a token for each answer, for read() to take."""
         self.leave()
         if not self.live:
             return
-        living = {row: answer for row, answer in enumerate(self.answers) if answer is not None}
-        drawing = {row: answer for row, answer in living.items() if not answer.unread}
-        self.batch.tokens = self.draw(drawing)
-        for row, answer in living.items():
-            if answer.unread:
-                self.batch.tokens[row], answer.unread = answer.prompt[-1], False
-        for row, token in zip(drawing, self.batch.tokens[list(drawing)].tolist(), strict=True):
+        drawing = {row: answer for row, answer in enumerate(self.answers) if answer is not None}
+        self.batch.tokens = self.draw_tokens(drawing)
+        for row, token in enumerate(self.batch.tokens.tolist()):
             self.add(row, token)
         if not self.live:
             return
         if len(self.answers) - self.live >= DROP_SHARE * len(self.answers) and not self.scheduler.waiting:
             self.drop()
         lengths = torch.tensor([len(answer.tokens) if answer else 1 for answer in self.answers], device=self.batch.tokens.device)
-        self.scheduler.served.use(self.adapter)
-        self.batch.read(lengths)
+        self.batch.go_on(lengths)
 
     def leave(self) -> None:
         """Free the rows of answers that nobody waits for any more."""
@@ -269,10 +259,8 @@ class _Group:
             if answer is not None and answer.future.cancelled():
                 self.answers[row] = None
 
-    def draw(self, drawing: dict[int, Answer]) -> Tensor:
+    def draw_tokens(self, drawing: dict[int, Answer]) -> Tensor:
         """Return the next token of these rows in [batch]; note log-probabilities where they are asked for."""
-        if not drawing:
-            return torch.zeros_like(self.batch.rows)
         logits = self.batch.logits.float()
         self.note = {row: logits[row] for row, answer in drawing.items() if answer.top is not None}
         if any(map(changes_logits, drawing.values())):

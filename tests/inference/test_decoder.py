@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from inference import engine
-from inference.engine import Batch, Rules
+from inference.engine import Batch, Rules, read
 from models.adapters.lora import add_lora
 from models.load import load_causal_lm
 from tests.closeness import assert_close
@@ -19,10 +19,12 @@ def passes(model, direct: bool, monkeypatch) -> list[torch.Tensor]:
     monkeypatch.setattr(engine, "runs", lambda network: direct and DECODES(network))
     with torch.no_grad():
         batch = Batch(model, RULES, PROMPTS, [0, 1, 2], [0, 1, 2])
+        read(batch)
         seen = [batch.logits]
         for number in range(1, 4):
             batch.tokens = torch.tensor([3, 12, 20]) + number
-            batch.read(torch.full((3,), number))
+            batch.go_on(torch.full((3,), number))
+            read(batch)
             seen.append(batch.logits)
     assert batch.direct == direct
     own = batch.mask.bool()[:, None, :, None]
@@ -59,5 +61,5 @@ def test_a_hook_on_the_network_is_called(tmp_path):
     called = []
     model.register_forward_pre_hook(lambda *given: called.append(1))
     with torch.no_grad():
-        Batch(model, RULES, PROMPTS, [0], [0])
+        read(Batch(model, RULES, PROMPTS, [0], [0]))
     assert called
