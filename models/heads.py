@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from models.adapters.new_rows import active_rows, with_new_logits
+from models.packed_rows import packed_rows
 from models.zero3 import gathered
 
 if TYPE_CHECKING:  # transformers' networks take seconds to import
@@ -216,6 +217,12 @@ def last_hidden_state(
         return output.last_hidden_state.flatten(0, 1)[shared.places]
     two_dimensional = hasattr(decoder, "position_ids_for")  # ChatGLM-6B, whose context sees its padding
     if not (two_dimensional or prefix_length(model)) and bool(attention_mask[:, 0].all()):
+        packed = packed_rows(decoder, attention_mask)
+        if packed is not None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            ids, positions = packed.pack(input_ids), packed.pack(positions)
+            output = decoder(input_ids=ids, position_ids=positions, use_cache=False, packed=packed)
+            return packed.unpack(output.last_hidden_state)
         # All padding is behind the tokens, where causal attention does not look: without a mask the kernels skip that half.
         return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
     extra = {"past_key_values": prefix_cache(model, len(input_ids))} if prefix_length(model) else {}

@@ -188,15 +188,28 @@ def test_sixteen_bit_models_give_float32(gpt2):
     assert (rounded - exact).abs().max() < 0.15
 
 
-def test_gradient_checkpointing_changes_no_gradient(checkpoint):
+def test_packing_and_gradient_checkpointing_change_no_gradient(checkpoint, monkeypatch):
     ids, mask = tokens(3, 9, folder=checkpoint)
+    mask[1, 5:] = mask[2, 3:] = 0
     gradients = []
-    for on in (False, True):
+    for share, on in ((0.0, False), (0.9, False), (0.9, True)):
+        monkeypatch.setattr("models.packed_rows.MOST_REAL", share)
         model = TokenLogProbs(load(checkpoint, gradient_checkpointing=on))
-        model(ids, mask).sum().backward()
+        model(ids, mask, target_mask=mask).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    for plain, again in zip(*gradients, strict=True):
-        assert_close(plain, again)
+    for plain, *others in zip(*gradients, strict=True):
+        for other in others:
+            assert_close(other, plain)
+
+
+def test_networks_compute_on_no_padding(gpt2):
+    model, shapes = load(gpt2), []
+    model.base_model.ln_f.register_forward_hook(lambda module, given, output: shapes.append(tuple(output.shape[:2])))
+    ids, mask = tokens(3, 9)
+    TokenLogProbs(model)(ids, mask)
+    mask[1, 5:] = mask[2, 3:] = 0
+    TokenLogProbs(model)(ids, mask)
+    assert shapes == [(3, 9), (1, 17)]
 
 
 @pytest.mark.detail(21)
