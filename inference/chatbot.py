@@ -13,7 +13,6 @@ import json
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -451,12 +450,9 @@ def open_page(args: argparse.Namespace) -> int:
 
 def quiet() -> None:
     """Leave only the dialogue on the terminal; bytes that are no UTF-8 in a pipe become question marks, not a traceback."""
-    import transformers
+    from models.quiet import quiet_libraries
 
-    for room in ("transformers", "peft"):  # peft calls older names of transformers
-        warnings.filterwarnings("ignore", category=FutureWarning, module=room)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     for stream in (sys.stdin, sys.stdout):
         with contextlib.suppress(AttributeError):  # a test's stand-in has no encoding
             stream.reconfigure(errors="replace")

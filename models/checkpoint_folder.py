@@ -21,7 +21,6 @@ from models.weight_files import (
     check_sizes,
     check_weights,
     read_json,
-    stored_names,
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a wrong folder is told without it
@@ -34,8 +33,6 @@ MERGE = (
     "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{}').merge_and_unload()"
     ".save_pretrained('merged')\", and copy the tokenizer's files beside it."
 )
-NETWORKS = ("model", "transformer", "gpt_neox")  # first words of the names of layers
-NO_LINEAR = re.compile("norm|ln_|embed|wte|wpe|lm_head|score|output_layer", re.IGNORECASE)  # norms, tables of rows, heads
 OUTPUTS = ("output", "outputs", "out", "runs", "results")  # first folder of an output, no owner on the hub
 
 
@@ -297,17 +294,13 @@ def check_module_name(layers: Iterable[str], module_name: str, model_type: str, 
         )
 
 
-def check_stored_names(path: str | Path | CheckpointFolder, module_name: str, flag: str) -> None:
-    """Raise UserError if a part of --lora_module_name is in no name of the stored weights; reads their headers alone.
-
-    Files leave out the first word of a network's names, or have it: names of both forms count.
-    """
-    checkpoint = open_checkpoint(path)
-    names = sorted(name.removesuffix(".weight") for name in stored_names(checkpoint.weights) if name.endswith(".weight"))
-    layers = [name for name in names if not NO_LINEAR.search(name)]
-    model_type = open_checkpoint(checkpoint.weights).content["model_type"]
-    if module_name != "auto":
-        check_module_name([*layers, *(f"{word}.{name}" for name in layers for word in NETWORKS)], module_name, model_type, flag)
+def check_recomputed_prefix(model_type: str, gradient_checkpointing: bool) -> None:
+    """Raise UserError for gradient checkpointing of a model with a prefix: peft's is in a cache, which it drops."""
+    if gradient_checkpointing and model_type != "chatglm":
+        raise UserError(
+            f"--gradient_checkpointing drops the cache that holds the prefix of a {model_type} model; drop that flag, "
+            "in step 3 the one of the model with the prefix (ChatGLM can have both)."
+        )
 
 
 def gets_prefix(path: str | Path | CheckpointFolder, output: str | Path, **prefix: Any) -> bool:

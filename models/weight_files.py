@@ -57,12 +57,6 @@ def check_weights(folder: Path, path: str | Path, quantization_bit: int | None) 
     check_scales(path, set().union(*stored.values()), quantization_bit)
 
 
-def stored_names(folder: Path) -> set[str]:
-    """Return the names of all tensors of a checkpoint; check_weights has found it whole."""
-    listing = folder / next(name for name in WEIGHTS if (folder / name).is_file())
-    return set(weight_map(listing)) if listing.name.endswith(".index.json") else tensor_names(listing)
-
-
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file, from an index. UserError if the index is broken."""
     content = read_json(index, index.parent).get("weight_map")

@@ -129,13 +129,13 @@ def main(argv: list[str] | None = None) -> int:
     command, args = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("sanbu").setLevel(logging.INFO)
+    if command is None and args.path:
+        check_served(args.path, None, {})
     try:
         from inference.worker import table
     except ModuleNotFoundError as error:
         raise UserError(f"the worker needs {error.name}; install its packages: pip install -r requirements-serve.txt.") from error
     engine = table.connect(args.database)
-    if command is None and args.path:
-        check_served(args.path, None, {})
     if command == "create-tables":
         table.patient(lambda: table.create_tables(engine), engine, args.retry)
     table.patient(lambda: table.check_table(engine), engine, args.retry)

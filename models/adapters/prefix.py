@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from errors import UserError
+from models.checkpoint_folder import CheckpointFolder, check_recomputed_prefix
 from models.heads import SCALAR_HEADS, base_model, is_peft, prefix_length, score_name
 from models.weight_files import BASE_FIELD, OFFICIAL_FILE, PEFT_FILES, PREFIX_FILE, base_named_in, first_line
 from models.zero3 import gathered
@@ -26,8 +27,6 @@ from models.zero3 import gathered
 if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where there is an adapter
     from peft import PeftModel, PrefixTuningConfig
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from models.checkpoint_folder import CheckpointFolder
 
 OWN = "transformer.prefix_encoder."
 _NAME = "default"  # peft can hold several; we use one
@@ -187,11 +186,7 @@ def check_prefix(plan: PrefixPlan, config: PretrainedConfig, gradient_checkpoint
             f"the prefix in {plan.saved.file} is {'a ChatGLM' if plan.saved.own else 'no ChatGLM'} one, but the model "
             f"{plan.base} is of type {config.model_type}; give the model that it was trained on."
         )
-    if gradient_checkpointing and not own:
-        raise UserError(
-            f"--gradient_checkpointing drops the cache that holds the prefix of a {config.model_type} model; drop that flag, "
-            "in step 3 the one of the model with the prefix (ChatGLM can have both)."
-        )
+    check_recomputed_prefix(config.model_type, gradient_checkpointing)
 
 
 def add_prefix(model: PreTrainedModel, plan: PrefixPlan, fresh: bool = True) -> nn.Module:

@@ -12,11 +12,11 @@ from inference.engine import Generation, generate
 from models.device import detect_platform, peak_memory_gb, set_device
 from models.heads import TokenLogProbs
 from models.load import load_causal_lm, load_tokenizer
+from models.quiet import quiet_libraries
 from models.templates import load_template
 from scripts.demo.pipeline import read_done
 from training.utils.data.batching import pad_left
 from training.utils.data.records import load_records
-from training.utils.run.process_group import quiet_libraries
 
 BATCH = 60  # prompts answered at once
 

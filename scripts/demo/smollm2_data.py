@@ -107,8 +107,8 @@ def pair_records(prompts: Sequence[Messages], answers: Sequence[str]) -> list[di
 def sample(model: Path, prompts: Sequence[Messages], each: int, seed: int, **sampling: float) -> list[Answer]:
     """Sample `each` answers to each prompt; those to one prompt stand together."""
     from models.checkpoint_folder import open_checkpoint
+    from models.quiet import quiet_libraries
     from training.evaluate.common import load_for_evaluation
-    from training.utils.run.process_group import quiet_libraries
 
     quiet_libraries()
     loaded = load_for_evaluation(open_checkpoint(model), "fp32", "auto")

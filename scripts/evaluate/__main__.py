@@ -34,6 +34,7 @@ from errors import UserError
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import detect_platform, empty_cache
 from models.load import load_scalar_model
+from models.quiet import quiet_libraries
 from scripts.evaluate.metrics import estimates
 from scripts.evaluate.page import write_pages
 from training.evaluate.common import Answer, LoadedModel, held_out, in_batches, load_for_evaluation, write_json
@@ -43,7 +44,7 @@ from training.evaluate.text_metrics import check_libraries, score
 from training.utils.data.tokenize import Counts, Limits, fit
 from training.utils.loss import outcomes
 from training.utils.run.metrics import format_seconds
-from training.utils.run.process_group import join_process_group, quiet_libraries
+from training.utils.run.process_group import join_process_group
 
 PREDICTIONS = {"before": "baseline_predictions.txt", "after": "generated_predictions.txt"}
 Columns = dict[str, Sequence[float]]  # what was measured, a value a record

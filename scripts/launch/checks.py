@@ -40,13 +40,12 @@ def check_inputs(args: Any) -> None:
     """Raise UserError for a model or data that are not there. Of a model on the hub the config alone is fetched: weights are
     fetched where the step runs.
     """
-    from models.checkpoint_folder import find_folder, open_checkpoint
+    from models.checkpoint_folder import find_folder, may_be_on_hub
+    from training.utils.run.inputs import check_models
 
-    for path in args.models.values():
-        if Path(path).expanduser().exists():
-            open_checkpoint(path).check_vocabulary()
-        else:
-            find_folder(path, only=["config.json"])
+    for path in filter(may_be_on_hub, args.models.values()):
+        find_folder(path, only=["config.json"])
+    check_models(args, ask_hub=False)
     check_data(args)
 
 

@@ -15,7 +15,7 @@ from steps import SECTIONS, step_of
 from training.utils.flags.parse import parse
 from training.utils.flags.recipe import Recipe
 from training.utils.memory.arithmetic import GIB, Machine
-from training.utils.run.inputs import longest_text
+from training.utils.run.inputs import check_adapters, longest_text
 
 if TYPE_CHECKING:
     from training.utils.memory.fit import SectionPlan
@@ -45,8 +45,9 @@ def plan_section(
 def plan_arguments(args: Any, recipe: Recipe | None, machine: Machine, dtype: str, attention: str) -> SectionPlan:
     """Return the plan of a step's arguments; recipe: the file that they come from, if any."""
     models = {role: recipe.model_of(str(model)) if recipe else model for role, model in args.models.items()}
-    for model in models.values():  # a wrong name or length is told before torch is imported
+    for role, model in models.items():  # a wrong name or length is told before torch is imported
         check_positions(find_config(model), str(model), *longest_text(args))
+        check_adapters(args, role, find_config(model))
     from training.utils.memory.fit import section_plan
 
     configs = {role: config_of(model) for role, model in models.items()}

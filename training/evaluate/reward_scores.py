@@ -21,12 +21,12 @@ import torch
 
 from errors import UserError
 from models.load import load_scalar_model
+from models.quiet import quiet_libraries
 from models.templates import Template
 from training.evaluate.common import BUILT_IN, LoadedModel, held_out, in_batches, load_for_evaluation, write_json
 from training.evaluate.intervals import wilson
 from training.utils.data.tokenize import Counts, Limits, fit
 from training.utils.loss import pair_accuracy
-from training.utils.run.process_group import quiet_libraries
 
 SHOWN = 6  # pairs that are printed
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from errors import UserError
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import empty_cache
+from models.quiet import quiet_libraries
 from training.evaluate.common import BUILT_IN, Answer, Messages, held_out, load_for_evaluation, write_json
-from training.utils.run.process_group import quiet_libraries
 
 BATCH = 16  # answers in work at once
 

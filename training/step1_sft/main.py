@@ -1,7 +1,7 @@
 """Step 1: supervised fine-tuning - a pretrained model learns to answer from prompts and good answers.
 
 python -m training.step1_sft.main --model_name_or_path facebook/opt-1.3b --data_path sft.jsonl --output_dir output/sft
-deepspeed --module training.step1_sft.main --config configs/cpu/demo.yaml
+python -m scripts.launch step1_sft cpu/demo
 """
 
 from __future__ import annotations

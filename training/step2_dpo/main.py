@@ -1,7 +1,7 @@
 """DPO: the SFT model learns from pairs (chosen, rejected) directly - no reward model, no rollouts; in place of steps 2 and 3.
 
 python -m training.step2_dpo.main --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/dpo
-deepspeed --module training.step2_dpo.main --config configs/cpu/demo.yaml
+python -m scripts.launch step2_dpo cpu/demo
 """
 
 from __future__ import annotations

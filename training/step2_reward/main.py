@@ -1,7 +1,7 @@
 """Step 2: the reward model - a scalar head on the SFT model, trained on pairs (chosen, rejected).
 
 python -m training.step2_reward.main --model_name_or_path output/sft --data_path pairs.jsonl --output_dir output/reward
-deepspeed --module training.step2_reward.main --config configs/cpu/demo.yaml
+python -m scripts.launch step2_reward cpu/demo
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m training.step3_ppo.main --actor_model_name_or_path output/sft --critic_model_name_or_path output/reward \
         --data_path prompts.jsonl --output_dir output/ppo
-    deepspeed --module training.step3_ppo.main --config configs/cpu/demo.yaml
+    python -m scripts.launch step3_ppo cpu/demo
 """
 
 from __future__ import annotations

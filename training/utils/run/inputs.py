@@ -12,11 +12,13 @@ from errors import UserError, refuse
 from models.checkpoint_folder import (
     CheckpointFolder,
     check_context_length,
+    check_module_name,
     check_quantized_base,
-    check_stored_names,
+    check_recomputed_prefix,
     may_be_on_hub,
     open_checkpoint,
 )
+from models.families import linear_names
 from training.utils.data.paths import check_sources
 from training.utils.run import heartbeat
 from training.utils.run.environment import check_writable, data_paths
@@ -74,8 +76,19 @@ def check_names_and_length(args: Any, role: str, checkpoint: CheckpointFolder) -
     """Raise UserError if texts can be longer than a model's table of positions, or adapters go to layers that it has not."""
     prefix, own = role_prefix(role), role != "reference"
     check_context_length(checkpoint, *longest_text(args), **(args.prefix_options(prefix.rstrip("_")) if own else {}))
-    if own and getattr(args, f"{prefix}lora_dim"):
-        check_stored_names(checkpoint, getattr(args, f"{prefix}lora_module_name"), f"--{prefix}lora_module_name")
+    check_adapters(args, role, open_checkpoint(checkpoint.weights).content)
+
+
+def check_adapters(args: Any, role: str, config: dict[str, Any]) -> None:
+    """Raise UserError for LoRA on layers that a model has not, and for a prefix that would be dropped. config: its config.json."""
+    if role == "reference":
+        return
+    prefix, kind = role_prefix(role), config["model_type"]
+    names, layers = getattr(args, f"{prefix}lora_module_name"), linear_names(config)
+    if getattr(args, f"{prefix}lora_dim") and names != "auto" and layers:
+        check_module_name(layers, names, kind, f"--{prefix}lora_module_name")
+    if getattr(args, f"{prefix}pre_seq_len"):
+        check_recomputed_prefix(kind, getattr(args, f"{prefix}gradient_checkpointing"))
 
 
 def longest_text(args: Any) -> tuple[int, str]:

@@ -11,13 +11,12 @@ import signal
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from models.device import (
     seed_device,
     set_device,
 )
+from models.quiet import quiet_libraries
 from training.utils.flags.deepspeed_file import check_keys
 from training.utils.run import heartbeat
 from training.utils.run.deepspeed_internals import forget_shared_memory_collectives
@@ -259,32 +259,3 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     seed_device(seed)
-
-
-def quiet_libraries(log: Path | None = None) -> None:
-    """Keep the libraries off the terminal, but for errors: a run's own lines must not drown. What they warn of goes to the log,
-    if there is one; the file is made with the first line.
-    """
-    import transformers
-
-    for room in ("torch.distributed", "transformers", "peft"):  # DeepSpeed calls older names, and we those of older transformers
-        warnings.filterwarnings("default" if log else "ignore", category=FutureWarning, module=room)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    terminal = logging.StreamHandler()
-    terminal.setLevel(logging.ERROR)
-    file = logging.FileHandler(log, encoding="utf-8", delay=True) if log else logging.NullHandler()
-    for name in ("transformers", "DeepSpeed", "deepspeed", "peft", "datasets"):
-        library = logging.getLogger(name)
-        library.handlers, library.propagate = [terminal, file], False
-        library.setLevel(logging.WARNING if log else logging.ERROR)
-    if log:
-        show_others = warnings.showwarning
-
-        def show(message: Any, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
-            if issubclass(category, FutureWarning):
-                logging.getLogger("transformers").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
-            else:
-                show_others(message, category, filename, lineno, *more)
-
-        warnings.showwarning = show

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from errors import UserError
-from models.adapters.lora import add_lora
-from scripts.plan.known import config_of, known_models
+from models.adapters.lora import add_lora, linear_layers
+from models.families import linear_names
+from scripts.plan.known import config_of, find_config, known_models
 from training.utils.memory.footprint import Footprint
 
 # By hand: 12 h^2 + 13 h a block; 50272 tokens, 2048 + 2 positions, one norm.
@@ -64,11 +65,13 @@ PUBLISHED = {
 }
 
 
-def test_known_models_have_the_published_number_of_parameters():
+def test_known_models_have_the_published_number_of_parameters_and_the_listed_layers():
     assert known_models().keys() == PUBLISHED.keys()
     for name, count in PUBLISHED.items():
-        weights = Footprint(config_of(name), dtype=torch.float16).weights
-        assert (weights.trained, weights.frozen) == (count, 0), name
+        network, config = Footprint(config_of(name), dtype=torch.float16), find_config(name)
+        assert (network.weights.trained, network.weights.frozen) == (count, 0), name
+        blocks = "n_layer" if "n_layer" in config else "num_layers" if "num_layers" in config else "num_hidden_layers"
+        assert sorted(linear_layers(network.model(2).model)) == sorted(linear_names(config | {blocks: 2})), name
 
 
 @pytest.mark.parametrize("flags", [{}, {"lora_dim": 8, "gradient_checkpointing": True}])

@@ -53,7 +53,7 @@ def test_wrong_paths_are_told_before_heavy_imports(repository, tmp_path):
 def opt(tmp_path_factory):
     """A folder with all that is looked at before torch is imported: of OPT, with 64 positions."""
     folder = tmp_path_factory.mktemp("opt")
-    config = {"model_type": "opt", "architectures": ["OPTForCausalLM"], "max_position_embeddings": 64}
+    config = {"model_type": "opt", "architectures": ["OPTForCausalLM"], "max_position_embeddings": 64, "num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
     names = ("embed_tokens", "layers.0.self_attn.q_proj", "layers.0.self_attn_layer_norm", "layers.0.fc1")

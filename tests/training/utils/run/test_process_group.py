@@ -43,7 +43,7 @@ def test_the_first_of_two_processes_names_a_port_that_is_taken(monkeypatch):
 WARN = """
 import logging, sys, warnings
 from pathlib import Path
-from training.utils.run.process_group import quiet_libraries
+from models.quiet import quiet_libraries
 
 quiet_libraries()
 quiet_libraries(Path(sys.argv[1]))
