@@ -38,10 +38,9 @@ from models.quiet import quiet_libraries
 from scripts.evaluate.metrics import estimates
 from scripts.evaluate.page import write_pages
 from training.evaluate.common import Answer, LoadedModel, held_out, in_batches, load_for_evaluation, write_json
-from training.evaluate.reward_scores import behind_prompts
+from training.evaluate.reward_scores import answer_by_answer
 from training.evaluate.text_metrics import METRICS as TEXT_METRICS
 from training.evaluate.text_metrics import check_libraries, score
-from training.utils.data.tokenize import Counts, Limits, fit
 from training.utils.loss import outcomes
 from training.utils.run.metrics import format_seconds
 from training.utils.run.process_group import join_process_group
@@ -194,11 +193,7 @@ def compare(
     labels = [template.decode_answer(tokenizer, ids[:longest]) for ids in written]
     texts = [score(label, one.text) for label, one in zip(labels, answers, strict=True)]
     columns |= {name: [one[name] for one in texts] for name in TEXT_METRICS}
-    prompts = template.encode_prompts(tokenizer, [record["messages"] for record in records])
-    rows = [
-        fit(prompt, [ids], Limits(loaded.longest), template, Counts())
-        for prompt, ids in zip(prompts, written, strict=True)
-    ]
+    rows = loaded.behind_prompts([record["messages"] for record in records], [written])
     log_probs = share(
         lambda batch: loaded.log_probs(*zip(*(rows[number] for number in batch), strict=True)),
         [len(prompt) + len(ids) for prompt, ids in rows],
@@ -219,14 +214,13 @@ def score_answers(
     It reads them in its own template, as whole answers; one that was cut off has no end token.
     """
     tokenizer, template = loaded.tokenizer, loaded.template
-    prompts = template.encode_prompts(tokenizer, [record["messages"] for record in records])
     encoded = {}
     if have_answers(records):
         encoded["written"] = template.encode_answers(tokenizer, [record["chosen"] for record in records])
     for name, given in answers.items():
         whole = template.encode_answers(tokenizer, [one.text for one in given])
         encoded[name] = [ids if one.ended else ids[:-1] for ids, one in zip(whole, given, strict=True)]
-    rows = behind_prompts(prompts, list(encoded.values()), template, loaded.longest)
+    rows = answer_by_answer(loaded.behind_prompts([record["messages"] for record in records], list(encoded.values())))
     scores = share(lambda batch: loaded.scores([rows[number] for number in batch]), list(map(len, rows)), done="scored")
     return {name: scores[place * len(records) : (place + 1) * len(records)] for place, name in enumerate(encoded)}
 

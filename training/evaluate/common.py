@@ -21,7 +21,7 @@ from models.load import load_causal_lm, load_tokenizer
 from models.templates import Template, load_template
 from training.utils.data.batching import pad_right
 from training.utils.data.records import load_records
-from training.utils.data.tokenize import cut_prompt
+from training.utils.data.tokenize import Counts, Encoding, Limits, cut_prompt, fit, fit_prompt, prompt_space
 
 logger = logging.getLogger("sanbu")
 BUILT_IN = json.loads(Path(__file__).with_name("builtin.json").read_text(encoding="utf-8"))
@@ -64,7 +64,28 @@ class LoadedModel:
             raise UserError(
                 f"{flag} {room} leaves no room for a prompt in the {self.longest} tokens that {self.path} reads; lower it."
             )
-        return [cut_prompt(ids, limit, self.template) for ids in self.template.encode_prompts(self.tokenizer, prompts)]
+        encoded = self.template.encode_prompts(self.tokenizer, prompts)
+        return [self.cut(messages, ids, limit) for messages, ids in zip(prompts, encoded, strict=True)]
+
+    def cut(self, messages: Messages, ids: list[int], space: int) -> list[int]:
+        """Return the tokens of a prompt within a space, as training cuts them; a system text that alone is too long is cut too."""
+        encoding = Encoding(3, self.tokenizer, self.template, Limits(space))
+        cut = fit_prompt({"messages": messages, "calls": None}, ids, space, encoding)
+        return cut_prompt(ids, space, self.template) if cut is None else cut
+
+    def behind_prompts(
+        self, prompts: Sequence[Messages], answers: Sequence[Sequence[list[int]]], limit: int | None = None
+    ) -> list[tuple[list[int], ...]]:
+        """Return each prompt with its answers, cut as in training to limit tokens (None: all that the model reads).
+
+        answers: [answers to a prompt][prompts] of token ids. Returns [prompts] of (prompt, answer, answer, …).
+        """
+        limits, cut = Limits(limit or self.longest), []
+        encoded = self.template.encode_prompts(self.tokenizer, prompts)
+        for messages, ids, *few in zip(prompts, encoded, *answers, strict=True):
+            ids = self.cut(messages, ids, prompt_space(few, limits, self.template))
+            cut.append(fit(ids, few, limits, self.template, Counts()))
+        return cut
 
     def answer(self, prompts: list[list[int]], **settings: Any) -> list[Answer]:
         """Return the answers to encoded prompts, those to one prompt together. settings: those of generate_many."""

@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
     ARGS = parse_or_exit(RewardEvalArguments, check=check_inputs)
 
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,10 +21,8 @@ import torch
 from errors import UserError
 from models.load import load_scalar_model
 from models.quiet import quiet_libraries
-from models.templates import Template
 from training.evaluate.common import BUILT_IN, LoadedModel, held_out, in_batches, load_for_evaluation, write_json
 from training.evaluate.intervals import wilson
-from training.utils.data.tokenize import Counts, Limits, fit
 from training.utils.loss import pair_accuracy
 
 SHOWN = 6  # pairs that are printed
@@ -37,7 +34,7 @@ def main(args: RewardEvalArguments) -> None:
     checkpoint = check_reward_model(args.model_name_or_path)
     pairs = read_pairs(args)
     loaded = load_for_evaluation(checkpoint, args.dtype, args.attn_implementation, load_scalar_model)
-    rows = encode_pairs(pairs, loaded.tokenizer, loaded.template, args.max_seq_len)
+    rows = encode_pairs(pairs, loaded, args.max_seq_len)
     scores = score_pairs(loaded, rows, 2 * args.per_device_eval_batch_size)
     metrics = summary(scores)
     for pair, (chosen, rejected) in list(zip(pairs, scores, strict=True))[:SHOWN]:
@@ -68,22 +65,15 @@ def read_pairs(args: RewardEvalArguments) -> list[dict[str, Any]]:
     return pairs
 
 
-def encode_pairs(pairs: list[dict[str, Any]], tokenizer: Any, template: Template, limit: int) -> list[list[int]]:
+def encode_pairs(pairs: list[dict[str, Any]], loaded: LoadedModel, limit: int) -> list[list[int]]:
     """Return token ids of all chosen answers behind their prompts, then of all rejected ones, cut as in training."""
-    prompts = template.encode_prompts(tokenizer, [pair["messages"] for pair in pairs])
-    answers = [template.encode_answers(tokenizer, [pair[kind] for pair in pairs]) for kind in ("chosen", "rejected")]
-    return behind_prompts(prompts, answers, template, limit)
+    sides = [loaded.template.encode_answers(loaded.tokenizer, [pair[kind] for pair in pairs]) for kind in ("chosen", "rejected")]
+    return answer_by_answer(loaded.behind_prompts([pair["messages"] for pair in pairs], sides, limit))
 
 
-def behind_prompts(
-    prompts: Sequence[list[int]], answers: Sequence[Sequence[list[int]]], template: Template, limit: int
-) -> list[list[int]]:
-    """Return the first answer to each prompt behind it, then all second ones, and so on, cut as in training.
-
-    prompts: [prompts] of token ids. answers: [answers to a prompt][prompts] of token ids.
-    """
-    cut = [fit(prompt, few, Limits(limit), template, Counts()) for prompt, *few in zip(prompts, *answers, strict=True)]
-    return [prompt + few[place] for place in range(len(answers)) for prompt, *few in cut]
+def answer_by_answer(rows: list[tuple[list[int], ...]]) -> list[list[int]]:
+    """Return the first answer of each row (prompt, answer, …) behind its prompt, then all second ones, and so on."""
+    return [prompt + answers[place] for place in range(len(rows[0]) - 1) for prompt, *answers in rows]
 
 
 def score_pairs(loaded: LoadedModel, rows: list[list[int]], batch_size: int) -> list[tuple[float, float]]:

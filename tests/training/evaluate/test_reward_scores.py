@@ -10,9 +10,11 @@ from transformers import AutoModelForSequenceClassification
 from errors import UserError
 from models.load import load_tokenizer
 from models.templates import load_template
-from training.evaluate.common import BUILT_IN
+from tests.training.utils.data.rows import rec, turns
+from training.evaluate.common import BUILT_IN, LoadedModel
 from training.evaluate.reward_scores import encode_pairs, main, read_pairs, summary
 from training.step2_reward.main import evaluation_line
+from training.utils.data.tokenize import Counts, Encoding, Limits, tokenise
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import RewardEvalArguments
 
@@ -54,15 +56,21 @@ def test_summary_by_hand():
     assert metrics["margin_std"] == pytest.approx(statistics.pstdev([1, -3, 0, 5]))
 
 
-def test_long_prompts_lose_their_beginning_and_answers_keep_their_end(llama):
+@pytest.mark.parametrize(
+    "messages",
+    [turns("once upon a time " * 30), turns("system: Be kind.", "once upon", "yes " * 40, "a time")],
+    ids=["one question", "system text and turns"],
+)
+def test_long_prompts_are_cut_as_in_training(llama, messages):
     tokenizer = load_tokenizer(llama)
     template = load_template(llama, tokenizer)
-    messages = [{"role": "user", "content": "once upon a time " * 30}]
-    pair = {"messages": messages, "chosen": "yes", "rejected": "no, never"}
-    good, bad = encode_pairs([pair], tokenizer, template, 24)
-    assert max(len(good), len(bad)) == 24 and good[0] == tokenizer.bos_token_id
-    assert good[-1] == bad[-1] == template.stop_token_ids[0]
-    assert template.decode_answer(tokenizer, bad).endswith("no, never")
+    record = rec(messages, "yes", "no, never")
+    (row,) = tokenise([record], Encoding(2, tokenizer, template, Limits(60)), Counts())
+    loaded = LoadedModel("", torch.nn.Module(), tokenizer, template, torch.device("cpu"))
+    good, bad = encode_pairs([record], loaded, 60)
+    assert (good, bad) == (row["chosen_ids"], row["rejected_ids"]) and len(bad) <= 60
+    assert template.decode_answer(tokenizer, bad).endswith("no, never") and good[-1] == template.stop_token_ids[0]
+    assert messages[0]["role"] == "user" or "Be kind." in tokenizer.decode(good)
 
 
 def test_pairs_come_from_the_held_out_part_and_need_a_rejected_answer(tmp_path, monkeypatch):

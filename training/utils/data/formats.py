@@ -388,6 +388,33 @@ def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
     return [record(user_turn(text(question, "query")), text(reply, "answers"))]
 
 
+def squad(row: Fields) -> list[Record | Skip]:
+    """Read a question about a text and the first of its answers, {"text": ["…"]} or [{"text": "…"}], as SQuAD has them."""
+    answers = items(row["answers"], "answers")
+    if not all(isinstance(one, dict) and "text" in one for one in answers):
+        raise BadRecord('field "answers" is not of the form {"text": ["…"]}; name the answer with --columns response=…')
+    said = list(dict.fromkeys(text(one["text"], "answers", strip=False) for one in answers))
+    if not said:
+        raise Skip("a question without an answer")
+    further = [Skip("a further answer to the same question", len(said) - 1)] if len(said) > 1 else []
+    return [record(_asked(row, "question"), said[0]), *further]
+
+
+def squad_article(row: Fields) -> list[Record | Skip]:
+    """Read an article of SQuAD's own files: paragraphs, each a text with its questions."""
+    results: list[Record | Skip] = []
+    for paragraph in items(row["paragraphs"], "paragraphs"):
+        if not (isinstance(paragraph, dict) and {"context", "qas"} <= paragraph.keys()):
+            raise BadRecord('field "paragraphs" is not of the form [{"context": "…", "qas": [{"question": "…", "answers": […]}]}]')
+        for one in items(paragraph["qas"], "qas"):
+            asked = {"question": None, "answers": None} | one | {"context": paragraph["context"]}
+            try:
+                results += squad(asked)
+            except Skip as reason:
+                results.append(reason)
+    return results
+
+
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +470,8 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(("content", "summary"), lambda row: question_answer(row, "content", "summary")),
     Format(("prompt", "queries", "answers"), lambda row: mkqa(row, "en", row["prompt"])),
+    Format(("question", "context", "answers"), squad),
+    Format(("paragraphs",), squad_article),
     Format(("prompt",), _prompt_alone, (*EARLIER, *MATERIAL, "tools")),
 )
 PROMPTS = FORMATS[-1]

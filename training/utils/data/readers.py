@@ -1,6 +1,7 @@
 """Read data files row by row: JSON, JSONL, CSV, TSV, Parquet, each gzipped or not. Nothing here knows about columns.
 
-A list of messages where a record is expected is the row {"messages": the list}.
+A list of messages where a record is expected is the row {"messages": the list}. A file of one object whose only list of
+objects is no list of messages is a wrapper, {"version": …, "data": [records]}: its rows are those of the list.
 
 Each row comes with its location ("line 7", "record 7"), so that an error can name it. A file is never held in memory: a
 JSON list of several gigabytes is parsed record by record.
@@ -23,6 +24,8 @@ from typing import IO, Any
 
 from errors import UserError
 from json_text import parse_json, unique_names
+from training.utils.data.names import OUR_NAMES, known_names
+from training.utils.data.suggested import is_dialogue
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 CHUNK = 1 << 20
@@ -92,13 +95,43 @@ def _json_rows(path: Path, suffix: str) -> Iterator[Row]:
         whole = start.startswith("{") and start.endswith("}")  # as against the first line of a pretty-printed object
         one_a_line = whole or _is_dialogue(start) or (suffix != ".json" and not start.startswith("["))
         values = _line_values(path, file, first) if one_a_line else _stream_values(JsonWindow(path, file, first))
-        for location, value in values:
+        for location, value in unwrapped(values) if start.startswith("{") else values:
             if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
                 value = {"messages": value}
             if not isinstance(value, dict):
                 kind = type(value).__name__
                 raise UserError(f'{path}, {location}: a {kind}, expected an object {{"prompt": …, …}}.')
             yield location, value
+
+
+def unwrapped(values: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a file; of a file with nothing but a wrapper, the records in it ("record 1 under "data"")."""
+    first = next(values, None)
+    inside = wrapped_records(first[1]) if first else None
+    second = next(values, None) if inside else None
+    if inside and second is None:
+        key, records = inside
+        yield from ((f'record {number} under "{key}"', one) for number, one in enumerate(records, start=1))
+    else:
+        yield from chain(filter(None, (first, second)), values)
+
+
+def wrapped_records(value: Any) -> tuple[str, list[dict]] | None:
+    """Return the one key of an object that holds a list of records, and these; None for an object that is a record itself.
+
+    The export of a data server has a list of its features, too, and wraps each record in {"row_idx", "row"}.
+    """
+    if not isinstance(value, dict) or known_names(value) or any(name in value for name in OUR_NAMES):
+        return None
+    lists = {key: one for key, one in value.items() if isinstance(one, list) and one and not is_dialogue(one)}
+    lists = {key: one for key, one in lists.items() if all(isinstance(row, dict) for row in one)}
+    if "rows" in lists:
+        lists.pop("features", None)
+    if len(lists) != 1:
+        return None
+    ((key, records),) = lists.items()
+    rows = all({"row_idx", "row"} <= one.keys() for one in records)
+    return key, [one["row"] for one in records] if rows else records
 
 
 def _is_dialogue(line: str) -> bool:

@@ -19,6 +19,7 @@ from training.utils.data.arrow_rows import ArrowRows, arrow_writer
 from training.utils.data.cache import CachedData, cached
 from training.utils.data.fields import EMPTY, read_fields, unread_fields
 from training.utils.data.formats import (
+    ORDERS,
     RECORD_UNLEARNED,
     Format,
     Record,
@@ -28,6 +29,7 @@ from training.utils.data.formats import (
 )
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.names import known_names
+from training.utils.data.repeated_prompts import REPEATED_PROMPTS, prompts_repeated, without_prompt
 from training.utils.data.rows import MISSING, Columns, Reading, refuse_unused, renamed, row_format
 from training.utils.data.sources import Source, Table, open_source
 from training.utils.data.suggested import suggested_columns
@@ -146,12 +148,17 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
     judged: dict[str, tuple[list[Judged], list[Judged]]] = {}
     judges: bool | None = None  # whether labels say good or bad, as the first one does
     for location, raw in table.read():
+        wrapper = location.partition(" under ")[2]
         location = f"{table.label}, {location}"
         if form is None:
             form, mapping = row_format(raw, named, columns, location, reading)
+            reading.notes += [f"{table.label}, the records are those under {wrapper}"] if wrapper else []
+            repeats = prompts_repeated(table, form, mapping)
+            reading.notes += [f"{table.label}, {REPEATED_PROMPTS}"] if repeats else []
             reading.form = reading.form or (f"the rule of {form.set_name}" if form.set_name else "its fields ")
             reading.example = reading.example or suggested_columns(raw)
         row = raw if form.set_name else renamed(raw, mapping)
+        row = without_prompt(row, repeats) if repeats else row
         check_needed(form, row, raw, mapping, location)
         try:
             check_media(raw)
@@ -181,7 +188,9 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
             raise UserError(f"{location}: not of the form of {form.set_name} ({error!r}).") from error
         if not form.set_name:
             theirs = {ours: name for name, ours in known_names(raw).items()} | mapping
-            reading.unread |= {theirs.get(name, name): content for name, content in unread_fields(row, form).items()}
+            for name, content in unread_fields(row, form).items():
+                alone = " (it orders a list of answers; there is none)" if name in ORDERS else ""
+                reading.unread[theirs.get(name, name) + alone] = content
             for ours in read_fields(row, form):
                 reading.fields[f"{ours}={theirs[ours]}" if theirs.get(ours, ours) != ours else ours] = True
         records = [one for one in results if not isinstance(one, Skip)]

@@ -141,6 +141,9 @@ def unknown_fields(row: Fields) -> str:
     if not row:
         return "an empty record, {}; remove it, or give it fields (docs/en/own-data.md)."
     fields = ", ".join([*islice(row, 8), "…"] if len(row) > 8 else row)
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) > 1 and len(lists) == len(row):
+        return f"several lists of records ({', '.join(lists)}); write each into a file of its own, and name those to train on."
     if {"text", "label"} <= set(row):
         return (
             f"labelled texts (fields {fields}) are no dialogues, and no step trains on labels; "

@@ -261,14 +261,19 @@ def fit_example(example: Example, encoding: Encoding, counts: Counts) -> tuple[l
             counts.dropped[CALL_TOO_LONG] += 1
             return None
     space = prompt_space(example.answers, limits, template)
-    if len(example.prompt) <= space or not (calls or record["messages"][0]["role"] == "system"):
-        return fit(example.prompt, example.answers, limits, template, counts)
-    prompt = newest_whole_turns(record, encoding, space)
+    prompt = fit_prompt(record, example.prompt, space, encoding)
     if prompt is None:
         counts.dropped[TOOLS_TOO_LONG if calls else SYSTEM_TOO_LONG] += 1
         return None
-    counts.truncated_prompts += 1
+    counts.truncated_prompts += len(example.prompt) > space
     return fit(prompt, example.answers, limits, template, counts)
+
+
+def fit_prompt(record: Record, prompt: list[int], space: int, encoding: Encoding) -> list[int] | None:
+    """Return a prompt of at most ``space`` tokens, a system text and tools whole; None if they alone take more."""
+    if len(prompt) <= space or not (record["calls"] or record["messages"][0]["role"] == "system"):
+        return cut_prompt(prompt, space, encoding.template)
+    return newest_whole_turns(record, encoding, space)
 
 
 def newest_whole_turns(record: Record, encoding: Encoding, space: int) -> list[int] | None:

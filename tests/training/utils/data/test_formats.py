@@ -67,6 +67,10 @@ FORMATS = {
         {"prompt": "Hi", "chosen": COLUMNS, "rejected": {"role": ["assistant"], "content": ["B"]}},
         a_or_b("Hi"),
     ),
+    "SQuAD": (
+        {"id": "1", "context": "T.", "question": "Q", "answers": {"text": ["A", "A", "B"], "answer_start": [0, 0, 1]}},
+        [rec(turns("Q\nT."), "A")],
+    ),
     "whole dialogues": ({"chosen": HH + " A", "rejected": HH + " B"}, [rec(HH_TURNS, "A", "B")]),
     "whole dialogues as messages": (A_OR_B_AFTER_HI, a_or_b("Hi")),
     "whole dialogues in columns": (
@@ -253,7 +257,7 @@ def test_examples_of_the_docs_load(name, load, tmp_path, repository):
     """Every two-line example is read, and every named set and name for --columns is listed."""
     page = (repository / "docs" / name).read_text(encoding="utf-8")
     examples = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
-    assert len(examples) == 13
+    assert len(examples) == 14
     for number, example in enumerate(examples):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(example, encoding="utf-8")

@@ -54,6 +54,32 @@ ROWS = {
         [rec(turns("Q"), "a")],
         "1 with answers with the same score (2 answers",
     ),
+    "articles of SQuAD": (
+        [
+            {"paragraphs": [{"context": "T.", "qas": [{"question": "Q", "answers": [{"text": "A"}]}, {"question": "R"}]}]},
+            {"paragraphs": []},
+        ],
+        [rec(turns("Q\nT."), "A")],
+        "1 with a question without an answer (first: line 1)",
+    ),
+    "a rank beside one answer": (
+        [{"prompt": "Q", "response": "a", "rank": 2}],
+        [rec(turns("Q"), "a")],
+        "not read: rank (it orders a list of answers; there is none)",
+    ),
+    "answers that all begin with their prompt": (
+        [
+            {"prompt": "1+1=", "chosen": "1+1= 2", "rejected": "1+1=\n3"},
+            {"prompt": "def f():", "chosen": "def f():\n    1", "rejected": "def f():2"},
+        ],
+        [rec(turns("1+1="), "2", "3"), rec(turns("def f():"), "    1", "2")],
+        "all answers begin with their prompt, which is taken off them",
+    ),
+    "an answer that begins with its prompt": (
+        [{"prompt": "1+1=", "response": "1+1= 2"}, {"prompt": "Once", "response": "Twice"}],
+        [rec(turns("1+1="), "1+1= 2"), rec(turns("Once"), "Twice")],
+        "",
+    ),
     "ranks": (
         [{"instruction": "Q", "input": "", "output": ["a", "b", "c"], "rank": [3, 1, 2]}],
         [rec(turns("Q"), "b", "a")],

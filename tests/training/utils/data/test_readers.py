@@ -33,6 +33,11 @@ WRITERS = {
     "blank_lines.jsonl": lambda path: path.write_text("\n" + "\n\n".join(map(json.dumps, PAIRS))),
     "windows.jsonl": lambda path: path.write_bytes("\r\n".join(map(json.dumps, PAIRS)).encode("utf-8-sig")),
     "list.jsonl": lambda path: path.write_text(json.dumps(PAIRS)),
+    "wrapped.json": lambda path: path.write_text(json.dumps({"version": "1.1", "data": PAIRS})),
+    "pretty_wrapped.json": lambda path: path.write_text(json.dumps({"train": PAIRS}, indent=1)),
+    "server.json": lambda path: path.write_text(
+        json.dumps({"features": [{"name": "prompt"}], "rows": [{"row_idx": 0, "row": row} for row in PAIRS], "partial": False})
+    ),
     "table.csv": lambda path: write_table(path, ","),
     "table.tsv": lambda path: write_table(path, "\t"),
     "table.parquet": lambda path: Dataset.from_list(PAIRS).to_parquet(str(path)),
@@ -47,6 +52,22 @@ def test_every_kind_of_file_packed_or_not(name, tmp_path):
     packed.write_bytes(gzip.compress(path.read_bytes()))
     for file in (path, packed):
         assert [row for _, row in read_rows(file)] == PAIRS
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Q"}]},
+        {"prompt": "Q", "references": [{"url": "x"}]},
+        {"train": [{"prompt": "Q"}], "test": [{"prompt": "R"}]},
+    ],
+)
+def test_an_object_that_is_a_record_or_holds_several_lists_is_one_row(tmp_path, row):
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(row))
+    assert [row for _, row in read_rows(file)] == [row]
+    write_lines(file, [{"data": PAIRS}, {"data": PAIRS}])
+    assert [row for _, row in read_rows(file)] == [{"data": PAIRS}] * 2
 
 
 JSON = st.recursive(
