@@ -18,6 +18,7 @@ SUCCESSORS = {
 }
 # former name -> what to use instead
 GONE = {
+    "benchmarks.chatglm": "it runs at commit 860469f, and python -m benchmarks.gpu measures ChatGLM2-6B with LoRA on a card.",
     "benchmarks.data_memory": "its results stand in benchmarks/RESULTS.md under 'Memory and time of preparing 100,000 pairs'; it "
     "runs at commit be35d39, and python -m scripts.preprocess_dataset prepares data of your own.",
     "benchmarks.ppo_learning": "its results stand in benchmarks/RESULTS.md under 'How well and how fast PPO learns, beside TRL'; "
@@ -26,6 +27,7 @@ GONE = {
     "44ce0bc, and python -m benchmarks.beside_trl --vocabulary 32000 compares with TRL today.",
     "benchmarks.shared_trunk": "its results stand in benchmarks/RESULTS.md under 'Memory of the four models of PPO'; it runs at "
     "commit 44ce0bc, and python -m scripts.plan MODEL --step 3 --memory_mode shared --actor_lora_dim 16 plans for a model.",
+    "benchmarks.three_steps": "it runs at commit 860469f, and python -m benchmarks.gpu measures the steps with OPT-1.3B on a card.",
 }
 
 
