@@ -13,8 +13,10 @@ The table belongs into benchmarks/RESULTS.md.
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import statistics
 import subprocess
 import sys
@@ -111,12 +113,27 @@ def run(name: str, args: argparse.Namespace, **flags: Any) -> list[dict[str, Any
     step, output = name.split("-")[-1], args.output / name
     given = {"data_path": args.output / "pairs.jsonl", "data_split": "1,1,1", "eval_fraction": 0, "logging_steps": 1}
     given |= {"max_steps": args.steps, "dtype": args.dtype, "output_dir": output, "cache_dir": args.output / "cache"}
-    environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if args.smoke else {})
-    command = [sys.executable, "-m", step_of(step).module, *as_flags(given | flags)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
+    words, log = as_flags(given | flags), output.with_suffix(".log")
+    # On a CPU a fork of a process with the imports; a card's driver, once asked, does not work in forks.
+    processes = multiprocessing.get_context("forkserver" if args.smoke else "spawn")
+    if args.smoke:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        processes.set_forkserver_preload(["training.step3_ppo.main", "peft"])
+    process = processes.Process(target=run_module, args=(step_of(step).module, words, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{name}: {(log.read_text(encoding='utf-8').strip().splitlines() or ['no output'])[-1]} ({log})")
     return [record for record in read_records(output) if "train/tokens_per_second" in record][WARM_UP:]
+
+
+def run_module(module: str, words: list[str], log: Path) -> None:
+    """Run a module as a command of its own; what it prints goes to the log."""
+    with log.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def supervised(name: str, model: str, args: argparse.Namespace, **flags: Any) -> list[dict[str, Any]]:
@@ -171,8 +188,8 @@ def rows(args: argparse.Namespace) -> Iterator[list[str]]:
     ):
         if needed in args.parts or (needed == "reward" and "ppo" in args.parts):
             speeds = [record["train/tokens_per_second"] for record in supervised(name, model, args, **flags)]
-            # LoRA computes no gradients of frozen matrices: 4 operations a weight and token in place of 6.
-            operations = (4 if flags else 6) * weights(args.output / model)
+            # Step 2 counts the tokens of a prompt for both answers and computes them once: no share is told of it.
+            operations = 6 * weights(args.output / model) if name == "sft" else 0
             yield row(words, speeds, [1.0] * len(speeds), operations, peak, memory(args, name))
     shared = {"memory_mode": "shared", "actor_lora_dim": 16, "critic_lora_dim": 16}
     for words, name, actor, critic, flags in (

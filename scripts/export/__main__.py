@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import CommandLine, UserError, refuse, told
+from training.utils.run.environment import check_writable
 
 if TYPE_CHECKING:  # torch takes seconds to import, and wrong flags are told without it
     import torch
@@ -55,7 +56,7 @@ def build_parser() -> CommandLine:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that contradict each other, a size that is none, or an output folder with content."""
+    """Raise UserError for flags that contradict each other, a size that is none, or an output folder that has content or cannot be written."""
     gguf = args.format == "gguf"
     refuse(args.pre_tokenizer and not gguf, "--pre_tokenizer is for --format gguf; drop it.")
     refuse(gguf and args.max_shard_size, "--max_shard_size: a GGUF is one file (Ollama opens no parts); drop it.")
@@ -66,6 +67,7 @@ def check(args: argparse.Namespace) -> None:
     refuse(
         no_size, f"--max_shard_size {args.max_shard_size} is no size; write a number with KB, MB or GB, such as 5GB."
     )
+    check_writable(folder)
 
 
 def find_model(path: str, base: str | None) -> tuple[CheckpointFolder, Path | None, bool]:

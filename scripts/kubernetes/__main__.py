@@ -126,14 +126,18 @@ def render_command(args: argparse.Namespace) -> int:
     from scripts.kubernetes.pod import STEP_OF
     from scripts.kubernetes.render import make_job, render
     from training.utils.flags.parse import parse
+    from training.utils.run.environment import check_writable
 
     job, choices = make_job(args), [] if args.step == ["all"] else list(dict.fromkeys(args.step))
     for word in choices:
         refuse(word not in STEP_OF, f"--step {word} is unknown; use {', '.join(STEP_OF)} or all.")
     steps = [STEP_OF[choice] for choice in choices] or job.steps
-    files = render(job, choices)
     for step in steps:  # a pod would hear of a wrong flag only after it got its cards
         parse(step.arguments_class, ["--config", job.recipe.path, *job.flags])
+    if args.out:
+        check_writable(Path(args.out), "--out")
+    files = render(job, choices)
+    for step in steps:
         check_memory(job, step)
     if not choices and "5-chat.yaml" not in files:
         print(f"# no 5-chat.yaml, no 6-serve.yaml: {job.model} does not fit on one card, and both use one", file=sys.stderr)

@@ -64,6 +64,7 @@ def opt(tmp_path_factory):
 WRONG = {
     "--max_seq_len 65": "--max_seq_len 65 is more than the 64 positions of the opt model",
     "--max_seq_len 60 --pre_seq_len 5": "--max_seq_len 60 behind a prefix of 5 is more than the 64 positions",
+    "--max_seq_len 60 --pre_seq_len 4 --gradient_checkpointing": "--gradient_checkpointing drops the cache that holds the prefix",
     "--max_seq_len 64 --lora_dim 4 --lora_module_name q_proj,v_prj": "--lora_module_name v_prj matches no linear layer",
     "--max_seq_len 64 --lora_dim 4 --lora_module_name embed_tokens": "--lora_module_name embed_tokens matches no linear",
     "--max_seq_len 64 --dtype fp16": "--dtype fp16: a CPU cannot train in it",
