@@ -56,7 +56,7 @@ def build_parser() -> CommandLine:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that contradict each other, a size that is none, or an output folder that has content or cannot be written."""
+    """Raise UserError for flags that contradict each other, a size that is none, or an output folder that is not to be written."""
     gguf = args.format == "gguf"
     refuse(args.pre_tokenizer and not gguf, "--pre_tokenizer is for --format gguf; drop it.")
     refuse(gguf and args.max_shard_size, "--max_shard_size: a GGUF is one file (Ollama opens no parts); drop it.")
