@@ -404,12 +404,12 @@ def squad_article(row: Fields) -> list[Record | Skip]:
     """Read an article of SQuAD's own files: paragraphs, each a text with its questions."""
     results: list[Record | Skip] = []
     for paragraph in items(row["paragraphs"], "paragraphs"):
-        if not (isinstance(paragraph, dict) and {"context", "qas"} <= paragraph.keys()):
+        questions = items(paragraph.get("qas"), "qas") if isinstance(paragraph, dict) else [None]
+        if not all(isinstance(one, dict) for one in questions):
             raise BadRecord('field "paragraphs" is not of the form [{"context": "…", "qas": [{"question": "…", "answers": […]}]}]')
-        for one in items(paragraph["qas"], "qas"):
-            asked = {"question": None, "answers": None} | one | {"context": paragraph["context"]}
+        for one in questions:
             try:
-                results += squad(asked)
+                results += squad({"question": None, "answers": None} | one | {"context": paragraph.get("context")})
             except Skip as reason:
                 results.append(reason)
     return results
