@@ -393,16 +393,15 @@ def squad(row: Fields) -> list[Record | Skip]:
     answers = items(row["answers"], "answers")
     if not all(isinstance(one, dict) and "text" in one for one in answers):
         raise BadRecord('field "answers" is not of the form {"text": ["…"]}; name the answer with --columns response=…')
-    said = list(dict.fromkeys(text(one["text"], "answers", strip=False) for one in answers))
-    if not said:
+    if not answers:
         raise Skip("a question without an answer")
-    further = [Skip("a further answer to the same question", len(said) - 1)] if len(said) > 1 else []
-    return [record(_asked(row, "question"), said[0]), *further]
+    first, *further = dict.fromkeys(text(one["text"], "answers", strip=False) for one in answers)
+    return [record(_asked(row, "question"), first), *(Skip("a further answer to the same question") for _ in further)]
 
 
 def squad_article(row: Fields) -> list[Record | Skip]:
     """Read an article of SQuAD's own files: paragraphs, each a text with its questions."""
-    results: list[Record | Skip] = []
+    results = []
     for paragraph in items(row["paragraphs"], "paragraphs"):
         questions = items(paragraph.get("qas"), "qas") if isinstance(paragraph, dict) else [None]
         if not all(isinstance(one, dict) for one in questions):
