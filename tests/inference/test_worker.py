@@ -321,7 +321,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--database", "questions.db", "--path", "x"], "is no URL"),
+        (["watch", "--database", "questions.db"], "is no URL"),
         (["watch", "--database", "oracle://h/d"], "oracle is not known"),
         (["watch", "--database", "sqlite:////no/such/folder/q.db"], "folder"),
         (["watch", "--database", "postgresql://ann:secret@127.0.0.1:1/d", "--retry", "0.2"], "does not answer within 0.2 s"),
