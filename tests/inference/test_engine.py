@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from inference.engine import Generation, generate
+from inference.engine import Generation, few_rows_linear, generate
 from inference.sampling import draw, invert, uniform_numbers
 from models.heads import TokenLogProbs
 from tests.tiny import FAMILIES, tiny_checkpoint
@@ -313,6 +313,13 @@ def test_modes_are_restored_and_results_can_be_trained_on(checkpoints):
     assert torch.equal(found.sequences, expected.sequences) and torch.equal(found.log_probs, expected.log_probs)
     log_probs = TokenLogProbs(model)(torch.cat([ids, found.sequences], 1), torch.ones(4, 13), keep=4)
     (log_probs - found.log_probs).square().sum().backward()  # would raise if they were inference tensors
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 32, 33])
+def test_an_output_layer_of_few_rows_computes_the_same(rows):
+    hidden = torch.randn(rows, 1, 16)
+    for layer in (nn.Linear(16, 1300), nn.Linear(16, 1300, bias=False)):
+        torch.testing.assert_close(few_rows_linear(layer, hidden), layer(hidden))
 
 
 @pytest.mark.detail(47)
