@@ -116,7 +116,7 @@ def main() -> None:
             timed(FSYNC, flush, file)
             timed("checkpoint", checkpoint.save, step)
             timed("DeepSpeed's save_checkpoint", engine.save_checkpoint, str(theirs), tag="t", save_latest=False)
-            timed("fsync and SHA-256 of it", settled, theirs)
+            timed("fsync and checksums of it", settled, theirs)
             leave_cache(ours)
             timed(READING, read_all, ours)
             leave_cache(ours)

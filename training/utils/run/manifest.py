@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from errors import UserError
 
@@ -64,7 +66,7 @@ def sizes_to_resume(args: Any) -> dict[str, int]:
 
 def settle(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
     """Bring files to the disk while the next ones are written. Returns size and checksum of each by its name in the folder."""
-    with ThreadPoolExecutor() as pool:  # hashlib and fsync let go of the interpreter
+    with ThreadPoolExecutor() as pool:  # hashes and fsync let go of the interpreter
         pending = [(path, pool.submit(file_checksum, path), pool.submit(flush, path)) for path in paths]
         for _, _, flushed in pending:
             flushed.result()
@@ -80,18 +82,16 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def checksums(folder: Path, names: list[str]) -> dict[str, str]:
-    """Return the SHA-256 of each file (1.4 GB/s on a core with SHA instructions)."""
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
-        return dict(zip(names, pool.map(lambda name: file_checksum(folder / name), names), strict=True))
+def file_checksum(path: Path, kind: Callable[[], Any] = xxhash.xxh3_128) -> str:
+    """Return the checksum of a file: XXH3 of 128 bits, at 7 GB/s a core where SHA-256 makes 1.3 with SHA instructions.
 
-
-def file_checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
+    It tells damage; that a foreign file runs no code is not its work (load_data).
+    """
+    state, block = kind(), bytearray(1 << 20)
+    view = memoryview(block)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            state.update(view[:size])
     return state.hexdigest()
 
 
@@ -124,10 +124,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_content(folder: Path) -> None:
     """Read every file of a checkpoint. Raises UserError for one whose bytes are not those that were written."""
     expected = read_manifest(folder).get("checksums", {})  # checkpoints of before November 2026 have none
+
+    def found(name: str) -> str:
+        older = len(expected[name]) == 64  # of before December 2026
+        return file_checksum(folder / name, hashlib.sha256 if older else xxhash.xxh3_128)
+
     try:
-        found = checksums(folder, list(expected))
+        with ThreadPoolExecutor() as pool:  # hashes let go of the interpreter
+            damaged = [name for name, one in zip(expected, pool.map(found, expected), strict=True) if one != expected[name]]
     except OSError as error:
         raise UserError(f"{folder}: {error.filename} cannot be read ({error.strerror}); resume from an older one.") from error
-    for name, checksum in expected.items():
-        if found[name] != checksum:
-            raise UserError(f"{folder} is damaged: {name} does not match its checksum; resume from an older one.")
+    if damaged:
+        raise UserError(f"{folder} is damaged: {damaged[0]} does not match its checksum; resume from an older one.")
