@@ -204,7 +204,7 @@ def soak(trial: Trial, steps: int) -> list[object]:
             resident = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
             descriptors = sum(1 for _ in Path(f"/proc/{process.pid}/fd").iterdir())
             found.append((read_records(output)[-1]["step"], resident, descriptors))
-        except (OSError, IndexError, TypeError):  # not begun, or ended
+        except (OSError, IndexError, TypeError, ValueError):  # not begun, a line half-written, or ended
             continue
     found = [one[1:] for one in found if one[0] >= steps / 10]
     if process.exitcode or not found:
