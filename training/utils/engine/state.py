@@ -27,7 +27,7 @@ from training.utils.run.deepspeed_internals import (
 )
 
 WEIGHT, STEP = "weight", "step"
-FILE_BYTES = 1 << 28  # of a file at most, but for one larger tensor: what a card's tensors take on the host while they are written
+FILE_BYTES = 1 << 27  # of a file at most, but for one larger tensor: what a card's tensors take on the host while they are written
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 
 
