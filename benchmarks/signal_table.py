@@ -1,6 +1,7 @@
 """How a run ends after SIGHUP, SIGINT or SIGTERM, sent to a step, to the launcher and to train.py, once and twice.
 
-    python -m benchmarks.signal_table [--to step launcher train.py] [--times 1 2] [--moments loading training evaluating saving]
+    python -m benchmarks.signal_table [--to step launcher train.py] [--signals HUP INT TERM] [--times 1 2]
+        [--moments loading training evaluating saving]
 
 A tiny model makes steps of step 1, each with an evaluation and a checkpoint. The signal is sent to one process, as kill and
 schedulers do, not to its group, as Ctrl-C does; a second one follows after 0.2 s. A row says the exit code, how long the end
@@ -88,6 +89,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", nargs="+", default=["step", "launcher", "train.py"])
+    parser.add_argument("--signals", nargs="+", default=[number.name[3:] for number in SIGNALS])
     parser.add_argument("--times", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=MOMENTS)
     args = parser.parse_args()
@@ -97,7 +99,7 @@ def main() -> None:
         rows = (
             tried(to, trial, number, times, when)
             for to in args.to
-            for number in SIGNALS
+            for number in (signal.Signals[f"SIG{name}"] for name in args.signals)
             for times in args.times
             for when in args.moments
         )

@@ -46,7 +46,7 @@ ONE_MODEL = {"max_seq_len": 64, "per_device_train_batch_size": 2, "learning_rate
 PPO = {"max_prompt_seq_len": 96, "max_answer_seq_len": 8, "eval_prompts": 4, "critic_model_name_or_path": "reward/whole"}
 PPO |= {"per_device_generation_batch_size": 4, "per_device_training_batch_size": 2, "enable_ema": True}
 OWN = {"sft": ONE_MODEL, "reward": ONE_MODEL, "dpo": ONE_MODEL, "ppo": PPO}  # flags
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 def result(output: Path) -> tuple[dict[str, bytes], list[dict]]:

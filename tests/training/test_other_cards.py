@@ -15,11 +15,12 @@ pytestmark = pytest.mark.distributed
 
 KEPT = "--save_steps 1 --save_total_limit 0"
 LORA = "--lora_dim 4 --lora_learning_rate 1e-3"
+SAMPLE = "--eval_iters 1 --per_device_eval_batch_size 3"  # the same on any number of processes
 MOVING = "--enable_ema --ema_decay 0.5 --ppo_epochs 2"
 STAGES = "--actor_zero_stage {} --critic_zero_stage {}"
 # name -> step, its flags, those of the two processes that go on, and those of the one process that goes on from them
 RUNS = {
-    "sft-tied": ("sft", "--global_batch_size 7", "--zero_stage 1 --per_device_train_batch_size 1", "--zero_stage 3"),
+    "sft-tied": ("sft", f"--global_batch_size 7 {SAMPLE}", "--zero_stage 1 --per_device_train_batch_size 1", "--zero_stage 3"),
     "sft-prefix-bf16": ("sft", "--pre_seq_len 4 --dtype bf16", "--zero_stage 3", "--zero_stage 0"),
     "reward-lora": ("reward", LORA, "--zero_stage 3", "--zero_stage 2"),
     "dpo": ("dpo", "", "--zero_stage 2", "--zero_stage 1"),

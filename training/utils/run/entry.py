@@ -56,6 +56,10 @@ def errors_told() -> Iterator[None]:
             time.sleep(5 if os.environ.get("LOCAL_RANK") == "0" else 10)
         print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(error.code) from None
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("Stopped by Ctrl-C; --resume continues from the newest checkpoint, if there is one.", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         # With gloo, the loss of another node shows in the main thread too, as an error of a socket.
         heartbeat.failed(1, f"{type(error).__name__}: {error}", patience=5.0)

@@ -97,8 +97,9 @@ class Run:
         run = cls(args, platform, device, dtype, attention, *process, metrics, nodes, started=started, lock=lock)
         run.sizes = next(filter(None, nodes.gather(sizes_to_resume(args))), {})
         run.inputs = describe_inputs(args) if nodes.keeps_disk else {}  # before the run, in which files may change
-        for name in ("SIGTERM", "SIGUSR1"):  # what Slurm and Kubernetes send before they kill
-            signal.signal(getattr(signal, name), lambda number, _: run.stop_signals.append(number))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # Slurm, Kubernetes; a terminal that closes
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, _: run.stop_signals.append(number))
         if platform.name == "cpu" and rank == 0:
             logger.info("CPU: DeepSpeed's compiled operators are not used; gloo and torch's own AdamW do their work.")
         return run
