@@ -36,6 +36,7 @@ from training.utils.memory.arithmetic import (
 )
 from training.utils.memory.footprint import Footprint
 
+NETWORKS: dict[tuple, Footprint] = {}  # by all that decides their sizes: a process measures each network once
 AUTO = "auto"  # of stages, dtypes, kernels and --generation_weights
 LARGEST_BATCH = 8191
 ADAPTERS = ("lora_dim", "lora_module_name", "pre_seq_len", "prefix_projection")
@@ -101,12 +102,11 @@ class StepMemory:
         zero = read_deepspeed_config(args.deepspeed_config).get("zero_optimization", {})
         self.bucket = int(float(zero.get("reduce_bucket_size", BUCKET)))
         self.added: dict[str, Any] = {}
-        self._networks: dict[tuple, Footprint] = {}
 
     def with_flags(self, **changes: Any) -> StepMemory:
-        """Return the memory of the same step with other flags. Networks that both have are measured once."""
+        """Return the memory of the same step with other flags."""
         other = StepMemory(replace(self.args, **changes), self.configs, dtype=self.dtype, attention=self.attention)
-        other._networks, other.added = self._networks, self.added | changes
+        other.added = self.added | changes
         return other
 
     def variants(self) -> list[StepMemory]:
@@ -151,20 +151,19 @@ class StepMemory:
     def network(self, role: str, *, recompute: bool = False, trained: bool = True) -> Footprint:
         """Return the network of a role as it is trained, or without adapters. Role "reference": DPO's frozen network."""
         adapted = self.is_adapted("model" if role == "reference" else role)
-        adapters = self.adapters(role) if adapted and trained else {}
-        bits = self.args.quantization_bit if adapted else 0
-        key = (role, recompute, bits, *adapters.values())
-        if key not in self._networks:
-            self._networks[key] = Footprint(
-                self.reference if role == "reference" else self.configs[role],
-                dtype=DTYPES[self.dtype],
-                attn=self.attention,
-                scalar=role == "critic" or self.args.section == "reward",
-                gradient_checkpointing=recompute,
-                quantization_bit=bits,
-                **adapters,
-            )
-        return self._networks[key]
+        config = self.reference if role == "reference" else self.configs[role]
+        settings = {
+            "dtype": DTYPES[self.dtype],
+            "attn": self.attention,
+            "scalar": role == "critic" or self.args.section == "reward",
+            "gradient_checkpointing": recompute,
+            "quantization_bit": self.args.quantization_bit if adapted else 0,
+            **(self.adapters(role) if adapted and trained else {}),
+        }
+        key = (config.to_json_string(), *settings.values())
+        if key not in NETWORKS:
+            NETWORKS[key] = Footprint(config, **settings)
+        return NETWORKS[key]
 
     # --- what a setting holds -----------------------------------------------------------------------------------------
 

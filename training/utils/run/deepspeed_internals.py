@@ -2,7 +2,7 @@
 
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,16 @@ def forget_shared_memory_collectives() -> None:
     import deepspeed
 
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def skip_muon_kernels() -> None:
+    """Import DeepSpeed's Muon uncompiled: every ZeRO engine imports it, and TorchInductor with it took 2 s of CPU."""
+    from deepspeed.runtime import compiler
+
+    known, compiler.compile = compiler.compile, lambda: lambda function: function
+    with suppress(ImportError):  # older versions have no Muon
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    compiler.compile = known
 
 
 def load_data(path: str | Path, map_location: Any = None, mmap: bool = False) -> Any:
