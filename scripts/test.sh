@@ -12,4 +12,5 @@ source scripts/venv.sh
 prepare_venv requirements-test.txt
 .venv/bin/python -m ruff check .
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+unset PYTHONDONTWRITEBYTECODE   # rewriting the assertions of all tests takes each of the two 5 s, once
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -29,6 +29,12 @@ dist.destroy_process_group = leave_group
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Start the long files first: the last to run should be short, or one worker waits for the other."""
+    long = {item.path for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True)
 def log_level():
     """Give every test the log level of a fresh process: runs within this one set it to their rank's."""

@@ -4,12 +4,11 @@ import importlib.util
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import train
 from scripts.docs import flags_table
-from tests.launching import environment
+from tests.launching import environment, start
 from tests.tiny import tiny_checkpoint
 from training.utils.flags.parse import parse
 from training.utils.flags.steps import PPOArguments, RewardArguments, SFTArguments
@@ -78,9 +77,12 @@ def test_commands_of_tools_run(repository, tmp_path):
     found = [command for command in commands(repository, "README.md") if command[:2] == ["python", "-m"] or "--dry-run" in command]
     assert len(found) == 4
     for command in found:
-        words = [sys.executable if word == "python" else str(tmp_path / word) if word == "k8s" else word for word in command]
-        surroundings = {name: value for name, value in environment().items() if words[0] != "bash" or name != "DS_ACCELERATOR"}
-        ended = subprocess.run(words, cwd=repository, env=surroundings, capture_output=True, text=True, timeout=300)
+        words = [str(tmp_path / word) if word == "k8s" else word for word in command]
+        if words[0] == "python":
+            ended = start(words[2], words[3:])
+        else:
+            surroundings = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"}
+            ended = subprocess.run(words, cwd=repository, env=surroundings, capture_output=True, text=True, timeout=300)
         # the doctor may have something to say about this machine
         assert ended.returncode in ((0, 1, 2) if "scripts.doctor" in command else (0,)), ended.stderr
         assert ended.stdout.strip() and "Traceback" not in ended.stderr

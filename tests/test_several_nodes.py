@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from scripts.launch.checks import AS_ROOT
-from tests.launching import environment, logged, write_pairs
+from tests.launching import environment, logged, start, write_pairs
 from tests.tiny import tiny_checkpoint, tiny_reward_model
 from tests.two_nodes import SILENCE, Job, TwoNodes, launcher, machine_room, ssh_servers, until
 from training.utils.engine.checkpoint import whole_checkpoints
@@ -60,9 +60,14 @@ def room(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(room) -> TwoNodes:
-    """Step 1 without interruption, by DeepSpeed's launcher on each node (--no_ssh), into a folder that both see."""
-    shared = room.nodes[0].folder.parent / "shared"
-    room.run(lambda node: launcher(room, node, "step1_sft", str(shared), way="no_ssh"))
+    """Step 1 without interruption, into a folder that both nodes see."""
+    first = room.nodes[0].folder
+    files = {"config": "recipe.yaml", "model_name_or_path": "base", "data_path": "pairs.jsonl"}
+    flags = [word for name, file in files.items() for word in (f"--{name}", str(first / file))]
+    flags += ["--output_dir", str(first.parent / "shared")]
+    done = start("training.step1_sft.main", flags, processes=2, nodes=2)
+    assert done.returncode == 0, done.stderr[-6000:]
+    (first.parent / "said.txt").write_text(done.stderr)
     return room
 
 
@@ -73,15 +78,15 @@ def checkpoints(room: TwoNodes, output: str) -> list[list[str]]:
 
 def test_a_folder_that_both_nodes_see(whole):
     shared = whole.nodes[0].folder.parent / "shared"
-    assert f"2 nodes; {shared} is shared by all nodes" in (shared / "training.log").read_text()
+    assert f"2 nodes; {shared} is shared by all nodes" in (shared.parent / "said.txt").read_text()
     names = {path.name for path in (shared / "checkpoints/step-00000030").rglob("*")}
     assert {"generators-0.pt", "generators-1.pt", "checkpoint.json"} <= names
     assert {file.name for file in shared.glob(".*")} <= {".lock"} and len(logged(shared, "train/loss")) == 30
 
 
 def test_ppo_with_zero_3_leaves_the_same_models_on_both_disks(room):
-    """Each node reads the models on its own disk."""
-    said = room.run(lambda node: launcher(room, node, "step3_ppo", "base", "reward"))
+    """By DeepSpeed's launcher on each node (--no_ssh), which reads the models on its own disk."""
+    said = room.run(lambda node: launcher(room, node, "step3_ppo", "base", "reward", way="no_ssh"))
     assert "2 nodes; ppo is on disks of their own" in said[0]
     first, second = (node.folder for node in room.nodes)
     for model in ("actor", "critic", "actor_ema"):

@@ -85,7 +85,7 @@ PRESET_INSTALL = "-m pip install --disable-pip-version-check --no-deps -r requir
 def test_ci_runs_the_tests_and_may_be_executed(clone):
     assert os.access(REPOSITORY / ".ci/run", os.X_OK)
     code, calls, _ = clone.run(".ci/run")
-    assert code == 0 and calls[-2:] == ["-m ruff check .", "-m pytest -n 2 --dist loadfile"]
+    assert code == 0 and calls[-2:] == ["-m ruff check .", "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"]
     code, calls, _ = clone.run("scripts/test.sh", FAKE_FAILS="ruff")
     assert code == 7 and calls[-1] == "-m ruff check .", "lint errors stop the tests"
 
@@ -97,7 +97,7 @@ def test_packages_are_installed_once(clone):
     assert re.search(r"^Installing the packages of requirements.txt .* done in \d+ s$", clone.shown, re.MULTILINE)
     assert "words of pip" not in clone.shown
     assert clone.run("scripts/quickstart.sh")[:2] == (0, ["-m scripts.demo"]), "no network is needed"
-    expected = ["-m ruff check .", "-m pytest -n 2 --dist loadfile -k gae"]
+    expected = ["-m ruff check .", "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -k gae"]
     assert clone.run("scripts/test.sh", "-k", "gae")[1] == [f"{INSTALL} requirements-test.txt", *expected]
     assert clone.run("scripts/test.sh", "-k", "gae")[1] == expected
     with (clone.root / "requirements.txt").open("a") as file:

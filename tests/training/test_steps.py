@@ -39,8 +39,7 @@ ALONE = {
     "ppo": ("ppo", f"{TEXT} --ppo_epochs 2"),
     "ppo-lora": ("ppo", f"{TEXT} {ROLES}"),
     "shared": ("ppo", f"{SHARED} {KEPT}"),
-    "moving": ("ppo", f"{MOVING} {KEPT}"),
-    "sources": ("ppo", SOURCES),
+    "moving": ("ppo", f"{MOVING} {SOURCES} {KEPT}"),
     "grpo": ("ppo", f"--advantage grpo {GROUPS}"),
     "reinforce++": ("ppo", f"--advantage reinforce++ {GROUPS}"),
 }
@@ -64,8 +63,7 @@ TWO = {
     "ppo-3-lora": ("ppo-lora", f"--actor_zero_stage 3 --critic_zero_stage 3 --generation_weights layerwise {HOST}"),
     "shared-0-1": ("ppo-lora", "--memory_mode shared --critic_zero_stage 1 --offload"),
     "shared-3": ("ppo-lora", f"--memory_mode shared --actor_zero_stage 3 --critic_zero_stage 3 {CHECKPOINTING}"),
-    "moving-2": ("moving", ""),
-    "sources-3-2": ("sources", "--actor_zero_stage 3 --critic_zero_stage 2"),
+    "moving-3-2": ("moving", "--actor_zero_stage 3 --critic_zero_stage 2"),
     "grpo-2": ("grpo", ""),
     "reinforce++-2": ("reinforce++", ""),
 }
@@ -80,7 +78,7 @@ def kind_and_flags(name: str) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
-    """The folder with the runs by name: ALONE, TWO, "resumed-" of both, "average-" by stage, and two in bf16."""
+    """The folder with the runs by name: ALONE, TWO, "resumed-" of both, and two in bf16."""
     folder = tmp_path_factory.mktemp("runs")
     text = [json.dumps({"text": f"Story {i}: the fox number {i}." * 5}) for i in range(30)]
     (folder / "text.jsonl").write_text("\n".join(text))
@@ -95,11 +93,7 @@ def outputs(tmp_path_factory) -> Path:
     first = [run("reward-half", "reward", f"{LORA} {half}"), run("reward", *ALONE["reward"])]
     alone = [run(name, *ALONE[name]) for name in ALONE if name != "reward"]
     run_several([*first, *alone, run("shared-half", "ppo", f"{SHARED} {half}", critic="reward-half")], folder, 1)
-    averages = [
-        run(f"average-{stage}", "ppo", f"{TEXT} --ema_decay 0 --max_steps 1 --actor_zero_stage {stage}", 2)
-        for stage in (0, 1, 3)
-    ]
-    run_several([*averages, *(run(name, *kind_and_flags(name), 2) for name in TWO)], folder, 2)
+    run_several([run(name, *kind_and_flags(name), 2) for name in TWO], folder, 2)
     for processes, runs in ((1, ALONE), (2, TWO)):
         cut = [name for name in RESUMED if name in runs]
         for name in cut:
@@ -128,7 +122,7 @@ def curves(folder: Path, kind: str) -> tuple[str, ...]:
     return *CURVES[kind], *(name for name in (f"train/{one}" for one in more) if logged(folder, name))
 
 
-@pytest.mark.detail(28, 48)
+@pytest.mark.detail(28, 46, 48)
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_equal_one(outputs, name):
     one, (kind, flags) = outputs / TWO[name][0], kind_and_flags(name)
@@ -147,14 +141,6 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(outputs, name):
     for found, expected in zip(saved_in(resumed), saved_in(whole), strict=True):
         assert_same_weights(found / "model.safetensors", expected / "model.safetensors")
     assert json.loads((resumed / "sanbu_done.json").read_text())["flags"]["resume"] == "auto"
-
-
-@pytest.mark.detail(46)
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_every_element_of_the_average_is_kept_once_and_in_its_place(outputs, stage):
-    """A decay of 0 is the last actor itself, whatever process keeps which part."""
-    folder = outputs / f"average-{stage}"
-    assert_same_weights(folder / "actor_ema" / "model.safetensors", folder / "actor" / "model.safetensors")
 
 
 def test_what_the_runs_learned(outputs):

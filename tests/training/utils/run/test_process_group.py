@@ -1,34 +1,37 @@
 """The start of a run: its process group, and what is wrong on one of several nodes."""
 
 import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 
 from errors import UserError
 from models.device import PLATFORMS
-from tests.launching import REPOSITORY, environment
+from tests.launching import start, succeed
 from training.utils.run import process_group as run
 from training.utils.run.nodes import Nodes, keeps_disk, node_names
 from training.utils.run.process_group import timeout_minutes
 
 JOIN = """
+import sys
+
 from models.device import PLATFORMS
 from training.utils.run.process_group import join_process_group
 
-print(join_process_group(PLATFORMS["cpu"]))
+group = join_process_group(PLATFORMS["cpu"])
+import deepspeed.runtime.zero.muon.muon_optimizer  # as every ZeRO engine does
+
+print(group, "torch._inductor.compile_fx" in sys.modules)
 """
 
 
-def test_a_run_of_one_process_needs_no_port():
+def test_a_run_of_one_process_needs_no_port_and_no_compiler(tmp_path):
+    file = tmp_path / "join.py"
+    file.write_text(JOIN)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         group["MASTER_PORT"] = str(taken.getsockname()[1])   # as of another run that the shell still describes
-        command, env = [sys.executable, "-c", JOIN], environment(**group)
-        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
-        assert done.stdout.splitlines()[-1:] == ["(0, 0, 1)"], done.stderr[-2000:]
+        assert succeed(str(file), [], **group).splitlines()[-1:] == ["(0, 0, 1) False"]
 
 
 def test_the_first_of_two_processes_names_a_port_that_is_taken(monkeypatch):
@@ -57,8 +60,8 @@ for name in ("transformers.model", "DeepSpeed", "peft.tuners", "datasets"):
 
 
 def test_what_libraries_warn_of_goes_to_the_log_alone(tmp_path):
-    command = [sys.executable, "-c", WARN, str(tmp_path / "training.log")]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
+    (tmp_path / "warn.py").write_text(WARN)
+    done = start(str(tmp_path / "warn.py"), [str(tmp_path / "training.log")])
     assert not done.returncode, done.stderr
     log = (tmp_path / "training.log").read_text()
     assert "transformers/model.py:7: FutureWarning: a FutureWarning of theirs" in log and "UserWarning" not in log
