@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,13 @@ class Encoding:
     template: Template
     limits: Limits
 
+    @cached_property
+    def most_characters(self) -> int:
+        """Return a number of characters above which a text has more tokens than the limits leave."""
+        limits = self.limits
+        tokens = max(limits.max_seq_len, limits.max_source_length or 0, limits.max_target_length or 0)
+        return (tokens + 1) * max(map(len, self.tokenizer.get_vocab()))
+
 
 def tokenise(records: list[Record], encoding: Encoding, counts: Counts) -> list[Row]:
     """Return rows (SCHEMAS) of a batch of records, fewer where some are dropped; they are added to counts."""
@@ -115,7 +122,7 @@ def tokenise(records: list[Record], encoding: Encoding, counts: Counts) -> list[
     if encoding.phase == 2:
         records = drop(records, lambda record: record["rejected"] is None, NO_REJECTED, counts)
         records = drop(records, lambda record: record["chosen"].strip() == record["rejected"].strip(), SAME, counts)
-    examples = encode_records(records, encoding, counts)
+    examples = encode_records([cut_texts(record, encoding.most_characters) for record in records], encoding, counts)
     rows = {1: answer_rows, 2: pair_rows, 3: prompt_rows}[encoding.phase](examples, encoding, counts)
     counts.kept += len(rows)
     counts.tokens += sum(row["length"] for row in rows)
@@ -128,6 +135,18 @@ def drop(records: list[Record], unfit: Callable[[Record], bool], reason: str, co
     if len(fit) < len(records):
         counts.dropped[reason] += len(records) - len(fit)
     return fit
+
+
+def cut_texts(record: Record, most: int) -> Record:
+    """Return a record whose turns have their last and whose answers have their first ``most`` characters.
+
+    What lies beyond would be tokenised (1 s a MB) and cut away.
+    """
+    texts = [turn["content"] for turn in record["messages"]] + [record["chosen"], record["rejected"] or ""]
+    if max(map(len, texts)) <= most:
+        return record
+    messages = [turn | {"content": turn["content"][-most:]} for turn in record["messages"]]
+    return record | {"messages": messages} | {name: record[name] and record[name][:most] for name in ("chosen", "rejected")}
 
 
 def encode_records(records: list[Record], encoding: Encoding, counts: Counts) -> list[Example]:

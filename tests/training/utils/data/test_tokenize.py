@@ -10,6 +10,7 @@ from models.templates import load_template
 from tests.models.chatglm_folders import GENERATIONS
 from tests.tiny import tiny_tokenizer
 from tests.training.utils.data.rows import pairs, run, turns, write_lines
+from training.utils.data import tokenize
 from training.utils.data.tokenize import Counts, Limits, cut_prompt, fit, tokenizer_digest
 
 LONG = " ".join(f"question {number}" for number in range(200))
@@ -155,6 +156,22 @@ def test_a_system_text_stays_whole(family, phase, tmp_path, tokenizers, request)
     assert SYSTEM[8:] in tokenizer.decode(found) and tokenizer.decode(found).count("Why?") == 1
     found, report = prompt_of(len(prompts[-1]) // 2)
     assert not found and report["dropped"] == {"system text too long": 1}
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_what_is_cut_away_is_not_tokenised(tmp_path, tokenizer, monkeypatch, phase):
+    numbers = " ".join(map(str, range(3000)))
+    long = {"prompt": f"Why? {numbers}", "chosen": numbers, "rejected": numbers[5:]}
+    dialogue = turns("system: S", numbers, numbers, "So?", "Yes.")
+    rows = [*pairs(2), long, long | {"prompt": "Why not?"}, {"messages": dialogue, "rejected": "N"}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    read, encode = [], tokenizer._encode_plus
+    monkeypatch.setattr(tokenizer, "_encode_plus", lambda text, *rest, **more: read.extend(text) or encode(text, *rest, **more))
+    cut = run(path, phase, tokenizer, max_seq_len=40)
+    assert read and max(map(len, read)) < len(numbers) / 4
+    monkeypatch.setattr(tokenize, "cut_texts", lambda record, most: record)
+    whole = run(path, phase, tokenizer, max_seq_len=40, cache_dir=str(tmp_path / "other"))
+    assert len(cut.train) and (cut.train.to_list(), cut.report) == (whole.train.to_list(), whole.report)
 
 
 # --- what is dropped --------------------------------------------------------------------------------------------------
