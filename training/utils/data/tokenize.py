@@ -47,6 +47,7 @@ SCHEMAS = {
 }
 ANSWERS = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}  # the answers that a step needs
 BATCH = 500  # records tokenised at once: enough for the tokenizer's threads, few enough to keep memory flat
+LONGEST_TOKEN = 128  # characters, at least: a token of ChatGLM-6B with a shorter name stands for 80 blanks
 SPLITS = ("train", "eval")
 # Reasons for dropping a record, as the report gives them.
 NO_ANSWER, NO_REJECTED = "without an answer", "without a rejected answer"
@@ -110,7 +111,8 @@ class Encoding:
         """Return a number of characters above which a text has more tokens than the limits leave."""
         limits = self.limits
         tokens = max(limits.max_seq_len, limits.max_source_length or 0, limits.max_target_length or 0)
-        return (tokens + 1) * max(map(len, self.tokenizer.get_vocab()))
+        longest = max(LONGEST_TOKEN, *map(len, self.tokenizer.get_vocab()))
+        return (tokens + 1) * longest
 
 
 def tokenise(records: list[Record], encoding: Encoding, counts: Counts) -> list[Row]:

@@ -162,13 +162,13 @@ def test_a_system_text_stays_whole(family, phase, tmp_path, tokenizers, request)
 def test_what_is_cut_away_is_not_tokenised(tmp_path, tokenizer, monkeypatch, phase):
     numbers = " ".join(map(str, range(3000)))
     long = {"prompt": f"Why? {numbers}", "chosen": numbers, "rejected": numbers[5:]}
-    dialogue = turns("system: S", numbers, numbers, "So?", "Yes.")
-    rows = [*pairs(2), long, long | {"prompt": "Why not?"}, {"messages": dialogue, "rejected": "N"}]
+    dialogue = turns("system: S", numbers, numbers, "So?")
+    rows = [*pairs(2), long, long | {"prompt": "Why not?"}, {"prompt": dialogue, "chosen": "Yes.", "rejected": "No."}]
     path = write_lines(tmp_path / "a.jsonl", rows)
     read, encode = [], tokenizer._encode_plus
     monkeypatch.setattr(tokenizer, "_encode_plus", lambda text, *rest, **more: read.extend(text) or encode(text, *rest, **more))
     cut = run(path, phase, tokenizer, max_seq_len=40)
-    assert read and max(map(len, read)) < len(numbers) / 4
+    assert read and max(map(len, read)) < len(numbers) / 2
     monkeypatch.setattr(tokenize, "cut_texts", lambda record, most: record)
     whole = run(path, phase, tokenizer, max_seq_len=40, cache_dir=str(tmp_path / "other"))
     assert len(cut.train) and (cut.train.to_list(), cut.report) == (whole.train.to_list(), whole.report)
