@@ -28,7 +28,8 @@ logger = logging.getLogger("sanbu")
 
 # Tokens of prompts read in one pass, padding included: answers in work wait meanwhile, and its activations need memory.
 PREFILL_TOKENS = 4096
-# Let questions in once they are this share of the answers in work, or after so many steps: to read prompts costs those a pass.
+# Where decoder.py does not read prompts in the pass of the answers in work, let questions in once they are this share of those,
+# or after so many steps: to read prompts costs them a pass.
 # Demo model, 16 clients, answers of 9 tokens, answers a CPU second: at once 46 and 52, at 1/4 54 and 66, at 1/2 54 and 57, at 1 52.
 JOIN_SHARE, JOIN_STEPS = 0.25, 4
 PROMPT_CACHE = 2**28  # bytes

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import time
-import uuid
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -272,7 +271,7 @@ class Reply:
 
     def __init__(self, chat: bool, model: str) -> None:
         self.chat, self.model, self.created = chat, model, int(time.time())
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{random.getrandbits(128):032x}"
 
     def frame(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return a whole answer or a piece of one."""

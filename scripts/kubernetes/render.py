@@ -7,6 +7,7 @@ share. docs/en/kubernetes.md says what the kinds want.
 from __future__ import annotations
 
 import argparse
+import math
 import os.path
 import re
 import shlex
@@ -29,6 +30,7 @@ TRAINER_VERSIONS = ("2.0", "2.1", "2.2", "2.3")
 CODE, WORK = "/opt/sanbu", "/workspace"  # in the pod: the project in the image, the volume
 PORT = 29517  # of the processes' first meeting; DeepSpeedJob and MPIJob, where no operator sets one
 GRACE = 300  # seconds between SIGTERM and the end of a pod: a step that is asked to end saves a checkpoint first
+SERVER_GIB = 4  # of the host, for a server without its model: Python, the libraries of a card and its context
 LONGEST_NAME = 63 - len("-launcher-abcde")  # operators append to the name; a pod's may have 63 characters
 NODE_LABEL, LABEL_FORM = r"([\w./-]+)=([\w.-]*)", "KEY=VALUE, as `kubectl get nodes --show-labels` shows them"
 IMAGE = r"(?!.*:latest$).+(:[\w.-]+|@sha256:[0-9a-f]{64})"
@@ -238,6 +240,54 @@ def chat_folder(recipe: Recipe, steps: list[Step], model: str, platform: Machine
     return recipe.output("sft" if last == "reward" else last)
 
 
+@cache
+def served_bytes(model: str, dtype: str, attention: str) -> tuple[float, float] | None:
+    """Return bytes of a model's weights, and of the keys and values of an answer that has the whole context; None for a model
+    that scripts.plan does not know.
+    """
+    from scripts.plan.known import UnknownModel, config_of
+
+    try:
+        config = config_of(model)
+    except UnknownModel:
+        return None
+    from inference.chatbot import context_length
+    from models.device import DTYPES
+    from models.sizes import SPARE_COLUMNS
+    from training.utils.memory.footprint import Footprint
+
+    network = Footprint(config, dtype=DTYPES[dtype], attn=attention)
+    row = network.cache(1, context_length(config) + SPARE_COLUMNS) * (1 + 2 / network.blocks)  # a layer that grows is there twice
+    return network.weights.total * DTYPES[dtype].itemsize + network.weights.integers, row
+
+
+def server_needs(model: str, platform: MachineKind, batch: int, prompt_cache: int) -> tuple[int, int] | None:
+    """Return GiB of host memory for a server, and the answers at a time that fit on its device, ``batch`` at most.
+
+    The host holds the weights while they are loaded. The device, or on a CPU the host, also holds prompt_cache bytes and the KV
+    cache of these answers. None for a model that is not known.
+    """
+    sizes = served_bytes(model, platform.dtype, platform.attention)
+    if sizes is None:
+        return None
+    weights, row = sizes
+    if platform.accelerator != "cpu":
+        fitting = int((0.9 * platform.device_memory_gib * 2**30 - weights - prompt_cache) / row)
+        return math.ceil(weights / 2**30) + SERVER_GIB, max(1, min(batch, fitting))
+    return math.ceil((weights + prompt_cache + batch * row) / 2**30) + SERVER_GIB, batch
+
+
+def server_values(job: SimpleNamespace) -> dict[str, Any]:
+    """Return the memory and the further flags of the server. A model that is not known gets the memory of a dialogue."""
+    from inference.server.__main__ import build_parser
+
+    batch, megabytes = (build_parser().get_default(name) for name in ("max_batch", "prompt_cache"))
+    needs = server_needs(job.recipe.model_of(job.chat_folder), job.platform, batch, int(megabytes * 2**20))
+    if needs is None:
+        return {"memory_gib": min(64, max(2, job.memory_gib // job.processes)), "more": []}
+    return {"memory_gib": needs[0], "more": ["--max_batch", str(needs[1])] if needs[1] < batch else []}
+
+
 def hub_words(recipe: Recipe) -> list[str]:
     """Return the words for `scripts.pod download`: models and data sets by id; files and other steps' output are left out."""
     from training.utils.data.named_sets import find_named_set
@@ -325,5 +375,6 @@ def render(job: SimpleNamespace, choices: Sequence[str] = ()) -> dict[str, str]:
     files = {"3-train.yaml": training(job, job.steps, f"{title(job.steps)}; a step that is done is skipped")}
     for name, about in ABOUT.items():
         if wanted.get(name, True):
-            files[name] = fill(job, name[2:-5], about.replace("NAME", job.name))
+            values = server_values(job) if name == "6-serve.yaml" else {}
+            files[name] = fill(job, name[2:-5], about.replace("NAME", job.name), **values)
     return dict(sorted(files.items())) | {f"steps/{name}": text for step in job.steps for name, text in alone(step).items()}

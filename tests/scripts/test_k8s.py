@@ -2,8 +2,10 @@
 
 import copy
 import json
+import math
 import re
 import shlex
+from dataclasses import replace
 from functools import cache
 
 import jsonschema
@@ -13,8 +15,8 @@ import yaml
 from inference.server.__main__ import parse as parse_server_flags
 from scripts.kubernetes import __main__ as k8s
 from scripts.kubernetes import check, pod
-from scripts.kubernetes.render import make_job, quantity, render
-from scripts.launch.platforms import load_platforms
+from scripts.kubernetes.render import SERVER_GIB, make_job, quantity, render, server_needs
+from scripts.launch.platforms import load_platforms, platform_named
 from steps import STEPS
 from training.utils.flags.recipe import Recipe, load_recipe
 
@@ -321,6 +323,20 @@ def test_pods_have_the_memory_that_the_plan_asks_for(capsys):
     assert k8s.main([*words, "--step", "3", "--memory", "150Gi"]) == 2
     told = capsys.readouterr().err
     assert "but a pod has 150 GiB" in told and int(told.split("--memory ")[1].split("Gi")[0]) > 184
+
+
+def test_a_server_has_the_memory_of_its_weights_and_cache():
+    """OPT-1.3B by hand: 1.316e9 weights; a token of 24 layers keeps 2 x 2,048 numbers in each; a context has 2,048 tokens."""
+    card, cpu = (platform_named(name) for name in ("single_gpu", "cpu"))
+    assert card.dtype == "bf16" and cpu.dtype == "fp32"
+    host, answers = server_needs("facebook/opt-1.3b", card, 16, 2**28)
+    assert host == math.ceil(1.316e9 * 2 / 2**30) + SERVER_GIB and answers == 16
+    small = replace(card, device_memory_gib=6)
+    row = 24 * 2 * 2048 * 2 * (2048 + 64) * (1 + 2 / 24)
+    _, answers = server_needs("facebook/opt-1.3b", small, 16, 2**28)
+    assert answers == int((0.9 * 6 * 2**30 - 1.316e9 * 2 - 2**28) / row) < 16
+    host, answers = server_needs("facebook/opt-1.3b", cpu, 16, 2**28)
+    assert answers == 16 and host == math.ceil((1.316e9 * 4 + 2**28 + 16 * 2 * row) / 2**30) + SERVER_GIB
 
 
 def test_a_recipe_of_ones_own_is_checked_and_rendered(tmp_path, capsys):

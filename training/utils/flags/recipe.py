@@ -56,8 +56,9 @@ class Recipe:
         while model not in seen and not Path(model).is_dir():
             seen.add(model)
             for values in self.sections.values():
-                if str(values.get("output_dir")) == model and values.get("model_name_or_path"):
-                    model = str(values["model_name_or_path"])
+                start = values.get("model_name_or_path") or values.get("actor_model_name_or_path")
+                if str(values.get("output_dir")) == model and start:
+                    model = str(start)
                     break
         return model
 
