@@ -221,7 +221,7 @@ def last_hidden_state(
         if packed is not None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             ids, positions = packed.pack(input_ids), packed.pack(positions)
-            output = decoder(input_ids=ids, position_ids=positions, use_cache=False, packed=packed)
+            output = decoder(input_ids=ids, position_ids=positions, attention_mask=packed.no_mask, use_cache=False, packed=packed)
             return packed.unpack(output.last_hidden_state)
         # All padding is behind the tokens, where causal attention does not look: without a mask the kernels skip that half.
         return decoder(input_ids=input_ids, use_cache=False).last_hidden_state

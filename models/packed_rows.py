@@ -27,6 +27,11 @@ class PackedRows:
     shape: torch.Size  # [batch, time] of the rows
     places: Tensor  # [tokens] int64 into [batch x time], in order
 
+    @property
+    def no_mask(self) -> Tensor:
+        """Return a mask that nobody reads. Given none, transformers would make one of [tokens, tokens] to part the rows."""
+        return self.places.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+
     def pack(self, rows: Tensor) -> Tensor:
         """[batch, time, ...] -> [1, tokens, ...]."""
         return rows.flatten(0, 1).index_select(0, self.places)[None]
