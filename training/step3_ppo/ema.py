@@ -86,7 +86,7 @@ class MovingAverage:
             saved.fill(average, AVERAGE, name, self.starts[name])
 
     def load_former(self, state: dict[str, Any]) -> None:
-        """Go on from this process's part of a checkpoint of before December 2026, of the same processes and ZeRO stage."""
+        """Go on from this process's part of an older checkpoint, of the same processes and ZeRO stage."""
         for name, average in self.averages.items():
             average.copy_(state["averages"][name][: len(average)])  # ZeRO-3 padded the last part
 

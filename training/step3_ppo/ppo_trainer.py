@@ -59,7 +59,7 @@ class DeepSpeedPPOTrainer:
         """Go on from state_dict()."""
         if state.get("kl_coef_flag", self.args.kl_coef) == self.args.kl_coef:  # else --allow kl_coef sets it anew
             self.kl_coef = state["kl_coef"]
-        # A checkpoint of before December 2026 has optimizer steps instead.
+        # Older checkpoints have optimizer steps instead.
         self.text_read = state.get("text_read", state.get("actor_steps", 0) * self.run.sizes.get("minibatch", 0))
         self.health.load_state_dict(state["health"])
         self.sampler.trusted = state.get("sampler_trusted")

@@ -286,7 +286,7 @@ class Checkpoint:
         return own if own.exists() else min(folder.glob(f"{name}-*.pt"))
 
     def _load_former(self, folder: Path) -> None:
-        """Load a checkpoint of before December 2026, which has DeepSpeed's own files."""
+        """Load an older checkpoint, which has DeepSpeed's own files."""
         for name, engine in self.engines.items():
             load_data_alone(engine)
             if engine.load_checkpoint(str(folder / name), tag="state")[0] is None:

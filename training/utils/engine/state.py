@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, refuse
 from training.utils.engine.extras import extras
 from training.utils.run.deepspeed_internals import (
     copy_masters,
@@ -146,8 +146,14 @@ def set_engine_facts(engine, facts: dict[str, Any], resized: bool) -> None:
     """Set counters, schedule and loss scale, and let the network compute with the optimizer's weights. All processes call it.
 
     The learning rate is that of the schedule of this run at the place of the saved one. resized: batches have another size from
-    here on, so that the schedule has another number of steps for the same data; the place is the same share of it.
+    here on, so that the schedule has another number of steps for the same data; the place is the same share of it. Raises UserError
+    where an older checkpoint does not say the length of its schedule.
     """
+    refuse(
+        resized and "schedule_steps" not in facts,
+        "The checkpoint is of an older version and does not say how long its schedule is, so that no batch size can change; resume "
+        "it without naming one in --allow.",
+    )
     for name in COUNTERS:
         setattr(engine, name, facts[name])
     scheduler = engine.lr_scheduler

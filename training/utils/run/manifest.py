@@ -123,10 +123,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def check_content(folder: Path) -> None:
     """Read every file of a checkpoint. Raises UserError for one whose bytes are not those that were written."""
-    expected = read_manifest(folder).get("checksums", {})  # checkpoints of before November 2026 have none
+    expected = read_manifest(folder).get("checksums", {})  # the oldest checkpoints have none
 
     def found(name: str) -> str:
-        older = len(expected[name]) == 64  # of before December 2026
+        older = len(expected[name]) == 64
         return file_checksum(folder / name, hashlib.sha256 if older else xxhash.xxh3_128)
 
     try:

@@ -213,14 +213,18 @@ def test_another_batch_size_is_said_and_the_schedule_goes_on_at_its_share(tmp_pa
     extras(first.engines["model"]).schedule_steps, first.engines["model"].lr_scheduler.last_epoch = 60, 15
     first.save(15)
     second = checkpoint_of(tmp_path, resume="auto")
-    extras(second.engines["model"]).schedule_steps = 30
+    engine = second.engines["model"]
+    extras(engine).schedule_steps = 30
     second.sizes = {"global_batch": 16, "since": 15, "seen": 120, "order": 8}
-    assert second.resume() == 15 and second.engines["model"].lr_scheduler.last_epoch == 8
+    assert second.resume() == 15 and engine.lr_scheduler.last_epoch == 8
     said = "From here on 16 examples a step (it was 8): epoch 0 goes on behind its first 120 examples; the learning rate"
     assert sum(said in record.getMessage() for record in caplog.records) == 1
     second.sizes = {"global_batch": 16, "since": 20, "seen": 160, "order": 8}  # of a newer checkpoint, which was damaged
     with pytest.raises(UserError, match="another size of batches than the newer one"):
         second.resume()
+    older = {name: value for name, value in state.engine_facts(engine).items() if name != "schedule_steps"}
+    with pytest.raises(UserError, match="an older version"):
+        state.set_engine_facts(engine, older, resized=True)
 
 
 def test_another_number_of_processes_is_said_in_one_line(tmp_path, caplog):
@@ -258,7 +262,7 @@ def test_a_large_state_is_written_in_several_files(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_in_deepspeed_s_own_files_resumes_with_the_processes_of_before(tmp_path):
-    """Builds before December 2026 wrote those."""
+    """Older checkpoints have those."""
     checkpoint = checkpoint_of(tmp_path, 3, marks=MARKS | {"world_size": 1})
     checkpoint.save(2)
     newest = tmp_path / "checkpoints" / "step-00000002"
