@@ -112,7 +112,7 @@ def reader_may_leave() -> Iterator[None]:
 
 
 def told(main: Callable[..., Any]) -> Callable[..., Any]:
-    """main, the body of a command line, with a UserError told on stderr and 2 returned for it."""
+    """Wrap main, the body of a command line: a UserError is told on stderr and its code returned."""
 
     @wraps(main)
     def ending(*args: Any, **kwargs: Any) -> Any:

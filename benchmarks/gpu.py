@@ -7,7 +7,7 @@ Nothing is downloaded: weights and texts are random and made first. Prompts and 
 median of the steps behind two of warm-up; each run is a process of its own. Share of the matmul peak = arithmetic of the weights'
 products (2 operations a weight and token forward, 4 backward; attention's scores are not counted) / seconds / the peak, which one
 large product of matrices gives first. There is no row with a static cache or CUDA graphs: decoding has no such switch.
-The table belongs into benchmarks/RESULTS.md.
+The table goes into benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def memory(args: argparse.Namespace, name: str) -> str:
 
 
 def row(words: str, tokens: list[float], seconds: list[float], operations: float, peak: float, held: str) -> list[str]:
-    """Return a row: tokens and seconds of each step, operations a token, the peak in TFLOP/s (0: none), what was held."""
+    """Return a row of the table. tokens, seconds: of each step. operations: a token. peak: TFLOP/s, 0 if unknown. held: GB."""
     speed = statistics.median(count / time for count, time in zip(tokens, seconds, strict=True))
     return [words, f"{speed:.0f}", f"{operations * speed / peak / 1e12:.1%}" if peak and operations else "-", held]
 

@@ -58,7 +58,7 @@ class RowsLayer(DynamicLayer):
         end = self.get_seq_length()
         begin = end - (other.get_seq_length() - front)
         for mine, new in ((self.keys, other.keys), (self.values, other.values)):
-            mine[rows, :, front:begin] = 0.0  # never seen, but an infinity left there would be felt
+            mine[rows, :, front:begin] = 0.0  # masked, but an infinity left there would make NaN
             mine[rows, :, begin:end] = new[:, :, front:]
             if front:
                 mine[rows, :, :front] = new[:, :, :front]
@@ -110,9 +110,7 @@ class RowsCache(Cache):
             layer.trim(drop)
 
     def replace(self, rows: Tensor, other: RowsCache) -> None:
-        """Put the rows of other, which is not wider, in the place of these rows. What stands left of them is not cleared
-        for the eye: the attention mask must hide it.
-        """
+        """Put the rows of other, which is not wider, in the place of these rows; the attention mask must hide what stands left."""
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(rows, new, self.front)
 

@@ -17,7 +17,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def runs(network: nn.Module) -> bool:
-    """Return True for a network that next_logits() computes; whoever hooks the whole network, as ZeRO-3, wants its own forward."""
+    """Return True for a network that next_logits() computes; hooks of the whole network, as of ZeRO-3, need its own forward."""
     config = getattr(network, "config", None)
     known = getattr(config, "model_type", None) in MODEL_TYPES and type(network).__name__.endswith("ForCausalLM")
     return known and config._attn_implementation == "sdpa" and not (network._forward_pre_hooks or network._forward_hooks)

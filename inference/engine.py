@@ -317,12 +317,12 @@ class Batch:
         self.unread = Reading(self.tokens[:, None], positions, torch.ones_like(self.tokens)[:, None], self.cache)
 
     def drop(self) -> None:
-        """Finished rows leave, and columns that belong to none of the others."""
+        """Drop finished rows, and columns that belong to none of the others."""
         self._select((~self.done).nonzero().squeeze(1))
 
     def replace(self, places: Tensor, other: Batch) -> None:
-        """Finished rows give their places to those of another batch, just read, whose prompts are not wider. Columns that belong
-        to none of the rows in work are forgotten: attention pays for each.
+        """Give the places of finished rows to those of another batch, just read, whose prompts are not wider. Drop columns that
+        belong to none of the rows in work: attention pays for each.
         """
         self.cache.replace(places, other.cache)
         self.mask[places] = nn.functional.pad(other.mask, (self.mask.shape[1] - other.mask.shape[1], 0))
@@ -379,7 +379,7 @@ class Batch:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off (and with it gradient checkpointing, which would forbid the cache); every module's mode is restored."""
+    """Switch dropout off (and with it gradient checkpointing, which would forbid the cache); every module's mode is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -391,7 +391,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def few_rows_head(network: nn.Module) -> Iterator[None]:
-    """On a CPU in float32, let the output layer compute by few_rows_linear."""
+    """Let the output layer compute by few_rows_linear, on a CPU in float32."""
     head = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
     if type(head) is not nn.Linear or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
         yield

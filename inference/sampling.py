@@ -53,7 +53,7 @@ def invert(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits [batch, vocab] with tokens that occurred before made less likely by a penalty above 1.
+    """Return logits [batch, vocab] in which a penalty above 1 makes tokens that occurred before less likely.
 
     Keskar et al. 2019 (arXiv 1909.05858, section 4.1) divide the logits of tokens that occurred by the penalty, which makes
     a negative one likelier; those are multiplied, as in transformers. seen [batch, vocab] bool.

@@ -30,7 +30,7 @@ class TextStream:
         self._show(text[: max(0, len(text) - self.held)])
 
     def finish(self) -> str:
-        """Show what was held back; the whole text."""
+        """Show what was held back; return the whole text."""
         text = self.text()
         self._show(text)
         return text

@@ -86,7 +86,7 @@ def _npu_answers() -> bool:
 
 
 def _backend_module() -> ModuleType | None:
-    """torch.cuda, torch.npu, or None on a CPU."""
+    """Return torch.cuda, torch.npu, or None on a CPU."""
     name = _current().torch_device
     return None if name == "cpu" else getattr(torch, name)
 

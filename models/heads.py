@@ -128,7 +128,7 @@ def chunk_log_probs(
     with_entropy: bool = False,
     new_rows: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """log softmax(W h / temperature)[target], and if asked the entropy of that softmax, in float32 whatever the dtype
+    """Return log softmax(W h / temperature)[target], and if asked the entropy of that softmax, in float32 whatever the dtype
     of W.
 
     hidden [n, width], targets [n], weight [vocab, width] -> ([n],) or ([n], [n]). new_rows [new, width] stand for the

@@ -29,15 +29,15 @@ class PackedRows:
 
     @property
     def no_mask(self) -> Tensor:
-        """Return a mask that nobody reads. Given none, transformers would make one of [tokens, tokens] to part the rows."""
+        """Return a mask that is not read. Without one, transformers would make [tokens, tokens] to part the rows."""
         return self.places.new_zeros(1, 1, 1, 1, dtype=torch.bool)
 
     def pack(self, rows: Tensor) -> Tensor:
-        """[batch, time, ...] -> [1, tokens, ...]."""
+        """Pack [batch, time, ...] into [1, tokens, ...]."""
         return rows.flatten(0, 1).index_select(0, self.places)[None]
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[1, tokens, ...] -> [batch, time, ...], 0 where padding is."""
+        """Unpack [1, tokens, ...] into [batch, time, ...], 0 where padding is."""
         inner = packed.shape[2:]
         return packed.new_zeros(self.shape.numel(), *inner).index_copy(0, self.places, packed[0]).view(*self.shape, *inner)
 

@@ -1,4 +1,4 @@
-"""What the libraries say of themselves: to the log of a run, else nowhere. Errors stay on the terminal."""
+"""Send the warnings of the libraries to the log of a run, or nowhere. Errors stay on the terminal."""
 
 import logging
 import warnings
@@ -12,7 +12,7 @@ def quiet_libraries(log: Path | None = None) -> None:
     """
     import transformers
 
-    # DeepSpeed calls older names of torch, peft of transformers, and we those of older transformers.
+    # DeepSpeed calls older names of torch; peft and Sanbu call those of older transformers.
     warnings.filterwarnings("default" if log else "ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

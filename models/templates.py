@@ -76,7 +76,7 @@ class Template:
         return self.encode_answers(tokenizer, [answer])[0]
 
     def encode_prompts(self, tokenizer: Any, dialogues: Sequence[Messages]) -> list[list[int]]:
-        """encode_prompt for many dialogues at once; several times as fast."""
+        """Encode the prompts of many dialogues at once; several times as fast as encode_prompt."""
         if self.kind in CHATGLM:
             encoded = CHATGLM[self.kind].encode_dialogues(tokenizer, dialogues)
             return [[*self.prefix_ids, *ids, *self.suffix_ids] for ids in encoded]
@@ -94,7 +94,7 @@ class Template:
         return encoded
 
     def encode_answers(self, tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
-        """encode_answer for many answers at once."""
+        """Encode many answers at once, as encode_answer does one."""
         if self.kind in CHATGLM:
             return [[*ids, self.end_token_id] for ids in CHATGLM[self.kind].encode_answers(tokenizer, answers)]
         texts = [self.answer_prefix + answer + self.answer_suffix for answer in answers]
@@ -311,7 +311,7 @@ def opening_ids(tokenizer: Any) -> list[int]:
 
 
 def leading_ids(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Special tokens that open a dialogue, not just a turn: bos, or those that do not come again ([gMASK]<sop>)."""
+    """Return special tokens that open a dialogue, not just a turn: bos, or those that do not come again ([gMASK]<sop>)."""
     special = special_ids(tokenizer)
     lead = []
     for token in ids:

@@ -58,7 +58,7 @@ def check_weights(folder: Path, path: str | Path, quantization_bit: int | None) 
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, from an index. UserError if the index is broken."""
+    """Return tensor -> file, from an index. Raise UserError if the index is broken."""
     content = read_json(index, index.parent).get("weight_map")
     if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content.values()):
         raise UserError(f'{index} is no index of weights: "weight_map" names no files; copy the checkpoint again.')

@@ -222,7 +222,7 @@ def add_prefix(model: PreTrainedModel, plan: PrefixPlan, fresh: bool = True) -> 
 
 
 def _peft_config(model: PreTrainedModel, plan: PrefixPlan) -> PrefixTuningConfig:
-    """peft's settings; the shape of keys and values is said outright, because peft guessed it in different ways."""
+    """Return peft's settings; the shape of keys and values is said outright, because peft guessed it in different ways."""
     from peft import PrefixTuningConfig
 
     config = model.config

@@ -252,7 +252,7 @@ def compare(path: str, folder: Path, trunk: PreTrainedModel, name: str, changes:
 
 
 def trunk_rows(trunk: PreTrainedModel, name: str, tensor: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor | float]:
-    """Shape, first rows (float32, host) of a tensor of the trunk, and how far quantisation may have moved it."""
+    """Return shape and first rows (float32, host) of a tensor of the trunk, and how far quantisation may have moved it."""
     layer = trunk.get_submodule(name.rpartition(".")[0])
     if isinstance(layer, QuantizedLinear) and name.endswith(".weight"):
         values, scale = (layer.weight, layer.weight_scale)

@@ -370,7 +370,7 @@ def attend(
     dropout: float = 0.0,
     guard: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k / sqrt(dim) + bias) v.
+    """Return softmax(q k / sqrt(dim) + bias) v.
 
     query [batch, heads, q, dim]; key, value [batch, groups, k, dim], a group serves heads / groups neighbouring heads;
     bias [batch, 1, q, k] in the query's dtype, or None, and then causal says whether query i sees keys up to i only.

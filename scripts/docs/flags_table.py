@@ -93,7 +93,7 @@ def former_table(rows: tuple[FormerFlag, ...], titles: dict[str, str], title: st
 
 
 def escaped(text: str) -> str:
-    """Text inside a Markdown table."""
+    """Return text as it stands inside a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 

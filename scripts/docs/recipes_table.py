@@ -70,7 +70,7 @@ def cell(section: str, flags: dict[str, Any] | None, words: dict[str, str]) -> s
 
 
 def document(language: str = "en", _: str = "") -> str:
-    """One table a platform."""
+    """Return one table a platform."""
     words, sections = WORDS[language], ("sft", "reward", "ppo", "dpo")
     tables = []
     for name in load_platforms():

@@ -13,7 +13,7 @@ from training.step3_ppo.objectives import masked_mean
 
 @torch.no_grad()
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) over answers:
+    """Return generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16) over answers:
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    returns_t = A_t + V_t
 

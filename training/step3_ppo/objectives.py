@@ -28,7 +28,7 @@ MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: a ratio beyond that is no information, an
 
 
 def answer_mask(lengths: Tensor, width: int) -> Tensor:
-    """lengths [batch], the end token counted -> bool [batch, width], true on the first lengths[i] columns of row i."""
+    """Turn lengths [batch], the end token counted, into bool [batch, width], true on the first lengths[i] columns of row i."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
@@ -71,17 +71,17 @@ def aggregate(losses: Tensor, mask: Tensor, denominator: float | Tensor, reducti
 
 
 def kl_k1(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """d: unbiased, of either sign. Any shape, kept."""
+    """Return d: unbiased, of either sign. Any shape, kept."""
     return log_probs.float() - ref_log_probs.float()
 
 
 def kl_k2(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """d^2 / 2: biased, never negative. Any shape, kept."""
+    """Return d^2 / 2: biased, never negative. Any shape, kept."""
     return kl_k1(log_probs, ref_log_probs).square() / 2
 
 
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """exp(-d) - 1 + d: unbiased, never negative. d is clamped to +-20, where exp is finite. Any shape, kept."""
+    """Return exp(-d) - 1 + d: unbiased, never negative. d is clamped to +-20, where exp is finite. Any shape, kept."""
     d = kl_k1(log_probs, ref_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(-d) + d
 

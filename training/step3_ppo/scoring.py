@@ -52,7 +52,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect is an error: it turns the POST into a GET of another page, whose scores nobody asked for."""
 
     def redirect_request(self, *_: Any) -> None:
-        """Follow none; urllib raises HTTPError then."""
+        """Follow no redirection; urllib raises HTTPError then."""
 
 
 NO_REDIRECTS = urllib.request.build_opener(NoRedirect)
@@ -109,7 +109,7 @@ class RewardFunction:
         return f"on {len(answers)} answers together, though on none of them alone; the first is {sample(prompts[0], answers[0])}"
 
     def _complaint(self, error: BaseException) -> str:
-        """Kind and text of an error, and the line of the user's file that it comes from."""
+        """Return kind and text of an error, and the line of the user's file that it comes from."""
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.file)]
         line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f", line {line}" if line else ""

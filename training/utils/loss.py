@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def sft_loss(log_probs: Tensor, target_mask: Tensor, denominator: float | Tensor) -> Tensor:
-    """Cross-entropy of the target tokens: - sum over targets of log p / denominator. Maximum likelihood; Ouyang et al.
+    """Return the cross-entropy of the target tokens: - sum over targets of log p / denominator. Maximum likelihood; Ouyang et al.
     2022, 3.5.
 
     log_probs [batch, time] float32, target_mask [batch, time] bool, denominator: target tokens of the global batch (>=
@@ -48,7 +48,7 @@ def bradley_terry_loss(
 
 
 def pair_accuracy(chosen: Tensor, rejected: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Number of pairs in which the chosen answer has the higher score; a tie counts 1/2. Divide by the number of pairs
+    """Return the number of pairs in which the chosen answer has the higher score; a tie counts 1/2. Divide by the number of pairs
     for a share.
 
     chosen, rejected, weight: [pairs]; weight 0 drops a pair. Scalar float32: sums of processes add up, shares do not.
@@ -67,7 +67,7 @@ def outcomes(scores: Tensor, others: Tensor) -> Tensor:
 
 
 def sequence_log_probs(log_probs: Tensor, answer_mask: Tensor) -> Tensor:
-    """log p(answer | prompt) = sum over the answer's tokens of log p(token | tokens before it), in nats.
+    """Return log p(answer | prompt) = sum over the answer's tokens of log p(token | tokens before it), in nats.
 
     log_probs [batch, time], answer_mask [batch, time] bool -> float32 [batch]; 0 for a row without an answer.
     """
@@ -75,7 +75,7 @@ def sequence_log_probs(log_probs: Tensor, answer_mask: Tensor) -> Tensor:
 
 
 def implicit_rewards(log_probs: Tensor, ref_log_probs: Tensor, beta: float) -> Tensor:
-    """beta · (log pi(y|x) - log pi_ref(y|x)): the reward that the policy pi is optimal for under a KL penalty of weight
+    """Return beta · (log pi(y|x) - log pi_ref(y|x)): the reward that the policy pi is optimal for under a KL penalty of weight
     beta, but for a term of the prompt alone, which differences of answers lose (Rafailov et al. 2023, arXiv 2305.18290,
     eq. 5).
 

@@ -19,7 +19,7 @@ class ArrowRows:
     """Rows of an Arrow file, all or some: rows[3] is a dict, rows["length"] the list of a column."""
 
     def __init__(self, batches: Sequence[pyarrow.RecordBatch], picked: np.ndarray | None = None) -> None:
-        """batches: at least one. picked: positions in all batches together; None for every one."""
+        """Hold batches, at least one. picked: positions in all batches together; None for every one."""
         self.batches = batches
         self.starts = np.cumsum([0, *map(len, batches)])
         self.whole = picked is None

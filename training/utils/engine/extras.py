@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass
 class Extras:
-    """Facts of ours that belong to one engine.
+    """Facts of this project that belong to one engine.
 
     skeleton: the structure of the model, without weights, under ZeRO-3. saturation: the SaturationWatch of a chip that needs
     one. generation_weights: "gathered" or "layerwise", once it was chosen. schedule_steps: the length of the schedule.

@@ -1,4 +1,4 @@
-"""Compare the run that wrote a checkpoint with the one that goes on from it: what must be equal, what may change, what is said."""
+"""Compare the run that wrote a checkpoint with the one that goes on from it: what must be equal, and what may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the learning rate changes over a run: the schedules of transformers, whose module imports its Trainer and peft (0.4 s)."""
+"""Schedules of the learning rate, as in transformers, whose module imports its Trainer and peft (0.4 s)."""
 
 import math
 

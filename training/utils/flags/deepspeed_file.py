@@ -202,7 +202,7 @@ def check_offload(args: Any) -> None:
 
 
 def check_precision(path: str | None, dtype: str) -> None:
-    """UserError if the file switches on another number format than that of the run, or switches that off.
+    """Raise UserError if the file switches on another number format than that of the run, or switches that off.
 
     dtype: fp32, fp16 or bf16.
     """

@@ -64,7 +64,7 @@ class FlagParser(ArgumentParser):
         self.add_argument(*spellings, dest=dest, **options)
 
     def error(self, message: str) -> NoReturn:
-        """argparse's complaint as a UserError, with one spelling of the flag."""
+        """Raise argparse's complaint as a UserError, with one spelling of the flag."""
         message = re.sub(r"^argument ", "", message)
         message = re.sub(r"(--[\w-]+)(/--?[\w-]+)+", r"\1", message)
         raise UserError(f"{message}; --help says what it takes.")
@@ -175,7 +175,7 @@ def read_recipe(path: str, parser: FlagParser) -> dict[str, Any]:
 
 
 def as_tokens(key: str, value: Any) -> list[str]:
-    """One `key: value` of a recipe as command-line words; none for null, which leaves the default."""
+    """Return a `key: value` of a recipe as command-line words; none for null, which leaves the default."""
     if isinstance(value, dict):
         if key != "columns":
             raise UserError(f"{key} must be a value or a list, not a section.")

@@ -85,7 +85,7 @@ def flush(path: Path) -> None:
 def file_checksum(path: Path, kind: Callable[[], Any] = xxhash.xxh3_128) -> str:
     """Return the checksum of a file: XXH3 of 128 bits, at 7 GB/s a core where SHA-256 makes 1.3 with SHA instructions.
 
-    It tells damage; that a foreign file runs no code is not its work (load_data).
+    It finds damage, not forgery; load_data keeps foreign files from running code.
     """
     state, block = kind(), bytearray(1 << 20)
     view = memoryview(block)

@@ -248,7 +248,7 @@ def store_after_restart(timeout: timedelta) -> dist.Store:
 
 
 def timeout_minutes() -> int:
-    """SANBU_TIMEOUT_MINUTES: how long a process waits for the others. Raises UserError unless it is a number from 1 up."""
+    """Return how long a process waits for the others, SANBU_TIMEOUT_MINUTES. Raises UserError unless it is 1 or more."""
     text = os.environ.get("SANBU_TIMEOUT_MINUTES", "30").strip()
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"SANBU_TIMEOUT_MINUTES is {text!r}: expected a whole number of minutes, such as 30; correct or unset it.")
