@@ -393,7 +393,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def few_rows_head(network: nn.Module) -> Iterator[None]:
     """Let the output layer compute by few_rows_linear, on a CPU in float32."""
     head = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
-    if type(head) is not nn.Linear or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
+    own = type(head) is nn.Linear and "forward" not in vars(head)
+    if not own or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
         yield
         return
     head.forward = partial(few_rows_linear, head)

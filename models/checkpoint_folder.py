@@ -60,7 +60,7 @@ class CheckpointFolder:
         Reads headers only, the first time.
         """
         model_type = self.content.get("model_type")
-        if model_type not in FAMILIES:
+        if str(model_type) not in FAMILIES:  # a damaged file may hold anything here
             raise UserError(
                 f"model {self.path} is of type {model_type!r}, which is not supported; supported: {', '.join(FAMILIES)}."
             )
@@ -213,7 +213,7 @@ def models_inside(folder: Path) -> list[CheckpointFolder]:
     models = []
     for file in files:
         content = read_json(file, file.parent)
-        if content.get("model_type") in FAMILIES and "checkpoints" not in file.parts:
+        if str(content.get("model_type")) in FAMILIES and "checkpoints" not in file.parts:
             models.append(CheckpointFolder(str(file.parent), file.parent, content))
     return models
 

@@ -58,9 +58,11 @@ def test_every_section_of_every_recipe_fits(platform, monkeypatch):
         each = recipe.launch.get("processes") or machine.per_node
         here = replace(machine, devices=machine.devices // machine.per_node * each, per_node=each)
         for section in SECTIONS:
+            monkeypatch.setattr(fit, "NETWORKS", {})
             monkeypatch.setattr(fit, "Footprint", bound)
             found = plan_section(recipe, section, platform_named(platform), machine=here).plan
             if found.verdict != "fits":
+                monkeypatch.setattr(fit, "NETWORKS", {})
                 monkeypatch.setattr(fit, "Footprint", Footprint)
                 found = plan_section(recipe, section, platform_named(platform), machine=here).plan
             card, host = found.on_card / GIB, found.on_host / GIB
