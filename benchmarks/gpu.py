@@ -13,9 +13,11 @@ The table goes into benchmarks/RESULTS.md.
 import argparse
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import statistics
 import subprocess
@@ -151,15 +153,18 @@ def ppo(name: str, actor: str, critic: str, args: argparse.Namespace, **flags: A
 
 
 def weights(folder: Path) -> int:
-    """Return the number of weights in the matrices of a checkpoint, from the headers of its files."""
+    """Return the number of weights in the matrices of a checkpoint that states are multiplied by, from the headers of its files.
+
+    The embedding is a table of rows. It counts where it is the output layer too: where no head is stored.
+    """
     from safetensors import safe_open
 
-    count = 0
+    shapes: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="np") as content:
-            shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118  (no mapping)
-        count += sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
-    return count
+            shapes |= {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118  (no mapping)
+    head = any(re.search("lm_head|output_layer|score|classifier_head", name) for name in shapes)
+    return sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and not (head and "embed" in name))
 
 
 def memory(args: argparse.Namespace, name: str) -> str:
