@@ -79,14 +79,18 @@ class Trial:
         self.seconds = time.monotonic() - started
         self.wanted = result(self.folder / "whole")
 
-    def begin(self, output: Path, **more: object) -> multiprocessing.Process:
-        """Start the step, or resume it, in a process forked from one that has the packages imported. more: flags."""
+    def flags(self, output: Path, **more: object) -> dict[str, object]:
+        """Return the flags of a run in a folder, which goes on with it if it has begun."""
         base, saving = self.files / "base", {"save_steps": 1, "save_total_limit": 3, "max_steps": LENGTH}
         flags = COMMON | saving | OWN[self.kind] | {"data_path": self.files / "data.jsonl", "output_dir": output} | more
         flags["actor_model_name_or_path" if self.kind == "ppo" else "model_name_or_path"] = base
         if "critic_model_name_or_path" in flags:
             flags["critic_model_name_or_path"] = self.files / flags["critic_model_name_or_path"]
-        flags |= {"cache_dir": self.files / "cache"} | ({"resume": True} if (output / "checkpoints").exists() else {})
+        return flags | {"cache_dir": self.files / "cache"} | ({"resume": True} if (output / "checkpoints").exists() else {})
+
+    def begin(self, output: Path, **more: object) -> multiprocessing.Process:
+        """Start the step, or resume it, in a process forked from one that has the packages imported. more: flags."""
+        flags = self.flags(output, **more)
         process = FORKS.Process(target=work, args=(step_of(self.kind).module, as_flags(flags), f"{output}.log"))
         process.start()
         return process
