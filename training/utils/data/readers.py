@@ -3,8 +3,8 @@
 A list of messages where a record is expected is the row {"messages": the list}. A file of one object whose only list of
 objects is no list of messages is a wrapper, {"version": …, "data": [records]}: its rows are those of the list.
 
-Each row comes with its location ("line 7", "record 7"), so that an error can name it. A file is never held in memory: a
-JSON list of several gigabytes is parsed record by record.
+Each row comes with its location ("line 7", "record 7"), so that an error can name it. A file is not held in memory,
+but for a wrapper: a JSON list of several gigabytes is parsed record by record.
 """
 
 from __future__ import annotations
