@@ -15,7 +15,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,13 +248,15 @@ def build_page(models: list[Model], sampling: Sampling, system: str, path: Path,
     with gr.Blocks(title=f"Sanbu: {say['title']}", analytics_enabled=False, fill_width=True) as page:
         parts = layout([model.name for model in models], sampling, system, say)
         parts.status.value = counted(path, say)
-        connect(parts, models, sampling, path, say)
+        connect(page, parts, models, sampling, path, say)
     return page
 
 
 def layout(names: list[str], sampling: Sampling, system: str, say: dict[str, str]) -> SimpleNamespace:
     """Place the parts of the page. names: of the models; a second one is compared with the first from the start."""
-    parts, other = SimpleNamespace(talk=gr.State(Talk())), names[1] if len(names) > 1 else ""
+    other = names[1] if len(names) > 1 else ""
+    # The browser keeps the dialogue over a reload, encrypted with a key that is new at each start of the page.
+    parts = SimpleNamespace(talk=gr.State(Talk()), kept=gr.BrowserState(storage_key="sanbu-dialogue"))
     with gr.Sidebar(label=say["settings"], width=300):
         gr.Markdown(f"### Sanbu 三步\n{say['title']}")
         parts.left = gr.Dropdown(names, value=names[0], label=say["model"], elem_id="left")
@@ -281,7 +283,9 @@ def layout(names: list[str], sampling: Sampling, system: str, say: dict[str, str
     return parts
 
 
-def connect(parts: SimpleNamespace, models: list[Model], sampling: Sampling, path: Path, say: dict[str, str]) -> None:
+def connect(
+    page: gr.Blocks, parts: SimpleNamespace, models: list[Model], sampling: Sampling, path: Path, say: dict[str, str]
+) -> None:
     """Give the parts of the page what they do."""
     by_name = {model.name: model for model in models}
     settings = {"seed": sampling.seed, **beyond_sliders(sampling)}
@@ -297,6 +301,7 @@ def connect(parts: SimpleNamespace, models: list[Model], sampling: Sampling, pat
         }
         shown[parts.box] = gr.Textbox(submit_btn=not writing, stop_btn=writing, **box)
         shown[parts.again] = gr.Button(interactive=bool(talk.asked) and not writing)
+        shown[parts.kept] = asdict(talk)
         return shown | panes(talk)
 
     async def ask(
@@ -317,6 +322,11 @@ def connect(parts: SimpleNamespace, models: list[Model], sampling: Sampling, pat
     async def ask_again(talk: Talk, *inputs: Any) -> AsyncIterator[dict[Any, Any]]:
         async for shown in ask(talk, talk.take_back(), *inputs):
             yield shown
+
+    def restore(talk: Talk, kept: dict[str, Any] | None) -> dict[Any, Any]:
+        vars(talk).update(kept or {})
+        unanswered = talk.asked and not talk.whole and not any(talk.answers)  # reloaded before the answer was done
+        return {parts.status: counted(path, say)} | state(talk, **({"value": talk.take_back()} if unanswered else {}))
 
     def stop(talk: Talk) -> None:
         talk.stopping = True
@@ -341,11 +351,12 @@ def connect(parts: SimpleNamespace, models: list[Model], sampling: Sampling, pat
         return [gr.Chatbot(label=left), gr.Chatbot(label=right, visible=shown), gr.Row(visible=shown), gr.Markdown(visible=shown)]
 
     knobs = [parts.left, parts.right, parts.system, parts.temperature, parts.top_p, parts.longest]
-    all_parts = [*parts.panes, *parts.votes, parts.box, parts.again]
+    all_parts = [*parts.panes, *parts.votes, parts.box, parts.again, parts.kept]
     several = {"concurrency_limit": None, "show_progress": "hidden"}
     parts.box.submit(ask, [parts.talk, parts.box, *knobs], all_parts, **several)
     parts.again.click(ask_again, [parts.talk, *knobs], all_parts, **several)
     parts.box.stop(stop, parts.talk, queue=False)
+    page.load(restore, [parts.talk, parts.kept], [*all_parts, parts.status], **several)
     for clearing in (parts.clear.click, *(pane.clear for pane in parts.panes)):
         clearing(clear, parts.talk, all_parts, **several)
     for kind, button in zip(VOTES, parts.votes, strict=True):
