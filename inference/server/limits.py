@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from errors import UserError, refuse
 from inference.server.protocol import Refusal
@@ -55,7 +56,7 @@ def knows(keys: list[bytes], header: bytes) -> bool:
 
 async def body_of(request: Any, limit: int) -> bytes:
     """Return the body of a request. Raises Refusal: 413 above ``limit`` bytes, 415 for another type than JSON, 408 if it stays
-    away.
+    away, 499 if the client goes before its end.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # also what a browser may send from any page without asking
@@ -75,6 +76,9 @@ async def body_of(request: Any, limit: int) -> bytes:
         return await asyncio.wait_for(whole(), BODY_SECONDS)
     except asyncio.TimeoutError:
         raise Refusal(408, f"the body did not arrive within {BODY_SECONDS} s.") from None
+    except ClientDisconnect:
+        request.scope["notes"]["ended"] = "client-gone"
+        raise Refusal(499, "the client closed the connection.") from None
 
 
 class Gate:

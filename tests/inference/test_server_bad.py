@@ -160,7 +160,7 @@ def test_each_bad_request_is_told_and_the_server_lives(url, service):
     assert json.loads(told(url, post(CHAT, body(), KEY))[1])["choices"] == expected
 
 
-def test_connections_that_are_cut_leave_nothing_behind(url, service):
+def test_connections_that_are_cut_leave_nothing_behind(url, service, caplog):
     expected = json.loads(told(url, post(CHAT, body(), KEY))[1])["choices"]
     whole = post(CHAT, body(stream=True, max_tokens=64, temperature=1.5, seed=1), KEY)
     for end in (*range(0, len(whole), 16), *[len(whole)] * 5):
@@ -170,3 +170,4 @@ def test_connections_that_are_cut_leave_nothing_behind(url, service):
         assert time.monotonic() < end
         time.sleep(0.01)
     assert json.loads(told(url, post(CHAT, body(), KEY))[1])["choices"] == expected
+    assert not [record for record in caplog.records if record.exc_info], "a client that goes is no error of the server"
