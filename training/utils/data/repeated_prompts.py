@@ -32,10 +32,15 @@ def repeats_prompt(row: Fields, fields: tuple[str, ...]) -> bool:
     """Return whether all answers of a row are more than its prompt and begin with it. Dialogues as text are read elsewhere."""
     prompt, *answers = (row.get(name) for name in fields)
     texts = all(isinstance(one, str) for one in (prompt, *answers)) and bool(prompt.strip())
-    return texts and all(one.startswith(prompt) and one[len(prompt) :].strip() for one in answers) and not split_turns(prompt)
+    start = prompt.rstrip() if texts else ""
+    return texts and all(one.startswith(start) and one[len(start) :].strip() for one in answers) and not split_turns(prompt)
 
 
 def without_prompt(row: Fields, fields: tuple[str, ...]) -> Fields:
-    """Return a row whose answers have lost the prompt, and the space or the line breaks behind it."""
-    rest = {name: row[name].removeprefix(row[fields[0]]) for name in fields[1:]}
+    """Return a row whose answers have lost the prompt, and the space or the line breaks behind it.
+
+    White space at the end of a prompt is of no account, as in training: behind a line break an indentation stays whole.
+    """
+    start = row[fields[0]].rstrip()
+    rest = {name: row[name].removeprefix(start) for name in fields[1:]}
     return row | {name: one[1:] if one.startswith(" ") else one.lstrip("\r\n") for name, one in rest.items()}

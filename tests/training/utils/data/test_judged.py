@@ -71,8 +71,9 @@ ROWS = {
         [
             {"prompt": "1+1=", "chosen": "1+1= 2", "rejected": "1+1=\n3"},
             {"prompt": "def f():", "chosen": "def f():\n    1", "rejected": "def f():2"},
+            {"prompt": "def g():\n", "chosen": "def g():\n    1", "rejected": "def g(): 2"},
         ],
-        [rec(turns("1+1="), "2", "3"), rec(turns("def f():"), "    1", "2")],
+        [rec(turns("1+1="), "2", "3"), rec(turns("def f():"), "    1", "2"), rec(turns("def g():"), "    1", "2")],
         "all answers begin with their prompt, which is taken off them",
     ),
     "an answer that begins with its prompt": (
