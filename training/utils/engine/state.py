@@ -146,8 +146,9 @@ def set_engine_facts(engine, facts: dict[str, Any], resized: bool) -> None:
     """Set counters, schedule and loss scale, and let the network compute with the optimizer's weights. All processes call it.
 
     The learning rate is that of the schedule of this run at the place of the saved one. resized: batches have another size from
-    here on, so that the schedule has another number of steps for the same data; the place is the same share of it. Raises UserError
-    where an older checkpoint does not say the length of its schedule.
+    here on, so that the schedule has another number of steps for the same data; the place is the same share of it, in whole steps:
+    rounded up, the run would go on behind the end of a cosine, where it rises again. Raises UserError where an older checkpoint
+    does not say the length of its schedule.
     """
     refuse(
         resized and "schedule_steps" not in facts,
@@ -157,8 +158,8 @@ def set_engine_facts(engine, facts: dict[str, Any], resized: bool) -> None:
     for name in COUNTERS:
         setattr(engine, name, facts[name])
     scheduler = engine.lr_scheduler
-    stretch = extras(engine).schedule_steps / facts["schedule_steps"] if resized else 1
-    scheduler.last_epoch = round(facts["schedule"] * stretch)
+    place = facts["schedule"]
+    scheduler.last_epoch = place * extras(engine).schedule_steps // facts["schedule_steps"] if resized else place
     scheduler._last_lr = scheduler.get_lr()
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = rate

@@ -216,7 +216,8 @@ def test_another_batch_size_is_said_and_the_schedule_goes_on_at_its_share(tmp_pa
     engine = second.engines["model"]
     extras(engine).schedule_steps = 30
     second.sizes = {"global_batch": 16, "since": 15, "seen": 120, "order": 8}
-    assert second.resume() == 15 and engine.lr_scheduler.last_epoch == 8
+    # 7.5 of 30. With 20 of 29 examples still to train in an epoch of 4 a step, 22.5 are left, which are 23 whole steps.
+    assert second.resume() == 15 and engine.lr_scheduler.last_epoch == 7
     said = "From here on 16 examples a step (it was 8): epoch 0 goes on behind its first 120 examples; the learning rate"
     assert sum(said in record.getMessage() for record in caplog.records) == 1
     second.sizes = {"global_batch": 16, "since": 20, "seen": 160, "order": 8}  # of a newer checkpoint, which was damaged
