@@ -223,6 +223,10 @@ def test_another_batch_size_is_said_and_the_schedule_goes_on_at_its_share(tmp_pa
     second.sizes = {"global_batch": 16, "since": 20, "seen": 160, "order": 8}  # of a newer checkpoint, which was damaged
     with pytest.raises(UserError, match="another size of batches than the newer one"):
         second.resume()
+    for length, steps, place in (({"num_train_epochs": 2}, 60, 7), ({"max_steps": 40}, 40, 15)):  # another length, too
+        longer = checkpoint_of(tmp_path, resume="auto", **length)
+        extras(longer.engines["model"]).schedule_steps, longer.sizes = steps, {"global_batch": 16, "since": 15, "seen": 120}
+        assert longer.resume() == 15 and longer.engines["model"].lr_scheduler.last_epoch == place
     older = {name: value for name, value in state.engine_facts(engine).items() if name != "schedule_steps"}
     with pytest.raises(UserError, match="an older version"):
         state.set_engine_facts(engine, older, resized=True)
