@@ -95,7 +95,7 @@ def _json_rows(path: Path, suffix: str) -> Iterator[Row]:
         whole = start.startswith("{") and start.endswith("}")  # as against the first line of a pretty-printed object
         one_a_line = whole or _is_dialogue(start) or (suffix != ".json" and not start.startswith("["))
         values = _line_values(path, file, first) if one_a_line else _stream_values(JsonWindow(path, file, first))
-        for location, value in unwrapped(values) if start.startswith("{") else values:
+        for location, value in unwrapped(path, values) if start.startswith("{") else values:
             if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
                 value = {"messages": value}
             if not isinstance(value, dict):
@@ -104,13 +104,20 @@ def _json_rows(path: Path, suffix: str) -> Iterator[Row]:
             yield location, value
 
 
-def unwrapped(values: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a file; of a file with nothing but a wrapper, the records in it ("record 1 under "data"")."""
+def unwrapped(path: Path, values: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a file; of a file with nothing but a wrapper, the records in it ("record 1 under "data"").
+
+    Raise UserError for records that a data server cut short.
+    """
     first = next(values, None)
     inside = wrapped_records(first[1]) if first else None
     second = next(values, None) if inside else None
     if inside and second is None:
         key, records = inside
+        wrappers = first[1][key]
+        cut = next((number for number, one in enumerate(wrappers, start=1) if one.get("truncated_cells")), None)
+        if cut and records[0] is not wrappers[0]:
+            raise UserError(f"{path}, record {cut}: the data server cut its texts (truncated_cells); download the set itself.")
         yield from ((f'record {number} under "{key}"', one) for number, one in enumerate(records, start=1))
     else:
         yield from chain(filter(None, (first, second)), values)

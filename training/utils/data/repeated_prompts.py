@@ -33,7 +33,14 @@ def repeats_prompt(row: Fields, fields: tuple[str, ...]) -> bool:
     prompt, *answers = (row.get(name) for name in fields)
     texts = all(isinstance(one, str) for one in (prompt, *answers)) and bool(prompt.strip())
     start = prompt.rstrip() if texts else ""
-    return texts and all(one.startswith(start) and one[len(start) :].strip() for one in answers) and not split_turns(prompt)
+    return texts and all(continues(start, one) for one in answers) and not split_turns(prompt)
+
+
+def continues(start: str, answer: str) -> bool:
+    """Return whether an answer is more than this text and begins with it, not with a longer word ("Blue", "Blueberries ...")."""
+    joint = answer[len(start) - 1 : len(start) + 1]
+    within_word = joint.isascii() and joint.isalnum() and len(joint) == 2
+    return answer.startswith(start) and bool(answer[len(start) :].strip()) and not within_word
 
 
 def without_prompt(row: Fields, fields: tuple[str, ...]) -> Fields:

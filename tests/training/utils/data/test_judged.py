@@ -76,6 +76,11 @@ ROWS = {
         [rec(turns("1+1="), "2", "3"), rec(turns("def f():"), "    1", "2"), rec(turns("def g():"), "    1", "2")],
         "all answers begin with their prompt, which is taken off them",
     ),
+    "answers whose first word begins with their prompt": (
+        [{"prompt": "Blue", "response": "Blueberries grow."}, {"prompt": "Red", "response": "Redwood is old."}],
+        [rec(turns("Blue"), "Blueberries grow."), rec(turns("Red"), "Redwood is old.")],
+        "",
+    ),
     "an answer that begins with its prompt": (
         [{"prompt": "1+1=", "response": "1+1= 2"}, {"prompt": "Once", "response": "Twice"}],
         [rec(turns("1+1="), "1+1= 2"), rec(turns("Once"), "Twice")],

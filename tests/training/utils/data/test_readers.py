@@ -156,6 +156,10 @@ BAD = {
     "twice.csv": ("prompt,response,prompt\na,b,c\n", 'twice.csv, line 1: two columns are called "prompt"; rename'),
     "twice.jsonl": (f'{GOOD}\n{{"prompt": "a", "prompt": "b"}}\n', 'line 2: invalid JSON .the name "prompt" stands twice'),
     "twice_inside.json": (f'[{GOOD},\n{{"a": {{"b": 1, "b": 2}}}}]', 'line 2: invalid JSON in record 2 .the name "b" stands'),
+    "cut.json": (
+        '{"rows": [{"row_idx": 0, "row": {"prompt": "Q", "response": "A"}, "truncated_cells": ["response"]}]}',
+        "cut.json, record 1: the data server cut its texts",
+    ),
     "broken.parquet": ("PAR1 not really", "broken.parquet: not a readable Parquet file"),
 }
 
