@@ -114,9 +114,9 @@ def unwrapped(path: Path, values: Iterator[tuple[str, Any]]) -> Iterator[tuple[s
     second = next(values, None) if inside else None
     if inside and second is None:
         key, records = inside
-        wrappers = first[1][key]
-        cut = next((number for number, one in enumerate(wrappers, start=1) if one.get("truncated_cells")), None)
-        if cut and records[0] is not wrappers[0]:
+        exported = enumerate(first[1][key], start=1)
+        cut = next((number for number, one in exported if "row_idx" in one and one.get("truncated_cells")), None)
+        if cut:
             raise UserError(f"{path}, record {cut}: the data server cut its texts (truncated_cells); download the set itself.")
         yield from ((f'record {number} under "{key}"', one) for number, one in enumerate(records, start=1))
     else:
