@@ -112,16 +112,21 @@ def examine(situation: Situation, hosts: dict[str, int]) -> list[Check]:
     ]
 
 
-def table(checks: list[Check]) -> str:
-    """Return the report for people: one line a finding, and under it what to do."""
+def lines_of(checks: list[Check]) -> list[str]:
+    """Return findings for people: one line each, and under it what to do."""
     width = max(len(f"{check.group}: {check.name}") for check in checks)
     lines = []
     for check in checks:
         lines.append(f"{WORDS[check.state]:<8}{f'{check.group}: {check.name}':<{width}}  {' '.join(check.why.split())}")
         lines += [f"{'':<{8 + width}}  -> {' '.join(check.todo.split())}"] if check.todo else []
+    return lines
+
+
+def table(checks: list[Check]) -> str:
+    """Return the report for people: the findings, and how many there are of each state."""
     counts = {state: sum(check.state == state for check in checks) for state in WORDS}
     counted = f"{counts[OK]} ok, {counts[WARN]} warnings, {counts[FAIL]} failures, {counts[SKIP]} skipped"
-    return "\n".join([*lines, "", counted, "more about the installation: python -m torch.utils.collect_env; ds_report"])
+    return "\n".join([*lines_of(checks), "", counted, "more about the installation: python -m torch.utils.collect_env; ds_report"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,6 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     refuse(gone, "--build is gone: ds_report says which optimizers DeepSpeed can build, and a run builds its own; drop it.")
     args = parser.parse_args(words)
     situation, checks, hosts = situation_of(args)
+    early = machine.check_models(situation.recipe) if situation.recipe and not args.json else []
+    if early:  # the rest takes half a minute
+        print("\n".join([*lines_of(early), "", "looking at the rest …"]), file=sys.stderr, flush=True)
     checks += examine(situation, hosts)
     states = {check.state for check in checks}
     code = 2 if FAIL in states else 1 if WARN in states else 0

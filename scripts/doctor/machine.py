@@ -13,6 +13,8 @@ import psutil
 
 from errors import UserError
 from scripts.doctor.result import FAIL, OK, SKIP, WARN, Check, Situation, probe
+from steps import SECTIONS
+from training.utils.flags.recipe import Recipe
 from training.utils.memory.arithmetic import GIB, Machine
 from training.utils.memory.container import container_limit
 from training.utils.run.environment import free_port
@@ -105,13 +107,31 @@ def plans_of(situation: Situation) -> Plans:
     return plan_sections(situation.recipe, situation.platform, run_machine(situation))
 
 
+def check_models(recipe: Recipe) -> list[Check]:
+    """Say of each section of a recipe whose model, or flags, are wrong why it cannot be planned. Imports no torch."""
+    from scripts.plan.section import check_section
+
+    checks = []
+    for section in (name for name in SECTIONS if name in recipe.sections):
+        try:
+            check_section(recipe, section)
+        except UserError as error:
+            checks.append(unplanned(section, error))
+    return checks
+
+
+def unplanned(section: str, error: UserError) -> Check:
+    """Return the finding about a section that cannot be planned."""
+    todo = "make or download the model first, or correct the recipe"
+    return Check("memory", section, WARN, f"cannot be computed: {error}", todo)
+
+
 def check_memory(plans: Plans) -> list[Check]:
     """Say of each section of the recipe whether it fits."""
     checks = []
     for section, found in plans.items():
         if isinstance(found, UserError):
-            todo = "make or download the model first, or correct the recipe"
-            checks.append(Check("memory", section, WARN, f"cannot be computed: {found}", todo))
+            checks.append(unplanned(section, found))
             continue
         plan, machine = found.plan, found.machine
         why = f"{plan.on_host / GIB:.1f} of {machine.host_memory / GIB:.1f} GiB on the host"

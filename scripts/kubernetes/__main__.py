@@ -115,7 +115,8 @@ def set_texts(parser: CommandLine) -> dict[Path, str]:
     files = {}
     for kind, recipe, names in SETS:
         path = ROOT / "configs" / f"{recipe}.yaml"
-        texts = render(make_job(parser.parse_args(["render", "--kind", kind, "--recipe", str(path)])))
+        job = make_job(parser.parse_args(["render", "--kind", kind, "--recipe", str(path)]))
+        texts = render(job, with_server="6-serve.yaml" in names)
         files |= {COMMITTED / kind / recipe / name: texts[name] for name in names}
     return files
 
@@ -136,13 +137,13 @@ def render_command(args: argparse.Namespace) -> int:
         parse(step.arguments_class, ["--config", job.recipe.path, *job.flags])
     if args.out:
         check_writable(Path(args.out), "--out")
-    files = render(job, choices)
+    files = render(job, choices, with_server=bool(args.out))
     for step in steps:
         check_memory(job, step)
     if not choices and "5-chat.yaml" not in files:
         print(f"# no 5-chat.yaml, no 6-serve.yaml: {job.model} does not fit on one card, and both use one", file=sys.stderr)
     if not args.out:  # without single steps, beside the job that runs them all, and the server, which needs a secret and a card
-        print("---\n".join(text for name, text in files.items() if not name.startswith(("steps/", "6-serve"))), end="")
+        print("---\n".join(text for name, text in files.items() if not name.startswith("steps/")), end="")
         return 0
     for name, text in files.items():
         path = Path(args.out) / name

@@ -360,8 +360,11 @@ def title(steps: list[Step]) -> str:
     return f"step {steps[0].choice} ({steps[0].title})" if steps[0].choice.isdigit() else steps[0].title
 
 
-def render(job: SimpleNamespace, choices: Sequence[str] = ()) -> dict[str, str]:
-    """Return file name -> text. choices: steps of one job; none: everything, each step also as a job of its own."""
+def render(job: SimpleNamespace, choices: Sequence[str] = (), with_server: bool = True) -> dict[str, str]:
+    """Return file name -> text. choices: steps of one job; none: everything, each step also as a job of its own.
+
+    with_server: with the server's manifest, whose memory is planned: that imports torch and transformers, 3 s.
+    """
 
     def alone(step: Step) -> dict[str, str]:
         about = f"{title([step])} alone; not beside 3-train.yaml, which writes to the same folders"
@@ -371,7 +374,8 @@ def render(job: SimpleNamespace, choices: Sequence[str] = ()) -> dict[str, str]:
     if choices:
         steps = [STEP_OF[choice] for choice in choices]
         return alone(*steps) if len(steps) == 1 else {"train.yaml": training(job, steps, "several steps in order")}
-    wanted = {"2-download.yaml": job.hub_words, "5-chat.yaml": job.chat_folder, "6-serve.yaml": job.chat_folder}
+    served = job.chat_folder if with_server else None
+    wanted = {"2-download.yaml": job.hub_words, "5-chat.yaml": job.chat_folder, "6-serve.yaml": served}
     files = {"3-train.yaml": training(job, job.steps, f"{title(job.steps)}; a step that is done is skipped")}
     for name, about in ABOUT.items():
         if wanted.get(name, True):

@@ -42,12 +42,23 @@ def plan_section(
     return plan_arguments(args, recipe, machine or platform_machine(platform), platform.dtype, platform.attention)
 
 
-def plan_arguments(args: Any, recipe: Recipe | None, machine: Machine, dtype: str, attention: str) -> SectionPlan:
-    """Return the plan of a step's arguments; recipe: the file that they come from, if any."""
+def check_section(recipe: Recipe, section: str) -> None:
+    """Raise UserError for wrong flags and models of a section, as plan_section does, without a plan and without torch."""
+    models_of(parse(step_of(section).arguments_class, ["--config", recipe.path]), recipe)
+
+
+def models_of(args: Any, recipe: Recipe | None) -> dict[str, Any]:
+    """Return role -> the model that a step starts from. Raise UserError for one that is not here or too small for the step."""
     models = {role: recipe.model_of(str(model)) if recipe else model for role, model in args.models.items()}
-    for role, model in models.items():  # a wrong name or length is told before torch is imported
+    for role, model in models.items():
         check_positions(find_config(model), str(model), *longest_text(args))
         check_adapters(args, role, find_config(model))
+    return models
+
+
+def plan_arguments(args: Any, recipe: Recipe | None, machine: Machine, dtype: str, attention: str) -> SectionPlan:
+    """Return the plan of a step's arguments; recipe: the file that they come from, if any."""
+    models = models_of(args, recipe)  # a wrong name or length is told before torch is imported
     from training.utils.memory.fit import section_plan
 
     configs = {role: config_of(model) for role, model in models.items()}

@@ -90,10 +90,11 @@ def measured_figures(ppo: dict[str, float]) -> dict[str, tuple[float | None, flo
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a value with the decimals that its metric deserves."""
+    """Return a value with the decimals that its metric deserves; a zero has no sign."""
     if value is None:
         return ""
-    return f"{value:.1f}" if value >= 1000 else f"{value:.{DECIMALS.get(metric, 3)}f}"
+    decimals = 1 if value >= 1000 else DECIMALS.get(metric, 3)
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
 
 
 def cost_rows(summary: dict[str, Any], language: str) -> list[Row]:

@@ -414,6 +414,21 @@ def test_the_whole_command(llama, monkeypatch, capsys, tmp_path):
     assert checks["memory: reward"]["state"] == "warn" and "zero_stage" in checks["memory: reward"]["why"]
 
 
+def test_a_missing_model_is_told_before_the_rest_is_looked_at(llama, monkeypatch, capsys, tmp_path):
+    flags = f"data_path: x, output_dir: {tmp_path / 'out'}, max_seq_len: 64"
+    recipe = tmp_path / "recipe.yaml"
+    sections = f"sft: {{model_name_or_path: {llama}, {flags}}}\nreward: {{model_name_or_path: {tmp_path}/no, {flags}}}\n"
+    recipe.write_text(f"launch: {{platform: cpu}}\n{sections}")
+
+    def examine(*_):
+        told = capsys.readouterr().err
+        assert "memory: reward" in told and "memory: sft" not in told and "make or download the model first" in told
+        return []
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert doctor.main(["--recipe", str(recipe)]) == 0
+
+
 def test_several_nodes_of_cards(nodes, monkeypatch, capsys, tmp_path):
     """Play torch and ssh: two nodes with two cards each, of which one answers."""
     here = nodes(f'if [[ " $* " == *" node-2 "* ]]; then echo "Permission denied" >&2; exit 255; fi\n{HERE}')

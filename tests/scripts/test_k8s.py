@@ -55,6 +55,15 @@ def trainer_of(document: dict) -> dict:
     return replicas["Master" if "Master" in replicas else "Worker"]["template"]["spec"]["containers"][0]
 
 
+def test_the_server_s_memory_is_planned_only_for_the_manifests_that_name_it(monkeypatch):
+    """The plan imports torch and transformers, 3 s."""
+    planned = []
+    values = {"memory_gib": 1, "more": []}
+    monkeypatch.setattr("scripts.kubernetes.render.server_values", lambda job: planned.append(job.model) or values)
+    k8s.set_texts(k8s.build_parser())
+    assert len(planned) == sum("6-serve.yaml" in names for _, _, names in k8s.SETS) == 1
+
+
 def test_the_committed_set_is_what_would_be_rendered_and_valid(capsys):
     assert k8s.main(["set", "--check"]) == 0, capsys.readouterr().out
     assert k8s.main(["check", str(k8s.COMMITTED)]) == 0

@@ -10,6 +10,7 @@ import pytest
 from scripts.report.__main__ import main
 from scripts.report.answers import turns_of
 from scripts.report.curves import axis, draw_curve
+from scripts.report.results import shown
 from scripts.report.runs import find_runs
 from scripts.report.words import CURVES, RESULTS, STEP_TITLES, WORDS
 from steps import SECTIONS
@@ -103,9 +104,9 @@ def test_the_page_of_a_demo_shows_its_measure_and_needs_nothing_else(demo):
     }
     assert all(ElementTree.fromstring(text).tag == "svg" for text in figures.values())
     cells = [cell for row in rows_of(page, "results") for cell in row]
-    for shown in ("900.00", "3.12", "0.951", "0.500", "0.900", "15.0", "12.5", "0.992", "7.25", "0.90 or more"):
-        assert shown in cells
-    assert all(shown in page for shown in ("seed 77", "Time: sft 1:40", "Time: total 4:50", "largest process, GB 1.23"))
+    for text in ("900.00", "3.12", "0.951", "0.500", "0.900", "15.0", "12.5", "0.992", "7.25", "0.90 or more"):
+        assert text in cells
+    assert all(text in page for text in ("seed 77", "Time: sft 1:40", "Time: total 4:50", "largest process, GB 1.23"))
     held_out, training = rows_of(page, "answers")[1], rows_of(page, "answers")[3]
     assert "<b>User</b> Hi\n<b>Assistant</b> Ho\n<b>User</b> 1 &lt; 2?" in held_out[0]
     assert "&lt;i&gt;no&lt;/i&gt;" in held_out[1] and '<span class="good">score 1<' in held_out[2] and "two" in training[1]
@@ -349,3 +350,9 @@ def test_the_picture_has_a_curve_of_the_gold_score_and_one_of_kl(demo, capsys):
     root = ElementTree.fromstring(picture.read_text())
     polylines = [one for one in root.iter() if one.tag.endswith("polyline")]
     assert [len(line.get("points").split()) for line in polylines] == [3, 3]
+
+
+@pytest.mark.parametrize("metric, value, text", [("kl", -0.001, "0.00"), ("kl", -0.006, "-0.01"), ("score", 0.0625, "0.062"),
+                                                 ("length", -0.0, "0.0"), ("score", 1234.56, "1234.6"), ("kl", None, "")])
+def test_a_figure_has_its_decimals_and_a_zero_no_sign(metric, value, text):
+    assert shown(metric, value) == text

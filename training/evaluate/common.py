@@ -83,7 +83,7 @@ class LoadedModel:
         limits, cut = Limits(limit or self.longest), []
         encoded = self.template.encode_prompts(self.tokenizer, prompts)
         for messages, ids, *few in zip(prompts, encoded, *answers, strict=True):
-            ids = self.cut(messages, ids, prompt_space(few, limits, self.template))
+            ids = self.cut(messages, ids, prompt_space(ids, few, limits, self.template))
             cut.append(fit(ids, few, limits, self.template, Counts()))
         return cut
 

@@ -69,7 +69,8 @@ class HeldOut:
         run.metrics.log(step, metrics | {"measured_on": "held-out"}, prefix="eval")
         if run.is_main:
             line = f"held-out score {metrics['score']:.3f}, win rate {metrics['win_rate']:.2f} against the SFT model"
-            line += f", KL {metrics['kl']:.2f} nats, length {metrics['length']:.1f}, ended {metrics['eos_rate']:.2f}"
+            kl = round(metrics["kl"], 2) + 0.0  # no "-0.00"
+            line += f", KL {kl:.2f} nats, length {metrics['length']:.1f}, ended {metrics['eos_rate']:.2f}"
             print(f"step {step}: {line} over {self.count} prompts", flush=True)
             write_samples(experience, engine, step, "eval", beside=beside_rows(reference_answers, reference_scores))
         return metrics

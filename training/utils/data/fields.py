@@ -30,7 +30,7 @@ def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
     read = set(read_fields(row, form))
     unread = {}
     for name, value in row.items():
-        if name in read - {"tools", "answers", "paragraphs"} and isinstance(value, list):
+        if name in read - {"tools", "answers", "paragraphs", "qas"} and isinstance(value, list):
             inner = {key for item in value if isinstance(item, dict) for key in item if item[key] and not read_in_turn(key, item)}
             unread |= {f"{name}.{key}": key not in NO_CONTENT for key in inner}
         elif name not in read and value not in EMPTY:

@@ -329,7 +329,8 @@ def _answered(asked: list[Message], turns: list[Message], tools: Any) -> list[Re
 def _ranked(asked: list[Message], row: Fields, field: str) -> list[Record | Skip]:
     """Read several answers: a pair of the best and the worst. Without a score or a rank they stand in order, best first."""
     texts = [text(reply, field, strip=False) for reply in items(row[field], field)]
-    orders = [_goodness(row[name], name, sign, len(texts), field) for name, sign in ORDERS.items() if row.get(name) is not None]
+    given = [name for name in ORDERS if row.get(name) is not None]
+    orders = [_goodness(row[name], name, ORDERS[name], len(texts), field) for name in given]
     if not orders and len(texts) > 1:
         _check_order(row, field, len(texts))
     if orders:
@@ -338,7 +339,7 @@ def _ranked(asked: list[Message], row: Fields, field: str) -> list[Record | Skip
             if any(numbers[one] < numbers[other] for one, other in pairwise(order)):
                 raise BadRecord('the fields "score" and "rank" put the answers in different orders; remove the wrong one')
         if len(texts) > 1 and orders[0][order[0]] == orders[0][order[-1]]:
-            raise Skip("answers with the same score", len(texts))
+            raise Skip(f"answers with the same {given[0]}", len(texts))
         texts = [texts[place] for place in order]
     said = [reply for reply in texts if reply.strip()] or [""]
     left_out = [Skip("a rank between the best and the worst", len(said) - 2)] if len(said) > 2 else []
@@ -471,6 +472,7 @@ FORMATS: tuple[Format, ...] = (
     Format(("prompt", "queries", "answers"), lambda row: mkqa(row, "en", row["prompt"])),
     Format(("question", "context", "answers"), squad),
     Format(("paragraphs",), squad_article),
+    Format(("context", "qas"), lambda row: squad_article({"paragraphs": [row]})),
     Format(("prompt",), _prompt_alone, (*EARLIER, *MATERIAL, "tools")),
 )
 PROMPTS = FORMATS[-1]

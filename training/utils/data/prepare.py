@@ -27,6 +27,7 @@ from training.utils.data.suggested import for_example
 from training.utils.data.tokenize import (
     NO_ANSWER,
     NO_REJECTED,
+    QUESTION_SHARE,
     RAISE,
     SCHEMAS,
     SPLITS,
@@ -99,7 +100,7 @@ def prepare_phase(
         number = sum(of_split.records for of_split in total.values())
         logger.info("Tokenised %d records in %.1f s into %s", number, time.monotonic() - started, folder.parent)
         told = [
-            {"form": one.reading.form, "notes": one.notes, **report_of(of_set)}
+            {"form": one.reading.form, "notes": [*one.notes, *cut_notes(of_set, limits)], **report_of(of_set)}
             for one, of_set in zip(sets, counts, strict=True)
         ]
         return report_of(total) | {"sets": told}
@@ -112,6 +113,14 @@ def prepare_phase(
     if overview_folder and not (dist.is_initialized() and dist.get_rank()):
         Path(overview_folder, FILE).write_text(table + "\n", encoding="utf-8")
     return data
+
+
+def cut_notes(counts: dict[str, Counts], limits: Limits) -> list[str]:
+    """Return the rule by which answers of a set were cut, where some were."""
+    if limits.max_target_length or not sum_of([*counts.values()]).truncated_answers:
+        return []
+    least = f"{limits.max_seq_len // QUESTION_SHARE} tokens of its prompt, or all of them if these are fewer"
+    return [f"answers cut at the end: of --max_seq_len {limits.max_seq_len} each leaves {least}"]
 
 
 def limits_of(args: Any, phase: int, template: Template) -> Limits:

@@ -24,7 +24,8 @@ from typing import IO, Any
 
 from errors import UserError
 from json_text import parse_json, unique_names
-from training.utils.data.names import OUR_NAMES, known_names
+from training.utils.data.formats import recognise
+from training.utils.data.names import OUR_NAMES, clear_columns, known_names
 from training.utils.data.suggested import is_dialogue
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -130,6 +131,8 @@ def wrapped_records(value: Any) -> tuple[str, list[dict]] | None:
     """
     if not isinstance(value, dict) or known_names(value) or any(name in value for name in OUR_NAMES):
         return None
+    if recognise(value) or "prompt" in clear_columns(value):
+        return None
     lists = {key: one for key, one in value.items() if isinstance(one, list) and one and not is_dialogue(one)}
     lists = {key: one for key, one in lists.items() if all(isinstance(row, dict) for row in one)}
     if "rows" in lists:
@@ -228,6 +231,11 @@ class JsonWindow:
                 # Perhaps only the rest is not read yet: an error near the end of the window, or an open string.
                 cut = error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
                 if not (cut and len(self.text) - self.position < LONGEST_RECORD and self._grow(size)):
+                    if cut and len(self.text) - self.position >= LONGEST_RECORD:
+                        raise self.error(
+                            f"record {number} is longer than {LONGEST_RECORD >> 20} MB; if it holds the list of all records, write "
+                            "these one a line, for example: jq -c '.data[]' OLD > NEW.jsonl."
+                        ) from error
                     self.skip(length)
                     raise self.error(f"invalid JSON in record {number} ({error.msg}).") from error
                 size = min(2 * size, 64 * CHUNK)

@@ -158,12 +158,13 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
             reading.form = reading.form or (f"the rule of {form.set_name}" if form.set_name else "its fields ")
             reading.example = reading.example or suggested_columns(raw)
         row = raw if form.set_name else renamed(raw, mapping)
-        row = without_prompt(row, repeats) if repeats else row
         check_needed(form, row, raw, mapping, location)
         try:
             check_media(raw)
             check_vote(raw)
             results = form.convert(row)
+            if repeats:
+                results = [one if isinstance(one, Skip) else without_prompt(one) for one in results]
             answers = max(1, sum(not isinstance(one, Skip) for one in results))
             if not form.set_name and not is_learned(row, "the record"):
                 raise Skip(RECORD_UNLEARNED, answers)

@@ -1,53 +1,71 @@
 """Answers that begin with their prompt once more, as sets for base models have them: {"prompt": "2+2=", "chosen": "2+2= 4"}.
 
 One such answer may be meant so. Where all of a file begin so, the prompt is taken off: learned twice, it would be repeated.
+Records are looked at, not fields, so that this holds for every format.
 """
 
-from training.utils.data.formats import Format
+import re
+
+from training.utils.data.formats import Format, Record
 from training.utils.data.rows import Columns, renamed
 from training.utils.data.sources import Table
-from training.utils.data.turns import Fields, split_turns
+from training.utils.data.turns import BadRecord, Skip
 
 REPEATED_PROMPTS = "all answers begin with their prompt, which is taken off them"
-ASKED, ANSWERS = ("prompt", "instruction"), ("chosen", "rejected", "response", "output")
+WHITE = re.compile(r"\s*")
 
 
-def prompts_repeated(table: Table, form: Format, mapping: Columns) -> tuple[str, ...]:
-    """Return the fields of the prompt and of its answers if in all rows, and more than one, these begin with it; else ().
+def prompts_repeated(table: Table, form: Format, mapping: Columns) -> bool:
+    """Return whether the answers of all records, and of more than one, begin with their prompt.
 
-    Reads up to the first row where one does not: in nearly all files the first.
+    Reads up to the first one that does not: in nearly all files the first.
     """
-    fields = tuple(name for names in (ASKED, ANSWERS) for name in names if name in form.needed)
-    if len(fields) < 2 or fields[0] not in ASKED:
-        return ()
-    several = False
-    for place, (_, raw) in enumerate(table.read()):
-        if not repeats_prompt(renamed(raw, mapping), fields):
-            return ()
-        several = place > 0
-    return fields if several else ()
+    if form.set_name:  # its rule knows
+        return False
+    several = 0
+    for _, raw in table.read():
+        try:
+            records = [one for one in form.convert(renamed(raw, mapping)) if not isinstance(one, Skip)]
+        except Skip:
+            continue
+        except (BadRecord, KeyError, TypeError, ValueError, AttributeError):  # the reading proper says what is wrong
+            return False
+        if not all(repeats_prompt(one) for one in records):
+            return False
+        several += len(records)
+    return several > 1
 
 
-def repeats_prompt(row: Fields, fields: tuple[str, ...]) -> bool:
-    """Return whether all answers of a row are more than its prompt and begin with it. Dialogues as text are read elsewhere."""
-    prompt, *answers = (row.get(name) for name in fields)
-    texts = all(isinstance(one, str) for one in (prompt, *answers)) and bool(prompt.strip())
-    start = prompt.rstrip() if texts else ""
-    return texts and all(continues(start, one) for one in answers) and not split_turns(prompt)
+def repeats_prompt(record: Record) -> bool:
+    """Return whether all answers of a record are more than its newest question and begin with it."""
+    question, answers = record["messages"][-1]["content"], filter(None, (record["chosen"], record["rejected"]))
+    return bool(record["chosen"]) and not record["calls"] and all(rest_behind(question, one) for one in answers)
 
 
-def continues(start: str, answer: str) -> bool:
-    """Return whether an answer is more than this text and begins with it, not with a longer word ("Blue", "Blueberries ...")."""
-    joint = answer[len(start) - 1 : len(start) + 1]
-    within_word = joint.isascii() and joint.isalnum() and len(joint) == 2
-    return answer.startswith(start) and bool(answer[len(start) :].strip()) and not within_word
+def rest_behind(question: str, answer: str) -> str | None:
+    """Return what follows the question in an answer that begins with it; None if nothing does.
 
-
-def without_prompt(row: Fields, fields: tuple[str, ...]) -> Fields:
-    """Return a row whose answers have lost the prompt, and the space or the line breaks behind it.
-
-    White space at the end of a prompt is of no account, as in training: behind a line break an indentation stays whole.
+    White space within the question may be another: an instruction and its input are put together in several ways. A longer
+    word is no repetition ("Blue", "Blueberries ..."). The space or the line breaks behind the question go, an indentation stays.
     """
-    start = row[fields[0]].rstrip()
-    rest = {name: row[name].removeprefix(start) for name in fields[1:]}
-    return row | {name: one[1:] if one.startswith(" ") else one.lstrip("\r\n") for name, one in rest.items()}
+    place = 0
+    for word in question.split():
+        place = WHITE.match(answer, place).end()
+        if not answer.startswith(word, place):
+            return None
+        place += len(word)
+    joint, rest = answer[max(place - 1, 0) : place + 1], answer[place:]
+    if not place or not rest.strip() or (joint.isascii() and joint.isalnum() and len(joint) == 2):
+        return None
+    return rest[1:] if rest.startswith(" ") else rest.lstrip("\r\n")
+
+
+def without_prompt(record: Record) -> Record:
+    """Return a record whose answers, also the earlier ones, have lost the question that they begin with."""
+    messages = [dict(turn) for turn in record["messages"]]
+    for asked, turn in zip(record["messages"], messages[1:], strict=False):
+        if turn["role"] == "assistant":
+            turn["content"] = rest_behind(asked["content"], turn["content"]) or turn["content"]
+    question = messages[-1]["content"]
+    answers = {name: record[name] and rest_behind(question, record[name]) for name in ("chosen", "rejected")}
+    return record | {"messages": messages} | answers

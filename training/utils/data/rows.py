@@ -9,7 +9,7 @@ from errors import UserError, refuse
 from training.utils.data.fields import unread_fields
 from training.utils.data.formats import Format, recognise
 from training.utils.data.named_sets import NamedSet
-from training.utils.data.names import OUR_NAMES, clear_columns, known_names, with_our_names
+from training.utils.data.names import OUR_NAMES, clear_columns, known_names, says_nothing, with_our_names
 from training.utils.data.suggested import for_example, suggested_columns
 from training.utils.data.turns import Fields
 
@@ -141,6 +141,9 @@ def unknown_fields(row: Fields) -> str:
     if not row:
         return "an empty record, {}; remove it, or give it fields (docs/en/own-data.md)."
     fields = ", ".join([*islice(row, 8), "…"] if len(row) > 8 else row)
+    empty = [name for name, value in row.items() if value == []]
+    if empty and all(name in empty or says_nothing(name) for name in row):
+        return f'no records in it: the list "{empty[0]}" is empty.'
     lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if len(lists) > 1 and len(lists) == len(row):
         return f"several lists of records ({', '.join(lists)}); write each into a file of its own, and name those to train on."

@@ -47,6 +47,7 @@ SCHEMAS = {
 }
 ANSWERS = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}  # the answers that a step needs
 BATCH = 500  # records tokenised at once: enough for the tokenizer's threads, few enough to keep memory flat
+QUESTION_SHARE = 4  # of max_seq_len an answer that is too long leaves this part to its prompt, or less if that is shorter
 LONGEST_TOKEN = 128  # characters, at least: a token of ChatGLM-6B with a shorter name stands for 80 blanks
 SPLITS = ("train", "eval")
 # Reasons for dropping a record, as the report gives them.
@@ -205,8 +206,8 @@ def dialogue_rows(examples: list[Example], encoding: Encoding, counts: Counts) -
     cut = partial(fit, limits=limits, template=template, counts=Counts())
     counts.tokens_apart += sum(len(part) for one in examples for part in cut(one.prompt, one.answers))
     *earlier, last = examples
-    longest = longest_answer(limits, template)
-    joins = [len(one.answers[0]) <= longest and stands_in(one, last, template) for one in earlier]
+    whole = [len(one.answers[0]) <= longest_answer(one.prompt, limits, template) for one in earlier]
+    joins = [uncut and stands_in(one, last, template) for one, uncut in zip(earlier, whole, strict=True)]
     rows = [joined_row([one], encoding, counts) for one, joined in zip(earlier, joins, strict=True) if not joined]
     if not any(joins):
         return [*rows, joined_row([last], encoding, counts)]
@@ -276,12 +277,12 @@ def fit_example(example: Example, encoding: Encoding, counts: Counts) -> tuple[l
     reason, if that is not enough.
     """
     record, limits, template = example.record, encoding.limits, encoding.template
-    calls, longest = json.loads(record["calls"] or "{}"), longest_answer(limits, template)
+    calls, longest = json.loads(record["calls"] or "{}"), longest_answer(example.prompt, limits, template)
     for name, answer in zip(ANSWERS[encoding.phase], example.answers, strict=True):
         if calls and "tool_calls" in calls[name] and len(answer) > longest:
             counts.dropped[CALL_TOO_LONG] += 1
             return None
-    space = prompt_space(example.answers, limits, template)
+    space = prompt_space(example.prompt, example.answers, limits, template)
     prompt = fit_prompt(record, example.prompt, space, encoding)
     if prompt is None:
         counts.dropped[TOOLS_TOO_LONG if calls else SYSTEM_TOO_LONG] += 1
@@ -331,26 +332,29 @@ def fit(
 ) -> tuple[list[int], ...]:
     """Return prompt and answers, cut such that the prompt with any of the answers stays within the limits.
 
-    The oldest part of the prompt goes first. An answer that fills max_seq_len alone, or is longer than
-    max_target_length, loses its tail but keeps its end token, and one token of the prompt stays: something must predict
-    the first token. Of ChatGLM's prompts, the marks stay ([gMASK] <sop>): without them the network knows no positions.
+    The oldest part of the prompt goes first, down to a quarter of max_seq_len. Then an answer, as one that is longer than
+    max_target_length, loses its tail but keeps its end token. Of ChatGLM's prompts, the marks stay ([gMASK] <sop>): without
+    them the network knows no positions.
     """
-    longest = longest_answer(limits, template)
+    longest = longest_answer(prompt, limits, template)
     cut = [answer if len(answer) <= longest else [*answer[: longest - 1], answer[-1]] for answer in answers]
     counts.truncated_answers += sum(len(answer) > longest for answer in answers)
-    space = prompt_space(answers, limits, template)
+    space = prompt_space(prompt, answers, limits, template)
     counts.truncated_prompts += len(prompt) > space
     return (cut_prompt(prompt, space, template), *cut)
 
 
-def prompt_space(answers: list[list[int]], limits: Limits, template: Template) -> int:
+def prompt_space(prompt: list[int], answers: list[list[int]], limits: Limits, template: Template) -> int:
     """Return how many tokens of a prompt there is space for before any of the answers, these cut to longest_answer."""
-    return limits.max_source_length or limits.max_seq_len - min(longest_answer(limits, template), max(map(len, answers)))
+    if limits.max_source_length:
+        return limits.max_source_length
+    return limits.max_seq_len - min(longest_answer(prompt, limits, template), max(map(len, answers)))
 
 
-def longest_answer(limits: Limits, template: Template) -> int:
-    """Return how many tokens of an answer there is space for, its end token included."""
-    return limits.max_target_length or limits.max_seq_len - max(1, template.frame_length)
+def longest_answer(prompt: list[int], limits: Limits, template: Template) -> int:
+    """Return how many tokens of an answer there is space for behind a prompt, its end token included."""
+    kept = min(len(prompt), limits.max_seq_len // QUESTION_SHARE)
+    return limits.max_target_length or limits.max_seq_len - max(1, template.frame_length, kept)
 
 
 def cut_prompt(prompt: list[int], length: int, template: Template) -> list[int]:

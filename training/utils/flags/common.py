@@ -314,10 +314,10 @@ class SupervisedArguments(CommonArguments):
         zh="起始模型的文件夹或 Hub id。",
     )
     max_seq_len: int = flag(
-        "Longest example in tokens, prompt and answer. Longer ones lose the oldest part of the prompt, never the end "
-        "token.",
+        "Longest example in tokens, prompt and answer. Longer ones lose the oldest part of the prompt, but a quarter; then "
+        "the end of the answer, never the end token.",
         512, within=PROMPT_AND_END, common=True,
-        zh="样本（提示加回答）的最大 token 数。超长时丢弃提示中最旧的部分，从不丢弃结束符。",
+        zh="样本（提示加回答）的最大 token 数。超长时丢弃提示中最旧的部分（至少留四分之一），然后是回答的末尾，从不丢弃结束符。",
     )
     per_device_train_batch_size: int = flag(
         "Examples (step 2, DPO: pairs) in a micro-batch of each process.", 16, within=ONE_OR_MORE, common=True,

@@ -76,6 +76,42 @@ ROWS = {
         [rec(turns("1+1="), "2", "3"), rec(turns("def f():"), "    1", "2"), rec(turns("def g():"), "    1", "2")],
         "all answers begin with their prompt, which is taken off them",
     ),
+    "answers that begin with instruction and input": (
+        [
+            {"instruction": "Add.", "input": "1, 2", "output": "Add.\n\n1, 2\n3"},
+            {"instruction": "翻译。", "input": "猫", "output": "翻译。猫：cat"},
+        ],
+        [rec(turns("Add.\n1, 2"), "3"), rec(turns("翻译。\n猫"), "：cat")],
+        "all answers begin with their prompt, which is taken off them",
+    ),
+    "answers in lists that begin with their prompt": (
+        [
+            {"messages": turns("1+1=", "1+1= 2", "2+2=", "2+2= 4")},
+            {"messages": turns("3+3=", "3+3= 6")},
+        ],
+        [rec(turns("1+1="), "2"), rec(turns("1+1=", "2", "2+2="), "4"), rec(turns("3+3="), "6")],
+        "all answers begin with their prompt, which is taken off them",
+    ),
+    "ranked answers that begin with their prompt": (
+        [{"instruction": f"{n}+1=", "output": [f"{n}+1= {n + 1}", f"{n}+1= {n}"]} for n in (1, 2)],
+        [rec(turns(f"{n}+1="), f"{n + 1}", f"{n}") for n in (1, 2)],
+        "all answers begin with their prompt, which is taken off them",
+    ),
+    "pairs of messages of which one answer does not begin with its prompt": (
+        [{"messages": turns(f"{n}+1="), "chosen": f"{n}+1= 2", "rejected": "3" if n else "0+1= 3"} for n in (0, 1)],
+        [rec(turns("0+1="), "0+1= 2", "0+1= 3"), rec(turns("1+1="), "1+1= 2", "3")],
+        "",
+    ),
+    "equal ranks": (
+        [{"prompt": "Q", "response": ["a"], "rank": [1]}, {"prompt": "Q", "response": ["a", "b"], "rank": [1, 1]}],
+        [rec(turns("Q"), "a")],
+        "1 with answers with the same rank (2 answers",
+    ),
+    "a paragraph of SQuAD": (
+        [{"context": "T.", "qas": [{"question": "Q", "answers": [{"text": "A"}]}]}],
+        [rec(turns("Q\nT."), "A")],
+        "",
+    ),
     "answers whose first word begins with their prompt": (
         [{"prompt": "Blue", "response": "Blueberries grow."}, {"prompt": "Red", "response": "Redwood is old."}],
         [rec(turns("Blue"), "Blueberries grow."), rec(turns("Red"), "Redwood is old.")],

@@ -172,6 +172,24 @@ def test_bad_file(name, tmp_path):
         list(read_rows(tmp_path / name))
 
 
+def test_a_wrapper_that_is_not_read_whole_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_RECORD", 100)
+    monkeypatch.setattr(readers, "CHUNK", 50)
+    (tmp_path / "a.json").write_text(json.dumps({"data": PAIRS * 20}, indent=1))
+    with pytest.raises(UserError, match=r"record 1 is longer than 0 MB; if it holds .* write these one a line"):
+        list(read_rows(tmp_path / "a.json"))
+
+
+ARTICLE, ANSWERED = {"title": "T", "paragraphs": [{"context": "C"}]}, {"question": "Q", "answers": [{"text": "A"}]}
+
+
+@pytest.mark.parametrize("record", [ARTICLE, ANSWERED])
+def test_a_record_with_a_list_of_objects_is_no_wrapper(record, tmp_path):
+    for indent in (None, 1):
+        (tmp_path / "a.json").write_text(json.dumps(record, indent=indent))
+        assert [row for _, row in read_rows(tmp_path / "a.json")] == [record]
+
+
 def test_two_parquet_columns_of_one_name(tmp_path):
     table = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")

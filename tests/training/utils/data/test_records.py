@@ -85,6 +85,7 @@ BAD = {
     "empty.jsonl": ("", "empty.jsonl: no records"),
     "blank.json": (" \n\n ", "blank.json: no records"),
     "empty_list.json": ("[]", "empty_list.json: no records"),
+    "empty_wrapper.json": ('{"version": "1", "data": []}', 'no records in it: the list "data" is empty'),
     "header.csv": ("prompt,response\n", "header.csv: no records"),
     "missing.jsonl": (f'{GOOD}\n{{"prompt": "a", "chosen": "b"}}\n', 'line 2: no field "rejected" .found: prompt, chosen'),
     "null.json": (f'[{GOOD}, {{"prompt": "a", "chosen": "b", "rejected": null}}]', r'record 2 .line 1.: field "rejected" is null'),

@@ -1,6 +1,7 @@
 """Records become tokens; what is cut keeps its end, its question and ChatGLM's marks; what is dropped is counted."""
 
 import random
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -98,11 +99,29 @@ def test_the_oldest_part_of_the_prompt_goes_first_and_the_answer_stays_whole(tmp
 def test_an_answer_that_is_too_long_alone_keeps_its_end_token(tmp_path, tokenizer):
     path = write_lines(tmp_path / "long.jsonl", [{"prompt": "Count.", "chosen": LONG}])
     template = load_template(None, tokenizer)
-    data = run(path, 1, tokenizer, max_seq_len=40)
+    prompt, answer = template.encode_prompt(tokenizer, turns("Count.")), template.encode_answer(tokenizer, LONG)
+    kept = min(len(prompt), 40 // 4)
+    data = run(path, 1, tokenizer, overview_folder=str(tmp_path), max_seq_len=40)
     row = data.train[0]
-    assert (row["length"], row["prompt_length"]) == (40, 1)
-    assert row["input_ids"][1:] == [*template.encode_answer(tokenizer, LONG)[:38], template.end_token_id]
+    assert (row["length"], row["prompt_length"]) == (40, kept)
+    assert row["input_ids"][kept:] == [*answer[: 40 - kept - 1], template.end_token_id]
+    assert row["input_ids"][kept - 5 : kept] == prompt[-5:]
     assert data.report["train"]["truncated_answers"] == 1
+    assert "of --max_seq_len 40 each leaves 10 tokens of its prompt" in (tmp_path / "data.txt").read_text()
+    whole = run(path, 1, tokenizer, max_seq_len=4 * len(prompt)).train[0]["input_ids"]
+    assert whole[: len(prompt)] == prompt and len(whole) == 4 * len(prompt)
+
+
+@pytest.mark.fast
+def test_an_answer_is_cut_only_where_its_prompt_would_lose_the_last_quarter(llama):
+    """Limits of 40 tokens: for each length of prompt and answer, what stays of the two."""
+    template = load_template(None, llama)
+    for asked, said in product((3, 10, 30, 90), (5, 29, 30, 31, 39, 40, 200)):
+        counts = Counts()
+        prompt, answer = fit([1] + [7] * (asked - 1), [[8] * (said - 1) + [2]], Limits(40), template, counts)
+        assert len(prompt) + len(answer) == min(40, asked + said) and answer[-1] == 2
+        assert len(answer) == min(said, 40 - min(asked, 10))
+        assert (counts.truncated_prompts, counts.truncated_answers) == (len(prompt) < asked, len(answer) < said)
 
 
 @pytest.mark.fast
@@ -255,7 +274,8 @@ def test_a_set_of_chatglm_is_tokenised_and_cut(glm, tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", rows)
     sft = run(path, 1, tokenizer, max_seq_len=40)
     assert len(sft.train) == 3
-    assert (sft.report["train"]["truncated_prompts"], sft.report["train"]["truncated_answers"]) == (2, 1)
+    long = len(template.encode_prompt(tokenizer, turns("Count."))) > 10
+    assert (sft.report["train"]["truncated_prompts"], sft.report["train"]["truncated_answers"]) == (1 + long, 1)
     for row in sft.train:
         assert glm.marked(row["input_ids"][: row["prompt_length"]])
         assert row["input_ids"][-1] == template.end_token_id
