@@ -249,7 +249,8 @@ class Checkpoint:
         if wanted != "auto" and (damage := self._damage(folder)):
             raise UserError(damage)
         manifest = self.run.nodes.together(lambda: self._checked(folder))
-        self._load(folder, tell_sizes(folder, manifest, self.sizes), manifest.get("length", {}))
+        resized = tell_sizes(folder, manifest, self.sizes)
+        self._load(folder, resized, manifest.get("length", {}), manifest.get("sizes", self.sizes))
         step, own = manifest["step"], folder.resolve().parent == self.folder.resolve()
         self._set_aside(step if own else None, metrics=not own and bool(step_folders(self.folder)))
         self.run.metrics.rewind(step)
@@ -257,14 +258,17 @@ class Checkpoint:
         logger.info("Resumed from %s after %d steps.", folder, step)
         return step
 
-    def _load(self, folder: Path, resized: bool, then: dict[str, Any]) -> None:
+    def _load(self, folder: Path, resized: bool, then: dict[str, Any], sizes: dict[str, int]) -> None:
         """Bring back the state that a checkpoint holds. Raises UserError, on all nodes, for what it lacks.
 
-        resized: see set_engine_facts. then: the flags of the checkpoint's run that say how long it is.
+        resized: see set_engine_facts. then: the flags of the checkpoint's run that say how long it is. sizes: its batches.
         """
         now = self._length()
         resized = resized and not now["max_steps"]  # by --max_steps steps count on, whatever their size
         longer = now["num_train_epochs"] / then["num_train_epochs"] if resized and not then.get("max_steps", 1) else 1
+        larger = None
+        if resized and then.get("max_steps"):
+            larger = self._examples_of_a_step(self.sizes) / self._examples_of_a_step(sizes)
         if any((folder / name / "state").is_dir() for name in self.engines):
             self._load_former(folder)
         else:
@@ -279,10 +283,16 @@ class Checkpoint:
             self.run.nodes.together(read)
             for name, engine in self.engines.items():
                 facts = json.loads((folder / name / FACTS).read_text(encoding="utf-8"))
-                set_engine_facts(engine, facts, resized, longer)
+                set_engine_facts(engine, facts, resized, longer, larger)
         for name, owner in self.states.items():
             owner.load_state_dict(load_data(self._own(folder, name)))
         set_generator_states(load_data(self._own(folder, "generators")))
+
+    def _examples_of_a_step(self, sizes: dict[str, int]) -> int:
+        """Return how many examples, in step 3 answers, an optimizer step takes by the sizes of a run."""
+        if "minibatch" not in sizes:
+            return sizes.get("global_batch", 1)
+        return min(sizes["minibatch"], sizes["rollout"] * self.run.args.num_return_sequences)
 
     def _own(self, folder: Path, name: str) -> Path:
         """Return the file of this process, or that of the first one where the checkpoint was written by fewer."""

@@ -142,13 +142,17 @@ def engine_facts(engine) -> dict[str, Any]:
     return {name: getattr(engine, name) for name in COUNTERS} | schedule | {"loss_scale": loss_scale(engine.optimizer)}
 
 
-def set_engine_facts(engine, facts: dict[str, Any], resized: bool, longer: float = 1) -> None:
+def set_engine_facts(
+    engine, facts: dict[str, Any], resized: bool, longer: float = 1, larger: float | None = None
+) -> None:
     """Set counters, schedule and loss scale, and let the network compute with the optimizer's weights. All processes call it.
 
     The learning rate is that of the schedule of this run at the place of the saved one. resized: batches have another size from
     here on, so that the schedule has another number of steps for the same data; the place is the same share of it, in whole steps:
     rounded up, the run would go on behind the end of a cosine, where it rises again. longer: the epochs of this run by those of
-    the saved one. Raises UserError where an older checkpoint does not say the length of its schedule.
+    the saved one. larger: the examples of a step by those of the saved run, if that was of --max_steps: its schedule says
+    nothing of the data, and the place is that of the examples that it took. Raises UserError where an older checkpoint does not
+    say the length of its schedule.
     """
     refuse(
         resized and "schedule_steps" not in facts,
@@ -159,7 +163,9 @@ def set_engine_facts(engine, facts: dict[str, Any], resized: bool, longer: float
         setattr(engine, name, facts[name])
     scheduler = engine.lr_scheduler
     place = facts["schedule"]
-    if resized:
+    if resized and larger:
+        place = int(place / larger)
+    elif resized:
         place = place * extras(engine).schedule_steps // round(facts["schedule_steps"] * longer)
     scheduler.last_epoch = place
     scheduler._last_lr = scheduler.get_lr()

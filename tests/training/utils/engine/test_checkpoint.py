@@ -232,6 +232,23 @@ def test_another_batch_size_is_said_and_the_schedule_goes_on_at_its_share(tmp_pa
         state.set_engine_facts(engine, older, resized=True)
 
 
+RESIZED = [({"global_batch": 16}, 2), ({"rollout": 8, "minibatch": 8}, 1), ({"rollout": 8, "minibatch": 64}, 2)]
+
+
+@pytest.mark.parametrize("sizes, larger", RESIZED)
+def test_behind_max_steps_the_schedule_of_epochs_begins_where_the_examples_were(tmp_path, sizes, larger):
+    """With another batch size too. By its share the schedule of --max_steps, at its end, would leave a rate of 0."""
+    first = checkpoint_of(tmp_path, max_steps=10, num_train_epochs=1)
+    before = {"global_batch": 8} if "global_batch" in sizes else {"rollout": 4, "minibatch": 8}
+    extras(first.engines["model"]).schedule_steps, first.engines["model"].lr_scheduler.last_epoch, first.sizes = 10, 10, before
+    first.run.args.num_return_sequences = 2
+    first.save(10)
+    second = checkpoint_of(tmp_path, resume="auto", max_steps=0, num_train_epochs=2)
+    extras(second.engines["model"]).schedule_steps, second.sizes = 26, sizes | {"since": 10, "seen": 80}
+    second.run.args.num_return_sequences = 2
+    assert second.resume() == 10 and second.engines["model"].lr_scheduler.last_epoch == 10 // larger
+
+
 def test_another_number_of_processes_is_said_in_one_line(tmp_path, caplog):
     caplog.set_level("INFO")
     before = {"world_size": 4, "zero_stage": 1, "per_device_train_batch_size": 2, "offload": True}
