@@ -292,12 +292,12 @@ def start_sides(measure: Measure, folder: Path, args: argparse.Namespace) -> lis
     builds = {"now": (ROOT, "training.utils.flags.parse")}
     if args.build:
         builds[args.build] = (earlier_build(args.workdir, args.build), "training.utils.parsing")
+    rows = folder / f"{measure.trainer}-rows.json"  # which also puts the tokens into the cache of this build
+    rows.write_text(json.dumps(rows_for_trl(measure, flags_of_ours(measure, folder, folder / "now"))), encoding="utf-8")
     sides = []
     for name, (root, parser) in builds.items():
-        settings = ours | {"parser": parser, "flags": flags_of_ours(measure, folder, folder / name)}
+        settings = ours | {"parser": parser, "flags": flags_of_ours(measure, folder, folder / name), "counts": name == "now"}
         sides.append(Side(name, Path(sys.executable), root, settings, folder))
-    rows = folder / f"{measure.trainer}-rows.json"
-    rows.write_text(json.dumps(rows_for_trl(measure, flags_of_ours(measure, folder, folder / "now"))), encoding="utf-8")
     settings = {"side": "trl", "trainer": measure.trainer, "block": measure.block, "learning_rate": LEARNING_RATE}
     settings |= {"rows": str(rows), "model": str(folder / "model"), "reward": str(folder / "reward")}
     if measure.phase == 3:
@@ -338,7 +338,8 @@ def run_measure(name: str, measure: Measure, folder: Path, args: argparse.Namesp
 # --- results --------------------------------------------------------------------------------------------------------------
 
 RATES = ("measure", "unit", "TRL", "before", "now", "now / before", "now / TRL", "by wall time", "target")
-HEAD = (*RATES, "peak MB: TRL", "before", "now", "loss: TRL", "now", "TRL's setting")
+PEAKS = ("peak MB: TRL", "before", "now", "start, CPU s: TRL", "now")
+HEAD = (*RATES, "share of the matmul rate", *PEAKS, "loss: TRL", "now", "TRL's setting")
 
 
 def ratios(result: dict[str, Any], other: str, clock: str = "cpu") -> list[float]:
@@ -370,11 +371,16 @@ def table_row(result: dict[str, Any]) -> list[object]:
 
     rates = [middle(name, unit, "cpu", ".3g") for name in ("TRL", before, "now")]
     peaks = [middle(name, "peak_mb", "", ".0f") for name in ("TRL", before, "now")]
+    starts = [middle(name, "before", "", ".1f") for name in ("TRL", "now")]
     losses = [middle(name, "loss", "steps", ".3f") for name in ("TRL", "now")]
     gain = spread(ratios(result, before)) if before else "-"
     wall = f"{statistics.median(ratios(result, 'TRL', 'wall')):.2f}"
     gains = [gain, spread(ratios(result, "TRL")), wall, result["target"]]
-    return [result["measure"], unit, *rates, *gains, *peaks, *losses, result["setting"].removeprefix("TRL ")]
+    share = statistics.median(
+        block["flops"] / block["counted_tokens"] * block["tokens"] / block["cpu"] / block["matmul_rate"] for block in sides["now"]
+    )
+    gains.append(f"{share:.2f}")
+    return [result["measure"], unit, *rates, *gains, *peaks, *starts, *losses, result["setting"].removeprefix("TRL ")]
 
 
 def draw(results: Sequence[dict[str, Any]]) -> str:

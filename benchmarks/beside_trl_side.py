@@ -18,34 +18,71 @@ WARM_UP = 2  # steps outside the clock
 
 
 class Clock:
-    """Counts steps. After the warm-up and after each block it waits for a line on stdin; without one the process ends."""
+    """Counts steps. After the warm-up and after each block it waits for a line on stdin; without one the process ends.
 
-    def __init__(self, block: int) -> None:
-        self.block, self.left, self.out = block, WARM_UP, sys.stdout
+    counts: the last step of the warm-up also has its floating-point operations counted (matrix products and attention).
+    """
+
+    def __init__(self, block: int, counts: bool = False) -> None:
+        self.block, self.left, self.out, self.counts = block, WARM_UP, sys.stdout, counts
         self.work: dict[str, float] = {}
-        self.start = (0.0, 0.0)
+        self.start, self.before = (0.0, 0.0), 0.0
+        self.counted, self.counter = {}, None
         sys.stdout = sys.stderr  # what a step prints goes to the log
+
+    def begin(self) -> None:
+        """Note the CPU seconds before the first step."""
+        self.before = self.before or time.process_time()
+
+    def count_operations(self) -> None:
+        """Count those of the step that begins."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self.counter = FlopCounterMode(display=False)
+        self.counter.__enter__()
 
     def tick(self, **work: float) -> None:
         """End a step that trained on so much of everything, such as tokens, targets and loss."""
         for name, value in work.items():
             self.work[name] = self.work.get(name, 0.0) + value
         self.left -= 1
+        if self.counter:
+            self.counter.__exit__(None, None, None)
+            tokens = work.get("tokens", 0.0)
+            self.counted = {"flops": self.counter.get_total_flops(), "counted_tokens": tokens, "matmul_rate": matmul_rate()}
+            self.counter = None
+        elif self.counts and not self.start[0]:
+            self.count_operations()
         if self.left:
             return
         cpu, wall = time.process_time() - self.start[0], time.perf_counter() - self.start[1]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"cpu": cpu, "wall": wall, "peak_mb": peak, "steps": self.block} | self.work), file=self.out, flush=True)
+        found = {"cpu": cpu, "wall": wall, "peak_mb": peak, "steps": self.block}
+        found |= {"before": self.before} if self.before else {}
+        print(json.dumps(found | self.counted | self.work), file=self.out, flush=True)
         if not sys.stdin.readline().strip():
             os._exit(0)
         self.work, self.left = {}, self.block
         self.start = time.process_time(), time.perf_counter()
 
 
+def matmul_rate() -> float:
+    """Return the operations a CPU second of a float32 product of 1024 x 1024 matrices, the best of ten."""
+    import torch
+
+    left, right = torch.randn(2, 1024, 1024)
+    seconds = []
+    for _ in range(10):
+        start = time.process_time()
+        left @ right
+        seconds.append(time.process_time() - start)
+    return 2 * 1024**3 / min(seconds)
+
+
 def train_ours(settings: dict[str, Any]) -> None:
     """Run a step of this repository or of an earlier build of it, whose modules lie elsewhere."""
     step = importlib.import_module(settings["module"])
-    clock = Clock(settings["block"])
+    clock = Clock(settings["block"], settings["counts"])
     if settings["module"].endswith("ppo.main"):
         update = step.DeepSpeedPPOTrainer.train_rlhf
 
@@ -59,6 +96,7 @@ def train_ours(settings: dict[str, Any]) -> None:
         train = step.optimizer_step
 
         def timed_step(engine, micro_batches, *given):
+            clock.begin()
             loss = train(engine, micro_batches, *given)
             tokens = sum(float(micro.attention_mask.sum()) for micro in micro_batches)
             targets = sum(float(micro.loss_mask.sum()) for micro in micro_batches if hasattr(micro, "loss_mask"))
@@ -97,6 +135,7 @@ def train_trl(settings: dict[str, Any]) -> None:
     train = trainer.training_step
 
     def noted_step(model, inputs, *given, **more):
+        clock.begin()
         mask = inputs.get("attention_mask")  # none where rows are packed
         work["tokens"] = float(inputs["input_ids"].numel() if mask is None else mask.sum())
         work["targets"] = float((inputs["labels"] != -100).sum()) if "labels" in inputs else 0.0
