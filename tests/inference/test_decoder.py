@@ -1,9 +1,10 @@
-"""The pass of LLaMA-shaped networks gives the logits, keys and values of transformers' own modules."""
+"""The pass of decoder.py gives the logits, keys and values of transformers' own modules."""
 
 import pytest
 import torch
 
 from inference import engine
+from inference.decoder import FAMILIES
 from inference.engine import Batch, Rules, read
 from models.adapters.lora import add_lora
 from models.load import load_causal_lm
@@ -34,10 +35,14 @@ def passes(model, direct: bool, monkeypatch) -> list[torch.Tensor]:
 DECODES = engine.runs
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "grouped", "lora"])
+@pytest.mark.parametrize("family", [*FAMILIES, "grouped", "lora", "norms behind", "in turn"])
 def test_it_computes_what_the_modules_compute(tmp_path, monkeypatch, family):
-    changes = {"num_key_value_heads": 1} if family == "grouped" else {}
-    name = {"grouped": "llama", "lora": "qwen2"}.get(family, family)
+    name, changes = {
+        "grouped": ("llama", {"num_key_value_heads": 1}),
+        "lora": ("qwen2", {}),
+        "norms behind": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+        "in turn": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
+    }.get(family, (family, {}))
     model = load_causal_lm(tiny_checkpoint(tmp_path, name, seed=1, **changes), dtype=torch.float32)
     if family == "lora":
         model = add_lora(model, 4, 8.0)
@@ -50,7 +55,7 @@ def test_it_computes_what_the_modules_compute(tmp_path, monkeypatch, family):
         assert_close(mine, modules)
 
 
-@pytest.mark.parametrize("family", ["opt", "glm4"])
+@pytest.mark.parametrize("family", ["bloom", "glm4"])
 def test_other_networks_run_as_they_are(tmp_path, family):
     model = load_causal_lm(tiny_checkpoint(tmp_path, family, seed=1), dtype=torch.float32)
     assert not engine.runs(model)

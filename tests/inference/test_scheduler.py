@@ -149,7 +149,7 @@ def test_a_dialogue_is_read_from_where_it_ended(tmp_path, scheduler, request, fa
         folder = tiny_chatglm(tmp_path / "model", family, request.getfixturevalue("shared_dir"))
     served = open_model(str(folder))
     one, read = scheduler(served), []
-    served.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(tuple(args[0].shape)))
+    served.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0].numel()))
     first = questions(served)[:2]
     one.submit(first)
     wait([answer.future for answer in first], timeout=60)
@@ -158,7 +158,7 @@ def test_a_dialogue_is_read_from_where_it_ended(tmp_path, scheduler, request, fa
     one.submit(second)
     wait([answer.future for answer in second], timeout=60)
     unread = max(len(after.prompt) - len(before.prompt) - len(before.tokens) for before, after in zip(first, second, strict=True))
-    assert read[0] == (2, unread + 1)  # the last token of an answer is drawn, not read
+    assert read[0] == 2 * (unread + 1)  # the last token of an answer is drawn, not read
     third = [follow_up(served, answer, TEXT[3][:7]) for answer in second]
     third.append(Answer(first[0].prompt[::-1], Sampling(8, greedy=True)))
     one.submit(third)
@@ -271,7 +271,7 @@ def test_what_goes_wrong_harms_nobody_else(llama, scheduler, monkeypatch):
 
     def poisoned(ids):
         states = forward(ids)
-        states[(ids == 9).sum(1) > 2, -1] = float("nan")
+        states[(ids == 9) & (ids.roll(1) == 9) & (ids.roll(2) == 9)] = float("nan")
         return states
 
     monkeypatch.setattr(embedding, "forward", poisoned)
