@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from training.utils.data.formats import ORDERS, Format, judgement
-from training.utils.data.names import NO_CONTENT, says_nothing
+from training.utils.data.formats import Format, judgement
+from training.utils.data.names import NO_CONTENT, PREFERENCE, known_names, plain_name, says_nothing
+from training.utils.data.scored_answers import ORDERS, TEXTS, scored_answers
 from training.utils.data.turns import LEARN_MARKS, MESSAGE_FIELDS, OF_TOOLS, Fields, is_turns, role_of
 
 EMPTY = (None, "", [], {})
@@ -19,7 +20,8 @@ def read_fields(row: Fields, form: Format) -> list[str]:
     unused |= set() if any(is_turns(row.get(name)) for name in ("response", "output")) else set(ORDERS)
     names = (*form.needed, *(name for name in form.optional if row.get(name) not in EMPTY), *(["label"] if form.judged else []))
     marks = [name for name in LEARN_MARKS if row.get(name) not in EMPTY]
-    return [*(name for name in names if name not in unused), *marks]
+    ties = [name for name in row if plain_name(name) in PREFERENCE and row.get("rejected") is not None]
+    return [*(name for name in names if name not in unused), *marks, *ties]
 
 
 def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
@@ -31,7 +33,8 @@ def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
     unread = {}
     for name, value in row.items():
         if name in read - {"tools", "answers", "paragraphs", "qas"} and isinstance(value, list):
-            inner = {key for item in value if isinstance(item, dict) for key in item if item[key] and not read_in_turn(key, item)}
+            reads = read_in_answer if name in ("response", "output") and scored_answers(value) else read_in_turn
+            inner = {key for item in value if isinstance(item, dict) for key in item if item[key] and not reads(key, item)}
             unread |= {f"{name}.{key}": key not in NO_CONTENT for key in inner}
         elif name not in read and value not in EMPTY:
             if set(texts_in(value)) - {""} <= set(texts_in([row.get(one) for one in read])) and any(texts_in(value)):
@@ -43,6 +46,11 @@ def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
 def read_in_turn(name: str, turn: Fields) -> bool:
     """Return whether a field of a turn is read: the name is that of a tool, and templates write none of a user."""
     return name in MESSAGE_FIELDS and (name not in OF_TOOLS or role_of(turn) == "tool")
+
+
+def read_in_answer(name: str, answer: Fields) -> bool:
+    """Return whether a field of an answer that stands with its score is read."""
+    return known_names(answer).get(name, name) in (*TEXTS, *ORDERS)
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -14,13 +14,15 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from training.utils.data.names import ANSWER_LIKE
+from training.utils.data.names import ANSWER_LIKE, SCORES_OF_TWO, TIES, plain_name
+from training.utils.data.scored_answers import ORDERS, scores_apart
 from training.utils.data.turns import (
     BadRecord,
     Fields,
     Message,
     Skip,
     from_json,
+    is_alternating,
     is_empty,
     is_turns,
     items,
@@ -38,7 +40,6 @@ from training.utils.data.turns import (
 Record = dict[str, Any]
 
 LARGEST_NUMBER = 3e38  # of float32, as margins are kept
-ORDERS = {"score": 1, "rank": -1}  # fields that say the order of several answers -> whether high is good
 RECORD_UNLEARNED = "a record marked not to learn"
 DIFFERENT = "two dialogues that differ before the last answer"
 NOT_IN_DIALOGUE = "a prompt that is not in the dialogue beside it"
@@ -189,7 +190,10 @@ def _prompt_alone(row: Fields) -> list[Record | Skip]:
 def _turns(row: Fields, field: str) -> list[Message]:
     if not isinstance(row[field], (list, str, dict)):
         raise BadRecord(f'field "{field}" is {kind_of(row[field])}, expected a list of messages')
-    return _system(row) + messages_of(row[field], field)
+    turns = row[field]
+    if is_alternating(turns):
+        turns = [{"role": ("user", "assistant")[place % 2], "content": one} for place, one in enumerate(turns)]
+    return _system(row) + messages_of(turns, field)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -310,6 +314,7 @@ def _answered_dialogue(value: Any, field: str) -> list[Message]:
 
 def _replied(row: Fields, question: str, reply: str) -> list[Record | Skip]:
     """Read a question and its answer, or several answers: a list in "output" stands in order, best first."""
+    row = scores_apart(row, reply)
     asked, value = _asked(row, question), row[reply]
     several = isinstance(value, list) and all(isinstance(one, str) for one in value)
     if several and (reply == "output" or any(row.get(name) is not None for name in ORDERS)):
@@ -496,7 +501,14 @@ def judgement(form: Format, row: Fields) -> bool | None:
     return truth(row["label"]) if form.judged and row.get("label") is not None else None
 
 
-def check_vote(row: Fields) -> None:
-    """Raise Skip for a vote of the web page (inference/web.py) that prefers neither answer."""
+def check_preference(row: Fields) -> None:
+    """Raise Skip for a pair, or a vote of the web page (inference/web.py), that prefers neither answer."""
     if row.get("vote") in ("tie", "bad"):
         raise Skip("a vote for neither answer", 0)
+    if row.get("rejected") is None:
+        return
+    plain = {plain_name(name): value for name, value in row.items()}
+    ties = any(truth(plain.get(name)) for name in TIES) or str(plain.get("winner", "")).lower().startswith("tie")
+    scores = [(plain.get(better), plain.get(worse)) for better, worse in SCORES_OF_TWO]
+    if ties or any(better == worse and better not in (None, "") for better, worse in scores):
+        raise Skip("a tie of two answers", 2)

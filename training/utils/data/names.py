@@ -1,5 +1,7 @@
 """The names of fields: ours, others that are known for them, and those that say nothing of a dialogue."""
 
+from itertools import chain
+
 from training.utils.data.turns import Fields, truth
 
 OUR_NAMES = ("prompt", "response", "chosen", "rejected", "messages", "conversations", "context", "instruction")
@@ -7,7 +9,7 @@ OUR_NAMES += ("input", "output", "history", "system", "content", "summary", "mar
 # Other names that published sets and tools use for ours.
 ALIASES = {
     **dict.fromkeys(("query", "问题", "提问"), "prompt"),
-    **dict.fromkeys(("completion", "回答", "答案"), "response"),
+    **dict.fromkeys(("completion", "completions", "responses", "回答", "答案"), "response"),
     **dict.fromkeys(("rejected_response", "rejected_messages"), "rejected"),
     **dict.fromkeys(("chosen_response", "chosen_messages"), "chosen"),
     **dict.fromkeys(("scores", "rating", "ratings", "reward", "rewards"), "score"),
@@ -20,6 +22,14 @@ ALIASES = {
 VERDICTS = {"is_good", "is_correct", "is_chosen", "is_desirable", "correct", "desirable", "thumbs_up"}
 # Names of a question and of its answer where a row holds no other text (clear_columns): the first that is there.
 CLEAR = {"prompt": ("question", "q", "问", "input"), "response": ("answer", "a", "答", "output", "reply", "target")}
+# Fields of a pair that say that neither answer is better: a mark, or the same value for both.
+TIES = ("tie", "is_tie")
+SCORES_OF_TWO = [
+    names
+    for stem in ("score", "rating", "reward", "overall_score", "overall_rating")
+    for names in ((f"chosen_{stem}", f"rejected_{stem}"), (f"{stem}_chosen", f"{stem}_rejected"))
+]
+PREFERENCE = {*TIES, *chain.from_iterable(SCORES_OF_TWO)}
 # Beside a "prompt" these look like its answer: not prompt-only data, but a format that --columns must explain.
 ANSWER_LIKE = {"answer", "answers", "output", "target", "reply", "label", "text", "summary"}
 # Fields that are plainly no content. Other texts that no format reads are warned of.
@@ -29,9 +39,14 @@ NO_CONTENT |= {"model", "models", "split", "url", "link", "time", "timestamp", "
 NO_CONTENT |= {"author", "date", "vote"}
 
 
+def plain_name(name: str) -> str:
+    """Return the name of a field in small letters, with _ for -."""
+    return name.strip().lower().replace("-", "_")
+
+
 def says_nothing(name: str) -> bool:
     """Return whether a field of this name is plainly no content."""
-    return name.lower() in NO_CONTENT or name.lower().endswith(("label", "_id", "_source", "_url"))
+    return name.lower() in NO_CONTENT or plain_name(name).endswith(("label", "_id", "_source", "_url", "_model"))
 
 
 def known_names(row: Fields) -> dict[str, str]:

@@ -27,6 +27,7 @@ from json_text import parse_json, unique_names
 from training.utils.data.formats import recognise
 from training.utils.data.names import OUR_NAMES, clear_columns, known_names
 from training.utils.data.suggested import is_dialogue
+from training.utils.data.turns import is_alternating
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 CHUNK = 1 << 20
@@ -97,7 +98,7 @@ def _json_rows(path: Path, suffix: str) -> Iterator[Row]:
         one_a_line = whole or _is_dialogue(start) or (suffix != ".json" and not start.startswith("["))
         values = _line_values(path, file, first) if one_a_line else _stream_values(JsonWindow(path, file, first))
         for location, value in unwrapped(path, values) if start.startswith("{") else values:
-            if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+            if is_alternating(value) or (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
                 value = {"messages": value}
             if not isinstance(value, dict):
                 kind = type(value).__name__

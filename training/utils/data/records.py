@@ -19,18 +19,18 @@ from training.utils.data.arrow_rows import ArrowRows, arrow_writer
 from training.utils.data.cache import CachedData, cached
 from training.utils.data.fields import EMPTY, read_fields, unread_fields
 from training.utils.data.formats import (
-    ORDERS,
     RECORD_UNLEARNED,
     Format,
     Record,
     assistant_turn,
-    check_vote,
+    check_preference,
     judgement,
 )
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.names import known_names
 from training.utils.data.repeated_prompts import REPEATED_PROMPTS, prompts_repeated, without_prompt
 from training.utils.data.rows import MISSING, Columns, Reading, refuse_unused, renamed, row_format
+from training.utils.data.scored_answers import ORDERS
 from training.utils.data.sources import Source, Table, open_source
 from training.utils.data.suggested import suggested_columns
 from training.utils.data.turns import BadRecord, Fields, Skip, check_media, is_learned
@@ -161,7 +161,7 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
         check_needed(form, row, raw, mapping, location)
         try:
             check_media(raw)
-            check_vote(raw)
+            check_preference(row)
             results = form.convert(row)
             if repeats:
                 results = [one if isinstance(one, Skip) else without_prompt(one) for one in results]
@@ -191,7 +191,8 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
             theirs = {ours: name for name, ours in known_names(raw).items()} | mapping
             for name, content in unread_fields(row, form).items():
                 alone = " (it orders a list of answers; there is none)" if name in ORDERS else ""
-                reading.unread[theirs.get(name, name) + alone] = content
+                outer, dot, inner = name.partition(".")
+                reading.unread[(theirs.get(name) or theirs.get(outer, outer) + dot + inner) + alone] = content
             for ours in read_fields(row, form):
                 reading.fields[f"{ours}={theirs[ours]}" if theirs.get(ours, ours) != ours else ours] = True
         records = [one for one in results if not isinstance(one, Skip)]

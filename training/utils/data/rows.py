@@ -152,6 +152,13 @@ def unknown_fields(row: Fields) -> str:
             f"labelled texts (fields {fields}) are no dialogues, and no step trains on labels; "
             "--columns prompt=text takes the texts as prompts for step 3."
         )
+    if {"message_id", "parent_id"} <= set(row):
+        return "a message of a tree (message_id, parent_id); write each path from a first message to a last one as messages."
+    if [name for name, value in row.items() if isinstance(value, str) and not says_nothing(name)] == ["text"]:
+        return (
+            "a text by itself; if it is a dialogue in the form of some template, write its turns as messages; "
+            "--columns prompt=text takes the texts as prompts for step 3."
+        )
     if "chosen" in row and "rejected" not in row:
         return f'no field "prompt" or "rejected" (found: {fields}); pairs need prompt, chosen and rejected.'
     return (

@@ -4,9 +4,11 @@ import re
 from typing import Any
 
 from training.utils.data.names import says_nothing
-from training.utils.data.turns import ROLES, BadRecord, Skip, items, messages_of, role_of
+from training.utils.data.scored_answers import scored_answers
+from training.utils.data.turns import ROLES, BadRecord, Skip, is_alternating, items, messages_of, role_of
 
 QUESTION = re.compile("question|query|prompt|instruction|input|request|ask|问|指令|输入", re.IGNORECASE)
+TALK = re.compile("dialog|conversation|messages|chat|turns|^data$|utterances|对话", re.IGNORECASE)
 ANSWER = re.compile(
     "answer|response|output|reply|target|completion|summary|solution|chosen|good|better|win(?!ner)|答|输出", re.IGNORECASE
 )
@@ -16,7 +18,7 @@ NUMBER, LETTER = re.compile(r"[-+]?\d+([.,/]\d+)?"), re.compile(r"\(?[A-J]\)?\.?
 
 def suggested_columns(row: dict[str, Any]) -> str:
     """Return what --columns could be for a row: its one list of messages, or its texts by their names; else ""."""
-    dialogues = [name for name, value in row.items() if is_dialogue(value)]
+    dialogues = [name for name, value in row.items() if is_dialogue(value) or (TALK.search(name) and is_alternating(value))]
     if dialogues:
         return f"messages={dialogues[0]}" if len(dialogues) == 1 else ""
     texts = [name for name, value in row.items() if isinstance(value, str) and not says_nothing(name)]
@@ -26,6 +28,9 @@ def suggested_columns(row: dict[str, Any]) -> str:
     others = [name for name in texts if name != asked]
     worse = next((name for name in others if WORSE.search(name)), None)
     better = next((name for name in others if name != worse and (worse or ANSWER.search(name))), None)
+    ranked = [name for name, value in row.items() if (found := scored_answers(value)) and found[1]]
+    if asked and len(ranked) == 1:
+        better, worse = ranked[0], None
     if not asked or not better:
         return ""
     columns = {"prompt": asked} | ({"chosen": better, "rejected": worse} if worse else {"response": better})
@@ -34,7 +39,7 @@ def suggested_columns(row: dict[str, Any]) -> str:
 
 def for_example(columns: str) -> str:
     """Return a suggestion as the end of a sentence, "" where there is none."""
-    return f", for example --columns {columns}" if columns else " with --columns"
+    return f", for example --columns {columns}" if columns else " with --columns, or write it in one of these forms"
 
 
 def is_dialogue(value: Any) -> bool:

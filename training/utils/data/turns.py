@@ -111,6 +111,11 @@ def is_turns(value: Any) -> bool:
     return isinstance(value, list) or is_columns(value)
 
 
+def is_alternating(value: Any) -> bool:
+    """Return whether a value is a list of texts, which in a field of messages are question and answer in turn (LIMA, UltraChat)."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(one, str) for one in value)
+
+
 def truth(value: Any) -> bool | None:
     """Return True or False for a value that means it (true, 1, "true", "good"); None for any other."""
     return TRUTHS.get(str(value).strip().lower())
@@ -334,5 +339,7 @@ def prompt_messages(value: Any, field: str = "prompt") -> list[Message]:
     """Read a prompt: a text with or without role marks, or a list of messages."""
     if is_turns(value):
         return messages_of(value, field)
+    if isinstance(value, dict) and "replies" in value:
+        raise BadRecord(f'field "{field}" is a tree of messages; write each path from its first message to a last one as messages')
     value = text(value, field)
     return split_turns(value) or [{"role": "user", "content": value}]

@@ -4,6 +4,8 @@ import pytest
 
 from tests.training.utils.data.rows import check_read, check_refused, rec, turns
 
+GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+
 pytestmark = pytest.mark.fast
 
 ROWS = {
@@ -101,6 +103,35 @@ ROWS = {
         [{"messages": turns(f"{n}+1="), "chosen": f"{n}+1= 2", "rejected": "3" if n else "0+1= 3"} for n in (0, 1)],
         [rec(turns("0+1="), "0+1= 2", "0+1= 3"), rec(turns("1+1="), "1+1= 2", "3")],
         "",
+    ),
+    "pairs that say they are ties": (
+        [GOOD, GOOD | {"tie": True}, GOOD | {"is_tie": "1"}, GOOD | {"winner": "tie (bothbad)"}],
+        [rec(turns("Q"), "A", "B")],
+        "left out 3 with a tie of two answers (6 answers; first: line 2)",
+    ),
+    **{
+        f"a pair with equal {better}": (
+            [GOOD | {better: 5, worse: 2}, GOOD | {better: 5, worse: 5}],
+            [rec(turns("Q"), "A", "B")],
+            "left out 1 with a tie of two answers",
+        )
+        for better, worse in (("chosen-rating", "rejected-rating"), ("score_chosen", "score_rejected"))
+    },
+    "a pair without scores": ([GOOD | {"chosen_score": "", "rejected_score": "", "tie": 0}], [rec(turns("Q"), "A", "B")], ""),
+    "answers with their scores": (
+        [{"instruction": "Q", "completions": [{"response": r, "overall_score": s, "why": "c"} for r, s in (("b", 2), ("a", 9))]}],
+        [rec(turns("Q"), "a", "b")],
+        "texts in fields that are not read: completions.why; ",
+    ),
+    "answers with their ranks": (
+        [{"prompt": "Q", "responses": [{"answer": r, "rank": n} for r, n in (("b", 2.0), ("a", 1.0), ("c", 3.0))]}],
+        [rec(turns("Q"), "a", "c")],
+        "1 with a rank between the best and the worst",
+    ),
+    "texts of a dialogue in turn": (
+        [{"conversations": ["Q", "A", "R", "B"]}, {"conversations": ["Q", "A", "R"]}],
+        [rec(turns("Q"), "A"), rec(turns("Q", "A", "R"), "B"), rec(turns("Q"), "A")],
+        "1 with a last question without an answer (first: line 2)",
     ),
     "equal ranks": (
         [{"prompt": "Q", "response": ["a"], "rank": [1]}, {"prompt": "Q", "response": ["a", "b"], "rank": [1, 1]}],

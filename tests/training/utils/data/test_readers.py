@@ -127,6 +127,11 @@ def test_lists_of_messages_are_dialogues(content, name, tmp_path):
     assert [row for _, row in read_rows(tmp_path / name)] == [{"messages": DIALOGUE}] * 2
 
 
+def test_lists_of_texts_are_dialogues(tmp_path):
+    (tmp_path / "a.json").write_text('[["Q", "A"], ["Q", "A", "R"]]')
+    assert [row for _, row in read_rows(tmp_path / "a.json")] == [{"messages": ["Q", "A"]}, {"messages": ["Q", "A", "R"]}]
+
+
 def test_numbers_that_only_python_writes_are_read(tmp_path):
     """What ijson refuses: NaN in a field that nobody needs, identifiers above 64 bits."""
     path = tmp_path / "a.json"

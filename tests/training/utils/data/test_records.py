@@ -43,7 +43,11 @@ def test_columns_leave_sets_without_these_fields_alone(load, tmp_path):
 
 
 DIALOGUE = turns("Q", "A")
+RANKED = [{"answer": "A", "rank": 1}, {"answer": "B", "rank": 2}]
 SUGGESTED = [
+    ({"id": "0", "data": ["Q", "A"]}, "messages=data"),
+    ({"question": "Q", "answers": RANKED}, "prompt=question,response=answers"),
+    ({"query": "Q", "references": ["A", "B"]}, ""),
     ({"dialog": DIALOGUE, "id": "7"}, "messages=dialog"),
     ({"talk": json.dumps(DIALOGUE)}, "messages=talk"),
     ({"talk": [{"human": "Q", "assistant": "A"}]}, "messages=talk"),
@@ -94,11 +98,18 @@ BAD = {
     "unknown.jsonl": ('{"ask": "q", "told": "r"}\n', "the fields ask, told are no known format.*--columns"),
     "suggested.jsonl": ('{"request": "q", "solution": "r", "type": "t"}\n', "--columns prompt=request,response=solution .docs"),
     "suggested_pair.jsonl": ('{"question": "q", "response_j": "r", "response_k": "s"}\n', "chosen=response_j,rejected=response_k "),
-    "nothing_to_suggest.jsonl": ('{"toy_a": "q", "toy_b": "r", "toy_c": "s"}\n', "say which is which with --columns .docs"),
+    "nothing_to_suggest.jsonl": ('{"toy_a": "q", "toy_b": "r", "toy_c": "s"}\n', "with --columns, or write it in one of these"),
     "many_fields.json": (json.dumps({f"f{n}": {} for n in range(99)}), "the fields f0, f1, f2, f3, f4, f5, f6, f7, … are no known"),
     "no_role.jsonl": ('{"messages": [{"said": "x", "by": "y"}]}\n', '"messages" has a message without "role" .found: said, by.'),
     "prompt_answer.jsonl": ('{"prompt": "q", "answer": "r", "text": "t"}\n', "the fields prompt, answer, text are no known format"),
     "choices.jsonl": ('{"question": "q", "A": "r", "B": "s", "answer": "A"}\n', "the fields question, A, B, answer are no known"),
+    "tree.jsonl": ('{"message_id": "1", "parent_id": null, "text": "q", "role": "prompter"}\n', "a message of a tree"),
+    "whole_tree.jsonl": ('{"prompt": {"text": "q", "role": "prompter", "replies": []}}\n', '"prompt" is a tree of messages'),
+    "marked_text.jsonl": ('{"text": "<|user|>q<|assistant|>r", "id": "7"}\n', "write its turns as messages; --columns prompt=text"),
+    "unordered.jsonl": (
+        '{"prompt": "q", "response": [{"text": "a", "votes": 1}, {"text": "b", "votes": 2}]}\n',
+        r'list of 2 answers \(with text, votes\), and nothing is known to say .* call the field that does "score"',
+    ),
     "only_chosen.jsonl": ('{"chosen": "q"}\n', 'no field "prompt" or "rejected"'),
     "no_dialogue.jsonl": ('{"chosen": "a", "rejected": "b"}\n', '"prompt", and "chosen" is not a whole dialogue'),
     "type.jsonl": ('{"prompt": 5, "response": "b"}\n', 'line 1: field "prompt" is a int, expected a text'),
