@@ -210,10 +210,9 @@ def answer_turns(row: Fields, field: str, asked: Sequence[Message] = ()) -> list
         turns = items(value, field)
         if turns and all(isinstance(one, str) for one in turns):
             if len(turns) > 1:
-                raise BadRecord(
-                    f'field "{field}" is a list of {len(turns)} texts and nothing says which is better; give their '
-                    'scores in a field "score", or a single text'
-                )
+                way = "give a single text, and a record for each pair" if field in ("chosen", "rejected") else ""
+                way = way or 'give their scores in a field "score", or a single text'
+                raise BadRecord(f'field "{field}" is a list of {len(turns)} texts and nothing says which is better; {way}')
             return [assistant_turn(text(turns[0], field, strip=False))]
         return messages_of(value, field) or [assistant_turn("")]
     if isinstance(value, dict):
@@ -305,7 +304,8 @@ def _answered_dialogue(value: Any, field: str) -> list[Message]:
         turns = split_turns(value, answered=True)
         if not turns and value.strip() and not split_turns(value):
             raise BadRecord(
-                f'no field "prompt", and "{field}" is not a whole dialogue ("\\n\\nHuman: …\\n\\nAssistant: …")'
+                f'no field "prompt" (--columns prompt=… names another one), and "{field}" is not a whole dialogue '
+                '("\\n\\nHuman: …\\n\\nAssistant: …")'
             )
     if not turns or turns[-1]["role"] != "assistant":
         raise Skip("a dialogue that does not end with an answer")

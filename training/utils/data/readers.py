@@ -25,7 +25,7 @@ from typing import IO, Any
 from errors import UserError
 from json_text import parse_json, unique_names
 from training.utils.data.formats import recognise
-from training.utils.data.names import OUR_NAMES, clear_columns, known_names
+from training.utils.data.names import OUR_NAMES, clear_columns, known_names, with_our_names
 from training.utils.data.suggested import is_dialogue
 from training.utils.data.turns import is_alternating
 
@@ -113,7 +113,7 @@ def unwrapped(path: Path, values: Iterator[tuple[str, Any]]) -> Iterator[tuple[s
     """
     first = next(values, None)
     inside = wrapped_records(first[1]) if first else None
-    second = next(values, None) if inside else None
+    second = next(values, None)
     if inside and second is None:
         key, records = inside
         exported = enumerate(first[1][key], start=1)
@@ -122,7 +122,23 @@ def unwrapped(path: Path, values: Iterator[tuple[str, Any]]) -> Iterator[tuple[s
             raise UserError(f"{path}, record {cut}: the data server cut its texts (truncated_cells); download the set itself.")
         yield from ((f'record {number} under "{key}"', one) for number, one in enumerate(records, start=1))
     else:
+        if first and not second and is_turned(first[1]):
+            raise UserError(
+                f"{path}: an object of columns, or of records by their keys; write one object a record, for example with pandas: "
+                "to_json(FILE, orient='records', lines=True, force_ascii=False)."
+            )
         yield from chain(filter(None, (first, second)), values)
+
+
+def is_turned(value: Any) -> bool:
+    """Return whether an object is a table of columns, as lists or as pandas writes them, or has a record under each key."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if columns and all(isinstance(column, list) and column for column in columns):
+        texts = len(columns) > 1 and all(isinstance(one, str) for column in columns for one in column)
+        return len({len(column) for column in columns}) == 1 and (texts or all(map(is_dialogue, chain(*columns))))
+    inner = [one for one in columns if isinstance(one, dict) and one]
+    numbered = all(key.isdigit() for one in inner for key in one)
+    return len(inner) == len(columns) > 0 and (numbered or all(recognise(with_our_names(one)) for one in inner))
 
 
 def wrapped_records(value: Any) -> tuple[str, list[dict]] | None:

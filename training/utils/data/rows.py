@@ -1,5 +1,6 @@
 """Choose the format of a table by its first row and --columns. Imports none of the libraries that read data."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -152,6 +153,8 @@ def unknown_fields(row: Fields) -> str:
             f"labelled texts (fields {fields}) are no dialogues, and no step trains on labels; "
             "--columns prompt=text takes the texts as prompts for step 3."
         )
+    if all(isinstance(value, str) for value in row.values()) and any(re.search("[?!。？！]|( .*){4}", name) for name in row):
+        return f"the names of the fields read like texts ({fields}); put a line with the columns' names first: prompt,response."
     if {"message_id", "parent_id"} <= set(row):
         return "a message of a tree (message_id, parent_id); write each path from a first message to a last one as messages."
     if [name for name, value in row.items() if isinstance(value, str) and not says_nothing(name)] == ["text"]:

@@ -185,6 +185,28 @@ def test_a_wrapper_that_is_not_read_whole_is_told(tmp_path, monkeypatch):
         list(read_rows(tmp_path / "a.json"))
 
 
+TURNED = [
+    {"prompt": ["Q", "R"], "response": ["A", "B"]},
+    {"prompt": {"0": "Q", "1": "R"}, "response": {"0": "A", "1": "B"}},
+    {"a7": PAIRS[0], "b8": PAIRS[1]},
+    {"messages": [DIALOGUE, DIALOGUE]},
+]
+
+
+@pytest.mark.parametrize("table", TURNED)
+def test_an_object_of_columns_or_of_records_by_key_is_told(table, tmp_path):
+    for indent in (None, 1):
+        (tmp_path / "a.json").write_text(json.dumps(table, indent=indent))
+        with pytest.raises(UserError, match=r"a\.json: an object of columns, or of records by their keys; write one"):
+            list(read_rows(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("record", [{"messages": DIALOGUE}, {"conversations": ["Q", "A"]}, {"prompt": {"text": "Q"}}, {"data": []}])
+def test_a_single_record_is_no_table_of_columns(record, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert [row for _, row in read_rows(tmp_path / "a.json")] == [record]
+
+
 ARTICLE, ANSWERED = {"title": "T", "paragraphs": [{"context": "C"}]}, {"question": "Q", "answers": [{"text": "A"}]}
 
 

@@ -46,6 +46,7 @@ DIALOGUE = turns("Q", "A")
 RANKED = [{"answer": "A", "rank": 1}, {"answer": "B", "rank": 2}]
 SUGGESTED = [
     ({"id": "0", "data": ["Q", "A"]}, "messages=data"),
+    ({"user": "Q", "assistant": "A"}, "prompt=user,response=assistant"),
     ({"question": "Q", "answers": RANKED}, "prompt=question,response=answers"),
     ({"query": "Q", "references": ["A", "B"]}, ""),
     ({"dialog": DIALOGUE, "id": "7"}, "messages=dialog"),
@@ -103,6 +104,8 @@ BAD = {
     "no_role.jsonl": ('{"messages": [{"said": "x", "by": "y"}]}\n', '"messages" has a message without "role" .found: said, by.'),
     "prompt_answer.jsonl": ('{"prompt": "q", "answer": "r", "text": "t"}\n', "the fields prompt, answer, text are no known format"),
     "choices.jsonl": ('{"question": "q", "A": "r", "B": "s", "answer": "A"}\n', "the fields question, A, B, answer are no known"),
+    "no_header.csv": ("What is 1+1?,Two\nWhat is 2+2?,Four\n", r"read like texts .What is 1\+1\?, Two.; put a line with the"),
+    "several_worse.jsonl": ('{"prompt": "q", "chosen": "a", "rejected": ["b", "c"]}\n', "text, and a record for each pair"),
     "tree.jsonl": ('{"message_id": "1", "parent_id": null, "text": "q", "role": "prompter"}\n', "a message of a tree"),
     "whole_tree.jsonl": ('{"prompt": {"text": "q", "role": "prompter", "replies": []}}\n', '"prompt" is a tree of messages'),
     "marked_text.jsonl": ('{"text": "<|user|>q<|assistant|>r", "id": "7"}\n', "write its turns as messages; --columns prompt=text"),
@@ -111,7 +114,7 @@ BAD = {
         r'list of 2 answers \(with text, votes\), and nothing is known to say .* call the field that does "score"',
     ),
     "only_chosen.jsonl": ('{"chosen": "q"}\n', 'no field "prompt" or "rejected"'),
-    "no_dialogue.jsonl": ('{"chosen": "a", "rejected": "b"}\n', '"prompt", and "chosen" is not a whole dialogue'),
+    "no_dialogue.jsonl": ('{"chosen": "a", "rejected": "b"}\n', 'names another one., and "chosen" is not a whole dialogue'),
     "type.jsonl": ('{"prompt": 5, "response": "b"}\n', 'line 1: field "prompt" is a int, expected a text'),
     "role.jsonl": ('{"messages": [{"role": "critic", "content": "x"}]}\n', "line 1: .* the role 'critic', expected one of"),
     "odd_role.jsonl": ('{"messages": [{"role": ["user"], "content": "Q"}]}\n', r"has the role \['user'\]"),
