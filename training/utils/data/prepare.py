@@ -91,9 +91,10 @@ def prepare_phase(
         share = {"data_split": args.data_split, "seed": args.seed, "eval_fraction": args.eval_fraction}
         sets = []
         for one, (path, sft_only) in zip(read, paths, strict=True):
-            train, held_out = select_phase(one.datasets, phase, sft_only=sft_only, **share)
+            notes = notes_of(one)
+            train, held_out = select_phase(one.datasets, phase, sft_only=sft_only, notes=notes, **share)
             reading, own_eval = readings(one)["train"], "eval" in one.datasets
-            sets.append(StepRecords(path, reading, notes_of(one), train, held_out, own_eval))
+            sets.append(StepRecords(path, reading, notes, train, held_out, own_eval))
         counts = write_tokens(folder, encoding, sets)
         total = {split: sum_of([of_set[split] for of_set in counts]) for split in SPLITS}
         check_something_left([path for path, _ in paths], encoding, total["train"])

@@ -6,7 +6,6 @@ seed, and stays when other records come or go.
 
 import hashlib
 import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +14,10 @@ from itertools import islice
 from errors import UserError
 from training.utils.data.arrow_rows import ArrowRows
 
-logger = logging.getLogger("sanbu")
-
 PHASES = {1: "step 1 (supervised fine-tuning)", 2: "step 2 (reward model)", 3: "step 3 (PPO)"}
 # One opening question that holds more than this share of the dialogues, and at least this many, is a constant prompt.
 CONSTANT_SHARE, CONSTANT_COUNT = 0.2, 10
+CONSTANT = "many prompts are the same text: the whole record, not its opening question, says which step it belongs to"
 
 
 def parse_split(data_split: str) -> tuple[float, float, float]:
@@ -50,13 +48,21 @@ def phase_and_part(key: str, ratios: tuple[float, float, float], seed: int, eval
 
 
 def select_phase(
-    records: dict[str, ArrowRows], phase: int, *, data_split: str, seed: int, eval_fraction: float, sft_only: bool = False
+    records: dict[str, ArrowRows],
+    phase: int,
+    *,
+    data_split: str,
+    seed: int,
+    eval_fraction: float,
+    sft_only: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[ArrowRows, ArrowRows]:
     """Return (training, evaluation) records of one step out of those of a set. Either may be empty for a small set.
 
     The opening question is the key: the turns of a dialogue, and pairs about one question, stay together. A set with
     its own held-out split keeps it; its training records that share a question with that split are left out. sft_only:
-    everything belongs to step 1, whatever data_split says.
+    everything belongs to step 1, whatever data_split says. notes: gets a line where the whole record is the key, and one on
+    records that are left out.
     """
     if phase not in PHASES:
         raise ValueError(f"phase {phase}: expected 1, 2 or 3")
@@ -68,10 +74,8 @@ def select_phase(
 
     train, held_out = records["train"], records.get("eval")
     whole = _has_constant_prompt(train)
-    if whole:
-        logger.info(
-            "Many prompts are the same text: the whole record, not its opening question, says where it belongs."
-        )
+    notes = [] if notes is None else notes
+    notes += [CONSTANT] if whole else []
     keys = [(*phase_and_part(key, ratios, seed, eval_fraction), key) for key in _keys(train, whole)]
     if held_out is None:
         rows = {part: [row for row, found in enumerate(keys) if found[:2] == (phase, part)] for part in (False, True)}
@@ -82,7 +86,8 @@ def select_phase(
     rows = [row for row, (found, _, key) in enumerate(keys) if found == phase and key not in taken]
     shared = sum(key in taken for found, _, key in keys if found == phase)
     if shared:
-        logger.info("%d training records share a question with the held-out split: not trained on.", shared)
+        what = "text" if whole else "question"
+        notes.append(f"{shared} records of this step left out: their {what} is in the held-out split too")
     eval_rows = [row for row, key in enumerate(eval_keys) if phase_and_part(key, ratios, seed, 0.0)[0] == phase]
     return train.select(rows), held_out.select(eval_rows)
 

@@ -89,3 +89,13 @@ def test_chatglm_shows_its_marks(tmp_path, chatglm_tokenizers):
         )
         table = (tmp_path / "data.txt").read_text(encoding="utf-8")
         assert "[gMASK]" in table and "问题" in table and "回答" in table.split(">>>")[-1], version
+
+
+def test_records_left_out_for_the_held_out_split_are_in_the_table_also_from_the_cache(tmp_path, llama):
+    write_lines(tmp_path / "set" / "train.jsonl", pairs(5))
+    write_lines(tmp_path / "set" / "test.jsonl", pairs(2))
+    for name in ("first", "again"):
+        (tmp_path / name).mkdir()
+        run(tmp_path / "set", 1, llama, overview_folder=str(tmp_path / name))
+        told = "  2 records of this step left out: their question is in the held-out split too\n"
+        assert told in (tmp_path / name / "data.txt").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pyarrow
 import pytest
@@ -12,7 +13,7 @@ from errors import UserError
 from tests.training.utils.data.rows import rec, turns
 from training.utils.data.arrow_rows import ArrowRows
 from training.utils.data.records import SCHEMA, load_records
-from training.utils.data.splits import opening_question, parse_split, phase_and_part, select_phase
+from training.utils.data.splits import CONSTANT, opening_question, parse_split, phase_and_part, select_phase
 
 
 def pairs(count: int, per_question: int = 1, start: int = 0) -> list[dict]:
@@ -146,21 +147,23 @@ def test_opening_question_is_the_first_of_the_user():
 def test_own_held_out_split_is_kept():
     """Evaluation is the set's own; training loses the questions that stand there, and nothing else."""
     records, held_out = pairs(300), pairs(60, start=280)  # questions 280..299 are in both
-    parts = split(records, held_out)
+    notes: list[str] = []
+    parts = split(records, held_out, notes=notes)
+    left_out = r"(\d+) records of this step left out: their question is in the held-out split too"
+    assert sum(int(re.fullmatch(left_out, note)[1]) for note in notes) == 20
     shared = {f"Question {number}?" for number in range(280, 300)}
     check_no_leak(parts, [row for row in records if not questions([row]) & shared] + held_out)
     assert as_texts([row for (_, part), rows in parts.items() if part == "eval" for row in rows]) == as_texts(held_out)
 
 
 @pytest.mark.fast
-def test_constant_prompt_is_split_by_the_whole_record(caplog):
-    caplog.set_level("INFO")
-    records = pairs(600, per_question=600)
-    parts = split(records)
+def test_constant_prompt_is_split_by_the_whole_record():
+    records, notes = pairs(600, per_question=600), []
+    parts = split(records, notes=notes)
     assert as_texts([row for rows in parts.values() for row in rows]) == as_texts(records)
     for phase, share in ((1, 0.2), (2, 0.4), (3, 0.4)):
         assert within(len(parts[phase, "train"]) + len(parts[phase, "eval"]), 600, share)
-    assert caplog.text.count("Many prompts are the same text") == 3  # once a call
+    assert notes == [CONSTANT] * 3  # once a call
     # Twelve turns of one dialogue share their opening, but a dialogue is one prompt: it stays whole.
     records = dialogues(4, num_turns=12)
     check_no_leak(split(records), records)
