@@ -20,7 +20,8 @@ from models.heads import TokenLogProbs, TokenScores, at_last_token, prefix_lengt
 from models.load import load_causal_lm, load_tokenizer
 from models.templates import Template, load_template
 from training.utils.data.batching import pad_right
-from training.utils.data.records import load_records
+from training.utils.data.records import check_columns_used, read_records, readings
+from training.utils.data.sources import open_source
 from training.utils.data.tokenize import Counts, Encoding, Limits, cut_prompt, fit, fit_prompt, prompt_space
 
 logger = logging.getLogger("sanbu")
@@ -65,7 +66,15 @@ class LoadedModel:
                 f"{flag} {room} leaves no room for a prompt in the {self.longest} tokens that {self.path} reads; lower it."
             )
         encoded = self.template.encode_prompts(self.tokenizer, prompts)
+        self.tell_cuts(sum(len(ids) > limit for ids in encoded), 0, len(encoded), limit)
         return [self.cut(messages, ids, limit) for messages, ids in zip(prompts, encoded, strict=True)]
+
+    def tell_cuts(self, prompts: int, answers: int, count: int, limit: int) -> None:
+        """Say how many of so many prompts and their answers are cut to a limit in tokens, if any."""
+        words = [f"{prompts} lost their oldest part"] if prompts else []
+        words += [f"{answers} answers their end"] if answers else []
+        if words:
+            logger.warning("%s: of %d prompts %s, to fit into %d tokens", self.path, count, " and ".join(words), limit)
 
     def cut(self, messages: Messages, ids: list[int], space: int) -> list[int]:
         """Return the tokens of a prompt within a space, as training cuts them; a system text that alone is too long is cut too."""
@@ -80,11 +89,13 @@ class LoadedModel:
 
         answers: [answers to a prompt][prompts] of token ids. Returns [prompts] of (prompt, answer, answer, …).
         """
-        limits, cut = Limits(limit or self.longest), []
+        limits, cut, counts, cuts = Limits(limit or self.longest), [], Counts(), 0
         encoded = self.template.encode_prompts(self.tokenizer, prompts)
         for messages, ids, *few in zip(prompts, encoded, *answers, strict=True):
-            ids = self.cut(messages, ids, prompt_space(ids, few, limits, self.template))
-            cut.append(fit(ids, few, limits, self.template, Counts()))
+            space = prompt_space(ids, few, limits, self.template)
+            cuts += len(ids) > space
+            cut.append(fit(self.cut(messages, ids, space), few, limits, self.template, counts))
+        self.tell_cuts(cuts, counts.truncated_answers, len(encoded), limits.max_seq_len)
         return cut
 
     def answer(self, prompts: list[list[int]], **settings: Any) -> list[Answer]:
@@ -168,10 +179,15 @@ def in_batches(
 def held_out(path: str, columns: dict[str, str], cache_dir: str | None = None, alone: bool = True) -> Any:
     """Return the held-out records of a data set, or all where it has no held-out part. alone: see load_records.
 
-    Dialogues with tools are left out, with a line in the log: here prompts are messages alone.
+    What was left out of them, or not read, is told. So are dialogues with tools, which are left out: here prompts are messages.
     """
-    splits = load_records(path, columns=columns, cache_dir=cache_dir, alone=alone)
-    records = splits.get("eval", splits["train"])
+    read = read_records(open_source(path), columns, cache_dir)
+    if alone:
+        check_columns_used([read], columns)
+    split = "eval" if "eval" in read.datasets else "train"
+    records = read.datasets[split]
+    for note in readings(read)[split].notes:
+        logger.warning("%s: %s", path, note)
     plain = [row for row, calls in enumerate(records["calls"]) if calls is None]
     if len(plain) < len(records):
         logger.warning("%s: %d dialogues with tools are not evaluated", path, len(records) - len(plain))

@@ -13,6 +13,7 @@ from training.utils.run.entry import parse_or_exit, run_main
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and wrong input are answered at once
     ARGS = parse_or_exit(RewardEvalArguments, check=check_inputs)
 
+import logging
 import statistics
 from typing import Any
 
@@ -24,6 +25,8 @@ from models.quiet import quiet_libraries
 from training.evaluate.common import BUILT_IN, LoadedModel, held_out, in_batches, load_for_evaluation, write_json
 from training.evaluate.intervals import wilson
 from training.utils.loss import pair_accuracy
+
+logger = logging.getLogger("sanbu")
 
 SHOWN = 6  # pairs that are printed
 
@@ -61,6 +64,8 @@ def read_pairs(args: RewardEvalArguments) -> list[dict[str, Any]]:
         usable = [row for row, rejected in enumerate(records["rejected"]) if rejected is not None]
         if not usable:
             raise UserError(f"--data_path {path}: no record has a rejected answer; rw_eval compares good and bad ones.")
+        if len(usable) < len(records):
+            logger.warning("%s: %d records without a rejected answer are not scored", path, len(records) - len(usable))
         pairs += records.select(usable[: args.num_pairs or None]).to_list()
     return pairs
 

@@ -61,16 +61,19 @@ def test_summary_by_hand():
     [turns("once upon a time " * 30), turns("system: Be kind.", "once upon", "yes " * 40, "a time")],
     ids=["one question", "system text and turns"],
 )
-def test_long_prompts_are_cut_as_in_training(llama, messages):
+def test_long_prompts_are_cut_as_in_training(llama, messages, caplog):
     tokenizer = load_tokenizer(llama)
     template = load_template(llama, tokenizer)
     record = rec(messages, "yes", "no, never")
     (row,) = tokenise([record], Encoding(2, tokenizer, template, Limits(60)), Counts())
-    loaded = LoadedModel("", torch.nn.Module(), tokenizer, template, torch.device("cpu"))
+    loaded = LoadedModel("m", torch.nn.Module(), tokenizer, template, torch.device("cpu"))
     good, bad = encode_pairs([record], loaded, 60)
     assert (good, bad) == (row["chosen_ids"], row["rejected_ids"]) and len(bad) <= 60
     assert template.decode_answer(tokenizer, bad).endswith("no, never") and good[-1] == template.stop_token_ids[0]
     assert messages[0]["role"] == "user" or "Be kind." in tokenizer.decode(good)
+    assert [one.getMessage() for one in caplog.records] == ["m: of 1 prompts 1 lost their oldest part, to fit into 60 tokens"]
+    encode_pairs([rec(turns("a time"), "yes", "no")], loaded, 60)
+    assert len(caplog.records) == 1
 
 
 def test_pairs_come_from_the_held_out_part_and_need_a_rejected_answer(tmp_path, monkeypatch):
@@ -87,6 +90,16 @@ def test_pairs_come_from_the_held_out_part_and_need_a_rejected_answer(tmp_path, 
     answers.write_text('{"prompt": "p", "response": "r"}\n')
     with pytest.raises(UserError, match="no record has a rejected answer"):
         read_pairs(RewardEvalArguments(model_name_or_path="m", data_path=[str(answers)]))
+
+
+def test_what_is_not_scored_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SANBU_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"p{n}", "response": "good" if n < 2 else "bad", "label": n < 2, "note": "x"} for n in (0, 1, 2)]
+    rows.append({"prompt": "p0", "response": "bad", "label": False, "note": "x"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_pairs(RewardEvalArguments(model_name_or_path="m", data_path=[str(tmp_path / "a.jsonl")]))) == 1
+    for told in ("1 records without a rejected answer are not scored", "texts in fields that are not read: note", "judged bad"):
+        assert told in caplog.text
 
 
 def test_an_evaluation_says_of_which_pairs_it_is():
