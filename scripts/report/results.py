@@ -8,7 +8,7 @@ from errors import UserError
 from json_text import parse_json
 from scripts.report.runs import StepRun
 from scripts.report.words import ON, RESULTS, choose, word
-from training.utils.run.metrics import format_seconds
+from training.utils.run.metrics import format_seconds, rounded
 
 Row = tuple[str, str, str, str]  # metric, before, after, target; "" where there is none
 
@@ -93,8 +93,7 @@ def shown(metric: str, value: float | None) -> str:
     """Return a value with the decimals that its metric deserves; a zero has no sign."""
     if value is None:
         return ""
-    decimals = 1 if value >= 1000 else DECIMALS.get(metric, 3)
-    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+    return rounded(value, 1 if value >= 1000 else DECIMALS.get(metric, 3))
 
 
 def cost_rows(summary: dict[str, Any], language: str) -> list[Row]:

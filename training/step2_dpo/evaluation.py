@@ -9,6 +9,7 @@ from torch import Tensor
 
 from training.utils.data.batching import AnswerPairBatch
 from training.utils.loss import dpo_loss, pair_accuracy
+from training.utils.run.metrics import rounded
 from training.utils.run.process_group import Run
 
 NAMES = ("pairs", "loss", "accuracy", "chosen", "rejected", "chosen_log_prob", "rejected_log_prob")
@@ -53,6 +54,6 @@ def evaluate_pairs(
 
 def evaluation_line(step: int, metrics: dict[str, float], measured_on: str) -> str:
     """Write an evaluation as a line, with the kind of its pairs: accuracy on training pairs says nothing about others."""
-    rewards = f"{metrics['chosen']:.3f} (chosen) and {metrics['rejected']:.3f} (rejected)"
+    rewards = f"{rounded(metrics['chosen'], 3)} (chosen) and {rounded(metrics['rejected'], 3)} (rejected)"
     pairs = f"{measured_on} accuracy {metrics['accuracy']:.4f} over {metrics['pairs']:.0f} pairs"
     return f"step {step}: {pairs}, implicit rewards {rewards}"

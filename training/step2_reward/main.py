@@ -33,6 +33,7 @@ from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.loss import bradley_terry_loss, pair_accuracy
 from training.utils.run.loop import GlobalBatches, Progress, evaluation_batches
 from training.utils.run.memory import check_run_fits
+from training.utils.run.metrics import rounded
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -110,7 +111,7 @@ def evaluation_line(step: int, metrics: dict[str, float], measured_on: str) -> s
     """Write an evaluation as a line, with the kind of its pairs: accuracy on training pairs says nothing about others."""
     return (
         f"step {step}: {measured_on} accuracy {metrics['accuracy']:.4f} over "
-        f"{metrics['pairs']:.0f} pairs, chosen {metrics['chosen']:.3f}, rejected {metrics['rejected']:.3f}"
+        f"{metrics['pairs']:.0f} pairs, chosen {rounded(metrics['chosen'], 3)}, rejected {rounded(metrics['rejected'], 3)}"
     )
 
 

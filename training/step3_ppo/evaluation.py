@@ -16,6 +16,7 @@ from training.step3_ppo.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_ppo.rollout import SamplerState, complete_experience, roll_out, score_answers
 from training.utils.data.batching import PromptBatch, collate_prompts
 from training.utils.loss import outcomes
+from training.utils.run.metrics import rounded
 
 HELD_OUT = 0  # the rollout number that seeds evaluation: every evaluation samples with the same random numbers
 SAMPLES, TRAINING_SAMPLES = 8, 4  # answers of an evaluation and of a rollout that are kept as text
@@ -68,9 +69,8 @@ class HeldOut:
         }
         run.metrics.log(step, metrics | {"measured_on": "held-out"}, prefix="eval")
         if run.is_main:
-            line = f"held-out score {metrics['score']:.3f}, win rate {metrics['win_rate']:.2f} against the SFT model"
-            kl = round(metrics["kl"], 2) + 0.0  # no "-0.00"
-            line += f", KL {kl:.2f} nats, length {metrics['length']:.1f}, ended {metrics['eos_rate']:.2f}"
+            line = f"held-out score {rounded(metrics['score'], 3)}, win rate {metrics['win_rate']:.2f} against the SFT model"
+            line += f", KL {rounded(metrics['kl'], 2)} nats, length {metrics['length']:.1f}, ended {metrics['eos_rate']:.2f}"
             print(f"step {step}: {line} over {self.count} prompts", flush=True)
             write_samples(experience, engine, step, "eval", beside=beside_rows(reference_answers, reference_scores))
         return metrics

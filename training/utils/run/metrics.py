@@ -69,6 +69,11 @@ class Metrics:
             self.writer.close()
 
 
+def rounded(value: float, decimals: int) -> str:
+    """Return a number with so many decimals; a zero has no sign."""
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+
+
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the records of a JSONL file, and how many of its lines are no JSON object: a kill cuts the last one."""
     records, left_out = [], 0
