@@ -19,6 +19,7 @@ from models.templates import CHATGLM, Template, encode_texts
 from training.utils.data.arrow_rows import arrow_writer
 from training.utils.data.cache import CachedData, cached, new_rebuild_id
 from training.utils.data.digest import file_digest
+from training.utils.data.names import says_nothing
 from training.utils.data.readers import Row, data_suffix
 from training.utils.data.sources import Table, open_source
 from training.utils.data.tokenize import BATCH, SCHEMAS, SPLITS, Counts, report_of, tokenizer_digest
@@ -48,13 +49,14 @@ def prepare_blocks(
     tables = open_tables(name)
 
     def build(folder: Path) -> dict[str, dict[str, Any]]:
-        counts = write_blocks(folder, texts(tables, column), tokenizer, template, block_length)
+        unread: dict[str, None] = {}  # in the order of the fields
+        counts = write_blocks(folder, texts(tables, column, unread), tokenizer, template, block_length)
         if not counts.kept:
             raise UserError(
                 f"{FLAG} {name}: {counts.tokens} tokens in {counts.records} texts do not fill one block of "
                 f"--max_prompt_seq_len + --max_answer_seq_len = {block_length} tokens; give more text or lower these."
             )
-        return report_of({"train": counts, "eval": Counts()})
+        return report_of({"train": counts, "eval": Counts()}) | {"unread": list(unread)}
 
     digests = [table.digest for table in tables]
     content = ["plain text", digests, column, block_length, tokenizer_digest(tokenizer), asdict(template)]
@@ -66,6 +68,8 @@ def prepare_blocks(
         f"{name}: {counts['records'] - empty} texts ({empty} empty ones left out), {counts['tokens']} tokens in "
         f"{counts['kept']} blocks of {block_length}; the last {tail} tokens fill no block and are left out"
     )
+    if data.report["unread"]:
+        logger.info("%s: texts in fields that are not read: %s", name, ", ".join(data.report["unread"]))
     return data
 
 
@@ -98,8 +102,11 @@ def paragraphs(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it, for example with iconv.") from error
 
 
-def texts(tables: list[Table], column: str | None) -> Iterator[str]:
-    """Yield all texts, empty ones too. Raise UserError with file and line for a row without text."""
+def texts(tables: list[Table], column: str | None, unread: dict[str, None]) -> Iterator[str]:
+    """Yield all texts, empty ones too. Raise UserError with file and line for a row without text.
+
+    unread: gets the names of other fields that hold texts.
+    """
     for table in tables:
         field = column
         for location, row in table.read():
@@ -110,6 +117,8 @@ def texts(tables: list[Table], column: str | None) -> Iterator[str]:
                     f"{table.label}, {location}: no text in the field {field!r} (found: {', '.join(row)}); "
                     f"{COLUMN_FLAG} names the field."
                 )
+            others = (name for name, other in row.items() if name != field and isinstance(other, str) and other)
+            unread.update((name, None) for name in others if not says_nothing(name))
             yield (value or "").strip("\n")
 
 

@@ -118,3 +118,14 @@ def test_a_set_that_is_not_there_is_called_by_its_own_flag(tmp_path, llama):
     (tmp_path / "gb.txt").write_bytes("你好".encode("gb18030"))
     with pytest.raises(UserError, match=r"gb.txt: not UTF-8 text"):
         prepare(tmp_path / "gb.txt", llama)
+
+
+@pytest.mark.fast
+def test_texts_in_other_fields_are_told_also_from_the_cache(tmp_path, llama, caplog):
+    rows = [row | {"url": "https://x", "title": "T", "empty": "", "number": 5} for row in ROWS]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    for _ in range(2):
+        with caplog.at_level("INFO", logger="sanbu"):
+            prepare(path, llama)
+        assert f"{path}: texts in fields that are not read: other, title" in caplog.messages
+        caplog.clear()
