@@ -43,6 +43,12 @@ def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
     return unread
 
 
+def unread_by_rule(row: Fields, fields: tuple[str, ...]) -> dict[str, bool]:
+    """Return the fields that hold something and that the rule of a named set does not read, as unread_fields does."""
+    others = {name: value for name, value in row.items() if name not in fields and value not in EMPTY}
+    return {name: not says_nothing(name) and any(texts_in(value)) for name, value in others.items()}
+
+
 def read_in_turn(name: str, turn: Fields) -> bool:
     """Return whether a field of a turn is read: the name is that of a tool, and templates write none of a user."""
     return name in MESSAGE_FIELDS and (name not in OF_TOOLS or role_of(turn) == "tool")

@@ -382,7 +382,7 @@ def question_answer(row: Fields, question: str, chosen: str) -> list[Record]:
     return [record(user_turn(text(row[question], question)), text(row[chosen], chosen, strip=False))]
 
 
-def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
+def mkqa(row: Fields, language: str, question: Any) -> list[Record | Skip]:
     """Read a question of MKQA and the first of its answers in a language. Raise Skip if it has none, as many."""
     languages = row["answers"] or {}
     answers = items(languages.get(language), "answers") if isinstance(languages, dict) else None
@@ -391,7 +391,8 @@ def mkqa(row: Fields, language: str, question: Any) -> list[Record]:
     reply = answers[0].get("text") if answers else None
     if not reply or not question:
         raise Skip("no answer in this language")
-    return [record(user_turn(text(question, "query")), text(reply, "answers"))]
+    others = [Skip("a further answer to the same question", len(answers) - 1)] if len(answers) > 1 else []
+    return [record(user_turn(text(question, "query")), text(reply, "answers")), *others]
 
 
 def squad(row: Fields) -> list[Record | Skip]:

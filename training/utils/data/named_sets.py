@@ -23,7 +23,7 @@ class NamedSet:
     hub: str | None = None  # its id on the hub, where that is not the first name
     config: str | None = None
     fields: tuple[str, ...] = ()  # needed by the rule
-    rule: Callable[[Fields], list[Record]] | None = None  # makes the records of a row
+    rule: Callable[[Fields], list[Record | Skip]] | None = None  # makes the records of a row
     files: dict[str, tuple[str, ...]] | None = None  # split -> files of the user's own, the first that is there is read
 
     @property
@@ -70,23 +70,32 @@ def _vicuna(row: Fields) -> list[Record]:
     return [record(prompt_messages(row["prompt"]), text(row["label"], "label"))]
 
 
-def _miracl(row: Fields) -> list[Record]:
+def _miracl(row: Fields) -> list[Record | Skip]:
     """Take the first passage that answers the query, against the first that does not."""
-    good, bad = (_first(row, field, "text") for field in ("positive_passages", "negative_passages"))
+    fields = ("positive_passages", "negative_passages")
+    good, bad = (_first(row, field, "text") for field in fields)
     if not good:
         raise Skip("no passage that answers")
-    return [record(user_turn(text(row["query"], "query")), good, bad or None)]
+    return [record(user_turn(text(row["query"], "query")), good, bad or None), *further(row, *fields)]
 
 
-def _hc3(row: Fields) -> list[Record]:
-    return [record(user_turn(text(row["question"], "question")), _first(row, "human_answers"))]
+def _hc3(row: Fields) -> list[Record | Skip]:
+    question = text(row["question"], "question")
+    return [record(user_turn(question), _first(row, "human_answers")), *further(row, "human_answers")]
 
 
-def _qag_jaquad(row: Fields) -> list[Record]:
+def _qag_jaquad(row: Fields) -> list[Record | Skip]:
     question = _first(row, "questions")
     if not question:
         raise Skip("no question")
-    return [record(user_turn(question), text(row["paragraph"], "paragraph"))]
+    return [record(user_turn(question), text(row["paragraph"], "paragraph")), *further(row, "questions")]
+
+
+def further(row: Fields, *fields: str) -> list[Skip]:
+    """Return Skips for what stands behind the first item of lists, which a rule takes alone."""
+    counts = {field: len(items(row[field], field)) - 1 for field in fields}
+    reason = 'more than one item in "{}", of which the first is read'
+    return [Skip(reason.format(field), count) for field, count in counts.items() if count > 0]
 
 
 def _first(row: Fields, field: str, key: str | None = None) -> str:

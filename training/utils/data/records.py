@@ -17,7 +17,7 @@ import pyarrow
 from errors import UserError
 from training.utils.data.arrow_rows import ArrowRows, arrow_writer
 from training.utils.data.cache import CachedData, cached
-from training.utils.data.fields import EMPTY, read_fields, unread_fields
+from training.utils.data.fields import EMPTY, read_fields, unread_by_rule, unread_fields
 from training.utils.data.formats import (
     RECORD_UNLEARNED,
     Format,
@@ -187,7 +187,9 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
             if not form.set_name:
                 raise
             raise UserError(f"{location}: not of the form of {form.set_name} ({error!r}).") from error
-        if not form.set_name:
+        if form.set_name:
+            reading.unread |= unread_by_rule(row, named.fields)
+        else:
             theirs = {ours: name for name, ours in known_names(raw).items()} | mapping
             for name, content in unread_fields(row, form).items():
                 alone = " (it orders a list of answers; there is none)" if name in ORDERS else ""

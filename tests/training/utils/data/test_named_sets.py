@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from errors import UserError
-from tests.training.utils.data.rows import HH, HH_TURNS, PAIR_RECORDS, PAIRS, rec, turns, write_lines
+from tests.training.utils.data.rows import HH, HH_TURNS, PAIR_RECORDS, PAIRS, read, rec, turns, write_lines
 from training.utils.data.named_sets import NAMED_SETS, find_named_set
 
 pytestmark = pytest.mark.fast
@@ -122,3 +122,18 @@ def test_an_answer_that_quotes_a_dialogue_stays_whole(load, tmp_path):
     ]
     records = load(write_lines(tmp_path / "rlhf-reward-datasets.jsonl", rows))["train"]
     assert records == [rec(turns("Hi"), quoting, "D")] * 2
+
+
+LEFT = {
+    "HC3-Chinese": (HC3, ['more than one item in "human_answers", of which the first is read', "not read: chatgpt_answers;"]),
+    "miracl-zh-queries-22-12": (PASSAGES | {"query_id": "7"}, ['item in "positive_passages"', "not read: query_id"]),
+    "qag_jaquad": (QAG, ['item in "questions"', "texts in fields that are not read: answers;"]),
+    "rm-static": (HH_PAIR | {"notes": "n"}, ["texts in fields that are not read: notes;"]),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_the_rule_of_a_set_does_not_read_is_told(name, tmp_path):
+    row, told = LEFT[name]
+    _, notes = read(write_lines(tmp_path / f"{name}.jsonl", [row]))
+    assert all(words in notes for words in told), notes
