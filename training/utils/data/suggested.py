@@ -8,7 +8,7 @@ from training.utils.data.scored_answers import scored_answers
 from training.utils.data.turns import ROLES, BadRecord, Skip, is_alternating, items, messages_of, role_of
 
 QUESTION = re.compile("question|query|prompt|instruction|input|request|ask|^user$|^human$|问|指令|输入", re.IGNORECASE)
-TALK = re.compile("dialog|conversation|messages|chat|turns|^data$|utterances|对话", re.IGNORECASE)
+TALK = re.compile("dialog|conversation|messages|chat|^data$|utterances|对话", re.IGNORECASE)
 ANSWER = re.compile(
     "answer|response|output|reply|target|completion|summary|solution|chosen|good|better|win(?!ner)|^assistant$|^bot$|^gpt$|答|输出",
     re.IGNORECASE,

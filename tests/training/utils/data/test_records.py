@@ -49,6 +49,7 @@ SUGGESTED = [
     ({"user": "Q", "assistant": "A"}, "prompt=user,response=assistant"),
     ({"question": "Q", "answers": RANKED}, "prompt=question,response=answers"),
     ({"query": "Q", "references": ["A", "B"]}, ""),
+    ({"question_id": 81, "turns": ["Q", "And?"]}, ""),
     ({"dialog": DIALOGUE, "id": "7"}, "messages=dialog"),
     ({"talk": json.dumps(DIALOGUE)}, "messages=talk"),
     ({"talk": [{"human": "Q", "assistant": "A"}]}, "messages=talk"),
