@@ -18,7 +18,7 @@ CALL = "call"  # roles whose content is the call of a tool, written as JSON
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "用户"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "ai", "助手"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatbot", "model", "chatgpt", "ai", "助手"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "function_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), CALL),
 }
