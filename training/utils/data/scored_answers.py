@@ -3,7 +3,7 @@
 from typing import Any
 
 from training.utils.data.names import with_our_names
-from training.utils.data.turns import BadRecord, Fields, role_of
+from training.utils.data.turns import BadRecord, Fields, is_columns, items, role_of
 
 ORDERS = {"score": 1, "rank": -1}  # fields that say the order of several answers -> whether high is good
 TEXTS = ("response", "text", "answer", "output", "content")
@@ -11,6 +11,7 @@ TEXTS = ("response", "text", "answer", "output", "content")
 
 def scored_answers(value: Any) -> tuple[list[str], str | None, list[Any]] | None:
     """Return the answers' texts, the field that orders them (None: there is none) and its values; None for any other value."""
+    value = items(value, "") if is_columns(value) else value
     if not (isinstance(value, list) and value and all(isinstance(one, dict) and role_of(one) is None for one in value)):
         return None
     named = [with_our_names(one) for one in value]
@@ -28,7 +29,7 @@ def scores_apart(row: Fields, field: str) -> Fields:
         return row
     texts, order, values = found
     if order is None and len(texts) > 1:
-        names = ", ".join(row[field][0])
+        names = ", ".join(items(row[field], field)[0])
         raise BadRecord(
             f'field "{field}" is a list of {len(texts)} answers (with {names}), and nothing is known to say which is better; '
             'call the field that does "score" (high is good) or "rank" (1 is the best)'

@@ -128,6 +128,11 @@ ROWS = {
         [rec(turns("Q"), "a", "c")],
         "1 with a rank between the best and the worst",
     ),
+    "answers with their scores, as Arrow has them": (
+        [{"prompt": "Q", "responses": {"text": ["b", "a"], "score": [1, 2], "note": [None, None]}}],
+        [rec(turns("Q"), "a", "b")],
+        "",
+    ),
     "texts of a dialogue in turn": (
         [{"conversations": ["Q", "A", "R", "B"]}, {"conversations": ["Q", "A", "R"]}],
         [rec(turns("Q"), "A"), rec(turns("Q", "A", "R"), "B"), rec(turns("Q"), "A")],
