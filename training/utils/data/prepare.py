@@ -23,7 +23,6 @@ from training.utils.data.records import check_columns_used, notes_of, read_recor
 from training.utils.data.rows import Reading
 from training.utils.data.sources import open_source
 from training.utils.data.splits import batches, held_out_questions, question_of, select_phase
-from training.utils.data.suggested import for_example
 from training.utils.data.tokenize import (
     NO_ANSWER,
     NO_REJECTED,
@@ -189,7 +188,7 @@ def check_usable(one: StepRecords, phase: int, counts: Counts) -> None:
     if candidates and counts.dropped[NO_ANSWER] == candidates and others:
         raise UserError(
             f"{path}: read as prompts alone, for the fields {', '.join(others)} are not known, and step {phase} needs answers; "
-            f"say which is which{for_example(one.reading.example)} (docs/en/own-data.md)."
+            f"say which is which{one.reading.advice} (docs/en/own-data.md)."
         )
     if candidates and counts.dropped[NO_ANSWER] == candidates:
         raise UserError(

@@ -32,7 +32,7 @@ from training.utils.data.repeated_prompts import REPEATED_PROMPTS, prompts_repea
 from training.utils.data.rows import MISSING, Columns, Reading, refuse_unused, renamed, row_format
 from training.utils.data.scored_answers import ORDERS
 from training.utils.data.sources import Source, Table, open_source
-from training.utils.data.suggested import suggested_columns
+from training.utils.data.suggested import advice
 from training.utils.data.turns import BadRecord, Fields, Skip, check_media, is_learned
 
 logger = logging.getLogger("sanbu")
@@ -156,7 +156,7 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
             repeats = prompts_repeated(table, form, mapping)
             reading.notes += [f"{table.label}, {REPEATED_PROMPTS}"] if repeats else []
             reading.form = reading.form or (f"the rule of {form.set_name}" if form.set_name else "its fields ")
-            reading.example = reading.example or suggested_columns(raw)
+            reading.advice = reading.advice or advice(raw)
         row = raw if form.set_name else renamed(raw, mapping)
         check_needed(form, row, raw, mapping, location)
         try:

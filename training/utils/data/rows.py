@@ -11,7 +11,7 @@ from training.utils.data.fields import unread_fields
 from training.utils.data.formats import Format, recognise
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.names import OUR_NAMES, clear_columns, known_names, says_nothing, with_our_names
-from training.utils.data.suggested import for_example, suggested_columns
+from training.utils.data.suggested import advice
 from training.utils.data.turns import Fields
 
 Columns = dict[str, str]  # our name of a field -> its name in the data; "a.b" looks inside
@@ -30,7 +30,7 @@ class Reading:
     unread: dict[str, bool] = field(default_factory=dict)  # fields that are not read -> whether they look like content
     notes: list[str] = field(default_factory=list)
     columns_used: bool = False
-    example: str = ""  # what --columns could be for the first row
+    advice: str = ""  # what to do about fields of the first row that are not understood
 
     def leave_out(self, reason: str, answers: int, location: str) -> None:
         """Count what is left out."""
@@ -167,5 +167,5 @@ def unknown_fields(row: Fields) -> str:
     return (
         f"the fields {fields} are no known format (prompt/chosen/rejected, prompt/response, messages, "
         "conversations, instruction/output, content/summary, prompt); say which is which"
-        f"{for_example(suggested_columns(row))} (docs/en/own-data.md)."
+        f"{advice(row)} (docs/en/own-data.md)."
     )

@@ -14,6 +14,7 @@ ANSWER = re.compile(
     re.IGNORECASE,
 )
 WORSE = re.compile("neg|bad|reject|worse|lose|other|_k$|差", re.IGNORECASE)
+TWINS = {"0": "1", "1": "2", "a": "b", "A": "B"}
 NUMBER, LETTER = re.compile(r"[-+]?\d+([.,/]\d+)?"), re.compile(r"\(?[A-J]\)?\.?")  # a letter: of a choice in a list
 
 
@@ -32,15 +33,31 @@ def suggested_columns(row: dict[str, Any]) -> str:
     ranked = [name for name, value in row.items() if (found := scored_answers(value)) and found[1]]
     if asked and len(ranked) == 1:
         better, worse = ranked[0], None
-    if not asked or not better:
+    if not asked or not better or better in two_answers(row):
         return ""
     columns = {"prompt": asked} | ({"chosen": better, "rejected": worse} if worse else {"response": better})
     return ",".join(f"{ours}={theirs}" for ours, theirs in columns.items() if ours != theirs)
 
 
-def for_example(columns: str) -> str:
-    """Return a suggestion as the end of a sentence, "" where there is none."""
+def advice(row: dict[str, Any]) -> str:
+    """Return the end of a sentence on a row that is not understood: what to do about its fields."""
+    columns, two = suggested_columns(row), two_answers(row)
+    if two:
+        return f": write the better one of {' and '.join(two)} as chosen, the other as rejected, and leave out ties"
     return f", for example --columns {columns}" if columns else " with --columns, or write it in one of these forms"
+
+
+def two_answers(row: dict[str, Any]) -> list[str]:
+    """Return the names of two answers that differ in their number or letter (response_a, response_b); [] if there are none.
+
+    Another field may say which of them is the better one, so that none of them alone is the answer.
+    """
+    answers = [name for name, value in row.items() if len(name) > 1 and (isinstance(value, str) or is_dialogue(value))]
+    for one in answers:
+        other = one[:-1] + TWINS.get(one[-1], "")
+        if one[-1] in TWINS and other in answers and (ANSWER.search(one) or TALK.search(one)):
+            return [one, other]
+    return []
 
 
 def is_dialogue(value: Any) -> bool:

@@ -49,6 +49,8 @@ SUGGESTED = [
     ({"user": "Q", "assistant": "A"}, "prompt=user,response=assistant"),
     ({"question": "Q", "answers": RANKED}, "prompt=question,response=answers"),
     ({"query": "Q", "references": ["A", "B"]}, ""),
+    ({"prompt": "Q", "response_a": "A", "response_b": "B", "winner": "model_b"}, ""),
+    ({"question": "Q", "answer_1": "A", "answer_2": "B", "label": 1}, ""),
     ({"question_id": 81, "turns": ["Q", "And?"]}, ""),
     ({"dialog": DIALOGUE, "id": "7"}, "messages=dialog"),
     ({"talk": json.dumps(DIALOGUE)}, "messages=talk"),
@@ -113,6 +115,10 @@ BAD = {
     "unordered.jsonl": (
         '{"prompt": "q", "response": [{"text": "a", "votes": 1}, {"text": "b", "votes": 2}]}\n',
         r'list of 2 answers \(with text, votes\), and nothing is known to say .* call the field that does "score"',
+    ),
+    "arena.jsonl": (
+        json.dumps({"winner": "tie", "conversation_a": turns("Q", "A"), "conversation_b": turns("Q", "B")}) + "\n",
+        "say which is which: write the better one of conversation_a and conversation_b as chosen, .* leave out ties",
     ),
     "only_chosen.jsonl": ('{"chosen": "q"}\n', 'no field "prompt" or "rejected"'),
     "no_dialogue.jsonl": ('{"chosen": "a", "rejected": "b"}\n', 'names another one., and "chosen" is not a whole dialogue'),
