@@ -21,6 +21,7 @@ from training.utils.data.turns import (
     Fields,
     Message,
     Skip,
+    calls_in,
     from_json,
     is_alternating,
     is_empty,
@@ -218,6 +219,8 @@ def answer_turns(row: Fields, field: str, asked: Sequence[Message] = ()) -> list
     if isinstance(value, dict):
         return read_item({"role": "assistant"} | value, field)
     reply = text(value, field, strip=False)
+    if row.get("tools") and (calls := calls_in(reply)):
+        return [assistant_turn("") | {"tool_calls": calls}]
     whole = split_turns(reply, answered=True) or []
     questions = {normal(turn["content"]) for turn in asked if turn["role"] == "user"}
     repeated = any(turn["role"] == "user" and normal(turn["content"]) in questions for turn in whole)

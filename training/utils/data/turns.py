@@ -210,6 +210,19 @@ def tool_call(value: Any, field: str) -> Fields:
     return {"type": "function"} | value | {"function": {name: function.get(name, {}) for name in names}}
 
 
+def calls_in(reply: str) -> list[Fields]:
+    """Return the calls of tools that a text is, [{"name": "…", "arguments": {…}}, …] as xLAM has them; [] for any other text."""
+    if not reply.lstrip().startswith(("[", "{")):
+        return []
+    try:
+        value = parse_json(reply, object_pairs_hook=unique_names)
+    except ValueError:
+        return []
+    calls = value if isinstance(value, list) else [value]
+    written = all(isinstance(one, dict) and one.keys() == {"name", "arguments"} and isinstance(one["name"], str) for one in calls)
+    return [tool_call({"function": one}, "") for one in calls] if written else []
+
+
 def content_text(content: Any, field: str, *, strip: bool) -> str:
     """Return the text of a content, also of one in parts ({"type": "text", "text": "…"}). Raise Skip for an image part."""
     if not isinstance(content, list):

@@ -409,6 +409,19 @@ def test_every_field_that_is_used_is_named(name, tmp_path):
     assert readings(found)["train"].form == form
 
 
+CALL = {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize("answer, calls", [([CALL, CALL], 2), (CALL, 1), ([], 0), ([CALL | {"why": "y"}], 0), ([1], 0)])
+def test_an_answer_that_is_json_of_calls_beside_tools_is_these_calls(answer, calls, tmp_path):
+    """As in xLAM's sets; as text it would be learned in another form than the template's."""
+    row = {"query": "Q", "answer": json.dumps(answer), "tools": json.dumps([{"name": "f"}])}
+    records, notes = read(write_lines(tmp_path / "a.jsonl", [row]), columns={"prompt": "query", "response": "answer"})
+    chosen = json.loads(records[0]["calls"])["chosen"]
+    assert [one["function"] for one in chosen.get("tool_calls", [])] == [CALL] * calls and not notes
+    assert chosen["content"] == ("" if calls else row["answer"])
+
+
 @pytest.mark.parametrize("tools", [[{"name": "f"}], {"name": "f"}, '[{"name": "f"}]'])
 @pytest.mark.parametrize("answer", [{}, {"response": "A"}, {"response": ["A", "B"], "score": [2, 1]}])
 def test_tools_beside_a_prompt(answer, tools, tmp_path):
