@@ -54,7 +54,7 @@ class HeldOut:
             score_answers(engine, answers, self.args)
             self.reference = answers.scores, engine.texts(answers.select(range(min(SAMPLES, self.count))))[1]
         experience = self._answers()
-        complete_experience(engine, experience, self.args, self.sampler)
+        complete_experience(engine, experience, self.args, self.sampler, with_values=False)
         reference_scores, reference_answers = self.reference
         kl = (experience.old_log_probs - experience.ref_log_probs).where(experience.action_mask.bool(), 0.0).sum(1)
         metrics = {

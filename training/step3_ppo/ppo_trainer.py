@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from training.step3_ppo import objectives
@@ -65,15 +66,25 @@ class DeepSpeedPPOTrainer:
         self.sampler.trusted = state.get("sampler_trusted")
 
     def generate_experience(self, batch: PromptBatch, rollout: int = 1) -> Experience:
-        """Sample answers to this process's prompts, score them with all models, and assign advantages.
+        """Sample answers to this process's prompts, score them with all models, and assign advantages, unless the values that
+        they need come from the update.
 
         rollout counts from 1 and seeds the sampling.
         """
         answers = self.args.num_return_sequences
         experience = roll_out(self.engine, batch, self.args, rollout, answers, sampler=self.sampler)
-        complete_experience(self.engine, experience, self.args, self.sampler, rollout)
+        later = self._values_from_update(len(experience))
+        complete_experience(self.engine, experience, self.args, self.sampler, rollout, with_values=not later)
         assign_advantages(experience, self.engine, self.args, self.kl_coef)
         return experience
+
+    def _values_from_update(self, rows: int) -> bool:
+        """Tell whether the forward pass that the critic learns by also gives the values of the rollout: it does where the whole
+        rollout is one optimizer step, whose critic then goes first.
+        """
+        args = self.args
+        one_step = args.ppo_epochs == 1 and rows <= minibatch_size(args, self.run)
+        return self.engine.critic is not None and one_step and args.critic_dropout == 0
 
     def train_rlhf(self, experience: Experience, rollout: int = 1) -> dict[str, float]:
         """Train actor and critic for --ppo_epochs over the rollout, the critic alone during its warm-up.
@@ -115,23 +126,21 @@ class DeepSpeedPPOTrainer:
         """Step the critic once, where there is one, and the actor, where it learns. Returns metrics over all processes, but
         for ratio_deviation, which is this one's.
         """
-        run, actor, critic = self.run, self.engine.actor, self.engine.critic
+        actor, critic = self.engine.actor, self.engine.critic
         denominator = objectives.loss_denominator(minibatch.action_mask, self.args.loss_reduction)
-        micro_batches = [rows for _, rows in minibatch.micro_batches(run, self.args)]
         learning = [actor] * actor_learns + [critic] * (critic is not None)
         together = self.args.align_overflow and len(learning) == 2
         metrics: dict[str, float] = {}
+        if critic is not None:
+            metrics["critic_loss"] = self._critic_gradients(minibatch, denominator)
+            metrics |= minibatch.metrics
+            if not together:
+                critic.step()
         if actor_learns:
+            micro_batches = [rows for _, rows in minibatch.micro_batches(self.run, self.args)]
             metrics |= self._actor_gradients(micro_batches, denominator, tokens=float(minibatch.action_mask.sum()))
             if not together:
                 actor.step()
-        if critic is not None:
-            gradients = Accumulation(critic, len(micro_batches), run)
-            for micro in micro_batches:
-                gradients.backward(self._critic_loss(micro, denominator))
-            metrics["critic_loss"] = gradients.total()
-            if not together:
-                critic.step()
         if together:
             step_together(learning)
         for role, engine in self.engine.trained.items():
@@ -174,17 +183,33 @@ class DeepSpeedPPOTrainer:
         log_probs, entropy = outputs if bonus else (outputs, None)
         return objectives.actor_loss(log_probs, entropy, micro, denominator, self.kl_coef, self.args)
 
-    def _critic_loss(self, micro: Experience, denominator: float) -> Tensor:
-        """Return the clipped value loss of a micro-batch."""
-        return objectives.value_loss(
-            self.engine.answer_values(self.engine.critic, micro.joined()),
-            micro.values,
-            micro.returns,
-            micro.action_mask,
-            denominator,
-            clip=self.args.cliprange_value,
-            reduction=self.args.loss_reduction,
-        )
+    def _critic_gradients(self, minibatch: Experience, denominator: float) -> float:
+        """Accumulate the gradients of the clipped value loss; returns the loss. Where the rollout has no values yet, they are those
+        of this pass, and the advantages follow from them.
+        """
+        args, run, critic = self.args, self.run, self.engine.critic
+        values = torch.zeros_like(minibatch.rewards) if minibatch.values is None else None
+        micro_batches = minibatch.micro_batches(run, args)
+        gradients = Accumulation(critic, len(micro_batches), run)
+        for real, micro in micro_batches:
+            mask = micro.action_mask
+            now = self.engine.answer_values(critic, micro.joined())
+            if values is not None:
+                micro.values = now.detach().float().where(mask, 0.0)
+                micro.returns = gae(micro.rewards, micro.values, mask, args.gamma, args.lam)[1]
+                values[real, : mask.shape[1]] = micro.values[: len(real)]
+            gradients.backward(self._critic_loss(now, micro, denominator))
+        if values is not None:
+            if run.world_size > 1:
+                dist.all_reduce(values)
+            minibatch.values = values
+            estimate_advantages(minibatch, args)
+        return gradients.total()
+
+    def _critic_loss(self, values: Tensor, micro: Experience, denominator: float) -> Tensor:
+        """Return the clipped value loss of the values [rows, answer] of a micro-batch."""
+        limits = {"clip": self.args.cliprange_value, "reduction": self.args.loss_reduction}
+        return objectives.value_loss(values, micro.values, micro.returns, micro.action_mask, denominator, **limits)
 
 
 def minibatch_size(args, run: Run) -> int:
@@ -196,8 +221,8 @@ def minibatch_size(args, run: Run) -> int:
 def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args, kl_coef: float | None = None) -> None:
     """Assign rewards (score at the end, KL penalty on every token if it belongs there), then advantages over the whole rollout.
 
-    Sets rewards and advantages, with a critic returns too, and the metrics that the log shows. kl_coef: where it is not
-    --kl_coef any more.
+    Sets rewards and advantages, with a critic returns too, and the metrics that the log shows; without the critic's values no
+    advantages yet. kl_coef: where it is not --kl_coef any more.
     """
     mask = experience.action_mask
     coef = args.kl_coef if kl_coef is None else kl_coef
@@ -223,7 +248,8 @@ def assign_advantages(experience: Experience, engine: DeepSpeedRLHFEngine, args,
     }
     if experience.sampler_gap is not None:
         experience.metrics["sampler_gap"] = experience.sampler_gap
-    estimate_advantages(experience, args)
+    if experience.values is not None or not args.has_critic:
+        estimate_advantages(experience, args)
 
 
 def estimate_advantages(experience: Experience, args) -> None:

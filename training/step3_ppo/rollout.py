@@ -175,10 +175,16 @@ def warn_of_sampler(gap: float, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def complete_experience(
-    engine: DeepSpeedRLHFEngine, experience: Experience, args, sampler: SamplerState, rollout: int = 1
+    engine: DeepSpeedRLHFEngine,
+    experience: Experience,
+    args,
+    sampler: SamplerState,
+    rollout: int = 1,
+    *,
+    with_values: bool = True,
 ) -> None:
-    """Fill in old_log_probs, ref_log_probs, values (normalised; None without a critic), source_scores
-    and scores (score_answers) of every row.
+    """Fill in old_log_probs, ref_log_probs, values (normalised; None without a critic or where nobody needs them yet),
+    source_scores and scores (score_answers) of every row.
 
     Each process scores its share and the shares are added up, so all of them end with the same whole rollout. The actor runs
     through the engine that will train it - same kernels, same dtype - so that the first ratio is 1. From the second rollout
@@ -186,12 +192,13 @@ def complete_experience(
     (--old_log_probs). A resumed run looks again, only to warn, and keeps to what was found at first.
     """
     engine.eval()
+    critic = engine.critic if with_values else None
     may_reuse = rollout > 1 and args.old_log_probs == "auto" and engine.run.dtype == torch.float32
     if may_reuse and sampler.trusted and sampler.checked:
-        forward_policies(engine, experience, args, {"ref_log_probs": engine.ref})
+        forward_policies(engine, experience, args, {"ref_log_probs": engine.ref}, critic)
         experience.old_log_probs = experience.log_probs
     else:
-        forward_policies(engine, experience, args, {"old_log_probs": engine.actor, "ref_log_probs": engine.ref})
+        forward_policies(engine, experience, args, {"old_log_probs": engine.actor, "ref_log_probs": engine.ref}, critic)
         # The weights changed nowhere in between: only rounding may separate the sampler from the training forward.
         gap = float((experience.old_log_probs - experience.log_probs).abs().where(experience.action_mask.bool(), 0.0).max())
         if not sampler.checked:
@@ -206,16 +213,18 @@ def complete_experience(
     score_answers(engine, experience, args)
 
 
-def forward_policies(engine: DeepSpeedRLHFEngine, experience: Experience, args, policies: dict[str, Any]) -> None:
-    """Fill in the log-probabilities of policies (field -> model), and the critic's values."""
+def forward_policies(
+    engine: DeepSpeedRLHFEngine, experience: Experience, args, policies: dict[str, Any], critic: Any | None
+) -> None:
+    """Fill in the log-probabilities of policies (field -> model), and the critic's values if it is given."""
     count, width = experience.action_mask.shape
-    fields = [*policies, *(["values"] if engine.critic is not None else [])]
+    fields = [*policies, *(["values"] if critic is not None else [])]
     token_fields = torch.zeros(len(fields), count, width, device=engine.run.device)
     for real, rows in experience.micro_batches(engine.run, args):
         joined, answer = rows.joined(), rows.action_mask.shape[1]
         outputs = [engine.answer_log_probs(model, joined) for model in policies.values()]
-        if engine.critic is not None:
-            outputs.append(engine.answer_values(engine.critic, joined))
+        if critic is not None:
+            outputs.append(engine.answer_values(critic, joined))
         if real:
             mask = rows.action_mask[: len(real)]
             token_fields[:, real, :answer] = torch.stack(outputs)[:, : len(real)].where(mask, 0.0)

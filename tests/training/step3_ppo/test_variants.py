@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from errors import UserError
+from tests.closeness import assert_close
 from tests.training.step3_ppo.small_ppo import build, hand_written, parsed, rollout, unchanged, weights
 from training.step3_ppo import rollout as rollout_module
 from training.step3_ppo.experience import Experience
-from training.step3_ppo.ppo_trainer import assign_advantages
+from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages
 from training.step3_ppo.rollout import complete_experience
 
 pytestmark = pytest.mark.ppo
+PIECES = "--per_device_training_batch_size 2 --gradient_accumulation_steps 2"
 GROUPS = "--num_return_sequences 3 --per_device_training_batch_size 12"
 
 
@@ -59,7 +61,30 @@ def test_answers_to_one_prompt_differ_and_begin_with_the_answer_of_a_rollout_of_
     assert len({tuple(row) for row in rows}) > 8
     alone = [one.input_ids[row][one.attention_mask[row].bool()].tolist() for row in range(4)]
     assert rows[::3] == alone
-    assert three.values is not None, "gae may have several answers to a prompt too"
+
+
+@pytest.mark.parametrize("flags", ["--align_overflow", f"{PIECES} --whiten_rewards"])
+def test_values_of_the_update_are_those_of_a_pass_before_it(models, tmp_path, flags, monkeypatch):
+    """A rollout of one step computes the critic once: the same metrics and weights as with values before the update."""
+    found = []
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(DeepSpeedPPOTrainer, "_values_from_update", lambda *_: False)
+        trainer = build(models, tmp_path / str(once), flags)
+        for number in (1, 2):
+            experience = rollout(trainer, number)
+            assert (experience.values is None) == (experience.advantages is None) == once
+            metrics = experience.metrics | trainer.train_rlhf(experience, number)
+        found.append((metrics, *map(weights, trainer.engine.trained.values())))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    for own, other in zip(found[0][1:], found[1][1:], strict=True):
+        for name, value in other.items():
+            assert_close(own[name], value)
+
+
+@pytest.mark.parametrize("flags", ["--ppo_epochs 2", "--per_device_training_batch_size 2", "--critic_dropout 0.1"])
+def test_values_come_before_the_update_where_it_has_several_steps_or_dropout(models, tmp_path, flags):
+    assert rollout(build(models, tmp_path, flags), 1).values is not None
 
 
 # --- KL, entropy, rewards ---------------------------------------------------------------------------------------------
