@@ -98,6 +98,7 @@ class Scheduler:
         self.wake = threading.Condition()
         self.held = 0  # steps in a row at which a waiting question was not let in
         self.stopping = False
+        self.told: Callable[[], None] = lambda: None  # called after each pass, when answers have tokens or ended
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
 
@@ -133,6 +134,7 @@ class Scheduler:
             self.wake.notify()
         for answer in refused:
             _fail(answer, Stopping())
+        self.told()
         if wait:
             self.thread.join()
 
@@ -149,6 +151,7 @@ class Scheduler:
                 try:
                     for group in self.groups:
                         group.draw()
+                    self.told()
                     self.groups = [group for group in self.groups if group.live]
                     joining = self._next()
                     self._read(_Group(self, joining) if joining else None)
@@ -158,6 +161,7 @@ class Scheduler:
                     self.groups = []
                     for answer in {*lost, *joining}:
                         _fail(answer, error)
+                    self.told()
 
     def _next(self) -> list[Answer]:
         """Take the answers from the queue, in its order, that there is room for; all of one adapter."""

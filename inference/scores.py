@@ -1,6 +1,6 @@
 """Scores of a reward model, one request after another in a thread that owns the model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -32,6 +32,7 @@ class Scorer:
         self.waiting: list[Scoring] = []
         self.in_work = 0
         self.stopping = False
+        self.told: Callable[[], None] = lambda: None  # called when requests have ended
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
 
     @property
@@ -56,6 +57,7 @@ class Scorer:
         for request in self.waiting:
             if request.future.set_running_or_notify_cancel():
                 request.future.set_exception(Stopping())
+        self.told()
 
     def _answer(self, request: Scoring) -> None:
         self.waiting.remove(request)
@@ -68,6 +70,7 @@ class Scorer:
             request.future.set_exception(error)
         finally:
             self.in_work = 0
+            self.told()
 
     @torch.inference_mode()
     def scores(self, rows: Sequence[Sequence[int]], normalised: bool) -> list[float]:

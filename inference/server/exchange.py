@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from inference.scheduler import Answer, NotFinite, Stopping
 from inference.scores import Scoring
+from inference.server.limits import gone
 from inference.server.prompts import AnswerText, token_rows
 from inference.server.protocol import ChatQuestion, Question, Refusal, Reply, chat_logprobs, event, text_logprobs, usage
 from inference.server.service import Service, stopping
 from models.tool_calls import read_calls
+
+STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+STREAM += [(b"x-accel-buffering", b"no")]  # or nginx collects the pieces
 
 
 class Exchange:
@@ -31,8 +37,7 @@ class Exchange:
         self.begin, self.notes = time.monotonic(), request.scope["notes"]
         self.chat = isinstance(question, ChatQuestion)
         self.reply = Reply(self.chat, question.model or service.served.name)
-        self.changed: asyncio.Queue[int] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        self.changed = asyncio.Event()
         longest = min(question.longest or service.longest, service.longest)
         self.answers: list[Answer] = []
         for prompt in prompts:
@@ -43,7 +48,7 @@ class Exchange:
                     prompt, sampling, adapter, question.presence_penalty, question.frequency_penalty, question.top,
                 )  # fmt: skip
                 if question.stream:
-                    answer.on_token = lambda _, number=number: loop.call_soon_threadsafe(self.changed.put_nowait, number)
+                    answer.on_token = partial(service.tell, self.changed.set)
                     answer.future.add_done_callback(answer.on_token)
                 self.answers.append(answer)
         template = service.served.template
@@ -51,12 +56,11 @@ class Exchange:
         self.notes.update(model=self.reply.model, prompt=sum(map(len, prompts)))
         service.submit(self.answers)
 
-    async def response(self) -> Response:
-        """Return the answer to the request."""
+    async def response(self) -> Any:
+        """Return the answer to the request, an ASGI application."""
         if self.question.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # or nginx collects the pieces
-            return StreamingResponse(self.events(), media_type="text/event-stream", headers=headers)
-        await finished(self.request, self.answers, self.service.limits.timeout)
+            return self.stream
+        await finished(self.service, self.request, self.answers)
         self.note()
         choices = [self.choice(number) for number in range(len(self.answers))]
         return JSONResponse(self.reply.whole(choices, self.usage()))
@@ -109,38 +113,49 @@ class Exchange:
         ]
         return {"content": content or None, "tool_calls": made}
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """Yield the pieces of all answers as they are written. An error that comes late is the last event."""
-        told, living = [0] * len(self.answers), set(range(len(self.answers)))
-        deadline = self.begin + self.service.limits.timeout
+    async def stream(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Send the pieces of all answers as they are written. An error that comes late is the last event."""
+
+        async def put(events: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": events, "more_body": more})
+
+        told, timeout = dict.fromkeys(range(len(self.answers)), 0), self.service.limits.timeout
         try:
-            if self.chat:
-                for number in sorted(living):
-                    yield self.piece(number, {"role": "assistant", "content": ""})
-            while living:
-                number = await asyncio.wait_for(self.changed.get(), max(0.0, deadline - time.monotonic()))
-                if number not in living:
-                    continue
-                answer = self.answers[number]
-                over = answer.future.done()
-                if over:
-                    answer.future.result()
-                    living.remove(number)
-                tokens = list(answer.tokens)
-                if self.tools and not over:  # a call is sent whole
-                    continue
-                for piece in self.pieces(number, tokens, told[number], over):
-                    yield piece
-                    told[number] = len(tokens)
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+            events = b"".join(self.piece(number, {"role": "assistant", "content": ""}) for number in told) if self.chat else b""
+            with watching(self.request, self.changed, self.begin + timeout) as check:
+                while told:
+                    if events:
+                        await put(events)
+                    await self.changed.wait()
+                    self.changed.clear()
+                    check()
+                    events = b"".join(self.news(told))
             if self.question.usage_at_end:
-                yield self.reply.piece([], self.usage())
+                events += self.reply.piece([], self.usage())
         except Exception as error:  # whatever the model raised
-            yield event(problem(error, self.service.limits.timeout).body)
+            events = event(problem(error, timeout).body)
         finally:
             for answer in self.answers:
                 answer.future.cancel()
             self.note()
-        yield b"data: [DONE]\n\n"
+        await put(events + b"data: [DONE]\n\n", False)
+
+    def news(self, told: dict[int, int]) -> Iterator[bytes]:
+        """Return the events for what is new of all answers. told: how many tokens of each were told; complete ones leave it."""
+        for number in list(told):
+            answer = self.answers[number]
+            over, tokens = answer.future.done(), list(answer.tokens)
+            if over:
+                answer.future.result()
+            elif self.tools or len(tokens) == told[number]:  # a call is sent whole
+                continue
+            events = self.pieces(number, tokens, told[number], over)
+            if events:  # else its log-probabilities are told with the next ones
+                told[number] = len(tokens)
+            if over:
+                del told[number]
+            yield from events
 
     def pieces(self, number: int, tokens: list[int], told: int, over: bool) -> list[bytes]:
         """Return the events for new tokens of an answer; over: with the one that says why it ended."""
@@ -166,25 +181,46 @@ class Exchange:
         return self.reply.piece([{"index": number, **body, "logprobs": logprobs, "finish_reason": finish}])
 
 
-async def finished(request: Request, work: Sequence[Answer] | Sequence[Scoring], timeout: float) -> list[Any]:
-    """Return the results of all work. Raises Refusal after ``timeout`` seconds, or if the client has gone; the work ends then."""
-    done = asyncio.gather(*(asyncio.wrap_future(one.future) for one in work))
-    gone = asyncio.ensure_future(disconnected(request))
+async def finished(service: Service, request: Request, work: Sequence[Answer] | Sequence[Scoring]) -> list[Any]:
+    """Return the results of all work. Raises Refusal when the time is over, or if the client has gone; the work ends then."""
+    changed, timeout = asyncio.Event(), service.limits.timeout
+    for one in work:
+        one.future.add_done_callback(partial(service.tell, changed.set))
     try:
-        await asyncio.wait({done, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if done.done():
-            return done.result()
-        if gone.done():
-            request.scope["notes"]["ended"] = "client-gone"
-            raise Refusal(499, "the client closed the connection.")
-        raise asyncio.TimeoutError
+        with watching(request, changed, time.monotonic() + timeout) as check:
+            while not all(one.future.done() for one in work):
+                await changed.wait()
+                changed.clear()
+                check()
+        return [one.future.result() for one in work]
     except Exception as error:  # whatever the model raised
         raise (error if isinstance(error, Refusal) else problem(error, timeout)) from error
     finally:
-        gone.cancel()
-        done.cancel()
         for one in work:
             one.future.cancel()
+
+
+@contextmanager
+def watching(request: Request, changed: asyncio.Event, end: float) -> Iterator[Callable[[], None]]:
+    """Set ``changed`` also when the client has gone, or at time.monotonic() ``end``. Gives a function that raises then: Refusal,
+    or asyncio.TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(end - time.monotonic(), changed.set)
+    left = loop.create_task(disconnected(request))
+    left.add_done_callback(lambda _: changed.set())
+
+    def check() -> None:
+        if left.done():
+            raise gone(request)
+        if time.monotonic() >= end:
+            raise asyncio.TimeoutError
+
+    try:
+        yield check
+    finally:
+        timer.cancel()
+        left.cancel()
 
 
 async def disconnected(request: Request) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +68,9 @@ class Service:
             self.worker = Scorer(served, limits.max_batch, limits.max_queue)
         else:
             self.worker = Scheduler(served, limits.max_batch, limits.max_queue, self.longest, limits.prompt_cache)
+        self.calls: deque[Callable[[], None]] = deque()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.worker.told = self.wake
         # Encoding changes settings of a tokenizer, so that each has one thread: the event loop's decodes, too.
         self.encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.decoder = copy.deepcopy(served.tokenizer)
@@ -97,11 +102,28 @@ class Service:
             raise Refusal(400, f"max_tokens: this server writes {self.limits.max_new_tokens} at most.", param="max_tokens")
         return question.model if question.model in self.served.adapters else None
 
+    def tell(self, call: Callable[[], None], _: Any = None) -> None:
+        """Have the event loop make a call, together with the others of the pass, as each waking costs; from any thread."""
+        self.calls.append(call)
+
+    def wake(self) -> None:
+        """Let the event loop make the calls; the worker's thread, after each pass."""
+        if self.calls and self.loop is not None:
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+                self.loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        """Make all calls."""
+        with suppress(IndexError):
+            while True:
+                self.calls.popleft()()
+
     def submit(self, requests: Sequence[Answer] | Sequence[Scoring]) -> None:
         """Put requests into the queue, all or none. Raises Refusal."""
         most = self.limits.max_batch + self.limits.max_queue
         if len(requests) > most:
             raise Refusal(400, f"{len(requests)} answers are asked for at once; this server takes {most} at most.", param="n")
+        self.loop = asyncio.get_running_loop()
         try:
             self.worker.submit(requests)
         except Busy:
