@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from models.adapters.new_rows import active_rows, with_new_logits
+from models.last_layer import last_layer_at
 from models.packed_rows import packed_rows
 from models.zero3 import gathered
 
@@ -64,14 +65,15 @@ class TokenLogProbs(nn.Module):
         if not 0 < n < input_ids.shape[1]:
             raise ValueError(f"keep={keep} of {input_ids.shape[1]} tokens: the first token has no past")
         # the state before a token predicts it
-        hidden = last_hidden_state(self.model, input_ids, attention_mask, shared)[:, -n - 1 : -1]
+        wanted = None if target_mask is None else target_mask[:, -n:].bool()
+        read = None if wanted is None else F.pad(wanted, (input_ids.shape[1] - 1 - n, 1))
+        hidden = last_hidden_state(self.model, input_ids, attention_mask, shared, read)[:, -n - 1 : -1]
         targets = (input_ids if labels is None else labels)[:, -n:]
         self.project.use(base_model(self.model).get_output_embeddings())
-        if target_mask is None:
+        if wanted is None:
             results = self.project(hidden.flatten(0, 1), targets.flatten(), temperature, with_entropy)
             results = [values.view(targets.shape) for values in results]
         else:
-            wanted = target_mask[:, -n:].bool()
             results = self.project(hidden[wanted], targets[wanted], temperature, with_entropy)
             nowhere = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
             results = [nowhere.masked_scatter(wanted, values) for values in results]
@@ -175,12 +177,19 @@ class TokenScores(nn.Module):
         self.model = scalar_model
         self.project = _ScoreProjection()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, shared: SharedRows | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        shared: SharedRows | None = None,
+        read: Tensor | None = None,
+    ) -> Tensor:
         """input_ids, attention_mask: [batch, time], padded on either side -> float32 scores [batch, time].
 
-        The score at a position has seen the tokens up to and including it. shared: as for TokenLogProbs.
+        The score at a position has seen the tokens up to and including it. shared: as for TokenLogProbs. read [batch, time]
+        bool: only these scores are asked for; the others may be anything.
         """
-        hidden = last_hidden_state(self.model, input_ids, attention_mask, shared)
+        hidden = last_hidden_state(self.model, input_ids, attention_mask, shared, read)
         self.project.use(score_layer(self.model))
         return self.project(hidden)
 
@@ -202,12 +211,17 @@ def at_last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def last_hidden_state(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, shared: SharedRows | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    shared: SharedRows | None = None,
+    read: Tensor | None = None,
 ) -> Tensor:
     """[batch, time] -> [batch, time, width], what the head of the model would see.
 
     Padding on either side changes nothing. A prefix that peft holds stands in front of the tokens as their past, as in
-    PeftModel.forward; ChatGLM puts its own there itself. No key-value cache is kept.
+    PeftModel.forward; ChatGLM puts its own there itself. No key-value cache is kept. read [batch, time] bool: only these states
+    are asked for; the others may be anything.
     """
     decoder = base_model(model).base_model
     if shared is not None:
@@ -215,22 +229,26 @@ def last_hidden_state(
         ids, positions = shared.input_ids, shared.position_ids
         output = decoder(input_ids=ids, attention_mask=bias, position_ids=positions, use_cache=False)
         return output.last_hidden_state.flatten(0, 1)[shared.places]
+    inputs, packed = {"input_ids": input_ids}, None
     two_dimensional = hasattr(decoder, "position_ids_for")  # ChatGLM-6B, whose context sees its padding
     if not (two_dimensional or prefix_length(model)) and bool(attention_mask[:, 0].all()):
+        # All padding is behind the tokens, where causal attention does not look: without a mask the kernels skip that half.
         packed = packed_rows(decoder, attention_mask)
         if packed is not None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            ids, positions = packed.pack(input_ids), packed.pack(positions)
-            output = decoder(input_ids=ids, position_ids=positions, attention_mask=packed.no_mask, use_cache=False, packed=packed)
-            return packed.unpack(output.last_hidden_state)
-        # All padding is behind the tokens, where causal attention does not look: without a mask the kernels skip that half.
-        return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-    extra = {"past_key_values": prefix_cache(model, len(input_ids))} if prefix_length(model) else {}
-    positions = position_ids_for(model, input_ids, attention_mask)
-    if positions is not None:
-        extra["position_ids"] = positions
-    mask = mask_with_prefix(model, attention_mask.long())
-    return decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+            inputs = {"input_ids": packed.pack(input_ids), "position_ids": packed.pack(positions)}
+            inputs |= {"attention_mask": packed.no_mask, "packed": packed}
+            read = None if read is None else packed.pack(read)
+    else:
+        inputs["attention_mask"] = mask_with_prefix(model, attention_mask.long())
+        if prefix_length(model):
+            inputs["past_key_values"] = prefix_cache(model, len(input_ids))
+        positions = position_ids_for(model, input_ids, attention_mask)
+        if positions is not None:
+            inputs["position_ids"] = positions
+    with last_layer_at(decoder, read):
+        hidden = decoder(**inputs, use_cache=False).last_hidden_state
+    return hidden if packed is None else packed.unpack(hidden)
 
 
 @cache

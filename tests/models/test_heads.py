@@ -103,9 +103,9 @@ def test_scores_equal_transformers_own(checkpoint):
     assert_close(found[:, None], expected)
 
 
-def test_target_mask_gives_the_same_numbers_and_zeros(gpt2):
-    model = TokenLogProbs(load(gpt2))
-    ids, mask = tokens(3, 9)
+def test_target_mask_gives_the_same_numbers_and_zeros(checkpoint):
+    model = TokenLogProbs(load(checkpoint))
+    ids, mask = tokens(3, 9, folder=checkpoint)
     targets = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.4
     full = model(ids, mask)
     found = model(ids, mask, target_mask=targets)
@@ -121,6 +121,34 @@ def test_target_mask_gives_the_same_numbers_and_zeros(gpt2):
     model.zero_grad()
     model(ids, mask, target_mask=torch.zeros_like(ids, dtype=torch.bool)).sum().backward()
     assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_scores_that_are_asked_for_are_those_of_all(checkpoint):
+    model = TokenScores(load_scalar_model(checkpoint, dtype=torch.float32, seed=1))
+    ids, mask = tokens(3, 9, folder=checkpoint)
+    mask[1, 7:] = 0
+    read = mask.bool() & (torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.4)
+    found = []
+    for some in (read, None):
+        model.zero_grad()
+        scores = model(ids, mask, read=some).where(read, 0.0)
+        scores.sum().backward()
+        found.append([scores, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for own, other in zip(*found, strict=True):
+        assert_close(own, other)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_the_last_mlp_computes_what_is_read(folder_of, family):
+    model, counts = load(folder_of(family)), []
+    last = model.transformer.h[-1].mlp if family == "gpt2" else model.model.decoder.layers[-1].fc2
+    last.register_forward_hook(lambda module, given, output: counts.append(output.shape[:-1].numel()))
+    ids, mask = tokens(3, 9)
+    targets = torch.zeros_like(mask)
+    targets[:, 6:] = 1
+    TokenLogProbs(model)(ids, mask, target_mask=targets)
+    TokenLogProbs(model)(ids, mask)
+    assert counts == [9, 27]
 
 
 def test_keep_temperature_and_entropy(gpt2):

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
@@ -133,13 +134,16 @@ class DeepSpeedRLHFEngine:
     def _frozen(self, model, role: str, offload: bool):
         return build_frozen(model, self.run, stage=getattr(self.args, f"{role}_zero_stage"), offload=offload)
 
-    def values(self, model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return scores [batch, time] of reward model or critic in units of the reward model's own spread, mean zero."""
-        return (model(input_ids, attention_mask) - self.reward_mean) / self.reward_std
+    def values(self, model, input_ids: Tensor, attention_mask: Tensor, read: Tensor | None = None) -> Tensor:
+        """Return scores [batch, time] of reward model or critic in units of the reward model's own spread, mean zero. read
+        [batch, time] bool: only these are asked for.
+        """
+        return (model(input_ids, attention_mask, read=read) - self.reward_mean) / self.reward_std
 
     def answer_values(self, model, rows: JoinedRows) -> Tensor:
         """Return [rows, answer]: the values before each answer token; of padding anything."""
-        return rows.before_answers(self.values(model, rows.input_ids, rows.attention_mask))
+        before = F.pad(rows.answer_mask[:, 1:], (0, 1))
+        return rows.before_answers(self.values(model, rows.input_ids, rows.attention_mask, before))
 
     def answer_log_probs(self, model, rows: JoinedRows, with_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return [rows, answer]: log-probabilities of the answer tokens at the sampling temperature, of padding anything.

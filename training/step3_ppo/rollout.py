@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from errors import UserError
 from inference.engine import check_finite, generate_many
@@ -247,7 +248,9 @@ def score_answers(engine: DeepSpeedRLHFEngine, experience: Experience, args) -> 
         mine += real
         if rewards.with_model:
             joined = rows.joined()
-            last = at_last_token(engine.reward(joined.input_ids, joined.attention_mask), joined.attention_mask)
+            mask = joined.attention_mask
+            ends = mask.bool() & ~F.pad(mask[:, 1:], (0, 1)).bool()
+            last = at_last_token(engine.reward(joined.input_ids, mask, read=ends), mask)
             scores[real, 0] = last[: len(real)].float()
     if rewards.outside:
         rows = experience.select(mine)
