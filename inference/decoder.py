@@ -69,20 +69,25 @@ class Tokens:
         heads: query, key and value, [tokens, heads, dim].
         """
         kept, attended = [], []
-        parts = zip(self.readings, self.masks, self.packs, *(part.split(self.sizes) for part in (hidden, *heads)), strict=True)
+        alone = len(self.sizes) == 1  # in most passes; then nothing need be cut and put together
+        cut = ((part,) if alone else part.split(self.sizes) for part in (hidden, *heads))
+        parts = zip(self.readings, self.masks, self.packs, *cut, strict=True)
         for one, mask, pack, states, *own in parts:
             shape, last = one.ids.shape, layer == self.final and one.ids.shape[1] > 1
-            rows = (part.view(*shape, *part.shape[1:]) if pack is None else pack.unpack(part[None]) for part in own)
-            query, key, value = (part.transpose(1, 2) for part in rows)
+            if shape[1] == 1:
+                query, key, value = (part.unsqueeze(2) for part in own)
+            else:
+                rows = (part.view(*shape, *part.shape[1:]) if pack is None else pack.unpack(part[None]) for part in own)
+                query, key, value = (part.transpose(1, 2) for part in rows)
             keys, values = one.cache.update(key, value, layer)
             if last:
                 query, mask, pack = query[:, :, -1:], mask[:, :, -1:], None
                 states = states[one.seen[:, -shape[1] :].sum(dim=1).cumsum(dim=0) - 1]
             grouped = query.shape[1] != keys.shape[1]
             out = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=grouped)
-            attended.append(self.flat(out.transpose(1, 2).flatten(2), pack))
+            attended.append(out.flatten(1) if out.shape[2] == 1 else self.flat(out.transpose(1, 2).flatten(2), pack))
             kept.append(states)
-        return torch.cat(kept), torch.cat(attended)
+        return (kept[0], attended[0]) if alone else (torch.cat(kept), torch.cat(attended))
 
 
 def packed(reading: Reading) -> PackedRows | None:
@@ -130,12 +135,14 @@ def llama(decoder: Any, tokens: Tokens) -> Tensor:
     cos, sin = (part[0, :, None] for part in decoder.rotary_emb(hidden, position_ids=tokens.positions[None]))
     for number, layer in enumerate(decoder.layers):
         attention, inner = layer.self_attn, normed(layer.input_layernorm, hidden)
-        names = ("q_proj", "k_proj", "v_proj")
-        query, key, value = (getattr(attention, name)(inner).unflatten(-1, (-1, attention.head_dim)) for name in names)
+        shape = (len(inner), -1, attention.head_dim)
+        query, key = attention.q_proj(inner).view(shape), attention.k_proj(inner).view(shape)
+        value = attention.v_proj(inner).view(shape)
         if hasattr(attention, "q_norm"):
             query, key = normed(attention.q_norm, query), normed(attention.k_norm, key)
-        heads = turned(query, cos, sin), turned(key, cos, sin), value
-        hidden, attended = tokens.attend(number, hidden, heads, attention.scaling)
+        count = query.shape[1]
+        query, key = turned(torch.cat((query, key), dim=1), cos, sin).split((count, key.shape[1]), dim=1)
+        hidden, attended = tokens.attend(number, hidden, (query, key, value), attention.scaling)
         hidden = hidden + attention.o_proj(attended)
         inner, mlp = normed(layer.post_attention_layernorm, hidden), layer.mlp
         hidden = hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(inner)) * mlp.up_proj(inner))

@@ -11,6 +11,7 @@ without one the server listens on the loopback only. docs/en/serving.md says mor
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 from typing import Any
@@ -112,6 +113,8 @@ def serve(args: argparse.Namespace, keys: list[bytes], bound: Any) -> int:
     body, kept = int(args.max_body * 2**20), int(args.prompt_cache * 2**20)
     limits = Limits(args.max_batch, args.max_queue, args.max_new_tokens, args.timeout, body, args.log_text, kept)
     service = Service(served, limits)
+    gc.collect()
+    gc.freeze()  # the collector need not go through the model and its libraries again and again
     bound.listen()  # who connects from now on is answered
     logger.info("serving %s at %s/v1", ", ".join(served.names), url_of(bound))
     server_of(build_app(service, keys)).run(sockets=[bound])
