@@ -76,16 +76,10 @@ class RowsLayer(DynamicLayer):
         self.begin = 0
         self._show(end)
 
-    def fill(self, states: Sequence[Tensor | None], number: int, columns: int, like: Tensor) -> None:
-        """Begin with ``columns`` columns whose right end holds states [2 · layers, heads, n, dim] of each row; None: nothing."""
-        self.lazy_initialization(like, like)
-        self.begin, self.stores = 0, []
-        for part in (2 * number, 2 * number + 1):
-            store = like.new_zeros(len(states), like.shape[1], columns + SPARE_COLUMNS, like.shape[3])
-            for row, one in enumerate(states):
-                if one is not None:
-                    store[row, :, columns - one.shape[2] : columns] = one[part]
-            self.stores.append(store)
+    def fill(self, stores: Sequence[Tensor], columns: int) -> None:
+        """Begin with ``columns`` columns that stand in two buffers."""
+        self.lazy_initialization(*stores)
+        self.begin, self.stores = 0, list(stores)
         self._show(columns)
 
     def _show(self, width: int) -> None:
@@ -121,9 +115,14 @@ class RowsCache(Cache):
     def fill(self, states: Sequence[Tensor | None], columns: int) -> None:
         """Begin an empty cache of ``columns`` columns with states() of other caches, at the right end of a row; None: nothing."""
         known = next(one for one in states if one is not None)
-        for number in range(len(known) // 2):
+        parts, heads, _, dim = known.shape
+        stores = known.new_zeros(parts, len(states), heads, columns + SPARE_COLUMNS, dim)  # one copy a row, not one a layer, too
+        for row, one in enumerate(states):
+            if one is not None:
+                stores[:, row, :, columns - one.shape[2] : columns] = one
+        for number in range(parts // 2):
             self.layers.append(self.layer_class_to_replicate())
-            self.layers[number].fill(states, number, columns, known)
+            self.layers[number].fill((stores[2 * number], stores[2 * number + 1]), columns)
 
     def join(self, other: RowsCache) -> None:
         """Put the rows of other below these; the attention mask must hide what stands left of the narrower ones."""
