@@ -7,14 +7,13 @@ a chat template takes ({"messages", "chosen", "rejected", "tools"}), and message
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from training.utils.data.names import ANSWER_LIKE, SCORES_OF_TWO, TIES, plain_name
+from training.utils.data.names import ANSWER_LIKE
 from training.utils.data.scored_answers import ORDERS, scores_apart
 from training.utils.data.turns import (
     BadRecord,
@@ -28,6 +27,7 @@ from training.utils.data.turns import (
     is_turns,
     items,
     kind_of,
+    looks_numeric,
     messages_of,
     normal,
     prompt_messages,
@@ -375,11 +375,6 @@ def _check_order(row: Fields, field: str, count: int) -> None:
             )
 
 
-def looks_numeric(value: str) -> bool:
-    """Return whether a text is a number or a judgement."""
-    return truth(value) is not None or re.fullmatch(r"[-+]?\d+([.,/]\d+)?", value.strip()) is not None
-
-
 def question_answer(row: Fields, question: str, chosen: str) -> list[Record]:
     """Read plain texts out of two fields."""
     return [record(user_turn(text(row[question], question)), text(row[chosen], chosen, strip=False))]
@@ -503,16 +498,3 @@ def recognise(row: Fields, mapped: set[str] = frozenset()) -> Format | None:
 def judgement(form: Format, row: Fields) -> bool | None:
     """Return whether the answer of a row is labelled good (True) or bad (False); None without such a label."""
     return truth(row["label"]) if form.judged and row.get("label") is not None else None
-
-
-def check_preference(row: Fields) -> None:
-    """Raise Skip for a pair, or a vote of the web page (inference/web.py), that prefers neither answer."""
-    if row.get("vote") in ("tie", "bad"):
-        raise Skip("a vote for neither answer", 0)
-    if row.get("rejected") is None:
-        return
-    plain = {plain_name(name): value for name, value in row.items()}
-    ties = any(truth(plain.get(name)) for name in TIES) or str(plain.get("winner", "")).lower().startswith("tie")
-    scores = [(plain.get(better), plain.get(worse)) for better, worse in SCORES_OF_TWO]
-    if ties or any(better == worse and better not in (None, "") for better, worse in scores):
-        raise Skip("a tie of two answers", 2)

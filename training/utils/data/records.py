@@ -23,14 +23,13 @@ from training.utils.data.formats import (
     Format,
     Record,
     assistant_turn,
-    check_preference,
     judgement,
 )
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.names import known_names
 from training.utils.data.repeated_prompts import REPEATED_PROMPTS, prompts_repeated, without_prompt
 from training.utils.data.rows import MISSING, Columns, Reading, refuse_unused, renamed, row_format
-from training.utils.data.scored_answers import ORDERS
+from training.utils.data.scored_answers import ORDERS, check_preference
 from training.utils.data.sources import Source, Table, open_source
 from training.utils.data.suggested import advice
 from training.utils.data.turns import BadRecord, Fields, Skip, check_media, is_learned

@@ -1,9 +1,9 @@
-"""Several answers in a list, each with its score or rank: [{"response": "…", "score": 7}, …], as UltraFeedback has them."""
+"""Several answers in a list, each with its score or rank: [{"response": "…", "score": 7}, …], as UltraFeedback has them; ties."""
 
 from typing import Any
 
-from training.utils.data.names import with_our_names
-from training.utils.data.turns import BadRecord, Fields, is_columns, items, role_of
+from training.utils.data.names import SCORES_OF_TWO, TIES, plain_name, with_our_names
+from training.utils.data.turns import BadRecord, Fields, Skip, is_columns, items, role_of, truth
 
 ORDERS = {"score": 1, "rank": -1}  # fields that say the order of several answers -> whether high is good
 TEXTS = ("response", "text", "answer", "output", "content")
@@ -35,3 +35,16 @@ def scores_apart(row: Fields, field: str) -> Fields:
             'call the field that does "score" (high is good) or "rank" (1 is the best)'
         )
     return row | {field: texts} | ({order: values} if order else {})
+
+
+def check_preference(row: Fields) -> None:
+    """Raise Skip for a pair, or a vote of the web page (inference/web.py), that prefers neither answer."""
+    if row.get("vote") in ("tie", "bad"):
+        raise Skip("a vote for neither answer", 0)
+    if row.get("rejected") is None:
+        return
+    plain = {plain_name(name): value for name, value in row.items()}
+    ties = any(truth(plain.get(name)) for name in TIES) or str(plain.get("winner", "")).lower().startswith("tie")
+    scores = [(plain.get(better), plain.get(worse)) for better, worse in SCORES_OF_TWO]
+    if ties or any(better == worse and better not in (None, "") for better, worse in scores):
+        raise Skip("a tie of two answers", 2)

@@ -121,6 +121,11 @@ def truth(value: Any) -> bool | None:
     return TRUTHS.get(str(value).strip().lower())
 
 
+def looks_numeric(value: str) -> bool:
+    """Return whether a text is a number or a judgement."""
+    return truth(value) is not None or re.fullmatch(r"[-+]?\d+([.,/]\d+)?", value.strip()) is not None
+
+
 def normal(content: str) -> str:
     """Return a text with its white space evened out, for comparing."""
     return " ".join(content.split())
