@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from models.packed_rows import PackedRows
 
+KNOWS_GROUPS = torch.__version__ >= (2, 5)  # scaled_dot_product_attention takes fewer heads of keys than of queries
+
 
 def runs(network: nn.Module) -> bool:
     """Return True for a network that next_logits() computes; hooks of the whole network, as of ZeRO-3, need its own forward."""
@@ -62,11 +64,11 @@ class Tokens:
         """[batch, n, ...] -> [tokens, ...]."""
         return rows.flatten(0, 1) if pack is None else pack.pack(rows)[0]
 
-    def attend(self, layer: int, hidden: Tensor, heads: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, layer: int, hidden: Tensor, heads: Sequence[Tensor], scale: float | None) -> tuple[Tensor, Tensor]:
         """Put keys and values of a layer into the caches. Return hidden [tokens, width], and what each token attends to; in the
         last layer both of the last token of each row alone.
 
-        heads: query, key and value, [tokens, heads, dim].
+        heads: query, key and value, [tokens, heads, dim]. scale: of the scores; None: 1 / sqrt(dim).
         """
         kept, attended = [], []
         alone = len(self.sizes) == 1  # in most passes; then nothing need be cut and put together
@@ -83,8 +85,11 @@ class Tokens:
             if last:
                 query, mask, pack = query[:, :, -1:], mask[:, :, -1:], None
                 states = states[one.seen[:, -shape[1] :].sum(dim=1).cumsum(dim=0) - 1]
-            grouped = query.shape[1] != keys.shape[1]
-            out = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=grouped)
+            groups = {"enable_gqa": True} if query.shape[1] != keys.shape[1] else {}
+            if groups and not KNOWS_GROUPS:
+                keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (keys, values))
+                groups = {}
+            out = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, **groups)
             attended.append(out.flatten(1) if out.shape[2] == 1 else self.flat(out.transpose(1, 2).flatten(2), pack))
             kept.append(states)
         return (kept[0], attended[0]) if alone else (torch.cat(kept), torch.cat(attended))
@@ -178,7 +183,7 @@ def gpt2(decoder: Any, tokens: Tokens) -> Tensor:
     for number, layer in enumerate(decoder.h):
         attention = layer.attn
         heads = attention.c_attn(layer.ln_1(hidden)).unflatten(-1, (3, -1, attention.head_dim)).unbind(1)
-        hidden, attended = tokens.attend(number, hidden, heads, attention.scaling)
+        hidden, attended = tokens.attend(number, hidden, heads, getattr(attention, "scaling", None))  # not in transformers 5.0
         hidden = hidden + attention.c_proj(attended)
         hidden = hidden + layer.mlp(layer.ln_2(hidden))
     return decoder.ln_f(hidden)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
@@ -57,6 +59,30 @@ def check_weights(folder: Path, path: str | Path, quantization_bit: int | None) 
     check_scales(path, set().union(*stored.values()), quantization_bit)
 
 
+def load_pickled(file: str | Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
+    """Return what torch.save wrote, of tensors and plain values alone; mmap: read tensors on use, where the format allows it.
+
+    Raises UnpicklingError for anything else, and for programs, which torch before 2.6 runs all the same (CVE-2025-32434).
+    """
+    import torch
+
+    if torch.__version__ < (2, 6) and is_program(file):
+        raise UnpicklingError("torch before 2.6 would run what this file holds")
+    return torch.load(file, map_location=map_location, mmap=mmap and zipfile.is_zipfile(file), weights_only=True)
+
+
+def is_program(file: str | Path) -> bool:
+    """Return True for what torch.load before 2.6 gives to another reader: a TorchScript archive or a tar file."""
+    from torch.serialization import _is_torchscript_zip, _is_zipfile, _open_zipfile_reader
+
+    with Path(file).open("rb") as opened:
+        zipped = _is_zipfile(opened)
+    if not zipped:
+        return tarfile.is_tarfile(file)
+    with _open_zipfile_reader(str(file)) as reader:
+        return _is_torchscript_zip(reader)
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Return tensor -> file, from an index. Raise UserError if the index is broken."""
     content = read_json(index, index.parent).get("weight_map")
@@ -76,9 +102,7 @@ def tensor_names(file: Path) -> set[str]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="np") as content:  # "pt" imports torch
                 return set(content.keys())
-        import torch
-
-        return set(torch.load(file, map_location="meta", mmap=zipfile.is_zipfile(file), weights_only=True))
+        return set(load_pickled(file, "meta"))
     except Exception as error:  # by format and version: RuntimeError, EOFError, UnpicklingError, SafetensorError, …
         raise UserError(
             f"{file} ({file.stat().st_size} bytes) is truncated, damaged or no file of weights ({first_line(error)}); copy "
@@ -98,10 +122,7 @@ def stored_rows(folder: Path, rows: int) -> Iterator[tuple[str, tuple[int, ...],
                     shape = tuple(part.get_shape())
                     yield name, shape, part[:rows] if shape else content.get_tensor(name)
         else:
-            import torch
-
-            tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-            for name, tensor in sorted(tensors.items()):
+            for name, tensor in sorted(load_pickled(file).items()):
                 yield name, tuple(tensor.shape), tensor[:rows] if tensor.dim() else tensor
 
 

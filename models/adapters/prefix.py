@@ -8,7 +8,6 @@ and peft's files. Either way the folder names the model that the prefix belongs 
 from __future__ import annotations
 
 import copy
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,15 @@ from torch import Tensor, nn
 from errors import UserError
 from models.checkpoint_folder import CheckpointFolder, check_recomputed_prefix
 from models.heads import SCALAR_HEADS, base_model, is_peft, prefix_length, score_name
-from models.weight_files import BASE_FIELD, OFFICIAL_FILE, PEFT_FILES, PREFIX_FILE, base_named_in, first_line
+from models.weight_files import (
+    BASE_FIELD,
+    OFFICIAL_FILE,
+    PEFT_FILES,
+    PREFIX_FILE,
+    base_named_in,
+    first_line,
+    load_pickled,
+)
 from models.zero3 import gathered
 
 if TYPE_CHECKING:  # peft takes seconds to import, and is needed only where there is an adapter
@@ -81,8 +88,7 @@ def read_prefix(folder: Path) -> SavedPrefix:
         if file.suffix == ".safetensors":
             stored = load_file(file)
         else:
-            stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            stored = {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
+            stored = {name: tensor for name, tensor in load_pickled(file).items() if isinstance(tensor, Tensor)}
     except Exception as error:  # by format and version: RuntimeError, EOFError, UnpicklingError, SafetensorError, …
         raise UserError(f"{file} is truncated or damaged ({first_line(error)}); copy it again.") from error
     own = file.suffix == ".bin"

@@ -1,6 +1,8 @@
 """Weight files of a checkpoint: every kind that is read, and what is wrong with one, told before anything is loaded."""
 
 import json
+import tarfile
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import UserError
 from models.checkpoint_folder import open_checkpoint
-from models.weight_files import tensor_names
+from models.weight_files import load_pickled, tensor_names
 from tests.models.common import load
 
 KINDS = ("bin", "old", "safetensors")
@@ -33,6 +35,21 @@ def shards_of(llama, folder, kind):
     index = folder / f"{stem}.{ending}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return files, index
+
+
+@pytest.mark.parametrize("version", ["2.4.1", str(torch.__version__)])
+def test_what_torch_before_2_6_would_run_is_not_read(tmp_path, monkeypatch, version):
+    """torch.load's weights_only did not hold for TorchScript archives and tar files (CVE-2025-32434)."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "script.bin")
+    with tarfile.open(tmp_path / "tar.bin", "w") as archive:
+        archive.add(tmp_path / "script.bin")
+    for name in ("script.bin", "tar.bin"):
+        with pytest.raises((UnpicklingError, RuntimeError)):
+            load_pickled(tmp_path / name)
+    for zipped in (True, False):
+        torch.save({"one": torch.ones(2)}, tmp_path / "data.bin", _use_new_zipfile_serialization=zipped)
+        assert torch.equal(load_pickled(tmp_path / "data.bin")["one"], torch.ones(2))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ from models.heads import TokenLogProbs, TokenScores, at_last_token
 from models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from models.save import save_model
 from tests.models.common import Stops
+from training.utils.run.deepspeed_internals import forget_shared_memory_collectives, wait_for_all_gathers
 
 STEPS = 2
 LEARNING_RATE = 0.003
@@ -116,7 +117,8 @@ def main() -> None:
     import deepspeed
     import torch.distributed as dist
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its compilation is not what we test
+    forget_shared_memory_collectives()
+    wait_for_all_gathers()
     deepspeed.init_distributed("gloo", verbose=False)
     for case in CASES:
         train(case, Path(sys.argv[-1]))

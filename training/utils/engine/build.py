@@ -101,7 +101,7 @@ def build_engine(model: nn.Module, options: EngineOptions, run: Run, steps: int)
     scheduler = LambdaLR(optimizer, lambda step: rate_share(options.lr_scheduler_type, step, **plan))
     skeleton = copy_structure(model) if options.zero_stage == 3 else None
     config = options.train_config(run)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    engine = initialize(model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     extras(engine).skeleton, extras(engine).saturation = skeleton, watch_saturation(engine)
     extras(engine).schedule_steps = steps
     masters = plain_masters(engine.optimizer)
@@ -113,16 +113,27 @@ def build_engine(model: nn.Module, options: EngineOptions, run: Run, steps: int)
     return engine
 
 
-def build_frozen(model: nn.Module, run: Run, *, stage: int, offload: bool):
-    """Return a model that is only evaluated: on the device as it is, or split by an engine under stage 3 or on the host."""
+def initialize(model: nn.Module, **settings: Any):
+    """Return DeepSpeed's engine. Buffers keep their dtype: 0.14 rounds them with the weights, and rotary frequencies of 16 bits
+    turn far positions wrongly.
+    """
     import deepspeed
 
+    buffers = [(module, *item) for module in model.modules() for item in module._buffers.items() if item[1] is not None]
+    engine, *_ = deepspeed.initialize(model=model, **settings)
+    for module, name, buffer in buffers:
+        module._buffers[name] = module._buffers[name].to(buffer.dtype).copy_(buffer)
+    return engine
+
+
+def build_frozen(model: nn.Module, run: Run, *, stage: int, offload: bool):
+    """Return a model that is only evaluated: on the device as it is, or split by an engine under stage 3 or on the host."""
     model.eval().requires_grad_(False)
     to_dtype(model.parameters(), run.dtype)  # a prefix too: its twin in the engine that trains is rounded
     if stage != 3 and not offload:  # stage 3 is the only one whose weights may live on the host
         return model.to(run.device)
     skeleton = copy_structure(model)
-    engine, *_ = deepspeed.initialize(model=model, config=frozen_config(run, offload))
+    engine = initialize(model, config=frozen_config(run, offload))
     extras(engine).skeleton = skeleton
     engine.module.eval()
     return engine

@@ -290,6 +290,8 @@ def read_by_deepspeed(path: str, key: str, value: Any, stage: int) -> Asked:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
+    if key in PRECISION and isinstance(value, dict):
+        value = value | {"enabled": True}  # DeepSpeed before 0.17 asks for the rest only then
     config = Asked({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, key: value})
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the engine says the same when it is built

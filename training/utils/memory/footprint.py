@@ -103,8 +103,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 
 @contextmanager
 def replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """Put another function in the place of a module's."""
-    known = getattr(module, name)
+    """Put another object in the place of a module's, or in an empty one."""
+    known = getattr(module, name, None)
     setattr(module, name, stand_in)
     try:
         yield
@@ -114,9 +114,12 @@ def replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
 
 @contextmanager
 def on_meta(ledger: Ledger, fused: bool = True) -> Iterator[None]:
-    """Count tensors without content. autocast counts as off: transformers asks for meta, where torch 2.4 raises."""
+    """Count tensors without content. autocast counts as off: transformers asks for meta, where torch 2.4 raises. Its
+    checkpointing looks for a module torch.meta.
+    """
     kernel = replaced(F, "scaled_dot_product_attention", attention) if fused else nullcontext()
-    with ledger, kernel, torch.device("meta"), replaced(torch, "is_autocast_enabled", lambda *_: False):
+    autocast, module = replaced(torch, "is_autocast_enabled", lambda *_: False), replaced(torch, "meta", torch.cpu)
+    with ledger, kernel, torch.device("meta"), autocast, module:
         yield
 
 

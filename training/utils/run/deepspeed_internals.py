@@ -1,6 +1,6 @@
 """Private touches of DeepSpeed, one function each, written against DeepSpeed 0.14.4 to 0.19."""
 
-import zipfile
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from models.weight_files import load_pickled
 
 
 def forget_shared_memory_collectives() -> None:
@@ -23,10 +25,32 @@ def forget_shared_memory_collectives() -> None:
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
+def wait_for_all_gathers() -> None:
+    """Let ZeRO-3 on a CPU wait for all weights that it gathers: DeepSpeed 0.14 waits for the last alone, which suffices on a
+    card's stream; gloo ends gathers in any order, and parts of weights were whatever lay in memory.
+    """
+    from deepspeed import comm
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    if "launch_handles[-1].wait()" not in inspect.getsource(Init._allgather_params_coalesced):
+        return
+    gather = comm.all_gather_into_tensor
+
+    def at_once(*args: Any, **more: Any) -> Any:
+        handle = gather(*args, **more)
+        if handle is not None:
+            handle.wait()
+        return handle
+
+    comm.all_gather_into_tensor = at_once
+
+
 def skip_muon_kernels() -> None:
     """Import DeepSpeed's Muon uncompiled: every ZeRO engine imports it, and TorchInductor with it took 2 s of CPU."""
     from deepspeed.runtime import compiler
 
+    if not hasattr(compiler, "compile"):  # DeepSpeed 0.14 has neither
+        return
     known, compiler.compile = compiler.compile, lambda: lambda function: function
     with suppress(ImportError):  # older versions have no Muon
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
@@ -43,7 +67,7 @@ def load_data(path: str | Path, map_location: Any = None, mmap: bool = False) ->
     from deepspeed.utils.tensor_fragment import fragment_address
 
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
-    return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    return load_pickled(path, map_location, mmap)
 
 
 def load_data_alone(engine) -> None:

@@ -35,7 +35,11 @@ from models.device import (
 from models.quiet import quiet_libraries
 from training.utils.flags.deepspeed_file import check_keys
 from training.utils.run import heartbeat
-from training.utils.run.deepspeed_internals import forget_shared_memory_collectives, skip_muon_kernels
+from training.utils.run.deepspeed_internals import (
+    forget_shared_memory_collectives,
+    skip_muon_kernels,
+    wait_for_all_gathers,
+)
 from training.utils.run.environment import DONE, check_writable, describe_inputs, hold_folder
 from training.utils.run.manifest import sizes_to_resume
 from training.utils.run.metrics import Metrics, format_seconds
@@ -211,6 +215,7 @@ def join_process_group(platform: Platform) -> tuple[int, int, int]:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     if platform.name == "cpu":
         forget_shared_memory_collectives()
+        wait_for_all_gathers()
     skip_muon_kernels()
     if not dist.is_initialized():
         minutes = timeout_minutes()

@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import nullcontext
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import deepspeed.ops.adam
@@ -189,6 +190,8 @@ ZERO = '{"zero_optimization": {%s}}'
     ],
 )
 def test_the_installed_deepspeed_says_which_keys_and_values_there_are(tmp_path, content, sentence):
+    if sentence and not find_spec("deepspeed.runtime.precision_config"):
+        pytest.skip("an older DeepSpeed says it in other words")
     (tmp_path / "ds.json").write_text(content)
     args = SFTArguments(model_name_or_path="m", output_dir="o", deepspeed_config=str(tmp_path / "ds.json"))
     with pytest.raises(UserError, match=re.escape(sentence)) if sentence else nullcontext():
@@ -214,11 +217,11 @@ def test_a_key_that_deepspeed_has_nowhere_is_told_without_importing_it(tmp_path,
 
 def test_every_default_of_deepspeeds_own_sections_passes(tmp_path):
     """No key of these sections is taken for a slip, whichever version is installed."""
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    module = pytest.importorskip("deepspeed.runtime.precision_config", reason="an older DeepSpeed has no models for these")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero = DeepSpeedZeroConfig(stage=3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"})
-    sections = {"zero_optimization": zero, "fp16": DeepSpeedFP16Config(), "bf16": DeepSpeedBF16Config()}
+    sections = {"zero_optimization": zero, "fp16": module.DeepSpeedFP16Config(), "bf16": module.DeepSpeedBF16Config()}
     content = {name: section.model_dump(mode="json", exclude_none=True) for name, section in sections.items()}
     for name, field in DeepSpeedZeroConfig.model_fields.items():
         if (field.json_schema_extra or {}).get("deprecated"):

@@ -3,16 +3,26 @@
 The chip is played: a hook saturates float16 gradients and raises the flag, as the Ascend 910A does. DeepSpeed is real.
 """
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from models.device import PLATFORMS
+from models.device import DTYPES, PLATFORMS
 from training.utils.engine import half_precision
 from training.utils.engine.build import build_engine
 from training.utils.engine.configs import EngineOptions
 from training.utils.engine.extras import extras
+from training.utils.engine.state import (
+    SavedTensors,
+    engine_facts,
+    engine_tensors,
+    read_engine,
+    set_engine_facts,
+    write_tensors,
+)
 from training.utils.engine.step import optimizer_metrics, optimizer_step
 from training.utils.engine.weights import trained_weights
 from training.utils.flags.steps import SFTArguments
@@ -79,12 +89,13 @@ def group():
 def half(monkeypatch):
     """Nobody trains in float16 on a CPU and DeepSpeed refuses it; the arithmetic works."""
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    monkeypatch.setattr(type(get_accelerator()), "supported_dtypes", lambda self: list(DTYPES.values()))  # DeepSpeed 0.14
 
 
-def engine_of(chip: Chip, stage: int):
+def engine_of(chip: Chip, stage: int, **more):
     args = SFTArguments(
         model_name_or_path="unused", output_dir="unused", learning_rate=0.1, weight_decay=0.0, lr_scheduler_type="constant",
-        num_warmup_steps=0, max_grad_norm=0.0, zero_stage=stage,
+        num_warmup_steps=0, max_grad_norm=0.0, zero_stage=stage, **more,
     )
     return build_engine(Model(chip).half(), EngineOptions.of(args), Alone, steps=10)
 
@@ -121,7 +132,7 @@ def test_small_gradients_move_the_weights_as_in_float32(half, monkeypatch, stage
         train(engine, factor)
         optimizer.zero_grad()
         (exact(torch.ones(2, 4)).mean() * factor).backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in exact.parameters()])
+        norm = torch.nn.utils.clip_grad_norm_(exact.parameters(), float("inf"))
         assert optimizer_metrics(engine)["grad_norm"] == pytest.approx(norm.item(), rel=0.02)
         optimizer.step()
     for name, weight in trained_weights(engine, engine.module).items():
@@ -178,3 +189,27 @@ def test_the_watch_is_still_there_after_a_step_that_was_left_out_for_another_eng
     assert not has_overflow(engine.optimizer)
     extras(engine).saturation.seen = True
     assert has_overflow(engine.optimizer)
+
+
+@pytest.mark.parametrize(("then", "now"), [(0, 0), (1, 3), (3, 2), (2, 1), (0, 2), (3, 0)])
+def test_the_loss_scale_goes_on_where_the_checkpoint_left_it(half, monkeypatch, tmp_path, then, now):
+    """Saved after overflows and resumed under another ZeRO stage: the steps, the scale and its next changes are the same."""
+    (tmp_path / "ds.json").write_text('{"fp16": {"loss_scale_window": 3}}')
+    chip, more = Chip(monkeypatch), {"deepspeed_config": str(tmp_path / "ds.json")}
+    whole, resumed = engine_of(chip, then, **more), engine_of(chip, now, **more)
+    first = whole.optimizer.loss_scale
+    for factor in (SOUND, TOO_LARGE, TOO_LARGE, TOO_LARGE):
+        train(whole, factor)
+    assert whole.optimizer.loss_scale < first and whole.skipped_steps == 3
+    list(write_tensors(tmp_path, 0, engine_tensors(whole, keeps_disk=True)))
+    read_engine(resumed, SavedTensors(tmp_path))
+    set_engine_facts(resumed, json.loads(json.dumps(engine_facts(whole))), resized=False)
+    kind = bool(then) == bool(now)  # without ZeRO there is no patience, and DeepSpeed counts to the window otherwise
+    scales = set()
+    for factor in (SOUND, SOUND, SOUND, SOUND, TOO_LARGE, TOO_LARGE, SOUND) if kind else (SOUND, SOUND):
+        of_whole, of_resumed = train(whole, factor), train(resumed, factor)
+        assert of_resumed[1:] == of_whole[1:]
+        scales.add(of_whole[2])
+        for name, weight in trained_weights(whole, whole.module).items():
+            torch.testing.assert_close(trained_weights(resumed, resumed.module)[name], weight, rtol=1e-3, atol=1e-3)
+    assert len(scales) > 1 or not kind, "the scale has risen and fallen"
