@@ -332,11 +332,11 @@ class Checkpoint:
         try:
             aside.mkdir(parents=True)
             for file in files:
-                file.rename(aside / file.name)
+                shutil.move(file, aside / file.name)  # "checkpoints" may be a link to another disk
         except OSError as error:
             raise UserError(
                 f"--output_dir {self.run.args.output_dir} holds another run, which cannot be moved to {aside} "
-                f"({error.strerror}); name another folder, or go on with that run by --resume."
+                f"({error.strerror or error}); name another folder, or go on with that run by --resume."
             ) from error
         logger.info("Not of this run: %s; moved to %s.", ", ".join(file.name for file in files), aside)
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -371,13 +372,24 @@ def test_what_lies_behind_the_step_named_is_out_of_the_way(tmp_path):
     assert names(tmp_path / "checkpoints" / "earlier-1") == ["step-00000150"]
 
 
+def test_a_run_is_set_aside_where_its_checkpoints_are_on_another_disk(tmp_path):
+    if not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (tmp_path / "checkpoints").symlink_to(elsewhere)
+        earlier_run(tmp_path)
+        assert checkpoint_of(tmp_path).resume() == 0
+        assert names(Path(elsewhere) / "earlier-1") == ["metrics.jsonl", "step-00000100", "step-00000150"]
+        assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_run_that_cannot_be_moved_is_not_mixed_with(tmp_path, monkeypatch):
     earlier_run(tmp_path)
 
-    def refuse(self, target):
+    def refuse(file, target):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(shutil, "move", refuse)
     with pytest.raises(UserError, match=r"holds another run, which cannot be moved .*Permission denied"):
         checkpoint_of(tmp_path).resume()
 
