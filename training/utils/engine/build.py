@@ -30,7 +30,7 @@ from training.utils.engine.extras import extras
 from training.utils.engine.half_precision import watch_saturation
 from training.utils.engine.schedule import rate_share
 from training.utils.engine.weights import copy_structure
-from training.utils.run.deepspeed_internals import plain_masters
+from training.utils.run.deepspeed_internals import keep_all_micro_batches, plain_masters
 from training.utils.run.process_group import Run
 
 logger = logging.getLogger("sanbu")
@@ -104,6 +104,7 @@ def build_engine(model: nn.Module, options: EngineOptions, run: Run, steps: int)
     engine = initialize(model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     extras(engine).skeleton, extras(engine).saturation = skeleton, watch_saturation(engine)
     extras(engine).schedule_steps = steps
+    keep_all_micro_batches(engine.optimizer)
     masters = plain_masters(engine.optimizer)
     for parameter, value in exact:
         if id(parameter) in masters:

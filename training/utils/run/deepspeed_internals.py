@@ -45,6 +45,15 @@ def wait_for_all_gathers() -> None:
     comm.all_gather_into_tensor = at_once
 
 
+def keep_all_micro_batches(optimizer) -> None:
+    """Let ZeRO 1 and 2 with the optimizer on the host add up gradients: DeepSpeed 0.14 does so only where its configuration, not
+    set_gradient_accumulation_boundary(), tells of several micro-batches; otherwise the last one alone counted.
+    """
+    copy = getattr(type(optimizer), "copy_grads_in_partition", None)
+    if copy and "gradient_accumulation_steps > 1" in inspect.getsource(copy):
+        optimizer.gradient_accumulation_steps = 2  # any number above 1
+
+
 def skip_muon_kernels() -> None:
     """Import DeepSpeed's Muon uncompiled: every ZeRO engine imports it, and TorchInductor with it took 2 s of CPU."""
     from deepspeed.runtime import compiler
