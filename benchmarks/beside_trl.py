@@ -385,7 +385,8 @@ def table_row(result: dict[str, Any]) -> list[object]:
 
 def draw(results: Sequence[dict[str, Any]]) -> str:
     """Return an SVG: for each measure the work of the earlier build and of this one in times TRL's, and the target."""
-    left, scale, line = 170, 90, 40
+    left, line = 170, 40
+    scale = 400 / max(max(statistics.median(ratios(result, "TRL")), result["target"]) for result in results)
     height = line * len(results) + 30
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{height}" font-family="sans-serif" font-size="12">']
     parts.append('<rect width="100%" height="100%" fill="#fff"/>')
