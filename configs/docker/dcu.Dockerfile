@@ -26,7 +26,8 @@ RUN apt-get update \
     && printf 'StrictModes no\n' > /etc/ssh/sshd_config.d/sanbu.conf
 
 COPY configs/docker/wheels/ /tmp/wheels/
-COPY requirements.txt requirements-serve.txt /tmp/
+# transformers of requirements.txt does without torch before 2.6.
+COPY requirements-oldest.txt requirements-serve.txt /tmp/
 COPY scripts/vendor_env.sh /opt/sanbu/scripts/vendor_env.sh
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0
 # Vendor wheels first and without their dependencies; then everything else under a constraint that names this torch.
@@ -37,7 +38,7 @@ RUN . /opt/sanbu/scripts/vendor_env.sh \
     && echo 'numpy<2' >> /tmp/constraints.txt \
     && find /tmp/wheels -name '*.whl' -print0 \
         | xargs --null --no-run-if-empty python -m pip install --no-cache-dir --no-deps \
-    && sed -E '/^(torch|deepspeed|numpy)==/d' /tmp/requirements.txt > /tmp/others.txt \
+    && sed -E '/^(torch|deepspeed|numpy|pytest.*)==/d' /tmp/requirements-oldest.txt > /tmp/others.txt \
     && sed '/^-r /d' /tmp/requirements-serve.txt >> /tmp/others.txt \
     && python -m pip install --no-cache-dir --constraint /tmp/constraints.txt --requirement /tmp/others.txt \
     && (python -m pip show --quiet deepspeed || python -m pip install --no-cache-dir --no-deps deepspeed==0.14.4) \

@@ -21,6 +21,7 @@ DTK_DRIVER = {
     "26.04": "6.3.30",
 }
 DTK_TORCH = {"24.04": ("2.1.0", "2.3.0"), "25.04": ("2.4.1",), "26.04": ("2.9.0",)}
+WITHOUT_TORCH = (("5.20.0", "2.6"), ("5.15.0", "2.5"))  # transformers from -> without this torch it goes on as if there were none
 CANN_TORCH_NPU = {
     "9.1.0": ("2.12.0", "2.11.0", "2.10.0.post4", "2.9.0.post6", "2.7.1.post8"),
     "9.0.0": ("2.9.0.post2", "2.8.0.post4", "2.7.1.post4"),
@@ -78,6 +79,11 @@ def judge_package(name: str, low: str, high: str, installed: Mapping[str, str], 
     if Version(release(version)) > Version(high):
         why = f"{version} is newer than {high}, the newest that was tested"
         return WARN, why, f"if something fails, install {high}"
+    for since, needed in WITHOUT_TORCH if name == "transformers" else ():
+        torch = installed.get("torch", needed)
+        if Version(version) >= Version(since) and Version(release(torch)) < Version(needed):
+            why = f"{version} does without torch {torch}: from {since} on it wants {needed}"
+            return FAIL, why, f"install torch {needed} or newer, or the versions of requirements-oldest.txt"
     # 0.14.2 and 0.14.3 of the package index want a function that torch 2.4 removed; vendors' builds have a repair.
     old = name == "deepspeed" and "+" not in version and Version(version) < Version("0.14.4")
     if old and Version(installed.get("torch", "0")) >= Version("2.4"):
