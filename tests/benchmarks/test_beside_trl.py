@@ -18,15 +18,20 @@ from benchmarks.beside_trl import (
     write_models,
 )
 
+NOW = {"tokens": 300.0, "cpu": 1.0, "wall": 2.0, "peak_mb": 500, "loss": 1.4, "steps": 2, "before": 4.5}
+NOW |= {"flops": 6.0, "counted_tokens": 3.0, "matmul_rate": 1200.0}  # two operations a token: 600 a second
 RESULT = {
     "measure": "reward",
     "setting": "TRL length-grouped",
     "unit": "tokens",
     "target": 1.6,
     "sides": {
-        "now": [{"tokens": 300.0, "cpu": 1.0, "wall": 2.0, "peak_mb": 500, "loss": 1.4, "steps": 2}] * 3,
+        "now": [NOW] * 3,
         "44ce0bc": [{"tokens": 100.0, "cpu": 1.0, "wall": 2.0, "peak_mb": 700, "loss": 1.4, "steps": 2}] * 3,
-        "TRL": [{"tokens": 100.0, "cpu": cpu, "wall": 1.0, "peak_mb": 900, "loss": 1.4, "steps": 2} for cpu in (0.5, 1.0, 2.0)],
+        "TRL": [
+            {"tokens": 100.0, "cpu": cpu, "wall": 1.0, "peak_mb": 900, "loss": 1.4, "steps": 2, "before": 5.5}
+            for cpu in (0.5, 1.0, 2.0)
+        ],
     },
 }
 
@@ -36,7 +41,7 @@ def test_the_table_compares_blocks_that_stand_beside_each_other():
     row = table_row(RESULT)
     assert row[:5] == ["reward", "tokens", "100", "100", "300"]
     assert row[5:9] == ["3.00 (3.00 to 3.00)", "3.00 (1.50 to 6.00)", "1.50", 1.6]
-    assert row[9:] == ["900", "700", "500", "0.700", "0.700", "length-grouped"]
+    assert row[9:] == ["0.50", "900", "700", "500", "5.5", "4.5", "0.700", "0.700", "length-grouped"]
     assert len(row) == len(beside_trl.HEAD)
     alone = RESULT | {"sides": {name: RESULT["sides"][name] for name in ("now", "TRL")}}
     assert table_row(alone)[3] == "-" and "44ce0bc" in draw([RESULT]) and "44ce0bc" not in draw([alone])
