@@ -115,11 +115,12 @@ def replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
 @contextmanager
 def on_meta(ledger: Ledger, fused: bool = True) -> Iterator[None]:
     """Count tensors without content. autocast counts as off: transformers asks for meta, where torch 2.4 raises. Its
-    checkpointing looks for a module torch.meta.
+    checkpointing looks for a module torch.meta. OPT of transformers 5.0 draws whether it leaves a layer out: never.
     """
     kernel = replaced(F, "scaled_dot_product_attention", attention) if fused else nullcontext()
     autocast, module = replaced(torch, "is_autocast_enabled", lambda *_: False), replaced(torch, "meta", torch.cpu)
-    with ledger, kernel, torch.device("meta"), autocast, module:
+    draws = replaced(torch, "rand", lambda *_, **__: 1.0)
+    with ledger, kernel, torch.device("meta"), autocast, module, draws:
         yield
 
 
