@@ -184,6 +184,7 @@ class Footprint:
         with torch.device("meta"), Ledger(), torch.random.fork_rng(devices=[]):
             with told_by_transformers(Path(f"config.json of {config.model_type}")):
                 model = auto.from_config(config, dtype=self.dtype, attn_implementation=attn)
+            model.tie_weights()  # transformers 5.0 leaves that out here
             if self.quantization_bit:
                 quantize_linears(model, self.quantization_bit)
             model.get_input_embeddings().padding_idx = None
