@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_utils,
 )
 
 from errors import UserError
@@ -27,7 +24,7 @@ from models.chatglm.registration import ChatGLMTokenizer
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import rng_state, set_rng_state
 from models.heads import score_name, start_head
-from models.weight_files import ADAPTER_FILES, BASE_FIELD, first_line, tensor_names
+from models.weight_files import ADAPTER_FILES, BASE_FIELD, first_line, load_pickled, tensor_names, weight_files
 from models.zero3 import zero3_loading
 
 if TYPE_CHECKING:
@@ -177,8 +174,11 @@ def read_weights(
         attn = "eager"
     try:
         options = {"config": config, "dtype": dtype, "attn_implementation": attn, "output_loading_info": True}
-        with bin_files_read():
-            model, info = auto_class.from_pretrained(checkpoint.weights, **options)
+        source, files = checkpoint.weights, weight_files(checkpoint.weights)
+        if torch.__version__ < (2, 6) and files[0].suffix != ".safetensors":
+            # transformers has such a torch read no .bin file. That of DCU is 2.4, and ChatGLM is published in them.
+            source, options["state_dict"] = None, {name: one for file in files for name, one in load_pickled(file).items()}
+        model, info = network.from_pretrained(source, **options)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # each field of a config has its own
         file, reason = checkpoint.weights / "config.json", f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{file}: transformers makes no network of it ({reason}); correct it, or copy the file again.") from error
@@ -189,19 +189,6 @@ def read_weights(
             f"the weights of {checkpoint.path} do not have the shapes that its config.json says ({first_line(error)})."
         ) from error
     return model, set(info["missing_keys"])
-
-
-@contextmanager
-def bin_files_read() -> Iterator[None]:
-    """Let transformers read .bin files under torch before 2.6 too: load_pickled has read them, and lets none through that this
-    torch would run. The vendor's torch for DCU is 2.4, and ChatGLM is published in such files.
-    """
-    gate = modeling_utils.check_torch_load_is_safe
-    modeling_utils.check_torch_load_is_safe = lambda: None
-    try:
-        yield
-    finally:
-        modeling_utils.check_torch_load_is_safe = gate
 
 
 def merge_adapters(model: PreTrainedModel, checkpoint: CheckpointFolder) -> set[str]:

@@ -110,11 +110,16 @@ def tensor_names(file: Path) -> set[str]:
         ) from error
 
 
-def stored_rows(folder: Path, rows: int) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Name, shape and first rows of every tensor of a checkpoint, file by file; check_weights has found it whole."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint's weights; check_weights has found it whole."""
     listing = folder / next(name for name in WEIGHTS if (folder / name).is_file())
     names = set(weight_map(listing).values()) if listing.name.endswith(".index.json") else {listing.name}
-    for file in (folder / name for name in sorted(names)):
+    return [folder / name for name in sorted(names)]
+
+
+def stored_rows(folder: Path, rows: int) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Name, shape and first rows of every tensor of a checkpoint, file by file; check_weights has found it whole."""
+    for file in weight_files(folder):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as content:
                 for name in sorted(content.keys()):

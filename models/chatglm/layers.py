@@ -39,15 +39,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"inv_freq$"]  # noqa: RUF012  (never computed with, see RotaryEmbedding)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
         """As transformers has it, which makes all weights that it loads trainable: those beside a prefix are not.
 
         A folder with nothing but a prefix is opened with the weights of the model that its config names. An output matrix
         that is the embedding's is so also where the checkpoint holds both; transformers 5.0 does not tie them then.
         """
         folder, base = pretrained_model_name_or_path, None
-        prefix = Path(folder) / PREFIX_FILE
-        if prefix.is_file():
+        prefix = Path(folder or "") / PREFIX_FILE
+        if folder is not None and prefix.is_file():
             config = kwargs.setdefault("config", cls.config_class.from_pretrained(folder))
             base = getattr(config, "base_model_name_or_path", None)
         loaded = super().from_pretrained(base or folder, *args, **kwargs)

@@ -52,8 +52,11 @@ def test_what_torch_before_2_6_would_run_is_not_read(tmp_path, monkeypatch, vers
         assert torch.equal(load_pickled(tmp_path / "data.bin")["one"], torch.ones(2))
 
 
+@pytest.mark.parametrize("version", ["2.4.1", str(torch.__version__)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_read(llama, tmp_path, kind):
+def test_every_kind_is_read(llama, tmp_path, monkeypatch, kind, version):
+    """Also by a torch with which transformers itself reads no .bin file."""
+    monkeypatch.setattr("models.load.torch.__version__", torch.torch_version.TorchVersion(version))
     files, _ = shards_of(llama, tmp_path / kind, kind)
     tensors = load_file(llama / "model.safetensors")
     assert set.union(*map(tensor_names, files)) == tensors.keys()
