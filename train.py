@@ -354,7 +354,7 @@ def check_inputs(chosen: list[Step], args: argparse.Namespace) -> None:
     arguments = [step_arguments(step_of(step.section), step.flags) for step in chosen]
     for one in arguments:
         check_keys(one)
-    from models.load import check_same_tokenizer, load_tokenizer
+    from models.tokenizer import check_same_tokenizer, load_tokenizer
 
     made = {step.folder for step in chosen}
     models = dict.fromkeys(str(path) for one in arguments for path in one.models.values())

@@ -192,8 +192,8 @@ def rows_for_trl(measure: Measure, flags: list[str]) -> list[dict[str, Any]]:
     """Return the rows that our step will train on, in the columns of TRL's trainer, and in batches of like length."""
     import importlib
 
-    from models.load import load_tokenizer
     from models.templates import load_template
+    from models.tokenizer import load_tokenizer
     from training.utils.data.batching import collate_sft, plan_epoch
     from training.utils.data.prepare import prepare_phase
     from training.utils.flags.parse import parse

@@ -3,72 +3,82 @@
     python -m benchmarks.data_preparation --records 200000 --rounds 3
 
 Records are dialogues of random words with the lengths of real ones; the tokenizer is a BPE of 8,192 tokens trained on them. Each
-side is a process of its own that has its libraries imported before the clock starts; the sides take turns. datasets reads the
-file, writes prompt and answer one after the other, tokenises them in batches and notes where the answer begins: without checks,
-split, held-out part, limits and report, which ours has. Memory is the sum of what all processes of a side hold for themselves
-(Pss), ten times a second. Needs nothing but requirements.txt; Linux.
+side is a process of its own that imports what it needs, and no more, before the clock starts; the sides take turns. datasets reads
+the file, writes prompt and answer one after the other, tokenises them in batches and notes where the answer begins: without checks,
+split, held-out part, limits and report, which ours has. Memory is what all processes of a side hold, shared pages divided among
+those who share them (Pss), five times a second, seen from outside; its anonymous part is without the pages of files, libraries
+and data, which the system can take back. Needs nothing but requirements.txt; Linux.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 from benchmarks.beside_trl import random_records, train_tokenizer
-from benchmarks.runs import print_table
+from benchmarks.runs import as_flags, print_table
 
 LENGTH = 1024
-SIDES = ("ours", "datasets")
+Prepare = Callable[[Path, Path], int]
 
 
-def ours(folder: Path, work: Path) -> int:
-    """Prepare with this repository; return the number of tokens."""
-    from models.load import load_tokenizer
+def ours() -> Prepare:
+    """Import what our side needs; return a function of the data's folder and a new one, which returns the number of tokens."""
     from models.templates import load_template
+    from models.tokenizer import load_tokenizer
     from training.utils.data.prepare import prepare_phase
     from training.utils.flags.parse import parse
     from training.utils.flags.steps import SFTArguments
 
-    flags = ["--model_name_or_path", str(folder / "model"), "--data_path", str(folder / "pairs.jsonl"), "--output_dir", str(work)]
-    args = parse(SFTArguments, [*flags, "--max_seq_len", str(LENGTH), "--cache_dir", str(work / "cache"), "--data_split", "1,0,0"])
-    tokenizer = load_tokenizer(next(iter(args.models.values())))
-    data = prepare_phase(args, 1, tokenizer, load_template(next(iter(args.models.values())), tokenizer))
-    return sum(data.report[split]["tokens"] for split in ("train", "eval"))
+    def prepare(folder: Path, work: Path) -> int:
+        places = {"model_name_or_path": folder / "model", "data_path": folder / "pairs.jsonl", "cache_dir": work / "cache"}
+        args = parse(SFTArguments, as_flags(places | {"output_dir": work, "max_seq_len": LENGTH, "data_split": "1,0,0"}))
+        tokenizer = load_tokenizer(next(iter(args.models.values())))
+        data = prepare_phase(args, 1, tokenizer, load_template(next(iter(args.models.values())), tokenizer))
+        return sum(data.report[split]["tokens"] for split in ("train", "eval"))
+
+    return prepare
 
 
-def by_datasets(folder: Path, work: Path) -> int:
-    """Prepare with datasets.map in two processes; return the number of tokens."""
+def by_datasets() -> Prepare:
+    """The same with datasets.map in two processes."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    def prepare(folder: Path, work: Path) -> int:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
 
-    def rows(records: dict[str, list[str]]) -> dict[str, list]:
-        prompts = [f"\n\nHuman: {text}\n\nAssistant:" for text in records["prompt"]]
-        prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        answers = tokenizer([text + tokenizer.eos_token for text in records["chosen"]], add_special_tokens=False)["input_ids"]
-        ids = [(prompt + answer)[:LENGTH] for prompt, answer in zip(prompts, answers, strict=True)]
-        return {"input_ids": ids, "prompt_length": list(map(len, prompts)), "length": list(map(len, ids))}
+        def rows(records: dict[str, list[str]]) -> dict[str, list]:
+            prompts = [f"\n\nHuman: {text}\n\nAssistant:" for text in records["prompt"]]
+            prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+            answers = tokenizer([text + tokenizer.eos_token for text in records["chosen"]], add_special_tokens=False)["input_ids"]
+            ids = [(prompt + answer)[:LENGTH] for prompt, answer in zip(prompts, answers, strict=True)]
+            return {"input_ids": ids, "prompt_length": list(map(len, prompts)), "length": list(map(len, ids))}
 
-    data = load_dataset("json", data_files=str(folder / "pairs.jsonl"), cache_dir=str(work / "cache"), split="train")
-    data = data.map(rows, batched=True, num_proc=2, remove_columns=data.column_names)
-    return sum(data["length"])
+        data = load_dataset("json", data_files=str(folder / "pairs.jsonl"), cache_dir=str(work / "cache"), split="train")
+        data = data.map(rows, batched=True, num_proc=2, remove_columns=data.column_names)
+        return sum(data["length"])
+
+    return prepare
 
 
-def held(pid: int) -> float:
-    """Return the MB that a process and all its children hold, shared pages divided among them."""
-    total, todo = 0.0, [pid]
+SIDES = {"ours": ours, "datasets": by_datasets}
+
+
+def held(pid: int) -> tuple[float, float]:
+    """Return the MB that a process and all its children hold, shared pages divided among them, and the anonymous part of it."""
+    found, todo = {"Pss:": 0.0, "Pss_Anon:": 0.0}, [pid]
     while todo:
         one = todo.pop()
         try:
@@ -76,36 +86,37 @@ def held(pid: int) -> float:
             rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
         except OSError:  # it has ended
             continue
-        total += next(float(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
-    return total
+        for name, value, *_ in map(str.split, rollup.splitlines()):
+            if name in found:
+                found[name] += float(value) / 1024
+    return found["Pss:"], found["Pss_Anon:"]
 
 
 def side(name: str, folder: Path) -> None:
-    """Run one side on the folder's file; print wall and CPU seconds, peak MB and tokens as JSON."""
-    import datasets  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
-    from training.utils.data import prepare  # noqa: F401
-
-    peak, done = 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.1):
-            peak = max(peak, held(os.getpid()))
-
+    """Run one side on the folder's file; print a line when its imports are done, then wall and CPU seconds and tokens as JSON."""
+    prepare = SIDES[name]()
+    print("imported", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         start, used = time.monotonic(), [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        tokens = {"ours": ours, "datasets": by_datasets}[name](folder, Path(work))
+        tokens = prepare(folder, Path(work))
         seconds = time.monotonic() - start
         after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        done.set()
-        watcher.join()
     cpu = sum(new.ru_utime + new.ru_stime - old.ru_utime - old.ru_stime for new, old in zip(after, used, strict=True))
-    print(json.dumps({"wall": seconds, "cpu": cpu, "mb": peak, "tokens": tokens}))
+    print(json.dumps({"wall": seconds, "cpu": cpu, "tokens": tokens}))
+
+
+def watched(name: str, folder: Path) -> SimpleNamespace:
+    """Run a side as a process of its own; return what it prints and the peaks of its memory from its imports on."""
+    command = [sys.executable, "-m", "benchmarks.data_preparation", "--side", name, "--folder", folder]
+    peaks = [0.0, 0.0]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        process.stdout.readline()
+        while not select.select([process.stdout], [], [], 0.2)[0]:
+            peaks = list(map(max, peaks, held(process.pid)))
+        told = process.stdout.read()
+    if process.returncode:
+        raise SystemExit(f"{name} ended with code {process.returncode}; run it alone: {' '.join(map(str, command))}")
+    return SimpleNamespace(**json.loads(told), mb=peaks[0], anonymous=peaks[1])
 
 
 def main() -> None:
@@ -129,19 +140,19 @@ def main() -> None:
         found: dict[str, list[SimpleNamespace]] = {one: [] for one in SIDES}
         for number in range(args.rounds):
             for one in SIDES if number % 2 else reversed(SIDES):
-                command = [sys.executable, "-m", "benchmarks.data_preparation", "--side", one, "--folder", folder]
-                made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True).stdout
-                found[one].append(SimpleNamespace(**json.loads(made.splitlines()[-1])))
+                found[one].append(watched(one, folder))
 
         def median(one: str, what: str) -> float:
             return statistics.median(getattr(run, what) for run in found[one])
 
-        head = ("side", "wall seconds", "CPU seconds", "peak MB", "tokens")
-        print_table(head, ([one, *(f"{median(one, what):.5g}" for what in ("wall", "cpu", "mb", "tokens"))] for one in SIDES))
+        head = ("side", "wall seconds", "CPU seconds", "peak MB", "anonymous", "tokens")
+        whats = ("wall", "cpu", "mb", "anonymous", "tokens")
+        print_table(head, ([one, *(f"{median(one, what):.5g}" for what in whats)] for one in SIDES))
         gains = [theirs.wall / own.wall for own, theirs in zip(found["ours"], found["datasets"], strict=True)]
-        share = median("ours", "mb") / median("datasets", "mb")
+        shares = [f"{median('ours', what) / median('datasets', what):.2f}" for what in ("mb", "anonymous")]
         middle, least, most = statistics.median(gains), min(gains), max(gains)
-        print(f"wall time of datasets / ours: {middle:.2f} ({least:.2f} to {most:.2f}); memory of ours / datasets: {share:.2f}")
+        print(f"wall time of datasets / ours: {middle:.2f} ({least:.2f} to {most:.2f})")
+        print(f"memory of ours / datasets: {shares[0]}, anonymous {shares[1]}")
 
 
 def write_model(folder: Path, tokenizer: object) -> None:

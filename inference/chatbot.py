@@ -170,8 +170,9 @@ def load_chatbot(path: str, sampling: Sampling, system: str | None = None, dtype
     """Load tokenizer, template and model of a folder onto this machine's device. UserError for what is wrong with it."""
     from models.checkpoint_folder import open_checkpoint
     from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
-    from models.load import load_causal_lm, load_tokenizer
+    from models.load import load_causal_lm
     from models.templates import load_template
+    from models.tokenizer import load_tokenizer
 
     checkpoint = open_checkpoint(chat_folder(path))
     platform = detect_platform()

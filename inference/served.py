@@ -94,8 +94,9 @@ def open_reward_model(path: str, name: str, dtype: str) -> ServedModel:
     from inference.chatbot import context_length
     from models.device import attention_implementation, detect_platform, resolve_dtype, set_device
     from models.heads import prefix_length
-    from models.load import load_scalar_model, load_tokenizer
+    from models.load import load_scalar_model
     from models.templates import load_template
+    from models.tokenizer import load_tokenizer
 
     checkpoint, platform = open_checkpoint(path), detect_platform()
     tokenizer = load_tokenizer(checkpoint)

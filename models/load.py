@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to tokenizer and network."""
+"""From a checkpoint's folder to the network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,7 +19,6 @@ from transformers import (
 from errors import UserError
 from models.adapters.prefix import OWN, PrefixPlan, add_prefix, check_prefix
 from models.adapters.quantization import quantize_linears
-from models.chatglm.registration import ChatGLMTokenizer
 from models.checkpoint_folder import CheckpointFolder, open_checkpoint
 from models.device import rng_state, set_rng_state
 from models.heads import score_name, start_head
@@ -31,37 +29,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger("sanbu")
-
-
-# --- tokenizer --------------------------------------------------------------------------------------------------------
-
-
-def load_tokenizer(path: str | Path | CheckpointFolder) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint. Without a pad token, pad is the end token: masks come from lengths, so it is never
-    mistaken. ChatGLM's are our own, whatever code lies in the folder. UserError if it is missing or damaged.
-    """
-    checkpoint = open_checkpoint(path)
-    folder, path = checkpoint.text_folder or checkpoint.folder, checkpoint.path
-    chatglm = checkpoint.content.get("model_type") == "chatglm"
-    checkpoint.check_vocabulary()
-    try:
-        tokenizer = (ChatGLMTokenizer if chatglm else AutoTokenizer).from_pretrained(folder)
-    except UserError:
-        raise
-    except Exception as error:  # by family: OSError, ValueError, KeyError, TypeError, the Rust library's plain Exception
-        raise UserError(
-            f"model {path} has no tokenizer that loads ({first_line(error)}); copy its tokenizer files again."
-        ) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer of {path} has neither a pad nor an end token; set eos_token in tokenizer_config.json."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-# --- networks ---------------------------------------------------------------------------------------------------------
 
 
 def load_causal_lm(
@@ -253,19 +220,3 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
             torch.manual_seed(seed)
             model.resize_token_embeddings(needed)
         set_rng_state(card)  # the seed is the card's too
-
-
-def check_same_tokenizer(
-    first: PreTrainedTokenizerBase,
-    second: PreTrainedTokenizerBase,
-    names: tuple[str, str],
-    advice: str = "train the reward model from a model with the actor's tokenizer",
-) -> None:
-    """Raise UserError unless both give every token the same id: the reward model reads the ids that the actor writes."""
-    ours, theirs = first.get_vocab(), second.get_vocab()
-    if ours != theirs:
-        differing = sum(1 for token, number in ours.items() if theirs.get(token) != number)
-        raise UserError(
-            f"The tokenizers of {names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)} tokens) differ in "
-            f"{differing} tokens; {advice}."
-        )

@@ -29,9 +29,9 @@ CHINESE = """提前把某一步的数据分词一次，写入 Arrow 缓存，之
 
 def preprocess(args: CommonArguments) -> None:
     """Tokenise the data that the step's flags name; print what was kept, cut and dropped, and its folder."""
-    from models.load import load_tokenizer  # with these torch is imported, which takes seconds
     from models.quiet import quiet_libraries
     from models.templates import load_template
+    from models.tokenizer import load_tokenizer  # with these torch is imported, which takes seconds
     from training.utils.data.prepare import prepare_phase
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

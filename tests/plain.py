@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from inference.chatbot import Sampling, load_chatbot
-from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import load_causal_lm, load_scalar_model
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.closeness import assert_close
 from tests.launching import environment
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 import yaml
 
-from models.load import load_scalar_model, load_tokenizer
+from models.load import load_scalar_model
 from models.save import save_model
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.launching import FORKS, environment, write_pairs
 from tests.tiny import tiny_checkpoint
 

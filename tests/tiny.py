@@ -19,9 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from models.load import load_scalar_model, load_tokenizer
+from models.load import load_scalar_model
 from models.save import save_model
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 
 FAMILIES = ("opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "glm", "glm4")
 SPARE_ROWS = 8  # more embedding rows than tokens, as BLOOM and Qwen have

@@ -11,9 +11,10 @@ from torch import Tensor
 from inference.engine import Generation, generate
 from models.device import detect_platform, peak_memory_gb, set_device
 from models.heads import TokenLogProbs
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm
 from models.quiet import quiet_libraries
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from scripts.demo.pipeline import read_done
 from training.utils.data.batching import pad_left
 from training.utils.data.records import load_records

@@ -114,8 +114,8 @@ def stored_dtype(checkpoint: CheckpointFolder, name: str) -> torch.dtype:
 
 def load_words(checkpoint: CheckpointFolder, adapter: Path | None) -> tuple[Any, Any]:
     """Return tokenizer and template: of training, which writes the adapter into a folder of the merged model, or of the base."""
-    from models.load import load_tokenizer
     from models.templates import load_template
+    from models.tokenizer import load_tokenizer
 
     folder = adapter.parent if adapter and (adapter.parent / "config.json").is_file() else checkpoint
     tokenizer = load_tokenizer(folder)

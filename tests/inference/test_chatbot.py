@@ -28,9 +28,10 @@ from inference.chatbot import (
 )
 from models.adapters.lora import add_lora, merged_state_dict, save_adapter
 from models.checkpoint_folder import open_checkpoint
-from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import load_causal_lm, load_scalar_model
 from models.save import save_model
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.launching import FORKS, environment
 from tests.tiny import tiny_checkpoint
 from training.utils.data.records import load_records

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from inference.engine import generate, generate_many
 from inference.sampling import StopStrings, draw, occurring, penalised
 from inference.streaming import TextStream
-from models.load import load_tokenizer
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.tiny_chatglm import GENERATIONS, copy_tokenizer
 
 PAD = 3

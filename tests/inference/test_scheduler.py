@@ -11,8 +11,9 @@ from inference.engine import generate
 from inference.scheduler import Answer, Busy, NotFinite, Scheduler, Stopping
 from inference.served import open_model
 from models.adapters.lora import add_lora, save_adapter, save_prefix
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.tiny import TEXT, tiny_checkpoint
 from tests.tiny_chatglm import GENERATIONS, tiny_chatglm
 

@@ -29,9 +29,10 @@ from inference.server.service import Limits, Service  # noqa: E402
 from inference.server.start import background  # noqa: E402
 from models.adapters.lora import add_lora, save_adapter  # noqa: E402
 from models.heads import TokenScores, at_last_token  # noqa: E402
-from models.load import load_causal_lm, load_scalar_model, load_tokenizer  # noqa: E402
+from models.load import load_causal_lm, load_scalar_model  # noqa: E402
 from models.save import save_model  # noqa: E402
 from models.templates import load_template  # noqa: E402
+from models.tokenizer import load_tokenizer  # noqa: E402
 from tests.http import post, raw  # noqa: E402
 from tests.launching import FORKS, _run, environment  # noqa: E402
 from tests.tiny import TEXT, tiny_checkpoint  # noqa: E402

@@ -35,8 +35,9 @@ from inference.web import (
 )
 from inference.web_words import words
 from models.adapters.lora import save_prefix
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.launching import succeed
 from tests.tiny import tiny_checkpoint
 from tests.tiny_chatglm import tiny_chatglm

@@ -8,9 +8,10 @@ from errors import UserError
 from models.adapters.lora import add_lora, merged_state_dict, save_adapter
 from models.checkpoint_folder import first_new_row, gets_prefix, open_checkpoint
 from models.heads import TokenLogProbs, TokenScores, base_model, is_peft
-from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import load_causal_lm, load_scalar_model
 from models.save import save_model
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.closeness import assert_close
 from tests.models.chatglm_folders import change_json
 from tests.models.common import load, shake, tokens

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from errors import UserError
 from models.adapters.lora import adapter_disabled, add_lora, lora_targets, merged_state_dict, save_adapter
 from models.heads import TokenLogProbs, TokenScores
-from models.load import load_scalar_model, load_tokenizer
+from models.load import load_scalar_model
 from models.save import save_model
+from models.tokenizer import load_tokenizer
 from tests.closeness import assert_close
 from tests.models.common import Stops, load, shake, tokens, trained
 

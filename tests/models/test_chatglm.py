@@ -14,9 +14,10 @@ from models.chatglm.configuration_chatglm import ChatGLM2Config, ChatGLMConfig
 from models.chatglm.layers import attend, visibility_bias
 from models.chatglm.registration import register_networks
 from models.heads import TokenLogProbs
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm
 from models.save import save_model
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.closeness import ROUNDING, assert_close, gap
 from tests.models import golden
 

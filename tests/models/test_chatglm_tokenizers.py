@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from errors import UserError
 from models.chatglm.registration import ChatGLMTokenizer
-from models.load import load_tokenizer
+from models.tokenizer import load_tokenizer
 from tests.models.chatglm_folders import GENERATIONS, change_json, golden, tokenizer_folder
 from tests.tiny_chatglm import small_vocabulary
 

@@ -17,8 +17,9 @@ from transformers import (
 from errors import UserError
 from models.checkpoint_folder import check_context_length, check_new_tokens, open_checkpoint
 from models.heads import start_head
-from models.load import check_same_tokenizer, load_scalar_model, load_tokenizer
+from models.load import load_scalar_model
 from models.save import save_model
+from models.tokenizer import check_same_tokenizer, load_tokenizer
 from tests.closeness import assert_close
 from tests.models.chatglm_folders import change_json
 from tests.models.common import Stops, load

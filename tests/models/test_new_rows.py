@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from models.adapters.lora import adapter_disabled, add_lora, merged_state_dict, save_adapter
 from models.checkpoint_folder import first_new_row, open_checkpoint
 from models.heads import TokenLogProbs, TokenScores, base_model
-from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import load_causal_lm, load_scalar_model
 from models.save import save_model
+from models.tokenizer import load_tokenizer
 from tests.closeness import assert_close
 from tests.models.common import Stops, load, shake, tokens, trained
 

@@ -13,8 +13,9 @@ from inference.engine import generate
 from models.adapters.lora import add_lora, save_prefix
 from models.checkpoint_folder import check_context_length, gets_prefix
 from models.heads import TokenLogProbs, TokenScores, position_ids_for, prefix_length, score_layer
-from models.load import load_scalar_model, load_tokenizer
+from models.load import load_scalar_model
 from models.save import save_model
+from models.tokenizer import load_tokenizer
 from models.weight_files import PEFT_FILES
 from tests.closeness import assert_close
 from tests.models.chatglm_folders import change_json

@@ -14,8 +14,9 @@ from models.adapters.lora import add_lora, merged_state_dict, save_adapter
 from models.adapters.quantization import plain_state_dict, quantize_linears, quantized_layers
 from models.chatglm.quantized_linear import QuantizedLinear, block_linears, dequantize, quantize
 from models.heads import TokenLogProbs, TokenScores
-from models.load import load_scalar_model, load_tokenizer
+from models.load import load_scalar_model
 from models.save import save_model
+from models.tokenizer import load_tokenizer
 from tests.closeness import assert_close
 from tests.models.common import Stops, load, shake, tokens, trained
 from tests.models.test_adapters import LAYERS_PER_BLOCK

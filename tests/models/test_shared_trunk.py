@@ -11,9 +11,10 @@ from models.adapters.lora import add_lora, merged_state_dict, save_adapter
 from models.adapters.quantization import quantized_layers
 from models.adapters.shared_trunk import SharedTrunk, check_scorer
 from models.heads import TokenLogProbs, TokenScores, base_model
-from models.load import load_scalar_model, load_tokenizer
+from models.load import load_scalar_model
 from models.save import save_model
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.closeness import assert_close
 from tests.models.chatglm_folders import change_json
 from tests.models.common import load, shake, tokens

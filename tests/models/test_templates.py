@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from errors import UserError
-from models.load import load_tokenizer
 from models.templates import FILE_NAME, load_template
+from models.tokenizer import load_tokenizer
 from tests.tiny import TEXT, tiny_tokenizer
 
 ASK = [{"role": "user", "content": "What is 2+2?"}]

@@ -147,7 +147,7 @@ def test_chatglm3_s_saved_chat_template_writes_tools_as_training_does(tmp_path, 
 
 @pytest.fixture(scope="module")
 def chatglm3(shared_dir, tmp_path_factory):
-    from models.load import load_tokenizer
+    from models.tokenizer import load_tokenizer
     from tests.models.chatglm_folders import tokenizer_folder
 
     tokenizer = load_tokenizer(tokenizer_folder(tmp_path_factory.mktemp("glm") / "chatglm3", shared_dir, "chatglm3"))

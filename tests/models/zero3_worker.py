@@ -9,8 +9,9 @@ from torch import Tensor
 
 from models.adapters.lora import add_lora, merged_state_dict
 from models.heads import TokenLogProbs, TokenScores, at_last_token
-from models.load import load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import load_causal_lm, load_scalar_model
 from models.save import save_model
+from models.tokenizer import load_tokenizer
 from tests.models.common import Stops
 from training.utils.run.deepspeed_internals import forget_shared_memory_collectives, wait_for_all_gathers
 

@@ -1,12 +1,14 @@
 """preprocess_dataset: tokenises once, without weights; training with the same flags only opens what it wrote."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from models.load import load_tokenizer
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from scripts import preprocess_dataset
 from tests.tiny import tiny_checkpoint
 from training.utils.data import prepare
@@ -48,6 +50,15 @@ def test_training_opens_what_was_tokenised(flags, tmp_path, monkeypatch, capsys,
     assert (len(data.train), len(data.eval)) == (20, 5)
     assert data.folder == folder
     assert not Path("sanbu_done.json").exists()
+
+
+def test_nothing_but_the_tokenizer_is_imported(flags, tmp_path, repository):
+    flags[1] = str(tiny_checkpoint(tmp_path / "gpt2", "gpt2"))  # transformers' configuration of LLaMA imports networks
+    code = "import sys; from scripts.preprocess_dataset import main; main(sys.argv[1:]); print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code, *flags], cwd=repository, capture_output=True, text=True, check=True)
+    loaded = set(ended.stdout.splitlines()[-1].split())
+    assert "transformers" in loaded
+    assert not {"pandas", "datasets", "deepspeed", "peft", "transformers.modeling_utils", "torch._dynamo"} & loaded
 
 
 def test_other_steps_and_wrong_flags(flags, tmp_path, capsys):

@@ -21,8 +21,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from errors import UserError
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from scripts.demo import __main__ as demo
 from scripts.demo import measure, pipeline
 from scripts.demo.pipeline import open_output

@@ -118,8 +118,9 @@ def package(tmp_path, monkeypatch) -> Path:
 def test_converted_checkpoint_is_the_file_s_model(package, tmp_path):
     from safetensors.torch import load_file
 
-    from models.load import load_causal_lm, load_tokenizer
+    from models.load import load_causal_lm
     from models.templates import load_template
+    from models.tokenizer import load_tokenizer
 
     assert smollm2_model.packaged_gguf() == package
     folder = tmp_path / "out" / "base"

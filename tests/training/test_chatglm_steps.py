@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm
 from models.save import save_model
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.launching import logged
 from tests.models.common import shake
 from tests.plain import assert_plain_transformers_does_as_we_do

@@ -17,8 +17,9 @@ from inference.engine import generate_many
 from models.checkpoint_folder import CheckpointFolder
 from models.device import Platform, attention_implementation, detect_platform, resolve_dtype, set_device
 from models.heads import TokenLogProbs, TokenScores, at_last_token, prefix_length
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm
 from models.templates import Template, load_template
+from models.tokenizer import load_tokenizer
 from training.utils.data.batching import pad_right
 from training.utils.data.records import check_columns_used, read_records, readings
 from training.utils.data.sources import open_source

@@ -21,8 +21,8 @@ from functools import partial
 import torch
 
 from models.checkpoint_folder import open_checkpoint
-from models.load import load_tokenizer
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from training.utils.data.batching import SFTBatch, collate_sft, target_counts
 from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine

@@ -20,9 +20,9 @@ from functools import partial
 from torch import Tensor
 
 from models.checkpoint_folder import CheckpointFolder, check_context_length, check_quantized_base, open_checkpoint
-from models.load import check_same_tokenizer, load_tokenizer
 from models.shared_prompts import can_share_prompts
 from models.templates import load_template
+from models.tokenizer import check_same_tokenizer, load_tokenizer
 from training.step2_dpo.evaluation import evaluate_pairs, evaluation_line, pair_metrics, pair_sums
 from training.step2_dpo.reference import answer_log_probs, load_reference, reference_log_probs
 from training.utils.data.batching import AnswerPairBatch, collate_answer_pairs, pair_widths

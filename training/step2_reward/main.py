@@ -21,9 +21,9 @@ import torch
 
 from models.checkpoint_folder import open_checkpoint
 from models.heads import at_last_token
-from models.load import load_tokenizer
 from models.shared_prompts import can_share_prompts
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from training.utils.data.batching import PairBatch, collate_pairs, pair_widths
 from training.utils.data.prepare import prepare_phase
 from training.utils.engine.build import check_trained_model, trained_engine

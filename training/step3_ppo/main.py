@@ -22,8 +22,8 @@ from pathlib import Path
 
 from errors import UserError
 from models.checkpoint_folder import open_checkpoint
-from models.load import load_tokenizer
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from training.step3_ppo.evaluation import TRAINING_SAMPLES, HeldOut, reference_answers, sample_table, write_samples
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, minibatch_size

@@ -22,8 +22,9 @@ from models.checkpoint_folder import (
     open_checkpoint,
 )
 from models.heads import TokenLogProbs, TokenScores
-from models.load import check_same_tokenizer, load_causal_lm, load_scalar_model, load_tokenizer
+from models.load import load_causal_lm, load_scalar_model
 from models.templates import load_template
+from models.tokenizer import check_same_tokenizer, load_tokenizer
 from training.step3_ppo.ema import MovingAverage
 from training.step3_ppo.experience import Experience, JoinedRows
 from training.step3_ppo.scoring import Rewards

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.load import load_tokenizer
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.tiny import tiny_reward_model
 
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from errors import UserError
-from models.load import load_tokenizer
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from scripts.evaluate import __main__ as evaluate
 from tests.launching import succeed
 from training.evaluate import text_metrics

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from errors import UserError
-from models.load import load_tokenizer
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.training.utils.data.rows import rec, turns
 from training.evaluate.common import BUILT_IN, LoadedModel
 from training.evaluate.reward_scores import encode_pairs, main, read_pairs, summary

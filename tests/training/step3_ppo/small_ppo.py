@@ -6,8 +6,8 @@ import torch
 
 from inference.engine import Generation
 from models.checkpoint_folder import open_checkpoint
-from models.load import load_tokenizer
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.tiny import tiny_checkpoint, tiny_reward_model
 from training.step3_ppo.experience import Experience
 from training.step3_ppo.ppo_trainer import DeepSpeedPPOTrainer, assign_advantages

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from inference.cache import RowsCache
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm
+from models.tokenizer import load_tokenizer
 from tests.tiny import FAMILIES, tiny_checkpoint
 from tests.training.step3_ppo.small_ppo import build, rollout
 from training.utils.engine import weights

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 import training.step3_ppo.main as ppo
 import training.step3_ppo.rlhf_engine as rlhf_engine
-from models.load import load_scalar_model, load_tokenizer
+from models.load import load_scalar_model
+from models.tokenizer import load_tokenizer
 from tests.launching import logged, write_pairs
 from tests.training.runs import step
 from tests.training.step3_ppo import reward_functions

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.load import load_tokenizer
+from models.tokenizer import load_tokenizer
 from tests.models.chatglm_folders import GENERATIONS, tokenizer_folder
 from tests.tiny import tiny_tokenizer
 from training.utils.data.records import load_records

@@ -5,8 +5,9 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from models.heads import TokenLogProbs
-from models.load import load_causal_lm, load_tokenizer
+from models.load import load_causal_lm
 from models.templates import load_template
+from models.tokenizer import load_tokenizer
 from tests.closeness import assert_close
 from tests.tiny import tiny_checkpoint, tiny_tokenizer
 from tests.tiny_chatglm import tiny_chatglm
