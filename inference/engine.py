@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from errors import UserError
 from inference.cache import RowsCache, rows_cache
 from inference.decoder import Reading, next_logits, runs
+from inference.few_rows import packed_weights
 from inference.lockstep import in_step
 from inference.sampling import StopStrings, draw, occurring, penalised, uniform_numbers
 from models.heads import base_model, forward_arguments, mask_with_prefix, position_ids_for, prefix_cache, prefix_length
@@ -144,7 +142,7 @@ def generate_many(
         return Batch(model, rules, prompts, [row // each for row in rows], rows)
 
     batch: Batch | None = None
-    with evaluation_mode(model), few_rows_head(base_model(model)), in_step(model):
+    with evaluation_mode(model), packed_weights(base_model(model)), in_step(model):
         while batch is not None or queue:
             if batch is None:
                 batch = begin(max_batch)
@@ -387,33 +385,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def few_rows_head(network: nn.Module) -> Iterator[None]:
-    """Let the output layer compute by few_rows_linear, on a CPU in float32."""
-    head = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
-    own = type(head) is nn.Linear and "forward" not in vars(head)
-    if not own or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
-        yield
-        return
-    head.forward = partial(few_rows_linear, head)
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def few_rows_linear(layer: nn.Linear, hidden: Tensor) -> Tensor:
-    """Return F.linear of hidden [..., width], in the form that is quickest for a large vocabulary on one thread of a CPU:
-    8,192 x 256 with 3, 8 and 16 rows 4.2, 3.8 and 5.6 ms as F.linear, 2.1, 2.7 and 4.8 ms here; 8,192 x 1,024 12.8, 19.0, 24.7
-    and 9.2, 11.8, 13.6 ms.
-    """
-    weight, bias, rows = layer.weight, layer.bias, hidden.shape[:-1].numel()
-    if not 1 < rows <= 32:
-        return F.linear(hidden, weight, bias)
-    if rows <= 8:
-        logits = (weight @ hidden.flatten(0, -2).T).T.reshape(*hidden.shape[:-1], -1)
-    else:
-        logits = torch.cat([F.linear(hidden, block) for block in weight.split(512 * torch.get_num_threads())], dim=-1)
-    return logits if bias is None else logits + bias

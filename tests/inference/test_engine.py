@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from inference.engine import Generation, few_rows_linear, generate
+from inference.engine import Generation, generate
+from inference.few_rows import packed_weights
 from inference.sampling import draw, invert, uniform_numbers
 from models.heads import TokenLogProbs
 from tests.tiny import FAMILIES, tiny_checkpoint
@@ -315,11 +316,18 @@ def test_modes_are_restored_and_results_can_be_trained_on(checkpoints):
     (log_probs - found.log_probs).square().sum().backward()  # would raise if they were inference tensors
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 32, 33])
-def test_an_output_layer_of_few_rows_computes_the_same(rows):
+@pytest.mark.parametrize("rows", [1, 2, 16, 64, 65])
+def test_layers_of_few_rows_compute_the_same_and_leave_no_trace(rows):
+    layers = nn.Sequential(nn.Linear(16, 1300), nn.Linear(1300, 24, bias=False))
     hidden = torch.randn(rows, 1, 16)
-    for layer in (nn.Linear(16, 1300), nn.Linear(16, 1300, bias=False)):
-        torch.testing.assert_close(few_rows_linear(layer, hidden), layer(hidden))
+    for _ in range(2):  # the second time with other weights
+        expected = (hidden.double() @ layers[0].weight.double().T + layers[0].bias.double()) @ layers[1].weight.double().T
+        with torch.inference_mode(), packed_weights(layers):
+            torch.testing.assert_close(layers(hidden).double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layers(hidden).double(), expected, atol=1e-5, rtol=1e-5)
+        assert not any("forward" in vars(layer) for layer in layers)
+        with torch.no_grad():
+            layers[0].weight.mul_(2.0)
 
 
 @pytest.mark.detail(47)

@@ -184,7 +184,7 @@ class StepMemory:
             table += self.frozen_rows("reference", "actor", setting, machine, rows)
             if self.args.reward_model and "critic" in self.roles:
                 table += self.frozen_rows("reward model", "critic", setting, machine, rows)
-            table += self.rollout_rows(setting)
+            table += self.rollout_rows(setting, machine)
         elif self.reference is not None:
             table += self.frozen_rows("reference", "model", setting, machine, rows)
         return table
@@ -241,8 +241,10 @@ class StepMemory:
             return []
         return [Row("loading", weight_bytes(weights, self.element, 0, machine.devices), HOST, f"loading the {name}")]
 
-    def rollout_rows(self, setting: Setting) -> list[Row]:
-        """Return sampling: the answers in work at once, with columns to spare, and the numbers that tokens are drawn from."""
+    def rollout_rows(self, setting: Setting, machine: Machine) -> list[Row]:
+        """Return sampling: the answers in work at once, with columns to spare, and the numbers that tokens are drawn from. A CPU
+        lays out float32 weights a second time (inference/few_rows.py).
+        """
         args, network, sampled = self.args, self.network("actor"), self.args.answers_at_once
         cache = network.cache(sampled, self.length + SPARE_COLUMNS)
         cache += 2 * cache // network.blocks  # a layer that grows has its old and its new buffers at once
@@ -253,7 +255,8 @@ class StepMemory:
         if setting.layerwise:
             whole = gathered(weights, self.element, stage, "generation")
         else:
-            whole = [Row("gathered", self.element * weights.total if stage == 3 else 0, CARD, "generation")]
+            copies = (stage == 3) + (self.element == 4 and not machine.accelerator)
+            whole = [Row("gathered", copies * self.element * weights.total, CARD, "generation")]
         passes = replace(reading, logits=max(reading.logits, drawn)).rows("generation")
         return [*passes, *whole, Row("kv_cache", cache, CARD, "generation")]
 
