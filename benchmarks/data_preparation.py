@@ -13,6 +13,7 @@ and data, which the system can take back. Needs nothing but requirements.txt; Li
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import select
@@ -40,6 +41,8 @@ def ours() -> Prepare:
     from training.utils.data.prepare import prepare_phase
     from training.utils.flags.parse import parse
     from training.utils.flags.steps import SFTArguments
+
+    gc.freeze()  # as run_main does
 
     def prepare(folder: Path, work: Path) -> int:
         places = {"model_name_or_path": folder / "model", "data_path": folder / "pairs.jsonl", "cache_dir": work / "cache"}

@@ -1,6 +1,6 @@
 """Say which fields of a row its format reads, and which it does not."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from training.utils.data.formats import Format, judgement
@@ -24,12 +24,12 @@ def read_fields(row: Fields, form: Format) -> list[str]:
     return [*(name for name in names if name not in unused), *marks, *ties]
 
 
-def unread_fields(row: Fields, form: Format) -> dict[str, bool]:
-    """Return the fields that hold something and are not read -> whether they look like content.
+def unread_fields(row: Fields, read: Collection[str]) -> dict[str, bool]:
+    """Return the fields that hold something and are not read -> whether they look like content. read: those of read_fields.
 
     A text that stands in the fields that are read too is not missing.
     """
-    read = set(read_fields(row, form))
+    read = set(read)
     unread = {}
     for name, value in row.items():
         if name in read - {"tools", "answers", "paragraphs", "qas"} and isinstance(value, list):

@@ -222,7 +222,7 @@ def answer_turns(row: Fields, field: str, asked: Sequence[Message] = ()) -> list
     if row.get("tools") and (calls := calls_in(reply)):
         return [assistant_turn("") | {"tool_calls": calls}]
     whole = split_turns(reply, answered=True) or []
-    questions = {normal(turn["content"]) for turn in asked if turn["role"] == "user"}
+    questions = {normal(turn["content"]) for turn in asked if turn["role"] == "user"} if whole else set()
     repeated = any(turn["role"] == "user" and normal(turn["content"]) in questions for turn in whole)
     if repeated or (whole and reply.startswith("\n\nHuman:")):
         return whole

@@ -1,5 +1,6 @@
 """The names of fields: ours, others that are known for them, and those that say nothing of a dialogue."""
 
+from functools import lru_cache
 from itertools import chain
 
 from training.utils.data.turns import Fields, truth
@@ -39,6 +40,7 @@ NO_CONTENT |= {"model", "models", "split", "url", "link", "time", "timestamp", "
 NO_CONTENT |= {"author", "date", "vote"}
 
 
+@lru_cache(4096)
 def plain_name(name: str) -> str:
     """Return the name of a field in small letters, with _ for -."""
     return name.strip().lower().replace("-", "_")
@@ -68,8 +70,10 @@ def known_names(row: Fields) -> dict[str, str]:
 def with_our_names(row: Fields) -> Fields:
     """Return a row whose fields of other known names have ours."""
     known = known_names(row)
+    if not known:
+        return row
     others = {name: value for name, value in row.items() if name not in known and name not in known.values()}
-    return others | {ours: row[name] for name, ours in known.items()} if known else row
+    return others | {ours: row[name] for name, ours in known.items()}
 
 
 def clear_columns(row: Fields) -> dict[str, str]:

@@ -189,12 +189,13 @@ def table_records(table: Table, named: NamedSet | None, columns: Columns | None,
         if form.set_name:
             reading.unread |= unread_by_rule(row, named.fields)
         else:
-            theirs = {ours: name for name, ours in known_names(raw).items()} | mapping
-            for name, content in unread_fields(row, form).items():
+            theirs = {} if row is raw else {ours: name for name, ours in known_names(raw).items()} | mapping
+            read = read_fields(row, form)
+            for name, content in unread_fields(row, read).items():
                 alone = " (it orders a list of answers; there is none)" if name in ORDERS else ""
                 outer, dot, inner = name.partition(".")
                 reading.unread[(theirs.get(name) or theirs.get(outer, outer) + dot + inner) + alone] = content
-            for ours in read_fields(row, form):
+            for ours in read:
                 reading.fields[f"{ours}={theirs[ours]}" if theirs.get(ours, ours) != ours else ours] = True
         records = [one for one in results if not isinstance(one, Skip)]
         for reason in (one for one in results if isinstance(one, Skip)):

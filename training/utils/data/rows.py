@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from errors import UserError, refuse
-from training.utils.data.fields import unread_fields
+from training.utils.data.fields import read_fields, unread_fields
 from training.utils.data.formats import Format, recognise
 from training.utils.data.named_sets import NamedSet
 from training.utils.data.names import OUR_NAMES, clear_columns, known_names, says_nothing, with_our_names
@@ -90,7 +90,8 @@ def row_format(
 
 def reads_all(row: Fields, columns: Columns, found: Format | None) -> bool:
     """Return whether a format reads all texts of a row, its names changed by columns."""
-    return found is not None and not any(unread_fields(renamed(row, columns), found).values())
+    row = renamed(row, columns)
+    return found is not None and not any(unread_fields(row, read_fields(row, found)).values())
 
 
 def mapped_format(row: Fields, columns: Columns) -> Format:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from training.utils.data.names import SCORES_OF_TWO, TIES, plain_name, with_our_names
+from training.utils.data.names import PREFERENCE, SCORES_OF_TWO, TIES, plain_name, with_our_names
 from training.utils.data.turns import BadRecord, Fields, Skip, is_columns, items, role_of, truth
 
 ORDERS = {"score": 1, "rank": -1}  # fields that say the order of several answers -> whether high is good
+DECIDES = {*PREFERENCE, "winner"}  # fields of a pair that may say that neither answer is better
 TEXTS = ("response", "text", "answer", "output", "content")
 
 
@@ -44,6 +45,8 @@ def check_preference(row: Fields) -> None:
     if row.get("rejected") is None:
         return
     plain = {plain_name(name): value for name, value in row.items()}
+    if not DECIDES & plain.keys():
+        return
     ties = any(truth(plain.get(name)) for name in TIES) or str(plain.get("winner", "")).lower().startswith("tie")
     scores = [(plain.get(better), plain.get(worse)) for better, worse in SCORES_OF_TWO]
     if ties or any(better == worse and better not in (None, "") for better, worse in scores):

@@ -73,10 +73,11 @@ def select_phase(
         raise UserError(f"--data_split {data_split} leaves nothing for {PHASES[phase]}; give it a proportion above 0.")
 
     train, held_out = records["train"], records.get("eval")
-    whole = _has_constant_prompt(train)
+    questions, whole = _questions(train)
     notes = [] if notes is None else notes
     notes += [CONSTANT] if whole else []
-    keys = [(*phase_and_part(key, ratios, seed, eval_fraction), key) for key in _keys(train, whole)]
+    keys = _keys(train, whole=True) if whole else questions
+    keys = [(*phase_and_part(key, ratios, seed, eval_fraction), key) for key in keys]
     if held_out is None:
         rows = {part: [row for row, found in enumerate(keys) if found[:2] == (phase, part)] for part in (False, True)}
         return train.select(rows[False]), train.select(rows[True])
@@ -137,16 +138,17 @@ def _keys(dataset: ArrowRows, whole: bool) -> Iterator[str]:
         yield _digest(json.dumps([row["messages"], row["chosen"], row["rejected"]]))
 
 
-def _has_constant_prompt(dataset: ArrowRows) -> bool:
-    """Return whether one opening question holds more than a fifth of the dialogues, as in sets with a single prompt.
+def _questions(dataset: ArrowRows) -> tuple[list[str], bool]:
+    """Return the key of each record's opening question, and whether one holds more than a fifth of the dialogues.
 
-    Later turns do not count: a long dialogue is many records with one opening. Without first turns all records count.
+    It does in sets with a single prompt. Later turns do not count: a long dialogue is many records with one opening. Without
+    first turns all records count.
     """
-    first, every = Counter(), Counter()
+    questions, first = [], Counter()
     for row in dataset.with_columns("messages"):
-        opening = question_of(row["messages"])
-        every[opening] += 1
-        first[opening] += all(turn["role"] != "assistant" for turn in row["messages"])
-    counts = first if first.total() else every
+        questions.append(question_of(row["messages"]))
+        if all(turn["role"] != "assistant" for turn in row["messages"]):
+            first[questions[-1]] += 1
+    counts = first or Counter(questions)
     most = max(counts.values(), default=0)
-    return most >= CONSTANT_COUNT and most > CONSTANT_SHARE * counts.total()
+    return questions, most >= CONSTANT_COUNT and most > CONSTANT_SHARE * counts.total()
