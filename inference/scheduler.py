@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from inference.chatbot import Sampling
 from inference.engine import DROP_SHARE, Batch, Rules, read
+from inference.few_rows import few_rows
 from inference.prompt_cache import PromptCache
 from inference.sampling import StopStrings, draw, penalised, uniform_numbers
 from inference.served import ServedModel
+from models.heads import base_model
 
 logger = logging.getLogger("sanbu")
 
@@ -98,6 +101,7 @@ class Scheduler:
         self.wake = threading.Condition()
         self.held = 0  # steps in a row at which a waiting question was not let in
         self.stopping = False
+        self.turn: Callable[[], AbstractContextManager] = nullcontext  # held during a pass
         self.told: Callable[[], None] = lambda: None  # called after each pass, when answers have tokens or ended
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
@@ -141,7 +145,7 @@ class Scheduler:
     # --- the thread -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with torch.inference_mode():
+        with few_rows(base_model(self.served.model)), torch.inference_mode():
             while True:
                 with self.wake:
                     self.wake.wait_for(lambda: self.waiting or self.groups or self.stopping)
@@ -149,12 +153,13 @@ class Scheduler:
                         return
                 joining: list[Answer] = []
                 try:
-                    for group in self.groups:
-                        group.draw()
-                    self.told()
+                    with self.turn():
+                        joining = self._next()
+                        self._read(_Group(self, joining) if joining else None)
+                        for group in self.groups:
+                            group.draw()
                     self.groups = [group for group in self.groups if group.live]
-                    joining = self._next()
-                    self._read(_Group(self, joining) if joining else None)
+                    self.told()
                 except Exception as error:  # out of memory, a driver: these questions are lost, the next ones may be answered
                     logger.exception("answers were lost")
                     lost = [answer for group in self.groups for answer in group.answers if answer is not None]

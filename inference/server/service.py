@@ -19,6 +19,7 @@ from inference.scheduler import PROMPT_CACHE, Answer, Busy, Scheduler, Stopping
 from inference.scores import Scorer, Scoring
 from inference.served import ServedModel
 from inference.server.protocol import Question, Refusal
+from inference.server.turns import Turns
 
 SHORT = 1024  # bytes of a request: encoding them takes 1 ms at most, as long as to wake another thread and be woken by it
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
@@ -70,7 +71,8 @@ class Service:
             self.worker = Scheduler(served, limits.max_batch, limits.max_queue, self.longest, limits.prompt_cache)
         self.calls: deque[Callable[[], None]] = deque()
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.worker.told = self.wake
+        self.turns = Turns()
+        self.worker.told, self.worker.turn = self.wake, self.turns.pass_
         # Encoding changes settings of a tokenizer, so that each has one thread: the event loop's decodes, too.
         self.encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.decoder = copy.deepcopy(served.tokenizer)
@@ -110,6 +112,7 @@ class Service:
         """Let the event loop make the calls; the worker's thread, after each pass."""
         if self.calls and self.loop is not None:
             with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+                self.turns.busy = True
                 self.loop.call_soon_threadsafe(self.deliver)
 
     def deliver(self) -> None:

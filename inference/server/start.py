@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -13,6 +14,7 @@ import uvicorn
 
 from errors import UserError
 from inference.server.limits import Gate
+from inference.server.turns import TurnsSelector
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,6 +40,7 @@ def server_of(gate: Gate) -> uvicorn.Server:
     """Return uvicorn's server for the application. A first signal ends it when all is answered, a second one at once."""
     # httptools, which uvicorn prefers where it is installed, takes headers of any length and what is hardly HTTP; h11 refuses both.
     config = uvicorn.Config(gate, http="h11", log_config=None, access_log=False, server_header=False, lifespan="off")
+    config.get_loop_factory = lambda: lambda: asyncio.SelectorEventLoop(TurnsSelector(gate.service.turns))
     server = uvicorn.Server(config)
 
     def drain() -> None:
