@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import sys
 from typing import Any
 
@@ -109,6 +110,7 @@ def serve(args: argparse.Namespace, keys: list[bytes], bound: Any) -> int:
     logging.getLogger("sanbu").setLevel(logging.INFO)
     logger = logging.getLogger("sanbu")
     quiet()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # handing a short text to another thread takes longer than its tokens
     served = open_model(args.path, args.name, args.adapter, args.dtype)
     body, kept = int(args.max_body * 2**20), int(args.prompt_cache * 2**20)
     limits = Limits(args.max_batch, args.max_queue, args.max_new_tokens, args.timeout, body, args.log_text, kept)

@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from errors import UserError
 from inference.server.limits import Gate
@@ -36,10 +38,45 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Gathered:
+    """A connection's transport that sends what is written in one call, when the loop turns: head and body of an answer together."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport, self.loop, self.parts = transport, asyncio.get_running_loop(), []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send later."""
+        if data and not self.parts:
+            self.loop.call_soon(self.flush)
+        self.parts.append(data)
+
+    def flush(self) -> None:
+        """Send now."""
+        data = b"".join(self.parts)
+        self.parts.clear()
+        if data:
+            self.transport.write(data)
+
+    def close(self) -> None:
+        """Send what is left, and close."""
+        self.flush()
+        self.transport.close()
+
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1. httptools, which it prefers, takes headers of any length and what is hardly HTTP; h11 refuses both."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begin."""
+        super().connection_made(Gathered(transport))
+
+
 def server_of(gate: Gate) -> uvicorn.Server:
     """Return uvicorn's server for the application. A first signal ends it when all is answered, a second one at once."""
-    # httptools, which uvicorn prefers where it is installed, takes headers of any length and what is hardly HTTP; h11 refuses both.
-    config = uvicorn.Config(gate, http="h11", log_config=None, access_log=False, server_header=False, lifespan="off")
+    config = uvicorn.Config(gate, http=Connection, log_config=None, access_log=False, server_header=False, lifespan="off")
     config.get_loop_factory = lambda: lambda: asyncio.SelectorEventLoop(TurnsSelector(gate.service.turns))
     server = uvicorn.Server(config)
 
