@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -112,11 +113,13 @@ class RowsCache(Cache):
         """Return a copy of a row's last ``length`` keys and values, [2 · layers, heads, length, dim]."""
         return torch.stack([part[row, :, -length:] for layer in self.layers for part in (layer.keys, layer.values)])
 
-    def fill(self, states: Sequence[Tensor | None], columns: int) -> None:
-        """Begin an empty cache of ``columns`` columns with states() of other caches, at the right end of a row; None: nothing."""
+    def fill(self, states: Sequence[Tensor | None], columns: int, room: int) -> None:
+        """Begin an empty cache of ``columns`` columns, and room for more, with states() of other caches, at the right end of a row;
+        None: nothing.
+        """
         known = next(one for one in states if one is not None)
         parts, heads, _, dim = known.shape
-        stores = known.new_zeros(parts, len(states), heads, columns + SPARE_COLUMNS, dim)  # one copy a row, not one a layer, too
+        stores = known.new_zeros(parts, len(states), heads, columns + room, dim)  # one copy a row, not one a layer, too
         for row, one in enumerate(states):
             if one is not None:
                 stores[:, row, :, columns - one.shape[2] : columns] = one
@@ -130,6 +133,9 @@ class RowsCache(Cache):
             layer.join(new, self.front)
 
 
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 def rows_cache(network: nn.Module, prefix: Cache | None, prefix_length: int) -> Cache | None:
     """Return an empty RowsCache for a network, or one with the prefix in it that peft holds.
 
@@ -138,7 +144,9 @@ def rows_cache(network: nn.Module, prefix: Cache | None, prefix_length: int) -> 
     """
     if not isinstance(network, PreTrainedModel):
         return prefix
-    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=network.config).layers):
+    if network not in _plain:  # transformers takes a tenth of a millisecond for the answer
+        _plain[network] = all(type(layer) is DynamicLayer for layer in DynamicCache(config=network.config).layers)
+    if not _plain[network]:
         return prefix
     own = network.config.pre_seq_len if hasattr(network.base_model, "prefix_encoder") else 0  # ChatGLM's
     cache = RowsCache(prefix_length + own)

@@ -53,8 +53,9 @@ class Tokens:
         self.readings, self.final = readings, network.config.num_hidden_layers - 1
         self.masks = [visible(one.seen, one.ids.shape[1], network.dtype) for one in readings]
         self.packs = [packed(one) for one in readings]
+        self.alone = len(readings) == 1  # in most passes; then nothing need be cut and put together
         self.ids, self.positions = (
-            torch.cat([self.flat(getattr(one, name), pack) for one, pack in zip(readings, self.packs, strict=True)])
+            self.joined([self.flat(getattr(one, name), pack) for one, pack in zip(readings, self.packs, strict=True)])
             for name in ("ids", "positions")
         )
         self.sizes = [one.ids.numel() if pack is None else len(pack.places) for one, pack in zip(readings, self.packs, strict=True)]
@@ -71,8 +72,7 @@ class Tokens:
         heads: query, key and value, [tokens, heads, dim]. scale: of the scores; None: 1 / sqrt(dim).
         """
         kept, attended = [], []
-        alone = len(self.sizes) == 1  # in most passes; then nothing need be cut and put together
-        cut = ((part,) if alone else part.split(self.sizes) for part in (hidden, *heads))
+        cut = ((part,) if self.alone else part.split(self.sizes) for part in (hidden, *heads))
         parts = zip(self.readings, self.masks, self.packs, *cut, strict=True)
         for one, mask, pack, states, *own in parts:
             shape, last = one.ids.shape, layer == self.final and one.ids.shape[1] > 1
@@ -92,7 +92,11 @@ class Tokens:
             out = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, **groups)
             attended.append(out.flatten(1) if out.shape[2] == 1 else self.flat(out.transpose(1, 2).flatten(2), pack))
             kept.append(states)
-        return (kept[0], attended[0]) if alone else (torch.cat(kept), torch.cat(attended))
+        return self.joined(kept), self.joined(attended)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put the parts of all readings together."""
+        return parts[0] if self.alone else torch.cat(parts)
 
 
 def packed(reading: Reading) -> PackedRows | None:
@@ -116,14 +120,20 @@ def visible(seen: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=seen.device).masked_fill_(~mask, float("-inf"))
 
 
+def rotation(decoder: Any, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the tokens' rotary positions, [tokens, 1, rotated dimensions], for turned()."""
+    cos, sin = (part[0, :, None] for part in decoder.rotary_emb(hidden, position_ids=tokens.positions[None]))
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat((-first, second), dim=-1)
+
+
 def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864) to the first dimensions of states [tokens, heads, dim]; cos, sin
-    [tokens, 1, so many].
-    """
-    part, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = part.chunk(2, dim=-1)
-    part = part * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((part, rest), dim=-1) if rest.shape[-1] else part
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864) to the first dimensions of states [tokens, heads, dim]."""
+    width = cos.shape[-1]
+    if width < states.shape[-1]:
+        part, rest = states.tensor_split((width,), dim=-1)
+        return torch.cat((turned(part, cos, sin), rest), dim=-1)
+    return torch.addcmul(states * cos, states.roll(width // 2, dims=-1), sin)
 
 
 def normed(norm: Any, states: Tensor) -> Tensor:
@@ -137,7 +147,7 @@ def normed(norm: Any, states: Tensor) -> Tensor:
 def llama(decoder: Any, tokens: Tokens) -> Tensor:
     """LLaMA, Mistral, Qwen2 and Qwen3."""
     hidden = decoder.embed_tokens(tokens.ids)
-    cos, sin = (part[0, :, None] for part in decoder.rotary_emb(hidden, position_ids=tokens.positions[None]))
+    cos, sin = rotation(decoder, hidden, tokens)
     for number, layer in enumerate(decoder.layers):
         attention, inner = layer.self_attn, normed(layer.input_layernorm, hidden)
         shape = (len(inner), -1, attention.head_dim)
@@ -192,7 +202,7 @@ def gpt2(decoder: Any, tokens: Tokens) -> Tensor:
 def gpt_neox(decoder: Any, tokens: Tokens) -> Tensor:
     """GPT-NeoX."""
     hidden = decoder.embed_in(tokens.ids)
-    cos, sin = (part[0, :, None] for part in decoder.rotary_emb(hidden, position_ids=tokens.positions[None]))
+    cos, sin = rotation(decoder, hidden, tokens)
     for number, layer in enumerate(decoder.layers):
         attention = layer.attention
         inner = attention.query_key_value(layer.input_layernorm(hidden)).unflatten(-1, (-1, 3 * attention.head_size))

@@ -349,7 +349,7 @@ class Batch:
         self.mask, self.tokens = mask[:, : width - unread], None
         if unread < width:
             kept = [None if length <= unread else one[:, :, : length - unread] for length, one in zip(lengths, known, strict=True)]
-            self.cache.fill(kept, width - unread)
+            self.cache.fill(kept, width - unread, unread)
         return width - unread
 
     def forward(self) -> None:

@@ -80,6 +80,7 @@ class Answer:
         longest = self.sampling.max_new_tokens
         self.uniform = [] if self.sampling.greedy else uniform_numbers([self.sampling.seed], 1, longest)[0].tolist()
         self.stop_strings: StopStrings | None = None
+        self.plain = self.sampling.greedy and self.top is None and not changes_logits(self)
 
 
 class Scheduler:
@@ -272,11 +273,12 @@ class _Group:
     def draw_tokens(self, drawing: dict[int, Answer]) -> Tensor:
         """Return the next token of these rows in [batch]; note log-probabilities where they are asked for."""
         logits = self.batch.logits.float()
-        self.note = {row: logits[row] for row, answer in drawing.items() if answer.top is not None}
-        if any(map(changes_logits, drawing.values())):
+        special = {row: answer for row, answer in drawing.items() if not answer.plain}
+        self.note = {row: logits[row] for row, answer in special.items() if answer.top is not None}
+        if any(map(changes_logits, special.values())):
             logits = logits.clone()
         kinds: dict[tuple, list[int]] = {}
-        for row, answer in drawing.items():
+        for row, answer in special.items():
             if changes_logits(answer):
                 change_logits(logits[row], answer)
             if not answer.sampling.greedy:
@@ -287,11 +289,10 @@ class _Group:
             scores = (logits[rows] / temperature).log_softmax(dim=-1)
             uniform = [self.answers[row].uniform[len(self.answers[row].tokens)] for row in rows]
             tokens[rows] = draw(scores, torch.tensor(uniform, device=scores.device), top_p, top_k)[0]
-        finite = logits.gather(1, tokens[:, None]).isfinite().squeeze(1).tolist()
-        for row, answer in drawing.items():
-            if not finite[row]:
-                _fail(answer, NotFinite())
-                self.answers[row] = None
+        finite = logits.gather(1, tokens[:, None]).isfinite().squeeze(1)
+        for row in () if finite.all() else [row for row in drawing if not finite[row]]:
+            _fail(drawing[row], NotFinite())
+            self.answers[row] = None
         return tokens
 
     def add(self, row: int, token: int) -> None:
