@@ -80,7 +80,7 @@ class Answer:
         longest = self.sampling.max_new_tokens
         self.uniform = [] if self.sampling.greedy else uniform_numbers([self.sampling.seed], 1, longest)[0].tolist()
         self.stop_strings: StopStrings | None = None
-        self.plain = self.sampling.greedy and self.top is None and not changes_logits(self)
+        self.plain = False  # the likeliest token is taken, and nothing noted
 
 
 class Scheduler:
@@ -120,6 +120,7 @@ class Scheduler:
     def submit(self, answers: Sequence[Answer]) -> None:
         """Put answers, all or none, into the queue. Raises Busy if it is full, Stopping after stop()."""
         for answer in answers:
+            answer.plain = answer.sampling.greedy and answer.top is None and not changes_logits(answer)
             if answer.sampling.stop_strings:
                 answer.stop_strings = StopStrings(answer.sampling.stop_strings, self.tokenizer)
         with self.wake:

@@ -330,6 +330,18 @@ def test_layers_of_few_rows_compute_the_same_and_leave_no_trace(rows):
             layers[0].weight.mul_(2.0)
 
 
+def test_small_weights_are_kept_by_columns_meanwhile(checkpoints):
+    """The same values, in other places of memory, until the answers are written; the weights themselves are what comes back."""
+    model, ids = checkpoints("llama"), torch.tensor([[5, 6, 7]])
+    expected, before = model(ids).logits, {name: (weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
+    with few_rows(model):
+        layer = model.model.layers[0]
+        assert layer.self_attn.q_proj.weight.stride()[0] == 1 and model.model.embed_tokens.weight.is_contiguous()
+        torch.testing.assert_close(model(ids).logits, expected)
+    for name, weight in model.named_parameters():
+        assert weight.data_ptr() == before[name][0] and weight.is_contiguous() and torch.equal(weight, before[name][1])
+
+
 @pytest.mark.detail(47)
 @pytest.mark.ppo
 def test_the_generation_config_of_the_checkpoint_has_no_say(checkpoints):
