@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Up to so many rows oneDNN multiplies, with weights that it has laid out once. Each number of rows costs it half a millisecond
-# when it first comes up, so that prompts, of any length, are not among them. 8,192 x 256, one thread, F.linear and this form:
-# 4 rows 0.9 and 0.3 ms, 16 rows 1.7 and 0.8, 64 rows 4.8 and 2.8; 4,096 x 1,024: 16 rows 3.1 and 1.6. One row gains nothing.
+from models.sizes import MOST_PACKED
+
+# One thread, microseconds of F.linear / of it with weights by columns / of oneDNN with weights that it has laid out:
+#                 1 row          4 rows         16 rows         64 rows
+# 192 x 192       20 20 25       25 18 25       32 25 31        68 60 65
+# 512 x 192       54 38 47       74 50 49       98 73 66        185 163 154
+# 1,024 x 256     133 67 94      179 142 86     249 200 142     498 473 383
+# 256 x 1,024     80 131 99      122 117 89     182 178 136     424 419 363
+# 8,192 x 256     1060 395 696   1693 1285 586  2315 1784 1026  5298 4727 2894
+# oneDNN takes half a millisecond when a number of rows first comes up, so that prompts, of any length, stay with F.linear.
 MOST_ROWS = 64
+BY_COLUMNS = 2**16  # elements of a weight up to which columns are as quick as oneDNN
+TALL = 4  # outputs to one input from which oneDNN gains with one row
 
 
 @contextmanager
 def packed_weights(network: nn.Module) -> Iterator[None]:
-    """Let the linear layers of a network compute by FewRows, on a CPU in float32. The weights must not change inside, and are in
-    memory twice once a pass has few rows.
+    """Let the linear layers of a network compute by few_rows, on a CPU in float32. The weights must not change inside, and are in
+    memory twice once a pass has few rows; networks of more than MOST_PACKED weights stay as they are.
     """
-    layers = [layer for layer in network.modules() if type(layer) is nn.Linear and takes_few_rows(layer)]
+    small = sum(weight.numel() for weight in network.parameters()) <= MOST_PACKED
+    layers = [layer for layer in network.modules() if small and type(layer) is nn.Linear and takes_few_rows(layer)]
     for layer in layers:
-        layer.forward = FewRows(layer)
+        layer.forward = few_rows(layer)
     try:
         yield
     finally:
@@ -37,17 +47,21 @@ def takes_few_rows(layer: nn.Linear) -> bool:
     return whole and "forward" not in vars(layer) and torch.backends.mkldnn.is_available()
 
 
-class FewRows:
-    """F.linear of a layer for hidden states [..., width]."""
+def few_rows(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """Return F.linear of a layer, [..., width] -> [..., outputs], in the form that is quickest for the number of rows."""
+    weight, bias, (outputs, width), packed = layer.weight, layer.bias, layer.weight.shape, None
+    columns = weight.numel() <= BY_COLUMNS and width <= 2 * outputs
+    least = width if columns or outputs >= TALL * width else 2 * width
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer, self.packed = layer, None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[..., width] -> [..., outputs]."""
-        weight, bias = self.layer.weight, self.layer.bias
-        if not 1 < hidden.shape[:-1].numel() <= MOST_ROWS:
+    def forward(hidden: Tensor) -> Tensor:
+        nonlocal packed
+        if not least <= hidden.numel() <= MOST_ROWS * width:
             return F.linear(hidden, weight, bias)
-        if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
-        return torch.ops.mkldnn._linear_pointwise(hidden, self.packed, bias, "none", [], "")
+        if packed is None:
+            data = weight.detach()
+            packed = data.t().contiguous().t() if columns else torch.ops.mkldnn._reorder_linear_weight(data, 16)
+        if columns:
+            return F.linear(hidden, packed, bias)
+        return torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")
+
+    return forward

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inference.chatbot import Sampling
 from inference.engine import DROP_SHARE, Batch, Rules, read
-from inference.few_rows import few_rows
+from inference.few_rows import packed_weights
 from inference.prompt_cache import PromptCache
 from inference.sampling import StopStrings, draw, penalised, uniform_numbers
 from inference.served import ServedModel
@@ -147,7 +147,7 @@ class Scheduler:
     # --- the thread -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with few_rows(base_model(self.served.model)), torch.inference_mode():
+        with packed_weights(base_model(self.served.model)), torch.inference_mode():
             while True:
                 with self.wake:
                     self.wake.wait_for(lambda: self.waiting or self.groups or self.stopping)

@@ -17,7 +17,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.busy = self.passing = False
+        self.busy, self.passing = True, False
 
     @contextmanager
     def pass_(self) -> Iterator[None]:

@@ -318,10 +318,12 @@ def test_modes_are_restored_and_results_can_be_trained_on(checkpoints):
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 64, 65])
 def test_layers_of_few_rows_compute_the_same_and_leave_no_trace(rows):
-    layers = nn.Sequential(nn.Linear(16, 1300), nn.Linear(1300, 24, bias=False))
+    """A layer whose weight is small, one of many outputs, one of many inputs and one between."""
+    layers = nn.Sequential(nn.Linear(16, 40), nn.Linear(40, 4000), nn.Linear(4000, 300, bias=False), nn.Linear(300, 300))
     hidden = torch.randn(rows, 1, 16)
     for _ in range(2):  # the second time with other weights
-        expected = (hidden.double() @ layers[0].weight.double().T + layers[0].bias.double()) @ layers[1].weight.double().T
+        expected = layers.double()(hidden.double())
+        layers.float()
         with torch.inference_mode(), packed_weights(layers):
             torch.testing.assert_close(layers(hidden).double(), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(layers(hidden).double(), expected, atol=1e-5, rtol=1e-5)
@@ -330,16 +332,12 @@ def test_layers_of_few_rows_compute_the_same_and_leave_no_trace(rows):
             layers[0].weight.mul_(2.0)
 
 
-def test_small_weights_are_kept_by_columns_meanwhile(checkpoints):
-    """The same values, in other places of memory, until the answers are written; the weights themselves are what comes back."""
-    model, ids = checkpoints("llama"), torch.tensor([[5, 6, 7]])
-    expected, before = model(ids).logits, {name: (weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
-    with few_rows(model):
-        layer = model.model.layers[0]
-        assert layer.self_attn.q_proj.weight.stride()[0] == 1 and model.model.embed_tokens.weight.is_contiguous()
-        torch.testing.assert_close(model(ids).logits, expected)
-    for name, weight in model.named_parameters():
-        assert weight.data_ptr() == before[name][0] and weight.is_contiguous() and torch.equal(weight, before[name][1])
+def test_weights_of_large_networks_are_not_laid_out_again(monkeypatch):
+    layer = nn.Linear(16, 40)
+    for most, packed in ((680, True), (679, False)):
+        monkeypatch.setattr("inference.few_rows.MOST_PACKED", most)
+        with packed_weights(layer):
+            assert ("forward" in vars(layer)) is packed
 
 
 @pytest.mark.detail(47)

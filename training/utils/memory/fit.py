@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from errors import UserError
 from models.checkpoint_folder import CheckpointFolder, gets_prefix, open_checkpoint
 from models.device import DTYPES
-from models.sizes import SPARE_COLUMNS
+from models.sizes import MOST_PACKED, SPARE_COLUMNS
 from training.utils.flags.deepspeed_file import check_precision, read_deepspeed_config
 from training.utils.memory.arithmetic import (
     BUCKET,
@@ -243,7 +243,7 @@ class StepMemory:
 
     def rollout_rows(self, setting: Setting, machine: Machine) -> list[Row]:
         """Return sampling: the answers in work at once, with columns to spare, and the numbers that tokens are drawn from. A CPU
-        lays out float32 weights a second time (inference/few_rows.py).
+        lays out float32 weights of small models a second time.
         """
         args, network, sampled = self.args, self.network("actor"), self.args.answers_at_once
         cache = network.cache(sampled, self.length + SPARE_COLUMNS)
@@ -255,7 +255,8 @@ class StepMemory:
         if setting.layerwise:
             whole = gathered(weights, self.element, stage, "generation")
         else:
-            copies = (stage == 3) + (self.element == 4 and not machine.accelerator)
+            packed = self.element == 4 and not machine.accelerator and weights.total <= MOST_PACKED
+            copies = (stage == 3) + packed
             whole = [Row("gathered", copies * self.element * weights.total, CARD, "generation")]
         passes = replace(reading, logits=max(reading.logits, drawn)).rows("generation")
         return [*passes, *whole, Row("kv_cache", cache, CARD, "generation")]
