@@ -138,7 +138,8 @@ def test_ranks_come_from_the_starter(daemons, starter):
     if not shutil.which(words[0]):
         pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    program = f"import os; from training.utils.run.ranks import adopt_ranks; adopt_ranks(); print(*map(os.environ.get, {names}))"
+    program = "import os; from training.utils.run.ranks import adopt_ranks; adopt_ranks(); "
+    program += f"os.write(1, (' '.join(map(os.environ.get, {names})) + chr(10)).encode())"  # whole lines, also beside another task
     done = daemons.run(*words, sys.executable, "-c", program)
     ranks = sorted(line.split() for line in done.stdout.splitlines())
     local = [["0", "1"], ["0", "1"]] if words[0] == "srun" else [["0", "2"], ["1", "2"]]  # mpirun: both on this host
