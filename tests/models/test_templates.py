@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from errors import UserError
-from models.templates import FILE_NAME, load_template
+from models.templates import FILE_NAME, encode_texts, load_template
 from models.tokenizer import load_tokenizer
 from tests.tiny import TEXT, tiny_tokenizer
 
@@ -126,6 +126,15 @@ def test_many_at_once_are_the_same_as_one_by_one(tokenizer):
     assert template.encode_prompts(tokenizer, dialogues) == [template.encode_prompt(tokenizer, one) for one in dialogues]
     assert template.encode_answers(tokenizer, ANSWERS) == [template.encode_answer(tokenizer, one) for one in ANSWERS]
     assert template.encode_prompts(tokenizer, []) == template.encode_answers(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("literal", [False, True])
+def test_texts_become_the_tokens_that_the_tokenizer_gives(tokenizer, literal):
+    """Also after calls of others that cut and pad."""
+    texts = ["Hello, world!  two  blanks\n\n", "", "你好，三步。", " lead", f"{tokenizer.eos_token} in the middle"]
+    expected = tokenizer(texts, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
+    tokenizer("one two three four", truncation=True, max_length=2, padding=tokenizer.pad_token is not None and "max_length")
+    assert encode_texts(tokenizer, texts, literal=literal) == expected
 
 
 def test_it_reads_back_as_it_was_saved(tokenizer, tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from errors import UserError
+from models import templates
 from models.templates import load_template
 from tests.models.chatglm_folders import GENERATIONS
 from tests.tiny import tiny_tokenizer
@@ -184,8 +185,8 @@ def test_what_is_cut_away_is_not_tokenised(tmp_path, tokenizer, monkeypatch, pha
     dialogue = turns("system: S", numbers, numbers, "So?")
     rows = [*pairs(2), long, long | {"prompt": "Why not?"}, {"prompt": dialogue, "chosen": "Yes.", "rejected": "No."}]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    read, encode = [], tokenizer._encode_plus
-    monkeypatch.setattr(tokenizer, "_encode_plus", lambda text, *rest, **more: read.extend(text) or encode(text, *rest, **more))
+    read, encode = [], templates.encode_texts
+    monkeypatch.setattr(templates, "encode_texts", lambda own, texts, **more: read.extend(texts) or encode(own, texts, **more))
     cut = run(path, phase, tokenizer, max_seq_len=40)
     assert read and max(map(len, read)) < len(numbers)
     monkeypatch.setattr(tokenize, "cut_texts", lambda record, most: record)
