@@ -18,10 +18,12 @@ from models.sizes import MOST_PACKED
 # 1,024 x 256     133 67 94      179 142 86     249 200 142     498 473 383
 # 256 x 1,024     80 131 99      122 117 89     182 178 136     424 419 363
 # 8,192 x 256     1060 395 696   1693 1285 586  2315 1784 1026  5298 4727 2894
+# 8 x 192         2 2 14         3 3 14         4 6 15          8 16 17
 # oneDNN takes half a millisecond when a number of rows first comes up, so that prompts, of any length, stay with F.linear.
 MOST_ROWS = 64
 BY_COLUMNS = 2**16  # elements of a weight up to which columns are as quick as oneDNN
 TALL = 4  # outputs to one input from which oneDNN gains with one row
+WIDE = 2  # inputs to one output above which a small weight, such as those of adapters, stays as it is
 
 
 @contextmanager
@@ -41,16 +43,18 @@ def packed_weights(network: nn.Module) -> Iterator[None]:
 
 
 def takes_few_rows(layer: nn.Linear) -> bool:
-    """Return True for a layer whose weights are whole, in float32 on a CPU, and whose forward is its own."""
+    """Return True for a layer that gains by it: its weights are whole, in float32 on a CPU, and its forward is its own."""
     weight = layer.weight
     whole = weight.dim() == 2 and weight.device.type == "cpu" and weight.dtype == torch.float32  # ZeRO-3 leaves one dimension
-    return whole and "forward" not in vars(layer) and torch.backends.mkldnn.is_available()
+    if not whole or "forward" in vars(layer) or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.numel() > BY_COLUMNS or weight.shape[1] <= WIDE * weight.shape[0]
 
 
 def few_rows(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """Return F.linear of a layer, [..., width] -> [..., outputs], in the form that is quickest for the number of rows."""
     weight, bias, (outputs, width), packed = layer.weight, layer.bias, layer.weight.shape, None
-    columns = weight.numel() <= BY_COLUMNS and width <= 2 * outputs
+    columns = weight.numel() <= BY_COLUMNS
     least = width if columns or outputs >= TALL * width else 2 * width
 
     def forward(hidden: Tensor) -> Tensor:

@@ -306,7 +306,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, literal: bool = False)
     if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
         options = {"return_attention_mask": False, "verbose": False, "split_special_tokens": literal}
         return tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
-    backend = tokenizer.backend_tokenizer  # set where it differs only: another thread may be encoding
+    backend = tokenizer.backend_tokenizer  # which keeps what the last call of transformers set
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:

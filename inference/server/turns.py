@@ -1,5 +1,5 @@
 """The event loop and the thread that runs the model take turns. Both need Python's interpreter lock at every step, and side by
-side they spend a third of their time handing it to each other; a loop that works between two passes disturbs neither.
+side they spend up to a quarter of their time handing it to each other; a loop that works between two passes disturbs neither.
 """
 
 from __future__ import annotations

@@ -332,9 +332,8 @@ def test_layers_of_few_rows_compute_the_same_and_leave_no_trace(rows):
             layers[0].weight.mul_(2.0)
 
 
-def test_weights_of_large_networks_are_not_laid_out_again(monkeypatch):
-    layer = nn.Linear(16, 40)
-    for most, packed in ((680, True), (679, False)):
+def test_weights_of_large_networks_and_of_adapters_are_not_laid_out_again(monkeypatch):
+    for most, layer, packed in ((680, nn.Linear(16, 40), True), (679, nn.Linear(16, 40), False), (680, nn.Linear(40, 16), False)):
         monkeypatch.setattr("inference.few_rows.MOST_PACKED", most)
         with packed_weights(layer):
             assert ("forward" in vars(layer)) is packed
