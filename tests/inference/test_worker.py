@@ -205,12 +205,12 @@ def test_a_lease_is_renewed_while_an_answer_takes_long(engine):
 
     def slow(one) -> str:
         held.set()
-        for _ in range(30):  # three leases
-            time.sleep(0.05)
+        for _ in range(45):  # three leases, each longer than a busy machine keeps a thread waiting
+            time.sleep(0.1)
             taken.extend(claim(engine, "other", 1))
         return "mine"
 
-    run_here(engine, slow, replace(QUICK, lease=0.5), until_there_are=1)
+    run_here(engine, slow, replace(QUICK, lease=1.5), until_there_are=1)
     assert held.is_set() and not taken and rows(engine)[0].answer == "mine"
 
 
