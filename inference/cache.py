@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,12 +13,29 @@ from transformers.cache_utils import DynamicLayer
 
 from models.sizes import SPARE_COLUMNS
 
+# Up to so many columns and elements, one layer's keys or values stand column by column where attend_once() reads them
+# (decoder.py): a column to spare is then no gap between the heads. Further on the stride of a head costs more than gaps.
+MOST_COLUMNS, MOST_ELEMENTS = 192, 2**21
+
 
 class RowsLayer(DynamicLayer):
     """One layer's keys and values, [batch, heads, columns, dim], in buffers with columns to spare.
 
     ``keys`` and ``values``, which the network sees, are views of what is used: the columns from ``begin`` on.
+    by_columns: in memory as [columns, batch, heads, dim], while they are few.
     """
+
+    def __init__(self, by_columns: bool = False) -> None:
+        super().__init__()
+        self.by_columns = by_columns
+
+    def store(self, like: Tensor, *shape: int) -> Tensor:
+        """Return an empty buffer [..., batch, heads, columns, dim] for such keys or values."""
+        *outer, rows, heads, columns, dim = shape
+        few = columns <= MOST_COLUMNS and rows * heads * columns * dim <= MOST_ELEMENTS
+        if self.by_columns and few and like.device.type == "cpu" and like.dtype == torch.float32:
+            return like.new_empty(*outer, columns, rows, heads, dim).movedim(-4, -2)
+        return like.new_empty(shape)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Put new columns behind the others; returns all of them."""
@@ -28,7 +46,7 @@ class RowsLayer(DynamicLayer):
         width = used + key_states.shape[-2]
         if not self.stores or self.begin + width > self.stores[0].shape[-2]:
             states = key_states, value_states
-            self.stores = [new.new_empty(*new.shape[:2], width + SPARE_COLUMNS, new.shape[3]) for new in states]
+            self.stores = [self.store(new, *new.shape[:2], width + SPARE_COLUMNS, new.shape[3]) for new in states]
             if used:
                 self.stores[0][:, :, :used], self.stores[1][:, :, :used] = self.keys, self.values
             self.begin = 0
@@ -42,7 +60,7 @@ class RowsLayer(DynamicLayer):
         """Keep only these rows (they may repeat), without ``drop`` columns behind the first ``front``."""
         end = self.get_seq_length()
         for number, old in enumerate((self.keys, self.values)):
-            new = old.new_empty(len(rows), old.shape[1], self.stores[number].shape[2], old.shape[3])
+            new = self.store(old, len(rows), old.shape[1], self.stores[number].shape[2], old.shape[3])
             new[:, :, :front] = old[rows, :, :front]
             torch.index_select(old[:, :, front + drop :], 0, rows, out=new[:, :, front : end - drop])
             self.stores[number] = new
@@ -69,10 +87,12 @@ class RowsLayer(DynamicLayer):
         ends = self.get_seq_length(), other.get_seq_length()
         end, rows = max(ends), len(self.keys)
         for number, (mine, new) in enumerate(((self.keys, other.keys), (self.values, other.values))):
-            store = mine.new_zeros(rows + len(new), mine.shape[1], end + SPARE_COLUMNS, mine.shape[3])
+            store = self.store(mine, rows + len(new), mine.shape[1], end + SPARE_COLUMNS, mine.shape[3])
             for part, old in ((store[:rows], mine), (store[rows:], new)):
+                begin = end - old.shape[2] + front
                 part[:, :, :front] = old[:, :, :front]
-                part[:, :, end - old.shape[2] + front : end] = old[:, :, front:]
+                part[:, :, front:begin] = 0.0
+                part[:, :, begin:end] = old[:, :, front:]
             self.stores[number] = store
         self.begin = 0
         self._show(end)
@@ -90,8 +110,8 @@ class RowsLayer(DynamicLayer):
 class RowsCache(Cache):
     """RowsLayers. All rows end in the same column; the first ``front`` columns hold a prefix, the same in every row."""
 
-    def __init__(self, front: int = 0) -> None:
-        super().__init__(layer_class_to_replicate=RowsLayer)
+    def __init__(self, front: int = 0, by_columns: bool = False) -> None:
+        super().__init__(layer_class_to_replicate=partial(RowsLayer, by_columns))
         self.front = front
 
     def rebuild(self, rows: Tensor, drop: int = 0) -> None:
@@ -114,18 +134,20 @@ class RowsCache(Cache):
         return torch.stack([part[row, :, -length:] for layer in self.layers for part in (layer.keys, layer.values)])
 
     def fill(self, states: Sequence[Tensor | None], columns: int, room: int) -> None:
-        """Begin an empty cache of ``columns`` columns, and room for more, with states() of other caches, at the right end of a row;
-        None: nothing.
+        """Begin an empty cache of ``columns`` columns, and ``room`` for more, with states() of other caches at the right end of its
+        rows; None: nothing.
         """
         known = next(one for one in states if one is not None)
         parts, heads, _, dim = known.shape
-        stores = known.new_zeros(parts, len(states), heads, columns + room, dim)  # one copy a row, not one a layer, too
-        for row, one in enumerate(states):
+        self.layers = [self.layer_class_to_replicate() for _ in range(parts // 2)]
+        stores = self.layers[0].store(known, parts, len(states), heads, columns + room + SPARE_COLUMNS, dim)
+        for row, one in enumerate(states):  # one copy a row, not one a layer, too
+            begin = columns - (0 if one is None else one.shape[2])
+            stores[:, row, :, :begin] = 0.0
             if one is not None:
-                stores[:, row, :, columns - one.shape[2] : columns] = one
-        for number in range(parts // 2):
-            self.layers.append(self.layer_class_to_replicate())
-            self.layers[number].fill((stores[2 * number], stores[2 * number + 1]), columns)
+                stores[:, row, :, begin:columns] = one
+        for layer, pair in zip(self.layers, stores.unflatten(0, (-1, 2)), strict=True):
+            layer.fill(tuple(pair), columns)
 
     def join(self, other: RowsCache) -> None:
         """Put the rows of other below these; the attention mask must hide what stands left of the narrower ones."""
@@ -136,8 +158,8 @@ class RowsCache(Cache):
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def rows_cache(network: nn.Module, prefix: Cache | None, prefix_length: int) -> Cache | None:
-    """Return an empty RowsCache for a network, or one with the prefix in it that peft holds.
+def rows_cache(network: nn.Module, prefix: Cache | None, prefix_length: int, by_columns: bool = False) -> Cache | None:
+    """Return an empty RowsCache for a network, or one with the prefix in it that peft holds. by_columns: attend_once() reads it.
 
     A network with sliding windows, or other layers that keep more or less than keys and values, gets what transformers would
     use: the prefix, or None, and the network makes its own.
@@ -149,7 +171,7 @@ def rows_cache(network: nn.Module, prefix: Cache | None, prefix_length: int) -> 
     if not _plain[network]:
         return prefix
     own = network.config.pre_seq_len if hasattr(network.base_model, "prefix_encoder") else 0  # ChatGLM's
-    cache = RowsCache(prefix_length + own)
+    cache = RowsCache(prefix_length + own, by_columns)
     for number, layer in enumerate(prefix.layers if prefix is not None else []):
         cache.update(layer.keys, layer.values, number)
     return cache

@@ -1,4 +1,4 @@
-"""Continuous batching: one thread owns the model and gives all answers in work one more token at a time. A question joins
+"""Continuous batching: passes of the model, one after another, give all answers in work one more token each. A question joins
 while others are answered, and leaves when its answer ends; what it is answered does not depend on the others.
 """
 
@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,6 +34,7 @@ PREFILL_TOKENS = 4096
 # or after so many steps: to read prompts costs them a pass.
 # Demo model, 16 clients, answers of 9 tokens, answers a CPU second: at once 46 and 52, at 1/4 54 and 66, at 1/2 54 and 57, at 1 52.
 JOIN_SHARE, JOIN_STEPS = 0.25, 4
+IDLE_STEPS = 2  # that many rows without an answer are kept for: to drop them, and then to join others, copies all keys and values
 PROMPT_CACHE = 2**28  # bytes
 
 
@@ -84,7 +84,8 @@ class Answer:
 
 
 class Scheduler:
-    """Answers questions in a thread of its own; submit() may be called from any thread.
+    """Answers questions in a thread of its own; submit() may be called from any thread. With ``lent`` set before a first question,
+    passes run in the one thread that submits instead, whenever it calls pass_here().
 
     max_batch: answers in work at a time. max_queue: answers that may wait for a place. longest: of any answer, in tokens.
     prompt_cache: bytes of keys and values of earlier dialogues that are kept.
@@ -102,7 +103,7 @@ class Scheduler:
         self.wake = threading.Condition()
         self.held = 0  # steps in a row at which a waiting question was not let in
         self.stopping = False
-        self.turn: Callable[[], AbstractContextManager] = nullcontext  # held during a pass
+        self.lent = False
         self.told: Callable[[], None] = lambda: None  # called after each pass, when answers have tokens or ended
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
@@ -144,31 +145,49 @@ class Scheduler:
         if wait:
             self.thread.join()
 
-    # --- the thread -----------------------------------------------------------------------------------------------------
+    # --- passes -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with packed_weights(base_model(self.served.model)), torch.inference_mode():
+        with packed_weights(base_model(self.served.model)):
             while True:
                 with self.wake:
-                    self.wake.wait_for(lambda: self.waiting or self.groups or self.stopping)
-                    if self.stopping and not self.groups:
+                    self.wake.wait_for(lambda: (self.due and not self.lent) or (self.stopping and not self.due))
+                    if not self.due:
                         return
-                joining: list[Answer] = []
-                try:
-                    with self.turn():
-                        joining = self._next()
-                        self._read(_Group(self, joining) if joining else None)
-                        for group in self.groups:
-                            group.draw()
-                    self.groups = [group for group in self.groups if group.live]
-                    self.told()
-                except Exception as error:  # out of memory, a driver: these questions are lost, the next ones may be answered
-                    logger.exception("answers were lost")
-                    lost = [answer for group in self.groups for answer in group.answers if answer is not None]
-                    self.groups = []
-                    for answer in {*lost, *joining}:
-                        _fail(answer, error)
-                    self.told()
+                self._pass()
+
+    @property
+    def due(self) -> bool:
+        """Return True if there is something to answer."""
+        return bool(self.waiting or self.groups)
+
+    def pass_here(self) -> bool:
+        """Run a pass in this thread, if one is due and passes are lent; returns whether it did."""
+        if not self.lent or not self.due:
+            return False
+        self._pass()
+        return True
+
+    @torch.inference_mode()
+    def _pass(self) -> None:
+        """Read the last tokens of all answers, and prompts of new ones, and draw the next tokens."""
+        joining: list[Answer] = []
+        try:
+            joining = self._next()
+            self._read(_Group(self, joining) if joining else None)
+            for group in self.groups:
+                group.draw()
+            self.groups = [group for group in self.groups if group.live]
+        except Exception as error:  # out of memory, a driver: these questions are lost, the next ones may be answered
+            logger.exception("answers were lost")
+            lost = [answer for group in self.groups for answer in group.answers if answer is not None]
+            self.groups = []
+            for answer in {*lost, *joining}:
+                _fail(answer, error)
+        if self.stopping:
+            with self.wake:
+                self.wake.notify()
+        self.told()
 
     def _next(self) -> list[Answer]:
         """Take the answers from the queue, in its order, that there is room for; all of one adapter."""
@@ -219,6 +238,7 @@ class _Group:
         self.answers: list[Answer | None] = [answers[row] for row in order]
         known = [scheduler.prompts.find(self.adapter or "", prompt) for prompt in distinct]
         self.batch = Batch(scheduler.served.model, scheduler.rules, distinct, asked, order, known)
+        self.idle = 0  # steps in a row with many rows whose answers ended
 
     @property
     def live(self) -> int:
@@ -247,7 +267,7 @@ class _Group:
         """Take the rows out that have ended."""
         self.batch.done = self.ended()
         self.batch.drop()
-        self.answers = [answer for answer in self.answers if answer is not None]
+        self.answers, self.idle = [answer for answer in self.answers if answer is not None], 0
 
     def draw(self) -> None:
         """Draw a token for each answer, for read() to take."""
@@ -260,7 +280,9 @@ class _Group:
             self.add(row, token)
         if not self.live:
             return
-        if len(self.answers) - self.live >= DROP_SHARE * len(self.answers) and not self.scheduler.waiting:
+        many = len(self.answers) - self.live >= DROP_SHARE * len(self.answers)
+        self.idle = self.idle + 1 if many and not self.scheduler.waiting else 0
+        if self.idle > IDLE_STEPS:
             self.drop()
         lengths = torch.tensor([len(answer.tokens) if answer else 1 for answer in self.answers], device=self.batch.tokens.device)
         self.batch.go_on(lengths)

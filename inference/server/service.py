@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from inference.scheduler import PROMPT_CACHE, Answer, Busy, Scheduler, Stopping
 from inference.scores import Scorer, Scoring
 from inference.served import ServedModel
 from inference.server.protocol import Question, Refusal
-from inference.server.turns import Turns
 
 SHORT = 1024  # bytes of a request: encoding them takes 1 ms at most, as long as to wake another thread and be woken by it
+SMALL = 2**23  # weights: one core takes about 10 ms for a pass over the next tokens of 16 answers
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
 
@@ -69,10 +70,11 @@ class Service:
             self.worker = Scorer(served, limits.max_batch, limits.max_queue)
         else:
             self.worker = Scheduler(served, limits.max_batch, limits.max_queue, self.longest, limits.prompt_cache)
+            self.worker.lent = passes_are_short(served.model)
         self.calls: deque[Callable[[], None]] = deque()
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.turns = Turns()
-        self.worker.told, self.worker.turn = self.wake, self.turns.pass_
+        self.thread: int | None = None  # the loop's
+        self.worker.told = self.wake
         # Encoding changes settings of a tokenizer, so that each has one thread: the event loop's decodes, too.
         self.encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.decoder = copy.deepcopy(served.tokenizer)
@@ -109,11 +111,16 @@ class Service:
         self.calls.append(call)
 
     def wake(self) -> None:
-        """Let the event loop make the calls; the worker's thread, after each pass."""
-        if self.calls and self.loop is not None:
-            with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
-                self.turns.busy = True
+        """Let the event loop make the calls; whoever runs a pass, after it."""
+        with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+            if threading.get_ident() == self.thread:
+                self.deliver()
+            elif self.loop is not None:
                 self.loop.call_soon_threadsafe(self.deliver)
+
+    def pass_here(self) -> bool:
+        """Run a pass in the event loop's thread, if it is to run there; returns whether it did."""
+        return isinstance(self.worker, Scheduler) and self.worker.pass_here()
 
     def deliver(self) -> None:
         """Make all calls."""
@@ -126,7 +133,7 @@ class Service:
         most = self.limits.max_batch + self.limits.max_queue
         if len(requests) > most:
             raise Refusal(400, f"{len(requests)} answers are asked for at once; this server takes {most} at most.", param="n")
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.thread = asyncio.get_running_loop(), threading.get_ident()
         try:
             self.worker.submit(requests)
         except Busy:
@@ -145,6 +152,12 @@ class Service:
         """End the threads."""
         self.end()
         self.encoder.shutdown(wait=False)
+
+
+def passes_are_short(model: Any) -> bool:
+    """Return True for a network whose passes are no longer than a few requests, so that the event loop had better run them."""
+    weights = list(model.parameters())
+    return weights[0].device.type == "cpu" and sum(weight.numel() for weight in weights) <= SMALL
 
 
 def stopping() -> Refusal:

@@ -77,7 +77,7 @@ class Connection(H11Protocol):
 def server_of(gate: Gate) -> uvicorn.Server:
     """Return uvicorn's server for the application. A first signal ends it when all is answered, a second one at once."""
     config = uvicorn.Config(gate, http=Connection, log_config=None, access_log=False, server_header=False, lifespan="off")
-    config.get_loop_factory = lambda: lambda: asyncio.SelectorEventLoop(TurnsSelector(gate.service.turns))
+    config.get_loop_factory = lambda: lambda: asyncio.SelectorEventLoop(TurnsSelector(gate.service.pass_here))
     server = uvicorn.Server(config)
 
     def drain() -> None:

@@ -1,63 +1,30 @@
-"""The event loop and the thread that runs the model take turns. Both need Python's interpreter lock at every step, and side by
-side they spend up to a quarter of their time handing it to each other; a loop that works between two passes disturbs neither.
+"""Short passes of the model run in the thread of the event loop, when nothing has come in. In a thread of their own both would
+need Python's interpreter lock at every step and find the processor's caches cold at every change.
 """
 
 from __future__ import annotations
 
 import selectors
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 
-PATIENCE = 0.005  # seconds that one waits for the other: passes of large models are longer, and leave the lock free meanwhile
-
-
-class Turns:
-    """Whose turn it is. busy: the event loop has something to do. passing: the model's thread has."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.busy, self.passing = True, False
-
-    @contextmanager
-    def pass_(self) -> Iterator[None]:
-        """Hold the turn of the model's thread, once the event loop has done what came in."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.busy, PATIENCE)
-            self.passing = True
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.passing = False
-                self.changed.notify()
-
-    def work(self) -> None:
-        """Hold the turn of the event loop, once a pass has ended."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.passing, PATIENCE)
-            self.busy = True
-
-    def rest(self) -> None:
-        """Give the turn back: the event loop has nothing to do."""
-        with self.changed:
-            self.busy = False
-            self.changed.notify()
+PATIENCE = 0.005  # seconds after which a pass begins though something comes in all the time
 
 
 class TurnsSelector(selectors.DefaultSelector):
-    """What the event loop waits in; it returns when it is the loop's turn."""
+    """What the event loop waits in. pass_here: runs a pass in this thread, if one is due here; returns whether it did."""
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, pass_here: Callable[[], bool]) -> None:
         super().__init__()
-        self.turns = turns
+        self.pass_here, self.begun = pass_here, time.monotonic()  # when the loop's turn began
 
     def select(self, timeout: float | None = None) -> list:
-        """Return what is ready, as the selector does, within ``timeout`` seconds."""
+        """Return what is ready, as the selector does, within ``timeout`` seconds; or run a pass where the loop would wait."""
         events = super().select(0)
-        if events or (timeout is not None and timeout <= 0):
+        busy = bool(events) or (timeout is not None and timeout <= 0)
+        if busy and time.monotonic() - self.begun < PATIENCE:
             return events
-        self.turns.rest()
-        events = super().select(timeout)
-        self.turns.work()
+        if not self.pass_here() and not busy:
+            events = super().select(timeout)
+        self.begun = time.monotonic()
         return events

@@ -4,14 +4,17 @@ import random
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import inference.engine
-from inference.cache import RowsCache, RowsLayer
+from inference.cache import MOST_COLUMNS, RowsCache, RowsLayer
+from inference.decoder import attend_once, stands_by_columns
 from inference.engine import generate, generate_many
 from models.load import load_causal_lm
 from models.sizes import SPARE_COLUMNS
+from tests.closeness import assert_close
 from tests.models.test_chatglm import TINY, tiny
 from tests.models.test_chatglm import prompts as chatglm_prompts
 from tests.tiny import FAMILIES, tiny_checkpoint
@@ -155,9 +158,10 @@ def test_a_finished_row_gives_its_place_away(load, monkeypatch):
     assert max(lengths) - 1 <= counts[0] < counts[1]
 
 
-def test_a_row_leaves_nothing_to_the_one_that_takes_its_place():
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_a_row_leaves_nothing_to_the_one_that_takes_its_place(by_columns):
     """An infinity in the keys or values of a finished row does not reach its successor, nor does the column it stood in."""
-    cache, other = RowsCache(front=1), RowsCache(front=1)
+    cache, other = RowsCache(1, by_columns), RowsCache(1, by_columns)
     for columns, one in ((4, cache), (3, other)):
         state = torch.arange(2.0 * columns).view(2, 1, columns, 1)
         one.update(state, -state, 0)
@@ -170,15 +174,28 @@ def test_a_row_leaves_nothing_to_the_one_that_takes_its_place():
     assert cache.layers[0].keys.flatten().tolist() == [0, 1, 2] * 2 and cache.get_seq_length() == 3
 
 
-def test_a_layer_grows_as_transformers_own():
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_a_layer_grows_as_transformers_own(by_columns):
     """Column by column past its spare ones, and whole blocks: what DynamicLayer holds."""
-    mine, theirs = RowsLayer(), DynamicLayer()
+    mine, theirs = RowsLayer(by_columns), DynamicLayer()
     generator = torch.Generator().manual_seed(0)
     for columns in (5, *[1] * (SPARE_COLUMNS + 3), 2 * SPARE_COLUMNS, 1):
         new = torch.randn(2, 3, columns, 4, generator=generator)
         found, expected = mine.update(new, 2 * new), theirs.update(new, 2 * new)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        assert stands_by_columns(found[0]) == (by_columns and found[0].shape[2] < 100)
     assert mine.get_seq_length() == theirs.get_seq_length()
+    assert not stands_by_columns(mine.keys) and mine.keys.shape[2] > MOST_COLUMNS
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_one_query_a_row_attends_as_in_torch(scale):
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (torch.randn(11, 3, 2, 8, generator=generator).permute(1, 2, 0, 3) for _ in range(2))
+    query, mask = torch.randn(3, 2, 1, 8, generator=generator), torch.zeros(3, 1, 1, 11)
+    mask[0, ..., :4], mask[2, ..., :10] = -torch.inf, -torch.inf
+    expected = scaled_dot_product_attention(query, keys, values, mask, scale=scale)
+    assert_close(attend_once(query, keys, values, mask, scale), expected.flatten(1))
 
 
 @pytest.mark.parametrize(

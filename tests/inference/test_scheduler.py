@@ -94,6 +94,25 @@ def test_an_answer_depends_on_its_question_alone(tmp_path, scheduler, family):
     check(open_model(str(tiny_checkpoint(tmp_path, family, seed=1))), scheduler)
 
 
+def test_passes_run_in_a_thread_that_has_lent_itself(llama, scheduler):
+    """The answers are the same, and each token is drawn in that thread; the scheduler's own ends when all is answered."""
+    lent, asked, drawn = scheduler(llama), questions(llama), set()
+    lent.lent = True
+    for answer in asked:
+        answer.on_token = lambda _: drawn.add(threading.get_ident())
+    assert not lent.pass_here()
+    lent.submit(asked[:3])
+    for number in range(200):
+        if number == 4:
+            lent.submit(asked[3:])
+        if not lent.pass_here():
+            break
+    assert [answer.tokens for answer in asked] == [alone(llama, answer) for answer in asked]
+    assert drawn == {threading.get_ident()} and lent.alive
+    lent.stop(wait=True)
+    assert not lent.alive
+
+
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_same_of_chatglm(tmp_path, scheduler, shared_dir, generation):
     check(open_model(str(tiny_chatglm(tmp_path / "model", generation, shared_dir))), scheduler)
