@@ -131,7 +131,8 @@ class Scheduler:
             if len(self.waiting) + len(answers) > self.max_queue + max(free, 0):
                 raise Busy
             self.waiting.extend(answers)
-            self.wake.notify()
+            if not self.lent:
+                self.wake.notify()
 
     def stop(self, wait: bool = False) -> None:
         """Refuse what waits and all that is still to come; answer what is in work. wait: return when that is done."""
