@@ -159,7 +159,12 @@ def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def normed(norm: Any, states: Tensor) -> Tensor:
-    """Apply the root mean square norm of a module."""
+    """Apply the root mean square norm of a module: w · x / sqrt(mean(x²) + e). Behind packed_weights() in half as many operations,
+    as w · sqrt(n) · x / sqrt(|x|² + n · e) over n dimensions.
+    """
+    if "scaled" in vars(norm):
+        weight, least = norm.scaled
+        return (states * weight).div_(torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True), least))
     return F.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers of a network that draws answers on a CPU: a few rows at a time, with the same weights hundreds of times."""
+"""Layers and norms of a network that draws answers on a CPU: a few rows at a time, with the same weights hundreds of times."""
 
 from __future__ import annotations
 
@@ -28,25 +28,41 @@ WIDE = 2  # inputs to one output above which a small weight, such as those of ad
 
 @contextmanager
 def packed_weights(network: nn.Module) -> Iterator[None]:
-    """Let the linear layers of a network compute by few_rows, on a CPU in float32. The weights must not change inside, and are in
-    memory twice once a pass has few rows; networks of more than MOST_PACKED weights stay as they are.
+    """Let the linear layers of a network compute by few_rows, and its root mean square norms as decoder.normed() does, on a CPU in
+    float32. The weights must not change inside, and those of linear layers are in memory twice once a pass has few rows; networks
+    of more than MOST_PACKED weights keep them once.
     """
     small = sum(weight.numel() for weight in network.parameters()) <= MOST_PACKED
     layers = [layer for layer in network.modules() if small and type(layer) is nn.Linear and takes_few_rows(layer)]
+    norms = [module for module in network.modules() if takes_scaled(module)]
     for layer in layers:
         layer.forward = few_rows(layer)
+    for norm in norms:
+        width = norm.weight.numel()
+        norm.scaled = norm.weight.detach() * width**0.5, torch.tensor((width * norm.variance_epsilon) ** 0.5)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+        for norm in norms:
+            del norm.scaled
+
+
+def on_cpu(weight: Tensor) -> bool:
+    """Return True for weights in float32 on a CPU, all of them here: ZeRO-3 leaves one element or none."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 1
+
+
+def takes_scaled(module: nn.Module) -> bool:
+    """Return True for a root mean square norm with a weight of its own: what peft wraps around one may change it."""
+    return "variance_epsilon" in vars(module) and "weight" in module._parameters and on_cpu(module.weight)
 
 
 def takes_few_rows(layer: nn.Linear) -> bool:
     """Return True for a layer that gains by it: its weights are whole, in float32 on a CPU, and its forward is its own."""
     weight = layer.weight
-    whole = weight.dim() == 2 and weight.device.type == "cpu" and weight.dtype == torch.float32  # ZeRO-3 leaves one dimension
-    if not whole or "forward" in vars(layer) or not torch.backends.mkldnn.is_available():
+    if weight.dim() < 2 or not on_cpu(weight) or "forward" in vars(layer) or not torch.backends.mkldnn.is_available():
         return False
     return weight.numel() > BY_COLUMNS or weight.shape[1] <= WIDE * weight.shape[0]
 

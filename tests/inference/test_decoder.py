@@ -6,6 +6,7 @@ import torch
 from inference import engine
 from inference.decoder import FAMILIES
 from inference.engine import Batch, Rules, read
+from inference.few_rows import packed_weights
 from models.adapters.lora import add_lora
 from models.load import load_causal_lm
 from tests.closeness import assert_close
@@ -51,8 +52,13 @@ def test_it_computes_what_the_modules_compute(tmp_path, monkeypatch, family):
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
     model.eval()
-    for mine, modules in zip(passes(model, True, monkeypatch), passes(model, False, monkeypatch), strict=True):
+    expected, found = passes(model, False, monkeypatch), passes(model, True, monkeypatch)
+    with packed_weights(model):
+        packed = passes(model, True, monkeypatch)
+    for mine, laid_out, modules in zip(found, packed, expected, strict=True):
         assert_close(mine, modules)
+        assert_close(laid_out, modules)
+    assert not any("scaled" in vars(module) or "forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", ["bloom", "glm4"])
