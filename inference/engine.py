@@ -281,6 +281,11 @@ class Batch:
         self.rows = rows
 
     @property
+    def one_unread(self) -> bool:
+        """Return True if all of each prompt is known but its last token, and each is answered once."""
+        return self.unread.ids.shape[1] == 1 and bool(self.cache.layers) and len(self.asked) == len(self.done)
+
+    @property
     def replaces(self) -> bool:
         """True where rows can give their places to others."""
         return isinstance(self.cache, RowsCache)
@@ -320,14 +325,17 @@ class Batch:
         self._select((~self.done).nonzero().squeeze(1))
 
     def replace(self, places: Tensor, other: Batch) -> None:
-        """Give the places of finished rows to those of another batch, just read, whose prompts are not wider. Drop columns that
-        belong to none of the rows in work: attention pays for each.
+        """Give the places of finished rows to those of another batch whose prompts are not wider; both were just read, or both have
+        one token to read. Drop columns that belong to none of the rows in work: attention pays for each.
         """
         self.cache.replace(places, other.cache)
         self.mask[places] = nn.functional.pad(other.mask, (self.mask.shape[1] - other.mask.shape[1], 0))
         for name in ("rows", "done", "logits", "ahead", "seen"):
             if getattr(other, name) is not None:
                 getattr(self, name)[places] = getattr(other, name)
+        for mine, new in zip(self.unread or (), other.unread or (), strict=True):
+            if isinstance(new, Tensor):
+                mine[places] = new
         if not self.cache.front:
             empty = int(self.mask[~self.done].any(dim=0).int().argmax())
             self.cache.trim(empty)

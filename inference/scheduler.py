@@ -219,11 +219,14 @@ class Scheduler:
             self.groups = [*self.groups, new]
         for group in self.groups:
             self.served.use(group.adapter)
-            if group in old:
+            if group not in old:
+                read(group.batch)
+            elif new.batch.one_unread and group.places_for(new):
+                group.take_in(new)  # first: the pass needs no more rows than it has
+                read(group.batch)
+            else:
                 read(group.batch, new.batch)
                 group.take_in(new)
-            else:
-                read(group.batch)
 
 
 class _Group:
@@ -246,10 +249,16 @@ class _Group:
         """Return how many answers are in work."""
         return sum(answer is not None for answer in self.answers)
 
-    def take_in(self, other: _Group) -> None:
-        """Give rows that have ended to a group that was just read, or else put its rows below."""
+    def places_for(self, other: _Group) -> list[int]:
+        """Return rows that have ended, one for each row of a group; none if it does not fit."""
         places = [row for row, answer in enumerate(self.answers) if answer is None][: len(other.answers)]
-        if len(places) == len(other.answers) and other.batch.mask.shape[1] <= self.batch.mask.shape[1]:
+        fits = len(places) == len(other.answers) and other.batch.mask.shape[1] <= self.batch.mask.shape[1]
+        return places if fits else []
+
+    def take_in(self, other: _Group) -> None:
+        """Give rows that have ended to a group, or else put its rows, which are read, below."""
+        places = self.places_for(other)
+        if places:
             self.batch.done = self.ended()
             self.batch.replace(torch.tensor(places, device=self.batch.mask.device), other.batch)
             for place, answer in zip(places, other.answers, strict=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference.chatbot import Sampling
-from inference.engine import generate
+from inference.engine import Batch, generate
 from inference.scheduler import Answer, Busy, NotFinite, Scheduler, Stopping
 from inference.served import open_model
 from models.adapters.lora import add_lora, save_adapter, save_prefix
@@ -185,6 +185,20 @@ def test_a_dialogue_is_read_from_where_it_ended(tmp_path, scheduler, request, fa
     wait([answer.future for answer in third], timeout=60)
     for answer in (*second, *third):
         assert answer.tokens == alone(served, answer)
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+def test_questions_that_were_asked_before_take_a_place_before_the_pass(tmp_path, scheduler, monkeypatch, family):
+    """Their prompts are known but for the last token, which is read with those of the others."""
+    served = open_model(str(tiny_checkpoint(tmp_path, family, seed=1)))
+    one, taken, replace = scheduler(served), [], Batch.replace
+    monkeypatch.setattr(Batch, "replace", lambda self, *of: (taken.append(of[1].unread is not None), replace(self, *of)))
+    for _ in range(2):
+        asked = questions(served)
+        one.submit(asked)
+        wait([answer.future for answer in asked], timeout=120)
+        assert [answer.tokens for answer in asked] == [alone(served, answer) for answer in asked]
+    assert True in taken
 
 
 @pytest.mark.parametrize("generation", ["chatglm-6b"])
