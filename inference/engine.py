@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from inference.cache import RowsCache, rows_cache
-from inference.decoder import Reading, next_logits, runs
+from inference.decoder import Reading, by_columns, next_logits, runs
 from inference.few_rows import packed_weights
 from inference.lockstep import in_step
 from inference.sampling import StopStrings, draw, occurring, penalised, uniform_numbers
@@ -259,7 +259,8 @@ class Batch:
         ids, mask = ids.to(device), mask.to(device)
         positions = position_ids_for(model, ids, mask, room=rules.max_new_tokens)
         self.direct = runs(self.network)
-        self.cache = rows_cache(self.network, prefix_cache(model, len(ids)), prefix_length(model), self.direct)
+        columns = self.direct and by_columns(self.network)
+        self.cache = rows_cache(self.network, prefix_cache(model, len(ids)), prefix_length(model), columns)
         self.direct = self.direct and self.replaces
         begin = self._remember([known[prompt] if known else None for prompt in places], mask)
         now = None if positions is None else positions[..., begin:width]

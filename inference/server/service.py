@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,9 +106,14 @@ class Service:
             raise Refusal(400, f"max_tokens: this server writes {self.limits.max_new_tokens} at most.", param="max_tokens")
         return question.model if question.model in self.served.adapters else None
 
-    def tell(self, call: Callable[[], None], _: Any = None) -> None:
-        """Have the event loop make a call, together with the others of the pass, as each waking costs; from any thread."""
-        self.calls.append(call)
+    def tell(self, call: Callable[[], None], about: Answer | Future) -> None:
+        """Have the event loop make a call, together with the others of the pass, as each waking costs; from any thread. about: what
+        has a new token, or the future of what has ended. Clients who wait for the first token, or may ask again, are told first.
+        """
+        if isinstance(about, Future) or len(about.tokens) == 1:
+            self.calls.appendleft(call)
+        else:
+            self.calls.append(call)
 
     def wake(self) -> None:
         """Let the event loop make the calls; whoever runs a pass, after it."""

@@ -38,8 +38,11 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+HEAD = b"HTTP/1.1 "
+
+
 class Gathered:
-    """A connection's transport that sends what is written in one call, when the loop turns: head and body of an answer together."""
+    """A connection's transport that sends the head of an answer together with the beginning of its body, when the loop turns."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self.transport, self.loop, self.parts = transport, asyncio.get_running_loop(), []
@@ -48,8 +51,11 @@ class Gathered:
         return getattr(self.transport, name)
 
     def write(self, data: bytes) -> None:
-        """Send later."""
-        if data and not self.parts:
+        """Send a head later, with what is written meanwhile, and else at once."""
+        if not self.parts and not data.startswith(HEAD):
+            self.transport.write(data)
+            return
+        if not self.parts:
             self.loop.call_soon(self.flush)
         self.parts.append(data)
 
@@ -72,6 +78,11 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin."""
         super().connection_made(Gathered(transport))
+
+    def on_response_complete(self) -> None:
+        """Send the end of an answer before the next pieces of others are made: its client may ask again meanwhile."""
+        self.transport.flush()
+        super().on_response_complete()
 
 
 def server_of(gate: Gate) -> uvicorn.Server:

@@ -189,12 +189,14 @@ def test_a_layer_grows_as_transformers_own(by_columns):
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_one_query_a_row_attends_as_in_torch(scale):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_one_query_a_row_attends_as_in_torch(scale, groups):
     generator = torch.Generator().manual_seed(1)
     keys, values = (torch.randn(11, 3, 2, 8, generator=generator).permute(1, 2, 0, 3) for _ in range(2))
-    query, mask = torch.randn(3, 2, 1, 8, generator=generator), torch.zeros(3, 1, 1, 11)
+    query, mask = torch.randn(3, 2 * groups, 1, 8, generator=generator), torch.zeros(3, 1, 1, 11)
     mask[0, ..., :4], mask[2, ..., :10] = -torch.inf, -torch.inf
-    expected = scaled_dot_product_attention(query, keys, values, mask, scale=scale)
+    heads = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
+    expected = scaled_dot_product_attention(query, *heads, mask, scale=scale)
     assert_close(attend_once(query, keys, values, mask, scale), expected.flatten(1))
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
+from concurrent.futures import Future
+from functools import partial
+from types import SimpleNamespace
 
+from inference.server.service import Service
 from inference.server.start import Gathered
 from inference.server.turns import PATIENCE, TurnsSelector
 
@@ -66,7 +71,7 @@ def test_a_loop_without_passes_sleeps_until_it_is_called():
     assert len(asked) < 20 and time.thread_time() - begin < 0.1
 
 
-def test_what_is_written_in_a_turn_of_the_loop_is_sent_at_once():
+def test_a_head_is_sent_with_the_beginning_of_its_body_and_all_else_at_once():
     class Transport:
         def __init__(self) -> None:
             self.sent, self.closed = [], False
@@ -81,15 +86,28 @@ def test_what_is_written_in_a_turn_of_the_loop_is_sent_at_once():
     async def talk() -> None:
         raw = Transport()
         transport = Gathered(raw)
-        for data in (b"head", b"", b"body"):
+        head = b"HTTP/1.1 200 \r\n\r\n"
+        for data in (head, b"", b"body"):
             transport.write(data)
         assert raw.sent == []
         await asyncio.sleep(0)
-        assert raw.sent == [b"headbody"]
-        transport.write(b"end")
+        assert raw.sent == [head + b"body"]
+        transport.write(b"more")
+        assert raw.sent[1:] == [b"more"]
+        transport.write(head)
         transport.close()
-        assert raw.sent[1:] == [b"end"] and raw.closed and transport.sent is raw.sent
+        assert raw.sent[2:] == [head] and raw.closed and transport.sent is raw.sent
         await asyncio.sleep(0)
-        assert len(raw.sent) == 2
+        assert len(raw.sent) == 3
 
     asyncio.run(talk())
+
+
+def test_who_waits_for_the_first_token_or_may_ask_again_is_told_first():
+    told, service = [], Service.__new__(Service)
+    service.calls, service.loop, service.thread = deque(), None, threading.get_ident()
+    first, later = SimpleNamespace(tokens=[5]), SimpleNamespace(tokens=[5, 6])
+    for name, about in (("later", later), ("ended", Future()), ("later too", later), ("first", first)):
+        service.tell(partial(told.append, name), about)
+    service.wake()
+    assert told == ["first", "ended", "later", "later too"] and not service.calls
