@@ -72,7 +72,7 @@ class RowsLayer(DynamicLayer):
         self.begin += drop
         self._show(self.get_seq_length() - drop)
 
-    def replace(self, rows: Tensor, other: RowsLayer, front: int) -> None:
+    def replace(self, rows: Tensor | slice, other: RowsLayer, front: int) -> None:
         """Put other's rows in the place of these: its first ``front`` columns in front, the rest at the right end."""
         end = self.get_seq_length()
         begin = end - (other.get_seq_length() - front)
@@ -124,7 +124,7 @@ class RowsCache(Cache):
         for layer in self.layers:
             layer.trim(drop)
 
-    def replace(self, rows: Tensor, other: RowsCache) -> None:
+    def replace(self, rows: Tensor | slice, other: RowsCache) -> None:
         """Put the rows of other, which is not wider, in the place of these rows; the attention mask must hide what stands left."""
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(rows, new, self.front)

@@ -325,7 +325,7 @@ class Batch:
         """Drop finished rows, and columns that belong to none of the others."""
         self._select((~self.done).nonzero().squeeze(1))
 
-    def replace(self, places: Tensor, other: Batch) -> None:
+    def replace(self, places: Tensor | slice, other: Batch) -> None:
         """Give the places of finished rows to those of another batch whose prompts are not wider; both were just read, or both have
         one token to read. Drop columns that belong to none of the rows in work: attention pays for each.
         """
