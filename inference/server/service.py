@@ -120,7 +120,7 @@ class Service:
         with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
             if threading.get_ident() == self.thread:
                 self.deliver()
-            elif self.loop is not None:
+            elif self.calls and self.loop is not None:
                 self.loop.call_soon_threadsafe(self.deliver)
 
     def pass_here(self) -> bool:
