@@ -56,7 +56,8 @@ def on_cpu(weight: Tensor) -> bool:
 
 def takes_scaled(module: nn.Module) -> bool:
     """Return True for a root mean square norm with a weight of its own: what peft wraps around one may change it."""
-    return "variance_epsilon" in vars(module) and "weight" in module._parameters and on_cpu(module.weight)
+    own = "variance_epsilon" in vars(module) and "weight" in module._parameters and "scaled" not in vars(module)
+    return own and on_cpu(module.weight)
 
 
 def takes_few_rows(layer: nn.Linear) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from inference.engine import Generation, generate
 from inference.few_rows import packed_weights
@@ -337,6 +338,18 @@ def test_weights_of_large_networks_and_of_adapters_are_not_laid_out_again(monkey
         monkeypatch.setattr("inference.few_rows.MOST_PACKED", most)
         with packed_weights(layer):
             assert ("forward" in vars(layer)) is packed
+
+
+def test_two_may_lay_out_the_weights_of_one_network():
+    """As two servers of one model; the first to end takes the layout along, and the other goes on without."""
+    network = nn.Sequential(nn.Linear(16, 40), LlamaRMSNorm(40))
+    first, second = packed_weights(network), packed_weights(network)
+    for one in (first, second):
+        one.__enter__()
+    assert "forward" in vars(network[0]) and "scaled" in vars(network[1])
+    for one in (first, second):
+        one.__exit__(None, None, None)
+        assert "forward" not in vars(network[0]) and "scaled" not in vars(network[1])
 
 
 @pytest.mark.detail(47)
