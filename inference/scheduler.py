@@ -30,6 +30,7 @@ logger = logging.getLogger("sanbu")
 
 # Tokens of prompts read in one pass, padding included: answers in work wait meanwhile, and its activations need memory.
 PREFILL_TOKENS = 4096
+LENT_TOKENS = 512  # the same where passes are lent: all else that the thread does waits, too
 # Where decoder.py does not read prompts in the pass of the answers in work, let questions in once they are this share of those,
 # or after so many steps: to read prompts costs them a pass.
 # Demo model, 16 clients, answers of 9 tokens, answers a CPU second: at once 46 and 52, at 1/4 54 and 66, at 1/2 54 and 57, at 1 52.
@@ -103,7 +104,7 @@ class Scheduler:
         self.wake = threading.Condition()
         self.held = 0  # steps in a row at which a waiting question was not let in
         self.stopping = False
-        self.lent = False
+        self.lent = self.passing = False
         self.told: Callable[[], None] = lambda: None  # called after each pass, when answers have tokens or ended
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
@@ -152,7 +153,7 @@ class Scheduler:
         with packed_weights(base_model(self.served.model)):
             while True:
                 with self.wake:
-                    self.wake.wait_for(lambda: (self.due and not self.lent) or (self.stopping and not self.due))
+                    self.wake.wait_for(lambda: (self.due and not self.lent) or (self.stopping and not (self.due or self.passing)))
                     if not self.due:
                         return
                 self._pass()
@@ -173,6 +174,7 @@ class Scheduler:
     def _pass(self) -> None:
         """Read the last tokens of all answers, and prompts of new ones, and draw the next tokens."""
         joining: list[Answer] = []
+        self.passing = True
         try:
             joining = self._next()
             self._read(_Group(self, joining) if joining else None)
@@ -185,6 +187,7 @@ class Scheduler:
             self.groups = []
             for answer in {*lost, *joining}:
                 _fail(answer, error)
+        self.passing = False
         if self.stopping:
             with self.wake:
                 self.wake.notify()
@@ -200,12 +203,12 @@ class Scheduler:
         if not direct and min(len(self.waiting), room) < JOIN_SHARE * in_work and self.held < JOIN_STEPS:
             self.held += waits
             return taken
-        self.held = 0
+        self.held, most = 0, LENT_TOKENS if self.lent else PREFILL_TOKENS
         with self.wake:
             while self.waiting and len(taken) < room:
                 answer = self.waiting[0]
                 width = max(len(one.prompt) for one in (*taken, answer))
-                if taken and (answer.adapter != taken[0].adapter or width * (len(taken) + 1) > PREFILL_TOKENS):
+                if taken and (answer.adapter != taken[0].adapter or width * (len(taken) + 1) > most):
                     break
                 self.waiting.popleft()
                 if not answer.future.cancelled():

@@ -8,7 +8,7 @@ import torch
 
 from inference.chatbot import Sampling
 from inference.engine import Batch, generate
-from inference.scheduler import Answer, Busy, NotFinite, Scheduler, Stopping
+from inference.scheduler import Answer, Busy, NotFinite, Scheduler, Stopping, _Group
 from inference.served import open_model
 from models.adapters.lora import add_lora, save_adapter, save_prefix
 from models.load import load_causal_lm
@@ -94,8 +94,11 @@ def test_an_answer_depends_on_its_question_alone(tmp_path, scheduler, family):
     check(open_model(str(tiny_checkpoint(tmp_path, family, seed=1))), scheduler)
 
 
-def test_passes_run_in_a_thread_that_has_lent_itself(llama, scheduler):
-    """The answers are the same, and each token is drawn in that thread; the scheduler's own ends when all is answered."""
+def test_passes_run_in_a_thread_that_has_lent_itself(llama, scheduler, monkeypatch):
+    """The answers are the same, and each token is drawn in that thread, which reads few prompts at a time; the scheduler's own ends
+    when all is answered.
+    """
+    monkeypatch.setattr("inference.scheduler.LENT_TOKENS", 60)
     lent, asked, drawn = scheduler(llama), questions(llama), set()
     lent.lent = True
     for answer in asked:
@@ -107,10 +110,30 @@ def test_passes_run_in_a_thread_that_has_lent_itself(llama, scheduler):
             lent.submit(asked[3:])
         if not lent.pass_here():
             break
+        assert number or lent.in_work < 3 < lent.max_batch
     assert [answer.tokens for answer in asked] == [alone(llama, answer) for answer in asked]
     assert drawn == {threading.get_ident()} and lent.alive
     lent.stop(wait=True)
     assert not lent.alive
+
+
+def test_a_stop_in_the_middle_of_a_lent_pass_ends_nothing_that_is_in_work(llama, scheduler, monkeypatch):
+    """Questions that a pass has taken, but not read, are in work, too: the thread that laid out the weights stays."""
+    lent, [answer, *_], lay_out = scheduler(llama), questions(llama), _Group.__init__
+    lent.lent = True
+
+    def stopping(self, *of) -> None:
+        lay_out(self, *of)
+        lent.stop()
+        lent.thread.join(0.2)
+        assert lent.alive
+
+    monkeypatch.setattr(_Group, "__init__", stopping)
+    lent.submit([answer])
+    while lent.pass_here():
+        pass
+    assert answer.future.result(0).tokens == alone(llama, answer)
+    lent.stop(wait=True)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

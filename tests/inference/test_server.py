@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -107,30 +106,6 @@ def test_chat_says_what_chat_py_says(client, folder, adapter):
     assert law.choices[0].message.content != greedy.choices[0].message.content
     assert [one.id for one in client.models.list()] == ["tiny", "law"]
     assert client.models.retrieve("law").parent == "tiny"
-
-
-@pytest.mark.parametrize("small", [0, 2**23])
-def test_passes_run_in_a_thread_of_their_own_or_in_the_loops(served, folder, monkeypatch, small):
-    """Six questions at once, whole and as streams, say the same either way; the server ends when all is answered."""
-    monkeypatch.setattr("inference.server.service.SMALL", small)
-    with serving(served, max_new_tokens=64) as (_, one, service), ThreadPoolExecutor(6) as pool:
-        assert service.worker.lent is (small > 0)
-
-        def ask(seed: int) -> str:
-            settings = {"messages": ASK, "model": "tiny", "max_tokens": 9 + seed, "temperature": 0.7, "top_p": 0.9, "seed": seed}
-            if seed % 2:
-                return one.chat.completions.create(**settings).choices[0].message.content
-            return "".join(piece.choices[0].delta.content or "" for piece in one.chat.completions.create(**settings, stream=True))
-
-        for seed, said in enumerate(pool.map(ask, range(6))):
-            assert said == chatbot_says(folder, ASK[0]["content"], seed=seed, top_p=0.9, max_new_tokens=9 + seed)
-        waiting = pool.submit(ask, 41)
-        while not service.worker.in_work:
-            time.sleep(0.001)
-        service.end()
-        assert waiting.result()
-    service.worker.thread.join(10)
-    assert not service.worker.alive and not service.worker.in_work
 
 
 def test_a_stream_gives_the_same_text_in_pieces(client):

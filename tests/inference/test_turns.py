@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
-from inference.server.service import Service
-from inference.server.start import Gathered
+import pytest
+
+pytest.importorskip("fastapi", reason="the packages of requirements-serve.txt are not installed")
+
+from inference.chatbot import Sampling, load_chatbot
+from inference.served import open_model
+from inference.server.app import build_app
+from inference.server.service import Limits, Service
+from inference.server.start import Gathered, background
 from inference.server.turns import PATIENCE, TurnsSelector
+from tests.http import post, raw
+from tests.tiny import tiny_checkpoint
 
 
 def run(pass_here, talk) -> None:
@@ -111,3 +121,35 @@ def test_who_waits_for_the_first_token_or_may_ask_again_is_told_first():
         service.tell(partial(told.append, name), about)
     service.wake()
     assert told == ["first", "ended", "later", "later too"] and not service.calls
+
+
+def said(url: str, seed: int, stream: bool, length: int) -> str:
+    """What a server answers to a question, whole or in pieces."""
+    ask = {"messages": [{"role": "user", "content": "How?"}], "max_tokens": length, "temperature": 0.7, "seed": seed}
+    ask["stream"] = stream
+    answer = raw(url, post("/v1/chat/completions", json.dumps(ask).encode())).decode()
+    if not stream:
+        return json.loads(answer.partition("\r\n\r\n")[2])["choices"][0]["message"]["content"]
+    events = [line.removeprefix("data: ") for line in answer.splitlines() if line.startswith("data: {")]
+    return "".join(json.loads(one)["choices"][0]["delta"].get("content", "") for one in events)
+
+
+@pytest.mark.parametrize("small", [0, 2**22])
+def test_a_server_says_the_same_in_either_thread(tmp_path, monkeypatch, small):
+    """Six questions at once, some as streams; the server ends when all is answered."""
+    monkeypatch.setattr("inference.server.service.SMALL", small)
+    folder = tiny_checkpoint(tmp_path, "llama")
+    service = Service(open_model(str(folder)), Limits(max_new_tokens=64))
+    assert service.worker.lent is (small > 0)
+    with background(build_app(service)) as url, ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(said, url, seed, seed % 2 == 0, 9 + seed) for seed in range(6)]
+        for seed, answer in enumerate(asked):
+            alone = load_chatbot(str(folder), Sampling(9 + seed, temperature=0.7, top_p=1.0, seed=seed))
+            assert answer.result() == alone.answer("How?")
+        last = pool.submit(said, url, 9, False, 60)
+        while not service.worker.in_work:
+            time.sleep(0.001)
+        service.end()
+        assert last.result()
+    service.worker.thread.join(10)
+    assert not service.worker.alive and not service.worker.in_work
