@@ -258,10 +258,10 @@ class Batch:
             mask[place, width - len(prompts[prompt]) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         positions = position_ids_for(model, ids, mask, room=rules.max_new_tokens)
-        self.direct = runs(self.network)
-        columns = self.direct and by_columns(self.network)
+        direct = runs(self.network)
+        columns = direct and by_columns(self.network)
         self.cache = rows_cache(self.network, prefix_cache(model, len(ids)), prefix_length(model), columns)
-        self.direct = self.direct and self.replaces
+        self.direct = direct and self.replaces
         begin = self._remember([known[prompt] if known else None for prompt in places], mask)
         now = None if positions is None else positions[..., begin:width]
         self.unread: Reading | None = Reading(ids[:, begin:], now, mask[:, begin:], self.cache)
